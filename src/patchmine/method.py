@@ -1,0 +1,44 @@
+"""The contract between a pre-training method and the loop that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from patchmine.ops.noise import Noise
+from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
+
+
+class Method(nn.Module):
+    """One pre-training method: an encoder, whatever else it needs to teach that encoder, and one step's loss.
+
+    A method is built as ``Method(config, encoder)``, where ``config`` is an instance of the class attribute ``Config`` (a pydantic
+    model whose ``name`` is the method's).  Methods never inherit from methods.  A step must not wait for the device: no
+    ``.item()``, no boolean indexing.
+    """
+
+    encoder: nn.Module
+    noise: Noise
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = Noise()
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        """The losses of one (micro-)batch, whose views are normalised floats on the model's device."""
+        raise NotImplementedError
+
+    def after_step(self, progress: Progress) -> None:
+        """Called once after every optimizer step, with the step that was just made (teachers are updated here)."""
+
+    def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
+        """Called before the first step of an epoch.  ``plain_data`` yields the whole training set, uncropped, when iterated."""
+
+    def param_groups(self) -> list[ParamGroup]:
+        """What is trained and how; by default everything that takes a gradient, as the run's settings say."""
+        return [ParamGroup([(name, p) for name, p in self.named_parameters() if p.requires_grad])]
+
+    def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
+        """Pictures of what the method does to a batch; the first shows the input."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: masks, targets, losses, schedules.  Randomness is passed in as noise."""

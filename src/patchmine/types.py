@@ -1,0 +1,147 @@
+"""What travels between the rooms: batches, masks, grids, progress, losses, pictures.  Nothing here computes.
+
+The one convention to remember: patches are numbered in raster order from 0, the class token is no patch, and every
+mask says what is in it by name (``visible``, ``masked``) instead of by a 0 or a 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Losses = dict[str, Tensor]
+"""``"loss"`` is minimised, every other entry is logged.  0-d tensors that stay on the device until the log reads them."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of views, with what a method needs to find its way back to the original images.
+
+    ``views``: tensors of shape (B, C, H, W) or (B, C, T, H, W); uint8 as they leave a worker, normalised float on the
+    device.  ``index`` (B,) int64: number of the item in its source.  ``box`` (B, 4) float32: the crop as fractions of the
+    original, (top, left, height, width).  ``flip`` (B,) bool: mirrored left to right *after* the crop.
+    """
+
+    views: list[Tensor]
+    index: Tensor
+    box: Tensor
+    flip: Tensor
+
+    def __len__(self) -> int:
+        return self.index.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The same batch on another device."""
+        move = lambda t: t.to(device, non_blocking=non_blocking)  # noqa: E731
+        return Batch([move(view) for view in self.views], move(self.index), move(self.box), move(self.flip))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; torch's loader calls this."""
+        return Batch(
+            [view.pin_memory() for view in self.views],
+            self.index.pin_memory(),
+            self.box.pin_memory(),
+            self.flip.pin_memory(),
+        )
+
+    def with_views(self, views: list[Tensor]) -> Batch:
+        """The same items with other pixels (normalised, say)."""
+        return replace(self, views=views)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run is.  Whatever moves with time is a function of this, so a restart restores one integer.
+
+    ``step`` counts optimizer steps that are finished; during step k (0-based) it is k.
+    """
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def epoch(self) -> int:
+        """0-based epoch that this step belongs to."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the whole run; a started one counts."""
+        return max(1, math.ceil(self.total_steps / self.steps_per_epoch))
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return self.step / max(1, self.total_steps)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The patch grid: ``size`` patches along each axis, each of ``patch`` pixels: (rows, columns) or (time, rows, columns)."""
+
+    size: tuple[int, ...]
+    patch: tuple[int, ...]
+
+    @property
+    def num_patches(self) -> int:
+        """L, the number of patches."""
+        return math.prod(self.size)
+
+    def values_per_patch(self, channels: int) -> int:
+        """Numbers in one patch of ``channels`` channels."""
+        return math.prod(self.patch) * channels
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which patches a model sees and which it must predict, as index tensors with fixed counts.
+
+    ``visible`` (B, V) and ``masked`` (B, M) int64, raster order within each row; ``num_patches`` is L.  A patch in neither
+    was thrown away (AMT).
+    """
+
+    visible: Tensor
+    masked: Tensor
+    num_patches: int
+
+    def as_bool(self) -> Tensor:
+        """(B, L) bool, True = masked, here as everywhere."""
+        full = torch.zeros(self.masked.shape[0], self.num_patches, dtype=torch.bool, device=self.masked.device)
+        return full.scatter(1, self.masked, True)
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that are updated alike.  ``None`` means: as the run's settings say.
+
+    ``optimizer``: groups of the same name share one optimizer.  ``blr``: base rate per 256 images.  ``weight_decay`` applies
+    to parameters of two and more dimensions.  ``clip_norm``: largest global gradient norm of the group's optimizer (or of
+    each parameter by itself with ``clip_each``).  ``frozen_until``: epochs during which the group does not move.
+    """
+
+    params: Sequence[tuple[str, nn.Parameter]]
+    optimizer: str = "adamw"
+    blr: float | None = None
+    weight_decay: float | None = None
+    clip_norm: float | None = None
+    clip_each: bool = False
+    frozen_until: int = 0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One named picture per image of a batch.
+
+    ``kind="image"``: ``data`` (B, C, H, W) in the batch's normalised units.  ``kind="heat"``: ``data`` (B, rows, columns), one
+    number per patch, drawn as a colour map.
+    """
+
+    title: str
+    data: Tensor
+    kind: Literal["image", "heat"] = "image"
