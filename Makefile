@@ -1,0 +1,74 @@
+# make install   patchmine in .venv, ready to use (.venv/bin/patchmine)
+# make demo      pre-train HPM on photographs, evaluate, write a report: about ten minutes on two cores
+# make check     ruff, mypy --strict, documentation and its links
+# make test      the test suite; `make test-all` adds the slow tests
+#
+# Each makes or updates .venv by itself.  Another interpreter: make PYTHON=python3.12 install
+
+PYTHON ?= python3
+DEMO ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+USER_READY := $(VENV)/.ready-user
+DEV_READY := $(VENV)/.ready-dev
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install install-dev demo test test-all check check-code check-docs format clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "patchmine needs Python 3.11 or newer; '$(PYTHON)' is older or missing. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu, install python3-venv." >&2; exit 1; }
+
+$(USER_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing patchmine into $(VENV); the first time this fetches PyTorch and takes a few minutes."
+	@$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing patchmine and its development tools into $(VENV); the first time this takes a few minutes."
+	@$(INSTALL) --editable '.[dev,demo,export]'
+	@touch $@ $(USER_READY)
+
+install: $(USER_READY)
+	@echo "Ready. Try: $(BIN)/patchmine --help"
+
+install-dev: $(DEV_READY)
+
+# Run again after an interruption, it goes on where it stopped; DEMO=runs/other makes a fresh one.
+demo: $(USER_READY)
+	@if [ -e $(DEMO)/config.yaml ]; then $(BIN)/patchmine resume $(DEMO); \
+	else $(BIN)/patchmine pretrain photos-demo out=$(DEMO); fi
+	@$(BIN)/patchmine eval knn $(DEMO) data=embedded:photos/train test=embedded:photos/test floors=true
+	@$(BIN)/patchmine report $(DEMO) out=$(DEMO)/report.html
+	@echo "The report is in $(DEMO)/report.html: open it in a browser."
+
+test: $(DEV_READY)
+	@$(BIN)/python -m pytest --quiet
+
+test-all: $(DEV_READY)
+	@$(BIN)/python -m pytest --quiet -m "slow or not slow" --timeout 3600
+
+check: check-code check-docs
+
+check-code: $(DEV_READY)
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+
+check-docs: $(DEV_READY)
+	@$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	@$(BIN)/python -m pytest --quiet tests/test_docs.py
+
+format: $(DEV_READY)
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Benchmarks: training steps against other implementations, and the loading of data."""
