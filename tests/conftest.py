@@ -1,0 +1,70 @@
+"""What every test may ask for: a folder of images, the shared data where it is at hand, one thread per process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image, ImageDraw
+
+# Tiny tensors gain nothing from threads, and processes that a test starts inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+settings.register_profile("patchmine", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("patchmine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the repository."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared(repository: Path) -> Path:
+    """The folder of shared data: PATCHMINE_SHARED, or `../shared` beside the repository."""
+    folder = Path(os.environ.get("PATCHMINE_SHARED") or repository.parent / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"the shared data folder {folder} is missing; set PATCHMINE_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 images of 40x48 in `circle/`, `square/`, `stripes/`, half PNG, half JPEG.  Read only: all tests share it."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for shape in ("circle", "square", "stripes"):
+        (root / shape).mkdir()
+        for number in range(12):
+            suffix = "png" if number % 2 else "jpg"
+            _draw(shape, generator).save(root / shape / f"{number:04d}.{suffix}")
+    return root
+
+
+def _draw(shape: str, generator: np.random.Generator) -> Image.Image:
+    noise = generator.integers(0, 90, (40, 48, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    pen = ImageDraw.Draw(image)
+    colour = tuple(int(c) for c in generator.integers(120, 255, 3))
+    left, top = (int(v) for v in generator.integers(2, 16, 2))
+    if shape == "stripes":
+        for row in range(top % 5, 40, 5):
+            pen.line([(0, row), (47, row)], fill=colour)
+    else:
+        draw = pen.ellipse if shape == "circle" else pen.rectangle
+        draw([left, top, left + 22, top + 20], fill=colour)
+    return image
