@@ -1,0 +1,10 @@
+"""The methods, one file each.  A plain dictionary, so that `grep` finds everything."""
+
+from patchmine.method import Method
+from patchmine.methods.hpm import HPM
+from patchmine.methods.mae import MAE
+
+METHODS: dict[str, type[Method]] = {
+    "mae": MAE,
+    "hpm": HPM,
+}

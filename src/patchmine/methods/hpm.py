@@ -1,0 +1,216 @@
+"""HPM: a teacher predicts where reconstruction will be hard, and that is where the student's input is masked.
+
+Wang, Song, Fan, Wang, Xie, Zhang, "Hard Patches Mining for Masked Image Modeling", CVPR 2023, arXiv 2304.05919.
+Constants that the paper's abstract does not give come from the reference code, Haochen-Wang409/HPM; each names its file.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from patchmine.method import Method
+from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
+from patchmine.models.foreign import ForeignTeacher
+from patchmine.models.teacher import Teacher
+from patchmine.models.vit import encode, encoder_grid, initialise
+from patchmine.ops.losses import absolute_difficulty_loss, direction_error, relative_difficulty_loss, squared_error
+from patchmine.ops.masks import count_visible, hard_masked
+from patchmine.ops.patches import pixel_targets
+from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
+from patchmine.ops.schedules import ema_decay, hard_count
+from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
+
+
+class HPM(Method):
+    """Masked autoencoder with a second decoder that predicts each patch's loss; an EMA copy of it chooses the masks."""
+
+    class Config(BaseModel):
+        """Settings of HPM; the defaults are the published recipe (models_mae_learn_loss.py, engine_pretrain.py)."""
+
+        model_config = ConfigDict(extra="forbid")
+        name: Literal["hpm"] = "hpm"
+        mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
+        target: Literal["pixel", "ema", "dino", "clip"] = Field(
+            "pixel", description="what is predicted: pixels, the teacher's features, or those of a frozen DINO or CLIP"
+        )
+        target_file: str | None = Field(None, description="local weights of the frozen DINO or CLIP network")
+        target_renormalise: bool = Field(
+            False, description="give a foreign network images in its own normalisation; the reference does not"
+        )
+        norm_pix_loss: bool = Field(False, description="predict pixels standardised within each patch")
+        prediction: Literal["relative", "absolute", "none"] = Field(
+            "relative", description="how losses are predicted: their order, their standardised value, or not at all"
+        )
+        losspred_head: Literal["patch", "scalar"] = Field(
+            "patch", description="one output per value of a patch, averaged, as published; or a single output"
+        )
+        alpha_start: float = Field(0.0, ge=0, le=1, description="share of hard patches among the masked, at the start")
+        alpha_end: float = Field(0.5, ge=0, le=1, description="the same at the end")
+        alpha_offset: int = Field(1, ge=0, description="epochs by which the schedule is ahead (generate_mask: 1)")
+        ema_start: float = Field(0.999, ge=0, le=1, description="decay of the teacher at the start")
+        ema_end: float = Field(0.9999, ge=0, le=1, description="decay of the teacher after the ramp")
+        ema_ramp_epochs: int | None = Field(
+            100, gt=0, description="epochs of the ramp, counted absolutely; null: per step, over the whole run"
+        )
+        decoder_embed_dim: int = Field(512, gt=0, description="width of both decoders")
+        decoder_depth: int = Field(8, gt=0, description="blocks of each decoder")
+        decoder_num_heads: int = Field(16, gt=0, description="attention heads of each decoder")
+        clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)")
+
+    encoder: VisionTransformer
+    teacher: Teacher | None
+    foreign: ForeignTeacher | None
+    predictor: Decoder | None
+
+    def __init__(self, config: Config, encoder: VisionTransformer) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = encoder_grid(encoder)
+        self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)
+        self.num_masked = self.grid.num_patches - self.num_visible
+        check_decoder(config.decoder_embed_dim, config.decoder_num_heads, self.num_visible, config.mask_ratio)
+        width, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
+        values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
+
+        self.foreign = None
+        target_width = values if config.target == "pixel" else encoder.embed_dim
+        if config.target in ("dino", "clip"):
+            self.foreign = ForeignTeacher(
+                config.target, config.target_file, grid=self.grid, renormalise=config.target_renormalise
+            )
+            target_width = self.foreign.width
+
+        self.encoder = encoder
+        self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
+        self.decoder = Decoder(width, depth, heads, target_width)
+        for part in (self.decoder_input, self.decoder):
+            initialise(part)
+        self.predictor = None
+        if config.prediction != "none":
+            self.predictor = Decoder(width, depth, heads, values)
+            initialise(self.predictor)
+            if config.losspred_head == "scalar":
+                _shrink_head(self.predictor)
+        # No pixel decoder: the teacher looks and predicts difficulty, it never paints.
+        self.teacher = Teacher(**self._taught()) if self.predictor is not None or config.target == "ema" else None
+
+    def _taught(self) -> dict[str, nn.Module]:
+        """The student's modules of which the teacher keeps a slow copy."""
+        if self.predictor is None:
+            return {"encoder": self.encoder}
+        return {"encoder": self.encoder, "decoder_input": self.decoder_input, "predictor": self.predictor}
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        images = batch.views[0]  # (B, C, H, W)
+        features, difficulty = self.look(images, self._hard_count(progress) > 0)
+        mask = self.draw_mask(images, difficulty, progress)
+
+        latent = encode(self.encoder, images, mask.visible)  # (B, P + V, D)
+        tokens = self.decoder_input(latent, mask)  # (B, P + V + M, W), the start of both decoders
+        painted = self.decoder.head(self.decoder(tokens, self.num_masked))  # (B, M, T)
+        error = self.error(painted, images, features, mask)  # (B, M)
+        reconstruction = error.mean()
+        if self.predictor is None:
+            return {"loss": reconstruction}
+        predicted = predict_difficulty(self.predictor, tokens, self.num_masked)  # (B, M)
+        relative = self.config.prediction == "relative"
+        prediction = (relative_difficulty_loss if relative else absolute_difficulty_loss)(predicted, error.detach())
+        return {"loss": reconstruction + prediction, "reconstruction": reconstruction, "prediction": prediction}
+
+    @torch.no_grad()
+    def look(self, images: Tensor, want_difficulty: bool) -> tuple[Tensor | None, Tensor | None]:
+        """What the teachers see in the whole image: target features (B, L, T) or None, difficulty (B, L) or None.
+
+        Nothing is computed that nobody asks for: pixels need no features, and a step without hard patches no difficulty.
+        """
+        features, difficulty = None, None
+        if self.foreign is not None:
+            features = self.foreign(images)
+        if self.teacher is not None and (want_difficulty or self.config.target == "ema"):
+            latent = encode(self.teacher.encoder, images)  # (B, P + L, D)
+            if self.config.target == "ema":
+                features = latent[:, self.encoder.num_prefix_tokens :]
+            if want_difficulty:
+                tokens = self.teacher.decoder_input.all_visible(latent)
+                difficulty = predict_difficulty(self.teacher.predictor, tokens, self.grid.num_patches)
+        return features, difficulty
+
+    def draw_mask(self, images: Tensor, difficulty: Tensor | None, progress: Progress) -> Mask:
+        """The hardest patches are masked, as many as the schedule asks for; the rest is drawn (spec hpm.md, section 3.2)."""
+        noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
+        if difficulty is None:
+            return hard_masked(noise, noise, 0, self.num_visible)
+        return hard_masked(noise, difficulty, self._hard_count(progress), self.num_visible)
+
+    def _hard_count(self, progress: Progress) -> int:
+        if self.predictor is None:
+            return 0
+        config = self.config
+        return hard_count(
+            progress, self.num_masked, start=config.alpha_start, end=config.alpha_end, offset=config.alpha_offset
+        )
+
+    def error(self, painted: Tensor, images: Tensor, features: Tensor | None, mask: Mask) -> Tensor:
+        """Reconstruction loss of each masked patch, float32 (B, M)."""
+        if features is None:
+            target = pixel_targets(images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss)
+            return squared_error(painted, target)
+        wanted = mask.masked[:, :, None].expand(-1, -1, features.shape[-1])
+        return direction_error(painted, features.gather(1, wanted))
+
+    def after_step(self, progress: Progress) -> None:
+        if self.teacher is not None:
+            config = self.config
+            decay = ema_decay(progress, start=config.ema_start, end=config.ema_end, ramp_epochs=config.ema_ramp_epochs)
+            self.teacher.update(decay, **self._taught())
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Everything that learns, clipped at the published norm."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        return [ParamGroup(trained, clip_norm=self.config.clip_grad)]
+
+    @torch.no_grad()
+    def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
+        """Input, the teacher's predicted difficulty, what the student saw, the reconstruction, the true error."""
+        images = batch.views[0]
+        features, difficulty = self.look(images, self.predictor is not None)
+        mask = self.draw_mask(images, difficulty, progress)
+        latent = encode(self.encoder, images, mask.visible)
+        painted = self.decoder.head(self.decoder(self.decoder_input(latent, mask), self.num_masked))
+        panels = [Panel("input", images)]
+        if difficulty is not None:
+            panels.append(Panel("predicted difficulty", patch_map(difficulty, self.grid), kind="heat"))
+        panels.append(Panel("visible", hide_masked(images, mask, self.grid)))
+        if features is None:
+            borrow = self.config.norm_pix_loss
+            panels.append(reconstruction_panel(images, mask, self.grid, painted, borrow=borrow))
+        error = self.error(painted, images, features, mask)
+        panels.append(Panel("error", patch_map(error, self.grid, mask.masked), kind="heat"))
+        return panels
+
+
+def predict_difficulty(predictor: Decoder, tokens: Tensor, num_last: int) -> Tensor:
+    """Predicted loss of the last ``num_last`` patches, float32 (B, num_last).
+
+    The published head has one output per value of a patch and averages them; the average of a linear map's outputs is a dot product
+    with its mean row (spec hpm.md, section 3.1), and in float32 the order of close predictions survives.
+    """
+    features = predictor(tokens, num_last)
+    with torch.autocast(features.device.type, enabled=False):
+        row = predictor.head.weight.float().mean(dim=0, keepdim=True)
+        return F.linear(features.float(), row, predictor.head.bias.float().mean(dim=0, keepdim=True)).squeeze(-1)
+
+
+def _shrink_head(predictor: Decoder) -> None:
+    """Replace the head by a single output that starts from the mean row of the full one."""
+    full = predictor.head
+    predictor.head = nn.Linear(full.in_features, 1)
+    with torch.no_grad():
+        predictor.head.weight.copy_(full.weight.mean(dim=0, keepdim=True))
+        predictor.head.bias.copy_(full.bias.mean(dim=0, keepdim=True))

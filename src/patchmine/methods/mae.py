@@ -1,0 +1,94 @@
+"""MAE: predict the pixels of randomly removed patches from the few that are left.
+
+He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from patchmine.method import Method
+from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
+from patchmine.models.vit import encode, encoder_grid, initialise
+from patchmine.ops.losses import squared_error
+from patchmine.ops.masks import count_visible, lowest_visible
+from patchmine.ops.patches import pixel_targets
+from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
+from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
+
+
+class MAE(Method):
+    """Masked autoencoder.  ``encoder`` is a timm ViT; reference: models_mae.py of facebookresearch/mae."""
+
+    class Config(BaseModel):
+        """Settings of MAE; the defaults are the published recipe (PRETRAIN.md, models_mae.py)."""
+
+        model_config = ConfigDict(extra="forbid")
+        name: Literal["mae"] = "mae"
+        mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
+        norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
+        decoder_embed_dim: int = Field(512, gt=0, description="width of the decoder")
+        decoder_depth: int = Field(8, gt=0, description="blocks of the decoder")
+        decoder_num_heads: int = Field(16, gt=0, description="attention heads of the decoder")
+        clip_grad: float | None = Field(None, gt=0, description="largest global gradient norm; MAE does not clip")
+
+    encoder: VisionTransformer
+
+    def __init__(self, config: Config, encoder: VisionTransformer) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = encoder_grid(encoder)
+        self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)
+        check_decoder(config.decoder_embed_dim, config.decoder_num_heads, self.num_visible, config.mask_ratio)
+        channels = encoder.patch_embed.proj.in_channels
+        width = config.decoder_embed_dim
+        self.encoder = encoder
+        self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
+        self.decoder = Decoder(
+            width, config.decoder_depth, config.decoder_num_heads, self.grid.values_per_patch(channels)
+        )
+        initialise(self.decoder_input)
+        initialise(self.decoder)
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:  # noqa: ARG002
+        images = batch.views[0]  # (B, C, H, W)
+        mask = self.draw_mask(images)
+        predicted = self.reconstruct(images, mask)  # (B, M, P)
+        target = pixel_targets(images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss)
+        return {"loss": squared_error(predicted, target).mean()}
+
+    def draw_mask(self, images: Tensor) -> Mask:
+        """A random mask of the configured ratio for each image."""
+        noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
+        return lowest_visible(noise, self.num_visible)
+
+    def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
+        """Predicted values of the masked patches, (B, M, P)."""
+        latent = encode(self.encoder, images, mask.visible)  # (B, P + V, D)
+        tokens = self.decoder_input(latent, mask)  # (B, P + V + M, W)
+        return self.decoder.head(self.decoder(tokens, mask.masked.shape[1]))
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Everything that learns, clipped if the settings say so."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        return [ParamGroup(trained, clip_norm=self.config.clip_grad)]
+
+    @torch.no_grad()
+    def panels(self, batch: Batch, progress: Progress) -> list[Panel]:  # noqa: ARG002
+        """Input, what the encoder saw, the reconstruction, the error of each masked patch."""
+        images = batch.views[0]
+        mask = self.draw_mask(images)
+        predicted = self.reconstruct(images, mask)
+        norm_pix_loss = self.config.norm_pix_loss
+        target = pixel_targets(images, mask.masked, self.grid.patch, norm_pix_loss=norm_pix_loss)
+        return [
+            Panel("input", images),
+            Panel("visible", hide_masked(images, mask, self.grid)),
+            reconstruction_panel(images, mask, self.grid, predicted, borrow=norm_pix_loss),
+            Panel("error", patch_map(squared_error(predicted, target), self.grid, mask.masked), kind="heat"),
+        ]

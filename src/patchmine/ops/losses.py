@@ -1,0 +1,78 @@
+"""Losses per patch, and HPM's two ways to learn which patches are hard.  All in float32, whatever autocast does around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RANK_EPS = 1e-6  # HPM, forward_learning_loss; it also kills the gradient of pairs that are far apart
+
+# Pairs held in memory at one time by the ranking loss: 16 MiB of float32 a tensor, however long the sequences are.
+PAIRS_AT_ONCE = 1 << 22
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each patch: (B, M, P), (B, M, P) -> (B, M)."""
+    return (prediction.float() - target.float()).square().mean(dim=-1)
+
+
+def direction_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of the two unit vectors, ``2 - 2 cos``, of each patch: (B, M, D), (B, M, D) -> (B, M).
+
+    Summed, not averaged, over the channels (HPM, models_mae_learn_feature_loss.py).
+    """
+    prediction = F.normalize(prediction.float(), dim=-1, eps=1e-12)
+    target = F.normalize(target.float(), dim=-1, eps=1e-12)
+    return (prediction - target).square().sum(dim=-1)
+
+
+def absolute_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
+    """Mean squared distance to the errors, standardised within each image: (B, M), (B, M) -> ().  ``error`` takes no gradient."""
+    error = error.detach().float()
+    variance, mean = torch.var_mean(error, dim=1, keepdim=True, correction=1)
+    return (predicted.float() - (error - mean) / (variance + 1e-6).sqrt()).square().mean()
+
+
+def relative_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
+    """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs of one image with error_a > error_b: (B, M), (B, M) -> ().
+
+    The half-pair form of HPM's ranking objective (spec hpm.md, section 3.4): the gradient is worked out with the loss, so no graph
+    over M x M pairs is kept.  Pairs of equal error do not count.  ``error`` takes no gradient.
+    """
+    return _PairwiseRanking.apply(predicted, error)
+
+
+class _PairwiseRanking(torch.autograd.Function):
+    """Loss and gradient in one sweep over blocks of pairs; saves (B, M) numbers for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, predicted: Tensor, error: Tensor) -> Tensor:
+        # Sorted by falling error, every ordered pair (a, b) has a before b: only blocks on and above the diagonal are visited.
+        error, order = error.float().sort(dim=1, descending=True)
+        score = predicted.float().gather(1, order)
+        batch, length = score.shape
+        rows = max(1, min(length // 4, PAIRS_AT_ONCE // (batch * length)))
+        total = score.new_zeros(())
+        pairs = score.new_zeros(())
+        slope = torch.zeros_like(score)
+        for start in range(0, length, rows):
+            stop = min(start + rows, length)
+            share = torch.sigmoid(score[:, start:stop, None] - score[:, None, start:])  # (B, rows, M - start)
+            ordered = error[:, start:stop, None] > error[:, None, start:]
+            pairs += ordered.sum()
+            total -= torch.where(ordered, torch.log(share + RANK_EPS), 0.0).sum()
+            pull = torch.where(ordered, share * (1 - share) / (share + RANK_EPS), 0.0)
+            slope[:, start:stop] -= pull.sum(dim=2)
+            slope[:, start:] += pull.sum(dim=1)
+        pairs = pairs.clamp(min=1)
+        ctx.save_for_backward(torch.empty_like(slope).scatter_(1, order, slope / pairs))
+        ctx.dtype = predicted.dtype
+        return total / pairs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grads[0]).to(ctx.dtype), None

@@ -1,0 +1,35 @@
+"""Masks from noise, and from noise that a difficulty has bent.  Counts are fixed on the host; nothing here waits for the device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from patchmine.types import Mask
+
+
+def count_visible(num_patches: int, mask_ratio: float) -> int:
+    """V, the number of patches that stay: ``int(L * (1 - r))``, truncated on binary floats as every published run did."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def lowest_visible(noise: Tensor, num_visible: int) -> Mask:
+    """The ``num_visible`` patches of lowest noise (B, L) stay visible, the rest is masked (MAE, random_masking).
+
+    Both index tensors come in raster order, which changes nothing but the order of summation.
+    """
+    order = noise.argsort(dim=1, stable=True)
+    visible = order[:, :num_visible].sort(dim=1).values
+    masked = order[:, num_visible:].sort(dim=1).values
+    return Mask(visible, masked, noise.shape[1])
+
+
+def hard_masked(noise: Tensor, difficulty: Tensor, num_hard: int, num_visible: int) -> Mask:
+    """The ``num_hard`` patches of greatest difficulty (B, L) are masked for certain; the visible ones are drawn among the others.
+
+    The visible set is a uniform subset of what is not hard (HPM, generate_mask; spec hpm.md, section 3.2).  Difficulties are
+    compared in float32 with a stable sort, since bfloat16 ties would be broken differently from run to run.
+    """
+    if num_hard == 0:
+        return lowest_visible(noise, num_visible)
+    hardest = difficulty.float().argsort(dim=1, stable=True)[:, -num_hard:]
+    return lowest_visible(noise.scatter(1, hardest, float("inf")), num_visible)

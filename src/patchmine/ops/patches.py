@@ -1,0 +1,70 @@
+"""Cutting images into patches and putting them together again, for two and three dimensions alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchmine.types import Grid
+
+
+def gather_patches(images: Tensor, index: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """The patches named by ``index`` (B, V), straight from the pixels: (B, C, *size) -> (B, V, C, *patch).
+
+    Copies only what is asked for; the patches that nobody sees are never touched (spec mae.md, section 8, item 8).
+    """
+    batch, channels, *size = images.shape
+    counts = [side // step for side, step in zip(size, patch, strict=True)]
+    split = [part for pair in zip(counts, patch, strict=True) for part in pair]
+    blocks = images.reshape(batch, channels, *split)  # (B, C, g0, p0, g1, p1, ...)
+    axes = len(patch)
+    grid_axes = [2 + 2 * axis for axis in range(axes)]
+    patch_axes = [3 + 2 * axis for axis in range(axes)]
+    blocks = blocks.permute(0, *grid_axes, 1, *patch_axes)  # (B, g0, g1, ..., C, p0, p1, ...), a view
+    coordinates = torch.unravel_index(index, counts)
+    row = torch.arange(batch, device=images.device)[:, None]
+    return blocks[(row, *coordinates)]  # (B, V, C, p0, p1, ...)
+
+
+def all_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Every patch in raster order: (B, C, *size) -> (B, L, C, *patch)."""
+    batch, channels, *size = images.shape
+    counts = [side // step for side, step in zip(size, patch, strict=True)]
+    split = [part for pair in zip(counts, patch, strict=True) for part in pair]
+    axes = len(patch)
+    blocks = images.reshape(batch, channels, *split)
+    blocks = blocks.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
+    return blocks.reshape(batch, -1, channels, *patch)  # (B, L, C, p0, p1, ...)
+
+
+def patch_values(patches: Tensor) -> Tensor:
+    """Numbers of each patch as MAE orders them, (row, column, channel), channel fastest: (B, V, C, *patch) -> (B, V, P)."""
+    return patches.movedim(2, -1).flatten(2)
+
+
+def images_from_values(values: Tensor, grid: Grid, channels: int) -> Tensor:
+    """The inverse of `patch_values` over all patches in raster order: (B, L, P) -> (B, C, *size)."""
+    axes = len(grid.size)
+    blocks = values.reshape(values.shape[0], *grid.size, *grid.patch, channels)
+    order = [part for axis in range(axes) for part in (1 + axis, 1 + axes + axis)]
+    blocks = blocks.permute(0, 1 + 2 * axes, *order)  # (B, C, g0, p0, g1, p1, ...)
+    size = [count * side for count, side in zip(grid.size, grid.patch, strict=True)]
+    return blocks.reshape(values.shape[0], channels, *size)
+
+
+def patch_statistics(values: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch, (B, V, P) -> two of (B, V, 1).
+
+    The variance is unbiased and ``eps`` sits inside the root (``models_mae.py``, forward_loss).
+    """
+    variance, mean = torch.var_mean(values, dim=-1, keepdim=True, correction=1)
+    return mean, (variance + eps).sqrt()
+
+
+def pixel_targets(images: Tensor, index: Tensor, patch: tuple[int, ...], *, norm_pix_loss: bool) -> Tensor:
+    """Pixels to be predicted, float32 (B, M, P); standardised within each patch if ``norm_pix_loss``."""
+    values = patch_values(gather_patches(images.float(), index, patch))
+    if norm_pix_loss:
+        mean, deviation = patch_statistics(values)
+        values = (values - mean) / deviation
+    return values

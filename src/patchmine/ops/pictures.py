@@ -1,0 +1,48 @@
+"""Pictures made from patches, for people to look at: what was hidden, what was painted in, one number per patch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchmine.ops.patches import all_patches, gather_patches, images_from_values, patch_statistics, patch_values
+from patchmine.types import Grid, Mask, Panel
+
+
+def hide_masked(images: Tensor, mask: Mask, grid: Grid) -> Tensor:
+    """The images with every patch that is not visible set to NaN, which the report draws as missing: (B, C, *size)."""
+    values = torch.full_like(patch_values(all_patches(images, grid.patch)), float("nan"))
+    seen = patch_values(all_patches(images, grid.patch)).gather(1, _wide(mask.visible, values))
+    return images_from_values(values.scatter(1, _wide(mask.visible, values), seen), grid, images.shape[1])
+
+
+def paint_masked(images: Tensor, mask: Mask, grid: Grid, painted: Tensor) -> Tensor:
+    """The images with the masked patches replaced by ``painted`` (B, M, P): (B, C, *size)."""
+    values = patch_values(all_patches(images.float(), grid.patch))
+    return images_from_values(values.scatter(1, _wide(mask.masked, values), painted.float()), grid, images.shape[1])
+
+
+def patch_map(numbers: Tensor, grid: Grid, index: Tensor | None = None) -> Tensor:
+    """One number per patch as a map (B, *grid.size): for all patches (B, L), or for those in ``index`` (B, M), NaN elsewhere."""
+    numbers = numbers.float()
+    if index is not None:
+        full = torch.full((len(numbers), grid.num_patches), float("nan"), device=numbers.device)
+        numbers = full.scatter(1, index, numbers)
+    return numbers.reshape(len(numbers), *grid.size)
+
+
+def _wide(index: Tensor, values: Tensor) -> Tensor:
+    return index[:, :, None].expand(-1, -1, values.shape[-1])
+
+
+def reconstruction_panel(images: Tensor, mask: Mask, grid: Grid, painted: Tensor, *, borrow: bool) -> Panel:
+    """The input with the masked patches repainted from ``painted`` (B, M, P).
+
+    With ``borrow`` the prediction is standardised and gets the true mean and deviation of each patch back, which the model does not
+    know: the title says so.
+    """
+    if not borrow:
+        return Panel("reconstruction", paint_masked(images, mask, grid, painted))
+    mean, deviation = patch_statistics(patch_values(gather_patches(images.float(), mask.masked, grid.patch)))
+    repainted = paint_masked(images, mask, grid, painted * deviation + mean)
+    return Panel("reconstruction (patch statistics borrowed from the input)", repainted)
