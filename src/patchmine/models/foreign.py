@@ -1,0 +1,221 @@
+"""A frozen network of somebody else's, from a local file, whose patch features a method predicts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from patchmine.errors import UserError
+from patchmine.models.architecture import count_blocks, infer_architecture, known_heads
+from patchmine.models.loading import (
+    LoadReport,
+    Tensors,
+    load_tensors,
+    read_checkpoint,
+    resample_positions,
+    tensors_only,
+)
+from patchmine.models.official import encoder_tensors
+from patchmine.models.weights import is_export, load_encoder
+from patchmine.types import Grid
+
+SETTING = "method.target_file"
+
+
+class ForeignTeacher(nn.Module):
+    """A frozen ViT, always in eval mode, that turns images into one feature vector for each patch.
+
+    ``kind="dino"``: any plain ViT under timm's names (DINO's official file, an MAE or HPM checkpoint, an export
+    folder); features are the patch tokens after the final norm.  ``kind="clip"``: OpenAI's CLIP image tower; all
+    tokens go through ``ln_post`` and the projection (spec hpm.md, section 3.3).
+
+    ``grid`` is the student's patch grid; a position table trained on another one is resampled.  ``renormalise``: turn
+    images that are normalised with ImageNet's mean and deviation into CLIP's own normalisation; the reference does not.
+
+    Raises UserError, naming ``method.target_file``, for a file that is missing, broken, of another architecture, or
+    whose patches are not of the student's size.
+    """
+
+    width: int
+    grid: Grid
+    scale: Tensor
+    shift: Tensor
+    projection: Tensor | None
+
+    def __init__(
+        self, kind: Literal["dino", "clip"], file: str | Path | None, *, grid: Grid, renormalise: bool = False
+    ) -> None:
+        super().__init__()
+        if file is None:
+            raise UserError(f"{SETTING} is not set, but method.target={kind} needs the local weights of that network")
+        self.grid = grid
+        projection = None
+        if kind == "clip":
+            self.tower, projection = _clip_tower(Path(file), grid)
+        else:
+            self.tower = _plain_tower(Path(file), grid)
+        if self.tower.patch_embed.proj.in_channels != len(IMAGENET_DEFAULT_MEAN):
+            raise UserError(
+                f"{SETTING}={file} is a network for {self.tower.patch_embed.proj.in_channels} channels, not three"
+            )
+        self.register_buffer("projection", projection)
+        self.width = self.tower.embed_dim if projection is None else projection.shape[1]
+        scale, shift = _to_clip_normalisation() if renormalise and kind == "clip" else (torch.ones(3), torch.zeros(3))
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", shift[:, None, None], persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> ForeignTeacher:
+        """Stays in eval mode whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W), normalised as ImageNet -> (B, L, width), raster order."""
+        tokens = self.tower.forward_features(images * self.scale + self.shift)  # (B, P + L, D)
+        features = tokens[:, self.tower.num_prefix_tokens :]
+        return features if self.projection is None else features @ self.projection
+
+
+def _to_clip_normalisation() -> tuple[Tensor, Tensor]:
+    """Factor and summand, (3,) each, that turn ImageNet-normalised values into CLIP-normalised ones."""
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    clip_mean, clip_std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
+    return std / clip_std, (mean - clip_mean) / clip_std
+
+
+def _check_patch(patch: int, grid: Grid, file: Path) -> None:
+    if grid.patch != (patch, patch):
+        own = "x".join(map(str, grid.patch))
+        raise UserError(
+            f"{SETTING}={file} cuts images into patches of {patch}x{patch} pixels and the student into {own}: "
+            "their patches do not correspond, choose a network or a patch_size that matches"
+        )
+
+
+def _image_size(grid: Grid) -> tuple[int, int]:
+    rows, columns = (count * side for count, side in zip(grid.size, grid.patch, strict=True))
+    return rows, columns
+
+
+def _plain_tower(file: Path, grid: Grid) -> VisionTransformer:
+    if is_export(file):
+        tower = load_encoder(file)
+        _check_patch(tower.patch_embed.patch_size[0], grid, file)
+        tower.set_input_size(_image_size(grid))
+        return tower
+    tensors = encoder_tensors(read_checkpoint(file, SETTING), f"{SETTING}={file}")
+    if "visual.conv1.weight" in tensors or "vision_model.embeddings.class_embedding" in tensors:
+        raise UserError(f"{SETTING}={file} is a CLIP network: set method.target=clip")
+    _check_patch(
+        tensors["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in tensors else 0, grid, file
+    )
+    architecture = infer_architecture(tensors, f"{SETTING}={file}", image_size=_image_size(grid))
+    return _filled(architecture.build(), tensors, file)
+
+
+def _filled(tower: VisionTransformer, tensors: Tensors, file: Path) -> VisionTransformer:
+    """The tower with the tensors in it, every one of them used, positions resampled where the grid differs."""
+    if tensors["pos_embed"].shape != tower.pos_embed.shape:
+        grid = tower.patch_embed.grid_size
+        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid, tower.num_prefix_tokens)
+    load_tensors(tower, tensors, LoadReport(f"{SETTING}={file}"))
+    return tower
+
+
+def _clip_tower(file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor]:
+    """CLIP's image tower as a timm ViT, and its projection (D, width)."""
+    tensors = _clip_names(tensors_only(read_checkpoint(file, SETTING)), file)
+    projection = tensors.pop("projection")
+    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    _check_patch(patch, grid, file)
+    # All of OpenAI's towers have heads of 64 channels; the layer norms' eps of 1e-5 and QuickGELU come with timm's
+    # name.
+    heads = known_heads(width, {}, "heads", max(1, width // 64))
+    tower = timm.create_model(
+        "vit_base_patch16_clip_quickgelu_224",
+        pretrained=False,
+        num_classes=0,
+        img_size=_image_size(grid),
+        patch_size=patch,
+        embed_dim=width,
+        depth=count_blocks(tensors),
+        num_heads=heads,
+    )
+    return _filled(tower, tensors, file), projection
+
+
+def _clip_names(tensors: Tensors, file: Path) -> Tensors:
+    """CLIP's image tower under timm's names, from OpenAI's naming or transformers'."""
+    if "visual.class_embedding" in tensors:
+        return _from_openai(tensors)
+    if "vision_model.embeddings.class_embedding" in tensors and "visual_projection.weight" in tensors:
+        return _from_transformers(tensors)
+    raise UserError(
+        f"{SETTING}={file} holds no CLIP image tower with its projection: neither visual.class_embedding (OpenAI's "
+        "naming) nor "
+        "vision_model.embeddings.class_embedding and visual_projection.weight (transformers') are in it"
+    )
+
+
+_OPENAI_NAMES: dict[str, str] = {
+    r"^conv1\.": "patch_embed.proj.",
+    r"^ln_pre\.": "norm_pre.",
+    r"^ln_post\.": "norm.",
+    r"^transformer\.resblocks\.": "blocks.",
+    r"\.ln_([12])\.": r".norm\1.",
+    r"\.attn\.in_proj_": ".attn.qkv.",
+    r"\.attn\.out_proj\.": ".attn.proj.",
+    r"\.mlp\.c_fc\.": ".mlp.fc1.",
+    r"\.mlp\.c_proj\.": ".mlp.fc2.",
+}
+_TRANSFORMERS_NAMES: dict[str, str] = {
+    r"^embeddings\.patch_embedding\.": "patch_embed.proj.",
+    r"^pre_layrnorm\.": "norm_pre.",  # transformers' own spelling
+    r"^post_layernorm\.": "norm.",
+    r"^encoder\.layers\.": "blocks.",
+    r"\.layer_norm([12])\.": r".norm\1.",
+    r"\.self_attn\.qkv\.": ".attn.qkv.",
+    r"\.self_attn\.out_proj\.": ".attn.proj.",
+}
+
+
+def _renamed(tensors: Tensors, names: dict[str, str]) -> Tensors:
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _from_openai(tensors: Tensors) -> Tensors:
+    tower = {name.removeprefix("visual."): tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+    special: dict[str, Any] = {
+        "cls_token": tower.pop("class_embedding")[None, None],
+        "pos_embed": tower.pop("positional_embedding")[None],
+        "projection": tower.pop("proj"),  # (D, width)
+    }
+    return _renamed(tower, _OPENAI_NAMES) | special
+
+
+def _from_transformers(tensors: Tensors) -> Tensors:
+    prefix = "vision_model."
+    tower = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    special = {
+        "cls_token": tower.pop("embeddings.class_embedding")[None, None, :],
+        "pos_embed": tower.pop("embeddings.position_embedding.weight")[None],
+        "projection": tensors["visual_projection.weight"].T.contiguous(),  # (D, width)
+    }
+    for name in [name for name in tower if ".self_attn.q_proj." in name]:
+        parts = [tower.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        tower[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+    return _renamed(tower, _TRANSFORMERS_NAMES) | special

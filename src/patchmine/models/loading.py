@@ -1,0 +1,160 @@
+"""Tensors from files into modules: read without executing code, resample positions, say exactly what went where."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from patchmine.errors import UserError
+from patchmine.models.torchscript import is_torchscript, read_torchscript
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class LoadReport:
+    """What became of every tensor of a file.  ``dropped``: known, and not needed here; ``unexpected``: not known."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def render(self) -> str:
+        """The report as lines for a person; block numbers are folded into one line per kind of tensor."""
+        lines = [self.source]
+        for title in ("loaded", "resized", "dropped", "missing", "unexpected"):
+            names: list[str] = getattr(self, title)
+            lines.append(f"  {title:<11}{len(names):>4}  {_folded(names)}".rstrip())
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def __str__(self) -> str:
+        return self.render()
+
+
+def _folded(names: Iterable[str]) -> str:
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", re.sub(r"\.(weight|bias)$", "", name)) for name in names)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
+
+
+def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
+    """The dictionary in a .safetensors file, a torch pickle or a TorchScript archive, on the CPU, executing nothing of
+    it.
+
+    Besides tensors and plain containers only `argparse.Namespace` (official files keep their settings in one) is
+    rebuilt. Raises UserError, naming ``setting``, for a file that is missing, broken, or holds other objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file of weights" if path.is_dir() else "does not exist"
+        raise UserError(f"{setting}={path} {what}: give a .safetensors, .pth or .pt file")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        if is_torchscript(path):
+            return dict(read_torchscript(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{setting}={path} holds objects other than tensors, which patchmine does not unpickle because that can "
+            "run code "
+            f"({_first_line(error)}): save the bare state dict as .safetensors and give that"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{setting}={path} cannot be read as weights ({_first_line(error)}): is the file complete?"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{setting}={path} holds a {type(content).__name__}, not a dictionary of tensors: give a state dict"
+        )
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error)
+    refused = re.search(r"GLOBAL (\S+) was not an allowed", text)
+    if refused:
+        return refused.group(1)
+    return text.split("\n", 1)[0].rstrip(". ") or type(error).__name__
+
+
+def tensors_only(mapping: Mapping[str, Any]) -> Tensors:
+    """The float tensors of a state dict in float32, without the prefixes that DDP and compile add to names."""
+    plain: Tensors = {}
+    for name, value in mapping.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            plain[name.removeprefix("module.").replace("_orig_mod.", "")] = value.float()
+    return plain
+
+
+def resample_positions(table: Tensor, grid: tuple[int, int], num_prefix: int, setting: str = "image_size") -> Tensor:
+    """(1, P + L, D) of a square grid -> (1, P + L', D) for ``grid`` by bicubic interpolation; the P prefix rows stay.
+
+    Raises UserError when the table is not square, because its rows and columns cannot be told apart.
+    """
+    side = round((table.shape[1] - num_prefix) ** 0.5)
+    if side * side + num_prefix != table.shape[1]:
+        raise UserError(
+            f"the position table has {table.shape[1]} rows, which is no square grid, and cannot be resampled "
+            f"to {grid[0]}x{grid[1]} patches: give the {setting} that it was trained at"
+        )
+    return resample_abs_pos_embed(
+        table, list(grid), [side, side], num_prefix_tokens=num_prefix, interpolation="bicubic"
+    )
+
+
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, *, prefix: str = "", allow: Sequence[str] = ()
+) -> None:
+    """Copy ``tensors`` into ``module`` and write down in ``report`` where each went, names preceded by ``prefix``.
+
+    Raises UserError for a tensor of another shape, and for a missing or unexpected one that no pattern of ``allow``
+    matches; the module is then unchanged.
+    """
+    own = module.state_dict()
+    for name in own.keys() & tensors.keys():
+        have, want = tuple(tensors[name].shape), tuple(own[name].shape)
+        if have != want:
+            raise UserError(
+                f"{report.source}: {prefix}{name} has shape {have}, the model wants {want}: the architectures differ"
+            )
+    missing = [prefix + name for name in own if name not in tensors]
+    unexpected = [prefix + name for name in tensors if name not in own]
+    report.missing += missing
+    report.unexpected += unexpected
+    refuse_surprises(missing, unexpected, report, allow)
+    module.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+    report.loaded += [prefix + name for name in own if name in tensors]
+
+
+def refuse_surprises(
+    missing: Sequence[str], unexpected: Sequence[str], report: LoadReport, allow: Sequence[str] = ()
+) -> None:
+    """Raise UserError, with the names, unless every missing and unexpected tensor matches a pattern of ``allow``."""
+    bad = {"missing": missing, "unexpected": unexpected}
+    for kind, names in bad.items():
+        refused = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allow)]
+        if refused:
+            raise UserError(
+                f"{report.source}: {len(refused)} {kind} tensor(s): {_folded(refused)}. "
+                f"If that is meant, allow them by name, for example allow={refused[0]}"
+            )

@@ -1,0 +1,245 @@
+"""The encoder on disk: a folder that timm and transformers open, and the way back from there or from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from patchmine.errors import UserError
+from patchmine.models.architecture import infer_architecture
+from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, resample_positions, tensors_only
+from patchmine.models.official import encoder_tensors
+
+CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
+
+
+def export_encoder(
+    encoder: VisionTransformer,
+    folder: str | Path,
+    *,
+    model: str,
+    model_args: Mapping[str, Any],
+    image_size: tuple[int, int],
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_pct: float = 0.875,
+    interpolation: str = "bicubic",
+) -> Path:
+    """Write ``config.json`` and ``model.safetensors`` that `timm.create_model("local-dir:...")` and
+    `transformers.AutoModel` open.
+
+    ``model`` and ``model_args`` are what the encoder was built from; ``mean`` and ``std`` are in [0, 1] units, one for
+    each channel. The folder appears complete or not at all; an older export is replaced.  Raises UserError when
+    ``folder`` holds anything else, ValueError when the encoder is not what ``model`` and ``model_args`` describe.
+    """
+    folder = Path(folder)
+    _refuse_other_content(folder)
+    architecture = model.removeprefix("timm/").split(".")[0]
+    arguments = {
+        **model_args,
+        "img_size": list(image_size),
+        "patch_size": encoder.patch_embed.patch_size[0],
+        "in_chans": channels,
+        "global_pool": encoder.global_pool,
+        "fc_norm": not isinstance(encoder.fc_norm, nn.Identity),
+    }
+    arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
+    _check_description(encoder, architecture, arguments)
+    config = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "num_features": encoder.num_features,
+        "global_pool": encoder.global_pool,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [channels, *image_size],
+            "fixed_input_size": not arguments.get("dynamic_img_size", False),
+            "interpolation": interpolation,
+            "crop_pct": crop_pct,
+            "crop_mode": "center",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    _write(encoder, config, folder)
+    return folder
+
+
+def _check_description(encoder: VisionTransformer, architecture: str, arguments: dict[str, Any]) -> None:
+    """Build the described model without memory and compare, so that no folder is written that nobody can open."""
+    rebuilt = timm.create_model(architecture, pretrained=False, num_classes=0, device="meta", **arguments)
+    wanted = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    heads = [m.blocks[0].attn.num_heads for m in (rebuilt, encoder)]
+    if wanted != given or heads[0] != heads[1]:
+        differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        raise ValueError(
+            f"model={architecture} with {arguments} is not the encoder to be exported: {differing or 'heads'}"
+        )
+
+
+def _refuse_other_content(folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():
+        raise UserError(
+            f"out={folder} is a {'link' if folder.is_symlink() else 'file'}: choose another folder for the export"
+        )
+    content = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if not content or (is_export(folder) and set(content) <= {CONFIG, WEIGHTS, README}):
+        return
+    other = next(name for name in content if not is_export(folder) or name not in (CONFIG, WEIGHTS, README))
+    raise UserError(f"out={folder} holds other things than an export (such as {other}): choose an empty or new folder")
+
+
+def _write(encoder: VisionTransformer, config: dict[str, Any], folder: Path) -> None:
+    """Fill a folder beside the final one, then rename it into place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    new.mkdir()
+    try:
+        tensors = {
+            name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in encoder.state_dict().items()
+        }
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / README).write_text(_readme(config), encoding="utf-8")
+        for path in (new / WEIGHTS, new / CONFIG, new):
+            _flush(path)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file, or the list of a folder's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _readme(config: dict[str, Any]) -> str:
+    """A model card: what this is and how to open it."""
+    cfg = config["pretrained_cfg"]
+    return f"""---
+library_name: timm
+tags: [image-feature-extraction, timm]
+---
+# {config["architecture"]}, pre-trained without labels by patchmine
+
+Give the path of this folder in place of FOLDER.
+
+```python
+import timm
+encoder = timm.create_model("local-dir:FOLDER", pretrained=True)
+features = encoder.forward_features(images)  # (batch, tokens, {config["num_features"]})
+```
+
+```python
+from transformers import AutoModel
+features = AutoModel.from_pretrained("FOLDER")(images).last_hidden_state
+```
+
+Input: {"x".join(map(str, cfg["input_size"]))} (channels, height, width), values in [0, 1], then `(x - mean) / std` with
+mean {cfg["mean"]} and std {cfg["std"]}.
+"""
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether ``path`` is a folder with an encoder under timm's names and the configuration to build it."""
+    return (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file()
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> VisionTransformer:
+    """The encoder in an export folder, in a run folder's export, or in a .safetensors, .pth or .pt file.
+
+    A file may be a timm state dict or an official MAE, HPM or DINO checkpoint; its architecture is read off the
+    tensors, or is timm's ``model`` with ``model_args`` where given.  ``image_size`` (height, width) resamples the
+    positions of a file or folder to another size.
+
+    Raises UserError for a path that holds no encoder and for weights that do not fit.
+    """
+    path = Path(path)
+    folder = next((candidate for candidate in (path, path / "export") if is_export(candidate)), None)
+    if folder is not None:
+        encoder = _from_export(folder)
+    elif path.is_dir():
+        raise UserError(
+            f"{path} holds no {CONFIG} and {WEIGHTS}, neither itself nor in export/: give an export, or run `patchmine "
+            "export` first"
+        )
+    else:
+        encoder = _from_file(path, model, model_args or {}, image_size)
+    if image_size is not None and tuple(encoder.patch_embed.img_size) != tuple(image_size):
+        encoder.set_input_size(image_size)
+    return encoder
+
+
+def _from_export(folder: Path) -> VisionTransformer:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        architecture, arguments = config["architecture"], dict(config.get("model_args") or {})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG} is no configuration of an export ({error!r}): export again") from error
+    tensors = tensors_only(read_checkpoint(folder / WEIGHTS))
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    encoder = _create(architecture, arguments | {"num_classes": 0}, folder / CONFIG)
+    load_tensors(encoder, tensors, LoadReport(str(folder / WEIGHTS)))
+    return encoder
+
+
+def _create(model: str, arguments: dict[str, Any], source: Path) -> VisionTransformer:
+    """A plain ViT of timm's.  Nothing is downloaded."""
+    if not timm.is_model(model):
+        raise UserError(f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may")
+    try:
+        encoder = timm.create_model(model, pretrained=False, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{source}: timm cannot build {model} with {arguments} ({error})") from error
+    if not isinstance(encoder, VisionTransformer):
+        raise UserError(f"{source}: {model} is a {type(encoder).__name__}, not a plain vision transformer")
+    return encoder
+
+
+def _from_file(
+    path: Path, model: str | None, model_args: Mapping[str, Any], image_size: tuple[int, int] | None
+) -> VisionTransformer:
+    tensors = encoder_tensors(read_checkpoint(path), str(path))
+    if model is None:
+        encoder = infer_architecture(
+            tensors, str(path), num_heads=model_args.get("num_heads"), image_size=image_size
+        ).build()
+    else:
+        size = {} if image_size is None else {"img_size": image_size}
+        name = model.removeprefix("timm/").split(".")[0]
+        encoder = _create(name, {"num_classes": 0, **size, **model_args}, path)
+    if "pos_embed" in tensors and tensors["pos_embed"].shape != encoder.pos_embed.shape:
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], encoder.patch_embed.grid_size, prefix)
+    load_tensors(encoder, tensors, LoadReport(str(path)))
+    return encoder
