@@ -1,0 +1,53 @@
+"""patchmine: pre-train vision backbones on unlabelled images with masked image modelling.
+
+``patchmine.pretrain(data="photos/", method="hpm", out="runs/hpm")`` makes a run, ``patchmine.Run(path)`` opens one,
+``patchmine.load_encoder(path)`` gives its timm ``VisionTransformer``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+    from patchmine.run import Run
+
+__version__ = "0.1.0"
+__all__ = ["Run", "__version__", "load_encoder", "pretrain"]
+
+
+class _Package(ModuleType):
+    """Keeps `patchmine.pretrain` the function: importing the file pretrain.py would put the module in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "pretrain" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def pretrain(**settings: Any) -> Run:
+    """Pre-train on ``data`` and return the finished run; settings are those of `patchmine config schema`.
+
+    ``pretrain(data="photos/", method="hpm", out="runs/hpm", **{"method.mask_ratio": 0.8})``; ``recipe=`` names a recipe or a
+    file to start from.  ``data`` may also be any torch dataset of images.  Raises UserError with every mistake in the settings.
+    """
+    start = importlib.import_module("patchmine.pretrain").pretrain
+    config = importlib.import_module("patchmine.config").from_settings(**settings)
+    return start(config)
+
+
+def load_encoder(path: str, **options: Any) -> VisionTransformer:
+    """The encoder of a run, an export or a weights file, as a timm ``VisionTransformer`` in eval mode."""
+    return importlib.import_module("patchmine.run").open_encoder(path, **options)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Run":
+        return importlib.import_module("patchmine.run").Run
+    raise AttributeError(f"module 'patchmine' has no attribute {name!r}")

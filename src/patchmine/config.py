@@ -1,0 +1,158 @@
+"""A run's settings from what users give: a recipe, `key=value` words, or keyword arguments from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from patchmine.errors import UserError
+from patchmine.methods import METHODS
+from patchmine.mistakes import Mistake, validate
+from patchmine.recipes import Recipe, load_recipe
+from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, SizeRow, changed_results
+from patchmine.words import merge, put, shown, split_setting
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Results",
+    "RunConfig",
+    "Running",
+    "changed_results",
+    "from_settings",
+    "parse",
+    "resolve_size",
+]
+
+Say = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """Says nothing."""
+
+
+def parse(recipe: str | Path | None, overrides: Sequence[str], say: Say = silent) -> RunConfig:
+    """The run that a recipe (name, file or none) and ``key=value`` words describe.
+
+    Raises UserError with every mistake.  ``say`` hears what was decided for the user.
+    """
+    mistakes: list[Mistake] = []
+    pairs: list[tuple[str, Any]] = []
+    for word in overrides:
+        pair = split_setting(word)
+        if pair is None:
+            mistakes.append(_not_a_setting(word))
+        else:
+            pairs.append(pair)
+    return _assemble(None if recipe is None else load_recipe(recipe), pairs, mistakes, say)
+
+
+def from_settings(recipe: str | Path | None = None, say: Say = silent, **settings: Any) -> RunConfig:
+    """The same from Python: ``from_settings(data="photos", method="hpm", **{"method.mask_ratio": 0.8})``."""
+    return _assemble(None if recipe is None else load_recipe(recipe), list(settings.items()), [], say)
+
+
+def _not_a_setting(word: str) -> Mistake:
+    if word.startswith("-"):
+        name, _, value = word.lstrip("-").partition("=")
+        return Mistake(word, f"settings are written without dashes, as in {name.replace('-', '_')}={value or 'VALUE'}")
+    example = f"data={word}" if Path(word).exists() else "epochs=100"
+    return Mistake(word, f"is no setting; settings are written key=value, as in {example}")
+
+
+def _assemble(recipe: Recipe | None, pairs: Sequence[tuple[str, Any]], mistakes: list[Mistake], say: Say) -> RunConfig:
+    wanted = _tree(pairs, mistakes)
+    settings = wanted if recipe is None else merge(_recipe_settings(recipe, wanted, say), wanted)
+    where = "the settings" if recipe is None else f"the settings (recipe {recipe.name})"
+    config = _validate(settings, where, mistakes)
+    for row in config.by_size:
+        _with_row(config, row, f"{where} for data sets up to {row.up_to or 'any'} images")
+    return _fit_warmup(config, wanted, say)
+
+
+def _tree(pairs: Sequence[tuple[str, Any]], mistakes: list[Mistake]) -> dict[str, Any]:
+    """Dotted settings as nested tables."""
+    tree: dict[str, Any] = {}
+    for path, value in pairs:
+        if path == "method" and isinstance(value, BaseModel):
+            value = value.model_dump()
+        complaint = put(tree, "method.name" if path == "method" and isinstance(value, str) else path, value)
+        if complaint is not None:
+            mistakes.append(Mistake(path, complaint))
+    return tree
+
+
+def _validate(settings: Mapping[str, Any], where: str, mistakes: Sequence[Mistake] = ()) -> RunConfig:
+    hint = "; `patchmine config schema` lists all"
+    return validate(RunConfig, settings, where=where, before=mistakes, placeholders={"data": "data"}, hint=hint)
+
+
+def _recipe_settings(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """The recipe's settings for the wanted method, without what the wanted model makes void."""
+    settings = dict(recipe.settings)
+    default = settings.get("method", "mae")
+    if not isinstance(default, Mapping):
+        default = {"name": default}
+    name = _method_name(wanted) or default.get("name")
+    settings["method"] = default if name == default.get("name") else {"name": name}
+    if name in recipe.methods:
+        settings = merge(settings, recipe.methods[name])
+    elif name in METHODS and (recipe.methods or name != default.get("name")):
+        say(f"Recipe {recipe.name} has no settings for method={name}: the method's own defaults are used.")
+    if recipe.by_size:
+        settings["by_size"] = [{**row, "use": _minus(row.get("use", {}), wanted)} for row in recipe.by_size]
+    if "model" in wanted and settings.get("model_args") and wanted["model"] != settings.get("model"):
+        dropped = settings.pop("model_args")
+        say(f"model={wanted['model']} replaces the recipe's model, so its model_args {shown(dropped)} are not used.")
+    return settings
+
+
+def _method_name(settings: Mapping[str, Any]) -> Any:
+    method = settings.get("method")
+    return method.get("name") if isinstance(method, Mapping) else method
+
+
+def _minus(use: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table still decides beside the user's choices; a chosen model does not take another's arguments."""
+    void = {"model_args"} if "model" in wanted else set()
+    kept: dict[str, Any] = {}
+    for key, value in use.items():
+        chosen = wanted.get(key)
+        if isinstance(value, Mapping) and isinstance(chosen, Mapping):
+            kept[key] = _minus(value, chosen)
+        elif key not in wanted and key not in void:
+            kept[key] = value
+    return kept
+
+
+def _fit_warmup(config: RunConfig, wanted: Mapping[str, Any], say: Say) -> RunConfig:
+    """A warm-up that nobody asked for must not outlast a run that somebody shortened."""
+    if config.steps is not None or config.epochs is None or config.warmup_epochs <= config.epochs / 2:
+        return config
+    if "warmup_epochs" in wanted:
+        if config.warmup_epochs < config.epochs:
+            return config
+        text = f"given {shown(config.warmup_epochs)}; must be below epochs={config.epochs}"
+        raise UserError(f"Mistake in the settings: {Mistake('warmup_epochs', text)}")
+    shorter = config.epochs / 10
+    say(f"warmup_epochs={config.warmup_epochs:g} is shortened to {shorter:g}, a tenth of the {config.epochs} epochs.")
+    return config.model_copy(update={"warmup_epochs": shorter})
+
+
+def resolve_size(config: RunConfig, num_images: int, say: Say = silent) -> RunConfig:
+    """The settings for a data set of ``num_images``, where the recipe makes them depend on it."""
+    if not config.by_size:
+        return config
+    fitting = [row for row in config.by_size if row.up_to is None or num_images <= row.up_to]
+    if not fitting:
+        raise UserError(f"by_size has no row for {num_images:,} images: end it with a row 'up_to: null'")
+    chosen = ", ".join(f"{key}={shown(value)}" for key, value in fitting[0].use.items())
+    say(f"{num_images:,} images: {chosen or 'nothing to choose'}.")
+    return _with_row(config, fitting[0], f"the settings for {num_images:,} images")
+
+
+def _with_row(config: RunConfig, row: SizeRow, where: str) -> RunConfig:
+    return _validate(merge(config.model_dump(exclude={"by_size"}), row.use), where)

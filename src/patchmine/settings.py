@@ -1,0 +1,249 @@
+"""The whole of a run as one typed model; `config.py` makes it from what users give.
+
+`Results` holds what decides the weights; `Running` holds what must not (a resumed run may change it).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from patchmine.methods import METHODS
+from patchmine.mistakes import CrossMistakesError, Mistake
+from patchmine.words import shown
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+if TYPE_CHECKING:
+
+    class MethodConfig(BaseModel):
+        """What every method's settings have in common."""
+
+        name: str
+else:
+    MethodConfig = Annotated[
+        Union[tuple(method.Config for method in METHODS.values())],  # noqa: UP007 - built from the table of methods
+        Field(discriminator="name"),
+    ]
+
+
+def _as_text(value: Any) -> Any:
+    """Paths as text, one or a list of them."""
+    if isinstance(value, list | tuple):
+        return [_as_text(part) for part in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _as_size(value: Any) -> Any:
+    """One number means a square."""
+    if isinstance(value, list | tuple):
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("one whole number or [height, width]")  # noqa: TRY004 - pydantic wants this type
+    return (value, value)
+
+
+def _as_method(value: Any) -> Any:
+    """``"hpm"`` means HPM as published; a table without a name is MAE's, the default method."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if not isinstance(value, Mapping):
+        raise ValueError("a method's name, or a table of its settings with its name")  # noqa: TRY004 - pydantic wants this type
+    return {"name": "mae", **value}
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+Positive = Annotated[int, Field(gt=0)]
+Size = Annotated[tuple[Positive, Positive], BeforeValidator(_as_size)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class Results(_Settings):
+    """What decides the weights.  A resumed run must keep it."""
+
+    data: Annotated[str | list[str], BeforeValidator(_as_text)] = Field(
+        description="give a folder, a list file, tar shards or embedded:photos, as in data=photos/"
+    )
+    model: str = Field("vit_small_patch16_224", description="name of a plain vision transformer of timm's")
+    model_args: dict[str, Any] = Field({}, description="more arguments for timm, such as depth, embed_dim, num_heads")
+    method: Annotated[MethodConfig, BeforeValidator(_as_method)] = Field(
+        default_factory=lambda: METHODS["mae"].Config(), description="the method's name and its own settings"
+    )
+    image_size: Size = Field((224, 224), description="pixels, one number or [height, width]")
+    patch_size: Positive | None = Field(None, description="pixels; null: the model's own")
+    channels: Positive = Field(3, description="channels of the images")
+    mean: list[float] | None = Field(
+        None, validate_default=True, description="one a channel; null: ImageNet's for 3 channels, else the data's"
+    )
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, validate_default=True, description="one a channel; null: as for mean"
+    )
+    epochs: Positive | None = Field(100, description="passes over the data")
+    steps: Positive | None = Field(None, description="exact number of optimizer steps; overrules epochs")
+    batch_size: Positive = Field(256, description="images in one optimizer step, over all devices")
+    accumulate: Positive = Field(1, description="parts that a batch is cut into, one after the other, to save memory")
+    blr: float = Field(1.5e-4, gt=0, description="learning rate for 256 images; the rate is blr * batch_size / 256")
+    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up")
+    min_lr: float = Field(0, ge=0, description="learning rate at the end")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's; biases and norms have none")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="AdamW's"
+    )
+    seed: int = Field(0, ge=0, description="decides initial weights, order, crops and masks")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU that has it, else fp32")
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.2, 1.0), description="smallest and largest share of the image in a crop"
+    )
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="narrowest and widest crop, width / height")
+    flip: Fraction = Field(0.5, description="probability of a mirrored crop")
+    interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="how crops are resized")
+    max_bad_share: Fraction = Field(0.05, description="share of broken images above which the run stops")
+    init: Text | None = Field(None, description="checkpoint, run or export to start from")
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _imagenet(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if value is None and info.data.get("channels") == 3:
+            return IMAGENET_MEAN if info.field_name == "mean" else IMAGENET_STD
+        return value
+
+
+class Running(_Settings):
+    """Where and how a run is made.  None of it changes the weights; any of it may change on resume."""
+
+    out: Text | None = Field(None, description="folder of the run")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    devices: Positive = Field(1, description="processes on each node, one for each GPU")
+    num_nodes: Positive = Field(1, description="machines")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field("auto", description="processes that read images")
+    compile: bool = Field(False, description="compile the model's blocks")
+    checkpoint_every: Positive | None = Field(None, description="steps; null: once an epoch")
+    keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
+    eval_every: int = Field(0, ge=0, description="epochs between kNN evaluations during training; 0: none")
+    eval_data: Text | None = Field(None, description="labelled images for that evaluation")
+    eval_test: Text | None = Field(None, description="labelled images to test on; null: a part of eval_data")
+    crop_pct: float = Field(0.875, gt=0, le=1, description="centre crop at evaluation, share of the shorter side")
+    log_every: Positive = Field(10, description="steps")
+    sample_every: Positive | None = Field(None, description="steps between pictures; null: ten times in the run")
+    tensorboard: bool = Field(True, description="write TensorBoard events too")
+    wandb: str | None = Field(None, description="project on Weights & Biases to log to")
+
+
+class SizeRow(_Settings):
+    """Settings that a recipe uses for data sets of at most ``up_to`` images (null: of any size)."""
+
+    up_to: Positive | None
+    use: dict[str, Any]
+
+
+class RunConfig(Running, Results):
+    """A run, complete and checked."""
+
+    by_size: list[SizeRow] = Field([], description="settings by the number of images; see the recipe my-images")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        checks = (_check_length, _check_statistics, _check_patches, _check_batch, _check_ranges, _check_evaluation)
+        mistakes = [mistake for check in checks for mistake in check(self)]
+        if mistakes:
+            raise CrossMistakesError(mistakes)
+        return self
+
+    def to_yaml(self) -> str:
+        """The settings, fully resolved, as a file that `patchmine pretrain` accepts."""
+        values = self.model_dump(mode="json", exclude=set() if self.by_size else {"by_size"})
+        running = {name: values.pop(name) for name in Running.model_fields}
+        parts = (
+            ("What decides the weights.", values),
+            ("Where and how the run is made; may change on resume.", running),
+        )
+        return "\n".join(f"# {title}\n{yaml.safe_dump(part, sort_keys=False)}" for title, part in parts)
+
+
+def _check_length(config: RunConfig) -> list[Mistake]:
+    if config.epochs is None and config.steps is None:
+        return [Mistake("epochs", "given null, and no steps either; give one of them, as in epochs=100")]
+    return []
+
+
+def _check_statistics(config: RunConfig) -> list[Mistake]:
+    if (config.mean is None) != (config.std is None):
+        name = "mean" if config.mean is None else "std"
+        return [Mistake(name, f"given null while {'std' if name == 'mean' else 'mean'} is set; give both or neither")]
+    return [
+        Mistake(name, f"given {len(values)} numbers; must be one for each of channels={config.channels}")
+        for name, values in (("mean", config.mean), ("std", config.std))
+        if values is not None and len(values) != config.channels
+    ]
+
+
+def _check_patches(config: RunConfig) -> list[Mistake]:
+    in_name = re.search(r"patch(\d+)", config.model)
+    step = config.patch_size or (int(in_name[1]) if in_name else None)
+    if step is None or "patch_size" in config.model_args or all(side % step == 0 for side in config.image_size):
+        return []
+    height, width = (max(step, round(side / step) * step) for side in config.image_size)
+    near = str(height) if height == width else f"[{height},{width}]"
+    given = "x".join(map(str, config.image_size))
+    source = "patch_size" if config.patch_size else f"model {config.model}"
+    text = f"given {given}; must be a multiple of {step}, the patch of {source}: try image_size={near}"
+    return [Mistake("image_size", text)]
+
+
+def _check_batch(config: RunConfig) -> list[Mistake]:
+    parts = config.accumulate * config.devices * config.num_nodes
+    if config.batch_size % parts == 0:
+        return []
+    near = max(parts, round(config.batch_size / parts) * parts)
+    shares = f"accumulate={config.accumulate} * devices={config.devices} * num_nodes={config.num_nodes}"
+    text = f"given {config.batch_size}; must be a multiple of {parts} ({shares}): try batch_size={near}"
+    return [Mistake("batch_size", text)]
+
+
+def _check_ranges(config: RunConfig) -> list[Mistake]:
+    return [
+        Mistake(name, f"given [{low}, {high}]; must be [smallest, largest] with 0 < smallest <= largest")
+        for name, (low, high) in (("crop_scale", config.crop_scale), ("crop_ratio", config.crop_ratio))
+        if not 0 < low <= high
+    ]
+
+
+def _check_evaluation(config: RunConfig) -> list[Mistake]:
+    if config.eval_every and config.eval_data is None:
+        text = f"given {config.eval_every}, but eval_data is not set; name a folder of labelled images"
+        return [Mistake("eval_every", text)]
+    return []
+
+
+def changed_results(old: RunConfig, new: RunConfig) -> list[str]:
+    """The settings that decide the weights and differ, as "batch_size (was 256, now 512)"."""
+    before, after = (_flat(config.model_dump(mode="json", include=set(Results.model_fields))) for config in (old, new))
+    absent = object()
+    return [
+        f"{name} (was {_told(before, name)}, now {_told(after, name)})"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name, absent) != after.get(name, absent)
+    ]
+
+
+def _told(flat: Mapping[str, Any], name: str) -> str:
+    return shown(flat[name]) if name in flat else "not set"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
