@@ -1,0 +1,149 @@
+"""The part of a report that shows eval/NAME.json of every run: accuracies as bars, and the floors below them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from patchmine.report.reading import RunRecord, flatten
+from patchmine.report.words import NOTHING, number, percent, points, title
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation of one run.
+
+    Accuracies in percent, ``floors`` name -> top-1.  ``measures``: the numbers of an evaluation that has no
+    accuracy.  ``conditions``: how it was made, name -> text.
+    """
+
+    run: int
+    name: str
+    top1: float | None
+    top5: float | None
+    floors: Mapping[str, float]
+    measures: Mapping[str, float]
+    conditions: Mapping[str, str]
+
+
+def evaluations_section(runs: Sequence[RunRecord]) -> str:
+    """One table per evaluation; nothing where no run was evaluated."""
+    names = sorted({name for run in runs for name in run.evaluations})
+    if not names:
+        return ""
+    tables = [
+        _table(
+            name,
+            [read_result(i, run.name, run.evaluations[name]) for i, run in enumerate(runs) if name in run.evaluations],
+        )
+        for name in names
+    ]
+    return '<section id="evaluations"><h2>Evaluation</h2>' + "".join(tables) + "</section>"
+
+
+def read_result(run: int, name: str, content: Mapping[str, object]) -> Result:
+    """The numbers of an eval/NAME.json, whatever else it holds."""
+    top1 = _number(content.get("top1"))
+    floors = content.get("floors")
+    found = {}
+    for floor, accuracies in floors.items() if isinstance(floors, Mapping) else ():
+        accuracy = _number(accuracies.get("top1")) if isinstance(accuracies, Mapping) else None
+        if accuracy is not None:
+            found[str(floor)] = accuracy
+    rest = {key: value for key, value in content.items() if key not in ("name", "top1", "top5", "floors")}
+    measures = {} if top1 is not None else {k: n for k, value in rest.items() if (n := _number(value)) is not None}
+    conditions = flatten({key: value for key, value in rest.items() if key not in measures})
+    return Result(run, name, top1, _number(content.get("top5")), found, measures, conditions)
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _table(name: str, results: Sequence[Result]) -> str:
+    floors = list(dict.fromkeys(floor for result in results for floor in result.floors))
+    measures = list(dict.fromkeys(key for result in results for key in result.measures))
+    accuracies = [r.top1 for r in results if r.top1 is not None] + [v for r in results for v in r.floors.values()]
+    scale = min(100.0, 10.0 * math.ceil(max(accuracies) * 1.05 / 10)) if accuracies else None
+    rows = "".join(_row(result, floors, measures, scale) for result in results)
+    return (
+        f'<div class="scroll"><table class="evaluation" id="eval-{escape(name)}">'
+        f"<caption>{escape(title(name))}</caption>"
+        f"<thead><tr>{_head(floors, measures, scale)}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{_conditions(results)}"
+    )
+
+
+def _head(floors: Sequence[str], measures: Sequence[str], scale: float | None) -> str:
+    cells = ['<th scope="col">run</th>']
+    if scale is not None:
+        cells.append('<th scope="col" class="number">top-1</th>')
+        cells.append(f'<th scope="col" class="bar-cell"><span>0</span><span>{scale:g} %</span></th>')
+        cells.append('<th scope="col" class="number">top-5</th>')
+    for k, floor in enumerate(floors):
+        mark = f'<i class="floor floor-{k % 3}"></i>'
+        cells.append(f'<th scope="col" class="number">{mark}{escape(_spoken(floor))}</th>')
+    cells += [f'<th scope="col" class="number">{escape(_spoken(key))}</th>' for key in measures]
+    return "".join(cells)
+
+
+def _conditions(results: Sequence[Result]) -> str:
+    """How it was measured: once where all runs agree, else for each run."""
+    said = {result.name: _sentence(result.conditions) for result in results}
+    if len(set(said.values())) == 1:
+        lines = [next(iter(said.values()))]
+    else:
+        lines = [f"{name}: {sentence}" for name, sentence in said.items()]
+    return "".join(f'<p class="note conditions">{escape(line)}</p>' for line in lines if line)
+
+
+def _sentence(conditions: Mapping[str, str]) -> str:
+    return " · ".join(f"{_spoken(key)} {value}" for key, value in conditions.items() if value != "none")
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _row(result: Result, floors: Sequence[str], measures: Sequence[str], scale: float | None) -> str:
+    cells = [f'<th scope="row" class="run-{result.run % 8}"><i class="swatch"></i>{escape(result.name)}</th>']
+    if scale is not None:
+        cells.append(f'<td class="number main">{_accuracy(result.top1)}</td>')
+        cells.append(f'<td class="bar-cell">{_bar(result, floors, scale)}</td>')
+        cells.append(f'<td class="number">{_accuracy(result.top5)}</td>')
+    for floor in floors:
+        value = result.floors.get(floor)
+        if value is None:
+            cells.append(f'<td class="number">{NOTHING}</td>')
+            continue
+        gain = "" if result.top1 is None else f'<small class="gain">{points(result.top1 - value)} points</small>'
+        cells.append(f'<td class="number">{percent(value)}{gain}</td>')
+    cells += [f'<td class="number">{number(result.measures.get(key, math.nan))}</td>' for key in measures]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _accuracy(value: float | None) -> str:
+    return NOTHING if value is None else percent(value)
+
+
+def _bar(result: Result, floors: Sequence[str], scale: float) -> str:
+    spoken = [f"{percent(result.top1)} top-1"] if result.top1 is not None else []
+    spoken += [f"{_spoken(floor)} {percent(result.floors[floor])}" for floor in floors if floor in result.floors]
+    marks = "".join(
+        f'<i class="floor floor-{k % 3}" style="left:{_along(result.floors[floor], scale):.2f}%"></i>'
+        for k, floor in enumerate(floors)
+        if floor in result.floors
+    )
+    width = 0.0 if result.top1 is None else _along(result.top1, scale)
+    return (
+        f'<span class="bar run-{result.run % 8}" role="img" aria-label="{escape("; ".join(spoken))}">'
+        f'<i class="fill" style="width:{width:.2f}%"></i>{marks}</span>'
+    )
+
+
+def _along(value: float, scale: float) -> float:
+    return 100 * min(1.0, max(0.0, value / scale)) if scale else 0.0

@@ -1,0 +1,67 @@
+"""Numbers and names as a reader wants them."""
+
+from __future__ import annotations
+
+import math
+
+NOTHING = "\N{EN DASH}"
+"""Stands where there is no value."""
+
+TITLES = {
+    "loss": "Loss",
+    "lr": "Learning rate",
+    "images_per_second": "Images per second",
+    "data_wait": "Waiting for data",
+    "knn": "kNN",
+}
+
+
+def number(value: float) -> str:
+    """Four significant digits, thousands apart: 1,234 · 12.35 · 0.4123 · 1.5e-4 · 20."""
+    if not math.isfinite(value):
+        return NOTHING
+    size = abs(value)
+    if size < 1e9 and value == round(value):
+        return whole(value)
+    if size < 1e-3 or size >= 1e9:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    decimals = 4 if size < 1 else 3 - math.floor(math.log10(size))
+    return f"{value:.{decimals}f}"
+
+
+def whole(value: float) -> str:
+    """1,200."""
+    return f"{round(value):,}"
+
+
+def percent(value: float) -> str:
+    """A percentage with one decimal: 43.2 %."""
+    return f"{value:.1f} %"
+
+
+def rate(value: float) -> str:
+    """Images per second: 1,234 · 12.3."""
+    return whole(value) if value >= 100 else f"{value:.1f}"
+
+
+def points(value: float) -> str:
+    """A difference of percentages: +9.1."""
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def duration(seconds: float) -> str:
+    """3 h 05 min · 12 min 30 s · 45 s."""
+    whole_seconds = round(seconds)
+    hours, minutes = divmod(whole_seconds // 60, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {whole_seconds % 60:02d} s" if minutes else f"{whole_seconds} s"
+
+
+def title(name: str) -> str:
+    """``loss_pixel`` -> ``Loss pixel``; known names as they are usually written."""
+    words = name.replace("_", " ").replace("-", " ").strip()
+    return TITLES.get(name, words[:1].upper() + words[1:])
