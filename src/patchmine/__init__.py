@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
+from os import PathLike
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -32,22 +32,27 @@ sys.modules[__name__].__class__ = _Package
 
 
 def pretrain(**settings: Any) -> Run:
-    """Pre-train on ``data`` and return the finished run; settings are those of `patchmine config schema`.
+    """Pre-train on ``data`` and return the finished run; the settings are those of `patchmine config schema`.
 
-    ``pretrain(data="photos/", method="hpm", out="runs/hpm", **{"method.mask_ratio": 0.8})``; ``recipe=`` names a recipe or a
-    file to start from.  ``data`` may also be any torch dataset of images.  Raises UserError with every mistake in the settings.
+    ``pretrain(data="photos/", method="hpm", out="runs/hpm", **{"method.mask_ratio": 0.8})``; ``recipe=`` names a recipe
+    or a file to start from.  Raises UserError with every mistake in the settings.
     """
-    start = importlib.import_module("patchmine.pretrain").pretrain
-    config = importlib.import_module("patchmine.config").from_settings(**settings)
-    return start(config)
+    from patchmine.config import from_settings
+    from patchmine.pretrain import pretrain as start
+
+    return start(from_settings(**settings))
 
 
-def load_encoder(path: str, **options: Any) -> VisionTransformer:
-    """The encoder of a run, an export or a weights file, as a timm ``VisionTransformer`` in eval mode."""
-    return importlib.import_module("patchmine.run").open_encoder(path, **options)
+def load_encoder(path: str | PathLike[str]) -> VisionTransformer:
+    """The encoder of a run, an export or a weights file, in eval mode.  Raises UserError where there is none."""
+    from patchmine.run import open_encoder
+
+    return open_encoder(path)
 
 
 def __getattr__(name: str) -> Any:
     if name == "Run":
-        return importlib.import_module("patchmine.run").Run
+        from patchmine.run import Run
+
+        return Run
     raise AttributeError(f"module 'patchmine' has no attribute {name!r}")

@@ -130,7 +130,7 @@ def _minus(use: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fit_warmup(config: RunConfig, wanted: Mapping[str, Any], say: Say) -> RunConfig:
     """A warm-up that nobody asked for must not outlast a run that somebody shortened."""
-    if config.steps is not None or config.epochs is None or config.warmup_epochs <= config.epochs / 2:
+    if config.by_size or config.steps is not None or config.epochs is None or config.warmup_epochs <= config.epochs / 2:
         return config
     if "warmup_epochs" in wanted:
         if config.warmup_epochs < config.epochs:
@@ -151,7 +151,9 @@ def resolve_size(config: RunConfig, num_images: int, say: Say = silent) -> RunCo
         raise UserError(f"by_size has no row for {num_images:,} images: end it with a row 'up_to: null'")
     chosen = ", ".join(f"{key}={shown(value)}" for key, value in fitting[0].use.items())
     say(f"{num_images:,} images: {chosen or 'nothing to choose'}.")
-    return _with_row(config, fitting[0], f"the settings for {num_images:,} images")
+    sized = _with_row(config, fitting[0], f"the settings for {num_images:,} images")
+    # A row no longer holds what the user set: without the warm-up in it, that is the user's.
+    return _fit_warmup(sized, {} if "warmup_epochs" in fitting[0].use else {"warmup_epochs": sized.warmup_epochs}, say)
 
 
 def _with_row(config: RunConfig, row: SizeRow, where: str) -> RunConfig:

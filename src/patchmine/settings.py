@@ -79,7 +79,7 @@ class Results(_Settings):
     model: str = Field("vit_small_patch16_224", description="name of a plain vision transformer of timm's")
     model_args: dict[str, Any] = Field({}, description="more arguments for timm, such as depth, embed_dim, num_heads")
     method: Annotated[MethodConfig, BeforeValidator(_as_method)] = Field(
-        default_factory=lambda: METHODS["mae"].Config(), description="the method's name and its own settings"
+        "mae", validate_default=True, description="the method's name and its own settings"
     )
     image_size: Size = Field((224, 224), description="pixels, one number or [height, width]")
     patch_size: Positive | None = Field(None, description="pixels; null: the model's own")

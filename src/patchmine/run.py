@@ -1,0 +1,174 @@
+"""A run folder: what is in it and how to open it.  Nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from timm.models.vision_transformer import VisionTransformer
+
+from patchmine.config import RunConfig, parse
+from patchmine.errors import UserError
+from patchmine.method import Method
+from patchmine.methods import METHODS
+from patchmine.models import weights
+from patchmine.models.vit import build_encoder
+from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest
+
+Which = Literal["student", "teacher"]
+
+_log = logging.getLogger("patchmine")
+
+
+def build_method(config: RunConfig) -> Method:
+    """The method that the settings describe, freshly initialised (seed torch first).
+
+    Raises UserError where the settings do not fit together.
+    """
+    make: Callable[..., Method] = METHODS[config.method.name]
+    return make(config.method, _bare_encoder(config))
+
+
+def _bare_encoder(config: RunConfig) -> VisionTransformer:
+    return build_encoder(
+        config.model,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        channels=config.channels,
+        model_args=config.model_args,
+    )
+
+
+class Run:
+    """A run that was made, or is being made, in the folder ``path``.  Raises UserError when the folder holds none."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            kind = "is a file, not the folder of a run" if self.path.is_file() else "does not exist"
+            raise UserError(f"{self.path} {kind}; give the folder that `patchmine pretrain` wrote (its out=)")
+        if not self.config_file.is_file():
+            raise UserError(
+                f"{self.path} is no run: it has no config.yaml; give the folder that `patchmine pretrain` wrote"
+            )
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def config_file(self) -> Path:
+        """The settings, fully resolved."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Checkpoints; ``last`` is the newest."""
+        return self.path / "checkpoints"
+
+    @property
+    def sample_dir(self) -> Path:
+        """Pictures made during training."""
+        return self.path / "samples"
+
+    @property
+    def eval_dir(self) -> Path:
+        """Results of evaluations, one JSON file each."""
+        return self.path / "eval"
+
+    @property
+    def export_dir(self) -> Path:
+        """The encoder for timm and transformers."""
+        return self.path / "export"
+
+    @property
+    def bad_files(self) -> Path:
+        """Images that could not be read."""
+        return self.path / "bad_files.txt"
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's settings.  Raises UserError when config.yaml is damaged."""
+        return parse(self.config_file, [])
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint files, oldest first."""
+        return list_checkpoints(self.checkpoint_dir)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        lines = [
+            _read_line(text) for text in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        ]
+        return [line for line in lines if line is not None]
+
+    def method(self) -> Method:
+        """The method with the weights of the newest readable checkpoint, on the CPU, in eval mode.
+
+        Raises UserError when there is no checkpoint or it does not fit the settings.
+        """
+        found = self._newest()
+        method = build_method(self.config)
+        _load(method, found.model, found.path)
+        return method.eval()
+
+    def encoder(self, which: Which = "student") -> VisionTransformer:
+        """The encoder alone, from the newest readable checkpoint or else from ``export/``, in eval mode.
+
+        ``which="teacher"`` gives the slow copy that some methods keep.  Raises UserError where there is none.
+        """
+        if not self.checkpoints and weights.is_export(self.export_dir) and which == "student":
+            return weights.load_encoder(self.export_dir).eval()
+        found = self._newest()
+        prefix = "encoder." if which == "student" else "teacher.encoder."
+        tensors = {name.removeprefix(prefix): t for name, t in found.model.items() if name.startswith(prefix)}
+        if not tensors:
+            raise UserError(
+                f"{self.path} holds no {which}: method={self.config.method.name} keeps none; use weights=student"
+            )
+        encoder = _bare_encoder(self.config)
+        _load(encoder, tensors, found.path)
+        return encoder.eval()
+
+    def _newest(self) -> Checkpoint:
+        return load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
+
+
+def _load(module: Method | VisionTransformer, tensors: dict[str, Any], path: Path) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(
+            f"{path} does not fit the settings in config.yaml ({first[0].strip()}); was one of them changed?"
+        ) from error
+
+
+def _read_line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def is_run(path: str | PathLike[str]) -> bool:
+    """Whether a folder holds the settings of a run."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def open_encoder(path: str | PathLike[str]) -> VisionTransformer:
+    """The encoder of a run folder, an export folder or a weights file, on the CPU, in eval mode."""
+    return Run(path).encoder() if is_run(path) else weights.load_encoder(Path(path)).eval()
