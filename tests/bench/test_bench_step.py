@@ -1,0 +1,128 @@
+"""The step benchmark: it counts what it says it counts, and its contestants are of one size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from patchmine.bench.measure import count_flops, peak_bytes
+from patchmine.bench.step import bench_step
+from patchmine.errors import UserError
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = dict(
+    model="vit_tiny_patch16_224",
+    model_args={"depth": 2, "embed_dim": 32, "num_heads": 2},
+    image_size=32,
+    patch_size=4,
+    batch_size=2,
+    device="cpu",
+    rounds=2,
+)
+SMALL_DECODER = {"decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2}
+
+
+def run(**settings: Any) -> tuple[dict[str, Any], list[str]]:
+    lines: list[str] = []
+    return bench_step(say=lines.append, **{**TINY, **settings}), lines
+
+
+def test_work_of_an_mae_step_is_that_of_the_formula() -> None:
+    result, _ = run(method={"name": "mae", **SMALL_DECODER})
+    images, patches, visible, width, narrow = 2, 64, 16, 32, 16
+
+    def products(tokens: int, queries: int, width: int) -> int:
+        """Multiply-adds of a block that answers for ``queries`` of its tokens."""
+        attention = 2 * width * width * (tokens + queries) + 2 * tokens * queries * width
+        return attention + 8 * width * width * queries
+
+    embedding = visible * 48 * width
+    encoder = 2 * products(visible + 1, visible + 1, width)
+    narrowing = (visible + 1) * width * narrow
+    masked = patches - visible
+    decoder = products(patches + 1, patches + 1, narrow) + products(patches + 1, masked, narrow)
+    head = masked * narrow * 48
+    forward = embedding + encoder + narrowing + decoder + head
+    # Backward costs twice the forward, but pixels need no gradient.
+    expected = 2 * images * (3 * forward - embedding)
+    assert result["contestants"][0]["gflop_per_step"] * 1e9 == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_method_that_starts_differently_is_timed_at_both_ends(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "step.json"
+    result, lines = run(method={"name": "mae,hpm", **SMALL_DECODER}, out=out)
+    rows = {row["name"]: row for row in result["contestants"]}
+    assert list(rows) == ["mae", "hpm (mid-training)", "hpm (first step)"]
+    assert rows["hpm (first step)"]["gflop_per_step"] < rows["hpm (mid-training)"]["gflop_per_step"]
+    assert list(result["ratios"]) == ["hpm (mid-training) / mae", "hpm (first step) / mae"]
+    assert all(len(row["ms_of_each_round"]) == 2 for row in rows.values())
+    assert json.loads(out.read_text()) == result
+    assert "method=mae,hpm method.decoder_embed_dim=16" in result["command"]
+    text = "\n".join(lines)
+    assert "GFLOP/step" in text
+    assert "times as long as mae" in text
+
+
+def test_transformers_competes_at_the_same_size() -> None:
+    pytest.importorskip("transformers")
+    result, _ = run(method={"name": "mae", **SMALL_DECODER}, against="transformers")
+    ours, theirs = result["contestants"]
+    assert theirs["name"] == "transformers"
+    assert theirs["trained_parameters"] == ours["trained_parameters"]
+    # Theirs embeds every patch and finishes the last decoder block for tokens that nobody reads.
+    assert ours["gflop_per_step"] < theirs["gflop_per_step"] < 1.3 * ours["gflop_per_step"]
+    assert list(result["ratios"]) == ["mae / transformers"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "hmp"}, ["method=hmp", "hpm"]),
+        ({"method": {"name": "mae", "decoder_dept": 3}}, ["method.decoder_dept=3", "decoder_depth"]),
+        ({"method": {"name": "mae", "mask_ratio": 1.2}}, ["mask_ratio", "1.2"]),
+        ({"batch_sise": 3}, ["batch_sise", "batch_size"]),
+        ({"against": "tranformers"}, ["tranformers", "transformers"]),
+        ({"model": "vit_smal_patch16_224"}, ["vit_smal_patch16_224", "vit_small_patch16_224"]),
+    ],
+)
+def test_mistakes_are_named(settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        run(**settings)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_flops_of_products_and_attention() -> None:
+    x, w = torch.randn(5, 7), torch.randn(7, 11, requires_grad=True)
+    assert count_flops(lambda: (x @ w).sum().backward()) == 2 * 2 * 5 * 7 * 11
+    q = torch.randn(1, 2, 6, 8, requires_grad=True)
+    forward = 2 * 2 * 2 * 6 * 6 * 8
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert count_flops(lambda: attend(q, q, q).sum().backward()) == 3 * forward
+
+
+def test_peak_memory_counts_what_lives_at_one_time() -> None:
+    def one_after_another() -> None:
+        for _ in range(5):
+            torch.empty(1000)
+
+    def all_at_once() -> None:
+        kept = [torch.empty(1000) for _ in range(5)]
+        views = [tensor[:10] for tensor in kept]
+        del kept, views
+
+    assert peak_bytes(one_after_another, CPU) <= 2 * 4000
+    assert peak_bytes(all_at_once, CPU) == 5 * 4000
+    weight = torch.randn(50, 50, requires_grad=True)
+
+    def deep() -> None:
+        hidden = torch.zeros(50, 50)
+        for _ in range(10):
+            hidden = torch.sin(hidden @ weight)  # both results are kept for the way back
+        hidden.sum().backward()
+        weight.grad = None
+
+    assert 20 * 10_000 < peak_bytes(deep, CPU) < 25 * 10_000
