@@ -18,7 +18,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOOR = {"types", "errors"}
 BELOW_METHODS = FLOOR | {"ops", "models", "method"}
 PARTS = BELOW_METHODS | {"methods", "data", "train"}
-TOP = PARTS | {"config", "run", "pretrain", "evaluate", "report", "bench", "recipes"}
+# What users type: values and messages (words, mistakes), recipes, the typed settings, and the run made of them.
+TYPED = {"words", "mistakes"}
+SETTINGS = TYPED | {"recipes", "settings", "config"}
+TOP = PARTS | SETTINGS | {"run", "pretrain", "evaluate", "report", "bench", "recipes"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
@@ -28,14 +31,18 @@ MAY_IMPORT = {
     "methods": BELOW_METHODS,
     "data": FLOOR,
     "train": FLOOR | {"ops", "method"},
-    "config": PARTS,
-    "recipes": PARTS | {"config"},
-    "run": PARTS | {"config", "recipes"},
-    "evaluate": PARTS | {"config", "run"},
-    "report": PARTS | {"config", "run", "evaluate"},
-    "pretrain": PARTS | {"config", "run", "recipes", "evaluate", "report"},
-    "bench": PARTS | {"config", "run"},
-    "cli": TOP,
+    "words": {"errors"},
+    "mistakes": {"errors", "words"},
+    "recipes": {"errors", "words"},
+    "settings": PARTS | TYPED,
+    "config": PARTS | SETTINGS,
+    "run": PARTS | SETTINGS,
+    "evaluate": PARTS | SETTINGS | {"run"},
+    "report": PARTS | SETTINGS | {"run", "evaluate"},
+    "pretrain": PARTS | SETTINGS | {"run", "evaluate", "report"},
+    "bench": PARTS | SETTINGS | {"run"},
+    "commands": {"errors"} | TYPED,
+    "cli": TOP | {"commands"},
     "__init__": TOP,
     "__main__": {"cli"},
 }
