@@ -1,0 +1,118 @@
+"""One optimizer step, and what is counted on the way.  Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchmine.errors import UserError
+from patchmine.method import Method
+from patchmine.train.checkpoint import refuse_shared
+from patchmine.train.engine import Engine
+from patchmine.train.log import Meter, Stopwatch
+from patchmine.train.optim import build_optimizers, clip_gradients, set_rates, update
+from patchmine.types import Batch, Progress
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What training needs of a run's settings.  ``batch_size`` is global; ``*_every`` count optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int
+    checkpoint_every: int
+    accumulate: int = 1
+    blr: float = 1.5e-4
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    keep_checkpoints: int = 3
+    log_every: int = 10
+    sample_every: int | None = None
+    compile: bool = False
+
+    def progress(self, step: int) -> Progress:
+        """Where the run is when ``step`` steps are finished."""
+        return Progress(step, self.total_steps, self.steps_per_epoch)
+
+
+class Stepper:
+    """A method on its device with its optimizers.  Raises UserError for a batch that cannot be shared out."""
+
+    def __init__(self, method: Method, engine: Engine, settings: TrainSettings) -> None:
+        parts = engine.world_size * settings.accumulate
+        if settings.batch_size % parts:
+            raise UserError(
+                f"batch_size={settings.batch_size} cannot be shared out to {engine.world_size} processes x"
+                f" accumulate={settings.accumulate}; use a multiple of {parts}"
+            )
+        self.rows = settings.batch_size // parts
+        self.method, self.engine, self.settings = method, engine, settings
+        self.forward = engine.wrap(method, compile_blocks=settings.compile)
+        refuse_shared(method.state_dict())
+        self.optimizers = build_optimizers(
+            method.param_groups(), weight_decay=settings.weight_decay, blr=settings.blr, betas=settings.betas
+        )
+        self.rates: dict[str, float] = {}
+        self.meter = Meter()
+        self.watch = Stopwatch()
+        self._skips = torch.zeros(3, device=engine.device)  # in this interval, in a row until now, longest row
+
+    def make(self, progress: Progress, batches: Iterator[Batch]) -> Batch:
+        """Rates, losses, gradients, update; returns the last micro-batch."""
+        settings = self.settings
+        self.rates = set_rates(
+            self.optimizers,
+            progress,
+            batch_size=settings.batch_size,
+            warmup_epochs=settings.warmup_epochs,
+            min_lr=settings.min_lr,
+        )
+        self.optimizers.zero_grad()
+        for micro in range(settings.accumulate):
+            batch = self._next(batches, progress)
+            with self.engine.no_sync(self.forward, skip=micro + 1 < settings.accumulate):
+                self._add_gradient(batch, progress, micro)
+        norm = clip_gradients(self.optimizers, progress)
+        bad = norm.isfinite().logical_not().float()
+        update(self.optimizers, bad)
+        self.method.after_step(progress)
+        self.meter.add({"grad_norm": norm})
+        self._count(bad)
+        self.watch.steps += 1
+        return batch
+
+    def read_skips(self) -> tuple[int, int]:
+        """(skipped since the last reading, most of them in a row).  This waits for the device."""
+        skipped, row, longest = (int(number) for number in self._skips.tolist())
+        self._skips = self._skips.new_tensor([0, row, row])
+        return skipped, longest
+
+    def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch:
+        with self.watch.waiting():
+            batch = next(batches, None)
+        if batch is None or len(batch) != self.rows:
+            got = "none" if batch is None else f"{len(batch)}"
+            raise ValueError(f"step {progress.step} needs a batch of {self.rows} images and got {got}")
+        return batch
+
+    def _add_gradient(self, batch: Batch, progress: Progress, micro: int) -> None:
+        first_row = (micro * self.engine.world_size + self.engine.rank) * self.rows
+        self.method.noise.begin(progress.step, first_row, self.settings.batch_size)
+        losses = self.forward(batch, progress)
+        loss = losses["loss"]
+        # A loss that is not finite turns the gradient into NaN, which reaches every process together with the
+        # gradients, so that all skip the step without asking each other.
+        share = torch.full_like(loss, 1.0 / self.settings.accumulate)
+        self.engine.backward(loss, share.where(loss.detach().isfinite(), torch.nan))
+        self.meter.add(losses)
+
+    def _count(self, bad: Tensor) -> None:
+        skipped, row, longest = self._skips.unbind()
+        row = (row + bad) * bad
+        self._skips = torch.stack([skipped + bad, row, torch.maximum(longest, row)])

@@ -1,0 +1,215 @@
+"""Rates against a slow loop, clipping against torch, skipped steps against doing nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from patchmine.train.optim import (
+    build_optimizers,
+    clip_gradients,
+    is_decayed,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_rates,
+    update,
+)
+from patchmine.types import ParamGroup, Progress
+
+START = Progress(0, 10, 5)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+
+
+def named(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters())
+
+
+def fill_gradients(module: nn.Module, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def build(module: nn.Module, **group: object):
+    return build_optimizers([ParamGroup(named(module), **group)], weight_decay=0.05, blr=1e-2, betas=(0.9, 0.95))
+
+
+@pytest.mark.parametrize(("warmup", "min_lr"), [(0, 0.0), (3, 1e-6), (2.5, 1e-5)])
+def test_rates_follow_the_reference_loop(warmup: float, min_lr: float) -> None:
+    epochs, steps_per_epoch, peak = 8, 4, 2.4e-3
+    step = 0
+    for epoch in range(epochs):
+        for inner in range(steps_per_epoch):
+            now = epoch + inner / steps_per_epoch
+            if now < warmup:
+                expected = peak * now / warmup
+            else:
+                expected = min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * (now - warmup) / (epochs - warmup)))
+            progress = Progress(step, epochs * steps_per_epoch, steps_per_epoch)
+            assert learning_rate(progress, peak, warmup_epochs=warmup, min_lr=min_lr) == expected
+            step += 1
+
+
+def test_a_run_shorter_than_its_warmup_only_warms_up() -> None:
+    rates = [learning_rate(Progress(step, 4, 2), 1.0, warmup_epochs=4, min_lr=0.0) for step in range(5)]
+    assert rates == [0.0, 0.125, 0.25, 0.375, 0.5]
+    assert learning_rate(Progress(4, 4, 2), 1.0, warmup_epochs=2, min_lr=0.0) == 1.0
+
+
+def test_peak_rate_is_base_rate_times_batch_over_256() -> None:
+    first, second = network(), network()
+    optimizers = build_optimizers(
+        [
+            ParamGroup([(f"a.{name}", p) for name, p in named(first)]),
+            ParamGroup([(f"b.{name}", p) for name, p in named(second)], optimizer="sgd", blr=0.3),
+        ],
+        weight_decay=0.05,
+        blr=1.5e-4,
+        betas=(0.9, 0.95),
+    )
+    rates = set_rates(optimizers, START, batch_size=4096, warmup_epochs=0, min_lr=0.0)
+    assert rates == {"lr": pytest.approx(2.4e-3), "lr_sgd": pytest.approx(4.8)}
+    assert {group["lr"] for group in optimizers.by_name["adamw"].param_groups} == {rates["lr"]}
+
+
+def test_tokens_are_decayed_and_vectors_and_biases_are_not() -> None:
+    assert is_decayed("cls_token", torch.zeros(1, 1, 8))
+    assert is_decayed("blocks.0.attn.qkv.weight", torch.zeros(8, 8))
+    assert not is_decayed("norm.weight", torch.zeros(8))
+    assert not is_decayed("odd.bias", torch.zeros(8, 8))
+    groups = build(network()).by_name["adamw"].param_groups
+    assert {p.ndim for group in groups if group["weight_decay"] == 0.05 for p in group["params"]} == {2}
+    assert {p.ndim for group in groups if group["weight_decay"] == 0.0 for p in group["params"]} == {1}
+
+
+def test_adamw_equals_the_formula_of_its_paper() -> None:
+    module = nn.Linear(3, 2, bias=False)
+    weight = module.weight.detach().double().clone()
+    optimizers = build(module)
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    for step in range(1, 4):
+        module.weight.grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
+        grad = module.weight.grad.double()
+        lr = set_rates(optimizers, Progress(step, 10, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)["lr"]
+        update(optimizers, torch.zeros(()))
+        first, second = 0.9 * first + 0.1 * grad, 0.95 * second + 0.05 * grad**2
+        weight = weight * (1 - lr * 0.05)
+        weight -= lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+    torch.testing.assert_close(module.weight.detach().double(), weight, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_clipping_equals_torchs(scale: float) -> None:
+    module = network()
+    twin = copy.deepcopy(module)
+    fill_gradients(module, scale)
+    fill_gradients(twin, scale)
+    norm = clip_gradients(build(module, clip_norm=1.5), START)
+    expected = nn.utils.clip_grad_norm_(twin.parameters(), 1.5)
+    assert torch.equal(norm, expected)
+    for mine, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_clipping_each_parameter_equals_torchs_on_each() -> None:
+    module = network()
+    twin = copy.deepcopy(module)
+    fill_gradients(module)
+    fill_gradients(twin)
+    clip_gradients(build(module, clip_norm=1.0, clip_each=True), START)
+    for mine, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        nn.utils.clip_grad_norm_([theirs], 1.0)
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_groups_are_clipped_by_themselves() -> None:
+    first, second = network(), network()
+    fill_gradients(first, 10.0)
+    fill_gradients(second, 10.0)
+    groups = [
+        ParamGroup([(f"a.{name}", p) for name, p in named(first)], clip_norm=1.0),
+        ParamGroup([(f"b.{name}", p) for name, p in named(second)], optimizer="sgd"),
+    ]
+    clip_gradients(build_optimizers(groups, weight_decay=0, blr=1.0, betas=(0.9, 0.95)), START)
+    norm = lambda module: torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item()  # noqa: E731
+    assert norm(first) == pytest.approx(1.0, rel=1e-4)
+    assert norm(second) > 10
+
+
+def test_a_frozen_group_does_not_move_until_its_epoch() -> None:
+    module = network()
+    optimizers = build(module, frozen_until=1)
+    before = copy.deepcopy(module.state_dict())
+    for step in range(6):
+        progress = Progress(step, 10, 5)
+        fill_gradients(module)
+        set_rates(optimizers, progress, batch_size=256, warmup_epochs=0, min_lr=0.0)
+        clip_gradients(optimizers, progress)
+        update(optimizers, torch.zeros(()))
+        still = all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        assert still == (step < 5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("bad_step", [0, 2])
+def test_a_skipped_step_leaves_no_trace(name: str, bad_step: int) -> None:
+    def run(steps: list[int]) -> dict[str, Tensor]:
+        module = network()
+        optimizers = build(module, optimizer=name)
+        for step in steps:
+            fill_gradients(module, math.nan if step < 0 else step + 1.0)
+            set_rates(optimizers, Progress(1, 10, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)
+            bad = clip_gradients(optimizers, START).isfinite().logical_not().float()
+            update(optimizers, bad)
+        return {**module.state_dict(), **optimizer_tensors(optimizers)}
+
+    clean, spoilt = [0, 1, 2], [0, 1, 2]
+    spoilt.insert(bad_step, -1)
+    expected, found = run(clean), run(spoilt)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_optimizer_state_survives_by_parameter_name(name: str) -> None:
+    def steps(module: nn.Module, optimizers: object, count: int) -> None:
+        for _ in range(count):
+            fill_gradients(module)
+            set_rates(optimizers, Progress(1, 10, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)
+            update(optimizers, torch.zeros(()))
+
+    module = network()
+    optimizers = build(module, optimizer=name)
+    steps(module, optimizers, 3)
+    state = {key: value.clone() for key, value in optimizer_tensors(optimizers).items()}
+    assert all(any(key.startswith(f"{parameter}.") for parameter, _ in named(module)) for key in state)
+    other = copy.deepcopy(module)
+    steps(module, optimizers, 2)
+    resumed = build(other, optimizer=name)
+    load_optimizer_tensors(resumed, state)
+    steps(other, resumed, 2)
+    for key, value in module.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_mistakes_of_a_method_are_named() -> None:
+    module = network()
+    settings = dict(weight_decay=0.0, blr=1.0, betas=(0.9, 0.95))
+    with pytest.raises(ValueError, match=r"'0\.weight' twice"):
+        build_optimizers([ParamGroup(named(module)), ParamGroup(named(module)[:1])], **settings)
+    with pytest.raises(ValueError, match="unknown optimizer 'adam'; there are adamw, sgd, lars"):
+        build_optimizers([ParamGroup(named(module), optimizer="adam")], **settings)
+    with pytest.raises(ValueError, match="no parameter to train"):
+        build_optimizers([], **settings)
+    with pytest.raises(ValueError, match="'gone', which is not trained"):
+        load_optimizer_tensors(build(module), {"gone.exp_avg": torch.zeros(1)})
