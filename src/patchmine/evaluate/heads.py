@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Slots = Mapping[str, Sequence[int]]
@@ -30,7 +32,7 @@ class HeadGrid:
     def logits(self, name: str, rows: Tensor) -> Tensor:
         """Scores (B, C, R) of the classifiers on input ``name`` for ``rows`` (B, S, D)."""
         weight = self.weights[name]
-        scores = _inputs(rows, self.slots[name]) @ weight.flatten(1)  # (B, C * R)
+        scores = F.linear(_inputs(rows, self.slots[name]), weight.flatten(1).T)  # (B, C * R)
         return scores.view(len(rows), *weight.shape[1:]) + self.biases[name]
 
 
@@ -39,13 +41,17 @@ def _inputs(rows: Tensor, slots: Sequence[int]) -> Tensor:
 
 
 def _start(size: int, num_classes: int, rates: int, seed: int, device: torch.device | str) -> Tensor:
-    """(d, C, R): one draw of N(0, 0.01) (DINOv2, eval/linear.py), the same for every rate so that only the rate differs."""
+    """(d, C, R): one draw of N(0, 0.01) (DINOv2, eval/linear.py), the same for every rate so that only the rate
+    differs.
+    """
     drawn = torch.randn(size, num_classes, 1, generator=torch.Generator().manual_seed(seed)) * 0.01
     return drawn.repeat(1, 1, rates).to(device)
 
 
 def shuffled_batches(size: int, batch_size: int, count: int, seed: int) -> Iterator[Tensor]:
-    """``count`` index batches; every epoch is a new permutation of ``range(size)`` and its last partial batch is dropped."""
+    """``count`` index batches; every epoch is a new permutation of ``range(size)`` and its last partial batch is
+    dropped.
+    """
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, size)
     per_epoch = size // batch_size
@@ -73,9 +79,9 @@ def train_grid(
 ) -> HeadGrid:
     """Softmax regressions for every input and learning rate at once on ``table`` (N, S, D) with ``labels`` (N,).
 
-    SGD with momentum 0.9, no weight decay, cosine from each rate to zero over ``iterations`` (DINOv2, eval/linear.py).  The gradient
-    is written out, (softmax - one-hot) times the input: all rates of one input are one matrix product, without a graph.  A rate
-    that is too large ruins its own classifier and no other.
+    SGD with momentum 0.9, no weight decay, cosine from each rate to zero over ``iterations`` (DINOv2, eval/linear.py).
+    The gradient is written out, (softmax - one-hot) times the input: all rates of one input are one matrix product,
+    without a graph.  A rate that is too large ruins its own classifier and no other.
     """
     inputs = {name: len(chosen) * table.shape[2] for name, chosen in slots.items()}
     weights = {name: _start(size, num_classes, len(rates), seed, device) for name, size in inputs.items()}
@@ -88,11 +94,12 @@ def train_grid(
         rows, truth = table[index].to(device), labels[index].to(device)
         truth = truth[:, None, None].expand(-1, 1, len(rates))
         for name, (weight_speed, bias_speed) in speeds.items():
-            # Classes are not the last axis because a softmax over a few neighbouring numbers is 20 times slower on a CPU.
+            # Classes are not the last axis because a softmax over a few neighbouring numbers is 20 times slower on a
+            # CPU.
             error = grid.logits(name, rows).softmax(dim=1)  # (B, C, R)
             error.scatter_add_(1, truth, error.new_full(truth.shape, -1.0))
             error /= len(rows)
-            gradient = _inputs(rows, slots[name]).T @ error.flatten(1)  # (d, C * R)
+            gradient = F.linear(_inputs(rows, slots[name]).T, error.flatten(1).T)  # (d, C * R)
             weight_speed.mul_(0.9).add_(gradient.view_as(weight_speed))
             bias_speed.mul_(0.9).add_(error.sum(0))
             weights[name] -= rate * weight_speed
@@ -106,10 +113,7 @@ def grid_accuracy(
     grid: HeadGrid, table: Tensor, labels: Tensor, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Percent right, (R, 2) for top-1 and top-5, of every classifier; one that went to infinity scores zero."""
-    return {
-        name: accuracy(lambda rows, name=name: grid.logits(name, rows), table, labels, device).cpu()
-        for name in grid.slots
-    }
+    return {name: accuracy(partial(grid.logits, name), table, labels, device).cpu() for name in grid.slots}
 
 
 @torch.no_grad()
@@ -141,9 +145,11 @@ def train_lars(
     device: torch.device | str = "cpu",
     tick: Callable[[], None] = lambda: None,
 ) -> nn.Sequential:
-    """MAE's probe on ``features`` (N, D): batch norm without affine, linear, LARS with momentum 0.9, trust 0.001, no weight decay.
+    """MAE's probe on ``features`` (N, D): batch norm without affine, linear, LARS with momentum 0.9, trust 0.001, no
+    weight decay.
 
-    ``blr`` is per 256 rows; linear warm-up, then half a cosine to zero, per step (MAE, main_linprobe.py).  Returned in eval mode.
+    ``blr`` is per 256 rows; linear warm-up, then half a cosine to zero, per step (MAE, main_linprobe.py).  Returned in
+    eval mode.
     """
     from timm.optim import Lars
 
@@ -161,9 +167,9 @@ def train_lars(
         rate = _warm_cosine(step / per_epoch, warmup_epochs, epochs) * blr * batch_size / 256
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = nn.functional.cross_entropy(head(features[index].to(device)), labels[index].to(device))
+        loss = F.cross_entropy(head(features[index].to(device)), labels[index].to(device))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         tick()
     return head.eval()

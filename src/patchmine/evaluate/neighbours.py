@@ -18,14 +18,15 @@ _QUERY_ROWS, _BANK_ROWS = 256, 65_536
 
 
 def nearest(bank: Tensor, query: Tensor, k: int, *, bank_rows: int = _BANK_ROWS) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest inner products of each query (Q, D) with the bank (N, D): similarities and places, both (Q, k), best first.
+    """The ``k`` largest inner products of each query (Q, D) with the bank (N, D): similarities and places, both (Q, k),
+    best first.
 
     The bank is visited in slices of ``bank_rows``, so memory stays bounded however large it is.
     """
     best = query.new_empty(len(query), 0)
     place = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), bank_rows):
-        similarity = query @ bank[start : start + bank_rows].to(query.device).T
+        similarity = F.linear(query, bank[start : start + bank_rows].to(query.device))  # (Q, rows)
         value, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
         best, place = torch.cat([best, value], dim=1), torch.cat([place, index + start], dim=1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
@@ -46,8 +47,9 @@ def knn_accuracy(
 ) -> dict[int, Accuracy]:
     """Accuracy of the weighted vote of the k nearest bank rows, for every k (at most the bank's size) at once.
 
-    ``bank`` (N, D) and ``query`` (Q, D) are normalised to length one here; a neighbour with cosine s votes with exp(s / temperature)
-    (DINO, ``eval_knn.py``).  A query label outside ``range(num_classes)`` counts as wrong.  Ties go to the class with the smaller number.
+    ``bank`` (N, D) and ``query`` (Q, D) are normalised to length one here; a neighbour with cosine s votes with exp(s /
+    temperature) (DINO, ``eval_knn.py``).  A query label outside ``range(num_classes)`` counts as wrong.  Ties go to the
+    class with the smaller number.
     """
     ks = sorted({min(k, len(bank)) for k in neighbours})
     bank = F.normalize(bank.float(), dim=1)

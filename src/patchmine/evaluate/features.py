@@ -1,0 +1,239 @@
+"""From images to features of a frozen encoder: read once, in order, for everything that is measured on them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchmine.data.contract import Source
+from patchmine.data.loader import BadFiles, normalise, plain_batches
+from patchmine.data.views import PlainView
+from patchmine.errors import UserError
+from patchmine.evaluate.labelled import Part, everything
+from patchmine.evaluate.progress import Say, progress, silent
+from patchmine.evaluate.targets import Target
+
+LONGEST_SIDE = 32  # of images whose bare pixels are features
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read; none of it changes a result beyond rounding.  ``max_bad_share``: broken images above which
+    to stop.
+    """
+
+    batch_size: int = 256
+    workers: int | Literal["auto"] = "auto"
+    device: str = "auto"
+    max_bad_share: float = 0.05
+
+    def place(self) -> torch.device:
+        """The device that is meant."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device={self.device}, but torch sees no GPU: give device=cpu")
+        return torch.device(self.device)
+
+    def num_workers(self) -> int:
+        """Processes that decode images: "auto" leaves one core to the model."""
+        return min(8, (os.cpu_count() or 1) - 1) if self.workers == "auto" else self.workers
+
+
+@dataclass(frozen=True)
+class Features:
+    """``x`` (N, D), or (N, S, D) with S columns, float32; ``labels`` (N,) int64 where there are any; ``index`` (N,),
+    items of the source.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+class Reader:
+    """Turns normalised images (B, C, H, W) into columns (B, S, D) float32: class tokens of the last blocks, then means
+    of their patches.
+
+    ``poolings``: which columns, laid end to end, are meant by a name: ``cls``, ``mean``, ``cls+mean`` of the last
+    block, and with more ``blocks`` also ``cls, last 4 blocks`` and so on.  The final norm is applied to every block.  A
+    network without tokens has one column, ``pooled`` (its own pooling); no encoder at all gives ``pixels``, the image
+    shrunk to at most 32 pixels.
+    """
+
+    def __init__(self, target: Target, blocks: int = 1) -> None:
+        self.target = target
+        self.blocks = 0
+        encoder: Any = target.encoder  # timm's models share names, not types
+        if encoder is None:
+            self.poolings: dict[str, list[int]] = {"pixels": [0]}
+        elif not hasattr(encoder, "num_prefix_tokens") or not hasattr(encoder, "blocks"):
+            self.poolings = {"pooled": [0]}
+        else:
+            self.blocks = min(blocks, len(encoder.blocks))
+            self.has_class_token = getattr(encoder, "cls_token", None) is not None
+            self.poolings = _token_poolings(self.blocks, self.has_class_token)
+
+    def choose(self, pooling: str) -> str:
+        """``pooling``, or what stands in for ``cls`` where there is no class token.  Raises UserError for an unknown
+        one.
+        """
+        if pooling in self.poolings:
+            return pooling
+        if pooling == "cls" or not self.blocks:
+            return next(iter(self.poolings))
+        raise UserError(f"pooling={pooling!r}: {self.target.name} has {', '.join(self.poolings)}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, S, D) float32."""
+        encoder: Any = self.target.encoder
+        if encoder is None:
+            return _shrunk(images).flatten(1)[:, None]
+        if not self.blocks:
+            pooled: Tensor = encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+            return pooled.float()[:, None]
+        tokens = self._tokens(encoder, images)
+        prefix: int = encoder.num_prefix_tokens
+        columns = [x[:, 0].float() for x in tokens] if self.has_class_token else []
+        columns += [x[:, prefix:].float().mean(1) for x in tokens]
+        return torch.stack(columns, dim=1)
+
+    def _tokens(self, encoder: Any, images: Tensor) -> list[Tensor]:
+        """The tokens of the last blocks after the final norm, the last block last: (B, P + L, D) each."""
+        if self.blocks == 1:
+            return [encoder.forward_features(images)]
+        parts = encoder.forward_intermediates(
+            images, indices=self.blocks, norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
+        return [part if isinstance(part, Tensor) else torch.cat([part[1], part[0]], dim=1) for part in parts]
+
+
+def _token_poolings(blocks: int, has_class_token: bool) -> dict[str, list[int]]:
+    n = blocks
+    means = range(n, 2 * n) if has_class_token else range(n)
+    last, every = {"mean": [means[-1]]}, {"mean": list(means)}
+    if has_class_token:
+        last = {"cls": [n - 1], **last, "cls+mean": [n - 1, means[-1]]}
+        every = {"cls": list(range(n)), **every, "cls+mean": list(range(2 * n))}
+    return last if n == 1 else last | {f"{name}, last {n} blocks": columns for name, columns in every.items()}
+
+
+def _shrunk(images: Tensor) -> Tensor:
+    """Images whose longer side is at most 32 pixels; smaller ones as they are."""
+    height, width = images.shape[-2:]
+    share = LONGEST_SIDE / max(height, width)
+    if share >= 1:
+        return images.float()
+    size = (max(1, round(height * share)), max(1, round(width * share)))
+    return F.interpolate(images.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+@contextmanager
+def at_rest(encoder: nn.Module | None) -> Iterator[None]:
+    """The encoder in eval mode; afterwards every one of its parts is in the mode it was in."""
+    modes = [(module, module.training) for module in encoder.modules()] if encoder is not None else []
+    if encoder is not None:
+        encoder.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def stream(
+    readers: Mapping[str, Reader], part: Part, reading: Reading, bad: BadFiles
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """(index (B,), columns (B, S, D) by reader) of one batch after the other, in order, without broken images; all on
+    the CPU.
+
+    All readers see the same images, prepared as the first one's target says: shorter side to size / crop_pct, bicubic,
+    centre crop. On a GPU the encoders run under bf16 autocast.
+    """
+    target = next(iter(readers.values())).target
+    device = reading.place()
+    for reader in readers.values():
+        if reader.target.encoder is not None:
+            reader.target.encoder.to(device)
+    mean, std = torch.tensor(target.mean), torch.tensor(target.std)
+    batches = plain_batches(
+        part.source,
+        PlainView(target.image_size, crop_pct=target.crop_pct),
+        channels=target.channels,
+        batch_size=reading.batch_size,
+        indices=part.indices,
+        workers=reading.num_workers(),
+        bad=bad,
+    )
+    for batch in batches:
+        images = normalise(batch, mean, std, device).views[0]
+        yield batch.index, {name: _read(reader, images, device) for name, reader in readers.items()}
+
+
+@torch.inference_mode()
+def _read(reader: Reader, images: Tensor, device: torch.device) -> Tensor:
+    with at_rest(reader.target.encoder), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return reader(images).cpu()
+
+
+def extract_all(
+    readers: Mapping[str, Reader], part: Part, reading: Reading, *, title: str = "features", say: Say = silent
+) -> dict[str, Features]:
+    """Features (N, S, D) of all readers from one pass over the images; ``say`` hears of broken ones."""
+    bad = BadFiles(None, 1.0)  # the share is judged at the end: items come in order, so broken ones may come in a row
+    tables: dict[str, Tensor] = {}
+    index = torch.empty(len(part), dtype=torch.int64)
+    done = 0
+    with progress(title, len(part), say) as tick:
+        for places, columns in stream(readers, part, reading, bad):
+            rows = slice(done, done + len(places))
+            index[rows] = places
+            for name, x in columns.items():
+                table = tables.setdefault(name, torch.empty(len(part), *x.shape[1:]))
+                table[rows] = x
+            done += len(places)
+            tick(len(places))
+    if done == 0:
+        raise UserError(f"{part.source.name} has no image that can be read")
+    if broken := len(part) - done:
+        found = f"{broken:,} of {len(part):,} images of {part.source.name} are broken"
+        if broken > reading.max_bad_share * len(part):
+            raise UserError(f"{found}, more than max_bad_share={reading.max_bad_share} allows: mend them, or raise it")
+        say(f"{title}: {found} and were skipped")
+    for name, table in tables.items():
+        if not math.isfinite(float(table[:done].sum())):
+            raise UserError(f"{readers[name].target.name} gives features that are not finite: its weights are broken")
+    labels = None if part.labels is None else torch.from_numpy(part.labels)[index[:done]]
+    return {name: Features(table[:done], labels, index[:done]) for name, table in tables.items()}
+
+
+def extract(
+    target: Target,
+    source: Source,
+    *,
+    pooling: str = "cls",
+    batch_size: int = 256,
+    workers: int | Literal["auto"] = "auto",
+    device: str = "auto",
+    say: Say = silent,
+) -> Features:
+    """Features (N, D) of every readable image of ``source``, in its order, with labels where it has any.
+
+    ``pooling``: ``cls`` (the mean of the patches where there is no class token), ``mean`` or ``cls+mean``.
+    """
+    reader = Reader(target)
+    chosen = reader.poolings[reader.choose(pooling)]
+    reading = Reading(batch_size, workers, device)
+    found = extract_all({target.name: reader}, everything(source), reading, say=say)[target.name]
+    return replace(found, x=found.x[:, chosen].flatten(1))

@@ -1,0 +1,104 @@
+"""The nearest-neighbour classifier of DINO on frozen features: nothing is trained, so it is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from patchmine.evaluate.features import Features, Reader, Reading, extract_all
+from patchmine.evaluate.labelled import LabelledData
+from patchmine.evaluate.measure import EvalSettings, Result, fast_products, measure
+from patchmine.evaluate.neighbours import NEIGHBOURS, TEMPERATURE, Accuracy, knn_accuracy
+from patchmine.evaluate.progress import Say, silent
+from patchmine.evaluate.targets import CROP_PCT, Target
+
+HEADLINE = 20  # the k that papers quote
+
+
+class KnnSettings(EvalSettings):
+    """Settings of `patchmine eval knn`."""
+
+    pooling: str = Field("cls", description="cls, mean or cls+mean; without a class token cls means mean")
+    neighbours: tuple[int, ...] = Field(NEIGHBOURS, min_length=1, description="all k that are reported")
+    k: int = Field(HEADLINE, gt=0, description="the one that top1 and top5 stand for")
+    temperature: float = Field(TEMPERATURE, gt=0, description="of the vote, exp(cosine / temperature)")
+
+
+def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
+    """Weighted vote of the k nearest training images, DINO's protocol: ``top1``, ``top5`` at k=20 and ``by_k`` for
+    every k.
+
+    k is at most the number of training images.  Raises UserError for a target or data that cannot be used.
+    """
+
+    def score(reader: Reader, train: Features, test: Features, num_classes: int) -> Result:
+        pooling = reader.choose(settings.pooling)
+        if pooling != settings.pooling and reader.target.encoder is not None:
+            say(f"{reader.target.name} has no class token: the features are its {pooling}")
+        columns = reader.poolings[pooling]
+        by_k = knn_accuracy(
+            train.x[:, columns].flatten(1),
+            _known(train.labels),
+            test.x[:, columns].flatten(1),
+            _known(test.labels),
+            num_classes,
+            neighbours=(*settings.neighbours, settings.k),
+            temperature=settings.temperature,
+            device=settings.reading().place(),
+        )
+        return _headline(by_k, settings.k, pooling, settings.temperature)
+
+    return measure(settings, "knn", 1, score, say)
+
+
+def _headline(by_k: Mapping[int, Accuracy], k: int, pooling: str, temperature: float) -> Result:
+    k = min(k, max(by_k))  # by_k has the number of training images where they are fewer than k
+    return {
+        **by_k[k],
+        "by_k": {str(each): accuracy for each, accuracy in by_k.items()},
+        "settings": {"k": k, "pooling": pooling, "temperature": temperature},
+    }
+
+
+def _known(labels: Tensor | None) -> Tensor:
+    assert labels is not None, "labelled data has labels"
+    return labels
+
+
+def online_knn(
+    encoder: nn.Module,
+    data: LabelledData,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    crop_pct: float | None = CROP_PCT,
+    reading: Reading | None = None,
+    max_train: int = 10_000,
+    max_test: int = 2_000,
+) -> Accuracy:
+    """``{"top1", "top5"}`` in percent of the encoder as it is in the middle of training; every part's train or eval
+    mode is left as it was.
+
+    To cost little, at most ``max_train`` and ``max_test`` images are used, evenly spread over the list.
+    """
+    reader = Reader(Target("the encoder in training", encoder, image_size, channels, tuple(mean), tuple(std), crop_pct))
+    device = next(encoder.parameters()).device
+    reading = reading or Reading(device=str(device))
+    with fast_products():
+        train = extract_all({"": reader}, data.train.thinned(max_train), reading)[""]
+        test = extract_all({"": reader}, data.test.thinned(max_test), reading)[""]
+        column = reader.poolings[reader.choose("cls")]
+        by_k = knn_accuracy(
+            train.x[:, column].flatten(1),
+            _known(train.labels),
+            test.x[:, column].flatten(1),
+            _known(test.labels),
+            len(data.classes),
+            neighbours=(HEADLINE,),
+            device=device,
+        )
+    return next(iter(by_k.values()))

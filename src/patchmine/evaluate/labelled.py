@@ -1,0 +1,137 @@
+"""From what the user typed to labelled images for training and for testing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchmine.data.contract import Labels, Source
+from patchmine.data.source import open_source
+from patchmine.errors import UserError
+
+Index = NDArray[np.int64]
+
+TEST_SHARE = 0.2
+_TEST_FOLDERS = ("test", "val", "validation", "valid")
+_PHOTOS = "embedded:photos"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some items of a source: ``indices`` (n,) of those that count, ``labels`` (N,) of all of its items, where there
+    are labels.
+    """
+
+    source: Source
+    indices: Index
+    labels: Index | None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def thinned(self, count: int) -> Part:
+        """At most ``count`` items, evenly spread over the list and thereby over the classes."""
+        if count >= len(self):
+            return self
+        places = np.linspace(0, len(self), count, endpoint=False).astype(np.int64)
+        return replace(self, indices=self.indices[places])
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Images to learn from and images to be tested on, with the same numbering of ``classes``.  ``how``: a sentence for
+    people.
+    """
+
+    train: Part
+    test: Part
+    classes: list[str]
+    how: str
+
+
+def everything(source: Source) -> Part:
+    """All items of a source, with labels where it has any."""
+    labels = source.labels()
+    return Part(source, np.arange(len(source)), None if labels is None else labels.ids)
+
+
+def open_labelled(data: Any, test: Any = None) -> LabelledData:
+    """Labelled data from one or two sources (anything that ``open_source`` takes).
+
+    ``test`` given: learn from ``data``, test on it.  Else ``data`` with the folders train and test (or val), or
+    embedded:photos, is used as it is divided; of anything else the last fifth of each class, in the source's order, is
+    the test.  Raises UserError where there are no labels, fewer than two classes, or nothing to test on.
+    """
+    if test is not None:
+        return _of_two(data, test, f"learns from {_named(data)}, is tested on {_named(test)}")
+    if isinstance(data, str | Path):
+        if str(data) == _PHOTOS:
+            return _of_two(f"{_PHOTOS}/train", f"{_PHOTOS}/test", "the two disjoint halves of embedded:photos")
+        inner = _folders(Path(data))
+        if inner:
+            return _of_two(*inner, f"learns from {inner[0]}, is tested on {inner[1]}")
+    source, labels = _open(data)
+    kept, held_out = split_by_class(labels.ids, TEST_SHARE)
+    if len(held_out) == 0:
+        raise UserError(
+            f"data={_named(data)} has one image per class, so none can be tested on: give more, or test=..."
+        )
+    how = (
+        f"{_named(data)} has no part for testing: the last fifth of each class, in the order of the list, is tested on "
+        f"({len(held_out):,} of {len(labels.ids):,} images)"
+    )
+    return LabelledData(Part(source, kept, labels.ids), Part(source, held_out, labels.ids), labels.names, how)
+
+
+def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
+    """Places of the first items of each class and of its last ``share`` (at least one, unless the class has but one),
+    both ascending.
+
+    The end of the list rather than a random draw, because neighbours in a list are often near-duplicates.
+    """
+    last = np.zeros(len(labels), dtype=bool)
+    for number in np.unique(labels):
+        places = np.flatnonzero(labels == number)
+        if len(places) > 1:
+            last[places[-max(1, round(share * len(places))) :]] = True
+    return np.flatnonzero(~last), np.flatnonzero(last)
+
+
+def _folders(path: Path) -> tuple[Path, Path] | None:
+    """The folders train and test of ``path``, where it has both."""
+    tests = [path / name for name in _TEST_FOLDERS if (path / name).is_dir()]
+    return (path / "train", tests[0]) if tests and (path / "train").is_dir() else None
+
+
+def _of_two(data: Any, test: Any, how: str) -> LabelledData:
+    (source, labels), (test_source, test_labels) = _open(data), _open(test, "test")
+    ids = test_labels.numbered_as(labels.names)
+    every, every_test = np.arange(len(source)), np.arange(len(test_source))
+    return LabelledData(Part(source, every, labels.ids), Part(test_source, every_test, ids), labels.names, how)
+
+
+def _open(data: Any, setting: str = "data") -> tuple[Source, Labels]:
+    source = open_source(data)
+    labels = source.labels()
+    if labels is None:
+        raise UserError(
+            f"{setting}={_named(data)} has no labels, which an evaluation needs: "
+            "give a folder with one folder per class, "
+            "or a list file with 'path label' lines"
+        )
+    if setting == "data" and len(labels.names) < 2:
+        raise UserError(f"data={_named(data)} has only one class ({labels.names[0]}): an evaluation needs two or more")
+    return source, labels
+
+
+def _named(data: Any) -> str:
+    if isinstance(data, str | Path):
+        return str(data)
+    if isinstance(data, Sequence):
+        return ", ".join(map(_named, data))
+    return type(data).__name__

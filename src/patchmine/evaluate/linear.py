@@ -1,0 +1,147 @@
+"""Linear classifiers on frozen features: DINOv2's grid of learning rates and poolings, or MAE's single LARS probe."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from patchmine.errors import UserError
+from patchmine.evaluate.features import Features, Reader
+from patchmine.evaluate.heads import accuracy, grid_accuracy, train_grid, train_lars
+from patchmine.evaluate.labelled import split_by_class
+from patchmine.evaluate.measure import EvalSettings, Result, measure
+from patchmine.evaluate.progress import Say, progress, silent
+
+# DINOv2, eval/linear.py, for 256 images; the last three are added because features of masked pre-training ask for more.
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+BLOCKS = 4
+MAX_ITERATIONS, MIN_ITERATIONS, EPOCHS = 12_500, 2_000, 50
+DINOV2_BATCH, MAE_BATCH = 1_024, 16_384
+
+
+class LinearSettings(EvalSettings):
+    """Settings of `patchmine eval linear`."""
+
+    protocol: Literal["dinov2", "mae"] = Field(
+        "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
+    )
+    rates: tuple[float, ...] = Field(RATES, min_length=1, description="learning rates for 256 images (dinov2)")
+    iterations: int | None = Field(None, gt=0, description="training steps (dinov2); null: by the number of images")
+    held_out: float = Field(
+        0.1, gt=0, lt=1, description="share of the training images that the choice is made on (dinov2)"
+    )
+    epochs: int = Field(90, gt=0, description="passes over the training images (mae)")
+    warmup_epochs: int = Field(10, ge=0, description="of these, with a rising rate (mae)")
+    blr: float = Field(0.1, gt=0, description="learning rate for 256 images (mae)")
+    train_batch: int | None = Field(
+        None, gt=0, description="features in a training step; null: by the number of images"
+    )
+
+
+def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
+    """``top1`` and ``top5`` of a linear classifier on the frozen features, trained on ``data``, reported on the test
+    images.
+
+    ``protocol="dinov2"``: classifiers for every pooling and learning rate, trained at once; the best one is chosen on a
+    held-out part of the training images, and only that one is scored on the test images.  ``protocol="mae"``: see
+    ``train_lars``.
+    """
+    if settings.protocol == "mae":
+        if settings.warmup_epochs >= settings.epochs:
+            raise UserError(f"warmup_epochs={settings.warmup_epochs} must be below epochs={settings.epochs}")
+        return measure(settings, "linear-mae", 1, lambda *given: _mae(settings, say, *given), say)
+    return measure(settings, "linear", BLOCKS, lambda *given: _dinov2(settings, say, *given), say)
+
+
+def batch_for(images: int, most: int, steps: int) -> int:
+    """The largest power of two, up to ``most``, that makes an epoch of ``images`` at least ``steps`` steps long."""
+    return min(most, 2 ** max(0, int(math.log2(max(1, images // steps)))))
+
+
+def iterations_for(images: int, batch: int) -> int:
+    """50 epochs, but no fewer than 2,000 steps and no more than DINOv2's 12,500."""
+    return min(MAX_ITERATIONS, max(MIN_ITERATIONS, EPOCHS * (images // batch)))
+
+
+def _dinov2(
+    settings: LinearSettings, say: Say, reader: Reader, train: Features, test: Features, num_classes: int
+) -> Result:
+    device = settings.reading().place()
+    labels, test_labels = _known(train), _known(test)
+    fit, choice = (torch.from_numpy(part) for part in split_by_class(labels.numpy(), settings.held_out))
+    batch = settings.train_batch or batch_for(len(fit), DINOV2_BATCH, steps=16)
+    iterations = settings.iterations or iterations_for(len(fit), batch)
+    with progress(f"{len(settings.rates) * len(reader.poolings)} classifiers", iterations, say) as tick:
+        grid = train_grid(
+            train.x[fit],
+            labels[fit],
+            num_classes,
+            reader.poolings,
+            [rate * batch / 256 for rate in settings.rates],
+            iterations=iterations,
+            batch_size=batch,
+            seed=settings.seed,
+            device=device,
+            tick=lambda: tick(1),
+        )
+    held_out = grid_accuracy(grid, train.x[choice], labels[choice], device)
+    pooling = max(held_out, key=lambda name: float(held_out[name][:, 0].max()))
+    chosen = int(held_out[pooling][:, 0].argmax())
+    top1, top5 = accuracy(partial(grid.logits, pooling), test.x, test_labels, device)[chosen].tolist()
+    if chosen in (0, len(settings.rates) - 1) and len(settings.rates) > 1:
+        say(f"the best learning rate, {settings.rates[chosen]:g}, is at the edge of rates=...: widen them")
+    return {
+        "top1": top1,
+        "top5": top5,
+        "chosen": {
+            "pooling": pooling,
+            "rate": settings.rates[chosen],
+            "held_out_top1": float(held_out[pooling][chosen, 0]),
+        },
+        "held_out_top1": {
+            name: dict(zip(map(str, settings.rates), scores[:, 0].tolist(), strict=True))
+            for name, scores in held_out.items()
+        },
+        "settings": {"iterations": iterations, "train_batch": batch, "trained_on": len(fit), "chosen_on": len(choice)},
+    }
+
+
+def _mae(
+    settings: LinearSettings, say: Say, reader: Reader, train: Features, test: Features, num_classes: int
+) -> Result:
+    device = settings.reading().place()
+    pooling = reader.choose("cls")
+    columns = reader.poolings[pooling]
+    batch = min(len(train), settings.train_batch or batch_for(len(train), MAE_BATCH, steps=32))
+    with progress("classifier", settings.epochs * (len(train) // batch), say) as tick:
+        head = train_lars(
+            train.x[:, columns].flatten(1),
+            _known(train),
+            num_classes,
+            epochs=settings.epochs,
+            warmup_epochs=settings.warmup_epochs,
+            batch_size=batch,
+            blr=settings.blr,
+            seed=settings.seed,
+            device=device,
+            tick=lambda: tick(1),
+        )
+    found = accuracy(lambda rows: head(rows)[..., None], test.x[:, columns].flatten(1), _known(test), device)
+    top1, top5 = found[0].tolist()
+    used = {
+        "epochs": settings.epochs,
+        "warmup_epochs": settings.warmup_epochs,
+        "blr": settings.blr,
+        "train_batch": batch,
+    }
+    return {"top1": top1, "top5": top5, "settings": {"pooling": pooling, **used}}
+
+
+def _known(features: Features) -> Tensor:
+    assert features.labels is not None, "labelled data has labels"
+    return features.labels

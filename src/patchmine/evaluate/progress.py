@@ -1,0 +1,55 @@
+"""Telling a person how far an evaluation is: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Say = Callable[[str], None]
+Tick = Callable[[int], None]
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def silent(_: str) -> None:
+    """Says nothing; the default of library functions."""
+
+
+@contextmanager
+def progress(title: str, total: int, say: Say) -> Iterator[Tick]:
+    """Yields a function to call with the number of items just done; nothing is shown where ``say`` is ``silent``."""
+    console = Console(stderr=True)
+    if say is silent:
+        yield lambda _: None
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda count: bar.advance(task, count)
+    else:
+        yield _lines(title, total, say)
+
+
+def _lines(title: str, total: int, say: Say) -> Tick:
+    start = last = time.monotonic()
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if done >= total or now - last > _SECONDS_BETWEEN_LINES:
+            say(f"{title}: {done:,} of {total:,} ({done / max(now - start, 1e-9):,.0f}/s)")
+            last = now
+
+    return tick

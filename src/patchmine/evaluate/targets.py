@@ -1,0 +1,222 @@
+"""What can be measured: a run, an export, an architecture of timm's, their random twins, bare pixels."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from patchmine.errors import UserError
+from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
+from patchmine.models.vit import initialise
+from patchmine.models.weights import CONFIG, is_export, load_encoder
+from patchmine.run import Run, is_run
+
+RAW_PIXELS = "raw-pixels"
+RANDOM_INIT = "random-init"
+CROP_PCT = 0.875  # 224 / 256, the resize and centre crop of DINO, MAE and HPM
+# Classifiers and decoders in a file of weights are not what is measured; int buffers are not weights.
+_NOT_WANTED = ("head.*", "head_dist.*", "fc.*", "classifier.*", "decoder*", "mask_token", "*num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A frozen encoder and how its images are prepared.  ``encoder`` None: the pixels themselves.
+
+    ``mean`` and ``std`` in [0, 1] units, one per channel.  ``folder``: the run that results are filed in.  ``note``:
+    what a reader of the numbers must know.
+    """
+
+    name: str
+    encoder: nn.Module | None
+    image_size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float | None = CROP_PCT
+    folder: Path | None = None
+    note: str = ""
+
+
+def open_target(
+    spec: str | Path,
+    *,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    weights: str = "student",
+    seed: int = 0,
+) -> Target:
+    """The target that ``spec`` names; nothing is ever downloaded.
+
+    A run folder (``weights`` student or teacher) | an export folder | a file with the weights of a plain ViT | the name
+    of a timm architecture (``weights`` a local file, else random ones, which ``note`` says) | ``random-init:SPEC``, the
+    same architecture with random weights from ``seed`` | ``raw-pixels`` or ``raw-pixels:SPEC``, the images as SPEC
+    would see them.  ``image_size`` and ``channels`` overrule the target's own.  Raises UserError for anything else.
+    """
+    text = str(spec)
+    kind, _, inner = text.partition(":")
+    if kind in (RAW_PIXELS, RANDOM_INIT) and inner:
+        base = open_target(inner, image_size=image_size, channels=channels, weights=weights, seed=seed)
+        return replace(raw_pixels(base) if kind == RAW_PIXELS else random_twin(base, seed), name=text)
+    if kind == RAW_PIXELS:
+        return _raw(image_size or (32, 32), channels or 3)
+    if kind == RANDOM_INIT:
+        raise UserError(f"{RANDOM_INIT} needs the run or architecture to copy: write {RANDOM_INIT}:RUN")
+    path = Path(text)
+    if is_run(path):
+        return _resized(_of_run(path, weights), image_size, channels)
+    if is_export(path):
+        return _resized(_of_export(path), image_size, channels)
+    if path.is_dir():
+        raise UserError(
+            f"{text} is neither a run (a folder with config.yaml) nor an export (config.json and model.safetensors): "
+            "give one of these, a file of weights, or the name of a timm architecture"
+        )
+    if path.is_file():
+        return _of_timm_model(text, load_encoder(path, image_size=image_size))
+    return _of_timm(text, image_size, channels, weights, seed)
+
+
+def random_twin(target: Target, seed: int = 0) -> Target:
+    """The same architecture, every weight drawn anew from ``seed``: the floor that training has to rise above."""
+    if target.encoder is None:
+        raise UserError(f"{target.name} has no weights that could be drawn at random")
+    encoder = copy.deepcopy(target.encoder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in encoder.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        if isinstance(encoder, VisionTransformer):
+            initialise(encoder)
+            if encoder.pos_embed is not None and encoder.pos_embed.requires_grad:  # fixed sine-cosine tables stay
+                nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+    return replace(target, name=f"{RANDOM_INIT}:{target.name}", encoder=encoder, folder=None, note="")
+
+
+def raw_pixels(target: Target) -> Target:
+    """The images that ``target`` would see, without its encoder."""
+    return replace(target, name=f"{RAW_PIXELS}:{target.name}", encoder=None, folder=None, note="")
+
+
+def _raw(image_size: tuple[int, int], channels: int) -> Target:
+    mean, std = _imagenet(channels)
+    return Target(RAW_PIXELS, None, image_size, channels, mean, std)
+
+
+def _imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """ImageNet's statistics for colour images; for other channels [-1, 1], which serves any data."""
+    if channels == 3:
+        return tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+    return (0.5,) * channels, (0.5,) * channels
+
+
+def _of_run(path: Path, weights: str) -> Target:
+    run = Run(path)
+    config = run.config
+    if config.mean is None or config.std is None:
+        raise UserError(
+            f"{run.config_file} has no mean and std: it is no finished set of settings; start the run again"
+        )
+    if weights not in ("student", "teacher"):
+        raise UserError(f"weights={weights!r}: of the run {path} either student or teacher can be measured")
+    encoder = run.encoder("teacher" if weights == "teacher" else "student")
+    return Target(
+        str(path),
+        encoder,
+        config.image_size,
+        config.channels,
+        tuple(config.mean),
+        tuple(config.std),
+        config.crop_pct,
+        folder=path,
+        note="" if weights == "student" else f"weights: {weights}",
+    )
+
+
+def _of_export(path: Path) -> Target:
+    cfg = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("pretrained_cfg") or {}
+    return _of_timm_model(str(path), load_encoder(path), cfg)
+
+
+def _of_timm_model(name: str, encoder: nn.Module, cfg: Mapping[str, Any] | None = None) -> Target:
+    """A target whose images are prepared as timm's description of the model says."""
+    if cfg is None:
+        cfg = getattr(encoder, "pretrained_cfg", {})
+    patch_embed = getattr(encoder, "patch_embed", None)
+    prepared = resolve_data_config(pretrained_cfg={"crop_pct": CROP_PCT, **cfg})
+    size = getattr(patch_embed, "img_size", None) or prepared["input_size"][1:]
+    channels = next(p for p in encoder.parameters() if p.ndim == 4).shape[1]
+    mean, std = tuple(prepared["mean"]), tuple(prepared["std"])
+    if len(mean) != channels:
+        mean, std = _imagenet(channels)
+    return Target(name, encoder, tuple(size), channels, mean, std, prepared["crop_pct"])
+
+
+def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weights: str, seed: int) -> Target:
+    bare = name.removeprefix("timm/")
+    if not timm.is_model(bare.split(".")[0]):
+        near = difflib.get_close_matches(bare.split(".")[0], timm.list_models(), n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise UserError(f"{name!r} is no run, export or file that exists, and no architecture of timm's{hint}")
+    settings: dict[str, Any] = dict(pretrained=False, num_classes=0, in_chans=channels or 3)
+    if weights == "student":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            encoder = _create(bare, settings, size)
+        note = f"no weights were loaded: {name} is measured with random ones (give weights=FILE for others)"
+        return replace(_sized(_of_timm_model(name, encoder), size), note=note)
+    encoder = _create(bare, settings, size)
+    if isinstance(encoder, VisionTransformer):
+        encoder = load_encoder(weights, model=bare, image_size=size)
+    else:
+        content = read_checkpoint(weights, "weights")
+        tensors = tensors_only(content.get("state_dict", content.get("model", content)))
+        load_tensors(encoder, tensors, LoadReport(str(weights)), allow=_NOT_WANTED)
+    return replace(_sized(_of_timm_model(name, encoder), size), name=f"{name} ({weights})")
+
+
+def _create(name: str, settings: dict[str, Any], size: tuple[int, int] | None) -> nn.Module:
+    """timm's model; convolutional networks take any size and know no ``img_size``."""
+    try:
+        if size is not None:
+            try:
+                return timm.create_model(name, img_size=size, **settings)
+            except TypeError:
+                pass
+        return timm.create_model(name, **settings)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"timm cannot build {name} with image_size={size}, channels={settings['in_chans']} ({error})"
+        ) from error
+
+
+def _sized(target: Target, size: tuple[int, int] | None) -> Target:
+    return target if size is None else replace(target, image_size=size)
+
+
+def _resized(target: Target, size: tuple[int, int] | None, channels: int | None) -> Target:
+    """The target for images of another size: a plain ViT's positions are resampled."""
+    if channels is not None and channels != target.channels:
+        raise UserError(f"channels={channels}, but {target.name} was made for {target.channels}: leave the setting out")
+    if size is None or size == target.image_size:
+        return target
+    if isinstance(target.encoder, VisionTransformer):
+        patch = target.encoder.patch_embed.patch_size
+        if any(side % step for side, step in zip(size, patch, strict=True)):
+            raise UserError(
+                f"image_size={size[0]}x{size[1]} is not a multiple of {target.name}'s patch {patch[0]}x{patch[1]}"
+            )
+        target.encoder.set_input_size(size)
+    return _sized(target, size)
