@@ -12,6 +12,7 @@ import torch
 from patchmine.bench.measure import count_flops, peak_bytes
 from patchmine.bench.step import bench_step
 from patchmine.errors import UserError
+from patchmine.ops.linear import onednn_linear, onednn_usable
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = dict(
@@ -98,6 +99,9 @@ def test_mistakes_are_named(settings: dict[str, Any], words: list[str]) -> None:
 def test_flops_of_products_and_attention() -> None:
     x, w = torch.randn(5, 7), torch.randn(7, 11, requires_grad=True)
     assert count_flops(lambda: (x @ w).sum().backward()) == 2 * 2 * 5 * 7 * 11
+    if onednn_usable():
+        x.requires_grad_()
+        assert count_flops(lambda: onednn_linear(x, w.t()).sum().backward()) == 3 * 2 * 5 * 7 * 11
     q = torch.randn(1, 2, 6, 8, requires_grad=True)
     forward = 2 * 2 * 2 * 6 * 6 * 8
     attend = torch.nn.functional.scaled_dot_product_attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from patchmine.ops.linear import onednn_linear, onednn_usable
 
 
 def synchronise(device: torch.device) -> None:
@@ -37,15 +40,15 @@ def matmul_side(device: torch.device) -> int:
     return 8192 if device.type == "cuda" else 2048
 
 
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that times one large square matrix product and returns its rate; the operands are made once."""
-    side = matmul_side(device)
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty(side, side, device=device, dtype=dtype)
-    product = lambda: torch.mm(left, right, out=out)  # noqa: E731
-    repeats = 10 if device.type == "cuda" else 1
-    product()
-    return lambda: 2 * side**3 / seconds(product, device, repeats)
+def matmul_products(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Ways to do one large square matrix product, by name; the fastest is the rate that the machine can reach."""
+    left, right = (torch.randn(matmul_side(device), matmul_side(device), device=device, dtype=dtype) for _ in range(2))
+    products: dict[str, Callable[[], object]] = {"torch.mm": lambda: torch.mm(left, right)}
+    if device.type == "cpu" and dtype == torch.float32 and onednn_usable():
+        products["oneDNN"] = lambda: onednn_linear(left, right)
+    for product in products.values():
+        product()
+    return products
 
 
 def count_flops(function: Callable[[], object]) -> int:
@@ -54,19 +57,23 @@ def count_flops(function: Callable[[], object]) -> int:
     Counted from the operators that really run, not from a formula.  Attention's backward counts as twice its forward:
     what a fused kernel computes again to save memory is no work of the model.  Element-wise operators do not count.
     """
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode
 
     def attention_backward(_grad: Any, query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
-        return 2 * sdpa_flop_count(query, key, value)
+        batch, heads, rows, width = query  # shapes
+        return 2 * 2 * batch * heads * rows * key[2] * (width + value[3])
+
+    def linear(x: Any, weight: Any, *_args: Any, **_kwargs: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
 
     aten = torch.ops.aten
-    backwards = [
-        aten._scaled_dot_product_flash_attention_for_cpu_backward,
-        aten._scaled_dot_product_flash_attention_backward,
-        aten._scaled_dot_product_efficient_attention_backward,
-        aten._scaled_dot_product_cudnn_attention_backward,
-    ]
-    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(backwards, attention_backward)) as counter:
+    attentions = ["flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"]
+    formulas: dict[Any, Any] = {
+        getattr(aten, f"_scaled_dot_product_{name}_backward"): attention_backward for name in attentions
+    }
+    if onednn_usable():
+        formulas[torch.ops.mkldnn._linear_pointwise] = linear
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         function()
     return int(counter.get_total_flops())
 
@@ -89,11 +96,11 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return live.peak
 
 
-class _LiveTensors(TorchDispatchMode):
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Follows the bytes in storages that operators create, and their peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._known: set[int] = set()

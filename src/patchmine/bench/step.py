@@ -10,21 +10,25 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchmine.bench.measure import count_flops, hardware, matmul_flops_per_second, matmul_side, peak_bytes, seconds
+from patchmine.bench.measure import count_flops, hardware, matmul_products, matmul_side, peak_bytes, seconds
 from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.methods import METHODS
 from patchmine.mistakes import validate
 from patchmine.models.vit import build_encoder
-from patchmine.types import Batch, ParamGroup, Progress
+from patchmine.train.engine import Engine
+from patchmine.train.optim import Optimizers, build_optimizers, optimizer_tensors
+from patchmine.train.step import Stepper, TrainSettings
+from patchmine.types import Batch, ParamGroup
 from patchmine.words import did_you_mean, shown
 
 # A long imaginary run, so that its first step is as early as can be whatever a schedule counts in.
@@ -55,17 +59,16 @@ class StepBench(BaseModel):
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something that trains: ``loss`` is one forward pass, ``after`` what follows an update."""
+    """Something that trains: ``step`` is one whole step, ``state`` what stays in memory from one to the next."""
 
     name: str
-    module: nn.Module
-    groups: Sequence[ParamGroup]
-    loss: Callable[[], Tensor]
-    after: Callable[[], None]
+    step: Callable[[], object]
+    optimizers: Optimizers
+    state: Sequence[Tensor]
 
 
 def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]:
-    """Time whole training steps on random images: forward, backward, clipping, fused AdamW, what the method does then.
+    """Time whole training steps on random images, as a run makes them: forward, backward, fused AdamW, what comes then.
 
     ``settings`` are those of `StepBench`.  A method whose first step does other work than one in mid-training (nothing
     hard to look for yet) is timed at both.  Returns what is also written to ``out``: settings, hardware, the rate of a
@@ -75,28 +78,30 @@ def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]
     Raises UserError for wrong settings, and where transformers is asked for but not installed.
     """
     config = validate(StepBench, settings, where="the settings of bench step")
-    device, dtype = _device(config), _dtype(config)
+    names, options = _methods(config)
+    engine = Engine(config.device, precision=config.precision)
     torch.manual_seed(0)
-    contestants = _contestants(config, device)
-    steps = {contestant.name: _training_step(contestant, device, dtype) for contestant in contestants}
-    say(f"{len(steps)} contestants, {config.rounds} rounds of one turn each; first a few steps that do not count.")
-    facts = {
-        name: _facts(contestant, step, device)
-        for contestant, (name, step) in zip(contestants, steps.items(), strict=True)
-    }
-    rates, times = _race(steps, device, dtype, config.rounds)
-
+    contestants = _contestants(names, options, config, engine)
+    say(
+        f"{len(contestants)} contestants, {config.rounds} rounds of one turn each; first a few steps that do not count."
+    )
+    facts = {contestant.name: _facts(contestant, engine.device) for contestant in contestants}
+    race = _race(contestants, engine, config.rounds)
     result = {
         "command": _command(config),
-        "hardware": hardware(device),
+        "hardware": hardware(engine.device),
         "settings": {
             **config.model_dump(mode="json", exclude={"out"}),
-            "device": device.type,
-            "precision": _short(dtype),
+            "device": engine.device.type,
+            "precision": engine.precision,
         },
-        "matmul": {"side": matmul_side(device), "dtype": _short(dtype), "gflops": _round(median(rates) / 1e9)},
-        "contestants": [_row(name, facts[name], times[name], rates, config.batch_size) for name in steps],
-        "ratios": _ratios(times, config.against),
+        "matmul": {
+            "side": matmul_side(engine.device),
+            "gflops": _round(median(race.rates) / 1e9),
+            "gflops_by": {name: _round(median(rates) / 1e9) for name, rates in race.rates_by.items()},
+        },
+        "contestants": [_row(name, facts[name], race, config.batch_size) for name in facts],
+        "ratios": _ratios(race.times, config.against),
     }
     for line in describe(result):
         say(line)
@@ -107,31 +112,17 @@ def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]
     return result
 
 
-def _device(config: StepBench) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no CUDA device here: use device=cpu")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _dtype(config: StepBench) -> torch.dtype:
-    if config.precision == "auto":
-        return torch.bfloat16 if _device(config).type == "cuda" else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
-
-
-def _short(dtype: torch.dtype) -> str:
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
-
-
 # ---- who takes part ----
 
 
-def _contestants(config: StepBench, device: torch.device) -> list[Contestant]:
-    names, options = _methods(config)
-    images = torch.randn(config.batch_size, config.channels, *_size(config), device=device)
-    found = [entry for name in names for entry in _method_contestants(name, options[name], config, images)]
+def _contestants(
+    names: Sequence[str], options: Mapping[str, Mapping[str, Any]], config: StepBench, engine: Engine
+) -> list[Contestant]:
+    images = torch.randn(config.batch_size, config.channels, *_size(config), device=engine.device)
+    methods = {name: _build_method(name, options[name], config) for name in names}
+    found = [entry for name in names for entry in _method_contestants(name, methods[name], images, engine)]
     if config.against == "transformers":
-        found.append(_transformers_contestant(found[0].module, config, images))
+        found.append(_transformers_contestant(methods[names[0]], config, images, engine))
     return found
 
 
@@ -160,8 +151,7 @@ def _methods(config: StepBench) -> tuple[list[str], dict[str, dict[str, Any]]]:
     return names, {name: {key: value for key, value in given.items() if key in fields[name]} for name in names}
 
 
-def _method_contestants(name: str, options: Mapping[str, Any], config: StepBench, images: Tensor) -> list[Contestant]:
-    """The method in mid-training, and at its first step where that does other work."""
+def _build_method(name: str, options: Mapping[str, Any], config: StepBench) -> Method:
     method_class: Any = METHODS[name]
     settings = validate(method_class.Config, options, where=f"the settings of method {name}")
     encoder = build_encoder(
@@ -171,28 +161,32 @@ def _method_contestants(name: str, options: Mapping[str, Any], config: StepBench
         channels=config.channels,
         model_args=config.model_args,
     )
-    method: Method = method_class(settings, encoder).to(images.device).train()
+    method: Method = method_class(settings, encoder).train()
+    return method
+
+
+def _method_contestants(name: str, method: Method, images: Tensor, engine: Engine) -> list[Contestant]:
+    """The method in mid-training, and at its first step where that does other work."""
+    settings = TrainSettings(
+        total_steps=RUN_LENGTH, steps_per_epoch=1, batch_size=len(images), checkpoint_every=RUN_LENGTH
+    )
+    stepper = Stepper(method, engine, settings)
     rows = torch.arange(len(images), device=images.device)
-    box = torch.tensor([0.0, 0.0, 1.0, 1.0], device=images.device).expand(len(images), 4)
-    batch = Batch([images], rows, box, torch.zeros_like(rows, dtype=torch.bool))
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=images.device).expand(len(images), 4)
+    batches = repeat(Batch([images], rows, whole, torch.zeros_like(rows, dtype=torch.bool)))
+    state = [*method.parameters(), *method.buffers()]
 
     def at(title: str, step: int) -> Contestant:
-        progress = Progress(step, RUN_LENGTH, 1)
-        loss = partial(_method_loss, method, batch, progress)
-        return Contestant(title, method, method.param_groups(), loss, partial(method.after_step, progress))
+        make = partial(stepper.make, settings.progress(step), batches)
+        return Contestant(title, make, stepper.optimizers, state)
 
     middle, start = at(name, RUN_LENGTH // 2), at(name, 0)
-    if count_flops(middle.loss) == count_flops(start.loss):
+    if count_flops(middle.step) == count_flops(start.step):
         return [middle]
     return [at(f"{name} (mid-training)", RUN_LENGTH // 2), at(f"{name} (first step)", 0)]
 
 
-def _method_loss(method: Method, batch: Batch, progress: Progress) -> Tensor:
-    method.noise.begin(progress.step)
-    return method(batch, progress)["loss"]
-
-
-def _transformers_contestant(ours: Any, config: StepBench, images: Tensor) -> Contestant:
+def _transformers_contestant(ours: Any, config: StepBench, images: Tensor, engine: Engine) -> Contestant:
     """transformers' ViTMAEForPreTraining with the sizes of our model and the settings of our decoder."""
     try:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -223,84 +217,76 @@ def _transformers_contestant(ours: Any, config: StepBench, images: Tensor) -> Co
         )
     )
     theirs = theirs.to(images.device).train()
-    group = ParamGroup([(name, p) for name, p in theirs.named_parameters() if p.requires_grad])
-    return Contestant("transformers", theirs, [group], lambda: theirs(images).loss, lambda: None)
-
-
-# ---- the step, and what is read off it ----
-
-
-def _training_step(contestant: Contestant, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward, backward, clipping where the method asks for it, fused AdamW, and what follows an update."""
-    parameters = [[p for _, p in group.params] for group in contestant.groups]
-    decays = [0.05, 0.0]
-    matrices_and_vectors = [[p for part in parameters for p in part if (p.ndim > 1) == wide] for wide in (True, False)]
-    optimizer = torch.optim.AdamW(
-        [{"params": part, "weight_decay": decay} for part, decay in zip(matrices_and_vectors, decays, strict=True)],
-        lr=1e-5,
-        betas=(0.9, 0.95),
-        fused=True,
-    )
+    trained = [(name, p) for name, p in theirs.named_parameters() if p.requires_grad]
+    optimizers = build_optimizers([ParamGroup(trained)], weight_decay=0.05, blr=1.5e-4, betas=(0.9, 0.95))
 
     def step() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = contestant.loss()
+        optimizers.zero_grad()
+        with engine.autocast():
+            loss = theirs(images).loss
         loss.backward()
-        for group, part in zip(contestant.groups, parameters, strict=True):
-            if group.clip_norm is not None:
-                nn.utils.clip_grad_norm_(part, group.clip_norm, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        contestant.after()
+        for optimizer in optimizers.by_name.values():
+            optimizer.step()
 
-    return step
+    return Contestant("transformers", step, optimizers, [*theirs.parameters(), *theirs.buffers()])
 
 
-def _facts(contestant: Contestant, step: Callable[[], None], device: torch.device) -> dict[str, Any]:
-    """What does not depend on time: parameters, work, memory.  The first step makes the optimizer's state."""
+# ---- what is read off them ----
+
+
+def _facts(contestant: Contestant, device: torch.device) -> dict[str, Any]:
+    """What does not depend on time: parameters, work, memory.  The first steps make the optimizer's state."""
     for _ in range(2):
-        step()
-    trained = [p for group in contestant.groups for _, p in group.params]
-    kept = [*contestant.module.parameters(), *contestant.module.buffers()]
-    # Weights, and AdamW's two averages of every trained one, stay from step to step.
-    resident = sum(t.nbytes for t in kept) + 2 * sum(p.nbytes for p in trained)
+        contestant.step()
+    work = count_flops(contestant.step)
+    contestant.optimizers.zero_grad()
+    resident = [*contestant.state, *optimizer_tensors(contestant.optimizers).values()]
+    memory = sum(tensor.nbytes for tensor in resident) + peak_bytes(contestant.step, device)
     return {
-        "trained_parameters": sum(p.numel() for p in trained),
-        "gflop_per_step": _round(count_flops(step) / 1e9),
-        "peak_memory_mb": _round((resident + peak_bytes(step, device)) / 2**20),
+        "trained_parameters": sum(p.numel() for p in contestant.optimizers.params.values()),
+        "gflop_per_step": _round(work / 1e9),
+        "peak_memory_mb": _round(memory / 2**20),
     }
 
 
-def _race(
-    steps: Mapping[str, Callable[[], None]], device: torch.device, dtype: torch.dtype, rounds: int
-) -> tuple[list[float], dict[str, list[float]]]:
-    """Rates of the matrix product (one a round) and seconds per step of each contestant (one a round)."""
-    product = matmul_flops_per_second(device, dtype)
+@dataclass(frozen=True)
+class Race:
+    """One number a round: rates of matrix products in FLOP/s, and seconds per step of every contestant."""
+
+    rates_by: dict[str, list[float]]
+    times: dict[str, list[float]]
+
+    @property
+    def rates(self) -> list[float]:
+        """The fastest product of each round."""
+        return [max(rates) for rates in zip(*self.rates_by.values(), strict=True)]
+
+
+def _race(contestants: Sequence[Contestant], engine: Engine, rounds: int) -> Race:
+    products = matmul_products(engine.device, torch.bfloat16 if engine.precision == "bf16" else torch.float32)
+    work = 2 * matmul_side(engine.device) ** 3
     # On a GPU one step is over before the clock is worth reading.
-    repeats = 10 if device.type == "cuda" else 1
-    rates: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
+    repeats = 10 if engine.device.type == "cuda" else 1
+    race = Race({name: [] for name in products}, {contestant.name: [] for contestant in contestants})
     for turn in range(rounds):
-        rates.append(product())
-        first = turn % len(order)
-        for name in order[first:] + order[:first]:
-            times[name].append(seconds(steps[name], device, repeats))
-    return rates, times
+        for name, product in products.items():
+            race.rates_by[name].append(work / seconds(product, engine.device, repeats))
+        first = turn % len(contestants)
+        for contestant in [*contestants[first:], *contestants[:first]]:
+            race.times[contestant.name].append(seconds(contestant.step, engine.device, repeats))
+    return race
 
 
-def _row(
-    name: str, facts: Mapping[str, Any], times: Sequence[float], rates: Sequence[float], batch_size: int
-) -> dict[str, Any]:
-    middle = median(times)
+def _row(name: str, facts: Mapping[str, Any], race: Race, batch_size: int) -> dict[str, Any]:
+    times = race.times[name]
     work = facts["gflop_per_step"] * 1e9
     return {
         "name": name,
-        "ms_per_step": _round(middle * 1e3),
-        "images_per_second": _round(batch_size / middle),
+        "ms_per_step": _round(median(times) * 1e3),
+        "images_per_second": _round(batch_size / median(times)),
         **facts,
-        "gflops": _round(work / middle / 1e9),
-        "share_of_matmul": _round(median(work / t / rate for t, rate in zip(times, rates, strict=True))),
+        "gflops": _round(work / median(times) / 1e9),
+        "share_of_matmul": _round(median(work / t / rate for t, rate in zip(times, race.rates, strict=True))),
         "ms_of_each_round": [_round(t * 1e3) for t in times],
     }
 
@@ -338,10 +324,11 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     """A result in lines for people."""
     machine, settings, product = result["hardware"], result["settings"], result["matmul"]
     on = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    by = ", ".join(f"{name} {rate:,.0f}" for name, rate in product["gflops_by"].items())
     lines = [
         f"{settings['model']}, image_size {settings['image_size']}, batch {settings['batch_size']}, "
         f"{settings['precision']}, {on}",
-        f"matrix product {product['side']} x {product['side']} in {product['dtype']}: {product['gflops']:,.0f} GFLOP/s",
+        f"matrix product {product['side']} x {product['side']}: {product['gflops']:,.0f} GFLOP/s ({by})",
         f"{'':24}{'ms/step':>9}{'images/s':>10}{'memory MB':>11}{'GFLOP/step':>12}{'GFLOP/s':>9}{'of matmul':>11}",
     ]
     lines += [
