@@ -25,13 +25,17 @@ Which = Literal["student", "teacher"]
 _log = logging.getLogger("patchmine")
 
 
-def build_method(config: RunConfig) -> Method:
+def build_method(config: RunConfig, *, start_from: str | None = None) -> Method:
     """The method that the settings describe, freshly initialised (seed torch first).
 
-    Raises UserError where the settings do not fit together.
+    ``start_from``: a run, export or weights file whose encoder is taken instead of a random one.  Raises UserError where the
+    settings do not fit together.
     """
     make: Callable[..., Method] = METHODS[config.method.name]
-    return make(config.method, _bare_encoder(config))
+    encoder = _bare_encoder(config)
+    if start_from is not None:
+        _load(encoder, open_encoder(start_from).state_dict(), Path(start_from))
+    return make(config.method, encoder)
 
 
 def _bare_encoder(config: RunConfig) -> VisionTransformer:

@@ -1,0 +1,352 @@
+"""From settings to a finished run: the only place where data, method and optimizer meet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from patchmine.config import RunConfig, changed_results, parse, resolve_size, silent
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.contract import Source, notes_of
+from patchmine.data.loader import data_statistics, normalise, plain_batches, train_batches
+from patchmine.data.source import Spec, default_cache_dir, open_source
+from patchmine.data.views import PlainView, TrainView
+from patchmine.errors import UserError
+from patchmine.evaluate.features import Reading
+from patchmine.evaluate.knn import online_knn
+from patchmine.evaluate.labelled import LabelledData, open_labelled
+from patchmine.method import Method
+from patchmine.models.vit import encoder_grid
+from patchmine.models.weights import export_encoder
+from patchmine.report.panels import draw_panels
+from patchmine.run import Run, build_method
+from patchmine.train.checkpoint import Checkpoint, load_newest
+from patchmine.train.engine import Engine
+from patchmine.train.log import Log
+from patchmine.train.loop import train
+from patchmine.train.step import TrainSettings
+from patchmine.types import Batch, Progress
+
+Say = Callable[[str], None]
+
+SAMPLE_IMAGES = 6  # rows of a picture made during training
+
+
+def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent) -> Run:
+    """Make the run that ``config`` describes in the new folder ``config.out``; returns it, trained and exported.
+
+    ``source`` takes the place of ``config.data``: any torch Dataset, say.  Raises UserError for mistakes in settings, data or folders,
+    and `train.signals.Interrupted`, a SystemExit with the stated code, when it was asked to stop.
+    """
+    folder = _new_folder(config)
+    engine, images, config = _open(config, source, say)
+    if engine.is_main:
+        _write_config(config, folder)
+    return _train(config, folder, engine, images, None, say)
+
+
+def resume(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, source: Spec | None = None, say: Say = silent
+) -> Run:
+    """Go on with the run in ``path`` from its newest readable checkpoint, exactly as if it had not been interrupted.
+
+    ``overrides``: ``key=value`` words for settings that do not change results (workers, device, ...).  Raises UserError for others.
+    """
+    run = Run(path)
+    config = parse(run.config_file, list(overrides), say)
+    changed = changed_results(run.config, config)
+    if changed:
+        raise UserError(
+            f"a resumed run must keep the settings that decide its weights, but {'; '.join(changed)}: "
+            "leave them out, or start a new run with `patchmine pretrain` and another out"
+        )
+    start = load_newest(run.checkpoint_dir, say)
+    engine, images, config = _open(config, source, say)
+    say(f"{run.path}: going on from step {start.step}.")
+    return _train(config, run.path, engine, images, start, say)
+
+
+def _new_folder(config: RunConfig) -> Path:
+    if config.out is None:
+        raise UserError("out is not set: name a new folder for the run, as in out=runs/first")
+    folder = Path(config.out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out={folder} is a file: name a new folder for the run")
+    if (folder / "config.yaml").exists():
+        raise UserError(
+            f"out={folder} already holds a run, which is left as it is: go on with it by `patchmine resume {folder}`, "
+            "or choose another out"
+        )
+    return folder
+
+
+def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Source, RunConfig]:
+    """Processes, images, and the settings that had to wait for both."""
+    images = open_source(config.data if source is None else source, cache_dir=default_cache_dir())
+    for note in notes_of(images):
+        say(note)
+    config = resolve_size(config, len(images), say)
+    if config.mean is None:
+        mean, std = data_statistics(images, config.channels)
+        rounded = [[round(float(value), 4) for value in values] for values in (mean, std)]
+        say(f"Normalising with the data's own mean {rounded[0]} and std {rounded[1]}.")
+        config = config.model_copy(update={"mean": rounded[0], "std": rounded[1]})
+    engine = Engine(config.device, config.devices, config.num_nodes, config.precision)
+    return engine, images, config
+
+
+def _write_config(config: RunConfig, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".config.yaml.new"
+    temporary.write_text(config.to_yaml(), encoding="utf-8")
+    temporary.replace(folder / "config.yaml")
+
+
+def _train(
+    config: RunConfig, folder: Path, engine: Engine, images: Source, start: Checkpoint | None, say: Say
+) -> Run:
+    settings = _settings(config, images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        method = build_method(config, start_from=config.init if start is None else None)
+    method.noise.seed = config.seed
+    first_step = 0 if start is None else start.step
+    bad = BadFiles(folder / "bad_files.txt" if engine.is_main else None, config.max_bad_share)
+    if engine.is_main:
+        say(_summary(config, settings, images, engine))
+    run_folder = folder if engine.is_main else None
+    log = Log(
+        run_folder,
+        total_steps=settings.total_steps,
+        first_step=first_step,
+        say=say,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+    )
+    with log:
+        looker = _Looker(config, folder, engine, images, method, log)
+        train(
+            method,
+            _batches(config, settings, engine, images, method, first_step, bad),
+            engine,
+            settings,
+            folder=folder / "checkpoints",
+            log=log,
+            start=start,
+            identity={"data": images.fingerprint},
+            plain_data=_PlainData(config, images, engine),
+            on_epoch=looker.evaluate if config.eval_every else None,
+            on_sample=looker.draw,
+        )
+    if engine.is_main:
+        _export(config, method, folder)
+        say(_last_words(folder, bad))
+    engine.barrier()
+    engine.close()
+    return Run(folder)
+
+
+def _settings(config: RunConfig, images: Source) -> TrainSettings:
+    if config.batch_size > len(images):
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the {len(images)} images of {images.name}: "
+            f"set batch_size={len(images)} or lower"
+        )
+    steps_per_epoch = len(images) // config.batch_size
+    total_steps = config.steps if config.steps is not None else (config.epochs or 0) * steps_per_epoch
+    return TrainSettings(
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=config.batch_size,
+        # Once an epoch, but epochs of a few steps do not deserve a file each.
+        checkpoint_every=config.checkpoint_every or max(steps_per_epoch, min(100, total_steps)),
+        accumulate=config.accumulate,
+        blr=config.blr,
+        warmup_epochs=config.warmup_epochs,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        keep_checkpoints=config.keep_checkpoints,
+        log_every=config.log_every,
+        sample_every=config.sample_every or max(1, total_steps // 10),
+        compile=config.compile,
+    )
+
+
+def num_workers(config: RunConfig, engine: Engine) -> int:
+    """Processes that read images for one training process."""
+    if config.workers != "auto":
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if engine.device.type == "cpu":
+        return min(1, cores - 1)  # the cores are needed for arithmetic; one worker overlaps reading with it
+    return max(1, min(16, cores // config.devices))
+
+
+def _batches(
+    config: RunConfig,
+    settings: TrainSettings,
+    engine: Engine,
+    images: Source,
+    method: Method,
+    first_step: int,
+    bad: BadFiles,
+) -> Iterator[Batch]:
+    """This process's micro-batches from ``first_step`` on, normalised and on the device."""
+    view = TrainView(
+        config.image_size,
+        scale=config.crop_scale,
+        ratio=config.crop_ratio,
+        flip=config.flip,
+        interpolation=config.interpolation,
+        smallest_side=max(encoder_grid(method.encoder).patch),
+    )
+    loaded = train_batches(
+        images,
+        view,
+        channels=config.channels,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        steps_per_epoch=settings.steps_per_epoch,
+        start_step=first_step,
+        total_steps=settings.total_steps,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        accumulate=config.accumulate,
+        workers=num_workers(config, engine),
+        pin=engine.device.type == "cuda",
+        bad=bad,
+    )
+    return map(_normaliser(config, engine), loaded)
+
+
+def _normaliser(config: RunConfig, engine: Engine) -> Callable[[Batch], Batch]:
+    mean, std = (torch.tensor(values, device=engine.device) for values in (config.mean, config.std))
+    return partial(normalise, mean=mean, std=std, device=engine.device)
+
+
+@dataclass(frozen=True)
+class _PlainData:
+    """The whole training set without crops, as often as it is iterated: each image squashed to the model's size."""
+
+    config: RunConfig
+    images: Source
+    engine: Engine
+
+    def __iter__(self) -> Iterator[Batch]:
+        view = PlainView(self.config.image_size, crop_pct=None)
+        workers = num_workers(self.config, self.engine)
+        loaded = plain_batches(
+            self.images,
+            view,
+            channels=self.config.channels,
+            batch_size=256,
+            workers=workers,
+            bad=BadFiles(None, self.config.max_bad_share),
+        )
+        return map(_normaliser(self.config, self.engine), loaded)
+
+
+class _Looker:
+    """What the first process does beside training: pictures of always the same images, and kNN on labelled ones."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, engine: Engine, images: Source, method: Method, log: Log
+    ) -> None:
+        self.config, self.folder, self.engine, self.method, self.log = config, folder, engine, method, log
+        self.images = images
+        self._batch: Batch | None = None
+        self._labelled: LabelledData | None = None
+        if config.eval_every and engine.is_main:
+            self._labelled = open_labelled(config.eval_data, config.eval_test)
+
+    def draw(self, progress: Progress, batch: Batch) -> None:  # noqa: ARG002
+        """samples/step-N.png."""
+        if self._batch is None:
+            self._batch = self._fixed_images()
+        self.method.noise.begin(progress.step)
+        with torch.no_grad(), self.engine.autocast():
+            panels = self.method.panels(self._batch, progress)
+        assert self.config.mean is not None
+        assert self.config.std is not None
+        sheet = draw_panels(panels, self.config.mean, self.config.std)
+        target = self.folder / "samples" / f"step-{progress.step:08d}.png"
+        target.parent.mkdir(exist_ok=True)
+        sheet.save(target)
+
+    def _fixed_images(self) -> Batch:
+        count = len(self.images)
+        chosen = [count * place // SAMPLE_IMAGES for place in range(SAMPLE_IMAGES)] if count > SAMPLE_IMAGES else None
+        view = PlainView(self.config.image_size, crop_pct=1.0)
+        loaded = plain_batches(
+            self.images,
+            view,
+            channels=self.config.channels,
+            batch_size=SAMPLE_IMAGES,
+            indices=chosen,
+            bad=BadFiles(None, 1.0),
+        )
+        return _normaliser(self.config, self.engine)(next(loaded))
+
+    def evaluate(self, progress: Progress) -> None:
+        """An evaluation line of metrics.jsonl, every ``eval_every`` epochs and at the end."""
+        last = progress.step == progress.total_steps
+        if self._labelled is None or (progress.epoch % self.config.eval_every and not last):
+            return
+        config = self.config
+        assert config.mean is not None
+        assert config.std is not None
+        reading = Reading(workers=num_workers(config, self.engine), device=str(self.engine.device))
+        accuracy = online_knn(
+            self.method.encoder,
+            self._labelled,
+            image_size=config.image_size,
+            channels=config.channels,
+            mean=tuple(config.mean),
+            std=tuple(config.std),
+            crop_pct=config.crop_pct,
+            reading=reading,
+        )
+        epoch = progress.step / progress.steps_per_epoch
+        self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": "knn", **accuracy}})
+        self.log.say(f"step {progress.step}: kNN top-1 {accuracy['top1']:.1f} %")
+
+
+def _export(config: RunConfig, method: Method, folder: Path) -> None:
+    assert config.mean is not None
+    assert config.std is not None
+    export_encoder(
+        method.encoder,
+        folder / "export",
+        model=config.model,
+        model_args=config.model_args,
+        image_size=config.image_size,
+        channels=config.channels,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        interpolation=config.interpolation,
+    )
+
+
+def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine: Engine) -> str:
+    height, width = config.image_size
+    epochs = settings.total_steps / settings.steps_per_epoch
+    return (
+        f"{config.method.name} on {len(images):,} images of {images.name}: {config.model} at {height}x{width}, "
+        f"{settings.total_steps:,} steps ({epochs:g} epochs) of {config.batch_size}, lr {config.blr:g} x "
+        f"{config.batch_size}/256, {engine.precision} on {engine.world_size} x {engine.device.type}"
+    )
+
+
+def _last_words(folder: Path, bad: BadFiles) -> str:
+    broken = f" {len(bad)} broken images were left out, see {folder / 'bad_files.txt'}." if len(bad) else ""
+    return (
+        f"Done: {folder}.{broken} Next: `patchmine report {folder} out={folder}/report.html`, or "
+        f'timm.create_model("local-dir:{folder}/export", pretrained=True).'
+    )
