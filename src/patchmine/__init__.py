@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from os import PathLike
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -31,16 +32,22 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
-def pretrain(**settings: Any) -> Run:
+def pretrain(*, data: Any = None, say: Callable[[str], None] = print, **settings: Any) -> Run:
     """Pre-train on ``data`` and return the finished run; the settings are those of `patchmine config schema`.
 
     ``pretrain(data="photos/", method="hpm", out="runs/hpm", **{"method.mask_ratio": 0.8})``; ``recipe=`` names a recipe
-    or a file to start from.  Raises UserError with every mistake in the settings.
+    or a file to start from.  ``data`` is what the command line takes, or any torch dataset of images; ``say`` hears what
+    a person should know.  Raises UserError with every mistake in the settings.
     """
     from patchmine.config import from_settings
     from patchmine.pretrain import pretrain as start
 
-    return start(from_settings(**settings))
+    source = None
+    if data is not None:
+        named = all(isinstance(part, str | PathLike) for part in (data if isinstance(data, list | tuple) else [data]))
+        source = None if named else data
+        settings["data"] = data if named else f"python:{type(data).__name__}"
+    return start(from_settings(say=say, **settings), source=source, say=say)
 
 
 def load_encoder(path: str | PathLike[str]) -> VisionTransformer:

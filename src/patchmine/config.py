@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.mistakes import Mistake, validate
+from patchmine.mistakes import Mistake, refusal, validate
 from patchmine.recipes import Recipe, load_recipe
 from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, SizeRow, changed_results
 from patchmine.words import merge, put, shown, split_setting
@@ -70,7 +70,8 @@ def _assemble(recipe: Recipe | None, pairs: Sequence[tuple[str, Any]], mistakes:
     config = _validate(settings, where, mistakes)
     for row in config.by_size:
         _with_row(config, row, f"{where} for data sets up to {row.up_to or 'any'} images")
-    return _fit_warmup(config, wanted, say)
+    shortened = "epochs" in wanted or "warmup_epochs" not in settings
+    return _fit_warmup(config, shortened and "warmup_epochs" not in wanted, say)
 
 
 def _tree(pairs: Sequence[tuple[str, Any]], mistakes: list[Mistake]) -> dict[str, Any]:
@@ -128,18 +129,18 @@ def _minus(use: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _fit_warmup(config: RunConfig, wanted: Mapping[str, Any], say: Say) -> RunConfig:
+def _fit_warmup(config: RunConfig, may_shorten: bool, say: Say) -> RunConfig:
     """A warm-up that nobody asked for must not outlast a run that somebody shortened."""
-    if config.by_size or config.steps is not None or config.epochs is None or config.warmup_epochs <= config.epochs / 2:
+    if config.by_size or config.steps is not None or config.epochs is None:
         return config
-    if "warmup_epochs" in wanted:
-        if config.warmup_epochs < config.epochs:
-            return config
-        text = f"given {shown(config.warmup_epochs)}; must be below epochs={config.epochs}"
-        raise UserError(f"Mistake in the settings: {Mistake('warmup_epochs', text)}")
-    shorter = config.epochs / 10
-    say(f"warmup_epochs={config.warmup_epochs:g} is shortened to {shorter:g}, a tenth of the {config.epochs} epochs.")
-    return config.model_copy(update={"warmup_epochs": shorter})
+    if may_shorten and config.warmup_epochs > config.epochs / 2:
+        shorter = config.epochs / 10
+        say(f"warmup_epochs={config.warmup_epochs:g} is shortened to {shorter:g}, a tenth of {config.epochs} epochs.")
+        return config.model_copy(update={"warmup_epochs": shorter})
+    if config.warmup_epochs >= config.epochs:
+        text = f"given {config.warmup_epochs:g}; must be below epochs={config.epochs}"
+        raise refusal([Mistake("warmup_epochs", text)], "the settings")
+    return config
 
 
 def resolve_size(config: RunConfig, num_images: int, say: Say = silent) -> RunConfig:
@@ -152,8 +153,8 @@ def resolve_size(config: RunConfig, num_images: int, say: Say = silent) -> RunCo
     chosen = ", ".join(f"{key}={shown(value)}" for key, value in fitting[0].use.items())
     say(f"{num_images:,} images: {chosen or 'nothing to choose'}.")
     sized = _with_row(config, fitting[0], f"the settings for {num_images:,} images")
-    # A row no longer holds what the user set: without the warm-up in it, that is the user's.
-    return _fit_warmup(sized, {} if "warmup_epochs" in fitting[0].use else {"warmup_epochs": sized.warmup_epochs}, say)
+    # A row no longer holds what the user set: where it has no warm-up, that is the user's.
+    return _fit_warmup(sized, "warmup_epochs" in fitting[0].use, say)
 
 
 def _with_row(config: RunConfig, row: SizeRow, where: str) -> RunConfig:

@@ -17,6 +17,7 @@ from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.methods import METHODS
 from patchmine.models import weights
+from patchmine.models.loading import LoadReport, load_tensors, resample_positions
 from patchmine.models.vit import build_encoder
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest
 
@@ -28,14 +29,23 @@ _log = logging.getLogger("patchmine")
 def build_method(config: RunConfig, *, start_from: str | None = None) -> Method:
     """The method that the settings describe, freshly initialised (seed torch first).
 
-    ``start_from``: a run, export or weights file whose encoder is taken instead of a random one.  Raises UserError where the
-    settings do not fit together.
+    ``start_from``: a run, export or weights file whose encoder is taken instead of a random one.  Raises UserError
+    where the settings do not fit together.
     """
     make: Callable[..., Method] = METHODS[config.method.name]
     encoder = _bare_encoder(config)
     if start_from is not None:
-        _load(encoder, open_encoder(start_from).state_dict(), Path(start_from))
+        _start_from(encoder, start_from)
     return make(config.method, encoder)
+
+
+def _start_from(encoder: VisionTransformer, path: str) -> None:
+    """Take the weights of another encoder; its positions are resampled where the grid differs."""
+    tensors = open_encoder(path).state_dict()
+    if "pos_embed" in tensors and tensors["pos_embed"].shape != encoder.pos_embed.shape:
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], encoder.patch_embed.grid_size, prefix)
+    load_tensors(encoder, tensors, LoadReport(f"init={path}"))
 
 
 def _bare_encoder(config: RunConfig) -> VisionTransformer:

@@ -1,0 +1,105 @@
+"""The words after a command as typed settings: what stands first (a run, images) and `key=value`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from patchmine.mistakes import Mistake, validate
+from patchmine.words import put, split_setting
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_words(
+    model: type[Model], words: Sequence[str], *, command: str, first: Sequence[str] = (), rest: str | None = None
+) -> Model:
+    """The settings of a command.
+
+    Words without ``=`` fill the fields named in ``first``, in order, and then the list ``rest``.  Raises UserError with
+    every mistake.
+    """
+    settings: dict[str, Any] = {}
+    mistakes: list[Mistake] = []
+    plain: list[str] = []
+    for word in words:
+        pair = split_setting(word)
+        if pair is not None:
+            complaint = put(settings, *pair)
+            mistakes += [Mistake(pair[0], complaint)] if complaint else []
+        elif word.startswith("-") and not Path(word).exists():
+            mistakes.append(
+                Mistake(word, f"settings are written without dashes, as in {word.strip('-').split('=')[0]}=...")
+            )
+        else:
+            plain.append(word)
+    settings |= zip(first, plain, strict=False)
+    more = plain[len(first) :]
+    if rest is not None and more:
+        settings[rest] = more
+    else:
+        mistakes += [Mistake(word, "one word too many; settings are written key=value") for word in more]
+    known = ", ".join(name for name in model.model_fields if name not in (*first, rest))
+    hint = f"; there are {known}" if known else ""
+    return validate(model, settings, where=f"`patchmine {command}`", before=mistakes, hint=hint)
+
+
+class _Arguments(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class Show(_Arguments):
+    """`patchmine show`."""
+
+    run: str = Field(description="name the folder of a run first, as in `patchmine show runs/hpm a.jpg out=panel.png`")
+    images: list[str] = Field(min_length=1, description="name image files after the run")
+    out: str = Field("panel.png", description="picture to write")
+    seed: int = Field(0, ge=0, description="decides the random masks")
+
+
+class Report(_Arguments):
+    """`patchmine report`."""
+
+    runs: list[str] = Field(
+        min_length=1, description="name one run folder or several, as in `patchmine report runs/hpm`"
+    )
+    out: str = Field("report.html", description="page to write")
+
+
+class Export(_Arguments):
+    """`patchmine export`."""
+
+    run: str = Field(description="name the folder of a run first, as in `patchmine export runs/hpm`")
+    out: str | None = Field(None, description="folder to write; null: export/ in the run")
+    what: Literal["encoder", "full"] = Field("encoder", description="the encoder alone, or the method with its decoder")
+    weights: Literal["student", "teacher"] = Field("student", description="teacher: the slow copy that HPM keeps")
+
+
+class Import(_Arguments):
+    """`patchmine import`."""
+
+    file: str = Field(
+        description="name the file first, as in `patchmine import mae_pretrain_vit_base.pth out=runs/mae`"
+    )
+    out: str = Field(description="name the folder to write, as in out=runs/mae")
+    weights: Literal["student", "teacher"] = Field("student", description="which of HPM's two models")
+
+
+class Inspect(_Arguments):
+    """`patchmine data inspect`."""
+
+    data: str = Field(description="name the images first, as in `patchmine data inspect photos/`")
+    sample: int = Field(1000, gt=0, description="images that are decoded")
+    full: bool = Field(False, description="decode all images")
+
+
+class Shard(_Arguments):
+    """`patchmine data shard`."""
+
+    data: str = Field(description="name the images first, as in `patchmine data shard photos/ out=shards/`")
+    out: str = Field(description="name the folder to write, as in out=shards/")
+    max_side: int | None = Field(None, gt=0, description="shrink larger images to this longest side, in pixels")
+    shard_mb: int = Field(256, gt=0, description="size of a shard, in megabytes")
