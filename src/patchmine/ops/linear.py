@@ -7,6 +7,7 @@ torch gives float32 products on x86 to MKL, which runs its AVX2 kernels on proce
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from torch.overrides import TorchFunctionMode
 def onednn_usable() -> bool:
     """Whether this build of torch has oneDNN's product for plain float32 tensors."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def fast_linear() -> AbstractContextManager[Any]:
+    """`OneDnnLinear` where this build of torch can do it, else nothing."""
+    return OneDnnLinear() if onednn_usable() else nullcontext()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

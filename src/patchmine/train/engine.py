@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from patchmine.errors import UserError
 from patchmine.method import Method
+from patchmine.ops.linear import fast_linear
 from patchmine.types import Batch, Losses, Progress
 
 if TYPE_CHECKING:
@@ -39,12 +41,14 @@ class _Arguments:
 class _Step(nn.Module):
     """The module that is wrapped: one method's forward."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, arithmetic: Callable[[], AbstractContextManager[Any]]) -> None:
         super().__init__()
         self.method = method
+        self.arithmetic = arithmetic
 
     def forward(self, arguments: _Arguments) -> Losses:
-        losses: Losses = self.method(arguments.batch, arguments.progress)
+        with self.arithmetic():
+            losses: Losses = self.method(arguments.batch, arguments.progress)
         return losses
 
 
@@ -98,7 +102,8 @@ class Engine:
         """Move a method to the device and return its forward, autocast and synchronised."""
         if compile_blocks:
             _compile_blocks(method)
-        forward = Forward(self._fabric.setup_module(_Step(method)))
+        arithmetic = fast_linear if self.device.type == "cpu" and not compile_blocks else nullcontext
+        forward = Forward(self._fabric.setup_module(_Step(method, arithmetic)))
         if self.world_size > 1:
             for buffer in method.buffers():  # DDP does so for parameters
                 torch.distributed.broadcast(buffer, src=0)

@@ -1,0 +1,52 @@
+"""The fast product on the processor against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from patchmine.ops.linear import OneDnnLinear, onednn_linear, onednn_usable
+
+pytestmark = pytest.mark.skipif(not onednn_usable(), reason="this build of torch has no oneDNN product")
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_equals_linear(shape: tuple[int, ...], with_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    weight = torch.randn(8, 12, generator=generator)
+    bias = torch.randn(8, generator=generator) if with_bias else None
+    upstream = torch.randn(*shape[:-1], 8, generator=generator)
+    results = []
+    for linear in (F.linear, onednn_linear):
+        inputs = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]
+        out = linear(*inputs)
+        out.backward(upstream)
+        results.append([out.detach(), *(t.grad for t in inputs)])
+    for slow, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+def test_strided_input_and_frozen_parts() -> None:
+    x = torch.randn(6, 10)[:, ::2]
+    layer = nn.Linear(5, 3).requires_grad_(False)
+    layer.bias.requires_grad_(True)
+    with OneDnnLinear():
+        out = layer(x)
+    out.sum().backward()
+    torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer.bias.grad, torch.full((3,), 6.0))
+    assert layer.weight.grad is None
+
+
+def test_mode_takes_over_stock_layers_and_only_those_it_can_do() -> None:
+    layer = nn.Linear(4, 4)
+    with OneDnnLinear():
+        assert type(layer(torch.randn(2, 4)).grad_fn).__name__ == "_LinearBackward"
+        assert layer.double()(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.float()(torch.randn(2, 4)).dtype == torch.bfloat16
+    assert type(layer(torch.randn(2, 4)).grad_fn).__name__ == "AddmmBackward0"
