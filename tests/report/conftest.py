@@ -68,7 +68,11 @@ def _training_lines(method: str, steps: int, made: int, count: int, seed: int, k
             line |= {"hard_share": 0.5 * done}
         warm = min(1.0, done / 0.1)
         lr = 1.5e-4 * (warm if warm < 1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9)))
-        line |= {"lr": lr, "images_per_second": 480 + 25 * draw.standard_normal(), "data_wait": abs(0.03 * draw.standard_normal())}
+        line |= {
+            "lr": lr,
+            "images_per_second": 480 + 25 * draw.standard_normal(),
+            "data_wait": abs(0.03 * draw.standard_normal()),
+        }
         written.append(line)
         if knn and step % (every * max(1, count // 10)) == 0:
             top1 = 27 + 17 * (1 - math.exp(-3 * done)) + 0.4 * draw.standard_normal() + (method == "hpm")

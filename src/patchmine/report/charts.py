@@ -45,8 +45,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows and how.  ``from_zero``: the axis starts at 0.  ``show`` writes a value with its unit,
-    ``unit`` stands behind the numbers of the axis.
+    """What a chart shows and how.
+
+    ``wide``: over the whole page.  ``from_zero``: the axis starts at 0.  ``log_axis``: a logarithmic one makes sense.
+    ``dots``: few values, each of them marked.  ``show`` writes a value, ``unit`` stands behind the numbers of the axis.
     """
 
     key: str
@@ -112,7 +114,7 @@ def draw(chart: Chart, position: int, last_step: float) -> tuple[str, dict[str, 
     low = min(float(curve.low.min()) for curve in chart.curves)
     high = max(float(curve.high.max()) for curve in chart.curves)
     linear = linear_axis(low, high, chart.from_zero)
-    log = log_axis(low, high) if chart.log_axis and low > 0 else None
+    log = log_axis(low, high) if chart.log_axis and low > 0 and (chart.wide or high > 3 * low) else None
     figure = "\n".join(
         [
             f'<figure class="chart{" wide" if chart.wide else ""}" id="chart-{escape(chart.key)}">',

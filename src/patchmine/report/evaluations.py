@@ -29,18 +29,23 @@ class Result:
 
 
 def evaluations_section(runs: Sequence[RunRecord]) -> str:
-    """One table per evaluation; nothing where no run was evaluated."""
-    names = sorted({name for run in runs for name in run.evaluations})
-    if not names:
+    """One table per evaluation, all bars on one scale; nothing where no run was evaluated."""
+    by_name: dict[str, list[Result]] = {}
+    for i, run in enumerate(runs):
+        for name, content in run.evaluations.items():
+            by_name.setdefault(name, []).append(read_result(i, run.name, content))
+    if not by_name:
         return ""
-    tables = [
-        _table(
-            name,
-            [read_result(i, run.name, run.evaluations[name]) for i, run in enumerate(runs) if name in run.evaluations],
-        )
-        for name in names
-    ]
+    everything = [result for results in by_name.values() for result in results]
+    accuracies = [value for r in everything for value in (r.top1, *r.floors.values()) if value is not None]
+    scale = min(100.0, 10.0 * math.ceil(max(accuracies, default=0.0) * 1.05 / 10)) or 100.0
+    columns = max(len(_floors(results)) for results in by_name.values())
+    tables = [_table(name, results, scale, columns) for name, results in sorted(by_name.items())]
     return '<section id="evaluations"><h2>Evaluation</h2>' + "".join(tables) + "</section>"
+
+
+def _floors(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(floor for result in results for floor in result.floors))
 
 
 def read_result(run: int, name: str, content: Mapping[str, object]) -> Result:
@@ -64,30 +69,57 @@ def _number(value: object) -> float | None:
     return None
 
 
-def _table(name: str, results: Sequence[Result]) -> str:
-    floors = list(dict.fromkeys(floor for result in results for floor in result.floors))
+def _table(name: str, results: Sequence[Result], scale: float, columns: int) -> str:
+    """``columns``: how many floors the widest table has, so that the tables stand in line."""
     measures = list(dict.fromkeys(key for result in results for key in result.measures))
-    accuracies = [r.top1 for r in results if r.top1 is not None] + [v for r in results for v in r.floors.values()]
-    scale = min(100.0, 10.0 * math.ceil(max(accuracies) * 1.05 / 10)) if accuracies else None
-    rows = "".join(_row(result, floors, measures, scale) for result in results)
+    floors = _floors(results)
+    if measures:
+        head = "".join(f'<th scope="col" class="number">{escape(_spoken(key))}</th>' for key in measures)
+        rows = [_start(result) + _measures(result, measures) for result in results]
+    else:
+        spare = "<td></td>" * (columns - len(floors))
+        head = _accuracy_head(floors, scale) + spare
+        rows = [_start(result) + _accuracies(result, floors, scale) + spare for result in results]
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
     return (
         f'<div class="scroll"><table class="evaluation" id="eval-{escape(name)}">'
-        f"<caption>{escape(title(name))}</caption>"
-        f"<thead><tr>{_head(floors, measures, scale)}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f"{_conditions(results)}"
+        f'<caption>{escape(title(name))}</caption><thead><tr><th scope="col">run</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{_conditions(results)}"
     )
 
 
-def _head(floors: Sequence[str], measures: Sequence[str], scale: float | None) -> str:
-    cells = ['<th scope="col">run</th>']
-    if scale is not None:
-        cells.append('<th scope="col" class="number">top-1</th>')
-        cells.append(f'<th scope="col" class="bar-cell"><span>0</span><span>{scale:g} %</span></th>')
-        cells.append('<th scope="col" class="number">top-5</th>')
+def _start(result: Result) -> str:
+    return f'<th scope="row" class="run-{result.run % 8}"><i class="swatch"></i>{escape(result.name)}</th>'
+
+
+def _measures(result: Result, measures: Sequence[str]) -> str:
+    return "".join(f'<td class="number">{number(result.measures.get(key, math.nan))}</td>' for key in measures)
+
+
+def _accuracy_head(floors: Sequence[str], scale: float) -> str:
+    cells = [
+        '<th scope="col" class="number">top-1</th>',
+        f'<th scope="col" class="bar-cell"><span>0</span><span>{scale:g} %</span></th>',
+        '<th scope="col" class="number">top-5</th>',
+    ]
     for k, floor in enumerate(floors):
         mark = f'<i class="floor floor-{k % 3}"></i>'
         cells.append(f'<th scope="col" class="number">{mark}{escape(_spoken(floor))}</th>')
-    cells += [f'<th scope="col" class="number">{escape(_spoken(key))}</th>' for key in measures]
+    return "".join(cells)
+
+
+def _accuracies(result: Result, floors: Sequence[str], scale: float) -> str:
+    cells = [
+        f'<td class="number main">{_accuracy(result.top1)}</td>',
+        f'<td class="bar-cell">{_bar(result, floors, scale)}</td>',
+        f'<td class="number">{_accuracy(result.top5)}</td>',
+    ]
+    for floor in floors:
+        value = result.floors.get(floor)
+        gain = ""
+        if value is not None and result.top1 is not None:
+            gain = f'<small class="gain">{points(result.top1 - value)} points</small>'
+        cells.append(f'<td class="number">{_accuracy(value)}{gain}</td>')
     return "".join(cells)
 
 
@@ -107,23 +139,6 @@ def _sentence(conditions: Mapping[str, str]) -> str:
 
 def _spoken(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _row(result: Result, floors: Sequence[str], measures: Sequence[str], scale: float | None) -> str:
-    cells = [f'<th scope="row" class="run-{result.run % 8}"><i class="swatch"></i>{escape(result.name)}</th>']
-    if scale is not None:
-        cells.append(f'<td class="number main">{_accuracy(result.top1)}</td>')
-        cells.append(f'<td class="bar-cell">{_bar(result, floors, scale)}</td>')
-        cells.append(f'<td class="number">{_accuracy(result.top5)}</td>')
-    for floor in floors:
-        value = result.floors.get(floor)
-        if value is None:
-            cells.append(f'<td class="number">{NOTHING}</td>')
-            continue
-        gain = "" if result.top1 is None else f'<small class="gain">{points(result.top1 - value)} points</small>'
-        cells.append(f'<td class="number">{percent(value)}{gain}</td>')
-    cells += [f'<td class="number">{number(result.measures.get(key, math.nan))}</td>' for key in measures]
-    return f"<tr>{''.join(cells)}</tr>"
 
 
 def _accuracy(value: float | None) -> str:

@@ -21,11 +21,12 @@ from patchmine.report.words import number, percent, rate, title
 
 _LAST = ("lr", "images_per_second", "data_wait")
 _LINES = (
-    '<p class="note">A strong line is a moving mean; faint: the values as logged; shaded: their extremes, where a long run '
-    "has more values than fit. Point at a chart to read all charts at that step.</p>"
+    '<p class="note">A strong line is a moving mean; faint: the values as logged; shaded: their extremes, where a long '
+    "run has more values than fit. Point at a chart to read all charts at that step.</p>"
 )
 _NOTES = {
     "loss": "What training minimises.",
+    "skipped": "Steps without a finite gradient, which were left out.",
     "data_wait": "Above a tenth of the time, more workers help.",
 }
 
@@ -68,6 +69,8 @@ def render(runs: Sequence[RunRecord], written: datetime) -> str:
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """One chart per logged quantity: the loss, evaluations, the method's own terms, then rate and speed."""
     names = list(dict.fromkeys(name for run in runs for name in run.series))
+    if not any(run.series["skipped"].values.any() for run in runs if "skipped" in run.series):
+        names = [name for name in names if name != "skipped"]  # no step was lost: nothing to see
     first = [name for name in names if name == "loss"] + [name for name in names if "." in name]
     last = [name for name in _LAST if name in names]
     middle = [name for name in names if name not in first and name not in last]

@@ -143,5 +143,5 @@ def _comparison_row(i: int, run: RunRecord, by_run: Sequence[Mapping[str, Fact]]
     about = escape(" · ".join(identity(run)))
     return (
         f'<tr><th scope="row" class="run-{i % 8}"><i class="swatch"></i>{escape(run.name)}<small>{about}</small></th>'
-        f"<td>{_progress(run)}</td>{''.join(cells)}</tr>"
+        f'<td class="run-{i % 8}">{_progress(run)}</td>{"".join(cells)}</tr>'
     )

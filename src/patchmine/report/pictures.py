@@ -59,7 +59,7 @@ def _strip(i: int, run: RunRecord, named: bool) -> str:
     last = len(pictures) - 1
     name = f'<h3 class="run-{i % 8}"><i class="swatch"></i>{escape(run.name)}</h3>' if named else ""
     images = "".join(
-        f'<figure data-step="{step}"><img src="{uri}" width="{width}" height="{height}" decoding="async" '
+        f'<figure data-step="{step}"><img src="{uri}" width="{width}" height="{height}" '
         f'alt="{escape(run.name)}: what the method did to its sample images at step {whole(step)}">'
         f"<figcaption>step {whole(step)}</figcaption></figure>"
         for step, (uri, width, height) in pictures

@@ -12,6 +12,7 @@ TITLES = {
     "lr": "Learning rate",
     "images_per_second": "Images per second",
     "data_wait": "Waiting for data",
+    "skipped": "Skipped steps",
     "knn": "kNN",
 }
 

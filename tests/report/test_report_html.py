@@ -1,0 +1,153 @@
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from patchmine.errors import UserError
+from patchmine.report.evaluations import read_result
+from patchmine.report.html import write_report
+from patchmine.report.pictures import choose
+from patchmine.report.settings import differing
+
+MakeRun = Callable[..., Path]
+_VOID = {"meta", "link", "img", "input", "wbr", "br", "path"}
+
+
+class Page(HTMLParser):
+    """A strict reader: every element is closed in order; collects text, tags, ids and addresses."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.words = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "xlink:href")]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in _VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words += " " + data.strip()
+
+
+def report(tmp_path: Path, *runs: Path) -> Page:
+    return Page(write_report(runs, tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_is_well_formed_and_asks_for_nothing(make_run: MakeRun, tmp_path: Path) -> None:
+    page = report(tmp_path, make_run("hpm", samples=2), make_run("mae", method="mae"))
+    assert len(set(page.ids)) == len(page.ids)
+    assert all(address.startswith("data:") for address in page.addresses)
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_one_run_shows_its_figures(make_run: MakeRun, tmp_path: Path) -> None:
+    page = report(tmp_path, make_run("hpm"))
+    for text in ("step 2,000 of 2,000", "finished", "45.7 %", "+13.3 points", "+17.8 points", "vit_tiny_patch16_224"):
+        assert text in page.words
+    assert "Runs" not in page.words
+
+
+def test_a_run_in_progress_says_how_far_it_is(make_run: MakeRun, tmp_path: Path) -> None:
+    page = report(tmp_path, make_run("mae", made=500, evals=False, knn=False))
+    assert "step 500 of 2,000" in page.words
+    assert "25 % done" in page.words
+    assert "Evaluation" not in page.words
+    assert "kNN" not in page.words
+    assert "Pictures" not in page.words
+
+
+def test_a_run_that_just_started_makes_a_page(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("new", evals=False)
+    (folder / "metrics.jsonl").write_text("")
+    page = report(tmp_path, folder)
+    assert "step 0 of 2,000" in page.words
+    assert "svg" not in page.tags
+    (folder / "metrics.jsonl").unlink()
+    assert "metrics.jsonl is missing" in report(tmp_path, folder).words
+
+
+def test_names_cannot_break_the_page(make_run: MakeRun, tmp_path: Path) -> None:
+    evil = make_run("<b><em>&\"'", data="</script><script>alert(1)</script>", samples=1, made=1900)
+    (evil / "eval" / "<i>x.json").write_text(json.dumps({"top1": 10.0, "note": "<u>&", "floors": {"<s>": {"top1": 5}}}))
+    with (evil / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2000, "</svg><img src=x>": 1.0}) + "\n")
+    page = report(tmp_path, evil, make_run("other"))
+    assert not {"em", "u", "s"} & set(page.tags)
+    assert page.tags.count("script") == 2
+    assert page.tags.count("img") == 1
+    assert "<b><em>&\"'" in page.words
+
+
+def test_runs_of_one_name_are_told_apart(make_run: MakeRun, tmp_path: Path) -> None:
+    page = report(tmp_path, make_run("a/x"), make_run("b/x", method="mae"))
+    assert "a/x" in page.words
+    assert "b/x" in page.words
+
+
+def test_settings_that_differ(make_run: MakeRun, tmp_path: Path) -> None:
+    assert differing([{"a": "1", "b": "2", "out": "x"}, {"a": "1", "b": "3", "out": "y"}]) == {"b"}
+    assert differing([{"a": "1"}, {}]) == {"a"}
+    page = report(tmp_path, make_run("hpm"), make_run("mae", method="mae", seed=1))
+    assert "2 of 15 settings differ." in page.words
+
+
+def test_evaluations_of_other_kinds_are_shown_too(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("hpm")
+    (folder / "eval" / "segment.json").write_text(json.dumps({"name": "segment", "miou": 38.25, "data": "ade"}))
+    (folder / "eval" / "odd.json").write_text(json.dumps({"top1": None, "floors": [1]}))
+    page = report(tmp_path, folder)
+    assert "miou" in page.words
+    assert "38.25" in page.words
+    assert "data ade" in page.words
+
+
+def test_results_keep_accuracies_apart_from_conditions() -> None:
+    content = {"name": "knn", "top1": 40, "top5": 80.0, "k": 20, "floors": {"random_init": {"top1": 30.0}, "x": None}}
+    result = read_result(0, "run", content)
+    assert (result.top1, result.top5, result.floors) == (40.0, 80.0, {"random_init": 30.0})
+    assert result.conditions == {"k": "20"}
+    assert result.measures == {}
+
+
+def test_pictures_are_few_with_the_first_and_the_last(make_run: MakeRun, tmp_path: Path) -> None:
+    many = [(step, Path(f"{step}.png")) for step in range(100)]
+    chosen = [step for step, _ in choose(many, most=5)]
+    assert chosen == [0, 25, 50, 74, 99]
+    folder = make_run("hpm", samples=3)
+    (folder / "samples" / "step-00000500.png").write_text("no picture")
+    (folder / "samples" / "notes.txt").write_text("")
+    page = report(tmp_path, folder)
+    assert page.tags.count("img") == 3
+
+
+def test_skipped_steps_are_drawn_only_where_there_were_some(make_run: MakeRun, tmp_path: Path) -> None:
+    folder = make_run("hpm")
+    lines = [json.loads(line) | {"skipped": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "chart-skipped" not in report(tmp_path, folder).ids
+    lines[-2]["skipped"] = 3
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "chart-skipped" in report(tmp_path, folder).ids
+
+
+def test_a_folder_without_a_run_leaves_no_page(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
