@@ -1,0 +1,124 @@
+"""Masks: exact counts, the hard part always in, the rest drawn fairly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from patchmine.ops.masks import count_visible, hard_masked, lowest_visible
+from patchmine.ops.noise import Noise
+from patchmine.types import Mask
+
+
+def uniform(seed: int, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_mask(noise: np.ndarray, difficulty: np.ndarray, num_hard: int, num_visible: int) -> np.ndarray:
+    """HPM's words, one image at a time: mask the hardest, shuffle the others, show the first of them."""
+    rows = []
+    for row, hard in zip(noise, difficulty, strict=True):
+        hardest = np.argsort(hard, kind="stable")[len(hard) - num_hard :]
+        rest = np.setdiff1d(np.arange(len(row)), hardest)
+        shown = rest[np.argsort(row[rest], kind="stable")][:num_visible]
+        mask = np.ones(len(row), dtype=bool)
+        mask[shown] = False
+        rows.append(mask)
+    return np.stack(rows)
+
+
+def check(mask: Mask, batch: int, length: int, num_visible: int) -> None:
+    """Counts are exact, the two sets are disjoint, complete and in raster order."""
+    assert mask.visible.shape == (batch, num_visible)
+    assert mask.masked.shape == (batch, length - num_visible)
+    together = torch.cat([mask.visible, mask.masked], dim=1).sort(dim=1).values
+    assert torch.equal(together, torch.arange(length).expand(batch, -1))
+    for part in (mask.visible, mask.masked):
+        assert (part.diff(dim=1) > 0).all()
+    assert torch.equal(mask.as_bool().sum(dim=1), torch.full((batch,), length - num_visible))
+
+
+@given(st.integers(1, 400), st.floats(0.01, 0.99))
+def test_count_truncates_as_published(length: int, ratio: float) -> None:
+    assert count_visible(length, ratio) == int(length * (1 - ratio))
+
+
+@pytest.mark.parametrize(("length", "ratio", "expected"), [(196, 0.75, 49), (100, 0.9, 9), (400, 0.8, 79)])
+def test_count_on_binary_floats(length: int, ratio: float, expected: int) -> None:
+    assert count_visible(length, ratio) == expected
+
+
+@given(st.data())
+def test_masks_against_the_slow_way(data: st.DataObject) -> None:
+    batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 60))
+    num_visible = data.draw(st.integers(1, length - 1))
+    num_hard = data.draw(st.integers(0, length - num_visible))
+    seed = data.draw(st.integers(0, 2**16))
+    noise = uniform(seed, batch, length)
+    # Few distinct values, so that ties happen.
+    difficulty = (uniform(seed + 1, batch, length) * 7).floor()
+    mask = hard_masked(noise, difficulty, num_hard, num_visible)
+    check(mask, batch, length, num_visible)
+    expected = slow_mask(noise.numpy(), difficulty.numpy(), num_hard, num_visible)
+    assert np.array_equal(mask.as_bool().numpy(), expected)
+
+
+@given(st.integers(0, 1000))
+def test_random_mask(seed: int) -> None:
+    noise = uniform(seed, 3, 49)
+    mask = lowest_visible(noise, 12)
+    check(mask, 3, 49, 12)
+    assert noise.gather(1, mask.visible).max(dim=1).values.lt(noise.gather(1, mask.masked).min(dim=1).values).all()
+    assert not torch.equal(mask.visible[0], mask.visible[1])
+
+
+def test_bfloat16_difficulty_breaks_ties_as_float32_does() -> None:
+    difficulty = torch.tensor([[1.0, 1.0, 2.0, 1.0]], dtype=torch.bfloat16)
+    noise = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    assert torch.equal(
+        hard_masked(noise, difficulty, 2, 1).as_bool(), hard_masked(noise, difficulty.float(), 2, 1).as_bool()
+    )
+
+
+def test_patches_that_are_not_hard_are_visible_alike() -> None:
+    batch, length, num_hard, num_visible = 4000, 20, 6, 5
+    difficulty = torch.arange(length).float().expand(batch, -1)
+    mask = hard_masked(uniform(5, batch, length), difficulty, num_hard, num_visible)
+    shown = (~mask.as_bool()).sum(dim=0)
+    assert shown[-num_hard:].sum() == 0
+    easy = length - num_hard
+    expected = batch * num_visible / easy
+    # Given the total, (observed - expected)^2 / (expected (1 - p)) summed is chi-square with easy - 1 degrees of freedom.
+    spread = ((shown[:easy] - expected) ** 2 / (expected * (1 - num_visible / easy))).sum() * (easy - 1) / easy
+    assert spread < 34.5  # 99.9 % point for 13 degrees
+
+
+def test_hard_masking_goes_to_another_sample_only() -> None:
+    noise, difficulty = uniform(1, 2, 30), uniform(2, 2, 30)
+    first = hard_masked(noise, difficulty, 5, 8)
+    changed = torch.cat([uniform(3, 1, 30), noise[1:]])
+    assert torch.equal(hard_masked(changed, difficulty, 5, 8).visible[1], first.visible[1])
+
+
+def test_noise_is_a_function_of_seed_step_and_row() -> None:
+    whole = Noise(seed=4)
+    whole.begin(9, 0, 8)
+    everything = whole.uniform(8, 5)
+    parts = []
+    for first_row in (0, 2, 4, 6):
+        part = Noise(seed=4)
+        part.begin(9, first_row, 8)
+        parts.append(part.uniform(2, 5))
+    assert torch.equal(torch.cat(parts), everything)
+    whole.begin(9, 0, 8)
+    assert torch.equal(whole.uniform(8, 5), everything)
+    assert not torch.equal(whole.uniform(8, 5), everything)  # a second draw of the same step is another one
+    whole.begin(10, 0, 8)
+    assert not torch.equal(whole.uniform(8, 5), everything)
+    other = Noise(seed=5)
+    other.begin(9, 0, 8)
+    assert not torch.equal(other.uniform(8, 5), everything)

@@ -1,0 +1,98 @@
+"""Patches: cutting, choosing and putting together, in two and three dimensions, against loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchmine.ops.patches import (
+    all_patches,
+    gather_patches,
+    images_from_values,
+    patch_statistics,
+    patch_values,
+    pixel_targets,
+)
+from patchmine.ops.pictures import hide_masked, paint_masked, patch_map
+from patchmine.types import Grid, Mask
+
+GRIDS = [Grid((2, 3), (4, 4)), Grid((3, 2), (2, 4)), Grid((2, 3, 2), (2, 4, 4))]
+
+
+def images_for(grid: Grid, batch: int = 2, channels: int = 3) -> Tensor:
+    size = [count * side for count, side in zip(grid.size, grid.patch, strict=True)]
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
+
+
+def slow_patch(image: Tensor, grid: Grid, number: int) -> Tensor:
+    """Patch ``number`` of one image by slicing."""
+    place = list(itertools.product(*map(range, grid.size)))[number]
+    window = tuple(slice(at * side, (at + 1) * side) for at, side in zip(place, grid.patch, strict=True))
+    return image[(slice(None), *window)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_gather_against_slices(grid: Grid) -> None:
+    images = images_for(grid)
+    index = torch.stack([torch.tensor([4, 0, 3]), torch.tensor([1, 5, 2])])
+    found = gather_patches(images, index, grid.patch)
+    everything = all_patches(images, grid.patch)
+    for row, numbers in enumerate(index.tolist()):
+        for place, number in enumerate(numbers):
+            expected = slow_patch(images[row], grid, number)
+            assert torch.equal(found[row, place], expected)
+            assert torch.equal(everything[row, number], expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_there_and_back(grid: Grid, channels: int) -> None:
+    images = images_for(grid, channels=channels)
+    values = patch_values(all_patches(images, grid.patch))
+    assert values.shape == (2, grid.num_patches, grid.values_per_patch(channels))
+    assert torch.equal(images_from_values(values, grid, channels), images)
+
+
+def test_values_run_row_column_channel() -> None:
+    image = torch.arange(2 * 4 * 4).float().reshape(1, 2, 4, 4)
+    first = patch_values(all_patches(image, (2, 2)))[0, 0]
+    assert first.tolist() == [0, 16, 1, 17, 4, 20, 5, 21]
+
+
+def test_standardised_targets_do_not_see_a_constant() -> None:
+    grid = GRIDS[0]
+    images = images_for(grid)
+    index = torch.arange(grid.num_patches).expand(2, -1)
+    plain, shifted = (pixel_targets(i, index, grid.patch, norm_pix_loss=True) for i in (images, images + 3.0))
+    torch.testing.assert_close(plain, shifted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain.mean(dim=-1), torch.zeros(2, grid.num_patches), atol=1e-6, rtol=0)
+    torch.testing.assert_close(plain.var(dim=-1), torch.ones(2, grid.num_patches), atol=1e-4, rtol=0)
+
+
+def test_statistics_put_eps_inside_the_root() -> None:
+    mean, deviation = patch_statistics(torch.full((1, 1, 6), 2.0))
+    assert mean.item() == 2.0
+    assert deviation.item() == pytest.approx(1e-3)
+
+
+def test_pictures() -> None:
+    grid = GRIDS[0]
+    images = images_for(grid)
+    mask = Mask(torch.tensor([[0, 2], [1, 5]]), torch.tensor([[1, 3, 4, 5], [0, 2, 3, 4]]), 6)
+    hidden = hide_masked(images, mask, grid)
+    for row in range(2):
+        for number in range(6):
+            patch = slow_patch(hidden[row], grid, number)
+            if number in mask.visible[row].tolist():
+                assert torch.equal(patch, slow_patch(images[row], grid, number))
+            else:
+                assert patch.isnan().all()
+    true = patch_values(gather_patches(images, mask.masked, grid.patch))
+    assert torch.equal(paint_masked(images, mask, grid, true), images)
+    heat = patch_map(torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]), grid, mask.masked)
+    assert heat.shape == (2, 2, 3)
+    assert heat[0].isnan().tolist() == [[True, False, True], [False, False, False]]
+    assert heat[1, 1].tolist()[:2] == [7, 8]
