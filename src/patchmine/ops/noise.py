@@ -28,8 +28,8 @@ class Noise:
     def uniform(self, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         """(rows, *shape) float32 in [0, 1)."""
         generator = torch.Generator(device=device)
-        # Distinct streams by arithmetic; the generator itself scrambles the seed.
-        generator.manual_seed((self.seed * 1_000_003 + self._step) * 101 + self._draws)
+        # Distinct streams by arithmetic; the generator itself scrambles its seed, which has 64 bits.
+        generator.manual_seed(((self.seed * 1_000_003 + self._step) * 101 + self._draws) % 2**63)
         self._draws += 1
         total = rows if self._global_rows is None else self._global_rows
         drawn = torch.rand(total, *shape, generator=generator, device=device)

@@ -1,0 +1,233 @@
+"""What every method promises.  No branch on a method's name: a new method is tested by being in METHODS."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patchmine.errors import UserError
+from patchmine.method import Method
+from patchmine.methods import METHODS
+from patchmine.models.vit import build_encoder
+from patchmine.train.checkpoint import refuse_shared
+from patchmine.types import Batch, Losses, Progress
+
+# Early, when schedules may ask for nothing yet, and late, when they ask for all.
+EARLY, LATE = Progress(0, 400, 2), Progress(350, 400, 2)
+TINY = dict(embed_dim=32, depth=2, num_heads=2)
+NARROW = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+
+
+def build(name: str, *, size: tuple[int, int] = (16, 16), channels: int = 3, seed: int = 0, **options: Any) -> Method:
+    torch.manual_seed(seed)
+    kind = METHODS[name]
+    encoder = build_encoder("vit_tiny_patch16_224", image_size=size, patch_size=4, channels=channels, model_args=TINY)
+    known = {key: value for key, value in NARROW.items() if key in kind.Config.model_fields}
+    method = kind(kind.Config(**known, **options), encoder)
+    method.noise.begin(0)
+    return method.train()
+
+
+def images(size: tuple[int, int] = (16, 16), channels: int = 3, count: int = 4, seed: int = 1) -> Batch:
+    pixels = torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(seed))
+    box = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(count, 4)
+    return Batch([pixels], torch.arange(count), box, torch.zeros(count, dtype=torch.bool))
+
+
+def run(method: Method, batch: Batch, progress: Progress) -> Losses:
+    method.noise.begin(progress.step)
+    return method(batch, progress)
+
+
+@pytest.fixture(params=sorted(METHODS))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[EARLY, LATE], ids=["early", "late"])
+def progress(request: pytest.FixtureRequest) -> Progress:
+    return request.param
+
+
+def test_name_is_the_key_and_the_docstring_names_its_source(name: str) -> None:
+    assert METHODS[name].Config().name == name
+    assert "arXiv" in (inspect.getmodule(METHODS[name]).__doc__ or "")
+
+
+def test_every_setting_is_explained(name: str) -> None:
+    fields = METHODS[name].Config.model_fields
+    assert all(field.description for key, field in fields.items() if key != "name")
+
+
+def test_losses_are_scalars_with_a_gradient_for_everything_that_learns(name: str, progress: Progress) -> None:
+    method = build(name)
+    losses = run(method, images(), progress)
+    assert all(value.shape == () and value.dtype == torch.float32 for value in losses.values())
+    losses["loss"].backward()
+    for group in method.param_groups():
+        for key, parameter in group.params:
+            assert parameter.grad is not None, key
+            assert parameter.grad.isfinite().all(), key
+
+
+def test_groups_hold_each_trained_parameter_once(name: str) -> None:
+    method = build(name)
+    grouped = [key for group in method.param_groups() for key, _ in group.params]
+    assert sorted(grouped) == sorted(key for key, p in method.named_parameters() if p.requires_grad)
+
+
+def test_a_step_repeats_itself(name: str, progress: Progress) -> None:
+    first, second = (run(build(name), images(), progress) for _ in range(2))
+    assert {key: value.item() for key, value in first.items()} == {key: value.item() for key, value in second.items()}
+
+
+def test_another_step_draws_otherwise(name: str) -> None:
+    method = build(name)
+    method.noise.begin(1)
+    first = method(images(), EARLY)["loss"]
+    method.noise.begin(2)
+    assert method(images(), EARLY)["loss"] != first
+
+
+def test_rows_of_a_batch_do_not_meet(name: str, progress: Progress) -> None:
+    """The loss of two halves, each with its own rows of the noise, averages to that of the whole."""
+    method = build(name)
+    batch = images()
+    whole = run(method, batch, progress)["loss"]
+    parts = []
+    for first in (0, 2):
+        rows = slice(first, first + 2)
+        half = Batch([view[rows] for view in batch.views], batch.index[rows], batch.box[rows], batch.flip[rows])
+        method.noise.begin(progress.step, first, 4)
+        parts.append(method(half, progress)["loss"])
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_state_dict_holds_everything(name: str) -> None:
+    method = build(name, seed=0)
+    refuse_shared(method.state_dict())
+    for step in range(2):
+        optimise(method, images(seed=step), Progress(300 + step, 400, 2))
+    other = build(name, seed=1)
+    other.load_state_dict(copy.deepcopy(method.state_dict()))
+    assert run(other, images(), LATE)["loss"] == run(method, images(), LATE)["loss"]
+    for module in (method, other):
+        optimise(module, images(), LATE)
+    for key, value in method.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+def optimise(method: Method, batch: Batch, progress: Progress) -> Tensor:
+    losses = run(method, batch, progress)
+    losses["loss"].backward()
+    with torch.no_grad():
+        for group in method.param_groups():
+            for _, parameter in group.params:
+                parameter -= 0.05 * parameter.grad
+                parameter.grad = None
+    method.after_step(progress)
+    return losses["loss"].detach()
+
+
+def test_training_lowers_the_loss_and_leaves_what_is_fixed(name: str) -> None:
+    method = build(name)
+    fixed = {key: p.clone() for key, p in method.encoder.named_parameters() if not p.requires_grad}
+    values = [optimise(method, images(), Progress(0, 400, 2)) for _ in range(30)]
+    assert torch.stack(values[-5:]).mean() < torch.stack(values[:5]).mean()
+    for key, value in fixed.items():
+        assert torch.equal(method.encoder.get_parameter(key), value)
+
+
+def test_what_is_frozen_changes_in_after_step_only(name: str) -> None:
+    method = build(name)
+    trained = {key for group in method.param_groups() for key, _ in group.params}
+    frozen = {key: value.clone() for key, value in method.state_dict().items() if key not in trained}
+    run(method, images(), LATE)["loss"].backward()
+    for key, value in frozen.items():
+        assert torch.equal(method.state_dict()[key], value), key
+
+
+def test_encoder_keeps_timms_names(name: str) -> None:
+    fresh = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0, **TINY)
+    fresh.load_state_dict(build(name).encoder.state_dict())
+    features = fresh.eval().forward_features(images().views[0])
+    assert torch.equal(features, build(name).eval().encoder.forward_features(images().views[0]))
+
+
+@pytest.mark.parametrize(("size", "channels"), [((16, 32), 3), ((24, 16), 1), ((16, 16), 5)])
+def test_rectangles_and_channels(name: str, size: tuple[int, int], channels: int) -> None:
+    method = build(name, size=size, channels=channels)
+    assert run(method, images(size, channels), LATE)["loss"].isfinite()
+
+
+def test_bfloat16_autocast(name: str, progress: Progress) -> None:
+    method = build(name)
+    exact = run(method, images(), progress)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = run(method, images(), progress)["loss"]
+    rough.backward()
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), rel=0.05)
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses whatever would make the host wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "is_nonzero", "unique")
+        assert not str(func).removeprefix("aten.").startswith(waiting), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(name: str, progress: Progress) -> None:
+    method = build(name)
+    batch = images()
+    with NoReading():
+        run(method, batch, progress)["loss"].backward()
+        method.after_step(progress)
+
+
+def test_panels(name: str, progress: Progress) -> None:
+    method = build(name).eval()
+    batch = images(count=2)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    method.noise.begin(0)
+    panels = method.panels(batch, progress)
+    assert torch.equal(panels[0].data, batch.views[0])
+    assert len({panel.title for panel in panels}) == len(panels)
+    for panel in panels:
+        shape = (2, 3, 16, 16) if panel.kind == "image" else (2, 4, 4)
+        assert panel.data.shape == shape, panel.title
+        assert not panel.data.requires_grad
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+def option_cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every choice that a method offers by name or by yes and no, one at a time."""
+    for name, kind in sorted(METHODS.items()):
+        schema = kind.Config.model_json_schema()["properties"]
+        for key, field in schema.items():
+            choices = [True, False] if field.get("type") == "boolean" else field.get("enum", [])
+            yield from ((name, {key: choice}) for choice in choices)
+
+
+@pytest.mark.parametrize(("name", "options"), list(option_cases()), ids=str)
+def test_every_choice_trains(name: str, options: dict[str, Any]) -> None:
+    """A choice that needs a file says so in a sentence that names the setting."""
+    try:
+        method = build(name, **options)
+    except UserError as error:
+        assert "method." in str(error)  # noqa: PT017 - only some choices raise
+        return
+    losses = run(method, images(), LATE)
+    losses["loss"].backward()
+    assert losses["loss"].isfinite()
+    assert all(p.grad is not None for group in method.param_groups() for _, p in group.params)
