@@ -177,6 +177,7 @@ def _drawing(chart: Chart, x: Axis, y: Axis) -> str:
     grid = "".join(
         f'<path class="grid" d="M0 {_down(place):.1f}H{_VIEW:g}"/>'
         for place in y.place(np.asarray(y.ticks, dtype=float))
+        if place > 1e-6  # the axis itself is there already
     )
     parts = [grid]
     for curve in chart.curves:

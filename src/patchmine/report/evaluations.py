@@ -77,7 +77,7 @@ def _table(name: str, results: Sequence[Result], scale: float, columns: int) -> 
         head = "".join(f'<th scope="col" class="number">{escape(_spoken(key))}</th>' for key in measures)
         rows = [_start(result) + _measures(result, measures) for result in results]
     else:
-        spare = "<td></td>" * (columns - len(floors))
+        spare = '<td class="number"></td>' * (columns - len(floors))
         head = _accuracy_head(floors, scale) + spare
         rows = [_start(result) + _accuracies(result, floors, scale) + spare for result in results]
     body = "".join(f"<tr>{row}</tr>" for row in rows)

@@ -1,0 +1,203 @@
+"""What a reader sees: the report in a headless Chromium, read back through WebDriver."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchmine.report.html import write_report
+
+MakeRun = Callable[..., Path]
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver on the path (Debian: chromium-driver)"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    selenium = pytest.importorskip("selenium", reason="selenium is not installed (pip install patchmine[dev])")
+    assert selenium is not None
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM or ""
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,1000"):
+        options.add_argument(argument)
+    options.add_argument(f"--user-data-dir={profile}")
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")  # Chromium refuses to start its sandbox as root
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Callable[..., Any]:
+    """``opened(run, run)`` shows the report of these run folders."""
+
+    def show(*runs: Path) -> Any:
+        browser.get_log("browser")
+        browser.get_log("performance")
+        browser.get(write_report(runs, tmp_path / "report.html").as_uri())
+        return browser
+
+    return show
+
+
+def texts(page: Any, selector: str) -> list[str]:
+    return [element.text for element in page.find_elements("css selector", selector)]
+
+
+def visible(page: Any, selector: str) -> int:
+    return sum(element.is_displayed() for element in page.find_elements("css selector", selector))
+
+
+def heights(page: Any, selector: str) -> list[float]:
+    return [element.rect["y"] for element in page.find_elements("css selector", selector)]
+
+
+def click(page: Any, selector: str) -> None:
+    page.find_element("css selector", selector).click()
+
+
+def point_at(page: Any, chart: str, share: float) -> None:
+    """Move the mouse to a place along a chart."""
+    from selenium.webdriver import ActionChains
+
+    plot = page.find_element("css selector", f"#chart-{chart} .plot")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+    offset = round((share - 0.5) * plot.size["width"])
+    ActionChains(page).move_to_element_with_offset(plot, offset, 0).perform()
+
+
+def value_at(folder: Path, step: int, key: str) -> float:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return next(float(line[key]) for line in lines if line["step"] == step and key in line)
+
+
+def test_two_runs_are_compared_in_a_table(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    page = opened(make_run("hpm"), make_run("mae", method="mae", made=1300, seed=1))
+    rows = texts(page, ".comparison tbody tr")
+    assert rows[0].startswith("hpm")
+    assert "step 2,000 of 2,000" in rows[0]
+    assert "45.7 %" in rows[0]
+    assert "step 1,300 of 2,000" in rows[1]
+    assert "65 % done" in rows[1]
+    assert "45.7 %" in texts(page, ".comparison .best")
+    assert texts(page, "#eval-knn tbody .main") == ["45.7 %", "42.6 %"]
+    assert "+13.3 points" in texts(page, "#eval-knn tbody tr")[0]
+
+
+def test_each_run_has_one_curve_and_its_switch_hides_it(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    page = opened(make_run("hpm"), make_run("mae", method="mae"))
+    curve = "#chart-loss .linear .line[data-run='{}']"
+    assert [visible(page, curve.format(run)) for run in (0, 1)] == [1, 1]
+    assert visible(page, "#chart-loss-rank .linear .line") == 1
+    click(page, "[data-toggle='1']")
+    assert [visible(page, curve.format(run)) for run in (0, 1)] == [1, 0]
+    assert visible(page, "[data-run='1'] svg path, path[data-run='1']") == 0
+    assert texts(page, "#chart-loss .readout .name") == ["hpm", ""]
+    click(page, "[data-toggle='1']")
+    assert [visible(page, curve.format(run)) for run in (0, 1)] == [1, 1]
+
+
+def test_pointing_reads_the_value_at_that_step(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    folder = make_run("hpm", steps=100, lines=100)
+    page = opened(folder)
+    newest = texts(page, "#chart-loss .readout b")
+    assert newest == [f"{value_at(folder, 100, 'loss'):.4f}"]
+    assert texts(page, "#chart-loss .at") == ["last"]
+    point_at(page, "loss", 0.30)
+    assert texts(page, "#chart-loss .at") == ["step 30"]
+    assert texts(page, "#chart-loss .readout b") == [f"{value_at(folder, 30, 'loss'):.4f}"]
+    assert texts(page, "#chart-hard-share .readout b") == ["0.1500"]  # the other charts follow
+    assert visible(page, "#chart-loss .dot") == visible(page, "#chart-loss .cross") == 1
+    point_at(page, "loss", 0.60)
+    assert texts(page, "#chart-loss .at") == ["step 60"]
+    click(page, "h1")
+    assert texts(page, "#chart-loss .readout b") == newest
+    assert visible(page, ".dot") == 0
+
+
+def test_arrow_keys_read_values_too(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    page = opened(make_run("hpm", steps=100, lines=100))
+    plot = page.find_element("css selector", "#chart-loss .plot")
+    plot.send_keys("\ue014")  # right arrow
+    assert texts(page, "#chart-loss .at") == ["step 1"]
+    plot.send_keys("\ue014\ue014\ue012")  # right, right, left
+    assert texts(page, "#chart-loss .at") == ["step 2"]
+
+
+def test_the_log_scale_replaces_curves_and_labels(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    page = opened(make_run("hpm"))
+    linear = heights(page, "#chart-loss .tick.y.linear")
+    assert [a - b for a, b in pairwise(linear)] == pytest.approx([linear[0] - linear[1]] * 3, abs=1.5)  # even gaps
+    click(page, "#chart-loss button.log")
+    assert visible(page, "#chart-loss .linear") == 0
+    assert visible(page, "#chart-loss .log .line") == 1
+    gaps = [a - b for a, b in pairwise(heights(page, "#chart-loss .tick.y.log"))]
+    assert gaps[0] > 1.5 * gaps[-1]  # from 0.4 to 0.6 is further than from 0.8 to 1.0
+    point_at(page, "loss", 0.5)
+    dot = page.find_element("css selector", "#chart-loss .dot")
+    centre = dot.location["y"] + dot.size["height"] / 2
+    path = page.find_element("css selector", "#chart-loss .log .faint").rect
+    assert path["y"] <= centre <= path["y"] + path["height"]
+    click(page, "#chart-loss button.log")
+    assert visible(page, "#chart-loss .linear .line") == 1
+
+
+def test_the_slider_goes_through_the_pictures(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    page = opened(make_run("hpm", samples=3))
+    assert visible(page, ".frames img") == 1
+    assert texts(page, ".slider output") == ["step 2,000"]
+    page.find_element("css selector", ".slider input").send_keys("\ue012")
+    assert texts(page, ".slider output") == ["step 1,000"]
+    assert visible(page, ".frames img") == 1
+    shown = next(image for image in page.find_elements("css selector", ".frames img") if image.is_displayed())
+    assert page.execute_script("return arguments[0].naturalWidth", shown) == 60
+    assert shown.accessible_name.endswith("at step 1,000")
+
+
+def test_settings_show_the_differences_first(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    page = opened(make_run("hpm"), make_run("mae", method="mae", blr=3e-4))
+    shown = [text for text in texts(page, "table.settings tbody tr") if text]
+    assert shown == ["method.name hpm mae", "blr 0.00015 0.0003"]
+    click(page, "#all-settings")
+    assert "batch_size 128 128" in texts(page, "table.settings tbody tr")
+
+
+def test_nothing_is_fetched_and_nothing_complains(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    page = opened(make_run("<b>x", samples=2), make_run("mae", method="mae", data="</script>"))
+    point_at(page, "loss", 0.5)
+    assert page.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert [url for url in asked if not url.startswith("data:")] == [page.current_url]
+    assert texts(page, ".legend button") == ["<b>x", "mae"]
+
+
+def test_it_fits_the_window_in_both_schemes(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    page = opened(make_run("hpm"), make_run("a-run-with-a-rather-long-name-" * 3, method="mae"))
+    for scheme in ("light", "dark"):
+        page.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        script = (
+            "return getComputedStyle(document.body).{}.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)"
+        )
+        ink, paper = (page.execute_script(script.format(name)) for name in ("color", "backgroundColor"))
+        assert (ink < 150 and paper > 600) if scheme == "light" else (ink > 600 and paper < 150)
+    for width in (900, 1400):
+        page.set_window_size(width, 1000)
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
