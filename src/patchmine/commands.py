@@ -103,3 +103,11 @@ class Shard(_Arguments):
     out: str = Field(description="name the folder to write, as in out=shards/")
     max_side: int | None = Field(None, gt=0, description="shrink larger images to this longest side, in pixels")
     shard_mb: int = Field(256, gt=0, description="size of a shard, in megabytes")
+
+
+class BenchData(_Arguments):
+    """`patchmine bench data`."""
+
+    data: str = Field(description="name the images, as in data=photos/")
+    image_size: int = Field(224, gt=0, description="side of the crops, in pixels")
+    repeats: int = Field(5, gt=0, description="times that all images are read")

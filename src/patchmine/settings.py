@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import CrossMistakesError, Mistake
-from patchmine.words import shown
+from patchmine.words import did_you_mean, shown
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -247,3 +248,33 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def describe_run() -> list[str]:
+    """Every setting of a run, a line each, with its default and its meaning."""
+    lines = ["# What decides the weights.", *_describe(Results), ""]
+    for name in METHODS:
+        lines += [f"# Of method={name}.", *describe_method(name), ""]
+    return [*lines, "# Where and how the run is made; may change on resume.", *_describe(Running)]
+
+
+def describe_method(name: str) -> list[str]:
+    """The settings of one method.  Raises UserError for a name that is none."""
+    if name not in METHODS:
+        near = did_you_mean(name, METHODS) or f"; there are {', '.join(METHODS)}"
+        raise UserError(f"No method {name!r}{near}")
+    model: type[BaseModel] = getattr(METHODS[name], "Config")  # noqa: B009 - each method has its own
+    return [line for line in _describe(model, "method.") if not line.startswith("method.name=")]
+
+
+def _describe(model: type[BaseModel], prefix: str = "") -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        default = "" if field.is_required() else _as_word(field.default)
+        lines.append(f"{f'{prefix}{name}={default}':<36} {field.description or ''}".rstrip())
+    return lines
+
+
+def _as_word(value: Any) -> str:
+    """A default as one would type it."""
+    return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).split("\n")[0]

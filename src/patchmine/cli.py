@@ -1,0 +1,462 @@
+"""The command line.  It only reads words and calls the rooms; torch is imported when work starts, not before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from patchmine.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+_HELP = """Pre-train vision backbones on your own unlabelled images: MAE and Hard Patches Mining.
+
+Settings are words, key=value, dotted where they are nested: method.mask_ratio=0.8. A misspelt one is answered with the
+names that come near."""
+
+_EXAMPLES = """\b
+Start here:
+  patchmine pretrain data=photos/ method=hpm out=runs/hpm   pre-train on a folder of images
+  patchmine report runs/hpm out=report.html                 look at curves and pictures
+  patchmine eval knn runs/hpm data=labelled/ floors=true    measure it, beside random weights
+  patchmine list recipes                                    settings that are known to work
+  patchmine config schema                                   every setting of a run
+  patchmine COMMAND --help                                  the words of one command
+
+\b
+In Python:
+  timm.create_model("local-dir:runs/hpm/export", pretrained=True)
+  patchmine.pretrain(data="photos/", method="hpm", out="runs/hpm").encoder()"""
+
+_ORDER = (
+    "pretrain",
+    "resume",
+    "eval",
+    "embed",
+    "show",
+    "report",
+    "export",
+    "import",
+    "data",
+    "list",
+    "config",
+    "bench",
+)
+
+
+class _Group(TyperGroup):
+    """Commands in the order in which they are met; mistakes of the user as one paragraph and exit code 2."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _typer(help_text: str, **more: Any) -> typer.Typer:
+    return typer.Typer(
+        help=help_text,
+        options_metavar="",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+        **more,
+    )
+
+
+app = _typer(_HELP, cls=_Group, epilog=_EXAMPLES)
+evaluate = _typer("Measure a frozen encoder on labelled images.")
+data = _typer("Look at a data set, or pack it into shards.")
+listing = _typer("List methods, models or recipes.")
+config = _typer("Show a run's settings before making it.")
+bench = _typer("Time training steps or the loading of data.")
+app.add_typer(evaluate, name="eval")
+app.add_typer(data, name="data")
+app.add_typer(listing, name="list")
+app.add_typer(config, name="config")
+app.add_typer(bench, name="bench")
+
+
+def _command(group: typer.Typer, name: str, usage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that gets its words as they are, "--epochs 3" too, so that it can say how that is written here."""
+    take_all = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
+    return group.command(name, options_metavar=usage, context_settings=take_all)
+
+
+def main() -> None:
+    """Entry point of the program `patchmine`."""
+    app(prog_name="patchmine")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from patchmine import __version__
+
+        print(f"patchmine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@_command(app, "pretrain", "[RECIPE] KEY=VALUE...")
+def pretrain(context: typer.Context) -> None:
+    """Pre-train on a folder, list or shards of images.
+
+    RECIPE is a name from `patchmine list recipes` or a YAML file; what you set yourself overrules it.
+
+    \b
+      data=photos/       folder, list file, tar shards, or embedded:photos
+      method=hpm         mae (default) or hpm; its own settings are method.KEY=VALUE
+      model=NAME         vision transformer, see `patchmine list models`
+      epochs=100         passes over the data; or steps=20000
+      batch_size=256     images in a step; image_size=224 and so on
+      out=runs/hpm       new folder for the run
+    \b
+    Examples:
+      patchmine pretrain data=photos/ method=hpm out=runs/hpm
+      patchmine pretrain cifar10-tiny data=cifar10/train out=runs/mae
+      patchmine pretrain my.yaml out=runs/x epochs=50 method.mask_ratio=0.8
+    \b
+    Ctrl-C finishes the step and saves; `patchmine resume RUN` goes on.
+    `patchmine config schema` lists all settings.
+    """
+    from patchmine.config import parse
+    from patchmine.pretrain import pretrain as start
+
+    start(parse(*_recipe_and_settings(context.args), _say), say=_say)
+
+
+def _recipe_and_settings(words: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe, if the first word is one, and the settings."""
+    from patchmine.words import split_setting
+
+    has_recipe = bool(words) and split_setting(words[0]) is None and not words[0].startswith("-")
+    return (words[0], words[1:]) if has_recipe else (None, words)
+
+
+@_command(app, "resume", "RUN [KEY=VALUE...]")
+def resume(context: typer.Context) -> None:
+    """Go on with an interrupted run as if nothing had happened.
+
+    Only settings that do not change results may be given: workers, device, checkpoint_every and the like.
+
+    \b
+    Example:
+      patchmine resume runs/hpm workers=4
+    """
+    from patchmine.pretrain import resume as go_on
+
+    run, words = _recipe_and_settings(context.args)
+    if run is None:
+        raise UserError("Name the folder of a run first, as in `patchmine resume runs/hpm`.")
+    go_on(run, words, say=_say)
+
+
+@_command(evaluate, "knn", "TARGET data=IMAGES [KEY=VALUE...]")
+def eval_knn(context: typer.Context) -> None:
+    """Nearest neighbours on frozen features (DINO's protocol).
+
+    \b
+      TARGET             run, export, weights file, timm architecture, random-init:RUN or raw-pixels
+      data=labelled/     images in class folders; train/ and test/ in it are used as such
+      test=labelled/test images to test on
+      floors=true        also a random twin of the encoder, and the raw pixels
+      k=20 pooling=cls   neighbours that vote; class token (cls), mean or cls+mean
+      weights=teacher    the slow copy that HPM keeps
+    \b
+    Example:
+      patchmine eval knn runs/hpm data=cifar10/train test=cifar10/test floors=true
+    """
+    from patchmine.commands import read_words
+    from patchmine.evaluate.knn import KnnSettings, evaluate_knn
+
+    _show(evaluate_knn(read_words(KnnSettings, context.args, command="eval knn", first=["target"]), _say))
+
+
+@_command(evaluate, "linear", "TARGET data=IMAGES [KEY=VALUE...]")
+def eval_linear(context: typer.Context) -> None:
+    """Linear classifiers on frozen features.
+
+    Many learning rates and poolings are trained at once (DINOv2's way); the best is chosen on held-out images.
+
+    \b
+      TARGET data= test= floors= weights=    as in `patchmine eval knn`
+      protocol=mae       MAE's single classifier, trained with LARS, instead
+    \b
+    Example:
+      patchmine eval linear runs/hpm data=cifar10/train test=cifar10/test floors=true
+    """
+    from patchmine.commands import read_words
+    from patchmine.evaluate.linear import LinearSettings, evaluate_linear
+
+    _show(evaluate_linear(read_words(LinearSettings, context.args, command="eval linear", first=["target"]), _say))
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from patchmine.evaluate.measure import show_result
+
+    show_result(result, Console())
+
+
+@_command(app, "embed", "TARGET data=IMAGES out=FILE [KEY=VALUE...]")
+def embed(context: typer.Context) -> None:
+    """Write one feature vector per image to a parquet file.
+
+    \b
+      TARGET data= weights= pooling=    as in `patchmine eval knn`; labels are not needed
+      out=embeddings.parquet            columns path, index, label and embedding
+    \b
+    Example:
+      patchmine embed runs/hpm data=photos/ out=embeddings.parquet
+    """
+    from patchmine.commands import read_words
+    from patchmine.evaluate.embed import EmbedSettings
+    from patchmine.evaluate.embed import embed as write
+
+    write(read_words(EmbedSettings, context.args, command="embed", first=["target"]), _say)
+
+
+@_command(app, "show", "RUN IMAGE... [out=panel.png] [seed=0]")
+def show(context: typer.Context) -> None:
+    """Draw what a run makes of some images.
+
+    Input, mask, reconstruction and error; with HPM also the predicted difficulty of each patch.
+
+    \b
+    Example:
+      patchmine show runs/hpm a.jpg b.jpg out=panel.png
+    """
+    from patchmine.commands import Show, read_words
+    from patchmine.report.show import show as draw
+
+    given = read_words(Show, context.args, command="show", first=["run"], rest="images")
+    print(draw(given.run, given.images, given.out, seed=given.seed))
+
+
+@_command(app, "report", "RUN... [out=report.html]")
+def report(context: typer.Context) -> None:
+    """Write one HTML page about a run, or comparing several.
+
+    \b
+    Example:
+      patchmine report runs/hpm runs/mae out=report.html
+    """
+    from patchmine.commands import Report, read_words
+    from patchmine.report.html import write_report
+
+    given = read_words(Report, context.args, command="report", rest="runs")
+    print(write_report(given.runs, given.out))
+
+
+@_command(app, "export", "RUN [out=FOLDER] [KEY=VALUE...]")
+def export(context: typer.Context) -> None:
+    """Write a run's encoder for timm and transformers.
+
+    \b
+      out=hpm-vit-s      folder to write; without it, export/ in the run
+      what=full          the whole method with its decoder instead
+      weights=teacher    the slow copy that HPM keeps
+    \b
+    Example:
+      patchmine export runs/hpm out=hpm-vit-s
+      timm.create_model("local-dir:hpm-vit-s", pretrained=True)
+    """
+    from patchmine.commands import Export, read_words
+    from patchmine.transfer import export_run
+
+    given = read_words(Export, context.args, command="export", first=["run"])
+    print(export_run(given.run, given.out, what=given.what, weights=given.weights))
+
+
+@_command(app, "import", "FILE out=FOLDER [KEY=VALUE...]")
+def import_weights(context: typer.Context) -> None:
+    """Turn a checkpoint of the official MAE or HPM code into a run.
+
+    \b
+    Example:
+      patchmine import mae_pretrain_vit_base.pth out=runs/mae-official
+    """
+    from patchmine.commands import Import, read_words
+    from patchmine.transfer import import_file
+
+    given = read_words(Import, context.args, command="import", first=["file"])
+    import_file(given.file, given.out, weights=given.weights, say=_say)
+
+
+@_command(data, "inspect", "IMAGES [sample=1000] [full=false]")
+def data_inspect(context: typer.Context) -> None:
+    """Count images and decode a sample of them.
+
+    Reports sizes, channels, mean and std, duplicates, and what is broken.
+
+    \b
+    Example:
+      patchmine data inspect photos/ full=true
+    """
+    from patchmine.commands import Inspect, read_words
+    from patchmine.data.inspect import inspect, render
+    from patchmine.data.source import default_cache_dir, open_source
+
+    given = read_words(Inspect, context.args, command="data inspect", first=["data"])
+    source = open_source(given.data, cache_dir=default_cache_dir())
+    print(render(inspect(source, sample=given.sample, full=given.full)))
+
+
+@_command(data, "shard", "IMAGES out=FOLDER [max_side=PIXELS] [shard_mb=256]")
+def data_shard(context: typer.Context) -> None:
+    """Pack images into tar shards, shrunk if wanted.
+
+    The layout is WebDataset's; data=shards/ reads it.
+
+    \b
+    Example:
+      patchmine data shard photos/ out=shards/ max_side=512
+    """
+    from pathlib import Path
+
+    from patchmine.commands import Shard, read_words
+    from patchmine.data.sharding import write_shards
+    from patchmine.data.source import default_cache_dir, open_source
+
+    given = read_words(Shard, context.args, command="data shard", first=["data"])
+    source = open_source(given.data, cache_dir=default_cache_dir())
+    write_shards(source, Path(given.out), max_side=given.max_side, shard_size=given.shard_mb * 2**20, say=_say)
+
+
+@listing.command("methods", options_metavar="")
+def list_methods() -> None:
+    """The methods and their settings."""
+    from patchmine.methods import METHODS
+    from patchmine.settings import describe_method
+
+    for name, method in METHODS.items():
+        print(f"{name}: {(method.__doc__ or '').strip().splitlines()[0]}")
+        print("\n".join(f"  {line}" for line in describe_method(name)), end="\n\n")
+
+
+@_command(listing, "models", "[PART]")
+def list_models(context: typer.Context) -> None:
+    """The vision transformers that can be pre-trained.
+
+    PART narrows the list: `patchmine list models small`.
+    """
+    import timm
+
+    from patchmine.words import did_you_mean
+
+    names = [name for module in ("vision_transformer", "deit") for name in timm.list_models(module=module)]
+    names = [name for name in names if "distilled" not in name]  # they have two class tokens and are no plain ViT
+    found = [name for name in names if all(part in name for part in context.args)]
+    if not found:
+        part = " ".join(context.args)
+        raise UserError(f"No model has {part!r} in its name{did_you_mean(part, names)}")
+    print("\n".join(found))
+
+
+@listing.command("recipes", options_metavar="")
+def list_recipes() -> None:
+    """The recipes: what each needs and what it gives."""
+    from patchmine.recipes import list_recipes as recipes
+
+    for recipe in recipes():
+        print(f"{recipe.name}: {recipe.about['title']}")
+        print(f"  methods   {', '.join(recipe.method_names)}")
+        for key in ("data", "hardware", "time", "expected", "command"):
+            print(f"  {key:<9} {recipe.about[key]}")
+        print()
+
+
+@_command(config, "show", "[RECIPE] [KEY=VALUE...]")
+def config_show(context: typer.Context) -> None:
+    """The settings that a recipe and your words amount to.
+
+    What is printed is a YAML file that `patchmine pretrain` takes as a recipe.
+
+    \b
+    Example:
+      patchmine config show cifar10-tiny method=hpm data=cifar10/train > mine.yaml
+    """
+    from patchmine.config import parse
+
+    print(parse(*_recipe_and_settings(context.args), _say).to_yaml(), end="")
+
+
+@_command(config, "schema", "[METHOD]")
+def config_schema(context: typer.Context) -> None:
+    """Every setting with its default and meaning.
+
+    METHOD narrows the list to one method's own: `patchmine config schema hpm`.
+    """
+    from patchmine.settings import describe_method, describe_run
+
+    print("\n".join([line for name in context.args for line in describe_method(name)] or describe_run()))
+
+
+@_command(bench, "step", "[KEY=VALUE...]")
+def bench_step(context: typer.Context) -> None:
+    """Time whole training steps.
+
+    Prints ms and images/s, peak memory, and the share of the machine's matrix-multiply rate.
+
+    \b
+      method=mae,hpm model=vit_small_patch16_224 image_size=224 batch_size=16
+      precision=fp32 device=cpu rounds=10 out=result.json
+      against=transformers    also ViTMAEForPreTraining at the same sizes, in turns
+    \b
+    Example:
+      patchmine bench step method=mae against=transformers
+    """
+    from patchmine.bench.step import StepBench
+    from patchmine.bench.step import bench_step as measure
+    from patchmine.commands import read_words
+
+    given = read_words(StepBench, context.args, command="bench step")
+    measure(say=print, **given.model_dump(exclude_unset=True))
+
+
+@_command(bench, "data", "data=IMAGES [image_size=224] [repeats=5]")
+def bench_data(context: typer.Context) -> None:
+    """Time a worker from encoded image to training crop.
+
+    Against torchvision's ImageFolder chain with PIL, in turns.
+
+    \b
+    Example:
+      patchmine bench data data=photos.tar
+    """
+    from patchmine.bench.data import bench_data as measure
+    from patchmine.commands import BenchData, read_words
+
+    given = read_words(BenchData, context.args, command="bench data")
+    measure(given.data, image_size=given.image_size, repeats=given.repeats, say=print)
+
+
+if __name__ == "__main__":
+    main()
