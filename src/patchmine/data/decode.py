@@ -1,8 +1,8 @@
 """Raw items (file contents, arrays, tensors, PIL images) become image tensors with the channels that a run asks for.
 
-JPEG goes through torchvision, which is the fast path.  Everything else goes through PIL, save what PIL would squeeze
-to 8 bits: 16-bit colour PNG (torchvision), deep or many-channelled TIFF (tifffile, optional), and npy (numpy).
-Damaged PNGs must never reach torchvision: its decoder ends the whole process on some of them.
+JPEG goes through torchvision, which is the fast path, or through PIL where torchvision has no decoder (0.29 announces
+its end).  Everything else goes through PIL, save deep or many-channelled TIFF (tifffile, optional) and npy (numpy).
+PNG does not go through torchvision, whose decoder ends the whole process on some damaged files.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401  registers the operators below
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 Raw = bytes | bytearray | memoryview | np.ndarray | Tensor | Image.Image
 
@@ -29,12 +31,13 @@ class DecodeError(ValueError):
 # What Pillow and tifffile raise on damaged files; both let errors of their parsers through.
 _FILE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
-    *(RuntimeError, ArithmeticError, struct.error, zlib.error, Image.DecompressionBombError),
+    *(RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _JPEG, _PNG, _NPY, _TIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_JPEG_END = b"\xff\xd9"
-_EXIF_ORIENTATION = 0x0112
-_TIFF_BITS, _TIFF_SAMPLES, _TIFF_FORMAT = 258, 277, 339
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_GREY, _COLOUR = 1, 3  # torchvision's ImageReadMode
+_EXIF_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_SAMPLES, _TIFF_FORMAT = 256, 257, 258, 277, 339
 # PIL mode -> the mode it is read as, channels, dtype.
 _MODES = {
     "1": ("L", 1, "uint8"),
@@ -106,57 +109,89 @@ def _read(raw: Raw, channels: int) -> tuple[Tensor, bool]:
 
 
 def _decode_jpeg(data: bytes, channels: int) -> Tensor:
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-    try:
-        # The copy into a bytearray is what makes a writable buffer, without which torch warns.
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return cast(Tensor, decode_jpeg(buffer, mode=mode, apply_exif_orientation=True))
-    except RuntimeError as error:
-        # Without the end marker PIL would hand out the missing part as grey where zeros pad the file.
-        if not data.endswith(_JPEG_END):
+    operator = _torchvision("decode_jpeg")
+    if operator is not None:
+        try:
+            return operator(_buffer(data), _GREY if channels == 1 else _COLOUR, True)
+        except RuntimeError as error:
             raise DecodeError("is a truncated or damaged JPEG") from error
+    # PIL hands out a missing part as grey where zeros pad the file: after the last scan there must be an end marker.
+    end = data.rfind(_JPEG_END)
+    if end < 0 or data.find(_JPEG_SCAN, end) >= 0:
+        raise DecodeError("is a truncated JPEG")
     return _from_pil(_open(data))[0]
 
 
 def _decode_other(data: bytes) -> tuple[Tensor, bool]:
-    image = _open(data)
-    decoded = _from_pil(image)
-    if not _is_deep_png(data) or decoded[0].dtype != torch.uint8:
-        return decoded
-    # PIL has read it through, so the file is sound, but has kept only 8 of its 16 bits.
-    deep = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
-    return _scale(deep.numpy()), deep.shape[0] in (2, 4)
+    if _is_deep_png(data):
+        array = _deep_png(data)
+        return _scale(array.transpose(2, 0, 1)), array.shape[2] in {2, 4}
+    return _from_pil(_open(data))
+
+
+def _deep_png(data: bytes) -> np.ndarray:
+    """(H, W, C) uint16 of a 16-bit PNG in colour or with alpha, of which PIL by itself keeps the upper bytes."""
+    if data[25:26] == b"\x04":  # grey and alpha are four bytes per pixel: read as if they were RGBA of 8 bits
+        header = b"IHDR" + data[16:24] + b"\x08\x06" + data[26:29]
+        relabelled = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+        return _pil_array(_open(relabelled))[0].astype(np.uint8).view(">u2").astype(np.uint16)
+    upper, lower = _open(data), _open(data)
+    # Said to be little-endian, the other byte of each pair is the one that PIL keeps.
+    tiles = cast(Any, lower).tile
+    cast(Any, lower).tile = [(*tile[:3], str(tile[3]).replace(";16B", ";16L")) for tile in tiles]
+    return _pil_array(upper)[0].astype(np.uint16) << 8 | _pil_array(lower)[0]
 
 
 def _is_deep_png(data: bytes) -> bool:
-    return data.startswith(_PNG) and data[24:25] == b"\x10"  # bit depth in the header chunk
+    """16 bits in colour or with alpha, as the first chunk says; PIL reads 16-bit grey by itself."""
+    return data.startswith(_PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0"
+
+
+def _torchvision(name: str) -> Callable[..., Tensor] | None:
+    """The operator behind a function of torchvision.io (which warns at every call), if this version has it."""
+    return cast("Callable[..., Tensor] | None", getattr(torch.ops.image, name, None))
+
+
+def _buffer(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns about memory that it may not write to
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PIL's warnings about odd files, which do not name the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _open(data: bytes) -> Image.Image:
     try:
-        with warnings.catch_warnings():  # PIL's remarks on odd files name no file
-            warnings.simplefilter("ignore")
+        with _quiet():
             return Image.open(io.BytesIO(data))
     except _FILE_ERRORS as error:
         raise DecodeError(f"is no readable image ({_short(error)})") from error
 
 
 def _from_pil(image: Image.Image) -> tuple[Tensor, bool]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            file_format = image.format
-            image.load()
-            if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            mode = _pil_mode(image)[0]
-            array = np.array(image if image.mode == mode else image.convert(mode))
-    except _FILE_ERRORS as error:
-        raise DecodeError(f"is a truncated or damaged image ({_short(error)})") from error
+    file_format = image.format  # forgotten once it is turned
+    array, mode = _pil_array(image)
     if mode == "I" and file_format in {"PNG", "PPM"}:  # 16 bits, which some versions of PIL hold in 32
         array = array.astype(np.uint16)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     return _scale(array), mode in {"LA", "RGBA"}
+
+
+def _pil_array(image: Image.Image) -> tuple[np.ndarray, str]:
+    """(H, W) or (H, W, C), upright, and the mode that it is in."""
+    try:
+        with _quiet():
+            image.load()
+            if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            mode = _pil_mode(image)[0]
+            return np.array(image if image.mode == mode else image.convert(mode)), mode
+    except _FILE_ERRORS as error:
+        raise DecodeError(f"is a truncated or damaged image ({_short(error)})") from error
 
 
 def _pil_mode(image: Image.Image) -> tuple[str, int, str]:
@@ -166,15 +201,22 @@ def _pil_mode(image: Image.Image) -> tuple[str, int, str]:
 
 
 def _decode_tiff(data: bytes, channels: int) -> tuple[Tensor, bool]:
-    try:
-        image = _open(data)
-        stacked = channels > 1 and getattr(image, "n_frames", 1) == channels  # channels kept as pages
-        if _pil_reads_tiff(image) and not stacked:
-            return _from_pil(image)
-    except DecodeError:  # PIL knows few of TIFF's layouts
-        stacked = False
+    image, stacked = _tiff_in_pil(data, channels)
+    if image is not None:
+        return _from_pil(image)
     array, orientation = _read_tifffile(data, stacked)
     return _scale(_upright(array, orientation)), array.shape[0] == 4
+
+
+def _tiff_in_pil(data: bytes, channels: int) -> tuple[Image.Image | None, bool]:
+    """The opened TIFF if PIL keeps all of it, and whether its channels are stored as pages."""
+    try:
+        image = _open(data)
+        with _quiet():
+            stacked = channels > 1 and getattr(image, "n_frames", 1) == channels
+            return (image if _pil_reads_tiff(image) and not stacked else None), stacked
+    except _FILE_ERRORS:  # PIL knows few of TIFF's layouts
+        return None, False
 
 
 def _pil_reads_tiff(image: Image.Image) -> bool:
@@ -192,7 +234,7 @@ def _read_tifffile(data: bytes, stacked: bool) -> tuple[np.ndarray, int]:
     try:
         import tifffile
     except ImportError as error:
-        raise DecodeError("is a TIFF with deep or many channels, which needs tifffile: pip install tifffile") from error
+        raise DecodeError("is a TIFF of a kind that needs the package tifffile: pip install tifffile") from error
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = cast(Any, file.pages[0])
@@ -201,7 +243,7 @@ def _read_tifffile(data: bytes, stacked: bool) -> tuple[np.ndarray, int]:
             array, axes = np.asarray(part.asarray()), part.axes
     except (*_FILE_ERRORS, tifffile.TiffFileError) as error:
         raise DecodeError(f"is a TIFF that cannot be read ({_short(error)})") from error
-    if "Y" not in axes or "X" not in axes or array.ndim > 3:
+    if "Y" not in axes or "X" not in axes or array.ndim != len(axes) or array.ndim > 3:
         raise DecodeError(
             f"is a TIFF with axes {axes} and shape {array.shape}; one image of rows and columns is needed"
         )
@@ -215,7 +257,7 @@ def _read_tifffile(data: bytes, stacked: bool) -> tuple[np.ndarray, int]:
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
     """(C, H, W) turned as EXIF says; orientations 1 to 8 are a transpose, then mirrorings."""
-    if orientation in {5, 6, 7, 8}:
+    if orientation in _TURNED:
         array = array.swapaxes(1, 2)
     if orientation in {2, 3, 6, 7}:
         array = array[:, :, ::-1]
@@ -316,12 +358,11 @@ def _luma(image: Tensor) -> Tensor:
 
 def _probe_pil(image: Image.Image, data: bytes) -> tuple[int, int, int, str]:
     _, channels, dtype = _pil_mode(image)
-    if _is_deep_png(data) and dtype == "uint8":
-        dtype = "uint16"
+    if _is_deep_png(data):
+        channels, dtype = {4: 2, 2: 3, 6: 4}.get(data[25], channels), "uint16"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in {5, 6, 7, 8}
+        with _quiet():
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
     except _FILE_ERRORS as error:
         raise DecodeError(f"has a damaged header ({_short(error)})") from error
     width, height = image.size
@@ -329,12 +370,13 @@ def _probe_pil(image: Image.Image, data: bytes) -> tuple[int, int, int, str]:
 
 
 def _probe_tiff(data: bytes) -> tuple[int, int, int, str]:
-    try:
-        image = _open(data)
-        if _pil_reads_tiff(image):
-            return _probe_pil(image, data)
-    except DecodeError:  # as in _decode_tiff
-        pass
+    image, _ = _tiff_in_pil(data, channels=0)
+    if image is not None:
+        _, channels, dtype = _pil_mode(image)
+        tags = cast(Any, image).tag_v2  # the size that PIL reports is upright in some of its versions
+        height, width = tags[_TIFF_HEIGHT], tags[_TIFF_WIDTH]
+        turned = tags.get(_EXIF_ORIENTATION, 1) in _TURNED
+        return (width, height, channels, dtype) if turned else (height, width, channels, dtype)
     array, orientation = _read_tifffile(data, stacked=False)
     channels, height, width = _upright(array, orientation).shape
     return height, width, channels, array.dtype.name
