@@ -54,7 +54,7 @@ class PhotoCrops:
         self._cuts = [
             Cut(number, top, left, min(window, *size))
             for number in range(len(PHOTOGRAPHS))
-            for size in [_half_box(self._open(number).size, part)[2:]]
+            for size in [_half_box(self._size(number), part)[2:]]
             for window in WINDOWS
             for top, left in _grid(size[0], size[1], min(window, *size), CROPS[part])
         ]
@@ -95,6 +95,10 @@ class PhotoCrops:
             raise UserError(
                 f"data={self.name}: this scikit-image carries no readable {file.name}; install scikit-image>=0.24"
             ) from error
+
+    def _size(self, number: int) -> tuple[int, int]:
+        with self._open(number) as image:
+            return image.size
 
     def _half(self, number: int) -> Image.Image:
         if number not in self._halves:

@@ -215,6 +215,9 @@ def index_shards(shards: Sequence[Path], name: str) -> Index:
 def _members(shard: Path, name: str, trouble: list[str]) -> Iterator[_Member]:
     """The whole files of one archive in order.  Where it was cut, ``trouble`` is told how at the end."""
     size = shard.stat().st_size
+    if size < tarfile.BLOCKSIZE:
+        trouble.append(f"was cut within its first header (it has {size} bytes)")
+        return
     try:
         with tarfile.open(shard, "r:") as archive:
             while (info := archive.next()) is not None:

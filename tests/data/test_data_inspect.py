@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchmine.data.inspect import inspect, render
+from patchmine.data.source import open_source
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Six RGB images of two sizes (one twice), one grey, one 16-bit, two broken."""
+    generator = np.random.default_rng(0)
+    for number in range(5):
+        shape = (20, 30, 3) if number < 3 else (40, 16, 3)
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    shutil.copy(tmp_path / "1.png", tmp_path / "twin.png")
+    Image.fromarray(np.full((20, 30), 51, np.uint8)).save(tmp_path / "grey.png")
+    Image.fromarray(np.full((20, 30), 13107, np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    out = io.BytesIO()
+    Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(out, "JPEG")
+    (tmp_path / "truncated.jpg").write_bytes(out.getvalue()[:1500])
+    return tmp_path
+
+
+def test_everything_is_counted(mixed: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    report = inspect(open_source(mixed), progress=lambda done, total: steps.append((done, total)))
+    assert (report.count, report.read) == (10, 10)
+    assert report.sizes == {(20, 30): 6, (40, 16): 2}
+    assert report.channels == {3: 6, 1: 2}
+    assert report.dtypes == {"uint8": 7, "uint16": 1}
+    assert report.duplicates == [[str(mixed / "1.png"), str(mixed / "twin.png")]]
+    assert [Path(path).name for path, _ in report.broken] == ["text.jpg", "truncated.jpg"]
+    assert all(reason for _, reason in report.broken)
+    colour = [np.asarray(Image.open(f)) / 255 for f in sorted(mixed.glob("*.png")) if f.stem not in ("grey", "deep")]
+    pixels = np.concatenate([image.reshape(-1, 3) for image in colour])
+    np.testing.assert_allclose(report.mean, pixels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(report.std, pixels.std(0), rtol=1e-6)
+    assert steps[-1] == (10, 10)
+    assert report.classes is None
+
+
+def test_a_sample_is_spread_over_the_source(image_folder: Path) -> None:
+    source = open_source(image_folder)
+    report = inspect(source, sample=3)
+    assert (report.count, report.read) == (36, 3)
+    assert report.classes == {"circle": 12, "square": 12, "stripes": 12}
+    assert inspect(source, sample=3, full=True).read == 36
+    assert "36 in" in render(report)
+    assert "3 of them read" in render(report)
+
+
+def test_a_file_that_is_gone_is_broken(mixed: Path) -> None:
+    source = open_source(mixed)
+    (mixed / "0.png").unlink()
+    report = inspect(source)
+    assert report.broken[0][0] == str(mixed / "0.png")
+    assert "No such file" in report.broken[0][1]
+
+
+def test_the_text_names_what_is_wrong(mixed: Path) -> None:
+    report = inspect(open_source(mixed))
+    report.notes = ("the shard x.tar was cut",)
+    text = render(report, width=300)
+    assert f"{mixed / '1.png'} = {mixed / 'twin.png'}" in text
+    assert f"{mixed / 'text.jpg'}: is no readable image" in text
+    assert "2 of 10 (20.0%)" in text
+    assert "20 to 40 pixels, median 20" in text
+    assert "the shard x.tar was cut" in text
+    report.broken = [("[red]x.jpg", "is broken")] * 30  # square brackets are no markup
+    assert "[red]x.jpg: is broken" in render(report)
+    assert "and 20 more" in render(report)
+
+
+def test_nothing_readable(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").touch()
+    report = inspect(open_source(tmp_path))
+    assert report.mean == ()
+    assert "1 of 1 (100.0%)" in render(report)

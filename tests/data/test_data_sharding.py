@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from patchmine.data import sharding
+from patchmine.data.contract import key_of
+from patchmine.data.decode import decode
+from patchmine.data.sharding import write_shards
+from patchmine.data.source import open_source
+from patchmine.errors import UserError
+
+
+def test_shards_hold_what_the_folder_holds(image_folder: Path, tmp_path: Path) -> None:
+    source = open_source(image_folder)
+    said: list[str] = []
+    done = write_shards(source, tmp_path / "out", shard_size=60_000, say=said.append)
+    again = open_source(tmp_path / "out")
+    assert done.items == len(again) == len(source)
+    assert done.shards == len(list((tmp_path / "out").iterdir())) > 2
+    for index in range(len(source)):
+        assert again.read(index) == source.read(index)
+        assert key_of(again, index) == key_of(source, index)
+    ours, theirs = source.labels(), again.labels()
+    assert ours is not None
+    assert theirs is not None
+    assert ours.names == theirs.names
+    assert (ours.ids == theirs.ids).all()
+    assert said[0].startswith(f"{len(source)} images")
+
+
+def test_the_same_images_make_the_same_bytes(image_folder: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_shards(open_source(image_folder), tmp_path / name)
+    first, second = ((tmp_path / name / "shard-000000.tar").read_bytes() for name in ("one", "two"))
+    assert first == second
+
+
+def test_names_that_tar_readers_would_confuse_stay_apart(image_folder: Path, tmp_path: Path) -> None:
+    jpeg, png = (image_folder / "circle" / name for name in ("0000.jpg", "0001.png"))
+    (tmp_path / "in").mkdir()
+    for number, name in enumerate(("a.jpg", "a.png", "a.v1.jpg", "a.v2.jpg", "b.c/d.png", "ü.png")):
+        file = tmp_path / "in" / name
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(jpeg if name.endswith("jpg") else png, file)
+        with file.open("ab") as out:
+            out.write(bytes([number]))
+    source = open_source(tmp_path / "in")
+    write_shards(source, tmp_path / "out")
+    again = open_source(tmp_path / "out")
+    assert [key_of(again, i) for i in range(len(again))] == [key_of(source, i) for i in range(len(source))]
+    assert [again.read(i) for i in range(len(again))] == [source.read(i) for i in range(len(source))]
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as archive:
+        stems = [Path(name).name.split(".")[0] for name in archive.getnames()]
+    assert len(set(stems)) == len(source)
+
+
+def encode(array: np.ndarray, suffix: str, **settings: Any) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, suffix, **settings)
+    return out.getvalue()
+
+
+def test_shrinking_touches_only_what_is_too_large(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 120 * 80 * 3).reshape(120, 80, 3).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "a_large.jpg": encode(ramp, "JPEG", quality=90, exif=turned),
+        "b_small.jpg": encode(ramp[:40, :40], "JPEG"),
+        "c_large.png": encode(ramp, "PNG"),
+        "d_grey.png": encode(ramp[:, :, 0].copy(), "PNG"),
+        "e_deep.png": encode(ramp[:, :, 0].astype(np.uint16) * 257, "PNG"),
+        "f_broken.jpg": b"no image",
+        "g_truncated.jpg": encode(ramp, "JPEG")[:1000],
+    }
+    (tmp_path / "in").mkdir()
+    for name, data in files.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    said: list[str] = []
+    source = open_source(tmp_path / "in")
+    done = write_shards(source, tmp_path / "out", max_side=60, say=said.append)
+    again = open_source(tmp_path / "out")
+    kept = [again.read(i) == data for i, data in enumerate(files.values())]
+    assert kept == [False, True, False, False, True, True, True]
+    assert [decode(again.read(i), c).shape for i, c in ((0, 3), (2, 3), (3, 1))] == [
+        (3, 40, 60),
+        (3, 60, 40),
+        (1, 60, 40),
+    ]
+    assert again.read(0).startswith(b"\xff\xd8")
+    assert again.read(2).startswith(b"\x89PNG")
+    whole = decode(files["a_large.jpg"], 3)[None].float()
+    small = torch.nn.functional.interpolate(whole, (40, 60), mode="bicubic", antialias=True)[0]
+    assert (decode(again.read(0), 3) - small).abs().mean() < 3
+    assert (done.shrunk, done.too_large, done.skipped) == (3, 2, 0)
+    assert any("JPEG of quality 95" in line for line in said)
+    assert any("2 larger ones stay as they are" in line for line in said)
+
+
+class Numbers(Dataset[Any]):
+    classes = ("zero", "one")
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        array = np.full((8, 10, 3), index, np.uint8)
+        kinds = [array, torch.from_numpy(array).permute(2, 0, 1), Image.fromarray(array), array[:, :, 0] / 4]
+        return kinds[index], index % 2
+
+
+def test_pixels_are_written_without_loss(tmp_path: Path) -> None:
+    write_shards(open_source(Numbers()), tmp_path / "out")
+    again = open_source(tmp_path / "out")
+    for index, channels in enumerate((3, 3, 3, 1)):
+        assert torch.equal(decode(again.read(index), channels), decode(Numbers()[index][0], channels))
+    labels = again.labels()
+    assert labels is not None
+    assert [labels.names[i] for i in labels.ids] == ["zero", "one", "zero", "one"]
+
+
+def test_what_cannot_be_read_is_left_out_and_named(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder, tmp_path / "in")
+    source = open_source(tmp_path / "in")
+    Path(source.path(3)).unlink()
+    said: list[str] = []
+    done = write_shards(source, tmp_path / "out", say=said.append)
+    assert done.skipped == 1
+    assert source.path(3) in said[0]
+    assert len(open_source(tmp_path / "out")) == len(source) - 1
+
+
+def test_earlier_work_stays_and_half_work_never_appears(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(image_folder)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(UserError, match="there is something already"):
+        write_shards(source, tmp_path / "full")
+    with pytest.raises(UserError, match="max_side=0"):
+        write_shards(source, tmp_path / "out", max_side=0)
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sharding.os, "fsync", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_shards(source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "full"]

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from patchmine.data.contract import ClassNames, Labels, Source, key_of
+from patchmine.data.sharding import write_shards
+from patchmine.data.source import default_cache_dir, open_source
+from patchmine.errors import UserError
+
+
+def contents(source: Source) -> list[Any]:
+    return [source.read(index) for index in range(len(source))]
+
+
+def test_one_set_of_images_in_every_form(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_source(str(image_folder))
+    shards = tmp_path / "shards"
+    write_shards(folder, shards, shard_size=40_000)
+    count = len(list(shards.iterdir()))
+    assert count > 2
+    list_file = tmp_path / "list.txt"
+    list_file.write_text("".join(f"{folder.path(i)}\n" for i in range(len(folder))))
+    monkeypatch.chdir(tmp_path)
+    specs = [image_folder, list_file, shards, "shards", "shards/*.tar", f"shards/shard-{{000000..{count - 1:06d}}}.tar"]
+    for spec in [*specs, sorted(shards.iterdir()), [list_file]]:
+        assert contents(open_source(spec)) == contents(folder), spec
+    assert open_source("shards").name == "shards"
+    assert open_source(folder) is folder
+
+
+def test_indices_of_every_form_are_kept_in_the_cache_folder(image_folder: Path, tmp_path: Path) -> None:
+    write_shards(open_source(image_folder), tmp_path / "shards")
+    (tmp_path / "list.txt").write_text(f"{image_folder / 'circle' / '0000.jpg'}\n")
+    for spec in (image_folder, tmp_path / "shards", tmp_path / "list.txt"):
+        open_source(spec, cache_dir=tmp_path / "cache")
+    assert sorted(file.name.split("-")[0] for file in (tmp_path / "cache").iterdir()) == ["folder", "list", "shards"]
+
+
+def test_the_cache_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "patchmine"
+
+
+def test_several_sources_are_one(image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "square", tmp_path / "more" / "square")
+    shutil.copytree(image_folder / "circle", tmp_path / "more" / "ring")
+    both = open_source([image_folder, str(tmp_path / "more")])
+    first, second = open_source(image_folder), open_source(tmp_path / "more")
+    assert contents(both) == contents(first) + contents(second)
+    assert both.path(len(first)) == second.path(0)
+    assert key_of(both, len(first)) == "ring/0000.jpg"
+    labels = both.labels()
+    assert labels is not None
+    assert labels.names == ["circle", "ring", "square", "stripes"]
+    names = [labels.names[i] for i in labels.ids]
+    assert names == [Path(both.path(i)).parent.name for i in range(len(both))]
+    assert both.fingerprint not in (first.fingerprint, second.fingerprint)
+    assert contents(pickle.loads(pickle.dumps(both))) == contents(both)
+    with pytest.raises(IndexError):
+        both.read(len(both))
+    assert open_source([image_folder, image_folder / "circle"]).labels() is None
+
+
+class Pairs(Dataset[Any]):
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((3, 4, 4), index, dtype=torch.uint8), 10 * (index % 2)
+
+
+class Targets(Pairs):
+    targets = (2, 0, 0, 1, 2)
+    classes = ("ant", "bee", "cow")
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        raise AssertionError("labels need no images")
+
+
+class Bare(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        return np.full((4, 4), index, np.uint8)
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        return iter(range(3))
+
+
+def test_torch_datasets() -> None:
+    source = open_source(Pairs())
+    assert len(source) == 5
+    assert source.read(3).unique().tolist() == [3]
+    assert source.path(3) == "Pairs[3]"
+    pairs, targets = source.labels(), open_source(Targets()).labels()
+    assert pairs is not None
+    assert pairs.names == ["0", "10"]
+    assert pairs.ids.tolist() == [0, 1, 0, 1, 0]
+    assert targets is not None
+    assert [targets.names[i] for i in targets.ids] == ["cow", "ant", "ant", "bee", "cow"]
+    assert open_source(Bare()).labels() is None
+    with pytest.raises(UserError, match="Stream: the dataset must have a length"):
+        open_source(Stream())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("imagse", r"data=imagse: there is no such file or folder \(did you mean images\?\); give a folder of images"),
+        ("images/nothing", r"no image and no tar shard in this folder; files that count end in \.jpg, .* or \.tar"),
+        ("images/1.jpg", r"this is a single image; give the folder"),
+        ("images/x.zip", r"a file that ends in \.zip is no source of images; give a folder"),
+        ("images/*.jpg", r"a pattern may name tar shards only, but images/1\.jpg is none"),
+        ("images/s-{00..02}.tar", r"the shard images/s-00\.tar cannot be read \(No such file or directory\)"),
+        ("images/*.tar", r"there is no such file or folder"),
+        ([], r"name at least one source"),
+        (7, r"data=7: a int is no source of images"),
+    ],
+)
+def test_a_wrong_source_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: Any, message: str) -> None:
+    (tmp_path / "images" / "nothing").mkdir(parents=True)
+    for name in ("1.jpg", "x.zip"):
+        (tmp_path / "images" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_source(spec)
+
+
+def test_classes_are_numbered_as_another_set_has_them() -> None:
+    labels = Labels(np.array([1, 0, 1]), ["bee", "cow"])
+    assert labels.numbered_as(["ant", "bee", "cow"]).tolist() == [2, 1, 2]
+    with pytest.raises(UserError, match=r"the class 'bee' \(1 such\) is not among the 2 known ones"):
+        labels.numbered_as(["ant", "cow"])
+
+
+def test_no_classes_at_all() -> None:
+    labels = ClassNames().finish()
+    assert labels.names == []
+    assert labels.ids.shape == (0,)
