@@ -108,12 +108,12 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 5)
 
-    def full(tensors: object, path: Path, metadata: object) -> None:
+    def full(_: object, path: Path, **__: object) -> None:
         path.write_bytes(b"begun")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device.*patchmine resume.*earlier checkpoints are intact"):
+    with pytest.raises(UserError, match=r"No space left on device.*patchmine resume.*earlier checkpoints are intact"):
         write(tmp_path, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000005.safetensors"]
     assert load(tmp_path / "last").step == 5

@@ -1,4 +1,4 @@
-"""A method small enough to check by eye: noise, an averaged copy in its state, two optimizers, clipping, a late starter."""
+"""A method that one can check by eye: noise, an averaged copy in its state, two optimizers, clipping, a late start."""
 
 from __future__ import annotations
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
 
 class _Arguments:
     """Batch and progress as a plain object: Fabric rounds floats in collections to bf16; targets must stay fp32."""
@@ -197,9 +199,13 @@ def _strategy(processes: int) -> Strategy | str:
 
 
 def _import_fabric() -> type[Fabric]:
+    asked = os.environ.get(_NVML_CHECK)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lightning.fabric import Fabric
+    if asked is None:
+        # Fabric switches this on; without a GPU every optimizer step would then look for the driver's library anew (0.1 ms).
+        os.environ.pop(_NVML_CHECK, None)
     # "Using bfloat16 ...", "All distributed processes registered", tips: nothing that our user asked for.
     for name in ("lightning", "lightning.fabric", "lightning.pytorch", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,11 @@ class Meter:
         names = [name for group in self._sums for name in group]
         sums, counts = mean(torch.cat(list(self._sums.values()), dim=1)).tolist()
         self._sums = {}
-        return {
-            name: total / count if count else math.nan for name, total, count in zip(names, sums, counts, strict=True)
-        }
+        totals: dict[str, tuple[float, float]] = {}
+        for name, total, count in zip(names, sums, counts, strict=True):
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = before[0] + total, before[1] + count
+        return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
 
 
 class Stopwatch:
@@ -114,7 +116,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
         trim_metrics(self._path, first_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)  # a line is on its way as soon as it is written
         if tensorboard:
             self._writers.append(_TensorBoard(folder, first_step))
         if wandb is not None:
@@ -126,17 +128,16 @@ class Log:
         if self.folder is None:
             return
         text = json.dumps({key: _clean(value) for key, value in line.items()}, allow_nan=False)
+        scalars = dict(_flatten(line))
         try:
-            self._file.write(text + "\n")
-            self._file.flush()
+            self._file.write(text.encode() + b"\n")
+            for writer in self._writers:
+                writer.write(scalars, int(line["step"]))
         except OSError as error:
             raise UserError(
                 f"{self._path} could not be written ({error.strerror}); make room there, then go on with"
                 f" `patchmine resume {self.folder}`"
             ) from error
-        scalars = dict(_flatten(line))
-        for writer in self._writers:
-            writer.write(scalars, int(line["step"]))
         self._show(line)
 
     def advance(self, step: int) -> None:
@@ -158,7 +159,8 @@ class Log:
             self._bar = None
         self._file.close()
         for writer in self._writers:
-            writer.close()
+            with suppress(OSError):  # a full disk has been told already
+                writer.close()
 
     def __enter__(self) -> Log:
         return self

@@ -1,0 +1,77 @@
+"""What the engine refuses, whom it lets start processes, what it compiles, and that no step waits for a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy import Toy, toy_batches
+
+from patchmine.errors import UserError
+from patchmine.train import engine as engines
+from patchmine.train.engine import Engine
+from patchmine.train.step import Stepper, TrainSettings
+
+
+def test_settings_that_this_machine_cannot_follow_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda, but torch sees no GPU here; use device=cpu"):
+        Engine(device="cuda")
+    with pytest.raises(UserError, match="device=tpu is not known; use auto, cpu or cuda"):
+        Engine(device="tpu")
+    with pytest.raises(UserError, match="precision=fp8 is not known; use auto, fp32 or bf16"):
+        Engine(device="cpu", precision="fp8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="devices=4, but this machine has 2 GPUs"):
+        Engine(device="cuda", devices=4)
+
+
+def test_processors_compute_in_fp32_unless_told(engine: Engine) -> None:
+    assert (engine.precision, engine.device.type, engine.rank, engine.world_size) == ("fp32", "cpu", 0, 1)
+
+
+LAUNCHERS = {
+    "torchrun": {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+    "SLURM": {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"},
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_decides_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    for name in [name for environment in LAUNCHERS.values() for name in environment]:
+        monkeypatch.delenv(name, raising=False)
+    assert engines._launched_by(3, 2) == (3, 2)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    assert engines._launched_by(1, 1) == (4, 2)
+    assert engines._launched_by(4, 1) == (4, 2)
+    with pytest.raises(UserError, match=f"devices=3, but {launcher} started 4 processes on this node"):
+        engines._launched_by(3, 1)
+
+
+def test_blocks_are_compiled_in_place_and_keep_their_names() -> None:
+    from timm.models.vision_transformer import Block
+
+    module = nn.ModuleDict({"encoder": nn.Sequential(Block(8, 2), Block(8, 2)), "head": nn.Linear(8, 8)})
+    names = list(module.state_dict())
+    engines._compile_blocks(module)
+    assert [m._compiled_call_impl is not None for m in (*module["encoder"], module["head"])] == [True, True, False]
+    assert list(module.state_dict()) == names
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    engine = Engine(device="cuda")
+    settings = TrainSettings(total_steps=6, steps_per_epoch=3, batch_size=8, checkpoint_every=6, accumulate=2)
+    stepper = Stepper(Toy(nan_steps=(3,)), engine, settings)
+    batches = iter([batch.to("cuda") for batch in toy_batches(0, 6, 8, accumulate=2)])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(6):
+            stepper.make(settings.progress(step), batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert stepper.read_skips() == (1, 1)

@@ -1,0 +1,235 @@
+"""The loop by its promises: exact resume, accumulation, skipped steps, stopping, hooks, metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import Toy, toy_batches
+
+from patchmine.errors import UserError
+from patchmine.train.checkpoint import list_checkpoints, load, load_newest
+from patchmine.train.engine import Engine
+from patchmine.train.log import Log
+from patchmine.train.loop import train
+from patchmine.train.signals import Interrupted
+from patchmine.train.step import TrainSettings
+from patchmine.types import Batch
+
+Run = Callable[..., Any]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def stop_at(step: int, total: int, number: int = signal.SIGTERM) -> Iterator[Batch]:
+    """Batches of a run that is asked to stop while ``step`` (0-based) is being made."""
+    for at, batch in enumerate(toy_batches(0, total, 8)):
+        if at == step:
+            os.kill(os.getpid(), number)
+        yield batch
+
+
+@pytest.mark.parametrize("stop_step", [2, 4, 7])
+def test_an_interrupted_run_goes_on_bit_by_bit(run_toy: Run, tmp_path: Path, stop_step: int) -> None:
+    whole = run_toy("whole")
+    with pytest.raises(Interrupted):
+        run_toy("parts", batches=stop_at(stop_step, 12))
+    start = load_newest(tmp_path / "parts/checkpoints", print)
+    assert start.step == stop_step + 1
+    resumed = run_toy("parts", start=start)
+    assert_same(whole, resumed)
+    states = [load(tmp_path / name / "checkpoints/last") for name in ("whole", "parts")]
+    assert states[0].optimizer.keys() == states[1].optimizer.keys()
+    assert all(torch.equal(states[0].optimizer[name], states[1].optimizer[name]) for name in states[0].optimizer)
+    assert [line["step"] for line in lines(tmp_path / "parts")] == [4, 8, 12]
+
+
+def test_a_killed_run_repeats_what_was_not_saved(run_toy: Run, tmp_path: Path) -> None:
+    whole = run_toy("whole", log_every=1)
+
+    def killed(step: int) -> Iterator[Batch]:
+        yield from toy_batches(0, step, 8)
+        raise ConnectionError("power failure")
+
+    with pytest.raises(ConnectionError):
+        run_toy("parts", log_every=1, batches=killed(8))
+    with (tmp_path / "parts/metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    resumed = run_toy("parts", log_every=1, start=load_newest(tmp_path / "parts/checkpoints", print))
+    assert_same(whole, resumed)
+    timeless = lambda line: {k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")}  # noqa: E731
+    assert [timeless(line) for line in lines(tmp_path / "parts")] == [
+        timeless(line) for line in lines(tmp_path / "whole")
+    ]
+
+
+def test_accumulating_two_halves_is_one_step(run_toy: Run) -> None:
+    once, twice = run_toy("once"), run_toy("twice", accumulate=2)
+    for name, value in once.state_dict().items():
+        torch.testing.assert_close(twice.state_dict()[name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_metrics_hold_what_the_report_needs(run_toy: Run, tmp_path: Path) -> None:
+    run_toy(total_steps=10, log_every=4)
+    found = lines(tmp_path / "run")
+    assert [line["step"] for line in found] == [4, 8, 10]
+    assert found[1]["epoch"] == 1.6
+    assert found[1]["samples"] == 64
+    assert {"loss", "pixels", "lr", "lr_sgd", "grad_norm", "skipped", "images_per_second", "data_wait"} <= found[
+        0
+    ].keys()
+    assert 0 <= found[0]["data_wait"] <= 1
+
+
+def test_a_metrics_line_is_the_mean_of_its_interval(run_toy: Run, tmp_path: Path) -> None:
+    run_toy("each", log_every=1)
+    run_toy("fours", log_every=4)
+    each = [line["loss"] for line in lines(tmp_path / "each")]
+    fours = [line["loss"] for line in lines(tmp_path / "fours")]
+    assert fours == pytest.approx([sum(each[i : i + 4]) / 4 for i in (0, 4, 8)], rel=1e-5)
+
+
+def test_steps_without_a_finite_loss_are_skipped_counted_and_left_out(run_toy: Run, tmp_path: Path) -> None:
+    method = run_toy(method=Toy(nan_steps=(1, 2, 9)))
+    assert all(value.isfinite().all() for value in method.state_dict().values())
+    found = lines(tmp_path / "run")
+    assert [line["skipped"] for line in found] == [2, 0, 1]
+    assert all(math.isfinite(line["loss"]) for line in found)
+    assert load(tmp_path / "run/checkpoints/last").optimizer["encoder.weight.step"] == 9
+
+
+def test_too_many_skipped_steps_stop_the_run_with_advice(run_toy: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not finite in 1\d steps in a row .*step-00000015.*smaller blr \(now 0\.5\)"):
+        run_toy(method=Toy(nan_steps=tuple(range(6, 40))), total_steps=40)
+    saved = load(list_checkpoints(tmp_path / "run/checkpoints")[-1])
+    assert all(value.isfinite().all() for value in saved.model.values())
+    assert lines(tmp_path / "run")[-2]["loss"] is None
+
+
+def test_skipped_steps_with_good_ones_between_do_not_stop_it(run_toy: Run) -> None:
+    run_toy(method=Toy(nan_steps=tuple(step for step in range(40) if step % 5)), total_steps=40)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    run_toy: Run, tmp_path: Path, number: int, code: int
+) -> None:
+    said: list[str] = []
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as caught:
+        run_toy(batches=stop_at(6, 12, number), say=said.append)
+    assert caught.value.code == code
+    assert load(tmp_path / "run/checkpoints/last").step == 7
+    assert f"patchmine resume {tmp_path / 'run'}" in said[-1]
+    assert signal.Signals(number).name in said[-1]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_is_obeyed_at_once(run_toy: Run, tmp_path: Path) -> None:
+    def impatient() -> Iterator[Batch]:
+        for step, batch in enumerate(toy_batches(0, 12, 8)):
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(batches=impatient())
+    assert load(tmp_path / "run/checkpoints/last").step == 5
+
+
+def test_a_signal_in_the_last_step_changes_nothing(run_toy: Run) -> None:
+    run_toy(batches=stop_at(11, 12))
+
+
+def test_checkpoints_come_every_so_often_and_at_the_end(run_toy: Run, tmp_path: Path) -> None:
+    run_toy(checkpoint_every=4, total_steps=10, keep_checkpoints=2)
+    assert [load(path).step for path in list_checkpoints(tmp_path / "run/checkpoints")] == [8, 10]
+
+
+def test_hooks_are_called_at_their_steps_and_may_switch_to_eval_mode(run_toy: Run) -> None:
+    epochs: list[int] = []
+    samples: list[tuple[int, int]] = []
+    method = Toy()
+
+    def on_epoch(progress: Any) -> None:
+        epochs.append(progress.step)
+        method.eval()
+
+    run_toy(
+        method=method,
+        on_epoch=on_epoch,
+        on_sample=lambda progress, batch: samples.append((progress.step, len(batch))),
+        sample_every=4,
+    )
+    assert epochs == [5, 10, 12]
+    assert samples == [(4, 8), (8, 8), (12, 8)]
+    assert method.epochs_begun == 3
+    assert method.training
+
+
+def test_resuming_with_other_data_or_settings_is_refused(run_toy: Run, tmp_path: Path) -> None:
+    run_toy(identity={"data": "abc", "settings": "s1"})
+    start = load_newest(tmp_path / "run/checkpoints", print)
+    with pytest.raises(UserError, match=r"step-00000012\.safetensors was written with other data .*abc, now xyz"):
+        run_toy(start=start, total_steps=20, identity={"data": "xyz", "settings": "s1"})
+
+
+def test_a_checkpoint_of_another_model_is_refused(run_toy: Run, tmp_path: Path) -> None:
+    run_toy()
+    start = load(tmp_path / "run/checkpoints/last")
+    other = Toy()
+    other.decoder = torch.nn.Sequential(torch.nn.Linear(8, 12))
+    other.param_groups = lambda: Toy.__base__.param_groups(other)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="does not fit this model and method"):
+        run_toy(method=other, start=start, total_steps=20)
+
+
+def test_a_finished_run_has_nothing_left_to_do(run_toy: Run, tmp_path: Path) -> None:
+    whole = run_toy()
+    again = run_toy(start=load(tmp_path / "run/checkpoints/last"))
+    assert again.epochs_begun == 0 or again.epochs_begun == whole.epochs_begun
+    assert_same(whole, again)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(run_toy: Run) -> None:
+    with pytest.raises(UserError, match=r"batch_size=8 .*accumulate=3"):
+        run_toy(accumulate=3)
+
+
+def test_batches_of_the_wrong_size_are_a_mistake_of_ours(run_toy: Run) -> None:
+    with pytest.raises(ValueError, match="step 0 needs a batch of 8 images and got 4"):
+        run_toy(batches=toy_batches(0, 12, 4))
+    with pytest.raises(ValueError, match="step 3 needs a batch of 8 images and got none"):
+        run_toy(batches=toy_batches(0, 3, 8))
+
+
+def test_bf16_computes_in_bf16_and_hands_over_the_images_untouched(tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+
+    class Watched(Toy):
+        def forward(self, batch: Batch, progress: Any) -> Any:
+            seen.extend([batch.views[0].dtype, self.encoder(batch.views[0].flatten(1)).dtype])
+            return super().forward(batch, progress)
+
+    engine = Engine(device="cpu", precision="bf16")
+    settings = TrainSettings(total_steps=3, steps_per_epoch=3, batch_size=8, checkpoint_every=3)
+    method = Watched()
+    with Log(tmp_path, total_steps=3, say=lambda text: None, tensorboard=False) as log:
+        train(method, toy_batches(0, 3, 8), engine, settings, folder=tmp_path / "checkpoints", log=log)
+    assert seen[:2] == [torch.float32, torch.bfloat16]
+    assert {p.dtype for p in method.parameters()} == {torch.float32}
