@@ -1,0 +1,87 @@
+"""The recipes that come with patchmine: complete heads, settings that are valid for every method they serve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from patchmine.config import parse, resolve_size
+from patchmine.errors import UserError
+from patchmine.methods import METHODS
+from patchmine.recipes import ABOUT, list_recipes, load_recipe, recipe_names
+from patchmine.run import build_method
+
+TINY = {"cifar10-tiny", "photos-demo"}
+PUBLISHED = {"mae-vit-b-imagenet", "mae-vit-l-imagenet", "hpm-vit-b-imagenet", "hpm-vit-l-imagenet"}
+RECIPES = {recipe.name: recipe for recipe in list_recipes()}
+ROWS = [(recipe.name, method) for recipe in RECIPES.values() for method in recipe.method_names]
+
+
+def test_all_promised_recipes_are_there() -> None:
+    assert set(recipe_names()) >= TINY | PUBLISHED | {"my-images"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_head_states_what_a_reader_needs(name: str) -> None:
+    about = RECIPES[name].about
+    assert set(about) == set(ABOUT)
+    assert all(about.values())
+    assert about["command"].startswith(f"patchmine pretrain {name} ")
+
+
+@pytest.mark.parametrize(("name", "method"), ROWS)
+def test_the_command_in_the_head_and_every_method_parse(name: str, method: str) -> None:
+    words = RECIPES[name].about["command"].split()[3:]
+    assert parse(name, [*words, f"method={method}"]).method.name == method
+
+
+@pytest.mark.parametrize("name", sorted(TINY | {"my-images"}))
+def test_small_recipes_serve_every_method(name: str) -> None:
+    assert set(RECIPES[name].method_names) == set(METHODS)
+
+
+@pytest.mark.parametrize(("name", "method"), [row for row in ROWS if row[0] in TINY])
+def test_tiny_recipes_can_be_built(name: str, method: str) -> None:
+    built = build_method(parse(name, ["data=x", f"method={method}"]))
+    assert sum(p.numel() for p in built.encoder.parameters()) < 2e6
+
+
+@pytest.mark.parametrize(("name", "epochs", "batch"), [(n, 1600, 4096) if "mae" in n else (n, 800, 2048) for n in PUBLISHED])
+def test_published_recipes_hold_the_published_numbers(name: str, epochs: int, batch: int) -> None:
+    config = parse(name, ["data=x"])
+    assert (config.epochs, config.batch_size, config.warmup_epochs) == (epochs, batch, 40)
+    assert (config.blr, config.weight_decay, config.betas, config.min_lr) == (1.5e-4, 0.05, (0.9, 0.95), 0)
+    assert (config.image_size, config.crop_scale, config.flip) == ((224, 224), (0.2, 1.0), 0.5)
+    method = config.method.model_dump()
+    assert method["norm_pix_loss"] is (method["name"] == "mae")
+    assert method["clip_grad"] == (None if method["name"] == "mae" else 5.0)
+    decoder = (method["decoder_embed_dim"], method["decoder_depth"], method["decoder_num_heads"])
+    assert (method["mask_ratio"], *decoder) == (0.75, 512, 8, 16)
+
+
+def test_my_images_chooses_more_for_more_images() -> None:
+    config = parse("my-images", ["data=x"])
+    sized = [resolve_size(config, count) for count in (500, 10_000, 100_000, 1_000_000, 50_000_000)]
+    epochs = [each.epochs for each in sized]
+    assert epochs == sorted(epochs, reverse=True)  # type: ignore[type-var]
+    assert [each.batch_size for each in sized] == sorted(each.batch_size for each in sized)
+    assert all(each.batch_size * 4 <= count for each, count in zip(sized, (500, 10_000, 100_000), strict=False))
+
+
+def test_a_misspelt_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="No recipe 'cifar-tiny', and no such file; did you mean cifar10-tiny"):
+        load_recipe("cifar-tiny")
+    with pytest.raises(UserError, match="there are cifar10-tiny, "):
+        load_recipe("xyz")
+
+
+def test_a_folder_is_no_recipe_and_the_message_says_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"images are data=.*`patchmine resume"):
+        load_recipe(tmp_path)
+
+
+def test_a_file_is_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: photos\nblr: 1e-3\n", encoding="utf-8")
+    config = parse(path, [])
+    assert (config.data, config.blr) == ("photos", 1e-3)
