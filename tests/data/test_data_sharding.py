@@ -13,11 +13,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from patchmine.data import sharding
+from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import key_of
 from patchmine.data.decode import decode
+from patchmine.data.loader import train_batches
 from patchmine.data.sharding import write_shards
 from patchmine.data.source import open_source
+from patchmine.data.views import TrainView
 from patchmine.errors import UserError
+from patchmine.types import Batch
 
 
 def test_shards_hold_what_the_folder_holds(image_folder: Path, tmp_path: Path) -> None:
@@ -158,3 +162,26 @@ def test_earlier_work_stays_and_half_work_never_appears(
     with pytest.raises(UserError, match="No space left on device"):
         write_shards(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "full"]
+
+
+def test_training_sees_the_same_batches_from_shards_as_from_the_folder(image_folder: Path, tmp_path: Path) -> None:
+    write_shards(open_source(image_folder), tmp_path / "out", shard_size=40_000)
+
+    def batches(spec: Path) -> list[Batch]:
+        return list(
+            train_batches(
+                open_source(spec),
+                TrainView((16, 16)),
+                channels=3,
+                seed=3,
+                batch_size=12,
+                steps_per_epoch=3,
+                start_step=1,
+                total_steps=5,
+                bad=BadFiles(None, 0.05),
+            )
+        )
+
+    for ours, theirs in zip(batches(image_folder), batches(tmp_path / "out"), strict=True):
+        assert torch.equal(ours.views[0], theirs.views[0])
+        assert torch.equal(ours.index, theirs.index)
