@@ -28,7 +28,9 @@ def read_words(
     for word in words:
         pair = split_setting(word)
         if pair is not None:
-            complaint = put(settings, *pair)
+            # Here too method=hpm is short for method.name=hpm, so that method.KEY=VALUE may stand beside it.
+            path = "method.name" if pair[0] == "method" and not isinstance(pair[1], dict) else pair[0]
+            complaint = put(settings, path, pair[1])
             mistakes += [Mistake(pair[0], complaint)] if complaint else []
         elif word.startswith("-") and not Path(word).exists():
             mistakes.append(
