@@ -64,7 +64,7 @@ def test_slopes_are_repainted_after_some_steps() -> None:
     ramp = torch.linspace(-1, 1, 32)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=3e-3)
-    for step in range(120):
+    for step in range(250):
         slopes = torch.randn(16, 3, 2, 1, 1, generator=generator)
         images = slopes[:, :, 0] * ramp[:, None] + slopes[:, :, 1] * ramp[None]
         method.noise.begin(step)
@@ -72,7 +72,7 @@ def test_slopes_are_repainted_after_some_steps() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.3 * images.var().item()
+    assert loss.item() < 0.25 * images.var().item()
 
 
 def test_settings_that_no_network_can_be_built_from() -> None:
