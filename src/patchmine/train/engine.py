@@ -204,7 +204,7 @@ def _import_fabric() -> type[Fabric]:
         warnings.simplefilter("ignore")
         from lightning.fabric import Fabric
     if asked is None:
-        # Fabric switches this on; without a GPU every optimizer step would then look for the driver's library anew (0.1 ms).
+        # Fabric switches this on; without a GPU every optimizer step would then look for the driver anew (0.1 ms).
         os.environ.pop(_NVML_CHECK, None)
     # "Using bfloat16 ...", "All distributed processes registered", tips: nothing that our user asked for.
     for name in ("lightning", "lightning.fabric", "lightning.pytorch", "lightning.fabric.utilities.rank_zero"):
