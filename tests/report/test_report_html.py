@@ -115,14 +115,22 @@ def test_evaluations_of_other_kinds_are_shown_too(make_run: MakeRun, tmp_path: P
     page = report(tmp_path, folder)
     assert "miou" in page.words
     assert "38.25" in page.words
-    assert "data ade" in page.words
+    assert "ade" in page.words
 
 
 def test_results_keep_accuracies_apart_from_conditions() -> None:
-    content = {"name": "knn", "top1": 40, "top5": 80.0, "k": 20, "floors": {"random_init": {"top1": 30.0}, "x": None}}
+    content = {
+        "name": "knn",
+        "top1": 40,
+        "top5": 80.0,
+        "k": 20,
+        "notes": ["few classes"],
+        "floors": {"random_init": {"top1": 30.0}, "x": None},
+    }
     result = read_result(0, "run", content)
     assert (result.top1, result.top5, result.floors) == (40.0, 80.0, {"random_init": 30.0})
     assert result.conditions == {"k": "20"}
+    assert result.notes == ["few classes"]
     assert result.measures == {}
 
 

@@ -16,7 +16,7 @@ class Result:
     """One evaluation of one run.
 
     Accuracies in percent, ``floors`` name -> top-1.  ``measures``: the numbers of an evaluation that has no
-    accuracy.  ``conditions``: how it was made, name -> text.
+    accuracy.  ``notes``: sentences for the reader.  ``conditions``: how it was made.
     """
 
     run: int
@@ -25,6 +25,7 @@ class Result:
     top5: float | None
     floors: Mapping[str, float]
     measures: Mapping[str, float]
+    notes: Sequence[str]
     conditions: Mapping[str, str]
 
 
@@ -57,10 +58,12 @@ def read_result(run: int, name: str, content: Mapping[str, object]) -> Result:
         accuracy = _number(accuracies.get("top1")) if isinstance(accuracies, Mapping) else None
         if accuracy is not None:
             found[str(floor)] = accuracy
-    rest = {key: value for key, value in content.items() if key not in ("name", "top1", "top5", "floors")}
+    rest = {key: value for key, value in content.items() if key not in ("name", "top1", "top5", "floors", "notes")}
+    notes = content.get("notes")
+    said = [str(note) for note in notes] if isinstance(notes, list) else []
     measures = {} if top1 is not None else {k: n for k, value in rest.items() if (n := _number(value)) is not None}
     conditions = flatten({key: value for key, value in rest.items() if key not in measures})
-    return Result(run, name, top1, _number(content.get("top5")), found, measures, conditions)
+    return Result(run, name, top1, _number(content.get("top5")), found, measures, said, conditions)
 
 
 def _number(value: object) -> float | None:
@@ -84,7 +87,7 @@ def _table(name: str, results: Sequence[Result], scale: float, columns: int) -> 
     return (
         f'<div class="scroll"><table class="evaluation" id="eval-{escape(name)}">'
         f'<caption>{escape(title(name))}</caption><thead><tr><th scope="col">run</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{_conditions(results)}"
+        f"<tbody>{body}</tbody></table></div>{_notes(results)}{_conditions(results)}"
     )
 
 
@@ -123,18 +126,32 @@ def _accuracies(result: Result, floors: Sequence[str], scale: float) -> str:
     return "".join(cells)
 
 
+def _notes(results: Sequence[Result]) -> str:
+    """What the reader has to know, once where all runs agree."""
+    said: dict[str, list[str]] = {}
+    for result in results:
+        for note in result.notes:
+            said.setdefault(note, []).append(result.name)
+    lines = [note if len(names) == len(results) else f"{', '.join(names)}: {note}" for note, names in said.items()]
+    return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
+
+
 def _conditions(results: Sequence[Result]) -> str:
-    """How it was measured: once where all runs agree, else for each run."""
-    said = {result.name: _sentence(result.conditions) for result in results}
-    if len(set(said.values())) == 1:
-        lines = [next(iter(said.values()))]
-    else:
-        lines = [f"{name}: {sentence}" for name, sentence in said.items()]
-    return "".join(f'<p class="note conditions">{escape(line)}</p>' for line in lines if line)
-
-
-def _sentence(conditions: Mapping[str, str]) -> str:
-    return " · ".join(f"{_spoken(key)} {value}" for key, value in conditions.items() if value != "none")
+    """How it was measured, as a table that opens on demand."""
+    names = list(dict.fromkeys(name for result in results for name in result.conditions))
+    if not names:
+        return ""
+    head = "".join(f'<th scope="col">{escape(result.name)}</th>' for result in results)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{escape(result.conditions.get(name, NOTHING))}</td>" for result in results)
+        + "</tr>"
+        for name in names
+    )
+    return (
+        '<details class="numbers conditions"><summary>how it was measured</summary><div class="scroll"><table>'
+        f'<thead><tr><th scope="col"></th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
+    )
 
 
 def _spoken(name: str) -> str:

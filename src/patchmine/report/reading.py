@@ -124,6 +124,10 @@ def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 def _as_text(value: object) -> str:
     if value is None:
         return "none"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_as_text(part) for part in value) + "]"
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 

@@ -13,6 +13,7 @@ TITLES = {
     "images_per_second": "Images per second",
     "data_wait": "Waiting for data",
     "skipped": "Skipped steps",
+    "grad_norm": "Gradient norm",
     "knn": "kNN",
 }
 
