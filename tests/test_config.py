@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from patchmine.config import RunConfig, changed_results, from_settings, parse, resolve_size
 from patchmine.errors import UserError
 from patchmine.methods import METHODS

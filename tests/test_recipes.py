@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from patchmine.config import parse, resolve_size
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
@@ -46,7 +47,9 @@ def test_tiny_recipes_can_be_built(name: str, method: str) -> None:
     assert sum(p.numel() for p in built.encoder.parameters()) < 2e6
 
 
-@pytest.mark.parametrize(("name", "epochs", "batch"), [(n, 1600, 4096) if "mae" in n else (n, 800, 2048) for n in PUBLISHED])
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch"), [(n, 1600, 4096) if "mae" in n else (n, 800, 2048) for n in PUBLISHED]
+)
 def test_published_recipes_hold_the_published_numbers(name: str, epochs: int, batch: int) -> None:
     config = parse(name, ["data=x"])
     assert (config.epochs, config.batch_size, config.warmup_epochs) == (epochs, batch, 40)

@@ -281,7 +281,7 @@ def export(context: typer.Context) -> None:
 
     \b
       out=hpm-vit-s      folder to write; without it, export/ in the run
-      what=full          the whole method with its decoder instead
+      what=full          the whole method instead, out=FILE.safetensors, under the reference's names
       weights=teacher    the slow copy that HPM keeps
     \b
     Example:
@@ -299,6 +299,12 @@ def export(context: typer.Context) -> None:
 def import_weights(context: typer.Context) -> None:
     """Turn a checkpoint of the official MAE or HPM code into a run.
 
+    A report tells what became of every tensor; nothing missing or unexpected is passed over.
+
+    \b
+      out=runs/mae       new folder for the run
+      what=encoder       leave the decoder out; without it, all that the file has
+      weights=teacher    HPM's slow copy in place of the student
     \b
     Example:
       patchmine import mae_pretrain_vit_base.pth out=runs/mae-official
@@ -307,7 +313,7 @@ def import_weights(context: typer.Context) -> None:
     from patchmine.transfer import import_file
 
     given = read_words(Import, context.args, command="import", first=["file"])
-    import_file(given.file, given.out, weights=given.weights, say=_say)
+    print(import_file(given.file, given.out, weights=given.weights, what=given.what, say=_say).path)
 
 
 @_command(data, "inspect", "IMAGES [sample=1000] [full=false]")

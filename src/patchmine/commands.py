@@ -88,6 +88,9 @@ class Import(_Arguments):
     )
     out: str = Field(description="name the folder to write, as in out=runs/mae")
     weights: Literal["student", "teacher"] = Field("student", description="which of HPM's two models")
+    what: Literal["auto", "encoder", "full"] = Field(
+        "auto", description="auto: the decoder too, where the file has one"
+    )
 
 
 class Inspect(_Arguments):

@@ -1,0 +1,158 @@
+"""Runs out of and into other people's formats: exports for timm and transformers, official MAE and HPM checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from patchmine.config import RunConfig, from_settings, silent
+from patchmine.errors import UserError
+from patchmine.method import Method
+from patchmine.models.loading import LoadReport, load_tensors
+from patchmine.models.official import (
+    Checkpoint,
+    DecoderShape,
+    check_decoder_positions,
+    dropped_names,
+    from_reference_names,
+    read_official,
+    to_reference_names,
+)
+from patchmine.models.weights import export_encoder
+from patchmine.run import Run, Which, build_method, is_run
+from patchmine.train import checkpoint as checkpoints
+
+Say = Callable[[str], None]
+What = Literal["auto", "encoder", "full"]
+
+_TEACHER = "teacher."
+
+
+def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: Which) -> Path:
+    """Write the encoder of a run as a folder for timm and transformers, or the ``full`` method as one file.
+
+    The full method goes to ``out``, a .safetensors file under the reference code's names, which `import_file` reads.
+    Raises UserError where the run has no such weights or ``out`` cannot be written.
+    """
+    run = Run(path)
+    if what == "full":
+        return _export_full(run, out, weights)
+    return _export(run.config, run.encoder(weights), run.export_dir if out is None else out)
+
+
+def _export_full(run: Run, out: str | None, weights: Which) -> Path:
+    target = Path(out) if out is not None else run.path / f"{run.config.method.name}-{weights}.safetensors"
+    if target.suffix != ".safetensors":
+        raise UserError(f"out={target}: the full method is one file; write for example out={target}.safetensors")
+    method = run.method()
+    tensors = to_reference_names(method.state_dict(), teacher=weights == "teacher")
+    if not tensors:
+        raise UserError(f"{run.path} holds no teacher: method={run.config.method.name} keeps none; use weights=student")
+    table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
+    tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata={"format": "pt"})
+    return target
+
+
+def import_file(file: str, out: str, *, weights: Which = "student", what: What = "auto", say: Say = silent) -> Run:
+    """Turn an official MAE or HPM checkpoint into a run in the new folder ``out``, with an export of its encoder.
+
+    ``what``: encoder only, or the full method, by default as much as the file has.  ``say`` hears what became of every
+    tensor.  Raises UserError for a file of another kind, and for a tensor that is missing, unexpected or of another shape.
+    """
+    folder = Path(out)
+    if is_run(folder):
+        raise UserError(f"out={folder} already holds a run, which is left as it is: choose another out")
+    found = read_official(file, weights=weights)
+    say(found.describe())
+    if what == "full" and found.decoder is None:
+        raise UserError(f"{file} holds an encoder only: use what=encoder")
+    full = found.decoder is not None and what != "encoder"
+    config = _settings(found, out, full=full)
+    report = LoadReport(file, dropped=dropped_names(found, full=full))
+    if full:
+        method = build_method(config)
+        load_tensors(method, _method_tensors(found, method), report)
+        checkpoints.save(folder / "checkpoints", 0, method.state_dict(), {}, {"imported": file}, keep=1)
+        _export(config, cast(VisionTransformer, method.encoder), folder / "export")
+    else:
+        encoder = found.architecture.build()
+        load_tensors(encoder, found.encoder, report)
+        _export(config, encoder, folder / "export")
+    say(report.render())
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    return Run(folder)
+
+
+def _settings(found: Checkpoint, out: str, *, full: bool) -> RunConfig:
+    architecture = found.architecture
+    method: dict[str, Any] = {"name": found.method}
+    if full and found.decoder is not None:
+        method |= _decoder_settings(found, found.decoder)
+    return from_settings(
+        data=f"imported:{found.source}",
+        model=architecture.model,
+        model_args={
+            name: value for name, value in architecture.model_args.items() if (name, value) != ("fc_norm", False)
+        },
+        image_size=architecture.image_size,
+        patch_size=architecture.patch_size,
+        channels=architecture.channels,
+        method=method,
+        out=out,
+    )
+
+
+def _decoder_settings(found: Checkpoint, decoder: DecoderShape) -> dict[str, Any]:
+    pixels = found.architecture.patch_size**2 * found.architecture.channels
+    if decoder.values != pixels:
+        raise UserError(
+            f"{found.source}: its decoder predicts {decoder.values} numbers a patch, not its {pixels} pixel values: "
+            "import the encoder only, with what=encoder"
+        )
+    kept = ("mask_ratio", "norm_pix_loss")
+    return {
+        "decoder_embed_dim": decoder.width,
+        "decoder_depth": decoder.depth,
+        "decoder_num_heads": decoder.num_heads,
+        **{name: found.settings[name] for name in kept if name in found.settings},
+    }
+
+
+def _method_tensors(found: Checkpoint, method: Method) -> dict[str, Tensor]:
+    """Every tensor of the method from the file; a teacher that the file lacks is the student."""
+    unwanted = set(dropped_names(found, full=True))
+    table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
+    check_decoder_positions(found.tensors, table, found.source)
+    ours = from_reference_names({name: t for name, t in found.tensors.items() if name not in unwanted})
+    names = [name for name in method.state_dict() if name.startswith(_TEACHER)]
+    taught = {name: ours[name.removeprefix(_TEACHER)] for name in names if name.removeprefix(_TEACHER) in ours}
+    if found.teacher is not None:
+        stored = {name: t for name, t in found.teacher.items() if name not in unwanted}
+        taught |= from_reference_names(stored, teacher=True)
+    return ours | taught
+
+
+def _export(config: RunConfig, encoder: VisionTransformer, folder: str | Path) -> Path:
+    if config.mean is None or config.std is None:
+        raise UserError("mean and std are not set; write those that the images were normalised with into config.yaml")
+    return export_encoder(
+        encoder,
+        folder,
+        model=config.model,
+        model_args=config.model_args,
+        image_size=config.image_size,
+        channels=config.channels,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        interpolation=config.interpolation,
+    )

@@ -1,0 +1,127 @@
+"""Weights out of runs and into runs, through files laid out like those of the reference code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from patchmine.config import parse
+from patchmine.errors import UserError
+from patchmine.method import Method
+from patchmine.methods import METHODS
+from patchmine.models.official import to_reference_names
+from patchmine.run import Run, build_method
+from patchmine.train import checkpoint
+from patchmine.transfer import export_run, import_file
+
+WORDS = ["data=photos", "model=vit_tiny_patch16_224", "model_args.depth=2", "image_size=32", "patch_size=8"]
+DECODER = ["method.decoder_embed_dim=512", "method.decoder_depth=1", "method.decoder_num_heads=16"]
+
+
+def make_run(folder: Path, method: str) -> tuple[Run, Method]:
+    config = parse(None, [*WORDS, *DECODER, f"method={method}"])
+    torch.manual_seed(1)
+    built = build_method(config)
+    for parameter in built.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.01)  # so that the teacher is not the student
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    checkpoint.save(folder / "checkpoints", 7, built.state_dict(), {}, {}, keep=3)
+    return Run(folder), built
+
+
+def reference_state(method: Method) -> dict[str, Tensor]:
+    state = to_reference_names(method.state_dict())
+    table = method.get_submodule("decoder_input").get_buffer("pos_embed")
+    return state | {"decoder_pos_embed": torch.cat([torch.zeros(1, table.shape[1]), table])[None]}
+
+
+def official_file(folder: Path, method: Method, name: str) -> Path:
+    state = reference_state(method)
+    path = folder / "official.pth"
+    if name == "mae":
+        torch.save({"model": state, "epoch": 3}, path)
+    else:
+        ddp = {f"module.{key}": tensor for key, tensor in state.items()}
+        ema = to_reference_names(method.state_dict(), teacher=True)
+        torch.save({"epoch": 3, "state_dict": ddp, "ema_state_dict": ema}, path)
+    return path
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_full_official_file_becomes_the_same_method(name: str, tmp_path: Path) -> None:
+    _, built = make_run(tmp_path / "run", name)
+    said: list[str] = []
+    run = import_file(str(official_file(tmp_path, built, name)), str(tmp_path / "imported"), say=said.append)
+    assert equal(run.method().state_dict(), built.state_dict())
+    assert run.config.method.name == name
+    assert "unexpected    0" in said[-1]
+    exported = timm.create_model(f"local-dir:{run.export_dir}", pretrained=True)
+    images = torch.randn(2, 3, 32, 32)
+    built.eval()
+    torch.testing.assert_close(exported.eval().forward_features(images), built.encoder.forward_features(images))  # type: ignore[operator]
+
+
+def test_an_encoder_only_file_becomes_a_run_with_an_encoder(tmp_path: Path) -> None:
+    _, built = make_run(tmp_path / "run", "mae")
+    path = tmp_path / "encoder.pth"
+    torch.save({"model": built.encoder.state_dict()}, path)
+    run = import_file(str(path), str(tmp_path / "imported"))
+    assert equal(run.encoder().state_dict(), built.encoder.state_dict())
+    with pytest.raises(UserError, match="no checkpoint in"):
+        run.method()
+    with pytest.raises(UserError, match="holds an encoder only: use what=encoder"):
+        import_file(str(path), str(tmp_path / "other"), what="full")
+
+
+def test_the_decoder_may_be_left_behind(tmp_path: Path) -> None:
+    _, built = make_run(tmp_path / "run", "hpm")
+    run = import_file(str(official_file(tmp_path, built, "hpm")), str(tmp_path / "imported"), what="encoder")
+    assert run.checkpoints == []
+    assert equal(run.encoder().state_dict(), built.encoder.state_dict())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_full_export_is_read_back_by_import(name: str, tmp_path: Path) -> None:
+    run, built = make_run(tmp_path / "run", name)
+    path = export_run(run.path, str(tmp_path / "full.safetensors"), what="full", weights="student")
+    assert equal(load_file(path), reference_state(built))
+    again = import_file(str(path), str(tmp_path / "imported")).method().state_dict()
+    students = {key: tensor for key, tensor in built.state_dict().items() if not key.startswith("teacher.")}
+    assert equal({key: again[key] for key in students}, students)
+
+
+def test_exports_of_student_and_teacher_open_in_timm(tmp_path: Path) -> None:
+    run, built = make_run(tmp_path / "run", "hpm")
+    student = export_run(run.path, None, what="encoder", weights="student")
+    teacher = export_run(run.path, str(tmp_path / "teacher"), what="encoder", weights="teacher")
+    assert student == run.export_dir
+    expected = {student: built.encoder, teacher: built.get_submodule("teacher").get_submodule("encoder")}
+    for folder, encoder in expected.items():
+        opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert equal(opened.state_dict(), encoder.state_dict())
+
+
+def test_what_cannot_be_transferred_is_refused_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    run, built = make_run(tmp_path / "run", "mae")
+    with pytest.raises(UserError, match="already holds a run"):
+        import_file("x.pth", str(run.path))
+    with pytest.raises(UserError, match="holds no teacher"):
+        export_run(run.path, None, what="full", weights="teacher")
+    with pytest.raises(UserError, match=r"write for example out=.*folder.safetensors"):
+        export_run(run.path, str(tmp_path / "folder"), what="full", weights="student")
+    state = reference_state(built)
+    del state["decoder_blocks.0.norm1.bias"]
+    torch.save({"model": state | {"surprise": torch.zeros(3)}}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match="missing tensor"):
+        import_file(str(tmp_path / "odd.pth"), str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
