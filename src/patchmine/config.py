@@ -12,7 +12,7 @@ from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import Mistake, refusal, validate
 from patchmine.recipes import Recipe, load_recipe
-from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, SizeRow, changed_results
+from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, Size, SizeRow, changed_results
 from patchmine.words import merge, put, shown, split_setting
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Results",
     "RunConfig",
     "Running",
+    "Size",
     "changed_results",
     "from_settings",
     "parse",

@@ -66,7 +66,7 @@ def import_file(file: str, out: str, *, weights: Which = "student", what: What =
     """Turn an official MAE or HPM checkpoint into a run in the new folder ``out``, with an export of its encoder.
 
     ``what``: encoder only, or the full method, by default as much as the file has.  ``say`` hears what became of every
-    tensor.  Raises UserError for a file of another kind, and for a tensor that is missing, unexpected or of another shape.
+    tensor.  Raises UserError for a file of another kind, and for tensors that are missing, unexpected or of other shape.
     """
     folder = Path(out)
     if is_run(folder):
