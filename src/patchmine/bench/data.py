@@ -42,8 +42,8 @@ def bench_data(
 
     Milliseconds per image are medians over the repeats; ratios (how many times as fast as torchvision) are medians over
     turns that follow each other.  ``ours``: bytes to a uint8 view, flip and normalisation left to the device, as in
-    training.  ``ours_float``: the same with flip, float and normalisation done by the worker.  UserError when ``source``
-    has no encoded images.
+    training.  ``ours_float``: the same with flip, float and normalisation done by the worker.  UserError when
+    ``source`` has no encoded images.
     """
     opened = open_source(source)
     raws = _encoded(opened)
@@ -120,7 +120,7 @@ def _ours_float(image_size: int) -> _Chain:
     def chain(raw: bytes) -> Tensor:
         pixels, box, flip = view(raw, 3, sample_generator(0, 0, next(numbers)))
         batch = Batch([pixels[None]], torch.zeros(1, dtype=torch.int64), box[None], torch.tensor([flip]))
-        return normalise(batch, mean, std, "cpu").views[0]
+        return normalise(batch, mean, std, "cpu").views[0][0]
 
     return chain
 
