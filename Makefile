@@ -63,7 +63,7 @@ check-code: $(DEV_READY)
 	@$(BIN)/mypy
 
 check-docs: $(DEV_READY)
-	@$(BIN)/mkdocs build --strict --quiet --site-dir $(VENV)/site
+	@$(BIN)/mkdocs build --strict --site-dir $(VENV)/site
 	@$(BIN)/python -m pytest --quiet tests/test_docs.py
 
 format: $(DEV_READY)
