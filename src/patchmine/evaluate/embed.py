@@ -14,8 +14,9 @@ from patchmine.data.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Reader, stream
 from patchmine.evaluate.labelled import everything
-from patchmine.evaluate.measure import ReadSettings, fast_products
+from patchmine.evaluate.measure import ReadSettings
 from patchmine.evaluate.progress import Say, progress, silent
+from patchmine.ops.linear import fast_linear
 
 
 class EmbedSettings(ReadSettings):
@@ -60,7 +61,7 @@ def _write(path: Path, reader: Reader, source: Any, settings: EmbedSettings, say
     writer: Any = None
     rows = 0
     try:
-        with fast_products(), progress("embeddings", len(part), say) as tick:
+        with fast_linear(), progress("embeddings", len(part), say) as tick:
             for index, found in stream({"": reader}, part, settings.reading(), BadFiles(None, settings.max_bad_share)):
                 x = found[""][:, columns].flatten(1).numpy()  # (B, D)
                 table: dict[str, Any] = {

@@ -71,13 +71,15 @@ def train_grid(
     slots: Slots,
     rates: Sequence[float],
     *,
+    rows: Tensor | None = None,
     iterations: int,
     batch_size: int,
     seed: int = 0,
     device: torch.device | str = "cpu",
     tick: Callable[[], None] = lambda: None,
 ) -> HeadGrid:
-    """Softmax regressions for every input and learning rate at once on ``table`` (N, S, D) with ``labels`` (N,).
+    """Softmax regressions for every input and learning rate at once on ``rows`` of ``table`` (N, S, D), ``labels``
+    (N,).
 
     SGD with momentum 0.9, no weight decay, cosine from each rate to zero over ``iterations`` (DINOv2, eval/linear.py).
     The gradient is written out, (softmax - one-hot) times the input: all rates of one input are one matrix product,
@@ -89,17 +91,17 @@ def train_grid(
     grid = HeadGrid(slots, tuple(rates), weights, biases)
     speeds = {name: (torch.zeros_like(weights[name]), torch.zeros_like(biases[name])) for name in slots}
     peak = torch.tensor(rates, device=device)  # (R,)
-    for step, index in enumerate(shuffled_batches(len(table), batch_size, iterations, seed)):
+    rows = torch.arange(len(table)) if rows is None else rows
+    for step, index in enumerate(shuffled_batches(len(rows), batch_size, iterations, seed)):
         rate = peak * (0.5 * (1 + math.cos(math.pi * step / iterations)))
-        rows, truth = table[index].to(device), labels[index].to(device)
-        truth = truth[:, None, None].expand(-1, 1, len(rates))
+        x = table[rows[index]].to(device)  # (B, S, D)
+        truth = labels[rows[index]].to(device)[:, None, None].expand(-1, 1, len(rates))
         for name, (weight_speed, bias_speed) in speeds.items():
-            # Classes are not the last axis because a softmax over a few neighbouring numbers is 20 times slower on a
-            # CPU.
-            error = grid.logits(name, rows).softmax(dim=1)  # (B, C, R)
+            # Classes are not the last axis: a softmax over few neighbouring numbers is 20 times slower on a CPU.
+            error = grid.logits(name, x).softmax(dim=1)  # (B, C, R)
             error.scatter_add_(1, truth, error.new_full(truth.shape, -1.0))
-            error /= len(rows)
-            gradient = F.linear(_inputs(rows, slots[name]).T, error.flatten(1).T)  # (d, C * R)
+            error /= len(x)
+            gradient = F.linear(_inputs(x, slots[name]).T, error.flatten(1).T)  # (d, C * R)
             weight_speed.mul_(0.9).add_(gradient.view_as(weight_speed))
             bias_speed.mul_(0.9).add_(error.sum(0))
             weights[name] -= rate * weight_speed
@@ -129,7 +131,7 @@ def accuracy(classify: Callable[[Tensor], Tensor], table: Tensor, labels: Tensor
         hits = found if hits is None else hits + found
     if hits is None:
         raise ValueError("accuracy of no rows")
-    return 100.0 * hits / len(table)
+    return 100.0 * hits.double() / len(table)
 
 
 def train_lars(

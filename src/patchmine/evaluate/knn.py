@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
 from patchmine.evaluate.labelled import LabelledData
-from patchmine.evaluate.measure import EvalSettings, Result, fast_products, measure
+from patchmine.evaluate.measure import EvalSettings, Result, measure
 from patchmine.evaluate.neighbours import NEIGHBOURS, TEMPERATURE, Accuracy, knn_accuracy
 from patchmine.evaluate.progress import Say, silent
 from patchmine.evaluate.targets import CROP_PCT, Target
+from patchmine.ops.linear import fast_linear
 
 HEADLINE = 20  # the k that papers quote
 
@@ -88,7 +89,7 @@ def online_knn(
     reader = Reader(Target("the encoder in training", encoder, image_size, channels, tuple(mean), tuple(std), crop_pct))
     device = next(encoder.parameters()).device
     reading = reading or Reading(device=str(device))
-    with fast_products():
+    with fast_linear():
         train = extract_all({"": reader}, data.train.thinned(max_train), reading)[""]
         test = extract_all({"": reader}, data.test.thinned(max_test), reading)[""]
         column = reader.poolings[reader.choose("cls")]

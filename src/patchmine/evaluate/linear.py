@@ -22,6 +22,10 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 BLOCKS = 4
 MAX_ITERATIONS, MIN_ITERATIONS, EPOCHS = 12_500, 2_000, 50
 DINOV2_BATCH, MAE_BATCH = 1_024, 16_384
+# A LARS step changes weights by a share of rate * 0.001, whatever the gradient: below this epochs * blr * images they
+# grow
+# by less than e^2 in a whole training (10 for the momentum, 1/2 for the cosine).
+_LARS_MOVES = 2 * 256 / (0.001 * 10 / 2)
 
 
 class LinearSettings(EvalSettings):
@@ -78,11 +82,12 @@ def _dinov2(
     iterations = settings.iterations or iterations_for(len(fit), batch)
     with progress(f"{len(settings.rates) * len(reader.poolings)} classifiers", iterations, say) as tick:
         grid = train_grid(
-            train.x[fit],
-            labels[fit],
+            train.x,
+            labels,
             num_classes,
             reader.poolings,
             [rate * batch / 256 for rate in settings.rates],
+            rows=fit,
             iterations=iterations,
             batch_size=batch,
             seed=settings.seed,
@@ -118,6 +123,8 @@ def _mae(
     pooling = reader.choose("cls")
     columns = reader.poolings[pooling]
     batch = min(len(train), settings.train_batch or batch_for(len(train), MAE_BATCH, steps=32))
+    if settings.epochs * settings.blr * len(train) < _LARS_MOVES:
+        say(f"{len(train):,} images are few for LARS at blr={settings.blr:g}, which then hardly moves: raise blr")
     with progress("classifier", settings.epochs * (len(train) // batch), say) as tick:
         head = train_lars(
             train.x[:, columns].flatten(1),

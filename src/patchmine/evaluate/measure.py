@@ -1,6 +1,4 @@
-"""What all protocols share: open the target and the data, read features once, score, compare with the floors, file the
-result.
-"""
+"""What all protocols share: open target and data, read features once, score, compare with floors, file the result."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +18,13 @@ from patchmine.evaluate.features import Features, Reader, Reading, extract_all
 from patchmine.evaluate.labelled import LabelledData, open_labelled
 from patchmine.evaluate.progress import Say
 from patchmine.evaluate.targets import Target, open_target, random_twin, raw_pixels
-from patchmine.ops.linear import OneDnnLinear, onednn_usable
+from patchmine.ops.linear import fast_linear
 from patchmine.run import Run
+from patchmine.settings import Size
 
 Result = dict[str, Any]
 Score = Callable[[Reader, Features, Features, int], Result]
-"""(reader, train, test, number of classes) -> ``top1`` and ``top5`` in percent, and what else the protocol has to tell.
-"""
+"""(reader, train, test, number of classes) -> ``top1`` and ``top5`` in percent, and what else there is to tell."""
 
 
 class ReadSettings(BaseModel):
@@ -38,7 +35,7 @@ class ReadSettings(BaseModel):
     target: str = Field(description="a run, an export, a timm architecture, random-init:RUN or raw-pixels")
     data: str | list[str] = Field(description="folder, list file, tar shards or embedded:photos")
     weights: str = Field("student", description="student or teacher of a run; a file for a timm architecture")
-    image_size: tuple[int, int] | None = Field(None, description="pixels; null: the target's own")
+    image_size: Size | None = Field(None, description="pixels; null: the target's own")
     channels: int | None = Field(None, gt=0, description="null: the target's own")
     crop_pct: float | None = Field(
         None, gt=0, le=1, description="centre crop, share of the shorter side; null: the target's own"
@@ -69,11 +66,6 @@ class EvalSettings(ReadSettings):
     name: str | None = Field(None, pattern=r"^[\w.-]+$", description="of the result's file; null: the protocol's")
 
 
-def fast_products() -> AbstractContextManager[Any]:
-    """Linear layers and products through oneDNN where this torch has it."""
-    return OneDnnLinear() if onednn_usable() else nullcontext()
-
-
 def measure(settings: EvalSettings, protocol: str, blocks: int, score: Score, say: Say) -> Result:
     """Run a protocol on the target and, with ``floors``, on its random twin and the raw pixels.
 
@@ -89,7 +81,7 @@ def measure(settings: EvalSettings, protocol: str, blocks: int, score: Score, sa
     if settings.floors and target.encoder is not None:
         targets |= {"random_init": random_twin(target, settings.seed), "raw_pixels": raw_pixels(target)}
     readers = {name: Reader(each, blocks) for name, each in targets.items()}
-    with fast_products():
+    with fast_linear():
         train = extract_all(readers, data.train, settings.reading(), title="train images", say=say)
         test = extract_all(readers, data.test, settings.reading(), title="test images", say=say)
         extracted = time.monotonic()

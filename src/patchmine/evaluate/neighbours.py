@@ -54,7 +54,7 @@ def knn_accuracy(
     ks = sorted({min(k, len(bank)) for k in neighbours})
     bank = F.normalize(bank.float(), dim=1)
     bank_labels = bank_labels.to(device)
-    hits = torch.zeros(len(ks), 2, device=device)  # (k, top-1 and top-5)
+    hits = torch.zeros(len(ks), 2, dtype=torch.int64, device=device)  # (k, top-1 and top-5)
     for start in range(0, len(query), _QUERY_ROWS):
         rows = slice(start, start + _QUERY_ROWS)
         similarity, place = nearest(bank, F.normalize(query[rows].float(), dim=1).to(device), ks[-1])
@@ -65,5 +65,5 @@ def knn_accuracy(
             votes.scatter_add_(1, label[:, since:k], weight[:, since:k])
             right = votes.sort(dim=1, descending=True, stable=True).indices[:, :5] == truth
             hits[row] += torch.stack([right[:, 0].sum(), right.any(dim=1).sum()])
-    percent = (100.0 * hits / len(query)).tolist()
-    return {k: {"top1": top1, "top5": top5} for k, (top1, top5) in zip(ks, percent, strict=True)}
+    share = 100 / len(query)
+    return {k: {"top1": share * top1, "top5": share * top5} for k, (top1, top5) in zip(ks, hits.tolist(), strict=True)}

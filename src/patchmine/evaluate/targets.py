@@ -19,6 +19,7 @@ from torch import nn
 
 from patchmine.errors import UserError
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
+from patchmine.models.positions import sincos_table
 from patchmine.models.vit import initialise
 from patchmine.models.weights import CONFIG, is_export, load_encoder
 from patchmine.run import Run, is_run
@@ -100,9 +101,17 @@ def random_twin(target: Target, seed: int = 0) -> Target:
                 reset()
         if isinstance(encoder, VisionTransformer):
             initialise(encoder)
-            if encoder.pos_embed is not None and encoder.pos_embed.requires_grad:  # fixed sine-cosine tables stay
-                nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+            _reset_positions(encoder)
     return replace(target, name=f"{RANDOM_INIT}:{target.name}", encoder=encoder, folder=None, note="")
+
+
+@torch.no_grad()
+def _reset_positions(encoder: VisionTransformer) -> None:
+    """Sine-cosine positions, with which a run starts, in place of learned ones."""
+    if encoder.pos_embed is not None:
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        encoder.pos_embed.zero_()
+        encoder.pos_embed[0, prefix:] = sincos_table(encoder.embed_dim, encoder.patch_embed.grid_size)
 
 
 def raw_pixels(target: Target) -> Target:

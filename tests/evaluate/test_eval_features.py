@@ -1,0 +1,143 @@
+"""Features against the obvious way to compute them, one image at a time."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+from patchmine.data.source import open_source
+from patchmine.errors import UserError
+from patchmine.evaluate.features import Reader, at_rest, extract
+from patchmine.evaluate.targets import Target, open_target
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def vit(**settings):
+    return timm.create_model("test_vit", img_size=32, num_classes=0, **settings).eval()
+
+
+def target(encoder, size=(32, 32)):
+    return Target("it", encoder, size, 3, HALF, HALF)
+
+
+def columns(reader, images, pooling):
+    with torch.no_grad():
+        return reader(images)[:, reader.poolings[pooling]].flatten(1)
+
+
+def test_features_equal_torchvision_and_timm_one_image_at_a_time(run_folder, image_folder):
+    it = open_target(run_folder)
+    source = open_source(image_folder)
+    found = extract(it, source, batch_size=7, workers=0)
+    chain = v2.Compose([v2.Resize(18, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(16)])
+    for i in range(0, 36, 5):
+        pixels = v2.functional.pil_to_tensor(Image.open(io.BytesIO(source.read(i))).convert("RGB"))
+        x = chain(pixels).float() / 255
+        x = (x - torch.tensor(it.mean)[:, None, None]) / torch.tensor(it.std)[:, None, None]
+        wanted = it.encoder.forward_features(x[None])[0, 0]
+        torch.testing.assert_close(found.x[i], wanted, rtol=0.05, atol=0.05)  # rounding of resized bytes
+    assert found.index.tolist() == list(range(36))
+    assert torch.equal(found.labels, torch.from_numpy(source.labels().ids))
+
+
+def test_batch_size_and_workers_change_nothing(run_folder, image_folder):
+    it, source = open_target(run_folder), open_source(image_folder)
+    one = extract(it, source, batch_size=36, workers=0)
+    two = extract(it, source, batch_size=5, workers=1)
+    torch.testing.assert_close(one.x, two.x, rtol=1e-5, atol=1e-5)
+
+
+def test_columns_of_the_last_blocks_equal_hooks():
+    encoder = vit(depth=6)
+    reader = Reader(target(encoder), blocks=4)
+    images = torch.randn(2, 3, 32, 32)
+    seen = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, given, out: seen.append(encoder.norm(out)))
+    with torch.no_grad():
+        encoder.forward_features(images)
+    last, cls = seen[5], [tokens[:, 0] for tokens in seen[2:6]]
+    torch.testing.assert_close(columns(reader, images, "cls"), last[:, 0])
+    torch.testing.assert_close(columns(reader, images, "mean"), last[:, 1:].mean(1))
+    torch.testing.assert_close(columns(reader, images, "cls+mean"), torch.cat([last[:, 0], last[:, 1:].mean(1)], 1))
+    torch.testing.assert_close(columns(reader, images, "cls, last 4 blocks"), torch.cat(cls, 1))
+    assert columns(reader, images, "cls+mean, last 4 blocks").shape == (2, 8 * encoder.embed_dim)
+
+
+def test_registers_are_no_patches():
+    encoder = vit(reg_tokens=3)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = encoder.forward_features(images)
+    for blocks in (1, 2):
+        reader = Reader(target(encoder), blocks)
+        torch.testing.assert_close(columns(reader, images, "mean"), tokens[:, 4:].mean(1))
+        torch.testing.assert_close(columns(reader, images, "cls"), tokens[:, 0])
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_without_a_class_token_the_mean_stands_in(blocks):
+    encoder = vit(class_token=False, global_pool="")
+    reader = Reader(target(encoder), blocks)
+    images = torch.randn(2, 3, 32, 32)
+    assert reader.choose("cls") == "mean"
+    with torch.no_grad():
+        torch.testing.assert_close(columns(reader, images, "mean"), encoder.forward_features(images).mean(1))
+    with pytest.raises(UserError, match="pooling='cls\\+mean'"):
+        reader.choose("cls+mean")
+
+
+def test_a_convolutional_network_gives_its_own_pooling():
+    encoder = timm.create_model("resnet10t", num_classes=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    reader = Reader(target(encoder), blocks=4)
+    with torch.no_grad():
+        torch.testing.assert_close(columns(reader, images, reader.choose("cls")), encoder(images))
+
+
+def test_raw_pixels_are_the_image_up_to_32_pixels_and_shrunk_above():
+    reader = Reader(target(None))
+    small, large = torch.randn(2, 3, 32, 24), torch.randn(2, 3, 64, 128)
+    assert torch.equal(columns(reader, small, "pixels"), small.flatten(1))
+    shrunk = F.interpolate(large, size=(16, 32), mode="bilinear", antialias=True)
+    torch.testing.assert_close(columns(reader, large, "pixels"), shrunk.flatten(1))
+
+
+def test_broken_images_are_skipped_and_too_many_are_refused(run_folder, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    broken = tmp_path / "images" / "circle" / "0003.png"
+    broken.write_bytes(b"no image")
+    said = []
+    found = extract(open_target(run_folder), open_source(tmp_path / "images"), batch_size=8, workers=0, say=said.append)
+    assert found.index.tolist() == [i for i in range(36) if i != 3]
+    assert any("1 of 36" in line for line in said)
+    for number in range(4):
+        (tmp_path / "images" / "square" / f"{number:04d}.{'png' if number % 2 else 'jpg'}").write_bytes(b"")
+    with pytest.raises(UserError, match="5 of 36"):
+        extract(open_target(run_folder), open_source(tmp_path / "images"), workers=0)
+
+
+def test_weights_that_give_nan_are_refused(run_folder, image_folder):
+    it = open_target(run_folder)
+    with torch.no_grad():
+        it.encoder.cls_token.fill_(np.nan)
+    with pytest.raises(UserError, match="not finite"):
+        extract(it, open_source(image_folder), workers=0)
+
+
+def test_at_rest_restores_the_mode_of_every_part():
+    encoder = vit().train()
+    encoder.blocks[0].eval()
+    modes = [module.training for module in encoder.modules()]
+    with at_rest(encoder):
+        assert not any(module.training for module in encoder.modules())
+    assert [module.training for module in encoder.modules()] == modes

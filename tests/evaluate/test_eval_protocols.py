@@ -1,0 +1,150 @@
+"""From the settings to the file of results, on tiny images."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from patchmine.data.source import open_source
+from patchmine.errors import UserError
+from patchmine.evaluate.features import Features, Reading, extract
+from patchmine.evaluate.knn import KnnSettings, evaluate_knn, online_knn
+from patchmine.evaluate.labelled import open_labelled
+from patchmine.evaluate.linear import LinearSettings, batch_for, evaluate_linear, iterations_for
+from patchmine.evaluate.measure import show_result
+from patchmine.evaluate.neighbours import knn_accuracy
+from patchmine.evaluate.targets import open_target
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    """Four classes that differ by colour: 12 training and 4 test images of each."""
+    root = tmp_path_factory.mktemp("colours")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 4)):
+        for name, colour in {"blue": (0, 0, 1), "green": (0, 1, 0), "red": (1, 0, 0), "yellow": (1, 1, 0)}.items():
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.array(colour) * generator.uniform(120, 250) + generator.uniform(0, 40, (20, 20, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+def settings(kind, target, data, **more):
+    return kind(target=str(target), data=str(data), workers=0, **more)
+
+
+def test_knn_of_a_run_is_filed_with_its_floors(run_folder, colours):
+    result = evaluate_knn(settings(KnnSettings, run_folder, colours, floors=True))
+    assert json.loads((run_folder / "eval" / "knn.json").read_text()) == result
+    assert not [p for p in (run_folder / "eval").iterdir() if p.name != "knn.json"]
+    assert set(result["by_k"]) == {"10", "20", "48"}  # no more neighbours than training images
+    assert result["top1"] == result["by_k"]["20"]["top1"]
+    assert result["floors"]["raw_pixels"]["top1"] > 90
+    assert result["floors"]["random_init"]["top1"] > 25
+    assert result["images"]["train"] == 48
+    assert "by definition" in result["notes"][0]  # top-5 of four classes
+
+
+def test_knn_equals_features_and_vote_put_together_by_hand(run_folder, colours):
+    result = evaluate_knn(settings(KnnSettings, run_folder, colours, pooling="mean", k=5, neighbours=(5,)))
+    target = open_target(run_folder)
+    train, test = (
+        extract(target, open_source(colours / part), pooling="mean", workers=0) for part in ("train", "test")
+    )
+    wanted = knn_accuracy(train.x, train.labels, test.x, test.labels, 4, neighbours=(5,))[5]
+    assert {key: result[key] for key in wanted} == pytest.approx(wanted)
+
+
+def test_a_floor_asked_for_alone_equals_the_floor_of_the_run(run_folder, colours):
+    with_floors = evaluate_knn(settings(KnnSettings, run_folder, colours, floors=True))["floors"]
+    for floor, spec in (("random_init", "random-init"), ("raw_pixels", "raw-pixels")):
+        alone = evaluate_knn(settings(KnnSettings, f"{spec}:{run_folder}", colours))
+        assert alone["top1"] == with_floors[floor]["top1"]
+
+
+def test_what_is_no_run_is_not_filed(run_folder, colours):
+    evaluate_knn(settings(KnnSettings, run_folder / "export", colours))
+    assert not list(run_folder.rglob("knn.json"))
+
+
+def test_linear_probe_learns_and_chooses_on_held_out_training_images(run_folder, colours):
+    said = []
+    kind = settings(LinearSettings, run_folder, colours, floors=True, rates=(1e-6, 0.1, 0.5), iterations=200)
+    result = evaluate_linear(kind, said.append)
+    assert result["top1"] > 90
+    assert result["floors"]["raw_pixels"]["top1"] > 90
+    assert result["settings"] == {"iterations": 200, "train_batch": 2, "trained_on": 44, "chosen_on": 4}
+    assert result["chosen"]["rate"] > 1e-6
+    best = max(max(scores.values()) for scores in result["held_out_top1"].values())
+    assert result["chosen"]["held_out_top1"] == best
+    assert set(result["held_out_top1"]) == {
+        *("cls", "mean", "cls+mean"),
+        *("cls, last 4 blocks", "mean, last 4 blocks", "cls+mean, last 4 blocks"),
+    }
+    assert (run_folder / "eval" / "linear.json").is_file()
+
+
+def test_the_test_images_do_not_take_part_in_the_choice(run_folder, colours, tmp_path):
+    kind = settings(LinearSettings, run_folder, colours / "train", iterations=60)
+    honest = evaluate_linear(kind.model_copy(update={"test": str(colours / "test")}))
+    wrong = tmp_path / "wrong"  # the same test images under wrong names
+    for name, other in (("blue", "green"), ("green", "red"), ("red", "yellow"), ("yellow", "blue")):
+        (wrong / other).mkdir(parents=True)
+        for path in (colours / "test" / name).iterdir():
+            (wrong / other / path.name).write_bytes(path.read_bytes())
+    fooled = evaluate_linear(kind.model_copy(update={"test": str(wrong)}))
+    assert fooled["chosen"] == honest["chosen"]
+    assert fooled["top1"] < honest["top1"]
+
+
+def test_mae_protocol(run_folder, colours):
+    kind = settings(
+        LinearSettings, run_folder, colours, protocol="mae", train_batch=16, epochs=60, blr=300.0
+    )  # few images
+    result = evaluate_linear(kind)
+    assert result["top1"] > 60
+    assert (run_folder / "eval" / "linear-mae.json").is_file()
+    with pytest.raises(UserError, match="warmup_epochs=10"):
+        evaluate_linear(settings(LinearSettings, run_folder, colours, protocol="mae", epochs=5))
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(1_153_051, 1024, 12_500), (45_000, 1024, 2_150), (400, 16, 2_000)]
+)
+def test_length_of_training_by_the_number_of_images(images, batch, steps):
+    assert batch_for(images, 1024, 16) == batch
+    assert iterations_for(images, batch) == steps
+
+
+def test_online_knn_agrees_with_the_protocol_and_leaves_the_encoder_as_it_was(run_folder, colours):
+    target = open_target(run_folder)
+    encoder = target.encoder.train()
+    encoder.blocks[1].eval()
+    modes, state = [m.training for m in encoder.modules()], torch.get_rng_state()
+    like = dict(image_size=(16, 16), channels=3, mean=target.mean, std=target.std)
+    found = online_knn(encoder, open_labelled(colours), reading=Reading(workers=0), **like)
+    assert torch.equal(state, torch.get_rng_state())
+    assert found == {key: evaluate_knn(settings(KnnSettings, run_folder, colours))[key] for key in ("top1", "top5")}
+    assert [m.training for m in encoder.modules()] == modes
+    assert all(p.grad is None for p in encoder.parameters())
+
+
+def test_the_table_shows_target_floors_and_where_the_test_images_come_from(run_folder, image_folder):
+    result = evaluate_knn(settings(KnnSettings, run_folder, image_folder, floors=True))
+    page = io.StringIO()
+    show_result(result, Console(file=page, width=200))
+    for words in ("random init", "raw pixels", f"{result['top1']:.2f}", "last fifth of each class"):
+        assert words in page.getvalue()
+
+
+def test_features_know_their_length():
+    assert len(Features(torch.zeros(3, 2), None, torch.arange(3))) == 3

@@ -1,0 +1,98 @@
+"""What may be named as the thing to measure, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from patchmine.errors import UserError
+from patchmine.evaluate.targets import open_target, random_twin
+
+
+def test_a_run_brings_its_own_preparation_and_weights(run_folder):
+    target = open_target(run_folder)
+    export = timm.create_model(f"local-dir:{run_folder / 'export'}", pretrained=True)
+    images = torch.randn(2, 3, 16, 16)
+    assert (target.image_size, target.channels, target.crop_pct, target.folder) == ((16, 16), 3, 0.875, run_folder)
+    assert target.mean == pytest.approx((0.485, 0.456, 0.406))
+    torch.testing.assert_close(target.encoder.eval()(images), export.eval()(images))
+
+
+def test_an_export_is_the_same_target_without_a_folder_for_results(run_folder):
+    run, export = open_target(run_folder), open_target(run_folder / "export")
+    assert (export.image_size, export.mean, export.std, export.crop_pct) == (run.image_size, run.mean, run.std, 0.875)
+    assert export.folder is None
+
+
+def test_random_twin_shares_the_architecture_and_no_weight(run_folder):
+    target = open_target(run_folder)
+    twin, again, other = (random_twin(target, seed) for seed in (0, 0, 1))
+    own, drawn = target.encoder.state_dict(), twin.encoder.state_dict()
+    assert own.keys() == drawn.keys()
+    same = {name for name in own if torch.equal(own[name], drawn[name])}
+    constant = {name for name in own if own[name].std() == 0}  # norms and biases
+    assert same - constant == {"pos_embed"}  # the fixed table
+    assert all(torch.equal(drawn[name], again.encoder.state_dict()[name]) for name in drawn)
+    assert not torch.equal(drawn["cls_token"], other.encoder.state_dict()["cls_token"])
+
+
+def test_drawing_a_twin_leaves_the_random_state_alone(run_folder):
+    target = open_target(run_folder)
+    before = torch.get_rng_state()
+    random_twin(target)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_random_init_and_raw_pixels_by_name(run_folder):
+    twin = open_target(f"random-init:{run_folder}")
+    pixels = open_target(f"raw-pixels:{run_folder}")
+    assert twin.folder is None
+    assert (pixels.encoder, pixels.image_size, pixels.mean) == (None, (16, 16), twin.mean)
+    assert open_target("raw-pixels", image_size=(8, 8), channels=1).mean == (0.5,)
+
+
+def test_a_timm_name_without_weights_says_so():
+    target = open_target("resnet10t", seed=1)
+    assert "no weights were loaded" in target.note
+    assert target.channels == 3
+    assert target.folder is None
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_vit"])
+def test_a_timm_name_with_a_local_file(tmp_path, name):
+    torch.manual_seed(5)
+    model = timm.create_model(name, num_classes=7)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    target = open_target(name, weights=str(tmp_path / "w.safetensors"))
+    images = torch.randn(2, 3, *target.image_size)
+    with torch.no_grad():
+        wanted = model.eval().forward_features(images)
+        torch.testing.assert_close(target.encoder.eval().forward_features(images), wanted)
+    assert not target.note
+
+
+def test_another_image_size_resamples_positions(run_folder):
+    target = open_target(run_folder, image_size=(24, 32))
+    assert target.encoder(torch.randn(1, 3, 24, 32)).shape == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings", "words"),
+    [
+        ("vit_smal_patch16_224", {}, "vit_small_patch16_224"),
+        ("runs/nothing", {}, "no run"),
+        ("random-init", {}, "random-init:RUN"),
+        ("random-init:raw-pixels", {}, "no weights"),
+        ("RUN", {"weights": "best"}, "student or teacher"),
+        ("RUN", {"image_size": (20, 20)}, "20x20"),
+        ("RUN", {"channels": 1}, "channels=1"),
+        ("EMPTY", {}, "neither a run"),
+    ],
+)
+def test_mistakes_are_explained(run_folder, tmp_path, spec, settings, words):
+    (tmp_path / "empty").mkdir()
+    spec = {"RUN": run_folder, "EMPTY": tmp_path / "empty"}.get(spec, spec)
+    with pytest.raises(UserError, match=words):
+        open_target(spec, **settings)
