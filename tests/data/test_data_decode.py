@@ -195,6 +195,8 @@ def test_pages_are_channels_only_where_their_number_fits() -> None:
     tifffile.imwrite(file, values, photometric="minisblack")
     assert np.array_equal(decode(file.getvalue(), 5), values)
     assert np.array_equal(decode(file.getvalue(), 1), values[:1])
+    pages = encoded(IMAGE, "TIFF", save_all=True, append_images=[IMAGE.transpose(Image.Transpose.ROTATE_180)] * 2)
+    assert np.array_equal(as_pil(decode(pages, 3)), PIXELS)
 
 
 def test_without_tifffile_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +263,7 @@ def test_a_file_cut_short_is_an_error(file_format: str, share: float) -> None:
 @pytest.fixture(params=[True, False], ids=["torchvision", "without torchvision"])
 def either_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
-        monkeypatch.setattr("patchmine.data.decode._torchvision", lambda _: None)
+        monkeypatch.setattr("patchmine.data.decode._torchvision_jpeg", lambda: None)
 
 
 @pytest.mark.usefixtures("either_decoder")

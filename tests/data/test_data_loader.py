@@ -196,7 +196,7 @@ def test_a_share_below_the_limit_never_stops_a_run() -> None:
 
 
 def test_the_limit_is_strict_in_the_end() -> None:
-    with pytest.raises(UserError, match=r"21 of \d+ images tried"):
+    with pytest.raises(UserError, match=r"21 of the \d+ images of images tried so far"):
         train(Images(400, tuple(range(21))), steps_per_epoch=50, total_steps=50, bad=BadFiles(None, 0.05))
     with pytest.raises(UserError, match=r"max_bad_share=0\.0 "):
         train(Images(400, (7,)), steps_per_epoch=50, total_steps=50, bad=BadFiles(None, 0.0))
@@ -298,7 +298,7 @@ def test_statistics_are_those_of_the_pixels() -> None:
     assert torch.allclose(mean.double(), torch.from_numpy(pixels.mean(0)), atol=1e-6)
     assert torch.allclose(std.double(), torch.from_numpy(pixels.std(0)), atol=1e-6)
     assert data_statistics(Images(5, channels=13), 13, sample=1)[1].tolist() == [1.0] * 13  # constant
-    with pytest.raises(UserError, match=r"none of 5 images .* set channels=13"):
+    with pytest.raises(UserError, match=r"none of the 5 images .* set channels=13"):
         data_statistics(Images(5, channels=13), 3)
 
 
@@ -335,13 +335,14 @@ import torch
 from test_data_loader import VIEW, BadFiles, Images, train_batches
 
 stop = []
-signal.signal(signal.SIGINT, lambda *_: stop.append(1))
+number = getattr(signal, sys.argv[2])
+signal.signal(number, lambda *_: stop.append(1))
 batches = train_batches(Images(), VIEW, channels=3, seed=0, batch_size=8, steps_per_epoch=4, start_step=0,
                         total_steps=10**9, workers=2, bad=BadFiles(None, 0))
 after = 0
 for step, batch in enumerate(batches):
     if step == 3:
-        os.killpg(0, signal.SIGINT)  # what a terminal does at Ctrl-C: every process of the group gets it
+        os.killpg(0, number)  # what a terminal does at Ctrl-C: every process of the group gets it
     after += bool(stop)
     if after == 50:
         break
@@ -351,9 +352,10 @@ print("finished cleanly")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
-def test_ctrl_c_reaches_the_main_process_only() -> None:
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_group_reaches_the_main_process_only(number: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)],
+        [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), number],
         capture_output=True,
         text=True,
         timeout=120,
@@ -363,6 +365,17 @@ def test_ctrl_c_reaches_the_main_process_only() -> None:
     assert done.stdout == "finished cleanly\n", done.stderr
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_and_workers_start_beside_cuda() -> None:
+    torch.zeros(1, device="cuda")
+    batches = train(Noise(), workers=2, pin=True)
+    assert all(batch.views[0].is_pinned() and batch.box.is_pinned() for batch in batches)
+    mean, std = torch.full((3,), 0.5, device="cuda"), torch.full((3,), 0.2, device="cuda")
+    for ours, plain in zip(batches, train(Noise()), strict=True):
+        on_device = normalise(ours, mean, std, "cuda").views[0]
+        assert torch.allclose(on_device.cpu(), normalise(plain, mean.cpu(), std.cpu(), "cpu").views[0], atol=1e-5)
 
 
 def test_memory_does_not_grow_with_the_length_of_a_run() -> None:

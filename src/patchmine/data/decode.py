@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  registers the operators below
+import torchvision  # noqa: F401  registers torch.ops.image
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -109,7 +109,7 @@ def _read(raw: Raw, channels: int) -> tuple[Tensor, bool]:
 
 
 def _decode_jpeg(data: bytes, channels: int) -> Tensor:
-    operator = _torchvision("decode_jpeg")
+    operator = _torchvision_jpeg()
     if operator is not None:
         try:
             return operator(_buffer(data), _GREY if channels == 1 else _COLOUR, True)
@@ -147,9 +147,9 @@ def _is_deep_png(data: bytes) -> bool:
     return data.startswith(_PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0"
 
 
-def _torchvision(name: str) -> Callable[..., Tensor] | None:
-    """The operator behind a function of torchvision.io (which warns at every call), if this version has it."""
-    return cast("Callable[..., Tensor] | None", getattr(torch.ops.image, name, None))
+def _torchvision_jpeg() -> Callable[..., Tensor] | None:
+    """The operator behind torchvision.io.decode_jpeg (which warns at every call), if this version has it."""
+    return cast("Callable[..., Tensor] | None", getattr(torch.ops.image, "decode_jpeg", None))
 
 
 def _buffer(data: bytes) -> Tensor:
@@ -213,7 +213,8 @@ def _tiff_in_pil(data: bytes, channels: int) -> tuple[Image.Image | None, bool]:
     try:
         image = _open(data)
         with _quiet():
-            stacked = channels > 1 and getattr(image, "n_frames", 1) == channels
+            grey = cast(Any, image).tag_v2.get(_TIFF_SAMPLES, 1) == 1
+            stacked = grey and channels > 1 and getattr(image, "n_frames", 1) == channels
             return (image if _pil_reads_tiff(image) and not stacked else None), stacked
     except _FILE_ERRORS:  # PIL knows few of TIFF's layouts
         return None, False

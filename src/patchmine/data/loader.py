@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -272,27 +273,35 @@ def _start(samples: Dataset[_Loaded], order: Sampler[_Key], workers: int, pin: b
     Workers are forked where that is safe (Linux): they start in milliseconds instead of seconds, a data set need not be
     picklable, a script needs no main guard, and they use neither CUDA nor a pool of threads, which a fork breaks.
     """
-    loader = DataLoader(
-        samples,
-        sampler=order,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=pin and torch.cuda.is_available(),
-        worker_init_fn=_prepare_worker if workers else None,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        generator=torch.Generator(),  # or else starting a loader would draw from the global random state
-    )
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # how many is the user's choice
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        if not workers or sys.platform == "win32":
+        loader = DataLoader(
+            samples,
+            sampler=order,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin and torch.cuda.is_available(),
+            worker_init_fn=_prepare_worker if workers else None,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # or else starting a loader would draw from the global random state
+        )
+        with _hold_ctrl_c():
             return cast(Iterator[_Loaded], iter(loader))
-        # Blocked here means blocked in the newborn workers until they ignore it themselves.
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return cast(Iterator[_Loaded], iter(loader))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+@contextmanager
+def _hold_ctrl_c() -> Iterator[None]:
+    """Blocked here means blocked in workers that are born meanwhile, until they ignore it themselves."""
+    if sys.platform == "win32":
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _drain(loaded: Iterator[_Loaded], source: Source, bad: BadFiles | None) -> Iterator[Batch]:
@@ -311,7 +320,7 @@ def _drain(loaded: Iterator[_Loaded], source: Source, bad: BadFiles | None) -> I
 def _nothing_readable(source: Source, failures: Sequence[Failure]) -> str:
     index, reason = failures[0]
     return (
-        f"none of {len(dict(failures))} images tried of {source.name} can be used; "
+        f"none of the {len(dict(failures))} images of {source.name} that were tried can be used; "
         f"the first is {source.path(index)}, which {reason}"
     )
 
