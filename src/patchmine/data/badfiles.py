@@ -53,8 +53,8 @@ class BadFiles:
         share = len(self._bad) / seen
         where = f"see {self.path}" if self.path else "no list was kept"
         return (
-            f"{len(self._bad)} of the {seen} images of {source.name} tried so far ({share:.1%}) cannot be used, more than "
-            f"max_bad_share={self.max_share} allows ({where}); the last is {source.path(index)}, which {reason}. "
+            f"{len(self._bad)} of the {seen} images of {source.name} tried so far ({share:.1%}) cannot be used, more "
+            f"than max_bad_share={self.max_share} allows ({where}); the last is {source.path(index)}, which {reason}. "
             "Mend or remove them, or raise max_bad_share"
         )
 
