@@ -316,6 +316,14 @@ def test_abandoned_workers_end() -> None:
     assert not set(children) & set(child_processes(os.getpid()))
 
 
+def test_workers_end_when_a_run_is_stopped_although_its_error_lives_on() -> None:
+    before = set(child_processes(os.getpid()))
+    with pytest.raises(UserError) as caught:
+        train(Mistaken(), workers=2)
+    assert set(child_processes(os.getpid())) <= before
+    assert caught.value.__traceback__ is not None
+
+
 def child_processes(parent: int) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

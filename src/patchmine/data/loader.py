@@ -305,16 +305,21 @@ def _hold_ctrl_c() -> Iterator[None]:
 
 
 def _drain(loaded: Iterator[_Loaded], source: Source, bad: BadFiles | None) -> Iterator[Batch]:
-    for part in loaded:
-        if bad is not None:
-            bad.note(source, part.tried, part.failures)
-        elif part.failures:
-            index, reason = part.failures[0]
-            raise UserError(f"{source.path(index)} {reason}")
-        if part.mistake is not None:
-            raise UserError(part.mistake)
-        if part.batch is not None:
-            yield part.batch
+    try:
+        for part in loaded:
+            if bad is not None:
+                bad.note(source, part.tried, part.failures)
+            elif part.failures:
+                index, reason = part.failures[0]
+                raise UserError(f"{source.path(index)} {reason}")
+            if part.mistake is not None:
+                raise UserError(part.mistake)
+            if part.batch is not None:
+                yield part.batch
+    finally:
+        # Workers end with the last reference to their loader.  Left to a traceback, and so to the garbage collector,
+        # they would miss the message that ends them and be waited for, 5 seconds each.
+        del loaded
 
 
 def _nothing_readable(source: Source, failures: Sequence[Failure]) -> str:
