@@ -289,7 +289,7 @@ def test_another_model_does_not_inherit_the_recipes_model_args(tmp_path: Path) -
 
 def test_mistakes_in_a_recipe_name_the_recipe(tmp_path: Path) -> None:
     path = write(tmp_path, "data: x\nepoch: 3\n")
-    assert f"Mistake in the settings (recipe {path}): epoch: no such setting" in complaint(recipe=path)
+    assert f"Mistake in the settings (with {path}): epoch: no such setting" in complaint(recipe=path)
 
 
 @pytest.mark.parametrize(

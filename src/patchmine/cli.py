@@ -78,7 +78,7 @@ def _typer(help_text: str, **more: Any) -> typer.Typer:
     )
 
 
-app = _typer(_HELP, cls=_Group, epilog=_EXAMPLES)
+app = _typer(_HELP, name="patchmine", cls=_Group, epilog=_EXAMPLES)
 evaluate = _typer("Measure a frozen encoder on labelled images.")
 data = _typer("Look at a data set, or pack it into shards.")
 listing = _typer("List methods, models or recipes.")
@@ -305,6 +305,7 @@ def import_weights(context: typer.Context) -> None:
       out=runs/mae       new folder for the run
       what=encoder       leave the decoder out; without it, all that the file has
       weights=teacher    HPM's slow copy in place of the student
+      num_heads=3        attention heads of an unusual model; also decoder_num_heads
     \b
     Example:
       patchmine import mae_pretrain_vit_base.pth out=runs/mae-official
@@ -313,7 +314,7 @@ def import_weights(context: typer.Context) -> None:
     from patchmine.transfer import import_file
 
     given = read_words(Import, context.args, command="import", first=["file"])
-    print(import_file(given.file, given.out, weights=given.weights, what=given.what, say=_say).path)
+    print(import_file(**given.model_dump(), say=_say).path)
 
 
 @_command(data, "inspect", "IMAGES [sample=1000] [full=false]")
@@ -356,7 +357,7 @@ def data_shard(context: typer.Context) -> None:
     write_shards(source, Path(given.out), max_side=given.max_side, shard_size=given.shard_mb * 2**20, say=_say)
 
 
-@listing.command("methods", options_metavar="")
+@listing.command("methods", options_metavar="[--help]")
 def list_methods() -> None:
     """The methods and their settings."""
     from patchmine.methods import METHODS
@@ -382,11 +383,12 @@ def list_models(context: typer.Context) -> None:
     found = [name for name in names if all(part in name for part in context.args)]
     if not found:
         part = " ".join(context.args)
-        raise UserError(f"No model has {part!r} in its name{did_you_mean(part, names)}")
+        parts = {part for name in names for part in name.split("_")}
+        raise UserError(f"No model has {part!r} in its name{did_you_mean(part, [*parts, *names])}")
     print("\n".join(found))
 
 
-@listing.command("recipes", options_metavar="")
+@listing.command("recipes", options_metavar="[--help]")
 def list_recipes() -> None:
     """The recipes: what each needs and what it gives."""
     from patchmine.recipes import list_recipes as recipes
@@ -410,8 +412,13 @@ def config_show(context: typer.Context) -> None:
       patchmine config show cifar10-tiny method=hpm data=cifar10/train > mine.yaml
     """
     from patchmine.config import parse
+    from patchmine.recipes import load_recipe
 
-    print(parse(*_recipe_and_settings(context.args), _say).to_yaml(), end="")
+    recipe, words = _recipe_and_settings(context.args)
+    has_data = recipe is not None and "data" in load_recipe(recipe).settings
+    if not has_data and not any(word.startswith("data=") for word in words):
+        words = ["data=IMAGES", *words]  # the one setting that has no default
+    print(parse(recipe, words, _say).to_yaml(), end="")
 
 
 @_command(config, "schema", "[METHOD]")

@@ -91,6 +91,8 @@ class Import(_Arguments):
     what: Literal["auto", "encoder", "full"] = Field(
         "auto", description="auto: the decoder too, where the file has one"
     )
+    num_heads: int | None = Field(None, gt=0, description="attention heads, where the width does not tell")
+    decoder_num_heads: int | None = Field(None, gt=0, description="the same of the decoder")
 
 
 class Inspect(_Arguments):

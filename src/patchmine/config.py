@@ -67,7 +67,7 @@ def _not_a_setting(word: str) -> Mistake:
 def _assemble(recipe: Recipe | None, pairs: Sequence[tuple[str, Any]], mistakes: list[Mistake], say: Say) -> RunConfig:
     wanted = _tree(pairs, mistakes)
     settings = wanted if recipe is None else merge(_recipe_settings(recipe, wanted, say), wanted)
-    where = "the settings" if recipe is None else f"the settings (recipe {recipe.name})"
+    where = "the settings" if recipe is None else f"the settings (with {recipe.name})"
     config = _validate(settings, where, mistakes)
     for row in config.by_size:
         _with_row(config, row, f"{where} for data sets up to {row.up_to or 'any'} images")

@@ -62,16 +62,27 @@ def _export_full(run: Run, out: str | None, weights: Which) -> Path:
     return target
 
 
-def import_file(file: str, out: str, *, weights: Which = "student", what: What = "auto", say: Say = silent) -> Run:
+def import_file(
+    file: str,
+    out: str,
+    *,
+    weights: Which = "student",
+    what: What = "auto",
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    say: Say = silent,
+) -> Run:
     """Turn an official MAE or HPM checkpoint into a run in the new folder ``out``, with an export of its encoder.
 
-    ``what``: encoder only, or the full method, by default as much as the file has.  ``say`` hears what became of every
-    tensor.  Raises UserError for a file of another kind, and for tensors that are missing, unexpected or of other shape.
+    ``what``: encoder only, or the full method, by default as much as the file has.  ``num_heads`` and
+    ``decoder_num_heads`` are needed for models of unusual width, whose tensors do not show them.  ``say`` hears what
+    became of every tensor.  Raises UserError for a file of another kind, and for tensors that are missing, unexpected
+    or of another shape.
     """
     folder = Path(out)
     if is_run(folder):
         raise UserError(f"out={folder} already holds a run, which is left as it is: choose another out")
-    found = read_official(file, weights=weights)
+    found = read_official(file, weights=weights, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
     say(found.describe())
     if what == "full" and found.decoder is None:
         raise UserError(f"{file} holds an encoder only: use what=encoder")

@@ -74,5 +74,7 @@ def _find(name: str) -> Path:
         raise UserError(
             f"{name} is a folder, not a recipe: images are data={name}, a run goes on with `patchmine resume {name}`"
         )
+    if "/" in name and not name.endswith((".yaml", ".yml")):
+        raise UserError(f"{name} does not exist and would be no recipe: images are given as data={name}")
     near = did_you_mean(name.removesuffix(".yaml"), recipe_names()) or f"; there are {', '.join(recipe_names())}"
     raise UserError(f"No recipe {name!r}, and no such file{near}")
