@@ -82,7 +82,7 @@ def test_linear_probe_learns_and_chooses_on_held_out_training_images(run_folder,
     result = evaluate_linear(kind, said.append)
     assert result["top1"] > 90
     assert result["floors"]["raw_pixels"]["top1"] > 90
-    assert result["settings"] == {"iterations": 200, "train_batch": 2, "trained_on": 44, "chosen_on": 4}
+    assert result["settings"] == {"iterations": 200, "train_batch": 44, "trained_on": 44, "chosen_on": 4}
     assert result["chosen"]["rate"] > 1e-6
     best = max(max(scores.values()) for scores in result["held_out_top1"].values())
     assert result["chosen"]["held_out_top1"] == best
@@ -118,10 +118,11 @@ def test_mae_protocol(run_folder, colours):
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "steps"), [(1_153_051, 1024, 12_500), (45_000, 1024, 2_150), (400, 16, 2_000)]
+    ("images", "batch", "steps"),
+    [(1_153_051, 1024, 12_500), (45_000, 256, 12_500), (6_000, 64, 9_300), (400, 64, 2_000), (20, 20, 2_000)],
 )
 def test_length_of_training_by_the_number_of_images(images, batch, steps):
-    assert batch_for(images, 1024, 16) == batch
+    assert batch_for(images, steps=128, least=64, most=1024) == batch
     assert iterations_for(images, batch) == steps
 
 
