@@ -36,8 +36,8 @@ def pretrain(*, data: Any = None, say: Callable[[str], None] = print, **settings
     """Pre-train on ``data`` and return the finished run; the settings are those of `patchmine config schema`.
 
     ``pretrain(data="photos/", method="hpm", out="runs/hpm", **{"method.mask_ratio": 0.8})``; ``recipe=`` names a recipe
-    or a file to start from.  ``data`` is what the command line takes, or any torch dataset of images; ``say`` hears what
-    a person should know.  Raises UserError with every mistake in the settings.
+    or a file to start from.  ``data`` is what the command line takes, or any torch dataset of images; ``say`` hears
+    what a person should know.  Raises UserError with every mistake in the settings.
     """
     from patchmine.config import from_settings
     from patchmine.pretrain import pretrain as start
