@@ -305,7 +305,9 @@ def import_weights(context: typer.Context) -> None:
       out=runs/mae       new folder for the run
       what=encoder       leave the decoder out; without it, all that the file has
       weights=teacher    HPM's slow copy in place of the student
+      image_size=384     another image size; positions are resampled
       num_heads=3        attention heads of an unusual model; also decoder_num_heads
+      allow=[head.*]     tensors that may be missing or unexpected
     \b
     Example:
       patchmine import mae_pretrain_vit_base.pth out=runs/mae-official

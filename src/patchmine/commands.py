@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from patchmine.mistakes import Mistake, validate
 from patchmine.words import put, split_setting
@@ -91,8 +91,12 @@ class Import(_Arguments):
     what: Literal["auto", "encoder", "full"] = Field(
         "auto", description="auto: the decoder too, where the file has one"
     )
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="pixels, one number or [height, width]; positions are resampled to it"
+    )
     num_heads: int | None = Field(None, gt=0, description="attention heads, where the width does not tell")
     decoder_num_heads: int | None = Field(None, gt=0, description="the same of the decoder")
+    allow: list[str] = Field([], description="tensors that may be missing or unexpected, as in allow=[head.*]")
 
 
 class Inspect(_Arguments):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,11 +28,13 @@ from patchmine.models.official import (
 from patchmine.models.weights import export_encoder
 from patchmine.run import Run, Which, build_method, is_run
 from patchmine.train import checkpoint as checkpoints
+from patchmine.words import shown
 
 Say = Callable[[str], None]
 What = Literal["auto", "encoder", "full"]
 
 _TEACHER = "teacher."
+_TOLD = ("mask_ratio", "norm_pix_loss")  # arguments of the official scripts that a file may have kept
 
 
 def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: Which) -> Path:
@@ -68,45 +70,64 @@ def import_file(
     *,
     weights: Which = "student",
     what: What = "auto",
+    image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    allow: Sequence[str] = (),
     say: Say = silent,
 ) -> Run:
     """Turn an official MAE or HPM checkpoint into a run in the new folder ``out``, with an export of its encoder.
 
-    ``what``: encoder only, or the full method, by default as much as the file has.  ``num_heads`` and
-    ``decoder_num_heads`` are needed for models of unusual width, whose tensors do not show them.  ``say`` hears what
-    became of every tensor.  Raises UserError for a file of another kind, and for tensors that are missing, unexpected
-    or of another shape.
+    ``what``: encoder only, or the full method, by default as much as the file has.  Positions are resampled to
+    ``image_size`` where it is given.  ``num_heads`` and ``decoder_num_heads`` are needed for models of unusual width,
+    whose tensors do not show them.  ``allow``: patterns of tensors that may be missing or unexpected.  ``say`` hears
+    what became of every tensor.  Raises UserError for a file of another kind, and for tensors that are missing,
+    unexpected or of another shape.
     """
     folder = Path(out)
     if is_run(folder):
         raise UserError(f"out={folder} already holds a run, which is left as it is: choose another out")
-    found = read_official(file, weights=weights, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    found = read_official(
+        file,
+        weights=weights,
+        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        num_heads=num_heads,
+        decoder_num_heads=decoder_num_heads,
+        with_decoder=what != "encoder",
+    )
     say(found.describe())
     if what == "full" and found.decoder is None:
         raise UserError(f"{file} holds an encoder only: use what=encoder")
-    full = found.decoder is not None and what != "encoder"
-    config = _settings(found, out, full=full)
-    report = LoadReport(file, dropped=dropped_names(found, full=full))
+    full = found.decoder is not None
+    config = _settings(found, out)
+    report = LoadReport(file, resized=found.resized, dropped=dropped_names(found, full=full))
     if full:
         method = build_method(config)
-        load_tensors(method, _method_tensors(found, method), report)
+        load_tensors(method, _method_tensors(found, method), report, allow=allow)
+        report.notes += _assumed(found, config)
         checkpoints.save(folder / "checkpoints", 0, method.state_dict(), {}, {"imported": file}, keep=1)
         _export(config, cast(VisionTransformer, method.encoder), folder / "export")
     else:
         encoder = found.architecture.build()
-        load_tensors(encoder, found.encoder, report)
+        load_tensors(encoder, found.encoder, report, allow=allow)
+        report.notes.append(f"encoder only: {folder} serves for eval, embed, init= and timm, not for show and resume")
         _export(config, encoder, folder / "export")
     say(report.render())
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return Run(folder)
 
 
-def _settings(found: Checkpoint, out: str, *, full: bool) -> RunConfig:
+def _assumed(found: Checkpoint, config: RunConfig) -> list[str]:
+    """Which settings of the method the file does not tell."""
+    values = config.method.model_dump()
+    unknown = ", ".join(f"method.{name}={shown(values[name])}" for name in _TOLD if name not in found.settings)
+    return [f"assumed in config.yaml, because the file does not tell: {unknown}"] if unknown else []
+
+
+def _settings(found: Checkpoint, out: str) -> RunConfig:
     architecture = found.architecture
     method: dict[str, Any] = {"name": found.method}
-    if full and found.decoder is not None:
+    if found.decoder is not None:
         method |= _decoder_settings(found, found.decoder)
     return from_settings(
         data=f"imported:{found.source}",
@@ -129,12 +150,11 @@ def _decoder_settings(found: Checkpoint, decoder: DecoderShape) -> dict[str, Any
             f"{found.source}: its decoder predicts {decoder.values} numbers a patch, not its {pixels} pixel values: "
             "import the encoder only, with what=encoder"
         )
-    kept = ("mask_ratio", "norm_pix_loss")
     return {
         "decoder_embed_dim": decoder.width,
         "decoder_depth": decoder.depth,
         "decoder_num_heads": decoder.num_heads,
-        **{name: found.settings[name] for name in kept if name in found.settings},
+        **{name: found.settings[name] for name in _TOLD if name in found.settings},
     }
 
 

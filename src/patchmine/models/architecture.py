@@ -28,8 +28,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A plain ViT as timm builds it: a name, and keyword arguments where the tensors differ from what the name stands "
-    "for."""
+    """A plain ViT as timm builds it: a name, and keyword arguments where the tensors differ from what it stands for."""
 
     model: str
     model_args: dict[str, Any]
@@ -73,8 +72,10 @@ def count_blocks(names: Iterable[str], prefix: str = "blocks.") -> int:
 
 
 def known_heads(width: int, table: Mapping[int, int], setting: str, given: int | None) -> int:
-    """``given``, or what is usual at this width.  Raises UserError when nothing is usual or it does not divide the "
-    "width."""
+    """``given``, or what is usual at this width.
+
+    Raises UserError when nothing is usual or it does not divide the width.
+    """
     heads = table.get(width) if given is None else given
     if heads is None:
         raise UserError(f"the number of attention heads cannot be read off a model of width {width}: give {setting}")

@@ -137,8 +137,7 @@ def _clip_tower(file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor]:
     projection = tensors.pop("projection")
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     _check_patch(patch, grid, file)
-    # All of OpenAI's towers have heads of 64 channels; the layer norms' eps of 1e-5 and QuickGELU come with timm's
-    # name.
+    # OpenAI's towers have heads of 64 channels; the layer norms' eps of 1e-5 and QuickGELU come with timm's name.
     heads = known_heads(width, {}, "heads", max(1, width // 64))
     tower = timm.create_model(
         "vit_base_patch16_clip_quickgelu_224",
@@ -160,9 +159,9 @@ def _clip_names(tensors: Tensors, file: Path) -> Tensors:
     if "vision_model.embeddings.class_embedding" in tensors and "visual_projection.weight" in tensors:
         return _from_transformers(tensors)
     raise UserError(
-        f"{SETTING}={file} holds no CLIP image tower with its projection: neither visual.class_embedding (OpenAI's "
-        "naming) nor "
-        "vision_model.embeddings.class_embedding and visual_projection.weight (transformers') are in it"
+        f"{SETTING}={file} holds no CLIP image tower with its projection: neither visual.class_embedding "
+        "(OpenAI's naming) nor vision_model.embeddings.class_embedding and "
+        "visual_projection.weight (transformers') are in it"
     )
 
 
@@ -202,7 +201,7 @@ def _from_openai(tensors: Tensors) -> Tensors:
     special: dict[str, Any] = {
         "cls_token": tower.pop("class_embedding")[None, None],
         "pos_embed": tower.pop("positional_embedding")[None],
-        "projection": tower.pop("proj"),  # (D, width)
+        "projection": tower.pop("proj").clone(),  # (D, width)
     }
     return _renamed(tower, _OPENAI_NAMES) | special
 

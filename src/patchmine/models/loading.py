@@ -24,6 +24,20 @@ from patchmine.models.torchscript import is_torchscript, read_torchscript
 
 Tensors = dict[str, Tensor]
 
+# What the readers raise for files that are cut, garbled or of another kind.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    SafetensorError,
+)
+
 
 @dataclass
 class LoadReport:
@@ -55,11 +69,10 @@ def _folded(names: Iterable[str]) -> str:
 
 
 def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
-    """The dictionary in a .safetensors file, a torch pickle or a TorchScript archive, on the CPU, executing nothing of
-    it.
+    """The dictionary in a .safetensors file, a torch pickle or a TorchScript archive, on the CPU; nothing is executed.
 
     Besides tensors and plain containers only `argparse.Namespace` (official files keep their settings in one) is
-    rebuilt. Raises UserError, naming ``setting``, for a file that is missing, broken, or holds other objects.
+    rebuilt.  Raises UserError, naming ``setting``, for a file that is missing, broken, or holds other objects.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,15 +85,15 @@ def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
             return dict(read_torchscript(path))
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except _UNREADABLE as error:
+        refused = re.search(r"(?:GLOBAL|class) (\S+\.\S+) was not an allowed", str(error))
+        if refused is None:
+            raise UserError(
+                f"{setting}={path} cannot be read as weights ({_first_line(error)}): is the file complete?"
+            ) from error
         raise UserError(
-            f"{setting}={path} holds objects other than tensors, which patchmine does not unpickle because that can "
-            "run code "
-            f"({_first_line(error)}): save the bare state dict as .safetensors and give that"
-        ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{setting}={path} cannot be read as weights ({_first_line(error)}): is the file complete?"
+            f"{setting}={path} holds a {refused[1]}, which patchmine does not unpickle because that can run code: "
+            "save the bare state dict as .safetensors and give that"
         ) from error
     if not isinstance(content, dict):
         raise UserError(
@@ -90,11 +103,7 @@ def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error)
-    refused = re.search(r"GLOBAL (\S+) was not an allowed", text)
-    if refused:
-        return refused.group(1)
-    return text.split("\n", 1)[0].rstrip(". ") or type(error).__name__
+    return str(error).split("\n", 1)[0].strip(". ")[:120] or type(error).__name__
 
 
 def tensors_only(mapping: Mapping[str, Any]) -> Tensors:
@@ -123,9 +132,9 @@ def resample_positions(table: Tensor, grid: tuple[int, int], num_prefix: int, se
 
 
 def load_tensors(
-    module: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, *, prefix: str = "", allow: Sequence[str] = ()
+    module: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, *, allow: Sequence[str] = ()
 ) -> None:
-    """Copy ``tensors`` into ``module`` and write down in ``report`` where each went, names preceded by ``prefix``.
+    """Copy ``tensors`` into ``module`` and write down in ``report`` where each went.
 
     Raises UserError for a tensor of another shape, and for a missing or unexpected one that no pattern of ``allow``
     matches; the module is then unchanged.
@@ -135,26 +144,17 @@ def load_tensors(
         have, want = tuple(tensors[name].shape), tuple(own[name].shape)
         if have != want:
             raise UserError(
-                f"{report.source}: {prefix}{name} has shape {have}, the model wants {want}: the architectures differ"
+                f"{report.source}: {name} has shape {have}, the model wants {want}: the architectures differ"
             )
-    missing = [prefix + name for name in own if name not in tensors]
-    unexpected = [prefix + name for name in tensors if name not in own]
-    report.missing += missing
-    report.unexpected += unexpected
-    refuse_surprises(missing, unexpected, report, allow)
-    module.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
-    report.loaded += [prefix + name for name in own if name in tensors]
-
-
-def refuse_surprises(
-    missing: Sequence[str], unexpected: Sequence[str], report: LoadReport, allow: Sequence[str] = ()
-) -> None:
-    """Raise UserError, with the names, unless every missing and unexpected tensor matches a pattern of ``allow``."""
-    bad = {"missing": missing, "unexpected": unexpected}
-    for kind, names in bad.items():
+    known = [name for name in own if name in tensors]
+    report.missing += [name for name in own if name not in tensors]
+    report.unexpected += [name for name in tensors if name not in own]
+    for kind, names in (("missing", report.missing), ("unexpected", report.unexpected)):
         refused = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in allow)]
         if refused:
             raise UserError(
-                f"{report.source}: {len(refused)} {kind} tensor(s): {_folded(refused)}. "
-                f"If that is meant, allow them by name, for example allow={refused[0]}"
+                f"{report.source}: {len(refused)} {kind} tensor(s): {_folded(refused)}.  Does the file belong to this "
+                f"model?  If so, `patchmine import` passes over what it is told to, as in allow=[{refused[0]}]"
             )
+    module.load_state_dict({name: tensors[name] for name in known}, strict=False)
+    report.loaded += known

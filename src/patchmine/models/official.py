@@ -7,6 +7,7 @@ Formats: facebookresearch/mae (``{"model": ...}``), Haochen-Wang409/HPM (``{"sta
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from patchmine.errors import UserError
 from patchmine.models.architecture import DECODER_HEADS, Architecture, count_blocks, infer_architecture, known_heads
-from patchmine.models.loading import Tensors, read_checkpoint, tensors_only
+from patchmine.models.loading import Tensors, read_checkpoint, resample_positions, tensors_only
 
 T = TypeVar("T")
 Weights = Literal["student", "teacher"]
@@ -62,8 +63,7 @@ def _own_name(name: str) -> str:
 
 
 def to_reference_names(tensors: Mapping[str, T], *, teacher: bool = False) -> dict[str, T]:
-    """Our names -> MAE's and HPM's: those of the student, or those of the teacher if ``teacher``.  Inverse of "
-    "`from_reference_names`."""
+    """Our names -> MAE's and HPM's, of the student or of the ``teacher``.  The inverse of `from_reference_names`."""
     if teacher:
         inside = {
             name.removeprefix("teacher."): value for name, value in tensors.items() if name.startswith("teacher.")
@@ -82,8 +82,7 @@ def _reference_name(name: str) -> str:
 
 
 def encoder_tensors(content: Mapping[str, Any], source: str, weights: Weights = "student") -> Tensors:
-    """The encoder's tensors of a checkpoint in any of the known layouts, under timm's names; decoders and heads left "
-    "out."""
+    """The encoder's tensors of a checkpoint in any known layout, under timm's names; decoders and heads left out."""
     tensors = _state_dict(content, source, weights)
     return {name: tensor for name, tensor in tensors.items() if not _beside_encoder(name)}
 
@@ -97,7 +96,7 @@ def _state_dict(content: Mapping[str, Any], source: str, weights: Weights) -> Te
     has_teacher = any(isinstance(content.get(key), Mapping) for key in ("ema_state_dict", "teacher"))
     if weights == "teacher" and not has_teacher:
         raise UserError(f"{source} holds no teacher weights (no ema_state_dict): use weights=student")
-    # DINO's teacher is what its authors publish; its student is only asked for by nobody.
+    # Of DINO's two networks the teacher is the one to use, as its authors say.
     order = ("ema_state_dict", "teacher") if weights == "teacher" else ("state_dict", "model", "teacher")
     inner = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
     tensors = tensors_only(inner)
@@ -106,8 +105,8 @@ def _state_dict(content: Mapping[str, Any], source: str, weights: Weights) -> Te
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if not tensors:
         raise UserError(
-            f"{source} holds no tensors under a known name (model, state_dict, ema_state_dict, teacher): give a state "
-            "dict"
+            f"{source} holds no tensors under a known name (model, state_dict, ema_state_dict, teacher): "
+            "give a state dict"
         )
     return tensors
 
@@ -127,7 +126,8 @@ class Checkpoint:
     """An official file, taken apart.
 
     ``tensors`` are the chosen weights and ``teacher`` HPM's EMA weights, all under reference names; ``decoder`` is
-    None for a file with the encoder only.  ``settings`` are the command-line arguments that the file kept, if any.
+    None where only the encoder is there or wanted.  ``settings`` are the command-line arguments that the file kept, if
+    any; ``resized`` tells which position tables were resampled.
     """
 
     source: str
@@ -137,6 +137,7 @@ class Checkpoint:
     teacher: Tensors | None
     decoder: DecoderShape | None
     settings: dict[str, Any]
+    resized: list[str]
 
     @property
     def encoder(self) -> Tensors:
@@ -160,29 +161,47 @@ def read_official(
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
+    with_decoder: bool = True,
 ) -> Checkpoint:
     """Take an official MAE or HPM checkpoint apart; sizes are read off the tensors.
 
-    ``image_size`` is the size that the model is wanted at.  ``num_heads`` and ``decoder_num_heads`` are needed for
-    unusual widths only.  Raises UserError for a file that is missing, broken or of another kind.
+    ``image_size`` is the size that the model is wanted at; positions of another one are resampled.  ``num_heads`` and
+    ``decoder_num_heads`` are needed for unusual widths only.  Raises UserError for a file that is missing, broken or of
+    another kind.
     """
     content = read_checkpoint(file)
     source = str(file)
     tensors = _state_dict(content, source, weights)
     encoder = {name: tensor for name, tensor in tensors.items() if not _beside_encoder(name)}
     architecture = infer_architecture(encoder, source, num_heads=num_heads, image_size=image_size)
-    teacher = content.get("ema_state_dict")
+    stored = content.get("ema_state_dict")
+    teacher = tensors_only(stored) if isinstance(stored, Mapping) else None
     is_hpm = teacher is not None or any(name.startswith("decoder_pred_losspred.") for name in tensors)
+    resized = _fit_positions(tensors, architecture.grid)
+    if teacher is not None and _fit_positions(teacher, architecture.grid):
+        resized.append("teacher's pos_embed likewise")
     args = content.get("args")
     return Checkpoint(
         source=source,
         method="hpm" if is_hpm else "mae",
         architecture=architecture,
         tensors=tensors,
-        teacher=tensors_only(teacher) if isinstance(teacher, Mapping) else None,
-        decoder=_decoder_shape(tensors, source, decoder_num_heads),
+        teacher=teacher,
+        decoder=_decoder_shape(tensors, source, decoder_num_heads) if with_decoder else None,
         settings=vars(args) if isinstance(args, argparse.Namespace) else {},
+        resized=resized,
     )
+
+
+def _fit_positions(tensors: Tensors, grid: tuple[int, int]) -> list[str]:
+    """Resample ``pos_embed`` in place where it has another number of patches; says so in a list of one."""
+    prefix = 1 if "cls_token" in tensors else 0
+    count = tensors["pos_embed"].shape[1] - prefix if "pos_embed" in tensors else grid[0] * grid[1]
+    if count == grid[0] * grid[1]:
+        return []
+    tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid, prefix)
+    side = math.isqrt(count)
+    return [f"pos_embed from {side}x{side} to {grid[0]}x{grid[1]} patches"]
 
 
 def _decoder_shape(tensors: Tensors, source: str, num_heads: int | None) -> DecoderShape | None:
@@ -199,8 +218,7 @@ def _decoder_shape(tensors: Tensors, source: str, num_heads: int | None) -> Deco
 
 
 def dropped_names(checkpoint: Checkpoint, *, full: bool) -> list[str]:
-    """Tensors of the file that are known and have no place in what is imported: all but the encoder, or the fixed "
-    "table."""
+    """Known tensors of the file with no place in what is imported: all but the encoder, or only the fixed table."""
     if not full:
         return [name for name in checkpoint.tensors if _beside_encoder(name)]
     return [name for name in checkpoint.tensors if name == _POSITIONS or fnmatchcase(name, "head.*") or name in _UNUSED]
@@ -218,6 +236,5 @@ def check_decoder_positions(tensors: Tensors, table: Tensor, source: str) -> Non
     if difference > 1e-4 or not torch.all(stored[0, 0] == 0):
         raise UserError(
             f"{source}: {_POSITIONS} differs from the fixed sine-cosine table by up to {difference:.3g}, so it was "
-            "trained and "
-            "cannot be used here: import the encoder only"
+            "trained and cannot be used here: import the encoder only"
         )

@@ -69,8 +69,10 @@ def _root(path: Path) -> str | None:
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """Parameters and buffers by their dotted names.  Raises `pickle.UnpicklingError` for anything but modules and "
-    "tensors."""
+    """Parameters and buffers by their dotted names.
+
+    Raises `pickle.UnpicklingError` for anything but modules, tensors and plain values.
+    """
     root = _root(path)
     if root is None:
         raise ValueError(f"{path} is no TorchScript archive")

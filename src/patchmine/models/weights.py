@@ -35,11 +35,10 @@ def export_encoder(
     crop_pct: float = 0.875,
     interpolation: str = "bicubic",
 ) -> Path:
-    """Write ``config.json`` and ``model.safetensors`` that `timm.create_model("local-dir:...")` and
-    `transformers.AutoModel` open.
+    """Write a folder that `timm.create_model("local-dir:FOLDER")` and `transformers.AutoModel` open.
 
     ``model`` and ``model_args`` are what the encoder was built from; ``mean`` and ``std`` are in [0, 1] units, one for
-    each channel. The folder appears complete or not at all; an older export is replaced.  Raises UserError when
+    each channel.  The folder appears complete or not at all; an older export is replaced.  Raises UserError when
     ``folder`` holds anything else, ValueError when the encoder is not what ``model`` and ``model_args`` describe.
     """
     folder = Path(folder)
@@ -190,8 +189,8 @@ def load_encoder(
         encoder = _from_export(folder)
     elif path.is_dir():
         raise UserError(
-            f"{path} holds no {CONFIG} and {WEIGHTS}, neither itself nor in export/: give an export, or run `patchmine "
-            "export` first"
+            f"{path} holds no {CONFIG} and {WEIGHTS}, neither itself nor in export/: "
+            "give an export, or run `patchmine export` first"
         )
     else:
         encoder = _from_file(path, model, model_args or {}, image_size)
