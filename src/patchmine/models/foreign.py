@@ -56,11 +56,7 @@ class ForeignTeacher(nn.Module):
         if file is None:
             raise UserError(f"{SETTING} is not set, but method.target={kind} needs the local weights of that network")
         self.grid = grid
-        projection = None
-        if kind == "clip":
-            self.tower, projection = _clip_tower(Path(file), grid)
-        else:
-            self.tower = _plain_tower(Path(file), grid)
+        self.tower, projection = _open(kind, Path(file), grid)
         if self.tower.patch_embed.proj.in_channels != len(IMAGENET_DEFAULT_MEAN):
             raise UserError(
                 f"{SETTING}={file} is a network for {self.tower.patch_embed.proj.in_channels} channels, not three"
@@ -92,6 +88,16 @@ def _to_clip_normalisation() -> tuple[Tensor, Tensor]:
     return std / clip_std, (mean - clip_mean) / clip_std
 
 
+def _open(kind: str, file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor | None]:
+    """The network in ``file`` for images of ``grid``, and CLIP's projection."""
+    try:
+        return _clip_tower(file, grid) if kind == "clip" else (_plain_tower(file, grid), None)
+    except UserError as error:
+        if SETTING in str(error):
+            raise
+        raise UserError(f"{SETTING}={file}: {error}") from error
+
+
 def _check_patch(patch: int, grid: Grid, file: Path) -> None:
     if grid.patch != (patch, patch):
         own = "x".join(map(str, grid.patch))
@@ -115,9 +121,8 @@ def _plain_tower(file: Path, grid: Grid) -> VisionTransformer:
     tensors = encoder_tensors(read_checkpoint(file, SETTING), f"{SETTING}={file}")
     if "visual.conv1.weight" in tensors or "vision_model.embeddings.class_embedding" in tensors:
         raise UserError(f"{SETTING}={file} is a CLIP network: set method.target=clip")
-    _check_patch(
-        tensors["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in tensors else 0, grid, file
-    )
+    if "patch_embed.proj.weight" in tensors:
+        _check_patch(tensors["patch_embed.proj.weight"].shape[-1], grid, file)
     architecture = infer_architecture(tensors, f"{SETTING}={file}", image_size=_image_size(grid))
     return _filled(architecture.build(), tensors, file)
 
@@ -154,17 +159,27 @@ def _clip_tower(file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor]:
 
 def _clip_names(tensors: Tensors, file: Path) -> Tensors:
     """CLIP's image tower under timm's names, from OpenAI's naming or transformers'."""
-    if "visual.class_embedding" in tensors:
-        return _from_openai(tensors)
-    if "vision_model.embeddings.class_embedding" in tensors and "visual_projection.weight" in tensors:
-        return _from_transformers(tensors)
+    for needed, renamed in ((_OPENAI_NEEDS, _from_openai), (_TRANSFORMERS_NEEDS, _from_transformers)):
+        if all(name in tensors for name in needed):
+            return renamed(tensors)
     raise UserError(
-        f"{SETTING}={file} holds no CLIP image tower with its projection: neither visual.class_embedding "
-        "(OpenAI's naming) nor vision_model.embeddings.class_embedding and "
-        "visual_projection.weight (transformers') are in it"
+        f"{SETTING}={file} holds no CLIP image tower with its projection: it lacks "
+        f"{', '.join(_OPENAI_NEEDS)} (OpenAI's naming) or {', '.join(_TRANSFORMERS_NEEDS)} (transformers' naming)"
     )
 
 
+_OPENAI_NEEDS = (
+    "visual.class_embedding",
+    "visual.positional_embedding",
+    "visual.conv1.weight",
+    "visual.proj",
+)
+_TRANSFORMERS_NEEDS = (
+    "vision_model.embeddings.class_embedding",
+    "vision_model.embeddings.position_embedding.weight",
+    "vision_model.embeddings.patch_embedding.weight",
+    "visual_projection.weight",
+)
 _OPENAI_NAMES: dict[str, str] = {
     r"^conv1\.": "patch_embed.proj.",
     r"^ln_pre\.": "norm_pre.",
@@ -215,6 +230,7 @@ def _from_transformers(tensors: Tensors) -> Tensors:
         "projection": tensors["visual_projection.weight"].T.contiguous(),  # (D, width)
     }
     for name in [name for name in tower if ".self_attn.q_proj." in name]:
-        parts = [tower.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-        tower[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+        parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+        if all(part in tower for part in parts):
+            tower[name.replace(".q_proj.", ".qkv.")] = torch.cat([tower.pop(part) for part in parts])
     return _renamed(tower, _TRANSFORMERS_NAMES) | special

@@ -86,10 +86,10 @@ def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _UNREADABLE as error:
-        refused = re.search(r"(?:GLOBAL|class) (\S+\.\S+) was not an allowed", str(error))
+        refused = re.search(r"GLOBAL (\S+\.\S+)", str(error))
         if refused is None:
             raise UserError(
-                f"{setting}={path} cannot be read as weights ({_first_line(error)}): is the file complete?"
+                f"{setting}={path} cannot be read as weights ({_reason(error)}): is the file complete?"
             ) from error
         raise UserError(
             f"{setting}={path} holds a {refused[1]}, which patchmine does not unpickle because that can run code: "
@@ -102,7 +102,9 @@ def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
     return content
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "not a file of tensors"  # torch's own text is about its default settings
     return str(error).split("\n", 1)[0].strip(". ")[:120] or type(error).__name__
 
 

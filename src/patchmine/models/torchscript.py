@@ -46,7 +46,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return _DTYPES[name]
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return list  # typed lists of numbers
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed name")
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is no tensor and no module")
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
