@@ -18,6 +18,7 @@ from patchmine.models.official import to_reference_names
 from patchmine.run import Run, build_method
 from patchmine.train import checkpoint
 from patchmine.transfer import export_run, import_file
+from patchmine.types import Batch, Progress
 
 WORDS = ["data=photos", "model=vit_tiny_patch16_224", "model_args.depth=2", "image_size=32", "patch_size=8"]
 DECODER = ["method.decoder_embed_dim=512", "method.decoder_depth=1", "method.decoder_num_heads=16"]
@@ -125,3 +126,40 @@ def test_what_cannot_be_transferred_is_refused_and_leaves_nothing_half_done(tmp_
     with pytest.raises(UserError, match="missing tensor"):
         import_file(str(tmp_path / "odd.pth"), str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+def test_another_image_size_is_imported_with_resampled_positions(tmp_path: Path) -> None:
+    _, built = make_run(tmp_path / "run", "hpm")
+    said: list[str] = []
+    file = official_file(tmp_path, built, "hpm")
+    run = import_file(str(file), str(tmp_path / "imported"), image_size=64, say=said.append)
+    assert run.config.image_size == (64, 64)
+    assert run.encoder().patch_embed.grid_size == (8, 8)
+    assert run.encoder("teacher").pos_embed.shape == (1, 65, 192)
+    assert "pos_embed from 4x4 to 8x8 patches" in said[-1]
+    assert "assumed in config.yaml, because the file does not tell: method.mask_ratio=0.75" in said[-1]
+    batch = Batch([torch.randn(1, 3, 64, 64)], torch.zeros(1), torch.zeros(1, 4), torch.zeros(1, dtype=torch.bool))
+    assert len(run.method().panels(batch, Progress(0, 1, 1))) > 3
+
+
+def test_surprises_are_passed_over_where_they_are_named(tmp_path: Path) -> None:
+    _, built = make_run(tmp_path / "run", "mae")
+    torch.save({"model": reference_state(built) | {"surprise": torch.zeros(3)}}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"unexpected tensor.*surprise.*allow=\[encoder.surprise\]"):
+        import_file(str(tmp_path / "odd.pth"), str(tmp_path / "new"))
+    said: list[str] = []
+    import_file(str(tmp_path / "odd.pth"), str(tmp_path / "new"), allow=["*surprise"], say=said.append)
+    assert "unexpected    1  encoder.surprise" in said[-1]
+
+
+def test_a_fine_tuned_classifier_becomes_a_run_with_its_encoder(tmp_path: Path) -> None:
+    _, built = make_run(tmp_path / "run", "mae")
+    state = {
+        name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t
+        for name, t in built.encoder.state_dict().items()
+    }
+    torch.save({"model": state | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}}, tmp_path / "f.pth")
+    run = import_file(str(tmp_path / "f.pth"), str(tmp_path / "imported"))
+    assert equal(run.encoder().state_dict(), state)
+    opened = timm.create_model(f"local-dir:{run.export_dir}", pretrained=True)
+    assert opened.global_pool == "avg"
