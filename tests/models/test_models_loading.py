@@ -146,9 +146,12 @@ def test_surprises_are_refused_and_leave_the_module_alone(change: dict[str, Tens
 
 def test_the_report_folds_block_numbers() -> None:
     names = [f"blocks.{i}.norm1.{part}" for i in range(3) for part in ("weight", "bias")]
-    text = LoadReport("a.pth", loaded=[*names, "cls_token"], notes=["look here"]).render()
-    assert "blocks.*.norm1 (6), cls_token" in text
-    assert "note: look here" in text
+    report = LoadReport("a.pth", loaded=[*names, "cls_token"], missing=names[:2], notes=["look here"])
+    assert "blocks.*.norm1 (6), cls_token" in report.render()
+    assert "missing       2  blocks.0.norm1.weight, blocks.0.norm1.bias" in report.render()
+    assert "note: look here" in report.render()
+    many = [f"decoder_blocks.{i}.part{k}.weight" for i in range(2) for k in range(20)]
+    assert "40  decoder_blocks (40)" in LoadReport("a.pth", loaded=many).render()
 
 
 def test_positions_are_resampled_around_the_prefix() -> None:

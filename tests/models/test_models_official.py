@@ -154,6 +154,10 @@ def test_hpm_files_hold_a_student_and_a_teacher(tmp_path: Path) -> None:
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.items())
         assert found.teacher is not None
         assert torch.equal(found.teacher["cls_token"], teacher["cls_token"])
+        dropped = dropped_names(found, full=True)
+        assert "decoder_pos_embed" in dropped
+        assert "ema_state_dict.decoder_pred.weight" in dropped
+        assert not [name for name in dropped if "losspred" in name or "mask_token" in name]
 
 
 def test_teacher_weights_are_refused_where_there_are_none(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -52,7 +52,7 @@ class LoadReport:
     notes: list[str] = field(default_factory=list)
 
     def render(self) -> str:
-        """The report as lines for a person; block numbers are folded into one line per kind of tensor."""
+        """The report as lines for a person; many tensors are told by their block or kind, few by their names."""
         lines = [self.source]
         for title in ("loaded", "resized", "dropped", "missing", "unexpected"):
             names: list[str] = getattr(self, title)
@@ -63,8 +63,13 @@ class LoadReport:
         return self.render()
 
 
-def _folded(names: Iterable[str]) -> str:
-    counts = Counter(re.sub(r"\.\d+\.", ".*.", re.sub(r"\.(weight|bias)$", "", name)) for name in names)
+def _folded(names: Sequence[str]) -> str:
+    if len(names) <= 4:
+        return ", ".join(names)
+    kinds = [re.sub(r"\.\d+\.", ".*.", re.sub(r"\.(weight|bias)$", "", name)) for name in names]
+    if len(set(kinds)) > 8:
+        kinds = [re.sub(r"(blocks\w*)\.\*\..*", r"\1", kind) for kind in kinds]
+    counts = Counter(kinds)
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 

@@ -10,7 +10,6 @@ import argparse
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -218,10 +217,15 @@ def _decoder_shape(tensors: Tensors, source: str, num_heads: int | None) -> Deco
 
 
 def dropped_names(checkpoint: Checkpoint, *, full: bool) -> list[str]:
-    """Known tensors of the file with no place in what is imported: all but the encoder, or only the fixed table."""
+    """Known tensors of the file with no place in what is imported.
+
+    Without the decoder that is all but the encoder; otherwise the fixed table, and the pixel decoder of HPM's teacher.
+    """
     if not full:
         return [name for name in checkpoint.tensors if _beside_encoder(name)]
-    return [name for name in checkpoint.tensors if name == _POSITIONS or fnmatchcase(name, "head.*") or name in _UNUSED]
+    dropped = [name for name in checkpoint.tensors if name in (_POSITIONS, *_UNUSED) or name.startswith("head.")]
+    kept = to_reference_names(from_reference_names(checkpoint.teacher or {}, teacher=True), teacher=True)
+    return dropped + [f"ema_state_dict.{name}" for name in checkpoint.teacher or {} if name not in kept]
 
 
 def check_decoder_positions(tensors: Tensors, table: Tensor, source: str) -> None:
