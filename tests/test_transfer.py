@@ -78,7 +78,7 @@ def test_an_encoder_only_file_becomes_a_run_with_an_encoder(tmp_path: Path) -> N
     torch.save({"model": built.encoder.state_dict()}, path)
     run = import_file(str(path), str(tmp_path / "imported"))
     assert equal(run.encoder().state_dict(), built.encoder.state_dict())
-    with pytest.raises(UserError, match="no checkpoint in"):
+    with pytest.raises(UserError, match="imported as an encoder only"):
         run.method()
     with pytest.raises(UserError, match="holds an encoder only: use what=encoder"):
         import_file(str(path), str(tmp_path / "other"), what="full")
@@ -163,3 +163,13 @@ def test_a_fine_tuned_classifier_becomes_a_run_with_its_encoder(tmp_path: Path) 
     assert equal(run.encoder().state_dict(), state)
     opened = timm.create_model(f"local-dir:{run.export_dir}", pretrained=True)
     assert opened.global_pool == "avg"
+
+
+def test_a_decoder_that_predicts_features_is_left_to_the_user(tmp_path: Path) -> None:
+    _, built = make_run(tmp_path / "run", "hpm")
+    state = reference_state(built)
+    state |= {"decoder_pred.weight": torch.zeros(512, 512), "decoder_pred.bias": torch.zeros(512)}
+    torch.save({"state_dict": state, "ema_state_dict": state}, tmp_path / "clip.pth")
+    with pytest.raises(UserError, match=r"predicts 512 numbers a patch, not its 192 pixel values.*what=encoder"):
+        import_file(str(tmp_path / "clip.pth"), str(tmp_path / "imported"))
+    assert import_file(str(tmp_path / "clip.pth"), str(tmp_path / "imported"), what="encoder").checkpoints == []

@@ -157,6 +157,11 @@ class Run:
         return encoder.eval()
 
     def _newest(self) -> Checkpoint:
+        if not self.checkpoints and weights.is_export(self.export_dir):
+            raise UserError(
+                f"{self.path} was imported as an encoder only, there is no checkpoint in {self.checkpoint_dir}: "
+                "it serves for eval, embed, export and init="
+            )
         return load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
 
 
