@@ -292,7 +292,7 @@ def fail_with(error: BaseException) -> Callable[..., None]:
     ("error", "code"), [(UserError("The disk is full."), 2), (KeyboardInterrupt(), 130), (SystemExit(75), 75)]
 )
 def test_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("patchmine.pretrain"), "pretrain", fail_with(error))
+    monkeypatch.setattr(importlib.import_module("patchmine.pretraining"), "pretrain", fail_with(error))
     result = call("pretrain", "data=x", "out=y")
     assert result.exit_code == code
     assert "Traceback" not in result.stderr
@@ -302,5 +302,5 @@ def test_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyP
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     error = ZeroDivisionError("a bug")
-    monkeypatch.setattr(importlib.import_module("patchmine.pretrain"), "pretrain", fail_with(error))
+    monkeypatch.setattr(importlib.import_module("patchmine.pretraining"), "pretrain", fail_with(error))
     assert call("pretrain", "data=x", "out=y").exception is error

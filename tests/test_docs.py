@@ -90,7 +90,8 @@ def check_settings(call: ast.Call) -> None:
 
     settings: dict[str, Any] = {}
     for keyword in call.keywords:
-        value = ast.literal_eval(keyword.value)
+        # A data set made in place is no setting that could be checked; any name stands for it.
+        value = "made in place" if isinstance(keyword.value, ast.Call) else ast.literal_eval(keyword.value)
         settings |= value if keyword.arg is None else {keyword.arg: value}
     from_settings(**settings)
 
@@ -130,7 +131,7 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr(patchmine.commands, "read_words", stops(patchmine.commands.read_words))
     monkeypatch.setattr(patchmine.config, "parse", stops(patchmine.config.parse))
-    pretrain = importlib.import_module("patchmine.pretrain")
+    pretrain = importlib.import_module("patchmine.pretraining")
     monkeypatch.setattr(pretrain, "resume", stops(lambda *_, **__: None))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -21,7 +21,7 @@ PARTS = BELOW_METHODS | {"methods", "data", "train"}
 # What users type: values and messages (words, mistakes), recipes, the typed settings, and the run made of them.
 TYPED = {"words", "mistakes"}
 SETTINGS = TYPED | {"recipes", "settings", "config"}
-TOP = PARTS | SETTINGS | {"run", "pretrain", "evaluate", "report", "bench", "recipes"}
+TOP = PARTS | SETTINGS | {"run", "pretraining", "evaluate", "report", "bench", "recipes"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "run": PARTS | SETTINGS,
     "evaluate": PARTS | SETTINGS | {"run"},
     "report": PARTS | SETTINGS | {"run", "evaluate"},
-    "pretrain": PARTS | SETTINGS | {"run", "evaluate", "report"},
+    "pretraining": PARTS | SETTINGS | {"run", "evaluate", "report"},
     "bench": PARTS | SETTINGS | {"run"},
     "commands": {"errors"} | TYPED,
     "transfer": PARTS | SETTINGS | {"run"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from types import FunctionType
 
 import pytest
 import torch
@@ -172,16 +171,9 @@ def test_the_public_names_open_runs(tmp_path: Path) -> None:
         _ = patchmine.pretrian  # type: ignore[attr-defined]
 
 
-def test_importing_the_file_pretrain_does_not_hide_the_function_pretrain() -> None:
-    module = importlib.import_module("patchmine.pretrain")
-    assert isinstance(patchmine.pretrain, FunctionType)
-    assert patchmine.pretrain is not module.pretrain
-    assert module.resume.__module__ == "patchmine.pretrain"
-
-
 def test_pretrain_from_python_takes_settings_and_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    module = importlib.import_module("patchmine.pretrain")
+    module = importlib.import_module("patchmine.pretraining")
     monkeypatch.setattr(module, "pretrain", lambda config, **more: calls.append((config, more)))
     dataset = torch.utils.data.TensorDataset(torch.zeros(3, 3, 32, 32))
     patchmine.pretrain(data="photos", method="hpm", recipe="cifar10-tiny", out="x", **{"method.mask_ratio": 0.8})

@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from os import PathLike
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,18 +16,7 @@ if TYPE_CHECKING:
     from patchmine.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "load_encoder", "pretrain"]
-
-
-class _Package(ModuleType):
-    """Keeps `patchmine.pretrain` the function: importing the file pretrain.py would put the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name == "pretrain" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__all__ = ["Run", "__version__", "load_encoder", "pretrain", "resume"]
 
 
 def pretrain(*, data: Any = None, say: Callable[[str], None] = print, **settings: Any) -> Run:
@@ -40,14 +27,31 @@ def pretrain(*, data: Any = None, say: Callable[[str], None] = print, **settings
     what a person should know.  Raises UserError with every mistake in the settings.
     """
     from patchmine.config import from_settings
-    from patchmine.pretrain import pretrain as start
+    from patchmine.pretraining import pretrain as start
 
-    source = None
+    source = None if data is None or _is_named(data) else data
     if data is not None:
-        named = all(isinstance(part, str | PathLike) for part in (data if isinstance(data, list | tuple) else [data]))
-        source = None if named else data
-        settings["data"] = data if named else f"python:{type(data).__name__}"
+        settings["data"] = data if source is None else f"python:{type(data).__name__}"
     return start(from_settings(say=say, **settings), source=source, say=say)
+
+
+def resume(path: str | PathLike[str], *, data: Any = None, say: Callable[[str], None] = print, **settings: Any) -> Run:
+    """Go on with an interrupted run, exactly; returns it finished.
+
+    ``settings`` are those that do not change results, such as ``workers``.  ``data`` is needed for a run on a torch dataset, or
+    where the images have moved.  Raises UserError where the run cannot go on.
+    """
+    from patchmine.pretraining import resume as go_on
+
+    source = None if data is None or _is_named(data) else data
+    if data is not None and source is None:
+        settings["data"] = data
+    return go_on(path, [f"{key}={value}" for key, value in settings.items()], source=source, say=say)
+
+
+def _is_named(data: Any) -> bool:
+    """Whether data is given by name: a path, or several."""
+    return all(isinstance(part, str | PathLike) for part in (data if isinstance(data, list | tuple) else [data]))
 
 
 def load_encoder(path: str | PathLike[str]) -> VisionTransformer:

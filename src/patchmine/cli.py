@@ -146,7 +146,7 @@ def pretrain(context: typer.Context) -> None:
     `patchmine config schema` lists all settings.
     """
     from patchmine.config import parse
-    from patchmine.pretrain import pretrain as start
+    from patchmine.pretraining import pretrain as start
 
     start(parse(*_recipe_and_settings(context.args), _say), say=_say)
 
@@ -169,7 +169,7 @@ def resume(context: typer.Context) -> None:
     Example:
       patchmine resume runs/hpm workers=4
     """
-    from patchmine.pretrain import resume as go_on
+    from patchmine.pretraining import resume as go_on
 
     run, words = _recipe_and_settings(context.args)
     if run is None:

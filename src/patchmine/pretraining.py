@@ -45,8 +45,6 @@ def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent
     """
     folder = _new_folder(config)
     engine, images, config = _open(config, source, say)
-    if engine.is_main:
-        _write_config(config, folder)
     return _train(config, folder, engine, images, None, say)
 
 
@@ -55,19 +53,20 @@ def resume(
 ) -> Run:
     """Go on with the run in ``path`` from its newest readable checkpoint, exactly as if it had not been interrupted.
 
-    ``overrides``: ``key=value`` words for settings that do not change results (workers, device, ...).  Raises UserError for others.
+    ``overrides``: ``key=value`` words for settings that do not change results (workers, device, ...), and ``data`` where the same
+    images have moved.  A run that was killed before its first checkpoint starts again.  Raises UserError for other settings or images.
     """
     run = Run(path)
     config = parse(run.config_file, list(overrides), say)
-    changed = changed_results(run.config, config)
+    changed = changed_results(run.config, config.model_copy(update={"data": run.config.data}))
     if changed:
         raise UserError(
             f"a resumed run must keep the settings that decide its weights, but {'; '.join(changed)}: "
             "leave them out, or start a new run with `patchmine pretrain` and another out"
         )
-    start = load_newest(run.checkpoint_dir, say)
+    start = load_newest(run.checkpoint_dir, say) if run.checkpoints else None
     engine, images, config = _open(config, source, say)
-    say(f"{run.path}: going on from step {start.step}.")
+    say(f"{run.path}: going on from step {start.step}." if start else f"{run.path} has no checkpoint: from the start.")
     return _train(config, run.path, engine, images, start, say)
 
 
@@ -87,6 +86,11 @@ def _new_folder(config: RunConfig) -> Path:
 
 def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Source, RunConfig]:
     """Processes, images, and the settings that had to wait for both."""
+    if source is None and str(config.data).startswith("python:"):
+        raise UserError(
+            f"data={config.data}: this run was made on a torch dataset; go on from Python, with "
+            "patchmine.resume(path, data=dataset)"
+        )
     images = open_source(config.data if source is None else source, cache_dir=default_cache_dir())
     for note in notes_of(images):
         say(note)
@@ -96,8 +100,26 @@ def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Sou
         rounded = [[round(float(value), 4) for value in values] for values in (mean, std)]
         say(f"Normalising with the data's own mean {rounded[0]} and std {rounded[1]}.")
         config = config.model_copy(update={"mean": rounded[0], "std": rounded[1]})
+    config = _fit_to_length(config, len(images), say)
     engine = Engine(config.device, config.devices, config.num_nodes, config.precision)
     return engine, images, config
+
+
+def _fit_to_length(config: RunConfig, num_images: int, say: Say) -> RunConfig:
+    """Refuses a batch that is larger than the data, and shortens a warm-up that would outlast half of a run given in steps."""
+    if config.batch_size > num_images:
+        raise UserError(
+            f"batch_size={config.batch_size} is more than the {num_images} images of data={config.data}: "
+            f"set batch_size={num_images} or lower"
+        )
+    if config.steps is None:
+        return config
+    epochs = config.steps / (num_images // config.batch_size)
+    if config.warmup_epochs <= epochs / 2:
+        return config
+    shorter = round(epochs / 10, 6)
+    say(f"warmup_epochs={config.warmup_epochs:g} is shortened to {shorter:g}, a tenth of the {config.steps} steps.")
+    return config.model_copy(update={"warmup_epochs": shorter})
 
 
 def _write_config(config: RunConfig, folder: Path) -> None:
@@ -118,6 +140,8 @@ def _train(
     first_step = 0 if start is None else start.step
     bad = BadFiles(folder / "bad_files.txt" if engine.is_main else None, config.max_bad_share)
     if engine.is_main:
+        # Not before now: a mistake in the settings must not leave a folder that looks like a run.
+        _write_config(config, folder)
         say(_summary(config, settings, images, engine))
     run_folder = folder if engine.is_main else None
     log = Log(
@@ -152,11 +176,6 @@ def _train(
 
 
 def _settings(config: RunConfig, images: Source) -> TrainSettings:
-    if config.batch_size > len(images):
-        raise UserError(
-            f"batch_size={config.batch_size} is more than the {len(images)} images of {images.name}: "
-            f"set batch_size={len(images)} or lower"
-        )
     steps_per_epoch = len(images) // config.batch_size
     total_steps = config.steps if config.steps is not None else (config.epochs or 0) * steps_per_epoch
     return TrainSettings(
@@ -268,7 +287,9 @@ class _Looker:
     def draw(self, progress: Progress, batch: Batch) -> None:  # noqa: ARG002
         """samples/step-N.png."""
         if self._batch is None:
-            self._batch = self._fixed_images()
+            self._batch = next(self._fixed_images(), None)
+        if self._batch is None:  # all of the chosen ones are broken
+            return
         self.method.noise.begin(progress.step)
         with torch.no_grad(), self.engine.autocast():
             panels = self.method.panels(self._batch, progress)
@@ -279,7 +300,7 @@ class _Looker:
         target.parent.mkdir(exist_ok=True)
         sheet.save(target)
 
-    def _fixed_images(self) -> Batch:
+    def _fixed_images(self) -> Iterator[Batch]:
         count = len(self.images)
         chosen = [count * place // SAMPLE_IMAGES for place in range(SAMPLE_IMAGES)] if count > SAMPLE_IMAGES else None
         view = PlainView(self.config.image_size, crop_pct=1.0)
@@ -291,7 +312,7 @@ class _Looker:
             indices=chosen,
             bad=BadFiles(None, 1.0),
         )
-        return _normaliser(self.config, self.engine)(next(loaded))
+        return map(_normaliser(self.config, self.engine), loaded)
 
     def evaluate(self, progress: Progress) -> None:
         """An evaluation line of metrics.jsonl, every ``eval_every`` epochs and at the end."""
