@@ -41,11 +41,10 @@ install: $(USER_READY)
 
 install-dev: $(DEV_READY)
 
-# Run again after an interruption, it goes on from the last checkpoint; DEMO=runs/other makes a fresh one.  A folder
-# without any checkpoint holds nothing to keep.
+# Run again after an interruption, it goes on where it stopped; DEMO=runs/other makes a fresh one.
 demo: $(USER_READY)
-	@if [ -e $(DEMO)/checkpoints/last ]; then $(BIN)/patchmine resume $(DEMO); \
-	else rm -rf $(DEMO) && $(BIN)/patchmine pretrain photos-demo out=$(DEMO); fi
+	@if [ -e $(DEMO)/config.yaml ]; then $(BIN)/patchmine resume $(DEMO); \
+	else $(BIN)/patchmine pretrain photos-demo out=$(DEMO); fi
 	@$(BIN)/patchmine eval knn $(DEMO) data=embedded:photos/train test=embedded:photos/test floors=true
 	@$(BIN)/patchmine report $(DEMO) out=$(DEMO)/report.html
 	@echo "The report is in $(DEMO)/report.html: open it in a browser."
