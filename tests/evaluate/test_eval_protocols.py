@@ -71,6 +71,13 @@ def test_a_floor_asked_for_alone_equals_the_floor_of_the_run(run_folder, colours
         assert alone["top1"] == with_floors[floor]["top1"]
 
 
+def test_a_wrong_pooling_is_told_before_images_are_read(run_folder, colours):
+    said = []
+    with pytest.raises(UserError, match="pooling='max'"):
+        evaluate_knn(settings(KnnSettings, run_folder, colours, pooling="max"), said.append)
+    assert not any("images:" in line for line in said)
+
+
 def test_what_is_no_run_is_not_filed(run_folder, colours):
     evaluate_knn(settings(KnnSettings, run_folder / "export", colours))
     assert not list(run_folder.rglob("knn.json"))

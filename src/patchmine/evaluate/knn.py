@@ -51,7 +51,7 @@ def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
         )
         return _headline(by_k, settings.k, pooling, settings.temperature)
 
-    return measure(settings, "knn", 1, score, say)
+    return measure(settings, "knn", score, say, pooling=settings.pooling)
 
 
 def _headline(by_k: Mapping[int, Accuracy], k: int, pooling: str, temperature: float) -> Result:

@@ -58,8 +58,8 @@ def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
     if settings.protocol == "mae":
         if settings.warmup_epochs >= settings.epochs:
             raise UserError(f"warmup_epochs={settings.warmup_epochs} must be below epochs={settings.epochs}")
-        return measure(settings, "linear-mae", 1, lambda *given: _mae(settings, say, *given), say)
-    return measure(settings, "linear", BLOCKS, lambda *given: _dinov2(settings, say, *given), say)
+        return measure(settings, "linear-mae", lambda *given: _mae(settings, say, *given), say)
+    return measure(settings, "linear", lambda *given: _dinov2(settings, say, *given), say, blocks=BLOCKS)
 
 
 def batch_for(images: int, *, steps: int, least: int, most: int) -> int:

@@ -66,7 +66,9 @@ class EvalSettings(ReadSettings):
     name: str | None = Field(None, pattern=r"^[\w.-]+$", description="of the result's file; null: the protocol's")
 
 
-def measure(settings: EvalSettings, protocol: str, blocks: int, score: Score, say: Say) -> Result:
+def measure(
+    settings: EvalSettings, protocol: str, score: Score, say: Say, *, blocks: int = 1, pooling: str = "cls"
+) -> Result:
     """Run a protocol on the target and, with ``floors``, on its random twin and the raw pixels.
 
     All of them see the same images, read in one pass.  The result is written to eval/NAME.json where the target is a
@@ -81,6 +83,7 @@ def measure(settings: EvalSettings, protocol: str, blocks: int, score: Score, sa
     if settings.floors and target.encoder is not None:
         targets |= {"random_init": random_twin(target, settings.seed), "raw_pixels": raw_pixels(target)}
     readers = {name: Reader(each, blocks) for name, each in targets.items()}
+    readers[""].choose(pooling)  # a mistake is told before images are read
     with fast_linear():
         train = extract_all(readers, data.train, settings.reading(), title="train images", say=say)
         test = extract_all(readers, data.test, settings.reading(), title="test images", say=say)
