@@ -36,8 +36,8 @@ COMMANDS = [
 
 # Where each command does its work: (module, function).
 ROOMS = [
-    ("pretrain", "pretrain"),
-    ("pretrain", "resume"),
+    ("pretraining", "pretrain"),
+    ("pretraining", "resume"),
     ("evaluate.knn", "evaluate_knn"),
     ("evaluate.linear", "evaluate_linear"),
     ("evaluate.measure", "show_result"),

@@ -38,8 +38,8 @@ def pretrain(*, data: Any = None, say: Callable[[str], None] = print, **settings
 def resume(path: str | PathLike[str], *, data: Any = None, say: Callable[[str], None] = print, **settings: Any) -> Run:
     """Go on with an interrupted run, exactly; returns it finished.
 
-    ``settings`` are those that do not change results, such as ``workers``.  ``data`` is needed for a run on a torch dataset, or
-    where the images have moved.  Raises UserError where the run cannot go on.
+    ``settings`` are those that do not change results, such as ``workers``.  ``data`` is needed for a run on a torch
+    dataset, or where the images have moved.  Raises UserError where the run cannot go on.
     """
     from patchmine.pretraining import resume as go_on
 

@@ -13,9 +13,9 @@ from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 class Method(nn.Module):
     """One pre-training method: an encoder, whatever else it needs to teach that encoder, and one step's loss.
 
-    A method is built as ``Method(config, encoder)``, where ``config`` is an instance of the class attribute ``Config`` (a pydantic
-    model whose ``name`` is the method's).  Methods never inherit from methods.  A step must not wait for the device: no
-    ``.item()``, no boolean indexing.
+    A method is built as ``Method(config, encoder)``, where ``config`` is an instance of the class attribute ``Config``
+    (a pydantic model whose ``name`` is the method's).  Methods never inherit from methods.  A step must not wait for
+    the device: no ``.item()``, no boolean indexing.
     """
 
     encoder: nn.Module
@@ -33,7 +33,10 @@ class Method(nn.Module):
         """Called once after every optimizer step, with the step that was just made (teachers are updated here)."""
 
     def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
-        """Called before the first step of an epoch.  ``plain_data`` yields the whole training set, uncropped, when iterated."""
+        """Called before the first step of an epoch.
+
+        ``plain_data`` yields the whole training set, uncropped, when iterated.
+        """
 
     def param_groups(self) -> list[ParamGroup]:
         """What is trained and how; by default everything that takes a gradient, as the run's settings say."""

@@ -40,8 +40,8 @@ SAMPLE_IMAGES = 6  # rows of a picture made during training
 def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent) -> Run:
     """Make the run that ``config`` describes in the new folder ``config.out``; returns it, trained and exported.
 
-    ``source`` takes the place of ``config.data``: any torch Dataset, say.  Raises UserError for mistakes in settings, data or folders,
-    and `train.signals.Interrupted`, a SystemExit with the stated code, when it was asked to stop.
+    ``source`` takes the place of ``config.data``: any torch Dataset, say.  Raises UserError for mistakes in settings,
+    data or folders, and `train.signals.Interrupted`, a SystemExit with the stated code, when it was asked to stop.
     """
     folder = _new_folder(config)
     engine, images, config = _open(config, source, say)
@@ -53,8 +53,9 @@ def resume(
 ) -> Run:
     """Go on with the run in ``path`` from its newest readable checkpoint, exactly as if it had not been interrupted.
 
-    ``overrides``: ``key=value`` words for settings that do not change results (workers, device, ...), and ``data`` where the same
-    images have moved.  A run that was killed before its first checkpoint starts again.  Raises UserError for other settings or images.
+    ``overrides``: ``key=value`` words for settings that do not change results (workers, device, ...), and ``data``
+    where the same images have moved.  A run that was killed before its first checkpoint starts again.  Raises UserError
+    for other settings or images.
     """
     run = Run(path)
     config = parse(run.config_file, list(overrides), say)
@@ -106,7 +107,7 @@ def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Sou
 
 
 def _fit_to_length(config: RunConfig, num_images: int, say: Say) -> RunConfig:
-    """Refuses a batch that is larger than the data, and shortens a warm-up that would outlast half of a run given in steps."""
+    """Refuses a batch larger than the data, and shortens a warm-up that would outlast half of a run given in steps."""
     if config.batch_size > num_images:
         raise UserError(
             f"batch_size={config.batch_size} is more than the {num_images} images of data={config.data}: "
@@ -129,9 +130,7 @@ def _write_config(config: RunConfig, folder: Path) -> None:
     temporary.replace(folder / "config.yaml")
 
 
-def _train(
-    config: RunConfig, folder: Path, engine: Engine, images: Source, start: Checkpoint | None, say: Say
-) -> Run:
+def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, start: Checkpoint | None, say: Say) -> Run:
     settings = _settings(config, images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -284,7 +283,7 @@ class _Looker:
         if config.eval_every and engine.is_main:
             self._labelled = open_labelled(config.eval_data, config.eval_test)
 
-    def draw(self, progress: Progress, batch: Batch) -> None:  # noqa: ARG002
+    def draw(self, progress: Progress, batch: Batch) -> None:
         """samples/step-N.png."""
         if self._batch is None:
             self._batch = next(self._fixed_images(), None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Losses = dict[str, Tensor]
-"""``"loss"`` is minimised, every other entry is logged.  0-d tensors that stay on the device until the log reads them."""
+"""``"loss"`` is minimised, the rest is logged.  0-d tensors that stay on the device until the log reads them."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Batch:
     """One batch of views, with what a method needs to find its way back to the original images.
 
     ``views``: tensors of shape (B, C, H, W) or (B, C, T, H, W); uint8 as they leave a worker, normalised float on the
-    device.  ``index`` (B,) int64: number of the item in its source.  ``box`` (B, 4) float32: the crop as fractions of the
-    original, (top, left, height, width).  ``flip`` (B,) bool: mirrored left to right *after* the crop.
+    device.  ``index`` (B,) int64: number of the item in its source.  ``box`` (B, 4) float32: the crop as fractions of
+    the original, (top, left, height, width).  ``flip`` (B,) bool: mirrored left to right *after* the crop.
     """
 
     views: list[Tensor]
@@ -37,7 +37,10 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
-        move = lambda t: t.to(device, non_blocking=non_blocking)  # noqa: E731
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
         return Batch([move(view) for view in self.views], move(self.index), move(self.box), move(self.flip))
 
     def pin_memory(self) -> Batch:
@@ -83,7 +86,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Grid:
-    """The patch grid: ``size`` patches along each axis, each of ``patch`` pixels: (rows, columns) or (time, rows, columns)."""
+    """``size`` patches along each axis, each of ``patch`` pixels: (rows, columns) or (time, rows, columns)."""
 
     size: tuple[int, ...]
     patch: tuple[int, ...]
@@ -102,8 +105,8 @@ class Grid:
 class Mask:
     """Which patches a model sees and which it must predict, as index tensors with fixed counts.
 
-    ``visible`` (B, V) and ``masked`` (B, M) int64, raster order within each row; ``num_patches`` is L.  A patch in neither
-    was thrown away (AMT).
+    ``visible`` (B, V) and ``masked`` (B, M) int64, raster order within each row; ``num_patches`` is L.  A patch in
+    neither was thrown away (AMT).
     """
 
     visible: Tensor
@@ -120,9 +123,10 @@ class Mask:
 class ParamGroup:
     """Parameters that are updated alike.  ``None`` means: as the run's settings say.
 
-    ``optimizer``: groups of the same name share one optimizer.  ``blr``: base rate per 256 images.  ``weight_decay`` applies
-    to parameters of two and more dimensions.  ``clip_norm``: largest global gradient norm of the group's optimizer (or of
-    each parameter by itself with ``clip_each``).  ``frozen_until``: epochs during which the group does not move.
+    ``optimizer``: groups of the same name share one optimizer.  ``blr``: base rate per 256 images.  ``weight_decay``
+    applies to parameters of two and more dimensions.  ``clip_norm``: largest global gradient norm of the group's
+    optimizer (or of each parameter by itself with ``clip_each``).  ``frozen_until``: epochs during which the group does
+    not move.
     """
 
     params: Sequence[tuple[str, nn.Parameter]]
@@ -138,8 +142,8 @@ class ParamGroup:
 class Panel:
     """One named picture per image of a batch.
 
-    ``kind="image"``: ``data`` (B, C, H, W) in the batch's normalised units.  ``kind="heat"``: ``data`` (B, rows, columns), one
-    number per patch, drawn as a colour map.
+    ``kind="image"``: ``data`` (B, C, H, W) in the batch's normalised units.  ``kind="heat"``: ``data`` (B, rows,
+    columns), one number per patch, drawn as a colour map.
     """
 
     title: str

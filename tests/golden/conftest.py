@@ -1,4 +1,4 @@
-"""Reference numbers: a folder of `METHOD.safetensors` with a `METHOD.json` beside each, which says all about its sizes and options."""
+"""Reference numbers: `METHOD.safetensors`, with a `METHOD.json` beside it that says all about sizes and options."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class Golden:
             "vit_tiny_patch16_224",
             image_size=(c["img_size"], c["img_size"]),
             patch_size=c["patch_size"],
-            model_args=sizes | dict(mlp_ratio=self.meta.get("mlp_ratio", 4.0), qkv_bias=self.meta.get("qkv_bias", True)),
+            model_args=sizes
+            | dict(mlp_ratio=self.meta.get("mlp_ratio", 4.0), qkv_bias=self.meta.get("qkv_bias", True)),
         )
         kind = METHODS[self.meta["method"]]
         decoder = {name: c[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")}
@@ -133,6 +134,8 @@ def compare_gradients() -> Callable[..., None]:
                 torch.testing.assert_close(found, found[:1].expand_as(found))
                 found = found[0].reshape(expected.shape)
             bound = relative * expected.abs().max().item() + 1e-7
-            torch.testing.assert_close(found, expected, atol=bound, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found, expected, atol=bound, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
     return compare

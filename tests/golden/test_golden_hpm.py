@@ -47,7 +47,7 @@ def progress(case: dict[str, Any]) -> Progress:
 
 
 def fed(golden: Any, case: dict[str, Any]) -> Tensor:
-    """Noise that makes our draw repeat the stored one: the k-th of the stored permutation gets the k-th lowest number."""
+    """Noise that makes our draw repeat the stored one: the k-th of its permutation gets the k-th lowest number."""
     number = case["case"]
     if case["random"]:
         return golden.tensors[f"maskgen.{number}.noise"]
@@ -131,9 +131,7 @@ def test_loss_and_gradients(
     losses = method(golden.batch(), progress(step_case))
     tolerance = 1e-4 if objective == "rel" else 1e-5
     assert losses["reconstruction"].item() == pytest.approx(golden.scalar(f"{kind}.rec_loss"), rel=1e-5)
-    assert losses["prediction"].item() == pytest.approx(
-        golden.scalar(f"{kind}.{objective}.pred_loss"), rel=tolerance
-    )
+    assert losses["prediction"].item() == pytest.approx(golden.scalar(f"{kind}.{objective}.pred_loss"), rel=tolerance)
     assert losses["loss"].item() == pytest.approx(golden.scalar(f"{kind}.{objective}.total"), rel=tolerance)
     losses["loss"].backward()
     stored = golden.gradients(f"{kind}.{objective}")

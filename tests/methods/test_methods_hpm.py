@@ -89,14 +89,14 @@ def test_the_hardest_for_the_teacher_are_masked(images: Tensor) -> None:
         assert mask.masked.shape == (3, 48)
 
 
-def test_mean_row_equals_mean_of_outputs(images: Tensor) -> None:
+def test_mean_row_equals_mean_of_outputs() -> None:
     method = build()
     tokens = torch.randn(2, 65, 16)
     slow = method.predictor.head(method.predictor(tokens, 64)).mean(dim=-1)
     torch.testing.assert_close(predict_difficulty(method.predictor, tokens, 64), slow)
 
 
-def test_scalar_head_starts_where_the_published_one_does(images: Tensor) -> None:
+def test_scalar_head_starts_where_the_published_one_does() -> None:
     published, scalar = build(), build(losspred_head="scalar")
     assert scalar.predictor.head.weight.shape == (1, 16)
     tokens = torch.randn(2, 65, 16)
@@ -132,8 +132,15 @@ def test_without_prediction_it_is_mae(images: Tensor) -> None:
     method = build(prediction="none", norm_pix_loss=True)
     assert method.teacher is None
     sizes = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-    mae = MAE(MAE.Config(**sizes), build_encoder("vit_tiny_patch16_224", image_size=(32, 32), patch_size=4,
-                                                  model_args=dict(embed_dim=32, depth=2, num_heads=2)))
+    mae = MAE(
+        MAE.Config(**sizes),
+        build_encoder(
+            "vit_tiny_patch16_224",
+            image_size=(32, 32),
+            patch_size=4,
+            model_args=dict(embed_dim=32, depth=2, num_heads=2),
+        ),
+    )
     mae.load_state_dict(method.state_dict())
     assert method(batch_of(images), LATE)["loss"].item() == pytest.approx(mae(batch_of(images), LATE)["loss"].item())
 

@@ -92,7 +92,8 @@ def test_patches_that_are_not_hard_are_visible_alike() -> None:
     assert shown[-num_hard:].sum() == 0
     easy = length - num_hard
     expected = batch * num_visible / easy
-    # Given the total, (observed - expected)^2 / (expected (1 - p)) summed is chi-square with easy - 1 degrees of freedom.
+    # Given the total, (observed - expected)^2 / (expected (1 - p)) summed is chi-square with easy - 1 degrees of
+    # freedom.
     spread = ((shown[:easy] - expected) ** 2 / (expected * (1 - num_visible / easy))).sum() * (easy - 1) / easy
     assert spread < 34.5  # 99.9 % point for 13 degrees
 

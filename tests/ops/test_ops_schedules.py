@@ -43,7 +43,9 @@ def test_a_count_stays_within_the_masked() -> None:
     assert hard_count(after, 10, start=0.0, end=1.0, offset=1) == 10
 
 
-@pytest.mark.parametrize(("epoch", "expected"), [(0, 0.999), (50, 0.99945), (99, 0.999891), (100, 0.9999), (150, 0.9999)])
+@pytest.mark.parametrize(
+    ("epoch", "expected"), [(0, 0.999), (50, 0.99945), (99, 0.999891), (100, 0.9999), (150, 0.9999)]
+)
 def test_published_decay(epoch: int, expected: float) -> None:
     found = ema_decay(Progress(epoch * 3 + 2, 600, 3), start=0.999, end=0.9999, ramp_epochs=100)
     assert found == pytest.approx(expected, abs=1e-12)

@@ -1,12 +1,13 @@
 """HPM: a teacher predicts where reconstruction will be hard, and that is where the student's input is masked.
 
 Wang, Song, Fan, Wang, Xie, Zhang, "Hard Patches Mining for Masked Image Modeling", CVPR 2023, arXiv 2304.05919.
-Constants that the paper's abstract does not give come from the reference code, Haochen-Wang409/HPM; each names its file.
+Constants that the paper's abstract does not give come from the reference code, Haochen-Wang409/HPM; each names its
+file.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,8 @@ class HPM(Method):
     def look(self, images: Tensor, want_difficulty: bool) -> tuple[Tensor | None, Tensor | None]:
         """What the teachers see in the whole image: target features (B, L, T) or None, difficulty (B, L) or None.
 
-        Nothing is computed that nobody asks for: pixels need no features, and a step without hard patches no difficulty.
+        Nothing is computed that nobody asks for: pixels need no features, and a step without hard patches no
+        difficulty.
         """
         features, difficulty = None, None
         if self.foreign is not None:
@@ -137,12 +139,12 @@ class HPM(Method):
             if self.config.target == "ema":
                 features = latent[:, self.encoder.num_prefix_tokens :]
             if want_difficulty:
-                tokens = self.teacher.decoder_input.all_visible(latent)
-                difficulty = predict_difficulty(self.teacher.predictor, tokens, self.grid.num_patches)
+                tokens = cast(DecoderInput, self.teacher.decoder_input).all_visible(latent)
+                difficulty = predict_difficulty(cast(Decoder, self.teacher.predictor), tokens, self.grid.num_patches)
         return features, difficulty
 
     def draw_mask(self, images: Tensor, difficulty: Tensor | None, progress: Progress) -> Mask:
-        """The hardest patches are masked, as many as the schedule asks for; the rest is drawn (spec hpm.md, section 3.2)."""
+        """The hardest patches are masked, as many as the schedule asks for; the rest is drawn (spec, section 3.2)."""
         noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
         if difficulty is None:
             return hard_masked(noise, noise, 0, self.num_visible)
@@ -198,8 +200,8 @@ class HPM(Method):
 def predict_difficulty(predictor: Decoder, tokens: Tensor, num_last: int) -> Tensor:
     """Predicted loss of the last ``num_last`` patches, float32 (B, num_last).
 
-    The published head has one output per value of a patch and averages them; the average of a linear map's outputs is a dot product
-    with its mean row (spec hpm.md, section 3.1), and in float32 the order of close predictions survives.
+    The published head has one output per value of a patch and averages them; the average of a linear map's outputs is a
+    dot product with its mean row (spec hpm.md, section 3.1), and in float32 the order of close predictions survives.
     """
     features = predictor(tokens, num_last)
     with torch.autocast(features.device.type, enabled=False):

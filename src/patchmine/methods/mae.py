@@ -55,7 +55,7 @@ class MAE(Method):
         initialise(self.decoder_input)
         initialise(self.decoder)
 
-    def forward(self, batch: Batch, progress: Progress) -> Losses:  # noqa: ARG002
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W)
         mask = self.draw_mask(images)
         predicted = self.reconstruct(images, mask)  # (B, M, P)
@@ -79,7 +79,7 @@ class MAE(Method):
         return [ParamGroup(trained, clip_norm=self.config.clip_grad)]
 
     @torch.no_grad()
-    def panels(self, batch: Batch, progress: Progress) -> list[Panel]:  # noqa: ARG002
+    def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
         """Input, what the encoder saw, the reconstruction, the error of each masked patch."""
         images = batch.views[0]
         mask = self.draw_mask(images)

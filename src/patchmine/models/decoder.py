@@ -17,8 +17,9 @@ from patchmine.types import Grid, Mask
 class DecoderInput(nn.Module):
     """From encoder tokens to decoder tokens: narrow, put a mask token wherever a patch is missing, add positions.
 
-    The order is [prefix | visible | masked], each part in raster order.  Gathering the position table instead of un-shuffling the
-    tokens gives MAE's result and leaves the masked patches in one contiguous slice (spec mae.md, section 8, item 9).
+    The order is [prefix | visible | masked], each part in raster order.  Gathering the position table instead of
+    un-shuffling the tokens gives MAE's result and leaves the masked patches in one contiguous slice (spec mae.md,
+    section 8, item 9).
     """
 
     pos_embed: Tensor

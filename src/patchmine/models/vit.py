@@ -1,4 +1,4 @@
-"""Masked encoding with a stock timm ViT: functions *around* its parts, so that what survives training needs no conversion."""
+"""Masked encoding with a stock timm ViT: functions *around* its parts, so that the encoder needs no conversion."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def build_encoder(
     channels: int = 3,
     model_args: Mapping[str, Any] | None = None,
 ) -> VisionTransformer:
-    """A freshly initialised plain ViT of timm's by name, without classifier, with MAE's fixed positions and initialisation.
+    """A plain ViT of timm's by name, without classifier, with MAE's fixed positions and freshly initialised as there.
 
-    Raises UserError for a name that timm does not know or that is no plain ViT, and for a patch that does not divide the image.
+    Raises UserError for a name that timm does not know or that is no plain ViT, and for a patch that does not divide
+    the image.
     """
     # Stored class count and pooling are settled here once: no head, the final norm on all tokens.
-    settings: dict[str, Any] = dict(img_size=image_size, in_chans=channels, num_classes=0, global_pool="", fc_norm=False)
+    settings: dict[str, Any] = dict(
+        img_size=image_size, in_chans=channels, num_classes=0, global_pool="", fc_norm=False
+    )
     if patch_size is not None:
         settings["patch_size"] = patch_size
     encoder = _create(model, {**settings, **(model_args or {})})
@@ -58,7 +61,9 @@ def _create(model: str, settings: dict[str, Any]) -> VisionTransformer:
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
         hint = f"; near: {', '.join(near)}" if near else ""
-        raise UserError(f"model={model!r} is no architecture of timm {timm.__version__}{hint} (`patchmine list models` lists them)")
+        raise UserError(
+            f"model={model!r} is no architecture of timm {timm.__version__}{hint} (`patchmine list models` lists them)"
+        )
     try:
         encoder = timm.create_model(architecture, pretrained=False, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:

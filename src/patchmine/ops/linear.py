@@ -1,7 +1,8 @@
 """Matrix products on the processor through oneDNN.
 
-torch gives float32 products on x86 to MKL, which runs its AVX2 kernels on processors that are not Intel's: on an AMD EPYC of
-2025 that is under half of what the AVX-512 kernels of oneDNN, which torch ships as well, reach with the same float32 arithmetic.
+torch gives float32 products on x86 to MKL, which runs its AVX2 kernels on processors that are not Intel's: on an AMD
+EPYC of 2025 that is under half of what the AVX-512 kernels of oneDNN, which torch ships as well, reach with the same
+float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 def onednn_usable() -> bool:
     """Whether this build of torch has oneDNN's product for plain float32 tensors."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def fast_linear() -> AbstractContextManager[Any]:

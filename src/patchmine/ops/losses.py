@@ -1,4 +1,7 @@
-"""Losses per patch, and HPM's two ways to learn which patches are hard.  All in float32, whatever autocast does around them."""
+"""Losses per patch, and HPM's two ways to learn which patches are hard.
+
+All in float32, whatever autocast does around them.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ def direction_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def absolute_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
-    """Mean squared distance to the errors, standardised within each image: (B, M), (B, M) -> ().  ``error`` takes no gradient."""
+    """Mean squared distance to the errors, standardised within each image: (B, M), (B, M) -> ().
+
+    ``error`` takes no gradient.
+    """
     error = error.detach().float()
     variance, mean = torch.var_mean(error, dim=1, keepdim=True, correction=1)
     return (predicted.float() - (error - mean) / (variance + 1e-6).sqrt()).square().mean()
@@ -39,8 +45,8 @@ def absolute_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
 def relative_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
     """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs of one image with error_a > error_b: (B, M), (B, M) -> ().
 
-    The half-pair form of HPM's ranking objective (spec hpm.md, section 3.4): the gradient is worked out with the loss, so no graph
-    over M x M pairs is kept.  Pairs of equal error do not count.  ``error`` takes no gradient.
+    The half-pair form of HPM's ranking objective (spec hpm.md, section 3.4): the gradient is worked out with the loss,
+    so no graph over M x M pairs is kept.  Pairs of equal error do not count.  ``error`` takes no gradient.
     """
     return _PairwiseRanking.apply(predicted, error)
 
@@ -50,7 +56,8 @@ class _PairwiseRanking(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, error: Tensor) -> Tensor:
-        # Sorted by falling error, every ordered pair (a, b) has a before b: only blocks on and above the diagonal are visited.
+        # Sorted by falling error, every ordered pair (a, b) has a before b: only blocks on and above the diagonal are
+        # visited.
         error, order = error.float().sort(dim=1, descending=True)
         score = predicted.float().gather(1, order)
         batch, length = score.shape

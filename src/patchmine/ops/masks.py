@@ -1,4 +1,7 @@
-"""Masks from noise, and from noise that a difficulty has bent.  Counts are fixed on the host; nothing here waits for the device."""
+"""Masks from noise, and from noise that a difficulty has bent.
+
+Counts are fixed on the host; nothing here waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from patchmine.types import Mask
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """V, the number of patches that stay: ``int(L * (1 - r))``, truncated on binary floats as every published run did."""
+    """V, how many patches stay: ``int(L * (1 - r))``, truncated on binary floats as every published run did."""
     return int(num_patches * (1 - mask_ratio))
 
 
@@ -24,10 +27,11 @@ def lowest_visible(noise: Tensor, num_visible: int) -> Mask:
 
 
 def hard_masked(noise: Tensor, difficulty: Tensor, num_hard: int, num_visible: int) -> Mask:
-    """The ``num_hard`` patches of greatest difficulty (B, L) are masked for certain; the visible ones are drawn among the others.
+    """The ``num_hard`` patches of greatest difficulty (B, L) are masked; the visible ones are drawn among the others.
 
-    The visible set is a uniform subset of what is not hard (HPM, generate_mask; spec hpm.md, section 3.2).  Difficulties are
-    compared in float32 with a stable sort, since bfloat16 ties would be broken differently from run to run.
+    The visible set is a uniform subset of what is not hard (HPM, generate_mask; spec hpm.md, section 3.2).
+    Difficulties are compared in float32 with a stable sort, since bfloat16 ties would be broken differently from run to
+    run.
     """
     if num_hard == 0:
         return lowest_visible(noise, num_visible)

@@ -9,9 +9,9 @@ from torch import Tensor
 class Noise:
     """Uniform numbers that depend on the seed, the step and an image's place in the global batch, and on nothing else.
 
-    Every process draws the noise of the *whole* global batch and keeps its own rows (a few thousand images times a few hundred
-    patches: well under a millisecond on a GPU).  So one process, eight processes and eight accumulated micro-batches give
-    the same masks, and a resumed run repeats itself without any stored generator state.
+    Every process draws the noise of the *whole* global batch and keeps its own rows (a few thousand images times a few
+    hundred patches: well under a millisecond on a GPU).  So one process, eight processes and eight accumulated
+    micro-batches give the same masks, and a resumed run repeats itself without any stored generator state.
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -38,7 +38,7 @@ def all_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 
 def patch_values(patches: Tensor) -> Tensor:
-    """Numbers of each patch as MAE orders them, (row, column, channel), channel fastest: (B, V, C, *patch) -> (B, V, P)."""
+    """Numbers of each patch in MAE's order, (row, column, channel): (B, V, C, *patch) -> (B, V, P)."""
     return patches.movedim(2, -1).flatten(2)
 
 

@@ -23,7 +23,7 @@ def paint_masked(images: Tensor, mask: Mask, grid: Grid, painted: Tensor) -> Ten
 
 
 def patch_map(numbers: Tensor, grid: Grid, index: Tensor | None = None) -> Tensor:
-    """One number per patch as a map (B, *grid.size): for all patches (B, L), or for those in ``index`` (B, M), NaN elsewhere."""
+    """One number per patch as a map (B, *grid.size): of all (B, L), or of those in ``index`` (B, M), NaN elsewhere."""
     numbers = numbers.float()
     if index is not None:
         full = torch.full((len(numbers), grid.num_patches), float("nan"), device=numbers.device)
@@ -38,8 +38,8 @@ def _wide(index: Tensor, values: Tensor) -> Tensor:
 def reconstruction_panel(images: Tensor, mask: Mask, grid: Grid, painted: Tensor, *, borrow: bool) -> Panel:
     """The input with the masked patches repainted from ``painted`` (B, M, P).
 
-    With ``borrow`` the prediction is standardised and gets the true mean and deviation of each patch back, which the model does not
-    know: the title says so.
+    With ``borrow`` the prediction is standardised and gets the true mean and deviation of each patch back, which the
+    model does not know: the title says so.
     """
     if not borrow:
         return Panel("reconstruction", paint_masked(images, mask, grid, painted))

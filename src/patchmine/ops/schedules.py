@@ -8,8 +8,8 @@ from patchmine.types import Progress
 def hard_count(progress: Progress, num_masked: int, *, start: float, end: float, offset: int) -> int:
     """H, how many of the masked patches are chosen as the hardest: ``int(M * alpha)``, constant within an epoch.
 
-    ``alpha = start + (epoch + offset) / total_epochs * (end - start)``; the reference code has start 0, end 0.5 and offset 1
-    (HPM, generate_mask and engine_pretrain.py).
+    ``alpha = start + (epoch + offset) / total_epochs * (end - start)``; the reference code has start 0, end 0.5 and
+    offset 1 (HPM, generate_mask and engine_pretrain.py).
     """
     # In this order, because int() truncates and the reference multiplies in it too.
     alpha = start + (progress.epoch + offset) / progress.total_epochs * (end - start)
@@ -17,7 +17,7 @@ def hard_count(progress: Progress, num_masked: int, *, start: float, end: float,
 
 
 def ema_decay(progress: Progress, *, start: float, end: float, ramp_epochs: int | None) -> float:
-    """Decay of an EMA teacher: linear from ``start`` to ``end`` over the first ``ramp_epochs`` epochs, in steps of one epoch.
+    """Decay of an EMA teacher: linear from ``start`` to ``end`` over the first ``ramp_epochs``, in steps of one epoch.
 
     That is HPM's ramp (engine_pretrain.py); ``None`` ramps smoothly over the whole run instead, which suits short runs.
     """
