@@ -108,6 +108,17 @@ def test_lars_probe_equals_the_written_out_rule():
     assert not head.training
 
 
+def test_threads_are_as_before_after_training():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        table, labels = blobs(20, (3, 4))
+        train_grid(table, labels, 3, SLOTS, (0.1,), iterations=2, batch_size=5)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_batches_cover_every_row_once_an_epoch():
     batches = list(shuffled_batches(12, 4, 6, seed=1))
     assert sorted(torch.cat(batches[:3]).tolist()) == list(range(12))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ Slots = Mapping[str, Sequence[int]]
 """Which columns of a table (N, S, D) a classifier reads, laid end to end, by the name of the choice."""
 
 _ROWS = 4_096  # rows that are scored at once
+_WORTH_THREADS = 2_000_000_000  # operations, about 20 ms of one core
 
 
 @dataclass(frozen=True)
@@ -92,22 +94,45 @@ def train_grid(
     speeds = {name: (torch.zeros_like(weights[name]), torch.zeros_like(biases[name])) for name in slots}
     peak = torch.tensor(rates, device=device)  # (R,)
     rows = torch.arange(len(table)) if rows is None else rows
-    for step, index in enumerate(shuffled_batches(len(rows), batch_size, iterations, seed)):
-        rate = peak * (0.5 * (1 + math.cos(math.pi * step / iterations)))
-        x = table[rows[index]].to(device)  # (B, S, D)
-        truth = labels[rows[index]].to(device)[:, None, None].expand(-1, 1, len(rates))
-        for name, (weight_speed, bias_speed) in speeds.items():
-            # Classes are not the last axis: a softmax over few neighbouring numbers is 20 times slower on a CPU.
-            error = grid.logits(name, x).softmax(dim=1)  # (B, C, R)
-            error.scatter_add_(1, truth, error.new_full(truth.shape, -1.0))
-            error /= len(x)
-            gradient = F.linear(_inputs(x, slots[name]).T, error.flatten(1).T)  # (d, C * R)
-            weight_speed.mul_(0.9).add_(gradient.view_as(weight_speed))
-            bias_speed.mul_(0.9).add_(error.sum(0))
-            weights[name] -= rate * weight_speed
-            biases[name] -= rate * bias_speed
-        tick()
+    with _fitting_threads(4 * batch_size * sum(inputs.values()) * num_classes * len(rates)):
+        for step, index in enumerate(shuffled_batches(len(rows), batch_size, iterations, seed)):
+            rate = peak * (0.5 * (1 + math.cos(math.pi * step / iterations)))
+            _step(grid, speeds, rate, table[rows[index]].to(device), labels[rows[index]].to(device))
+            tick()
     return grid
+
+
+def _step(
+    grid: HeadGrid, speeds: Mapping[str, tuple[Tensor, Tensor]], rate: Tensor, rows: Tensor, labels: Tensor
+) -> None:
+    """One step of SGD for all classifiers on ``rows`` (B, S, D), in place; ``rate`` (R,)."""
+    truth = labels[:, None, None].expand(-1, 1, len(rate))
+    for name, (weight_speed, bias_speed) in speeds.items():
+        # Classes are not the last axis: a softmax over few neighbouring numbers is 20 times slower on a CPU.
+        error = grid.logits(name, rows).softmax(dim=1)  # (B, C, R)
+        error.scatter_add_(1, truth, error.new_full(truth.shape, -1.0))
+        error /= len(rows)
+        gradient = F.linear(_inputs(rows, grid.slots[name]).T, error.flatten(1).T)  # (d, C * R)
+        weight_speed.mul_(0.9).add_(gradient.view_as(weight_speed))
+        bias_speed.mul_(0.9).add_(error.sum(0))
+        grid.weights[name].sub_(rate * weight_speed)
+        grid.biases[name].sub_(rate * bias_speed)
+
+
+@contextmanager
+def _fitting_threads(operations: int) -> Iterator[None]:
+    """One thread for steps of few floating-point operations.
+
+    Dozens of tiny parallel regions in a step wait for each other; beside another busy process they wait a time slice
+    each, which made a step of 4 ms take 2 s.
+    """
+    before = torch.get_num_threads()
+    if operations < _WORTH_THREADS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -165,15 +190,16 @@ def train_lars(
     optimizer = Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001)
     batch_size = min(batch_size, len(features))
     per_epoch = len(features) // batch_size
-    for step, index in enumerate(shuffled_batches(len(features), batch_size, epochs * per_epoch, seed)):
-        rate = _warm_cosine(step / per_epoch, warmup_epochs, epochs) * blr * batch_size / 256
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = F.cross_entropy(head(features[index].to(device)), labels[index].to(device))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        tick()
+    with _fitting_threads(4 * batch_size * features.shape[1] * num_classes):
+        for step, index in enumerate(shuffled_batches(len(features), batch_size, epochs * per_epoch, seed)):
+            rate = _warm_cosine(step / per_epoch, warmup_epochs, epochs) * blr * batch_size / 256
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = F.cross_entropy(head(features[index].to(device)), labels[index].to(device))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            tick()
     return head.eval()
 
 

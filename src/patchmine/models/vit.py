@@ -67,7 +67,10 @@ def _create(model: str, settings: dict[str, Any]) -> VisionTransformer:
     try:
         encoder = timm.create_model(architecture, pretrained=False, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"timm cannot build model={model!r} with these settings ({error}): check model_args") from error
+        raise UserError(
+            f"timm cannot build model={model!r} as a plain vision transformer ({error}): check model_args, or choose a model "
+            "such as vit_small_patch16_224"
+        ) from error
     if type(encoder) is not VisionTransformer or encoder.pos_embed is None:
         raise UserError(
             f"model={model!r} is a {type(encoder).__name__}, not a plain vision transformer with absolute positions: "
