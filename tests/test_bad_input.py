@@ -1,6 +1,6 @@
 """Mistakes, one after the other, as a user meets them on the command line.
 
-Each gets a sentence that names the setting or file and the remedy, and exit code 2; what was there before is left alone.
+Each gets a sentence that names setting or file and remedy, and exit code 2; what was there before is left alone.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def _create(model: str, settings: dict[str, Any]) -> VisionTransformer:
         encoder = timm.create_model(architecture, pretrained=False, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(
-            f"timm cannot build model={model!r} as a plain vision transformer ({error}): check model_args, or choose a model "
-            "such as vit_small_patch16_224"
+            f"timm cannot build model={model!r} as a plain vision transformer ({error}): check model_args, "
+            "or choose a model such as vit_small_patch16_224"
         ) from error
     if type(encoder) is not VisionTransformer or encoder.pos_embed is None:
         raise UserError(
