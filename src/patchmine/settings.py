@@ -130,7 +130,7 @@ class Running(_Settings):
     num_nodes: Positive = Field(1, description="machines")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field("auto", description="processes that read images")
     compile: bool = Field(False, description="compile the model's blocks")
-    checkpoint_every: Positive | None = Field(None, description="steps; null: once an epoch")
+    checkpoint_every: Positive | None = Field(None, description="steps; null: once an epoch, 100 steps apart or more")
     keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
     eval_every: int = Field(0, ge=0, description="epochs between kNN evaluations during training; 0: none")
     eval_data: Text | None = Field(None, description="labelled images for that evaluation")

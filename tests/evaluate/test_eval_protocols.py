@@ -150,7 +150,7 @@ def test_the_table_shows_target_floors_and_where_the_test_images_come_from(run_f
     result = evaluate_knn(settings(KnnSettings, run_folder, image_folder, floors=True))
     page = io.StringIO()
     show_result(result, Console(file=page, width=200))
-    for words in ("random init", "raw pixels", f"{result['top1']:.2f}", "last fifth of each class"):
+    for words in ("random init", "raw pixels", f"{result['top1']:.2f}", "last fifth of each class", "top-1 by k: 10:"):
         assert words in page.getvalue()
 
 

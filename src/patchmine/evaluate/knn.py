@@ -15,6 +15,7 @@ from patchmine.evaluate.progress import Say, silent
 from patchmine.evaluate.targets import CROP_PCT, Target
 from patchmine.ops.linear import fast_linear
 
+_STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
 HEADLINE = 20  # the k that papers quote
 
 
@@ -37,7 +38,7 @@ def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
     def score(reader: Reader, train: Features, test: Features, num_classes: int) -> Result:
         pooling = reader.choose(settings.pooling)
         if pooling != settings.pooling and reader.target.encoder is not None:
-            say(f"{reader.target.name} has no class token: the features are its {pooling}")
+            say(f"{reader.target.name} has no class token: its features are {_STAND_IN.get(pooling, pooling)}")
         columns = reader.poolings[pooling]
         by_k = knn_accuracy(
             train.x[:, columns].flatten(1),

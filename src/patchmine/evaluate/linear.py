@@ -22,9 +22,8 @@ RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 BLOCKS = 4
 MAX_ITERATIONS, MIN_ITERATIONS, EPOCHS = 12_500, 2_000, 100
 # MAE's probe sees 90 epochs of 1.28 million images at blr=0.1.  A LARS step changes weights by a share of the rate,
-# whatever
-# the gradient, so epochs * blr * images decides how far they can grow; below a tenth of MAE's they stay near their
-# start.
+# whatever the gradient, so epochs * blr * images decides how far they can grow; below a tenth of MAE's they stay near
+# their start.
 _LARS_GROWTH = 90 * 0.1 * 1.28e6
 
 
@@ -86,7 +85,9 @@ def _dinov2(
     # DINOv2 has 1,024 for ImageNet; on 20,000 small images 256 gained 3 points over that for the same work.
     batch = min(len(fit), settings.train_batch or batch_for(len(fit), steps=128, least=64, most=1_024))
     iterations = settings.iterations or iterations_for(len(fit), batch)
-    with progress(f"{len(settings.rates) * len(reader.poolings)} classifiers", iterations, say) as tick:
+    with progress(
+        f"{reader.target.name}: {len(settings.rates) * len(reader.poolings)} classifiers", iterations, say
+    ) as tick:
         grid = train_grid(
             train.x,
             labels,
@@ -105,7 +106,7 @@ def _dinov2(
     chosen = int(held_out[pooling][:, 0].argmax())
     top1, top5 = accuracy(partial(grid.logits, pooling), test.x, test_labels, device)[chosen].tolist()
     if chosen in (0, len(settings.rates) - 1) and len(settings.rates) > 1:
-        say(f"the best learning rate, {settings.rates[chosen]:g}, is at the edge of rates=...: widen them")
+        say(f"{reader.target.name}: the best rate, {settings.rates[chosen]:g}, is at the edge of rates=...; widen them")
     return {
         "top1": top1,
         "top5": top5,
@@ -133,7 +134,7 @@ def _mae(
     if growth < _LARS_GROWTH / 10:
         blr = settings.blr * _LARS_GROWTH / growth
         say(f"{len(train):,} images are few for LARS at blr={settings.blr:g}, which then underfits: try blr={blr:.2g}")
-    with progress("classifier", settings.epochs * (len(train) // batch), say) as tick:
+    with progress(f"{reader.target.name}: classifier", settings.epochs * (len(train) // batch), say) as tick:
         head = train_lars(
             train.x[:, columns].flatten(1),
             _known(train),

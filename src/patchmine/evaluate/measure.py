@@ -148,5 +148,12 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"{images['train']:,} training and {images['test']:,} test images, {images['classes']} classes: {images['how']}"
     )
+    if "by_k" in result:
+        console.print("top-1 by k: " + ", ".join(f"{k}: {scores['top1']:.2f}" for k, scores in result["by_k"].items()))
+    if "chosen" in result:
+        best = result["chosen"]
+        console.print(
+            f"chosen: {best['pooling']}, rate {best['rate']:g} ({best['held_out_top1']:.2f} on held-out images)"
+        )
     for note in result["notes"]:
         console.print(note)
