@@ -280,13 +280,17 @@ def _race(contestants: Sequence[Contestant], engine: Engine, rounds: int) -> Rac
 def _row(name: str, facts: Mapping[str, Any], race: Race, batch_size: int) -> dict[str, Any]:
     times = race.times[name]
     work = facts["gflop_per_step"] * 1e9
+
+    def share(rates: Sequence[float]) -> float:
+        return _round(median(work / t / rate for t, rate in zip(times, rates, strict=True)))
+
     return {
         "name": name,
         "ms_per_step": _round(median(times) * 1e3),
         "images_per_second": _round(batch_size / median(times)),
         **facts,
         "gflops": _round(work / median(times) / 1e9),
-        "share_of_matmul": _round(median(work / t / rate for t, rate in zip(times, race.rates, strict=True))),
+        "share_of_matmul": {product: share(rates) for product, rates in race.rates_by.items()},
         "ms_of_each_round": [_round(t * 1e3) for t in times],
     }
 
@@ -329,11 +333,13 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         f"{settings['model']}, image_size {settings['image_size']}, batch {settings['batch_size']}, "
         f"{settings['precision']}, {on}",
         f"matrix product {product['side']} x {product['side']}: {product['gflops']:,.0f} GFLOP/s ({by})",
-        f"{'':24}{'ms/step':>9}{'images/s':>10}{'memory MB':>11}{'GFLOP/step':>12}{'GFLOP/s':>9}{'of matmul':>11}",
+        f"{'':24}{'ms/step':>9}{'images/s':>10}{'memory MB':>11}{'GFLOP/step':>12}{'GFLOP/s':>9}"
+        + "".join(f"{f'of {name}':>13}" for name in product["gflops_by"]),
     ]
     lines += [
         f"{row['name']:24}{row['ms_per_step']:9,.1f}{row['images_per_second']:10,.1f}{row['peak_memory_mb']:11,.0f}"
-        f"{row['gflop_per_step']:12,.1f}{row['gflops']:9,.0f}{row['share_of_matmul']:11.0%}"
+        f"{row['gflop_per_step']:12,.1f}{row['gflops']:9,.0f}"
+        + "".join(f"{share:13.0%}" for share in row["share_of_matmul"].values())
         for row in result["contestants"]
     ]
     for pair, ratio in result["ratios"].items():
