@@ -22,9 +22,8 @@ from patchmine.evaluate.knn import online_knn
 from patchmine.evaluate.labelled import LabelledData, open_labelled
 from patchmine.method import Method
 from patchmine.models.vit import encoder_grid
-from patchmine.models.weights import export_encoder
 from patchmine.report.panels import draw_panels
-from patchmine.run import Run, build_method
+from patchmine.run import Run, build_method, write_export
 from patchmine.train.checkpoint import Checkpoint, load_newest
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
@@ -167,7 +166,7 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
             on_sample=looker.draw,
         )
     if engine.is_main:
-        _export(config, method, folder)
+        write_export(config, method.encoder, folder / "export")
         say(_last_words(folder, bad))
     engine.barrier()
     engine.close()
@@ -335,23 +334,6 @@ class _Looker:
         epoch = progress.step / progress.steps_per_epoch
         self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": "knn", **accuracy}})
         self.log.say(f"step {progress.step}: kNN top-1 {accuracy['top1']:.1f} %")
-
-
-def _export(config: RunConfig, method: Method, folder: Path) -> None:
-    assert config.mean is not None
-    assert config.std is not None
-    export_encoder(
-        method.encoder,
-        folder / "export",
-        model=config.model,
-        model_args=config.model_args,
-        image_size=config.image_size,
-        channels=config.channels,
-        mean=config.mean,
-        std=config.std,
-        crop_pct=config.crop_pct,
-        interpolation=config.interpolation,
-    )
 
 
 def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine: Engine) -> str:

@@ -183,6 +183,27 @@ def _read_line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
+def write_export(config: RunConfig, encoder: VisionTransformer, folder: str | PathLike[str]) -> Path:
+    """The folder that timm and transformers open, for an encoder that was built as ``config`` says.
+
+    Raises UserError where the settings lack what the images were normalised with.
+    """
+    if config.mean is None or config.std is None:
+        raise UserError("mean and std are not set; write those that the images were normalised with into config.yaml")
+    return weights.export_encoder(
+        encoder,
+        Path(folder),
+        model=config.model,
+        model_args=config.model_args,
+        image_size=config.image_size,
+        channels=config.channels,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        interpolation=config.interpolation,
+    )
+
+
 def is_run(path: str | PathLike[str]) -> bool:
     """Whether a folder holds the settings of a run."""
     return (Path(path) / "config.yaml").is_file()

@@ -25,8 +25,7 @@ from patchmine.models.official import (
     read_official,
     to_reference_names,
 )
-from patchmine.models.weights import export_encoder
-from patchmine.run import Run, Which, build_method, is_run
+from patchmine.run import Run, Which, build_method, is_run, write_export
 from patchmine.train import checkpoint as checkpoints
 from patchmine.words import shown
 
@@ -46,7 +45,7 @@ def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["enc
     run = Run(path)
     if what == "full":
         return _export_full(run, out, weights)
-    return _export(run.config, run.encoder(weights), run.export_dir if out is None else out)
+    return write_export(run.config, run.encoder(weights), run.export_dir if out is None else out)
 
 
 def _export_full(run: Run, out: str | None, weights: Which) -> Path:
@@ -106,12 +105,12 @@ def import_file(
         load_tensors(method, _method_tensors(found, method), report, allow=allow)
         report.notes += _assumed(found, config)
         checkpoints.save(folder / "checkpoints", 0, method.state_dict(), {}, {"imported": file}, keep=1)
-        _export(config, cast(VisionTransformer, method.encoder), folder / "export")
+        write_export(config, cast(VisionTransformer, method.encoder), folder / "export")
     else:
         encoder = found.architecture.build()
         load_tensors(encoder, found.encoder, report, allow=allow)
         report.notes.append(f"encoder only: {folder} serves for eval, embed, init= and timm, not for show and resume")
-        _export(config, encoder, folder / "export")
+        write_export(config, encoder, folder / "export")
     say(report.render())
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return Run(folder)
@@ -170,20 +169,3 @@ def _method_tensors(found: Checkpoint, method: Method) -> dict[str, Tensor]:
         stored = {name: t for name, t in found.teacher.items() if name not in unwanted}
         taught |= from_reference_names(stored, teacher=True)
     return ours | taught
-
-
-def _export(config: RunConfig, encoder: VisionTransformer, folder: str | Path) -> Path:
-    if config.mean is None or config.std is None:
-        raise UserError("mean and std are not set; write those that the images were normalised with into config.yaml")
-    return export_encoder(
-        encoder,
-        folder,
-        model=config.model,
-        model_args=config.model_args,
-        image_size=config.image_size,
-        channels=config.channels,
-        mean=config.mean,
-        std=config.std,
-        crop_pct=config.crop_pct,
-        interpolation=config.interpolation,
-    )
