@@ -13,13 +13,13 @@ pytestmark = pytest.mark.skipif(not onednn_usable(), reason="this build of torch
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (2, 3, 4, 12)])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_equals_linear(shape: tuple[int, ...], with_bias: bool) -> None:
+@pytest.mark.parametrize(("outputs", "with_bias"), [(8, True), (8, False), (20, True)])
+def test_equals_linear(shape: tuple[int, ...], outputs: int, with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
-    weight = torch.randn(8, 12, generator=generator)
-    bias = torch.randn(8, generator=generator) if with_bias else None
-    upstream = torch.randn(*shape[:-1], 8, generator=generator)
+    weight = torch.randn(outputs, 12, generator=generator)
+    bias = torch.randn(outputs, generator=generator) if with_bias else None
+    upstream = torch.randn(*shape[:-1], outputs, generator=generator)
     results = []
     for linear in (F.linear, onednn_linear):
         inputs = [t.clone().requires_grad_() for t in (x, weight, bias) if t is not None]

@@ -32,6 +32,16 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` of (N, A) and (N, B).
+
+    oneDNN copies its first factor when that is transposed, so it gets the narrower one first.
+    """
+    if left.shape[1] <= right.shape[1]:
+        return _product(left.t(), right.t())
+    return _product(right.t(), left.t()).t()
+
+
 class _Linear(torch.autograd.Function):
     """`torch.nn.functional.linear` with all three products of forward and backward pass done by oneDNN."""
 
@@ -49,7 +59,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = _product(grad, weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = _product(grad.t(), x.reshape(-1, x.shape[-1]).t())
+            grad_weight = _outer(grad, x.reshape(-1, x.shape[-1]))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=0)
         return grad_x, grad_weight, grad_bias
