@@ -103,7 +103,7 @@ def test_one_seed_one_result_whatever_the_workers(image_folder: Path, tmp_path: 
 
 def test_killed_anywhere_and_resumed_is_as_if_nothing_had_happened(image_folder: Path, tmp_path: Path) -> None:
     """kill -9 at a random step, also within an epoch; going on with other workers arrives at the same bits."""
-    steps = 40
+    steps = 60
     whole = pretrain(image_folder, tmp_path / "whole", method="hpm", steps=steps)
     killed = tmp_path / "killed"
     settings = TINY | dict(method="hpm", steps=steps, checkpoint_every=3, log_every=1)
