@@ -40,7 +40,11 @@ class Method(nn.Module):
 
     def param_groups(self) -> list[ParamGroup]:
         """What is trained and how; by default everything that takes a gradient, as the run's settings say."""
-        return [ParamGroup([(name, p) for name, p in self.named_parameters() if p.requires_grad])]
+        return [ParamGroup(self.learning())]
+
+    def learning(self) -> list[tuple[str, nn.Parameter]]:
+        """Everything that takes a gradient, by name."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
         """Pictures of what the method does to a batch; the first shows the input."""

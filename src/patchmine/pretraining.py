@@ -27,7 +27,7 @@ from patchmine.run import Run, build_method, write_export
 from patchmine.train.checkpoint import Checkpoint, load_newest
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.train.loop import train
+from patchmine.train.loop import refuse_stranger, train
 from patchmine.train.step import TrainSettings
 from patchmine.types import Batch, Progress
 
@@ -135,6 +135,9 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
         torch.manual_seed(config.seed)
         method = build_method(config, start_from=config.init if start is None else None)
     method.noise.seed = config.seed
+    identity = {"data": images.fingerprint}
+    if start is not None:
+        refuse_stranger(start, identity)  # before anything in the folder changes
     first_step = 0 if start is None else start.step
     bad = BadFiles(folder / "bad_files.txt" if engine.is_main else None, config.max_bad_share)
     if engine.is_main:
@@ -160,7 +163,7 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
             folder=folder / "checkpoints",
             log=log,
             start=start,
-            identity={"data": images.fingerprint},
+            identity=identity,
             plain_data=_PlainData(config, images, engine),
             on_epoch=looker.evaluate if config.eval_every else None,
             on_sample=looker.draw,

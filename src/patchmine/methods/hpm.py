@@ -174,8 +174,7 @@ class HPM(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped at the published norm."""
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        return [ParamGroup(trained, clip_norm=self.config.clip_grad)]
+        return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:

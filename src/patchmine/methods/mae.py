@@ -75,8 +75,7 @@ class MAE(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped if the settings say so."""
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        return [ParamGroup(trained, clip_norm=self.config.clip_grad)]
+        return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:

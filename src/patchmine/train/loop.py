@@ -76,6 +76,17 @@ def train(
 
 def restore(method: Method, optimizers: Optimizers, start: Checkpoint, identity: Mapping[str, str]) -> None:
     """Put a checkpoint's state into a method and its optimizers; raises UserError when they do not belong together."""
+    refuse_stranger(start, identity)
+    try:
+        method.load_state_dict(start.model)
+        load_optimizer_tensors(optimizers, start.optimizer)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{start.path} does not fit this model and method: {reason[:400]}") from error
+
+
+def refuse_stranger(start: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Raise UserError when a checkpoint was written with another ``identity`` than it is to go on with."""
     stored = start.facts.get("identity", {})
     for what, value in identity.items():
         if stored.get(what, value) != value:
@@ -83,12 +94,6 @@ def restore(method: Method, optimizers: Optimizers, start: Checkpoint, identity:
                 f"{start.path} was written with other {what} (fingerprint {stored[what]}, now {value});"
                 f" go on with the run's own {what}, or start a new run in another folder"
             )
-    try:
-        method.load_state_dict(start.model)
-        load_optimizer_tensors(optimizers, start.optimizer)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{start.path} does not fit this model and method: {reason[:400]}") from error
 
 
 def _due(done: Progress, every: int) -> bool:
