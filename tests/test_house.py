@@ -15,7 +15,7 @@ PACKAGE = SRC / "patchmine"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What a room may import; a room is a folder or a top-level file of the package.  Downwards only.
-FLOOR = {"types", "errors"}
+FLOOR = {"types", "errors", "disk"}
 BELOW_METHODS = FLOOR | {"ops", "models", "method"}
 PARTS = BELOW_METHODS | {"methods", "data", "train"}
 # What users type: values and messages (words, mistakes), recipes, the typed settings, and the run made of them.
@@ -25,6 +25,7 @@ TOP = PARTS | SETTINGS | {"run", "pretraining", "evaluate", "report", "bench", "
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
+    "disk": set(),
     "ops": {"types"},
     "models": FLOOR | {"ops"},
     "method": FLOOR | {"ops"},

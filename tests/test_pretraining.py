@@ -85,6 +85,11 @@ def test_a_run_folder_holds_what_is_promised(method: str, image_folder: Path, tm
     assert run.config.method.name == method
     assert not run.bad_files.exists()
 
+    export = run.path / "export"
+    assert (export / "model.safetensors").stat().st_mode == (
+        export / "config.json"
+    ).stat().st_mode  # not the owner's alone
+
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     exported = timm.create_model(f"local-dir:{run.path / 'export'}", pretrained=True).eval()
     with torch.no_grad():

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from patchmine.config import RunConfig, from_settings, silent
+from patchmine.disk import settle
 from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.models.loading import LoadReport, load_tensors
@@ -60,6 +61,7 @@ def _export_full(run: Run, out: str | None, weights: Which) -> Path:
     tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata={"format": "pt"})
+    settle(target)
     return target
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from patchmine.disk import settle
 from patchmine.errors import UserError
 from patchmine.models.architecture import infer_architecture
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, resample_positions, tensors_only
@@ -118,22 +119,13 @@ def _write(encoder: VisionTransformer, config: dict[str, Any], folder: Path) -> 
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (new / README).write_text(_readme(config), encoding="utf-8")
         for path in (new / WEIGHTS, new / CONFIG, new):
-            _flush(path)
+            settle(path)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file, or the list of a folder's files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _readme(config: dict[str, Any]) -> str:

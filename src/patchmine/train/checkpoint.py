@@ -8,7 +8,6 @@ can go on from it. A file appears under its name complete or not at all; ``check
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from patchmine.disk import settle
 from patchmine.errors import UserError
 
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -82,10 +82,10 @@ def save(
         writing.mkdir(parents=True)
         _write(writing / path.name, step, {"model": model, "optimizer": optimizer}, facts)
         (writing / path.name).replace(path)
-        _sync_folder(folder)
+        settle(folder)
         (writing / "last").symlink_to(path.name)
         (writing / "last").replace(folder / "last")
-        _sync_folder(folder)
+        settle(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {path} could not be written ({_reason(error)}); make room there, then go on with"
@@ -155,11 +155,7 @@ def _write(path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], fac
     head = {"format": 1, "step": step, "versions": versions(), "crc32": crc32, "facts": dict(facts)}
     flat = {f"{part}.{name}": tensor for part, tensors in on_cpu.items() for name, tensor in tensors.items()}
     save_file(flat, path, metadata={"patchmine": json.dumps(head)})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors leaves its files readable by their owner alone
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    settle(path)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
@@ -169,15 +165,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
         value = zlib.crc32(name.encode(), value)
         value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
     return value
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _forget(folder: Path, step: int, keep: int) -> None:
