@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patchmine.ops import losses
-from patchmine.ops.losses import absolute_difficulty_loss, direction_error, relative_difficulty_loss, squared_error
+from patchmine.ops.losses import (
+    absolute_difficulty_loss,
+    direction_error,
+    masked_absolute_error,
+    relative_difficulty_loss,
+    squared_error,
+)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -113,3 +119,22 @@ def test_losses_are_float32_under_autocast() -> None:
         value.backward()
     assert value.dtype == torch.float32
     assert leaf.grad.dtype == torch.bfloat16
+
+
+def test_absolute_error_against_a_mask_over_pixels() -> None:
+    """SimMIM's words: whole images, a mask of one channel repeated to pixels, 1e-5, divided by the channels."""
+    images, painted = normal(1, 2, 3, 4, 8), normal(2, 2, 3, 4, 8).requires_grad_()
+    hidden = torch.zeros(2, 1, 4, 8)
+    for row, column in ((0, 4), (1, 0)):
+        hidden[row, 0, :, column : column + 4] = 1  # one of two patches of 4 x 4 in each image
+    slow = ((images - painted).abs() * hidden).sum() / (hidden.sum() + 1e-5) / 3
+    parts = [torch.stack([x[0, :, :, 4:], x[1, :, :, :4]]).flatten(1)[:, None] for x in (painted, images)]
+    fast = masked_absolute_error(*parts, 3)
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-6)
+    (slope,) = torch.autograd.grad(fast, painted)
+    assert torch.equal(slope != 0, hidden.bool().expand_as(slope))
+    torch.testing.assert_close(slope.abs(), hidden.expand_as(slope) / (3 * (hidden.sum() + 1e-5)))
+
+
+def test_absolute_error_of_nothing_is_zero() -> None:
+    assert masked_absolute_error(torch.zeros(2, 0, 48), torch.zeros(2, 0, 48), 3).item() == 0

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchmine.ops.masks import count_visible, hard_masked, lowest_visible
+from patchmine.ops.masks import count_visible, expand_units, hard_masked, lowest_visible
 from patchmine.ops.noise import Noise
-from patchmine.types import Mask
+from patchmine.types import Grid, Mask
 
 
 def uniform(seed: int, *shape: int) -> Tensor:
@@ -123,3 +123,21 @@ def test_noise_is_a_function_of_seed_step_and_row() -> None:
     other = Noise(seed=5)
     other.begin(9, 0, 8)
     assert not torch.equal(other.uniform(8, 5), everything)
+
+
+@pytest.mark.parametrize(
+    ("size", "per_unit"), [((6, 4), (2, 2)), ((4, 6), (1, 3)), ((3, 5), (1, 1)), ((2, 4, 6), (2, 2, 3))]
+)
+def test_units_against_a_repeated_mask(size: tuple[int, ...], per_unit: tuple[int, ...]) -> None:
+    """The obvious way: a picture of zeros and ones, one number a unit, enlarged to the patches."""
+    grid = Grid(size, (4,) * len(size))
+    counts = [side // step for side, step in zip(size, per_unit, strict=True)]
+    total = int(np.prod(counts))
+    chosen = uniform(3, 5, total).argsort(dim=1)[:, : total // 2]
+    found = expand_units(chosen, grid, per_unit)
+    assert (found.diff(dim=1) > 0).all()
+    for row, numbers in zip(chosen.tolist(), found.tolist(), strict=True):
+        picture = np.isin(np.arange(total), row).reshape(counts)
+        for axis, step in enumerate(per_unit):
+            picture = picture.repeat(step, axis=axis)
+        assert np.array_equal(np.flatnonzero(picture), numbers)

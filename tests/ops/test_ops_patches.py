@@ -6,10 +6,13 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patchmine.ops.patches import (
     all_patches,
+    channels_first,
+    channels_last,
     gather_patches,
     images_from_values,
     patch_statistics,
@@ -60,6 +63,18 @@ def test_values_run_row_column_channel() -> None:
     image = torch.arange(2 * 4 * 4).float().reshape(1, 2, 4, 4)
     first = patch_values(all_patches(image, (2, 2)))[0, 0]
     assert first.tolist() == [0, 16, 1, 17, 4, 20, 5, 21]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_first_is_the_order_of_pixel_shuffle(channels: int) -> None:
+    grid = Grid((2, 3), (4, 4))
+    images = images_for(grid, channels=channels)
+    values = patch_values(all_patches(images, grid.patch))
+    first = channels_first(values, channels)
+    assert torch.equal(first, all_patches(images, grid.patch).flatten(2))
+    folded = first.transpose(1, 2).reshape(2, -1, *grid.size)  # (B, P, rows, columns), what a 1 x 1 convolution gives
+    assert torch.equal(F.pixel_shuffle(folded, 4), images)
+    assert torch.equal(channels_last(first, channels), values)
 
 
 def test_standardised_targets_do_not_see_a_constant() -> None:

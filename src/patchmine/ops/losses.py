@@ -22,6 +22,16 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().mean(dim=-1)
 
 
+def masked_absolute_error(prediction: Tensor, target: Tensor, channels: int) -> Tensor:
+    """Mean absolute error over the pixels of all masked patches: (B, M, P), (B, M, P) -> ().
+
+    The reference counts pixels of one channel, keeps clear of zero with 1e-5, and divides by the channels afterwards
+    (SimMIM, models/simmim.py).  No masked patch at all gives 0.
+    """
+    pixels = prediction.numel() // channels
+    return (prediction.float() - target.float()).abs().sum() / (pixels + 1e-5) / channels
+
+
 def direction_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared distance of the two unit vectors, ``2 - 2 cos``, of each patch: (B, M, D), (B, M, D) -> (B, M).
 

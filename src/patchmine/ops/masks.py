@@ -5,9 +5,12 @@ Counts are fixed on the host; nothing here waits for the device.
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
-from patchmine.types import Mask
+from patchmine.types import Grid, Mask
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
@@ -37,3 +40,15 @@ def hard_masked(noise: Tensor, difficulty: Tensor, num_hard: int, num_visible: i
         return lowest_visible(noise, num_visible)
     hardest = difficulty.float().argsort(dim=1, stable=True)[:, -num_hard:]
     return lowest_visible(noise.scatter(1, hardest, float("inf")), num_visible)
+
+
+def expand_units(units: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor:
+    """The patches inside each image's ``units`` (B, n), raster order: (B, n * patches in a unit) int64.
+
+    A unit is a block of ``per_unit`` patches, one number for each axis of the grid, each of which divides the grid's;
+    units are numbered in raster order too.
+    """
+    split = [part for size, step in zip(grid.size, per_unit, strict=True) for part in (size // step, step)]
+    numbers = torch.arange(grid.num_patches, device=units.device).reshape(split)  # (u0, s0, u1, s1, ...)
+    inside = numbers.permute(*range(0, len(split), 2), *range(1, len(split), 2)).reshape(-1, math.prod(per_unit))
+    return inside[units].flatten(1).sort(dim=1).values
