@@ -1,7 +1,7 @@
 """patchmine: pre-train vision backbones on unlabelled images with masked image modelling.
 
 ``patchmine.pretrain(data="photos/", method="hpm", out="runs/hpm")`` makes a run, ``patchmine.Run(path)`` opens one,
-``patchmine.load_encoder(path)`` gives its timm ``VisionTransformer``.
+``patchmine.load_encoder(path)`` gives its timm model (``VisionTransformer`` or ``Beit``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
+    from patchmine.models.vit import Encoder
     from patchmine.run import Run
 
 __version__ = "0.1.0"
@@ -54,7 +53,7 @@ def _is_named(data: Any) -> bool:
     return all(isinstance(part, str | PathLike) for part in (data if isinstance(data, list | tuple) else [data]))
 
 
-def load_encoder(path: str | PathLike[str]) -> VisionTransformer:
+def load_encoder(path: str | PathLike[str]) -> Encoder:
     """The encoder of a run, an export or a weights file, in eval mode.  Raises UserError where there is none."""
     from patchmine.run import open_encoder
 

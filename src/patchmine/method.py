@@ -16,10 +16,14 @@ class Method(nn.Module):
     A method is built as ``Method(config, encoder)``, where ``config`` is an instance of the class attribute ``Config``
     (a pydantic model whose ``name`` is the method's).  Methods never inherit from methods.  A step must not wait for
     the device: no ``.item()``, no boolean indexing.
+
+    ``averages_rows``: the loss of a batch is the mean over its images, so that a batch may be divided among processes
+    or accumulated parts without changing the step.  False where rows meet: a ratio over the batch, batch statistics.
     """
 
     encoder: nn.Module
     noise: Noise
+    averages_rows: bool = True
 
     def __init__(self) -> None:
         super().__init__()

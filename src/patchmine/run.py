@@ -10,15 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from timm.models.vision_transformer import VisionTransformer
-
 from patchmine.config import RunConfig, parse
 from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.methods import METHODS
 from patchmine.models import weights
-from patchmine.models.loading import LoadReport, load_tensors, resample_positions
-from patchmine.models.vit import build_encoder
+from patchmine.models.vit import Encoder, build_encoder
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest
 
 Which = Literal["student", "teacher"]
@@ -35,20 +32,11 @@ def build_method(config: RunConfig, *, start_from: str | None = None) -> Method:
     make: Callable[..., Method] = METHODS[config.method.name]
     encoder = _bare_encoder(config)
     if start_from is not None:
-        _start_from(encoder, start_from)
+        weights.fill(encoder, open_encoder(start_from).state_dict(), f"init={start_from}")
     return make(config.method, encoder)
 
 
-def _start_from(encoder: VisionTransformer, path: str) -> None:
-    """Take the weights of another encoder; its positions are resampled where the grid differs."""
-    tensors = open_encoder(path).state_dict()
-    if "pos_embed" in tensors and tensors["pos_embed"].shape != encoder.pos_embed.shape:
-        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], encoder.patch_embed.grid_size, prefix)
-    load_tensors(encoder, tensors, LoadReport(f"init={path}"))
-
-
-def _bare_encoder(config: RunConfig) -> VisionTransformer:
+def _bare_encoder(config: RunConfig) -> Encoder:
     return build_encoder(
         config.model,
         image_size=config.image_size,
@@ -138,7 +126,7 @@ class Run:
         _load(method, found.model, found.path)
         return method.eval()
 
-    def encoder(self, which: Which = "student") -> VisionTransformer:
+    def encoder(self, which: Which = "student") -> Encoder:
         """The encoder alone, from the newest readable checkpoint or else from ``export/``, in eval mode.
 
         ``which="teacher"`` gives the slow copy that some methods keep.  Raises UserError where there is none.
@@ -165,7 +153,7 @@ class Run:
         return load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
 
 
-def _load(module: Method | VisionTransformer, tensors: dict[str, Any], path: Path) -> None:
+def _load(module: Method | Encoder, tensors: dict[str, Any], path: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -183,7 +171,7 @@ def _read_line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def write_export(config: RunConfig, encoder: VisionTransformer, folder: str | PathLike[str]) -> Path:
+def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str]) -> Path:
     """The folder that timm and transformers open, for an encoder that was built as ``config`` says.
 
     Raises UserError where the settings lack what the images were normalised with.
@@ -209,6 +197,6 @@ def is_run(path: str | PathLike[str]) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
-def open_encoder(path: str | PathLike[str]) -> VisionTransformer:
+def open_encoder(path: str | PathLike[str]) -> Encoder:
     """The encoder of a run folder, an export folder or a weights file, on the CPU, in eval mode."""
     return Run(path).encoder() if is_run(path) else weights.load_encoder(Path(path)).eval()

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from patchmine.config import RunConfig, from_settings, silent
@@ -26,6 +25,7 @@ from patchmine.models.official import (
     read_official,
     to_reference_names,
 )
+from patchmine.models.vit import Encoder
 from patchmine.run import Run, Which, build_method, is_run, write_export
 from patchmine.train import checkpoint as checkpoints
 from patchmine.words import shown
@@ -107,7 +107,7 @@ def import_file(
         load_tensors(method, _method_tensors(found, method), report, allow=allow)
         report.notes += _assumed(found, config)
         checkpoints.save(folder / "checkpoints", 0, method.state_dict(), {}, {"imported": file}, keep=1)
-        write_export(config, cast(VisionTransformer, method.encoder), folder / "export")
+        write_export(config, cast(Encoder, method.encoder), folder / "export")
     else:
         encoder = found.architecture.build()
         load_tensors(encoder, found.encoder, report, allow=allow)

@@ -143,9 +143,10 @@ class Panel:
     """One named picture per image of a batch.
 
     ``kind="image"``: ``data`` (B, C, H, W) in the batch's normalised units.  ``kind="heat"``: ``data`` (B, rows,
-    columns), one number per patch, drawn as a colour map.
+    columns), one number per patch, drawn as a colour map.  ``kind="colour"``: ``data`` (B, 3, H, W) in [0, 1], drawn as
+    it is.  NaN is nothing there, and drawn hatched.
     """
 
     title: str
     data: Tensor
-    kind: Literal["image", "heat"] = "image"
+    kind: Literal["image", "heat", "colour"] = "image"

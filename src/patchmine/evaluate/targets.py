@@ -14,13 +14,13 @@ import timm
 import torch
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from patchmine.errors import UserError
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
-from patchmine.models.positions import sincos_table
-from patchmine.models.vit import initialise
+from patchmine.models.vit import initialise_encoder
 from patchmine.models.weights import CONFIG, is_export, load_encoder
 from patchmine.run import Run, is_run
 
@@ -99,19 +99,9 @@ def random_twin(target: Target, seed: int = 0) -> Target:
         for module in encoder.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-        if isinstance(encoder, VisionTransformer):
-            initialise(encoder)
-            _reset_positions(encoder)
+        if isinstance(encoder, VisionTransformer | Beit):
+            initialise_encoder(encoder)
     return replace(target, name=f"{RANDOM_INIT}:{target.name}", encoder=encoder, folder=None, note="")
-
-
-@torch.no_grad()
-def _reset_positions(encoder: VisionTransformer) -> None:
-    """Sine-cosine positions, with which a run starts, in place of learned ones."""
-    if encoder.pos_embed is not None:
-        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-        encoder.pos_embed.zero_()
-        encoder.pos_embed[0, prefix:] = sincos_table(encoder.embed_dim, encoder.patch_embed.grid_size)
 
 
 def raw_pixels(target: Target) -> Target:
@@ -187,7 +177,7 @@ def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weig
         note = f"no weights were loaded: {name} is measured with random ones (give weights=FILE for others)"
         return replace(_sized(_of_timm_model(name, encoder), size), note=note)
     encoder = _create(bare, settings, size)
-    if isinstance(encoder, VisionTransformer):
+    if isinstance(encoder, VisionTransformer | Beit):
         encoder = load_encoder(weights, model=bare, image_size=size)
     else:
         content = read_checkpoint(weights, "weights")
@@ -221,7 +211,7 @@ def _resized(target: Target, size: tuple[int, int] | None, channels: int | None)
         raise UserError(f"channels={channels}, but {target.name} was made for {target.channels}: leave the setting out")
     if size is None or size == target.image_size:
         return target
-    if isinstance(target.encoder, VisionTransformer):
+    if isinstance(target.encoder, VisionTransformer | Beit):
         patch = target.encoder.patch_embed.patch_size
         if any(side % step for side, step in zip(size, patch, strict=True)):
             raise UserError(

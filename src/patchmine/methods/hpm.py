@@ -12,14 +12,13 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from patchmine.method import Method
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.models.foreign import ForeignTeacher
 from patchmine.models.teacher import Teacher
-from patchmine.models.vit import encode, encoder_grid, initialise
+from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative
 from patchmine.ops.losses import absolute_difficulty_loss, direction_error, relative_difficulty_loss, squared_error
 from patchmine.ops.masks import count_visible, hard_masked
 from patchmine.ops.patches import pixel_targets
@@ -64,13 +63,14 @@ class HPM(Method):
         decoder_num_heads: int = Field(16, gt=0, description="attention heads of each decoder")
         clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)")
 
-    encoder: VisionTransformer
+    encoder: Encoder
     teacher: Teacher | None
     foreign: ForeignTeacher | None
     predictor: Decoder | None
 
-    def __init__(self, config: Config, encoder: VisionTransformer) -> None:
+    def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        refuse_relative(encoder, "hpm")
         self.config = config
         self.grid = encoder_grid(encoder)
         self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)

@@ -9,12 +9,11 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from patchmine.method import Method
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
-from patchmine.models.vit import encode, encoder_grid, initialise
+from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
 from patchmine.ops.patches import pixel_targets
@@ -37,10 +36,11 @@ class MAE(Method):
         decoder_num_heads: int = Field(16, gt=0, description="attention heads of the decoder")
         clip_grad: float | None = Field(None, gt=0, description="largest global gradient norm; MAE does not clip")
 
-    encoder: VisionTransformer
+    encoder: Encoder
 
-    def __init__(self, config: Config, encoder: VisionTransformer) -> None:
+    def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        refuse_relative(encoder, "mae")
         self.config = config
         self.grid = encoder_grid(encoder)
         self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models import is_model_in_modules
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
+from patchmine.models.beit import has_relative_positions, initialise_beit
 from patchmine.models.positions import sincos_table
 from patchmine.ops.patches import all_patches, gather_patches
 from patchmine.types import Grid
+
+Encoder: TypeAlias = VisionTransformer | Beit
+"""What the masked-image methods train: a plain ViT, or a BEiT-style one (layer scale, relative positions)."""
 
 
 def build_encoder(
@@ -25,16 +32,14 @@ def build_encoder(
     patch_size: int | None = None,
     channels: int = 3,
     model_args: Mapping[str, Any] | None = None,
-) -> VisionTransformer:
-    """A plain ViT of timm's by name, without classifier, with MAE's fixed positions and freshly initialised as there.
+) -> Encoder:
+    """A plain or BEiT-style ViT of timm's by name, without classifier, freshly initialised (`initialise_encoder`).
 
-    Raises UserError for a name that timm does not know or that is no plain ViT, and for a patch that does not divide
-    the image.
+    Raises UserError for a name that timm does not know or that is neither, and for a patch that does not divide the
+    image.
     """
     # Stored class count and pooling are settled here once: no head, the final norm on all tokens.
-    settings: dict[str, Any] = dict(
-        img_size=image_size, in_chans=channels, num_classes=0, global_pool="", fc_norm=False
-    )
+    settings: dict[str, Any] = dict(img_size=image_size, in_chans=channels, num_classes=0, global_pool="")
     if patch_size is not None:
         settings["patch_size"] = patch_size
     encoder = _create(model, {**settings, **(model_args or {})})
@@ -45,9 +50,8 @@ def build_encoder(
             f"image_size={size} is not a multiple of the patch size {step} of model={model}: "
             f"choose image_size={_near_multiple(image_size[0], patch[0])}, or patch_size=N with N dividing {size}"
         )
-    encoder.reset_classifier(0, "token" if encoder.has_class_token else "avg")
-    initialise(encoder)
-    _fix_positions(encoder)
+    encoder.reset_classifier(0, "avg" if encoder.cls_token is None else "token")
+    initialise_encoder(encoder)
     return encoder
 
 
@@ -55,15 +59,16 @@ def _near_multiple(side: int, step: int) -> int:
     return max(step, round(side / step) * step)
 
 
-def _create(model: str, settings: dict[str, Any]) -> VisionTransformer:
-    name = model.removeprefix("timm/")
-    architecture = name.split(".")[0]
+def _create(model: str, settings: dict[str, Any]) -> Encoder:
+    architecture = model.removeprefix("timm/").split(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise UserError(
             f"model={model!r} is no architecture of timm {timm.__version__}{hint} (`patchmine list models` lists them)"
         )
+    if not is_model_in_modules(architecture, {"beit"}):
+        settings = {"fc_norm": False, **settings}
     try:
         encoder = timm.create_model(architecture, pretrained=False, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -71,12 +76,39 @@ def _create(model: str, settings: dict[str, Any]) -> VisionTransformer:
             f"timm cannot build model={model!r} as a plain vision transformer ({error}): check model_args, "
             "or choose a model such as vit_small_patch16_224"
         ) from error
-    if type(encoder) is not VisionTransformer or encoder.pos_embed is None:
+    plain = type(encoder) is VisionTransformer and encoder.pos_embed is not None
+    if not plain and type(encoder) is not Beit:
         raise UserError(
             f"model={model!r} is a {type(encoder).__name__}, not a plain vision transformer with absolute positions: "
             "choose one such as vit_small_patch16_224 or vit_base_patch16_224"
         )
+    if not isinstance(encoder.patch_embed, PatchEmbed):
+        raise UserError(
+            f"model={model!r} looks at its images through a convolutional stem, so that patches are not cut apart: "
+            "choose one such as vit_small_patch16_224, whose patches do not overlap"
+        )
     return encoder
+
+
+def refuse_relative(encoder: Encoder, method: str) -> None:
+    """UserError for an encoder whose attention knows distances: ``method`` needs positions in the additive table only.
+
+    Relative tables belong to the full grid; a sequence with patches missing has no place in them.
+    """
+    if has_relative_positions(encoder):
+        raise UserError(
+            f"method={method} leaves patches out, which an encoder with relative positions does not allow: set "
+            "model_args.use_rel_pos_bias=false model_args.use_abs_pos_emb=true, or choose vit_base_patch16_224"
+        )
+
+
+def initialise_encoder(encoder: Encoder) -> None:
+    """Fresh weights in place: MAE's and its fixed positions for a plain ViT, SimMIM's for a BEiT-style one."""
+    if isinstance(encoder, Beit):
+        initialise_beit(encoder)
+    else:
+        initialise(encoder)
+        _fix_positions(encoder)
 
 
 def initialise(module: nn.Module) -> None:
@@ -98,48 +130,80 @@ def initialise(module: nn.Module) -> None:
 
 def _fix_positions(encoder: VisionTransformer) -> None:
     """Sine-cosine positions that take no gradient; prefix tokens have none (zeros)."""
-    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    if encoder.pos_embed is None:
+        return
     with torch.no_grad():
         encoder.pos_embed.zero_()
-        encoder.pos_embed[0, prefix:] = sincos_table(encoder.embed_dim, encoder.patch_embed.grid_size)
+        encoder.pos_embed[0, embedded_prefix(encoder) :] = sincos_table(
+            encoder.embed_dim, encoder.patch_embed.grid_size
+        )
     encoder.pos_embed.requires_grad_(False)
 
 
-def encoder_grid(encoder: VisionTransformer) -> Grid:
+def embedded_prefix(encoder: Encoder) -> int:
+    """Rows of the position table that belong to prefix tokens and not to patches."""
+    return 0 if getattr(encoder, "no_embed_class", False) else encoder.num_prefix_tokens
+
+
+def encoder_grid(encoder: Encoder) -> Grid:
     """The patch grid that the encoder was built for."""
     return Grid(tuple(encoder.patch_embed.grid_size), tuple(encoder.patch_embed.patch_size))
 
 
-def embed_patches(encoder: VisionTransformer, images: Tensor, index: Tensor | None = None) -> Tensor:
-    """Patch tokens with their positions: all of them in raster order, or those in ``index`` (B, V) -> (B, V, D).
+def project_patches(encoder: Encoder, images: Tensor, index: Tensor | None = None) -> Tensor:
+    """Patch tokens without positions: all of them in raster order, or those in ``index`` (B, V) -> (B, V, D).
 
     The convolution is applied as a matrix product to the patches that are wanted, and to no others.
     """
     embed = encoder.patch_embed
-    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-    positions = encoder.pos_embed[0, prefix:]  # (L, D)
     if index is None:
         patches = all_patches(images, embed.patch_size)
     else:
         patches = gather_patches(images, index, embed.patch_size)
-        positions = positions[index]  # (B, V, D)
     tokens = F.linear(patches.flatten(2), embed.proj.weight.flatten(1), embed.proj.bias)
-    return embed.norm(tokens) + positions
+    return embed.norm(tokens)
 
 
-def prefix_tokens(encoder: VisionTransformer, batch: int) -> Tensor:
+def patch_positions(encoder: Encoder) -> Tensor:
+    """(L, D), what is added to patch tokens to say where they are; zeros where only relative positions say it."""
+    if encoder.pos_embed is None:
+        return encoder.cls_token.new_zeros(encoder.patch_embed.num_patches, encoder.embed_dim)
+    return encoder.pos_embed[0, embedded_prefix(encoder) :]
+
+
+def embed_patches(encoder: Encoder, images: Tensor, index: Tensor | None = None) -> Tensor:
+    """Patch tokens with their positions: all of them in raster order, or those in ``index`` (B, V) -> (B, V, D)."""
+    positions = patch_positions(encoder)
+    return project_patches(encoder, images, index) + (positions if index is None else positions[index])
+
+
+def prefix_tokens(encoder: Encoder, batch: int) -> Tensor:
     """Class and register tokens with their positions, (B, P, D); P may be 0."""
-    parts = [token for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    parts = [token for token in (encoder.cls_token, getattr(encoder, "reg_token", None)) if token is not None]
     if not parts:
         return encoder.pos_embed.new_zeros(batch, 0, encoder.embed_dim)
     tokens = torch.cat(parts, dim=1)
-    if not encoder.no_embed_class:
+    if encoder.pos_embed is not None and embedded_prefix(encoder):
         tokens = tokens + encoder.pos_embed[:, : encoder.num_prefix_tokens]
     return tokens.expand(batch, -1, -1)
 
 
-def encode(encoder: VisionTransformer, images: Tensor, visible: Tensor | None = None) -> Tensor:
+def transform_until(encoder: Encoder, tokens: Tensor, num_blocks: int) -> Tensor:
+    """Tokens (B, N, D), positions added, after the first ``num_blocks`` blocks; no final norm."""
+    if isinstance(encoder, Beit):
+        bias = None if encoder.rel_pos_bias is None else encoder.rel_pos_bias()  # (H, N, N), once for all blocks
+        for block in encoder.blocks[:num_blocks]:
+            tokens = block(tokens, shared_rel_pos_bias=bias)
+        return tokens
+    return encoder.blocks[:num_blocks](encoder.norm_pre(tokens))
+
+
+def transform(encoder: Encoder, tokens: Tensor) -> Tensor:
+    """Tokens (B, N, D), positions added, after all blocks and the final norm."""
+    return encoder.norm(transform_until(encoder, tokens, len(encoder.blocks)))
+
+
+def encode(encoder: Encoder, images: Tensor, visible: Tensor | None = None) -> Tensor:
     """Tokens after the final norm, prefix first, then the patches in ``visible`` (or all): (B, P + V, D)."""
     tokens = embed_patches(encoder, images, visible)
-    tokens = torch.cat([prefix_tokens(encoder, len(tokens)), tokens], dim=1)
-    return encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
+    return transform(encoder, torch.cat([prefix_tokens(encoder, len(tokens)), tokens], dim=1))

@@ -11,20 +11,29 @@ from typing import Any
 
 import timm
 from safetensors.torch import save_file
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from patchmine.disk import settle
 from patchmine.errors import UserError
 from patchmine.models.architecture import infer_architecture
-from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, resample_positions, tensors_only
+from patchmine.models.loading import (
+    LoadReport,
+    Tensors,
+    load_tensors,
+    read_checkpoint,
+    resample_positions,
+    tensors_only,
+)
 from patchmine.models.official import encoder_tensors
+from patchmine.models.vit import Encoder, embedded_prefix
 
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
 
 
 def export_encoder(
-    encoder: VisionTransformer,
+    encoder: Encoder,
     folder: str | Path,
     *,
     model: str,
@@ -51,8 +60,9 @@ def export_encoder(
         "patch_size": encoder.patch_embed.patch_size[0],
         "in_chans": channels,
         "global_pool": encoder.global_pool,
-        "fc_norm": not isinstance(encoder.fc_norm, nn.Identity),
     }
+    if isinstance(encoder, VisionTransformer):
+        arguments["fc_norm"] = not isinstance(encoder.fc_norm, nn.Identity)
     arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
     _check_description(encoder, architecture, arguments)
     config = {
@@ -80,7 +90,7 @@ def export_encoder(
     return folder
 
 
-def _check_description(encoder: VisionTransformer, architecture: str, arguments: dict[str, Any]) -> None:
+def _check_description(encoder: Encoder, architecture: str, arguments: dict[str, Any]) -> None:
     """Build the described model without memory and compare, so that no folder is written that nobody can open."""
     rebuilt = timm.create_model(architecture, pretrained=False, num_classes=0, device="meta", **arguments)
     wanted = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
@@ -105,7 +115,7 @@ def _refuse_other_content(folder: Path) -> None:
     raise UserError(f"out={folder} holds other things than an export (such as {other}): choose an empty or new folder")
 
 
-def _write(encoder: VisionTransformer, config: dict[str, Any], folder: Path) -> None:
+def _write(encoder: Encoder, config: dict[str, Any], folder: Path) -> None:
     """Fill a folder beside the final one, then rename it into place."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
@@ -166,7 +176,7 @@ def load_encoder(
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
-) -> VisionTransformer:
+) -> Encoder:
     """The encoder in an export folder, in a run folder's export, or in a .safetensors, .pth or .pt file.
 
     A file may be a timm state dict or an official MAE, HPM or DINO checkpoint; its architecture is read off the
@@ -191,7 +201,7 @@ def load_encoder(
     return encoder
 
 
-def _from_export(folder: Path) -> VisionTransformer:
+def _from_export(folder: Path) -> Encoder:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         architecture, arguments = config["architecture"], dict(config.get("model_args") or {})
@@ -204,22 +214,22 @@ def _from_export(folder: Path) -> VisionTransformer:
     return encoder
 
 
-def _create(model: str, arguments: dict[str, Any], source: Path) -> VisionTransformer:
-    """A plain ViT of timm's.  Nothing is downloaded."""
+def _create(model: str, arguments: dict[str, Any], source: Path) -> Encoder:
+    """A plain or BEiT-style ViT of timm's.  Nothing is downloaded."""
     if not timm.is_model(model):
         raise UserError(f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may")
     try:
         encoder = timm.create_model(model, pretrained=False, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"{source}: timm cannot build {model} with {arguments} ({error})") from error
-    if not isinstance(encoder, VisionTransformer):
+    if not isinstance(encoder, VisionTransformer | Beit):
         raise UserError(f"{source}: {model} is a {type(encoder).__name__}, not a plain vision transformer")
     return encoder
 
 
 def _from_file(
     path: Path, model: str | None, model_args: Mapping[str, Any], image_size: tuple[int, int] | None
-) -> VisionTransformer:
+) -> Encoder:
     tensors = encoder_tensors(read_checkpoint(path), str(path))
     if model is None:
         encoder = infer_architecture(
@@ -229,8 +239,18 @@ def _from_file(
         size = {} if image_size is None else {"img_size": image_size}
         name = model.removeprefix("timm/").split(".")[0]
         encoder = _create(name, {"num_classes": 0, **size, **model_args}, path)
-    if "pos_embed" in tensors and tensors["pos_embed"].shape != encoder.pos_embed.shape:
-        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
-        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], encoder.patch_embed.grid_size, prefix)
-    load_tensors(encoder, tensors, LoadReport(str(path)))
+    fill(encoder, tensors, str(path))
     return encoder
+
+
+def fill(encoder: Encoder, tensors: Tensors, source: str) -> None:
+    """Load an encoder's weights; absolute positions are resampled where the grid differs.
+
+    Raises UserError, naming ``source``, for tensors that do not fit.
+    """
+    if encoder.pos_embed is not None and "pos_embed" in tensors:
+        positions = tensors["pos_embed"]
+        if positions.shape != encoder.pos_embed.shape:
+            positions = resample_positions(positions, encoder.patch_embed.grid_size, embedded_prefix(encoder))
+        tensors = {**tensors, "pos_embed": positions}
+    load_tensors(encoder, tensors, LoadReport(source))

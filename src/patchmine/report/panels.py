@@ -96,7 +96,8 @@ def draw_panels(
             if panel.kind == "heat":
                 _place_heat(sheet, draw, panel.data[row], at, size, layout.note_font)
             else:
-                sheet.paste(Image.fromarray(image_pixels(panel.data[row], mean, std, size)), at)
+                scale, offset = (std, mean) if panel.kind == "image" else ([1.0] * 3, [0.0] * 3)
+                sheet.paste(Image.fromarray(image_pixels(panel.data[row], offset, scale, size)), at)
     x, y = layout.cell(rows, 0)
     _write(draw, (x, y - 4), layout.legend, layout.note_font, _NOTE_SIZE, _SOFT)
     return sheet

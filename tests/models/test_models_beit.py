@@ -1,0 +1,89 @@
+"""BEiT-style encoders: how they start, what they compute beside timm's own forward, where they are refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from patchmine.errors import UserError
+from patchmine.methods import METHODS
+from patchmine.models.beit import has_relative_positions
+from patchmine.models.vit import Encoder, build_encoder, encode, patch_positions
+from patchmine.models.weights import export_encoder, load_encoder
+
+TINY = dict(embed_dim=96, depth=3, num_heads=3)
+ABSOLUTE = dict(use_rel_pos_bias=False, use_abs_pos_emb=True)
+SHARED = dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+
+
+def beit(**extra: Any) -> Encoder:
+    torch.manual_seed(0)
+    return build_encoder("beit_base_patch16_224", image_size=(16, 24), patch_size=4, model_args={**TINY, **extra})
+
+
+def test_starts_as_simmim_does() -> None:
+    encoder = beit(**SHARED)
+    for depth, block in enumerate(encoder.blocks, start=1):
+        assert block.attn.qkv.weight.abs().max() <= 0.02
+        assert block.attn.qkv.weight.std().item() == pytest.approx(0.0108, rel=0.03)
+        assert block.mlp.fc2.weight.std().item() == pytest.approx(0.0108 / math.sqrt(2 * depth), rel=0.03)
+        assert block.attn.proj.weight.std().item() == pytest.approx(0.0108 / math.sqrt(2 * depth), rel=0.03)
+        assert torch.all(block.gamma_1 == 0.1)
+        assert not block.mlp.fc1.bias.any()
+    assert encoder.patch_embed.proj.weight.abs().max() <= 0.02
+    assert not encoder.patch_embed.proj.bias.any()
+    assert not encoder.rel_pos_bias.relative_position_bias_table.any()
+
+
+@pytest.mark.parametrize("extra", [ABSOLUTE, SHARED, {}], ids=["absolute", "shared", "per block"])
+def test_encodes_as_timm_does(extra: dict[str, bool]) -> None:
+    encoder = beit(**extra).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        images = torch.randn(2, 3, 16, 24)
+        torch.testing.assert_close(encode(encoder, images), encoder.forward_features(images), rtol=1e-4, atol=1e-5)
+
+
+def test_knows_where_positions_enter() -> None:
+    assert not has_relative_positions(beit(**ABSOLUTE))
+    assert has_relative_positions(beit(**SHARED))
+    assert has_relative_positions(beit())
+    assert patch_positions(beit(**ABSOLUTE)).any()
+    assert not patch_positions(beit(**SHARED)).any()
+
+
+@pytest.mark.parametrize("name", ["mae", "hpm"])
+def test_a_method_that_leaves_patches_out_refuses_relative_positions(name: str) -> None:
+    with pytest.raises(UserError, match=r"use_rel_pos_bias=false"):
+        METHODS[name](METHODS[name].Config(), beit(**SHARED))
+
+
+@pytest.mark.parametrize("extra", [ABSOLUTE, SHARED, {}], ids=["absolute", "shared", "per block"])
+def test_export_opens_in_timm_and_here(extra: dict[str, bool], tmp_path: Path) -> None:
+    encoder = beit(**extra).eval()
+    folder = export_encoder(
+        encoder,
+        tmp_path / "export",
+        model="beit_base_patch16_224",
+        model_args={**TINY, **extra},
+        image_size=(16, 24),
+        channels=3,
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+    )
+    images = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        expected = encoder.forward_features(images)
+        for opened in (timm.create_model(f"local-dir:{folder}", pretrained=True), load_encoder(folder)):
+            assert torch.equal(opened.eval().forward_features(images), expected)
+
+
+def test_a_convolutional_stem_is_refused() -> None:
+    with pytest.raises(UserError, match="convolutional stem"):
+        build_encoder("vit_tiny_r_s16_p8_224")
