@@ -44,12 +44,12 @@ def patch_values(patches: Tensor) -> Tensor:
 
 def channels_first(values: Tensor, channels: int) -> Tensor:
     """Numbers of each patch from MAE's order into PixelShuffle's, (channel, row, column): (B, M, P) -> (B, M, P)."""
-    return values.unflatten(-1, (-1, channels)).transpose(-1, -2).flatten(-2)
+    return values.reshape(*values.shape[:-1], -1, channels).transpose(-1, -2).flatten(-2)
 
 
 def channels_last(values: Tensor, channels: int) -> Tensor:
     """The inverse of `channels_first`: (B, M, P) -> (B, M, P) in MAE's order, (row, column, channel)."""
-    return values.unflatten(-1, (channels, -1)).transpose(-1, -2).flatten(-2)
+    return values.reshape(*values.shape[:-1], channels, -1).transpose(-1, -2).flatten(-2)
 
 
 def images_from_values(values: Tensor, grid: Grid, channels: int) -> Tensor:

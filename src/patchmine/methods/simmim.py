@@ -1,0 +1,140 @@
+"""SimMIM: predict the raw pixels of large hidden squares from the encoder's own output, with a single linear layer.
+
+Xie, Zhang, Cao, Lin, Bao, Yao, Dai, Hu, "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022, arXiv
+2111.09886.  Constants that the paper does not give come from the reference code, microsoft/SimMIM; each names its file.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from patchmine.errors import UserError
+from patchmine.method import Method
+from patchmine.models.vit import Encoder, encoder_grid, patch_positions, prefix_tokens, project_patches, transform
+from patchmine.ops.losses import masked_absolute_error
+from patchmine.ops.masks import expand_units
+from patchmine.ops.patches import channels_last, gather_patches
+from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
+from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
+
+TOKEN_STD = 0.02  # models/simmim.py cuts the normal distribution at one deviation
+
+
+class SimMIM(Method):
+    """The full sequence goes through the encoder, with one learned token wherever a patch is hidden; no decoder."""
+
+    class Config(BaseModel):
+        """Settings of SimMIM; the defaults are the published recipe (configs/vit_base__800ep, data_simmim.py)."""
+
+        model_config = ConfigDict(extra="forbid")
+        name: Literal["simmim"] = "simmim"
+        mask_ratio: float = Field(0.6, gt=0, lt=1, description="share of the mask units that are hidden, rounded up")
+        mask_unit: int | None = Field(
+            None, gt=0, description="pixels along a side of what is hidden at once; null: two patches, 32 as published"
+        )
+        clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (config.py: 5)")
+
+    encoder: Encoder
+
+    def __init__(self, config: Config, encoder: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = encoder_grid(encoder)
+        self.per_unit = patches_per_unit(self.grid, config.mask_unit)
+        self.num_units = self.grid.num_patches // math.prod(self.per_unit)
+        self.num_masked_units = math.ceil(self.num_units * config.mask_ratio)  # rounded up: data_simmim.py
+        if self.num_masked_units == self.num_units:
+            raise UserError(
+                f"method.mask_ratio={config.mask_ratio} hides all {self.num_units} mask units of the image: lower it, "
+                f"or set a smaller method.mask_unit={self.grid.patch[0]}"
+            )
+        self.channels = encoder.patch_embed.proj.in_channels
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
+        nn.init.trunc_normal_(self.mask_token, std=TOKEN_STD, a=-TOKEN_STD, b=TOKEN_STD)
+        # torch's own initialisation, as the reference leaves its 1 x 1 convolution.
+        self.head = nn.Linear(encoder.embed_dim, self.grid.values_per_patch(self.channels))
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        images = batch.views[0]  # (B, C, H, W)
+        mask = self.draw_mask(images)
+        painted = self.reconstruct(images, mask)  # (B, M, P)
+        return {"loss": masked_absolute_error(painted, self.target(images, mask), self.channels)}
+
+    def draw_mask(self, images: Tensor) -> Mask:
+        """Hidden and visible patches, where whole units are hidden: a random set of the same size for each image."""
+        noise = self.noise.uniform(len(images), self.num_units, device=images.device)
+        masked, visible = noise.argsort(dim=1, stable=True).tensor_split([self.num_masked_units], dim=1)
+        visible, masked = (expand_units(units, self.grid, self.per_unit) for units in (visible, masked))
+        return Mask(visible, masked, self.grid.num_patches)
+
+    def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
+        """Predicted pixels of the masked patches in PixelShuffle's order, (channel, row, column): (B, M, P)."""
+        latent = self.encode(images, mask)[:, self.encoder.num_prefix_tokens :]  # (B, L, D)
+        wanted = mask.masked[:, :, None].expand(-1, -1, latent.shape[-1])
+        return self.head(latent.gather(1, wanted))
+
+    def encode(self, images: Tensor, mask: Mask) -> Tensor:
+        """All tokens after the final norm, where a masked patch entered as the mask token: (B, P + L, D)."""
+        tokens = torch.where(mask.as_bool()[:, :, None], self.mask_token, project_patches(self.encoder, images))
+        tokens = tokens + patch_positions(self.encoder)  # (B, L, D)
+        return transform(self.encoder, torch.cat([prefix_tokens(self.encoder, len(tokens)), tokens], dim=1))
+
+    def target(self, images: Tensor, mask: Mask) -> Tensor:
+        """Pixels of the masked patches as they were fed to the network, in the order of `reconstruct`: (B, M, P)."""
+        return gather_patches(images.float(), mask.masked, self.grid.patch).flatten(2)
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Everything that learns; class token and learned positions are not decayed, the mask token is."""
+        spared = {"encoder.cls_token", "encoder.pos_embed"}
+        clip = self.config.clip_grad
+        return [
+            ParamGroup([(name, p) for name, p in self.learning() if name not in spared], clip_norm=clip),
+            ParamGroup([(name, p) for name, p in self.learning() if name in spared], clip_norm=clip, weight_decay=0.0),
+        ]
+
+    @torch.no_grad()
+    def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
+        """Input, what was left visible, the reconstruction, the error of each masked patch."""
+        images = batch.views[0]
+        mask = self.draw_mask(images)
+        painted = self.reconstruct(images, mask)
+        error = (painted.float() - self.target(images, mask)).abs().mean(dim=-1)  # (B, M)
+        return [
+            Panel("input", images),
+            Panel("visible", hide_masked(images, mask, self.grid)),
+            reconstruction_panel(images, mask, self.grid, channels_last(painted, self.channels), borrow=False),
+            Panel("error", patch_map(error, self.grid, mask.masked), kind="heat"),
+        ]
+
+
+def patches_per_unit(grid: Grid, mask_unit: int | None) -> tuple[int, ...]:
+    """Patches along each side of a mask unit of ``mask_unit`` pixels, or of two patches.
+
+    UserError where patches do not fill the unit or units do not fill the image.
+    """
+    per_unit = tuple(2 if mask_unit is None else mask_unit // step for step in grid.patch)
+    sides = tuple(count * step for count, step in zip(per_unit, grid.patch, strict=True))
+    if mask_unit is not None and sides != (mask_unit,) * len(sides):
+        step = math.lcm(*grid.patch)
+        raise UserError(
+            f"method.mask_unit={mask_unit} is not a multiple of the patch, {_by(grid.patch)} pixels: "
+            f"try method.mask_unit={max(step, round(mask_unit / step) * step)}"
+        )
+    if any(size % count for size, count in zip(grid.size, per_unit, strict=True)):
+        image = tuple(size * step for size, step in zip(grid.size, grid.patch, strict=True))
+        given = "null, two patches," if mask_unit is None else str(mask_unit)
+        raise UserError(
+            f"method.mask_unit={given} makes units of {_by(sides)} pixels, which do not fill image_size={_by(image)}: "
+            f"try method.mask_unit={math.lcm(*grid.patch)}, or another image_size"
+        )
+    return per_unit
+
+
+def _by(sides: tuple[int, ...]) -> str:
+    return "x".join(map(str, sides))
