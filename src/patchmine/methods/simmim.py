@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from patchmine.errors import UserError
 from patchmine.method import Method
+from patchmine.models.units import patches_per_unit
 from patchmine.models.vit import Encoder, encoder_grid, patch_positions, prefix_tokens, project_patches, transform
 from patchmine.ops.losses import masked_absolute_error
 from patchmine.ops.masks import expand_units
 from patchmine.ops.patches import channels_last, gather_patches
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
-from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
+from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 TOKEN_STD = 0.02  # models/simmim.py cuts the normal distribution at one deviation
 
@@ -111,30 +112,3 @@ class SimMIM(Method):
             reconstruction_panel(images, mask, self.grid, channels_last(painted, self.channels), borrow=False),
             Panel("error", patch_map(error, self.grid, mask.masked), kind="heat"),
         ]
-
-
-def patches_per_unit(grid: Grid, mask_unit: int | None) -> tuple[int, ...]:
-    """Patches along each side of a mask unit of ``mask_unit`` pixels, or of two patches.
-
-    UserError where patches do not fill the unit or units do not fill the image.
-    """
-    per_unit = tuple(2 if mask_unit is None else mask_unit // step for step in grid.patch)
-    sides = tuple(count * step for count, step in zip(per_unit, grid.patch, strict=True))
-    if mask_unit is not None and sides != (mask_unit,) * len(sides):
-        step = math.lcm(*grid.patch)
-        raise UserError(
-            f"method.mask_unit={mask_unit} is not a multiple of the patch, {_by(grid.patch)} pixels: "
-            f"try method.mask_unit={max(step, round(mask_unit / step) * step)}"
-        )
-    if any(size % count for size, count in zip(grid.size, per_unit, strict=True)):
-        image = tuple(size * step for size, step in zip(grid.size, grid.patch, strict=True))
-        given = "null, two patches," if mask_unit is None else str(mask_unit)
-        raise UserError(
-            f"method.mask_unit={given} makes units of {_by(sides)} pixels, which do not fill image_size={_by(image)}: "
-            f"try method.mask_unit={math.lcm(*grid.patch)}, or another image_size"
-        )
-    return per_unit
-
-
-def _by(sides: tuple[int, ...]) -> str:
-    return "x".join(map(str, sides))
