@@ -76,9 +76,13 @@ class ForeignTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), normalised as ImageNet -> (B, L, width), raster order."""
+        return self.tokens(images)[:, self.tower.num_prefix_tokens :]
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """The same with the network's class and register tokens before the patches: (B, P + L, width)."""
         tokens = self.tower.forward_features(images * self.scale + self.shift)  # (B, P + L, D)
-        features = tokens[:, self.tower.num_prefix_tokens :]
-        return features if self.projection is None else features @ self.projection
+        return tokens if self.projection is None else tokens @ self.projection
 
 
 def _to_clip_normalisation() -> tuple[Tensor, Tensor]:

@@ -22,6 +22,11 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().mean(dim=-1)
 
 
+def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of each patch: (B, M, P), (B, M, P) -> (B, M)."""
+    return (prediction.float() - target.float()).abs().mean(dim=-1)
+
+
 def masked_absolute_error(prediction: Tensor, target: Tensor, channels: int) -> Tensor:
     """Mean absolute error over the pixels of all masked patches: (B, M, P), (B, M, P) -> ().
 

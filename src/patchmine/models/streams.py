@@ -1,0 +1,158 @@
+"""Two streams over one sequence: content that looks back, and queries that know positions and look at earlier content.
+
+The content stream is a stock timm ViT run under a causal mask, by functions around its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+from patchmine.errors import UserError
+from patchmine.models.vit import Encoder, initialise
+
+
+class QueryBlock(nn.Module):
+    """Cross-attention from queries to content, then an MLP; both residual, on the queries.
+
+    The same `norm1` serves queries and content (SAIM, util/blocks.py).  Keys and values come from one product.
+    """
+
+    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.num_heads = num_heads
+        self.norm1 = norm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = norm(width)
+        self.mlp = Mlp(width, hidden, width)
+
+    def initialise(self) -> None:
+        """As everything else, but keys and values as if each had a matrix of its own."""
+        initialise(self)
+        for part in self.key_value.weight.detach().chunk(2):
+            nn.init.xavier_uniform_(part)
+
+    def forward(self, queries: Tensor, content: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, N, D), (B, M, D) -> (B, N, D).
+
+        ``mask`` (1 or B, 1, N, M) bool, True = may look; None: row r looks at the first r + 1, and N = M.
+        """
+        query = _heads(self.query(self.norm1(queries)), self.num_heads)
+        key, value = self.key_value(self.norm1(content)).chunk(2, dim=-1)
+        mixed = F.scaled_dot_product_attention(
+            query, _heads(key, self.num_heads), _heads(value, self.num_heads), attn_mask=mask, is_causal=mask is None
+        )
+        queries = queries + self.proj(_joined(mixed))
+        return queries + self.mlp(self.norm2(queries))
+
+
+def query_stream(encoder: Encoder, depth: int) -> nn.ModuleList:
+    """``depth`` fresh query blocks of the sizes of the encoder's own."""
+    block = encoder.blocks[0]
+    blocks = [QueryBlock(encoder.embed_dim, block.attn.num_heads, block.mlp.fc2.in_features) for _ in range(depth)]
+    for each in blocks:
+        each.initialise()
+    return nn.ModuleList(blocks)
+
+
+def content_block(block: Block, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A stock block (B, N, D) -> (B, N, D) in which a token looks at itself and at earlier ones, or as ``mask`` says.
+
+    Written out because not every timm that we support lets a block be told so.
+    """
+    attention = block.attn
+    query, key, value = (
+        _heads(part, attention.num_heads) for part in attention.qkv(block.norm1(tokens)).chunk(3, dim=-1)
+    )
+    mixed = F.scaled_dot_product_attention(
+        attention.q_norm(query),
+        attention.k_norm(key),
+        value,
+        attn_mask=mask,
+        dropout_p=attention.attn_drop.p if block.training else 0.0,
+        is_causal=mask is None,
+    )
+    tokens = tokens + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(_joined(mixed)))))
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+
+def two_streams(
+    encoder: Encoder,
+    query_blocks: Sequence[QueryBlock] | nn.ModuleList,
+    content: Tensor,
+    queries: Tensor,
+    content_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What every block makes of content (B, M, D) and queries (B, N, D); the last queries are not normed yet.
+
+    The query blocks are spread evenly over the encoder's, each behind the block whose output it reads.  Without masks
+    both streams are in the order of ranks, content with one token before it: query r reads the first r + 1 tokens.
+    """
+    contents, answers = [encoder.norm_pre(content)], [queries]
+    step = len(encoder.blocks) // len(query_blocks)
+    for i, block in enumerate(encoder.blocks):
+        contents.append(content_block(block, contents[-1], content_mask))
+        if (i + 1) % step == 0:
+            answers.append(query_blocks[i // step](answers[-1], contents[-1], query_mask))
+    return contents[1:], answers[1:]
+
+
+def check_causal(encoder: Encoder, method: str) -> None:
+    """UserError for an encoder that `two_streams` cannot run: other blocks, or another start than one class token."""
+    prefix = encoder.num_prefix_tokens
+    if encoder.cls_token is None or prefix != 1:
+        raise UserError(
+            f"method={method} starts every sequence from one class token, and this model has {prefix} tokens before "
+            "its patches: set model_args.class_token=true model_args.reg_tokens=0, or choose vit_base_patch16_224"
+        )
+    if not all(type(block) is Block and _plain(block.attn) for block in encoder.blocks):
+        raise UserError(
+            f"method={method} runs the blocks of a plain vision transformer under a causal mask, and this "
+            f"{type(encoder).__name__} has others: choose one such as vit_base_patch16_224"
+        )
+
+
+def _plain(attention: nn.Module) -> bool:
+    """No gate, and no norm on what attention gives: timm's newer options, which `content_block` does not know."""
+    extra = [getattr(attention, name, None) for name in ("gate", "norm")]
+    return type(attention) is Attention and all(part is None or isinstance(part, nn.Identity) for part in extra)
+
+
+@contextmanager
+def only_looking(encoder: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run an encoder that also learns in this step: in eval mode, without gradients, in the step's precision.
+
+    Autocast must not keep the weights that it casts meanwhile: made without gradients, they would be used again in the
+    part that learns, and nothing would reach the weights.
+    """
+    kind, training = device.type, encoder.training
+    autocast = torch.autocast(
+        kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+    )
+    encoder.eval()
+    try:
+        with torch.no_grad(), autocast:
+            yield
+    finally:
+        encoder.train(training)
+
+
+def _heads(tokens: Tensor, count: int) -> Tensor:
+    """(B, N, D) -> (B, heads, N, D / heads)."""
+    return tokens.view(*tokens.shape[:2], count, -1).transpose(1, 2)
+
+
+def _joined(mixed: Tensor) -> Tensor:
+    """(B, heads, N, D / heads) -> (B, N, D)."""
+    return mixed.transpose(1, 2).flatten(2)
