@@ -3,10 +3,12 @@
 from patchmine.method import Method
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
+from patchmine.methods.semaim import SemAIM
 from patchmine.methods.simmim import SimMIM
 
 METHODS: dict[str, type[Method]] = {
     "mae": MAE,
     "hpm": HPM,
     "simmim": SimMIM,
+    "semaim": SemAIM,
 }

@@ -1,0 +1,324 @@
+"""SemAIM: predict every patch from those before it, in an order that starts at the main object.
+
+Song, Zhang, Wang, "Semantic-Aware Autoregressive Image Modeling for Visual Representation Learning", AAAI 2024, arXiv
+2312.10457.  With ``order=stochastic`` it is SAIM: Qi et al., "Exploring Stochastic Autoregressive Image Modeling for
+Visual Representation", AAAI 2023, arXiv 2212.01610.  Constants come from the reference code, skyoux/SemAIM.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from patchmine.errors import UserError
+from patchmine.method import Method
+from patchmine.models.attention import class_attention
+from patchmine.models.foreign import ForeignTeacher
+from patchmine.models.streams import check_causal, only_looking, query_stream, two_streams
+from patchmine.models.teacher import Teacher
+from patchmine.models.vit import (
+    embed_patches,
+    encode,
+    encoder_grid,
+    initialise,
+    patch_positions,
+    prefix_tokens,
+    refuse_relative,
+    transform,
+)
+from patchmine.ops.blur import blur_matrix, blurred
+from patchmine.ops.losses import absolute_error, direction_error, squared_error
+from patchmine.ops.orders import (
+    BY_CONTENT,
+    IN_GROUPS,
+    Order,
+    patch_levels,
+    take,
+    token_similarity,
+    visibility,
+    visiting_order,
+)
+from patchmine.ops.patches import (
+    gather_patches,
+    images_from_values,
+    patch_statistics,
+    patch_values,
+    pixel_targets,
+)
+from patchmine.ops.pictures import patch_map
+from patchmine.ops.schedules import ema_decay
+from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
+
+
+class SemAIM(Method):
+    """The encoder under a causal mask, and a second stream that knows positions and reads what came earlier."""
+
+    class Config(BaseModel):
+        """Settings of SemAIM; the defaults are the published recipe (README.md, main_pretrain.py)."""
+
+        model_config = ConfigDict(extra="forbid")
+        name: Literal["semaim"] = "semaim"
+        order: Order = Field(
+            "attention_center",
+            description="attention_center: by distance from the patch most similar to the image; similarity: by "
+            "similarity; stochastic: at random (SAIM); rowmajor, serpentine; center2out, out2center: of the image",
+        )
+        similarity: Literal["cls", "gap", "self"] = Field(
+            "cls", description="of a patch to class token or mean patch, or the class token's attention (self)"
+        )
+        semantic_source: Literal["online", "ema"] = Field(
+            "online", description="who judges similarity when pixels are predicted: the encoder, or its slow copy"
+        )
+        ties: Literal["break", "keep"] = Field(
+            "break", description="patches of equal distance: in random order, or all at once (slower)"
+        )
+        group_size: int = Field(1, gt=0, description="patches of consecutive ranks predicted at once (slower above 1)")
+        query_depth: int | None = Field(
+            None, gt=0, description="query blocks, a divisor of the encoder's depth; null: as many as the encoder has"
+        )
+        head: Literal["mlp", "linear"] = Field("mlp", description="what turns queries into predictions")
+        target: Literal["pixel", "ema", "own", "dino", "clip"] = Field(
+            "pixel",
+            description="what is predicted: pixels, features of the encoder's slow copy or of itself, or those of a "
+            "frozen DINO or CLIP",
+        )
+        target_file: str | None = Field(None, description="local weights of the frozen DINO or CLIP network")
+        target_renormalise: bool = Field(
+            False, description="give a foreign network images in its own normalisation; the reference does not"
+        )
+        pixel_loss: Literal["l2", "l1"] = Field("l2", description="mean squared or mean absolute error of pixels")
+        norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
+        blur_kernel: int = Field(9, gt=0, description="side of the window that pixel targets are blurred with, odd")
+        blur_sigma: float | None = Field(1.0, gt=0, description="deviation of that blur, in pixels; null: none")
+        ema_start: float = Field(0.999, ge=0, le=1, description="decay of the slow copy at the start")
+        ema_end: float = Field(0.9999, ge=0, le=1, description="decay of the slow copy after the ramp")
+        ema_ramp_epochs: int | None = Field(
+            100, gt=0, description="epochs of the ramp, counted absolutely; null: per step, over the whole run"
+        )
+        clip_grad: float | None = Field(3.0, gt=0, description="largest global gradient norm (README.md: 3)")
+
+    encoder: VisionTransformer
+    teacher: Teacher | None
+    foreign: ForeignTeacher | None
+    blur_rows: Tensor
+    blur_columns: Tensor
+
+    def __init__(self, config: Config, encoder: VisionTransformer) -> None:
+        super().__init__()
+        refuse_relative(encoder, "semaim")
+        check_causal(encoder, "semaim")
+        self.config = config
+        self.grid = encoder_grid(encoder)
+        self.by_content = config.order in BY_CONTENT
+        channels = encoder.patch_embed.proj.in_channels
+        depth = config.query_depth or len(encoder.blocks)
+        _check(config, depth=len(encoder.blocks), channels=channels)
+
+        self.encoder = encoder
+        self.foreign = None
+        width = encoder.embed_dim
+        out_width = self.grid.values_per_patch(channels) if config.target == "pixel" else width
+        if config.target in ("dino", "clip"):
+            self.foreign = ForeignTeacher(
+                config.target, config.target_file, grid=self.grid, renormalise=config.target_renormalise
+            )
+            out_width = self.foreign.width
+            if self.by_content and config.similarity == "cls" and self.foreign.tower.cls_token is None:
+                raise UserError(
+                    f"method.target_file={config.target_file} is a network without class token, which "
+                    "method.similarity=cls compares its patches with: set method.similarity=gap"
+                )
+
+        self.query_blocks = query_stream(encoder, depth)
+        self.head = Mlp(width, 4 * width, out_width) if config.head == "mlp" else nn.Linear(width, out_width)
+        initialise(self.head)
+
+        asked = self.by_content and config.target == "pixel" and config.semantic_source == "ema"
+        self.teacher = Teacher(encoder=encoder) if asked or config.target == "ema" else None
+        for name, count, side in zip(("blur_rows", "blur_columns"), self.grid.size, self.grid.patch, strict=True):
+            matrix = blur_matrix(count * side, config.blur_kernel, config.blur_sigma or 1.0)
+            self.register_buffer(name, matrix, persistent=False)
+
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        images = batch.views[0]  # (B, C, H, W)
+        patches = embed_patches(self.encoder, images)  # (B, L, D)
+        features, similarity = self.look(images, patches)
+        order, score = self.draw_order(images, similarity)  # (B, L); None, or (1 or B, L)
+        predicted = self.predict(patches, order, score)  # (B, L, T), by rank from here on
+        error = self.error(predicted, images, features, order)  # (B, L)
+        by_rank = error.detach().mean(dim=0)
+        count = self.grid.num_patches
+        return {
+            "loss": error.mean(),
+            "first_patch": by_rank[0],  # known from its position only: below 1 here means a leak or a bias of the data
+            "first_tenth": by_rank[: -(-count // 10)].mean(),
+            "last_half": by_rank[count // 2 :].mean(),
+        }
+
+    @torch.no_grad()
+    def look(self, images: Tensor, patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the whole image says: target features (B, L, T) or None, similarity of each patch (B, L) or None.
+
+        One pass makes both (spec semaim.md, section 3.1); nothing is computed that nobody asks for.  ``patches`` are
+        the encoder's own (B, L, D), which its pass here shares with the step.
+        """
+        config = self.config
+        wants_features, by_attention = config.target != "pixel", config.similarity == "self"
+        if not (wants_features or self.by_content):
+            return None, None
+        tokens, num_prefix = None, 1
+        looking = self.encoder if self.teacher is None else cast(VisionTransformer, self.teacher.encoder)
+        similarity = None
+        with only_looking(looking, images.device):
+            if self.foreign is not None:
+                tokens, num_prefix = self.foreign.tokens(images), self.foreign.tower.num_prefix_tokens
+            elif wants_features or not by_attention:
+                tokens = self._encode(images, patches)
+            if self.by_content and by_attention:
+                similarity = class_attention(looking, images)[:, :, 1:].mean(dim=1)
+        if tokens is None:
+            return None, similarity
+        features = tokens[:, num_prefix:]
+        if self.by_content and not by_attention:
+            anchor = tokens[:, 0] if config.similarity == "cls" else features.float().mean(dim=1)
+            similarity = token_similarity(anchor, features)
+        return (features if wants_features else None), similarity
+
+    def _encode(self, images: Tensor, patches: Tensor) -> Tensor:
+        """Final tokens (B, 1 + L, D) of the slow copy if there is one, else of the encoder; nobody is masked."""
+        if self.teacher is not None:
+            return encode(cast(VisionTransformer, self.teacher.encoder), images)
+        return transform(self.encoder, torch.cat([prefix_tokens(self.encoder, len(patches)), patches], dim=1))
+
+    def draw_order(self, images: Tensor, similarity: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The patch of each rank (B, L), and the score of each rank (1 or B, L) where some are predicted at once.
+
+        Whether there are scores follows from the settings alone.
+        """
+        config = self.config
+        noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
+        levels = patch_levels(config.order, self.grid.size, similarity, images.device)
+        order = visiting_order(config.order, levels, noise)
+        if config.ties == "keep":
+            return order, levels.expand(len(images), -1).gather(1, order)
+        if config.group_size > 1:
+            return order, (torch.arange(self.grid.num_patches, device=images.device) // config.group_size)[None]
+        return order, None
+
+    def predict(self, patches: Tensor, order: Tensor, score: Tensor | None) -> Tensor:
+        """Predictions by rank: embedded patches (B, L, D) in raster order, (B, L), None or (1 or B, L) -> (B, L, T).
+
+        Sorted by rank, what may be looked at is exactly the lower triangle, in both streams: content is the class token
+        and all patches but the last, which nobody reads, and the query of rank r reads the first r + 1 of them.  Only
+        where patches are predicted at once does it take masks.
+        """
+        content = torch.cat([prefix_tokens(self.encoder, len(patches)), take(patches, order[:, :-1])], dim=1)
+        queries = patch_positions(self.encoder)[order].to(content.dtype)  # (B, L, D)
+        content_mask = query_mask = None
+        if score is not None:
+            length = order.shape[1]
+            content_mask, query_mask = (seen[:, None, :length, :length] for seen in visibility(score))
+        _, answers = two_streams(self.encoder, self.query_blocks, content, queries, content_mask, query_mask)
+        return self.head(self.encoder.norm(answers[-1]))
+
+    def error(self, predicted: Tensor, images: Tensor, features: Tensor | None, order: Tensor) -> Tensor:
+        """Loss of each patch by rank, float32 (B, L)."""
+        if features is not None:
+            return direction_error(predicted, take(features, order))
+        config = self.config
+        target = pixel_targets(self.soften(images), order, self.grid.patch, norm_pix_loss=config.norm_pix_loss)
+        return (squared_error if config.pixel_loss == "l2" else absolute_error)(predicted, target)
+
+    def soften(self, images: Tensor) -> Tensor:
+        """What pixel targets are cut from, float32 (B, C, H, W)."""
+        if self.config.blur_sigma is None:
+            return images.float()
+        return blurred(images, self.blur_rows, self.blur_columns)
+
+    def after_step(self, progress: Progress) -> None:
+        if self.teacher is not None:
+            config = self.config
+            decay = ema_decay(progress, start=config.ema_start, end=config.ema_end, ramp_epochs=config.ema_ramp_epochs)
+            self.teacher.update(decay, encoder=self.encoder)
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Everything that learns, clipped at the published norm."""
+        return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
+
+    @torch.no_grad()
+    def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
+        """Input, similarity, rank of each patch, each patch as predicted from those before it, the error."""
+        images = batch.views[0]
+        patches = embed_patches(self.encoder, images)
+        features, similarity = self.look(images, patches)
+        order, score = self.draw_order(images, similarity)
+        predicted = self.predict(patches, order, score)
+        panels = [Panel("input", images)]
+        if similarity is not None:
+            titles = {"cls": "similarity to the class token", "gap": "similarity to the mean patch"}
+            title = titles.get(self.config.similarity, "attention of the class token")
+            panels.append(Panel(title, patch_map(similarity, self.grid), kind="heat"))
+        together = "" if score is None else ", some at once"
+        ranks = torch.arange(self.grid.num_patches, device=images.device).expand_as(order) if score is None else score
+        rank_map = patch_map(ranks.expand_as(order), self.grid, order)
+        panels.append(Panel(f"order: dark is predicted first{together}", rank_map, kind="heat"))
+        if features is None:
+            panels.append(self._painted(images, predicted, order))
+        error = self.error(predicted, images, features, order)
+        panels.append(Panel("error", patch_map(error, self.grid, order), kind="heat"))
+        return panels
+
+    def _painted(self, images: Tensor, predicted: Tensor, order: Tensor) -> Panel:
+        """All patches as predicted, each from the true ones before it."""
+        title = "each patch as predicted from the true ones before it"
+        values = predicted.float()
+        if self.config.norm_pix_loss:
+            true = patch_values(gather_patches(self.soften(images), order, self.grid.patch))
+            mean, deviation = patch_statistics(true)
+            values = values * deviation + mean
+            title += " (patch statistics borrowed from the input)"
+        back = order.argsort(dim=1)
+        return Panel(title, images_from_values(take(values, back), self.grid, images.shape[1]))
+
+
+def _check(config: SemAIM.Config, *, depth: int, channels: int) -> None:
+    """UserError for settings that contradict each other or the encoder."""
+    foreign = config.target in ("dino", "clip")
+    if config.query_depth is not None and depth % config.query_depth:
+        divisors = ", ".join(str(n) for n in range(1, depth + 1) if depth % n == 0)
+        raise UserError(
+            f"method.query_depth={config.query_depth} does not divide the {depth} blocks of the encoder: "
+            f"choose one of {divisors}"
+        )
+    if config.blur_sigma is not None and config.blur_kernel % 2 == 0:
+        raise UserError(
+            f"method.blur_kernel={config.blur_kernel} has no middle pixel: "
+            f"try method.blur_kernel={config.blur_kernel + 1}"
+        )
+    if config.ties == "keep" and config.order not in IN_GROUPS:
+        raise UserError(
+            f"method.ties=keep means nothing for method.order={config.order}, which has no ties: "
+            f"choose method.order={', '.join(IN_GROUPS)}, or method.group_size=N"
+        )
+    if config.ties == "keep" and config.group_size > 1:
+        raise UserError(
+            f"method.ties=keep and method.group_size={config.group_size} are two ways to group patches: "
+            "give one of them"
+        )
+    if config.semantic_source == "ema" and config.target not in ("pixel", "ema"):
+        raise UserError(
+            f"method.semantic_source=ema is not used with method.target={config.target}, whose own pass gives the "
+            "similarity: leave it out"
+        )
+    if foreign and config.similarity == "self":
+        raise UserError(
+            f"method.similarity=self needs attention of the encoder, but with method.target={config.target} that "
+            "network judges: set method.similarity=cls or gap"
+        )
+    if foreign and channels != 3:
+        raise UserError(f"method.target={config.target} is a network for three channels, not for channels={channels}")
