@@ -52,3 +52,23 @@ def expand_units(units: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor
     numbers = torch.arange(grid.num_patches, device=units.device).reshape(split)  # (u0, s0, u1, s1, ...)
     inside = numbers.permute(*range(0, len(split), 2), *range(1, len(split), 2)).reshape(-1, math.prod(per_unit))
     return inside[units].flatten(1).sort(dim=1).values
+
+
+def sum_in_units(values: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor:
+    """The sum of a number of each patch over every unit of ``per_unit`` patches: (B, L) -> (B, units)."""
+    split = [part for size, step in zip(grid.size, per_unit, strict=True) for part in (size // step, step)]
+    inside = tuple(range(2, 1 + len(split), 2))
+    return values.reshape(len(values), *split).sum(dim=inside).flatten(1)
+
+
+def weighted_order(weights: Tensor, noise: Tensor) -> Tensor:
+    """A draw without replacement with chances in proportion to ``weights``: (B, L), (B, L) -> (B, L) int64.
+
+    ``noise`` is uniform in [0, 1).  With q = -log(1 - noise), which is exponential, the patches are sorted by falling
+    weight / q; that is `torch.multinomial` with L draws (spec amt.md, section 3.4).  Patches without weight come last,
+    in random order.
+    """
+    weights = weights.float()
+    # Below every positive score, whose logarithm is above -20 and whose noise adds between -3 and 17.
+    logits = torch.where(weights > 1e-6, weights.clamp(min=1e-6).log(), -50.0)
+    return (logits - (-torch.log1p(-noise)).log()).argsort(dim=1, descending=True, stable=True)

@@ -46,3 +46,13 @@ def reconstruction_panel(images: Tensor, mask: Mask, grid: Grid, painted: Tensor
     mean, deviation = patch_statistics(patch_values(gather_patches(images.float(), mask.masked, grid.patch)))
     repainted = paint_masked(images, mask, grid, painted * deviation + mean)
     return Panel("reconstruction (patch statistics borrowed from the input)", repainted)
+
+
+def roles_panel(mask: Mask, grid: Grid, title: str) -> Panel:
+    """What became of each patch, in colours that the title explains."""
+    masked, thrown, visible = torch.tensor([(0.85, 0.37, 0.0), (0.45, 0.45, 0.45), (1.0, 1.0, 1.0)])
+    colours = thrown.to(mask.masked.device).expand(len(mask.masked), grid.num_patches, 3)
+    for index, colour in ((mask.masked, masked), (mask.visible, visible)):
+        colours = colours.scatter(1, _wide(index, colours), colour.to(index.device).expand(*index.shape, 3))
+    pictures = images_from_values(colours.repeat(1, 1, grid.values_per_patch(1)), grid, 3)
+    return Panel(f"{title}: masked orange, thrown grey, visible white", pictures, kind="colour")
