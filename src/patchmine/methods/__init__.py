@@ -1,6 +1,7 @@
 """The methods, one file each.  A plain dictionary, so that `grep` finds everything."""
 
 from patchmine.method import Method
+from patchmine.methods.amt import AMT
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
 from patchmine.methods.semaim import SemAIM
@@ -10,5 +11,6 @@ METHODS: dict[str, type[Method]] = {
     "mae": MAE,
     "hpm": HPM,
     "simmim": SimMIM,
+    "amt": AMT,
     "semaim": SemAIM,
 }
