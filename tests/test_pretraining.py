@@ -44,7 +44,9 @@ TINY = {
 
 
 def pretrain(data: Any, out: Path, **settings: Any) -> Run:
-    return patchmine.pretrain(data=data, out=out, say=lambda _: None, **(TINY | settings))
+    fields = getattr(METHODS[settings.get("method", "mae")], "Config").model_fields  # noqa: B009 - each has its own
+    known = {k: v for k, v in TINY.items() if not k.startswith("method.") or k.removeprefix("method.") in fields}
+    return patchmine.pretrain(data=data, out=out, say=lambda _: None, **(known | settings))
 
 
 def weights(run: Path | Run) -> dict[str, Tensor]:

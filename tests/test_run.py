@@ -31,7 +31,13 @@ TINY = [
 
 
 def settings(method: str = "mae") -> RunConfig:
-    return parse(None, [*TINY, f"method={method}"])
+    return parse(None, [*known_to(method, TINY), f"method={method}"])
+
+
+def known_to(method: str, words: list[str]) -> list[str]:
+    """The words without settings that the method does not have."""
+    fields = getattr(METHODS[method], "Config").model_fields  # noqa: B009 - each method has its own
+    return [w for w in words if not w.startswith("method.") or w.removeprefix("method.").split("=")[0] in fields]
 
 
 def make_run(folder: Path, method: str = "mae", step: int = 3) -> tuple[Run, Method]:

@@ -292,6 +292,7 @@ class _Looker:
         if self._batch is None:  # all of the chosen ones are broken
             return
         self.method.noise.begin(progress.step)
+        self.method.eval()  # the loop goes back to training by itself
         with torch.no_grad(), self.engine.autocast():
             panels = self.method.panels(self._batch, progress)
         assert self.config.mean is not None

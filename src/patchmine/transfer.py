@@ -34,6 +34,7 @@ Say = Callable[[str], None]
 What = Literal["auto", "encoder", "full"]
 
 _TEACHER = "teacher."
+_FULL = ("mae", "hpm")  # the methods whose whole files we write and read
 _TOLD = ("mask_ratio", "norm_pix_loss")  # arguments of the official scripts that a file may have kept
 
 
@@ -45,6 +46,11 @@ def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["enc
     """
     run = Run(path)
     if what == "full":
+        if run.config.method.name not in _FULL:
+            raise UserError(
+                f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and {run.path} is of "
+                f"method={run.config.method.name}: use what=encoder, or take the newest file in {run.checkpoint_dir}"
+            )
         return _export_full(run, out, weights)
     return write_export(run.config, run.encoder(weights), run.export_dir if out is None else out)
 
