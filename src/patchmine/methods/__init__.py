@@ -2,6 +2,7 @@
 
 from patchmine.method import Method
 from patchmine.methods.amt import AMT
+from patchmine.methods.emae import EMAE
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
 from patchmine.methods.semaim import SemAIM
@@ -12,5 +13,6 @@ METHODS: dict[str, type[Method]] = {
     "hpm": HPM,
     "simmim": SimMIM,
     "amt": AMT,
+    "emae": EMAE,
     "semaim": SemAIM,
 }
