@@ -46,6 +46,8 @@ def test_mode_takes_over_stock_layers_and_only_those_it_can_do() -> None:
     layer = nn.Linear(4, 4)
     with OneDnnLinear():
         assert type(layer(torch.randn(2, 4)).grad_fn).__name__ == "_LinearBackward"
+        by_name = nn.functional.linear(torch.randn(2, 4), weight=layer.weight, bias=layer.bias)  # as timm's Beit does
+        assert type(by_name.grad_fn).__name__ == "_LinearBackward"
         assert layer.double()(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):
             assert layer.float()(torch.randn(2, 4)).dtype == torch.bfloat16

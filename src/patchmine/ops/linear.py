@@ -79,9 +79,10 @@ class OneDnnLinear(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.nn.functional.linear and not kwargs and _plain_float(args[0]) and not _autocast():
-            return onednn_linear(*args)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear and "input" not in kwargs and _plain_float(args[0]) and not _autocast():
+            return onednn_linear(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _plain_float(x: Tensor) -> bool:
