@@ -37,9 +37,11 @@ class Method(nn.Module):
         """Called once after every optimizer step, with the step that was just made (teachers are updated here)."""
 
     def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
-        """Called before the first step of an epoch.
+        """Called before the first step of an epoch, in every process; not where a run is resumed within an epoch.
 
-        ``plain_data`` yields the whole training set, uncropped, when iterated.
+        ``plain_data`` yields, when iterated, this process's share of the whole training set, uncropped; the shares of
+        all processes together are the set, and ``Batch.index`` says which items they are.  Images that cannot be read
+        are missing.
         """
 
     def param_groups(self) -> list[ParamGroup]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from patchmine.types import Batch, Progress
 Say = Callable[[str], None]
 
 SAMPLE_IMAGES = 6  # rows of a picture made during training
+PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 
 
 def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent) -> Run:
@@ -164,7 +166,7 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
             log=log,
             start=start,
             identity=identity,
-            plain_data=_PlainData(config, images, engine),
+            plain_data=_PlainData(config, images, engine, log.say),
             on_epoch=looker.evaluate if config.eval_every else None,
             on_sample=looker.draw,
         )
@@ -252,24 +254,39 @@ def _normaliser(config: RunConfig, engine: Engine) -> Callable[[Batch], Batch]:
 
 @dataclass(frozen=True)
 class _PlainData:
-    """The whole training set without crops, as often as it is iterated: each image squashed to the model's size."""
+    """This process's share of the training set without crops, as often as it is iterated.
+
+    Each image is squashed to the model's size.
+    """
 
     config: RunConfig
     images: Source
     engine: Engine
+    say: Say
 
     def __iter__(self) -> Iterator[Batch]:
-        view = PlainView(self.config.image_size, crop_pct=None)
-        workers = num_workers(self.config, self.engine)
+        count, rank, processes = len(self.images), self.engine.rank, self.engine.world_size
+        share = range(count * rank // processes, count * (rank + 1) // processes)
         loaded = plain_batches(
             self.images,
-            view,
+            PlainView(self.config.image_size, crop_pct=None),
             channels=self.config.channels,
             batch_size=256,
-            workers=workers,
+            indices=share,
+            workers=num_workers(self.config, self.engine),
             bad=BadFiles(None, self.config.max_bad_share),
         )
-        return map(_normaliser(self.config, self.engine), loaded)
+        return self._told(map(_normaliser(self.config, self.engine), loaded), len(share))
+
+    def _told(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+        """Says now and then how far a long pass is."""
+        done, last = 0, time.monotonic()
+        for batch in batches:
+            yield batch
+            done += len(batch)
+            if time.monotonic() - last > PASS_SECONDS:
+                last = time.monotonic()
+                self.say(f"Looking at all training images before the epoch: {done:,} of this process's {total:,}.")
 
 
 class _Looker:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from patchmine.data.contract import ClassNames, Labels, Source, fingerprint_of, key_of, notes_of
 from patchmine.errors import UserError
@@ -69,10 +69,12 @@ class DatasetSource:
     notes: tuple[str, ...] = ()
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        if not isinstance(dataset, Sized) or not callable(getattr(dataset, "__getitem__", None)):
+        iterable = isinstance(dataset, IterableDataset)  # which may have a length, and inherits a __getitem__
+        if iterable or not isinstance(dataset, Sized) or not callable(getattr(dataset, "__getitem__", None)):
             raise UserError(
-                f"data={type(dataset).__name__}: the dataset must have a length and give item i as dataset[i]; an "
-                "iterable dataset cannot be shuffled or resumed exactly: write its images into a folder or into shards"
+                f"data={type(dataset).__name__}: the dataset must have a length and give item i as dataset[i]; the "
+                "items of an iterable dataset have no numbers, by which to shuffle, to resume exactly or to "
+                "remember something of each image: write its images into a folder or into shards"
             )
         self.dataset = dataset
         self.name = type(dataset).__name__
