@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from patchmine.errors import UserError
 from patchmine.method import Method
+from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.units import patches_per_unit
 from patchmine.models.vit import Encoder, encoder_grid, patch_positions, prefix_tokens, project_patches, transform
 from patchmine.ops.losses import masked_absolute_error
@@ -56,6 +57,7 @@ class SimMIM(Method):
             )
         self.channels = encoder.patch_embed.proj.in_channels
         self.encoder = encoder
+        self.drop_paths = seed_drop_paths(encoder)
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=TOKEN_STD, a=-TOKEN_STD, b=TOKEN_STD)
         # torch's own initialisation, as the reference leaves its 1 x 1 convolution.
@@ -84,6 +86,7 @@ class SimMIM(Method):
         """All tokens after the final norm, where a masked patch entered as the mask token: (B, P + L, D)."""
         tokens = torch.where(mask.as_bool()[:, :, None], self.mask_token, project_patches(self.encoder, images))
         tokens = tokens + patch_positions(self.encoder)  # (B, L, D)
+        draw_drop_paths(self.drop_paths, self.noise, tokens)
         return transform(self.encoder, torch.cat([prefix_tokens(self.encoder, len(tokens)), tokens], dim=1))
 
     def target(self, images: Tensor, mask: Mask) -> Tensor:

@@ -1,0 +1,46 @@
+"""Stochastic depth that takes its decisions from a step's own noise, so that a resumed run drops the same branches.
+
+timm's draws from torch's global generator, whose state no checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import timm.layers
+from torch import Tensor, nn
+
+from patchmine.ops.noise import Noise
+
+
+class DropPath(nn.Module):
+    """Drops the branch that it stands behind for a share of the images, and enlarges it for the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.noise: Tensor | None = None  # (B,), of the batch to come
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        if not self.training or self.noise is None:
+            return branch
+        kept = (self.noise >= self.rate).to(branch.dtype) / (1 - self.rate)  # (B,)
+        return branch * kept[:, None, None]
+
+
+def seed_drop_paths(encoder: nn.Module) -> list[DropPath]:
+    """Put ours in the place of timm's, in the encoder itself; they have no weights, so no name changes."""
+    found = [(m, name, c) for m in encoder.modules() for name, c in m.named_children()]
+    replaced = []
+    for module, name, child in found:
+        if isinstance(child, timm.layers.DropPath):
+            setattr(module, name, DropPath(child.drop_prob))
+            replaced.append(getattr(module, name))
+    return replaced
+
+
+def draw_drop_paths(paths: list[DropPath], noise: Noise, tokens: Tensor) -> None:
+    """Decide for the next pass of ``tokens`` (B, N, D); draws nothing where nothing is dropped."""
+    if any(path.training for path in paths):
+        drawn = noise.uniform(len(tokens), len(paths), device=tokens.device)
+        for path, column in zip(paths, drawn.unbind(dim=1), strict=True):
+            path.noise = column
