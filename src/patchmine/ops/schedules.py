@@ -23,3 +23,8 @@ def ema_decay(progress: Progress, *, start: float, end: float, ramp_epochs: int 
     """
     done = progress.fraction if ramp_epochs is None else progress.epoch / max(1, ramp_epochs)
     return start + min(done, 1.0) * (end - start)
+
+
+def falling(progress: Progress, start: float) -> float:
+    """Linear from ``start`` towards 0, in steps of one epoch; the last one has ``start / epochs`` left (DropPos)."""
+    return start * (1 - progress.epoch / progress.total_epochs)
