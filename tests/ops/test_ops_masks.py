@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchmine.ops.masks import count_visible, expand_units, hard_masked, lowest_visible
+from patchmine.ops.masks import (
+    count_visible,
+    expand_units,
+    hard_masked,
+    lowest_visible,
+    sum_in_units,
+    weighted_order,
+)
 from patchmine.ops.noise import Noise
 from patchmine.types import Grid, Mask
 
@@ -141,3 +148,49 @@ def test_units_against_a_repeated_mask(size: tuple[int, ...], per_unit: tuple[in
         for axis, step in enumerate(per_unit):
             picture = picture.repeat(step, axis=axis)
         assert np.array_equal(np.flatnonzero(picture), numbers)
+
+
+def test_sums_in_units_against_a_loop() -> None:
+    grid, per_unit = Grid((6, 4), (4, 4)), (3, 2)
+    values = uniform(0, 2, 24)
+    found = sum_in_units(values, grid, per_unit)
+    for unit in range(4):
+        inside = expand_units(torch.full((2, 1), unit), grid, per_unit)
+        torch.testing.assert_close(found[:, unit], values.gather(1, inside).sum(dim=1))
+
+
+def test_a_weighted_draw_is_that_of_multinomial() -> None:
+    weights = uniform(0, 4, 30) + 0.01
+    expected = torch.multinomial(weights, 30, generator=torch.Generator().manual_seed(3))
+    exponential = torch.empty(4, 30).exponential_(generator=torch.Generator().manual_seed(3))
+    assert torch.equal(weighted_order(weights, -torch.expm1(-exponential)), expected)
+
+
+def test_weights_may_be_of_any_scale() -> None:
+    weights, noise = uniform(0, 4, 30) + 0.01, uniform(1, 4, 30)
+    for scale in (0.1, 7.0, 1e4):
+        assert torch.equal(weighted_order(weights * scale, noise), weighted_order(weights, noise))
+
+
+def test_what_has_no_weight_comes_last_in_random_order() -> None:
+    weights = uniform(0, 2000, 6) + 0.01
+    weights[:, [0, 4]] = 0.0
+    order = weighted_order(weights, uniform(1, 2000, 6))
+    assert set(order[:, -2:].unique().tolist()) == {0, 4}
+    assert (order[:, -1] == 0).float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 2000**0.5)
+
+
+def test_equal_weights_draw_every_patch_alike() -> None:
+    for weights in (torch.ones(2000, 10), torch.zeros(2000, 10)):
+        order = weighted_order(weights, uniform(2, 2000, 10))
+        for count in (3, 7):  # among the first three, and among the first seven
+            share = (order[:, :count, None] == torch.arange(10)).any(dim=1).float().mean(dim=0)
+            bound = 4 * (count / 10 * (1 - count / 10) / 2000) ** 0.5
+            assert (share - count / 10).abs().max() < bound
+
+
+def test_the_first_is_drawn_in_proportion() -> None:
+    weights = torch.tensor([10.0, 1.0, 1.0, 8.0]).expand(4000, 4)
+    first = weighted_order(weights, uniform(4, 4000, 4))[:, 0]
+    share = torch.bincount(first, minlength=4) / 4000
+    torch.testing.assert_close(share, weights[0] / 20, atol=4 * 0.5 / 4000**0.5, rtol=0)

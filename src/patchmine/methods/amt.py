@@ -19,6 +19,7 @@ from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.models.attention import class_attention
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
+from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.maps import ItemMaps
 from patchmine.models.teacher import Teacher
 from patchmine.models.units import patches_per_unit
@@ -121,6 +122,7 @@ class AMT(Method):
         values = self.grid.values_per_patch(self.channels)
 
         self.encoder = encoder
+        self.drop_paths = seed_drop_paths(encoder)
         self.decoder = None
         if config.host == "mae":
             width, heads = config.decoder_embed_dim, config.decoder_num_heads
@@ -195,6 +197,7 @@ class AMT(Method):
 
     def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
         """Predicted pixels of the masked patches, (B, M, P), in the order of `target`."""
+        draw_drop_paths(self.drop_paths, self.noise, images)
         if self.decoder is not None:
             latent = encode(self.encoder, images, mask.visible)  # (B, P + V, D)
             tokens = self.decoder_input(latent, mask)  # (B, P + V + M, W)
