@@ -29,7 +29,7 @@ from patchmine.models.vit import (
 from patchmine.ops.parts import (
     group_by_patch,
     order_by_patch,
-    parts_loss,
+    parts_losses,
     patch_disagreement,
     split_parts,
     unseen_patches,
@@ -96,18 +96,17 @@ class EMAE(Method):
         images = batch.views[0]  # (B, C, H, W)
         parts = self.draw_parts(images)  # (B, K, V)
         predicted = self.reconstruct(images, parts)  # (B, U * (K - 1), V, P)
-        loss, reconstruction, distance, disagreement = parts_loss(
-            predicted, self.targets(images, parts), self.num_used, pull=self.pull, distance=self.config.sc_dist
+        reconstruction, distance, disagreement = parts_losses(
+            predicted, self.targets(images, parts), self.num_used, self.config.sc_dist
         )
         if self.num_parts == 2 or self.num_used == 1:  # no patch has two predictions
-            return {"loss": loss}
-        consistency = self.unweighted_pull * distance
+            return {"loss": reconstruction}
+        consistency = self.pull * distance
         if self.config.sc_grad == "both":
-            # The gradient of the two terms with one side fixed is that of one plain term; only the value is twice.
-            loss = loss + self.pull * distance
-            consistency = 2 * consistency
+            # Two terms, each with the other side held fixed, have the gradient of one plain term and twice its value.
+            consistency = consistency + consistency.detach()
         return {
-            "loss": loss,
+            "loss": reconstruction + self.config.sc_weight * consistency,
             "reconstruction": reconstruction,
             "consistency": consistency,
             "disagreement": disagreement,
@@ -115,15 +114,9 @@ class EMAE(Method):
 
     @property
     def pull(self) -> float:
-        """Factor of the mean distance in the loss, as far as the gradient goes."""
-        return self.config.sc_weight * self.unweighted_pull
-
-    @property
-    def unweighted_pull(self) -> float:
-        """The same for ``sc_weight=1``: the mean is over what two parts both predict, the share 1 - 2/K of an image."""
+        """Factor of the mean distance over pairs of parts and the patches that both predict, 1 - 2/K of an image."""
         share = 1 - 2 / self.num_parts if self.config.sc_norm == "all" else 1.0
-        pairs = self.num_used * (self.num_used - 1) // 2 if self.config.sc_pairs == "sum" else 1
-        return share * pairs
+        return share * (self.num_used * (self.num_used - 1) // 2 if self.config.sc_pairs == "sum" else 1)
 
     def draw_parts(self, images: Tensor) -> Tensor:
         """Numbers of the patches in each part, (B, K, V)."""

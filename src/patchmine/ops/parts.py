@@ -7,7 +7,7 @@ that shapes do not depend on the draw and no loss multiplies by a mask.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def rank_balance(values: Tensor) -> Tensor:
     """How many along dimension 2 are smaller, less how many are greater: (B, J, M, V, P) -> the same shape.
 
     This is the gradient of the sum of |a - b| over all pairs, ties included, and ``(values * balance).sum()`` is that
-    sum.  One sweep for each of the M: no tensor over pairs, and for the M at hand quicker than to sort.
+    sum.  One sweep for each of the M: no tensor over pairs, and for a dozen of predictions quicker than to sort them.
     """
     balance = torch.zeros_like(values)
     for other in values.unbind(2):
@@ -80,58 +80,33 @@ def patch_disagreement(predicted: Tensor, num_parts: int, num_used: int) -> Tens
     return torch.cat(means, dim=1)
 
 
-def parts_loss(
-    predicted: Tensor, target: Tensor, num_used: int, *, pull: float, distance: Literal["l1", "l2"]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reconstruction of every patch by every part that does not see it, and how far these predictions lie apart.
+def parts_losses(
+    predicted: Tensor, target: Tensor, num_used: int, distance: Literal["l1", "l2"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How well the parts predict what they do not see, and how far apart their predictions of the same patch are.
 
-    ``predicted`` (B, U * M, V, P), lined up by patch; ``target`` (B, K, V, P), without gradient.  Four scalars:
+    ``predicted`` (B, U * M, V, P), lined up by patch; ``target`` (B, K, V, P).  Three float32 scalars:
 
-    - the mean squared error plus ``pull`` times the mean distance, the only one with a gradient;
-    - the mean squared error over all predictions;
-    - the mean distance, |a - b| or its square, over pairs of predictions of the same patch, and over pixels;
-    - the mean of |a - b| whatever the distance is.
+    - the mean squared error of all predictions;
+    - the mean distance, |a - b| or its square, over pixels and pairs of predictions of the same patch;
+    - the mean of |a - b|, whatever the distance is, without a gradient.
 
     Where no patch has two predictions the distances are 0.
     """
-    return _PartsLoss.apply(predicted, target, num_used, pull, distance)
+    num_parts = target.shape[1]
+    # Each pair of parts predicts the K - 2 others.
+    pairs = max(1, num_used * (num_used - 1) // 2 * (num_parts - 2) * (target.numel() // num_parts))
+    squares, spread, apart = torch.zeros(3, device=predicted.device)
+    groups, targets = group_by_patch(predicted, num_parts, num_used), target.tensor_split([num_used], dim=1)
+    for own, wanted in zip(groups, targets, strict=True):
+        error = own.float() - wanted.float()[:, :, None]  # (B, J, M, V, P), as far apart as the predictions are
+        squares = squares + error.square().sum()
+        absolute = (error * rank_balance(error.detach())).sum()
+        apart = apart + absolute.detach()
+        spread = spread + (absolute if distance == "l1" else _squared_pairs(error))
+    return squares / predicted.numel(), spread / pairs, apart / pairs
 
 
-class _PartsLoss(torch.autograd.Function):
-    """Both losses and their gradient in one sweep; keeps one number per prediction, in the prediction's own type."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, predicted: Tensor, target: Tensor, num_used: int, pull: float, distance: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        num_parts = target.shape[1]
-        pairs_of_parts = num_used * (num_used - 1) // 2
-        # Two parts both miss the K - 2 other ones.
-        pairs = max(1, pairs_of_parts * (num_parts - 2) * (target.numel() // num_parts))
-        pull_each = pull * predicted.numel() / pairs
-        squares, spread, apart = torch.zeros(3, device=predicted.device).unbind()
-        # The gradient times the number of predictions: numbers near 1, which half precision holds.
-        slope = torch.empty_like(predicted)
-        groups = (group_by_patch(each, num_parts, num_used) for each in (predicted, slope))
-        targets = target.tensor_split([num_used], dim=1)
-        for own, kept, wanted in zip(*groups, targets, strict=True):
-            error = own.float() - wanted.float()[:, :, None]  # (B, J, M, V, P); as far apart as the predictions are
-            squares = squares + error.square().sum()
-            towards = rank_balance(error)
-            apart = apart + (error * towards).sum()
-            if distance == "l2":
-                towards = 2 * error.shape[2] * (error - error.mean(dim=2, keepdim=True))
-                # Sum over pairs of (a - b)^2 = M * sum of squares about the mean; half of its slope times the error.
-                spread = spread + (error * towards).sum() / 2
-            kept.copy_(2 * error + pull_each * towards)
-        error_mean, apart = squares / predicted.numel(), apart / pairs
-        spread = apart if distance == "l1" else spread / pairs
-        ctx.save_for_backward(slope)
-        outputs = error_mean + pull * spread, error_mean, spread.clone(), apart.clone()
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * (grads[0] / slope.numel()), None, None, None, None
+def _squared_pairs(values: Tensor) -> Tensor:
+    """Sum of (a - b)^2 over pairs along dimension 2: their number times the squares about their mean."""
+    return values.shape[2] * (values - values.mean(dim=2, keepdim=True)).square().sum()
