@@ -283,6 +283,7 @@ def test_hpm_learns_from_it(dino: nn.Module, tmp_path: Path, target: str) -> Non
 def test_files_that_do_not_fit_are_named_with_their_setting(dino: nn.Module, tmp_path: Path) -> None:
     torch.save(dino.state_dict(), tmp_path / "dino.pth")
     clip = save_clip(tmp_path, "state dict")
+    torch.save(openai_state() | {"visual.proj": torch.ones(8, TEXT)}, tmp_path / "patched.pth")
     torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "other.pth")
     unusual = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, embed_dim=128, num_heads=2)
     torch.save(unusual.state_dict(), tmp_path / "unusual.pth")
@@ -303,6 +304,7 @@ def test_files_that_do_not_fit_are_named_with_their_setting(dino: nn.Module, tmp
         ("dino", tmp_path, GRID, "is a folder"),
         ("dino", tmp_path / "unusual.pth", GRID, "attention heads cannot be read off a model of width 128"),
         ("clip", tmp_path / "half.pth", GRID, "2 missing tensor"),
+        ("clip", tmp_path / "patched.pth", GRID, f"projects tokens of width 8, but its network gives {WIDTH}"),
     ]
     for kind, file, grid, message in cases:
         with pytest.raises(UserError, match=rf"method\.target_file.*{message}"):

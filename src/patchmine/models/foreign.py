@@ -146,6 +146,11 @@ def _clip_tower(file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor]:
     projection = tensors.pop("projection")
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     _check_patch(patch, grid, file)
+    if projection.shape[0] != width:
+        raise UserError(
+            f"{SETTING}={file} projects tokens of width {projection.shape[0]}, but its network gives {width}: "
+            "it was put together from two, give the original file"
+        )
     # OpenAI's towers have heads of 64 channels; the layer norms' eps of 1e-5 and QuickGELU come with timm's name.
     heads = known_heads(width, {}, "heads", max(1, width // 64))
     tower = timm.create_model(

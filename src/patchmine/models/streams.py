@@ -133,8 +133,8 @@ def _plain(attention: nn.Module) -> bool:
 def only_looking(encoder: nn.Module, device: torch.device) -> Iterator[None]:
     """Run an encoder that also learns in this step: in eval mode, without gradients, in the step's precision.
 
-    Autocast must not keep the weights that it casts meanwhile: made without gradients, they would be used again in the
-    part that learns, and nothing would reach the weights.
+    Autocast must not keep the weights that it casts meanwhile: until pytorch's pull request 165068 they stayed without
+    gradients, and nothing would reach the weights from the part that learns.
     """
     kind, training = device.type, encoder.training
     autocast = torch.autocast(
