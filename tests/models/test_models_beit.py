@@ -14,7 +14,7 @@ from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.models.beit import has_relative_positions
 from patchmine.models.vit import Encoder, build_encoder, encode, patch_positions
-from patchmine.models.weights import export_encoder, load_encoder
+from patchmine.models.weights import export_encoder, fill, load_encoder
 
 TINY = dict(embed_dim=96, depth=3, num_heads=3)
 ABSOLUTE = dict(use_rel_pos_bias=False, use_abs_pos_emb=True)
@@ -82,6 +82,27 @@ def test_export_opens_in_timm_and_here(extra: dict[str, bool], tmp_path: Path) -
         expected = encoder.forward_features(images)
         for opened in (timm.create_model(f"local-dir:{folder}", pretrained=True), load_encoder(folder)):
             assert torch.equal(opened.eval().forward_features(images), expected)
+
+
+@pytest.mark.parametrize("extra", [ABSOLUTE, SHARED, {}], ids=["absolute", "shared", "per block"])
+def test_weights_of_another_grid_are_resampled(extra: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    args = {**TINY, **extra}
+    small = build_encoder("beit_base_patch16_224", image_size=(16, 16), patch_size=4, model_args=args)
+    large = build_encoder("beit_base_patch16_224", image_size=(24, 16), patch_size=4, model_args=args)
+    for name, parameter in small.named_parameters():
+        if name.endswith(("bias_table", "pos_embed")):
+            parameter.data = torch.linspace(-1, 1, parameter.shape[0])[:, None].expand_as(parameter).clone()
+    fill(large, small.state_dict(), "elsewhere")
+    tables = {name: table for name, table in large.named_parameters() if name.endswith("bias_table")}
+    assert len(tables) == (0 if extra == ABSOLUTE else 1 if extra == SHARED else TINY["depth"])
+    for name, table in tables.items():
+        before = small.get_parameter(name)
+        assert table.shape == (11 * 7 + 3, 3)
+        assert torch.equal(table[-3:], before[-3:])  # the class token's
+        middle, centre = table[11 * 7 // 2], before[7 * 7 // 2]  # distance 0 stays distance 0
+        torch.testing.assert_close(middle, centre, atol=1e-4, rtol=0)
+    assert encode(large, torch.randn(1, 3, 24, 16)).isfinite().all()
 
 
 def test_a_convolutional_stem_is_refused() -> None:

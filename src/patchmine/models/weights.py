@@ -18,6 +18,7 @@ from torch import nn
 from patchmine.disk import settle
 from patchmine.errors import UserError
 from patchmine.models.architecture import infer_architecture
+from patchmine.models.beit import resample_tables
 from patchmine.models.loading import (
     LoadReport,
     Tensors,
@@ -244,7 +245,7 @@ def _from_file(
 
 
 def fill(encoder: Encoder, tensors: Tensors, source: str) -> None:
-    """Load an encoder's weights; absolute positions are resampled where the grid differs.
+    """Load an encoder's weights; positions, absolute and relative, are resampled where the grid differs.
 
     Raises UserError, naming ``source``, for tensors that do not fit.
     """
@@ -253,4 +254,6 @@ def fill(encoder: Encoder, tensors: Tensors, source: str) -> None:
         if positions.shape != encoder.pos_embed.shape:
             positions = resample_positions(positions, encoder.patch_embed.grid_size, embedded_prefix(encoder))
         tensors = {**tensors, "pos_embed": positions}
+    if isinstance(encoder, Beit):
+        tensors = resample_tables(encoder, tensors)
     load_tensors(encoder, tensors, LoadReport(source))
