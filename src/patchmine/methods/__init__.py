@@ -2,6 +2,7 @@
 
 from patchmine.method import Method
 from patchmine.methods.amt import AMT
+from patchmine.methods.droppos import DropPos
 from patchmine.methods.emae import EMAE
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
@@ -14,5 +15,6 @@ METHODS: dict[str, type[Method]] = {
     "simmim": SimMIM,
     "amt": AMT,
     "emae": EMAE,
+    "droppos": DropPos,
     "semaim": SemAIM,
 }
