@@ -12,7 +12,7 @@ from patchmine.methods import METHODS
 from patchmine.recipes import ABOUT, list_recipes, load_recipe, recipe_names
 from patchmine.run import build_method
 
-TINY = {"cifar10-tiny", "photos-demo"}
+TINY = {"cifar10-tiny", "cifar10-tiny-samples", "photos-demo"}
 PUBLISHED = {"mae-vit-b-imagenet", "mae-vit-l-imagenet", "hpm-vit-b-imagenet", "hpm-vit-l-imagenet"}
 RECIPES = {recipe.name: recipe for recipe in list_recipes()}
 ROWS = [(recipe.name, method) for recipe in RECIPES.values() for method in recipe.method_names]
@@ -60,6 +60,16 @@ def test_published_recipes_hold_the_published_numbers(name: str, epochs: int, ba
     assert method["clip_grad"] == (None if method["name"] == "mae" else 5.0)
     decoder = (method["decoder_embed_dim"], method["decoder_depth"], method["decoder_num_heads"])
     assert (method["mask_ratio"], *decoder) == (0.75, 512, 8, 16)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_samples_and_equal_compute_differ_in_length_only(method: str) -> None:
+    compute, samples = (
+        parse(name, ["data=x", f"method={method}"]).model_dump(exclude={"epochs", "warmup_epochs"})
+        for name in ("cifar10-tiny", "cifar10-tiny-samples")
+    )
+    assert compute == samples
+    assert parse("cifar10-tiny-samples", ["data=x", f"method={method}"]).epochs == 10
 
 
 def test_my_images_chooses_more_for_more_images() -> None:
