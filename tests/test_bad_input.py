@@ -159,6 +159,7 @@ def test_a_shard_that_is_cut_in_the_middle(images: Path, tmp_path: Path, out: Pa
         (["batch_size=400"], ["batch_size=400", "12 images", "batch_size=12"]),
         (["device=cuda"], ["device=cuda", "device=cpu"]),
         (["method=hpm", "method.target=dino"], ["method.target_file", "method.target=dino"]),
+        (["method=emae", "method.parts=3"], ["method.parts=3", "16 patches", "method.parts=4"]),
     ],
 )
 def test_settings_that_cannot_be(words: list[str], expected: list[str], images: Path, out: Path) -> None:
