@@ -67,7 +67,7 @@ def _create(model: str, settings: dict[str, Any]) -> Encoder:
         raise UserError(
             f"model={model!r} is no architecture of timm {timm.__version__}{hint} (`patchmine list models` lists them)"
         )
-    if not is_model_in_modules(architecture, {"beit"}):
+    if not is_model_in_modules(architecture, {"beit", "eva"}):
         settings = {"fc_norm": False, **settings}
     try:
         encoder = timm.create_model(architecture, pretrained=False, **settings)
@@ -79,15 +79,25 @@ def _create(model: str, settings: dict[str, Any]) -> Encoder:
     plain = type(encoder) is VisionTransformer and encoder.pos_embed is not None
     if not plain and type(encoder) is not Beit:
         raise UserError(
-            f"model={model!r} is a {type(encoder).__name__}, not a plain vision transformer with absolute positions: "
-            "choose one such as vit_small_patch16_224 or vit_base_patch16_224"
+            f"model={model!r} is a {type(encoder).__name__}, not a plain vision transformer with absolute positions"
+            f"{_known_otherwise(encoder)}: choose one such as vit_small_patch16_224 or vit_base_patch16_224"
         )
     if not isinstance(encoder.patch_embed, PatchEmbed):
         raise UserError(
-            f"model={model!r} looks at its images through a convolutional stem, so that patches are not cut apart: "
-            "choose one such as vit_small_patch16_224, whose patches do not overlap"
+            f"model={model!r} looks at its images through a convolutional stem, so that patches are not cut apart and "
+            "the image's border gives their places away: choose one such as vit_small_patch16_224, whose patches do "
+            "not overlap"
         )
     return encoder
+
+
+def _known_otherwise(encoder: nn.Module) -> str:
+    """Why an encoder whose attention itself knows places is of no use where patches or positions are withheld."""
+    rotary = getattr(encoder, "rope", None) is not None
+    if not rotary and not any("rel_pos" in name for name, _ in encoder.named_modules()):
+        return ""
+    kind = "rotary" if rotary else "relative"
+    return f" ({kind} positions tell its attention where each patch is, so that no position can be withheld)"
 
 
 def refuse_relative(encoder: Encoder, method: str) -> None:
