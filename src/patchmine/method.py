@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from torch import nn
 
@@ -19,11 +20,14 @@ class Method(nn.Module):
 
     ``averages_rows``: the loss of a batch is the mean over its images, so that a batch may be divided among processes
     or accumulated parts without changing the step.  False where rows meet: a ratio over the batch, batch statistics.
+    ``multi_crop``: a training batch holds several crops of each image, as the settings ``crops`` say; pictures are
+    still made of batches of one plain view.
     """
 
     encoder: nn.Module
     noise: Noise
     averages_rows: bool = True
+    multi_crop: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

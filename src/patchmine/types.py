@@ -7,7 +7,7 @@ mask says what is in it by name (``visible``, ``masked``) instead of by a 0 or a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,12 +25,17 @@ class Batch:
     ``views``: tensors of shape (B, C, H, W) or (B, C, T, H, W); uint8 as they leave a worker, normalised float on the
     device.  ``index`` (B,) int64: number of the item in its source.  ``box`` (B, 4) float32: the crop as fractions of
     the original, (top, left, height, width).  ``flip`` (B,) bool: mirrored left to right *after* the crop.
+
+    Where a sample gives V crops, ``views`` has V tensors (the two global crops, then the local ones), ``box`` is
+    (B, V, 4) and ``flip`` (B, V).  ``photometric`` (B, V, P) float32 then says how the colours of each crop change,
+    which the device does together with mirroring (`data.photometric` names the P numbers).
     """
 
     views: list[Tensor]
     index: Tensor
     box: Tensor
     flip: Tensor
+    photometric: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -41,20 +46,20 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        return Batch([move(view) for view in self.views], move(self.index), move(self.box), move(self.flip))
+        return self._each(move)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; torch's loader calls this."""
-        return Batch(
-            [view.pin_memory() for view in self.views],
-            self.index.pin_memory(),
-            self.box.pin_memory(),
-            self.flip.pin_memory(),
-        )
+        return self._each(Tensor.pin_memory)
 
     def with_views(self, views: list[Tensor]) -> Batch:
         """The same items with other pixels (normalised, say)."""
         return replace(self, views=views)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        photometric = None if self.photometric is None else change(self.photometric)
+        views = [change(view) for view in self.views]
+        return Batch(views, change(self.index), change(self.box), change(self.flip), photometric)
 
 
 @dataclass(frozen=True)
