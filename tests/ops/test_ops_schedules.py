@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchmine.ops.schedules import ema_decay, hard_count
+from patchmine.ops.schedules import cosine_decay, ema_decay, hard_count
 from patchmine.types import Progress
 
 PUBLISHED = dict(start=0.0, end=0.5, offset=1)
@@ -54,3 +54,11 @@ def test_published_decay(epoch: int, expected: float) -> None:
 def test_decay_over_the_run() -> None:
     found = [ema_decay(Progress(step, 10, 5), start=0.9, end=1.0, ramp_epochs=None) for step in (0, 5, 10)]
     assert found == pytest.approx([0.9, 0.95, 1.0])
+
+
+def test_cosine_decay_rises_to_one() -> None:
+    found = [cosine_decay(Progress(step, 10, 5), start=0.996, end=1.0) for step in range(11)]
+    assert found[0] == pytest.approx(0.996)
+    assert found[5] == pytest.approx(0.998)
+    assert found[10] == pytest.approx(1.0)
+    assert found == sorted(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from patchmine.types import Progress
 
 
@@ -28,3 +30,8 @@ def ema_decay(progress: Progress, *, start: float, end: float, ramp_epochs: int 
 def falling(progress: Progress, start: float) -> float:
     """Linear from ``start`` towards 0, in steps of one epoch; the last one has ``start / epochs`` left (DropPos)."""
     return start * (1 - progress.epoch / progress.total_epochs)
+
+
+def cosine_decay(progress: Progress, *, start: float, end: float) -> float:
+    """Decay of an EMA teacher: half a cosine from ``start`` to ``end`` over the steps of the run (DINO, MOKD, SCFS)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress.fraction))
