@@ -36,10 +36,21 @@ def build(name: str, *, size: tuple[int, int] = (16, 16), channels: int = 3, see
     return method.train()
 
 
-def images(size: tuple[int, int] = (16, 16), channels: int = 3, count: int = 4, seed: int = 1) -> Batch:
-    pixels = torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(seed))
-    box = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(count, 4)
-    return Batch([pixels], torch.arange(count), box, torch.zeros(count, dtype=torch.bool))
+def images(
+    method: Method | type[Method], size: tuple[int, int] = (16, 16), channels: int = 3, count: int = 4, seed: int = 1
+) -> Batch:
+    """A training batch as the method is given one: one view of each image, or two global and two local crops."""
+    sizes = [size, size, (8, 8), (8, 8)] if method.multi_crop else [size]
+    generator = torch.Generator().manual_seed(seed)
+    views = [torch.randn(count, channels, *side, generator=generator) for side in sizes]
+    crops = (count, len(views)) if method.multi_crop else (count,)
+    box = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(*crops, 4)
+    return Batch(views, torch.arange(count), box, torch.zeros(crops, dtype=torch.bool))
+
+
+def plain_images(count: int) -> Batch:
+    """One whole view of each image, as pictures are made of whatever the method is trained on."""
+    return images(Method, count=count)
 
 
 def run(method: Method, batch: Batch, progress: Progress) -> Losses:
@@ -69,7 +80,7 @@ def test_every_setting_is_explained(name: str) -> None:
 
 def test_losses_are_scalars_with_a_gradient_for_everything_that_learns(name: str, progress: Progress) -> None:
     method = build(name)
-    losses = run(method, images(), progress)
+    losses = run(method, images(method), progress)
     assert all(value.shape == () and value.dtype == torch.float32 for value in losses.values())
     losses["loss"].backward()
     for group in method.param_groups():
@@ -85,16 +96,16 @@ def test_groups_hold_each_trained_parameter_once(name: str) -> None:
 
 
 def test_a_step_repeats_itself(name: str, progress: Progress) -> None:
-    first, second = (run(build(name), images(), progress) for _ in range(2))
+    first, second = (run(build(name), images(METHODS[name]), progress) for _ in range(2))
     assert {key: value.item() for key, value in first.items()} == {key: value.item() for key, value in second.items()}
 
 
 def test_another_step_draws_otherwise(name: str) -> None:
     method = build(name)
     method.noise.begin(1)
-    first = method(images(), EARLY)["loss"]
+    first = method(images(method), EARLY)["loss"]
     method.noise.begin(2)
-    assert method(images(), EARLY)["loss"] != first
+    assert method(images(method), EARLY)["loss"] != first
 
 
 def test_rows_of_a_batch_do_not_meet(name: str, progress: Progress) -> None:
@@ -102,7 +113,7 @@ def test_rows_of_a_batch_do_not_meet(name: str, progress: Progress) -> None:
     method = build(name)
     if not method.averages_rows:
         pytest.skip(f"{name} says that its loss is no mean over rows")
-    batch = images()
+    batch = images(method)
     whole = run(method, batch, progress)["loss"]
     parts = []
     for first in (0, 2):
@@ -117,12 +128,12 @@ def test_state_dict_holds_everything(name: str) -> None:
     method = build(name, seed=0)
     refuse_shared(method.state_dict())
     for step in range(2):
-        optimise(method, images(seed=step), Progress(300 + step, 400, 2))
+        optimise(method, images(method, seed=step), Progress(300 + step, 400, 2))
     other = build(name, seed=1)
     other.load_state_dict(copy.deepcopy(method.state_dict()))
-    assert run(other, images(), LATE)["loss"] == run(method, images(), LATE)["loss"]
+    assert run(other, images(other), LATE)["loss"] == run(method, images(method), LATE)["loss"]
     for module in (method, other):
-        optimise(module, images(), LATE)
+        optimise(module, images(module), LATE)
     for key, value in method.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
 
@@ -142,7 +153,7 @@ def optimise(method: Method, batch: Batch, progress: Progress) -> Tensor:
 def test_training_lowers_the_loss_and_leaves_what_is_fixed(name: str) -> None:
     method = build(name)
     fixed = {key: p.clone() for key, p in method.encoder.named_parameters() if not p.requires_grad}
-    values = [optimise(method, images(), Progress(0, 400, 2)) for _ in range(30)]
+    values = [optimise(method, images(method), Progress(0, 400, 2)) for _ in range(30)]
     assert torch.stack(values[-5:]).mean() < torch.stack(values[:5]).mean()
     for key, value in fixed.items():
         assert torch.equal(method.encoder.get_parameter(key), value)
@@ -152,7 +163,7 @@ def test_what_is_frozen_changes_in_after_step_only(name: str) -> None:
     method = build(name)
     trained = {key for group in method.param_groups() for key, _ in group.params}
     frozen = {key: value.clone() for key, value in method.state_dict().items() if key not in trained}
-    run(method, images(), LATE)["loss"].backward()
+    run(method, images(method), LATE)["loss"].backward()
     for key, value in frozen.items():
         assert torch.equal(method.state_dict()[key], value), key
 
@@ -160,21 +171,21 @@ def test_what_is_frozen_changes_in_after_step_only(name: str) -> None:
 def test_encoder_keeps_timms_names(name: str) -> None:
     fresh = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0, **TINY)
     fresh.load_state_dict(build(name).encoder.state_dict())
-    features = fresh.eval().forward_features(images().views[0])
-    assert torch.equal(features, build(name).eval().encoder.forward_features(images().views[0]))
+    pixels = plain_images(4).views[0]
+    assert torch.equal(fresh.eval().forward_features(pixels), build(name).eval().encoder.forward_features(pixels))
 
 
 @pytest.mark.parametrize(("size", "channels"), [((16, 32), 3), ((24, 16), 1), ((16, 16), 5)])
 def test_rectangles_and_channels(name: str, size: tuple[int, int], channels: int) -> None:
     method = build(name, size=size, channels=channels)
-    assert run(method, images(size, channels), LATE)["loss"].isfinite()
+    assert run(method, images(method, size, channels), LATE)["loss"].isfinite()
 
 
 def test_bfloat16_autocast(name: str, progress: Progress) -> None:
     method = build(name)
-    exact = run(method, images(), progress)["loss"]
+    exact = run(method, images(method), progress)["loss"]
     with torch.autocast("cpu", torch.bfloat16):
-        rough = run(method, images(), progress)["loss"]
+        rough = run(method, images(method), progress)["loss"]
     rough.backward()
     assert rough.dtype == torch.float32
     assert rough.item() == pytest.approx(exact.item(), rel=0.05)
@@ -191,7 +202,7 @@ class NoReading(TorchDispatchMode):
 
 def test_a_step_never_waits_for_the_device(name: str, progress: Progress) -> None:
     method = build(name)
-    batch = images()
+    batch = images(method)
     with NoReading():
         run(method, batch, progress)["loss"].backward()
         method.after_step(progress)
@@ -199,7 +210,7 @@ def test_a_step_never_waits_for_the_device(name: str, progress: Progress) -> Non
 
 def test_panels(name: str, progress: Progress) -> None:
     method = build(name).eval()
-    batch = images(count=2)
+    batch = plain_images(2)
     before = {key: value.clone() for key, value in method.state_dict().items()}
     method.noise.begin(0)
     panels = method.panels(batch, progress)
@@ -229,7 +240,7 @@ def test_every_choice_trains(name: str, options: dict[str, Any]) -> None:
     except UserError as error:
         assert "method." in str(error)  # noqa: PT017 - only some choices raise
         return
-    losses = run(method, images(), LATE)
+    losses = run(method, images(method), LATE)
     losses["loss"].backward()
     assert losses["loss"].isfinite()
     assert all(p.grad is not None for group in method.param_groups() for _, p in group.params)
