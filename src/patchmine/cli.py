@@ -132,7 +132,7 @@ def pretrain(context: typer.Context) -> None:
     \b
       data=photos/       folder, list file, tar shards, or embedded:photos
       method=hpm         mae (default) or hpm; its own settings are method.KEY=VALUE
-      model=NAME         vision transformer, see `patchmine list models`
+      model=NAME         vision transformer or ResNet, see `patchmine list models`
       epochs=100         passes over the data; or steps=20000
       batch_size=256     images in a step; image_size=224 and so on
       out=runs/hpm       new folder for the run
@@ -372,7 +372,7 @@ def list_methods() -> None:
 
 @_command(listing, "models", "[PART]")
 def list_models(context: typer.Context) -> None:
-    """The vision transformers that can be pre-trained.
+    """The vision transformers and ResNets that can be pre-trained.
 
     PART narrows the list: `patchmine list models small`.
     """
@@ -380,7 +380,7 @@ def list_models(context: typer.Context) -> None:
 
     from patchmine.words import did_you_mean
 
-    names = [name for module in ("vision_transformer", "deit") for name in timm.list_models(module=module)]
+    names = [name for module in ("vision_transformer", "deit", "resnet") for name in timm.list_models(module=module)]
     names = [name for name in names if "distilled" not in name]  # they have two class tokens and are no plain ViT
     found = [name for name in names if all(part in name for part in context.args)]
     if not found:

@@ -22,7 +22,7 @@ from patchmine.evaluate.features import Reading
 from patchmine.evaluate.knn import online_knn
 from patchmine.evaluate.labelled import LabelledData, open_labelled
 from patchmine.method import Method
-from patchmine.models.vit import encoder_grid
+from patchmine.models.vit import smallest_side
 from patchmine.report.panels import draw_panels
 from patchmine.run import Run, build_method, write_export
 from patchmine.train.checkpoint import Checkpoint, load_newest
@@ -226,7 +226,7 @@ def _batches(
         ratio=config.crop_ratio,
         flip=config.flip,
         interpolation=config.interpolation,
-        smallest_side=max(encoder_grid(method.encoder).patch),
+        smallest_side=smallest_side(method.encoder),
     )
     loaded = train_batches(
         images,

@@ -32,6 +32,7 @@ from patchmine.models.vit import (
     patch_positions,
     prefix_tokens,
     refuse_relative,
+    require_vit,
     transform,
 )
 from patchmine.ops.alignment import align, attention_map
@@ -109,6 +110,7 @@ class AMT(Method):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        require_vit(encoder, "amt")
         refuse_relative(encoder, "amt")
         if encoder.cls_token is None:
             raise UserError("method=amt follows the class token's attention, and the model has none: choose another")

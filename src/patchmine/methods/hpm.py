@@ -18,7 +18,7 @@ from patchmine.method import Method
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.models.foreign import ForeignTeacher
 from patchmine.models.teacher import Teacher
-from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative
+from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative, require_vit
 from patchmine.ops.losses import absolute_difficulty_loss, direction_error, relative_difficulty_loss, squared_error
 from patchmine.ops.masks import count_visible, hard_masked
 from patchmine.ops.patches import pixel_targets
@@ -70,6 +70,7 @@ class HPM(Method):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        require_vit(encoder, "hpm")
         refuse_relative(encoder, "hpm")
         self.config = config
         self.grid = encoder_grid(encoder)

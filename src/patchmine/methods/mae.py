@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchmine.method import Method
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
-from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative
+from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative, require_vit
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
 from patchmine.ops.patches import pixel_targets
@@ -40,6 +40,7 @@ class MAE(Method):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        require_vit(encoder, "mae")
         refuse_relative(encoder, "mae")
         self.config = config
         self.grid = encoder_grid(encoder)

@@ -29,6 +29,7 @@ from patchmine.models.vit import (
     patch_positions,
     prefix_tokens,
     refuse_relative,
+    require_vit,
     transform,
 )
 from patchmine.ops.blur import blur_matrix, blurred
@@ -110,6 +111,7 @@ class SemAIM(Method):
 
     def __init__(self, config: Config, encoder: VisionTransformer) -> None:
         super().__init__()
+        require_vit(encoder, "semaim")
         refuse_relative(encoder, "semaim")
         check_causal(encoder, "semaim")
         self.config = config

@@ -17,7 +17,15 @@ from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.units import patches_per_unit
-from patchmine.models.vit import Encoder, encoder_grid, patch_positions, prefix_tokens, project_patches, transform
+from patchmine.models.vit import (
+    Encoder,
+    encoder_grid,
+    patch_positions,
+    prefix_tokens,
+    project_patches,
+    require_vit,
+    transform,
+)
 from patchmine.ops.losses import masked_absolute_error
 from patchmine.ops.masks import expand_units
 from patchmine.ops.patches import channels_last, gather_patches
@@ -45,6 +53,7 @@ class SimMIM(Method):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        require_vit(encoder, "simmim")
         self.config = config
         self.grid = encoder_grid(encoder)
         self.per_unit = patches_per_unit(self.grid, config.mask_unit)

@@ -6,25 +6,36 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Teacher(nn.Module):
-    """Exponential moving average of some of a method's modules: frozen, always in eval mode, a part of the module tree.
+    """Exponential moving average of some of a method's modules: frozen, in eval mode, a part of the module tree.
 
     ``Teacher(encoder=encoder, predictor=predictor)`` holds copies under the same names.  The students are passed to
     `update` instead of being kept, so that every parameter has one owner.  Weights stay float32: bfloat16 would swallow
     an update of 1e-4.
+
+    Buffers are never averaged.  With ``own_statistics`` batch norms follow the method's mode, and nothing else does:
+    while training they use the statistics of the teacher's own batch and gather the running ones from these, as MOKD's
+    and SCFS's teachers do (spec mokd.md, 3.6).
     """
 
-    def __init__(self, **students: nn.Module) -> None:
+    def __init__(self, *, own_statistics: bool = False, **students: nn.Module) -> None:
         super().__init__()
+        self.own_statistics = own_statistics
         for name, student in students.items():
             self.add_module(name, deepcopy(student).requires_grad_(False))
-        self.eval()
+        self.train()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode whatever is asked."""
-        return super().train(False)
+        """Stays in eval mode whatever is asked, but for batch norms that gather their own statistics."""
+        super().train(False)
+        if self.own_statistics:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train(mode)
+        return self
 
     @torch.no_grad()
     def update(self, decay: float, **students: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Masked encoding with a stock timm ViT: functions *around* its parts, so that the encoder needs no conversion."""
+"""Encoders, and masked encoding with a stock timm ViT: functions *around* its parts, so that it needs no conversion."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models import is_model_in_modules
 from timm.models.beit import Beit
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
 from patchmine.models.beit import has_relative_positions, initialise_beit
 from patchmine.models.positions import sincos_table
+from patchmine.models.resnet import create, initialise_resnet, names_resnet
 from patchmine.ops.patches import all_patches, gather_patches
 from patchmine.types import Grid
 
-Encoder: TypeAlias = VisionTransformer | Beit
-"""What the masked-image methods train: a plain ViT, or a BEiT-style one (layer scale, relative positions)."""
+Encoder: TypeAlias = VisionTransformer | Beit | ResNet
+"""What is trained: a plain ViT, a BEiT-style one (layer scale, relative positions), or a ResNet.
+
+Methods that hide patches take the first two only (`require_vit`), and so does every function of this file but
+`build_encoder`, `initialise_encoder` and `smallest_side`.
+"""
 
 
 def build_encoder(
@@ -33,11 +39,14 @@ def build_encoder(
     channels: int = 3,
     model_args: Mapping[str, Any] | None = None,
 ) -> Encoder:
-    """A plain or BEiT-style ViT of timm's by name, without classifier, freshly initialised (`initialise_encoder`).
+    """A plain or BEiT-style ViT or a ResNet of timm's, without classifier, freshly drawn (`initialise_encoder`).
 
-    Raises UserError for a name that timm does not know or that is neither, and for a patch that does not divide the
-    image.
+    A ResNet takes images of any size; ``model_args`` ``{"cifar_stem": True}`` gives it a stem for small ones
+    (`use_cifar_stem`).  Its ``forward_features`` is the last map, its ``forward`` the mean over that.  Raises UserError
+    for a name that timm does not know or that is none of them, and for a patch that does not divide the image.
     """
+    if names_resnet(_architecture(model)):
+        return _build_resnet(model, patch_size, channels, model_args or {})
     # Stored class count and pooling are settled here once: no head, the final norm on all tokens.
     settings: dict[str, Any] = dict(img_size=image_size, in_chans=channels, num_classes=0, global_pool="")
     if patch_size is not None:
@@ -55,12 +64,29 @@ def build_encoder(
     return encoder
 
 
+def _build_resnet(model: str, patch_size: int | None, channels: int, model_args: Mapping[str, Any]) -> ResNet:
+    if patch_size is not None:
+        raise UserError(f"patch_size={patch_size}, but model={model} has no patches: leave the setting out")
+    settings: dict[str, Any] = dict(in_chans=channels, num_classes=0, zero_init_last=False)
+    try:
+        encoder: Any = create(_architecture(model), **{**settings, **model_args})
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"timm cannot build model={model!r} ({error}): check model_args") from error
+    encoder.reset_classifier(0, "avg")
+    initialise_encoder(encoder)
+    return encoder
+
+
 def _near_multiple(side: int, step: int) -> int:
     return max(step, round(side / step) * step)
 
 
+def _architecture(model: str) -> str:
+    return model.removeprefix("timm/").split(".")[0]
+
+
 def _create(model: str, settings: dict[str, Any]) -> Encoder:
-    architecture = model.removeprefix("timm/").split(".")[0]
+    architecture = _architecture(model)
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
         hint = f"; near: {', '.join(near)}" if near else ""
@@ -70,7 +96,7 @@ def _create(model: str, settings: dict[str, Any]) -> Encoder:
     if not is_model_in_modules(architecture, {"beit", "eva"}):
         settings = {"fc_norm": False, **settings}
     try:
-        encoder = timm.create_model(architecture, pretrained=False, **settings)
+        encoder: Any = create(architecture, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(
             f"timm cannot build model={model!r} as a plain vision transformer ({error}): check model_args, "
@@ -100,6 +126,15 @@ def _known_otherwise(encoder: nn.Module) -> str:
     return f" ({kind} positions tell its attention where each patch is, so that no position can be withheld)"
 
 
+def require_vit(encoder: Encoder, method: str) -> None:
+    """UserError for a ResNet: ``method`` hides patches, and a convolution cannot leave a part of its image out."""
+    if isinstance(encoder, ResNet):
+        raise UserError(
+            f"method={method} hides patches, which a ResNet does not have: choose a vision transformer, as in "
+            "model=vit_small_patch16_224, or a method that compares views"
+        )
+
+
 def refuse_relative(encoder: Encoder, method: str) -> None:
     """UserError for an encoder whose attention knows distances: ``method`` needs positions in the additive table only.
 
@@ -113,8 +148,13 @@ def refuse_relative(encoder: Encoder, method: str) -> None:
 
 
 def initialise_encoder(encoder: Encoder) -> None:
-    """Fresh weights in place: MAE's and its fixed positions for a plain ViT, SimMIM's for a BEiT-style one."""
-    if isinstance(encoder, Beit):
+    """Fresh weights in place.
+
+    MAE's and its fixed positions for a plain ViT, SimMIM's for a BEiT-style one, torchvision's for a ResNet.
+    """
+    if isinstance(encoder, ResNet):
+        initialise_resnet(encoder)
+    elif isinstance(encoder, Beit):
         initialise_beit(encoder)
     else:
         initialise(encoder)
@@ -158,6 +198,11 @@ def embedded_prefix(encoder: Encoder) -> int:
 def encoder_grid(encoder: Encoder) -> Grid:
     """The patch grid that the encoder was built for."""
     return Grid(tuple(encoder.patch_embed.grid_size), tuple(encoder.patch_embed.patch_size))
+
+
+def smallest_side(encoder: Encoder) -> int:
+    """Pixels on a side below which an image cannot be of use: a ViT's patch; a ResNet takes anything."""
+    return 1 if isinstance(encoder, ResNet) else max(encoder_grid(encoder).patch)
 
 
 def project_patches(encoder: Encoder, images: Tensor, index: Tensor | None = None) -> Tensor:
