@@ -33,6 +33,13 @@ class Method(nn.Module):
         super().__init__()
         self.noise = Noise()
 
+    @classmethod
+    def draw_weights(cls, encoder: nn.Module) -> None:
+        """Draw the first weights of a freshly built encoder, where they differ from those that it was built with.
+
+        Called before the method is made, and before ``init=`` fills the encoder with weights of the user's choice.
+        """
+
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """The losses of one (micro-)batch, whose views are normalised floats on the model's device."""
         raise NotImplementedError

@@ -6,6 +6,8 @@ timm's draws from torch's global generator, whose state no checkpoint holds.
 from __future__ import annotations
 
 import timm.layers
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from patchmine.ops.noise import Noise
@@ -38,9 +40,23 @@ def seed_drop_paths(encoder: nn.Module) -> list[DropPath]:
     return replaced
 
 
-def draw_drop_paths(paths: list[DropPath], noise: Noise, tokens: Tensor) -> None:
-    """Decide for the next pass of ``tokens`` (B, N, D); draws nothing where nothing is dropped."""
+def add_drop_paths(encoder: VisionTransformer | Beit, rate: float) -> list[DropPath]:
+    """Ours behind both branches of every block, in the encoder itself, at rates from 0 to ``rate`` in even steps."""
+    added = []
+    last = max(1, len(encoder.blocks) - 1)
+    for number, block in enumerate(encoder.blocks):
+        for name in ("drop_path1", "drop_path2"):
+            share = rate * number / last
+            setattr(block, name, DropPath(share) if share else nn.Identity())
+            added += [getattr(block, name)] if share else []
+    return added
+
+
+def draw_drop_paths(paths: list[DropPath], noise: Noise, tokens: Tensor, *, crops: int = 1) -> None:
+    """Decide for the next pass of ``tokens`` (crops * B, ...), crop-major; draws nothing where nothing is dropped."""
     if any(path.training for path in paths):
-        drawn = noise.uniform(len(tokens), len(paths), device=tokens.device)
+        # By image first: a process that holds some of a batch's images gets their part of its noise, for each crop.
+        drawn = noise.uniform(len(tokens) // crops, crops * len(paths), device=tokens.device)
+        drawn = drawn.unflatten(1, (crops, -1)).transpose(0, 1).flatten(0, 1)  # (crops * B, P)
         for path, column in zip(paths, drawn.unbind(dim=1), strict=True):
             path.noise = column

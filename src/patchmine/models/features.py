@@ -44,6 +44,25 @@ def stage_widths(encoder: Encoder, stages: Sequence[str]) -> list[int]:
     return [int(encoder.embed_dim)] * len(stages)
 
 
+def image_size_of(encoder: Encoder) -> tuple[int, int]:
+    """(height, width) in pixels of the images that the encoder was built for."""
+    if isinstance(encoder, ResNet):
+        height, width = encoder.pretrained_cfg["input_size"][1:]
+        return int(height), int(width)
+    grid = encoder_grid(encoder)
+    return grid.size[0] * grid.patch[0], grid.size[1] * grid.patch[1]
+
+
+def map_size(encoder: Encoder) -> tuple[int, int]:
+    """(rows, columns) of the last stage's map of such an image."""
+    if isinstance(encoder, ResNet):
+        step = int(encoder.feature_info[-1]["reduction"])
+        height, width = image_size_of(encoder)
+        return -(-height // step), -(-width // step)
+    rows, columns = encoder_grid(encoder).size
+    return rows, columns
+
+
 def extract(encoder: Encoder, images: Tensor, stages: Sequence[str] = ()) -> Features:
     """The features of ``images`` (N, C, H, W), which may have another size than the encoder was built for.
 

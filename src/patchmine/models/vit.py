@@ -46,7 +46,7 @@ def build_encoder(
     for a name that timm does not know or that is none of them, and for a patch that does not divide the image.
     """
     if names_resnet(_architecture(model)):
-        return _build_resnet(model, patch_size, channels, model_args or {})
+        return _build_resnet(model, image_size, patch_size, channels, model_args or {})
     # Stored class count and pooling are settled here once: no head, the final norm on all tokens.
     settings: dict[str, Any] = dict(img_size=image_size, in_chans=channels, num_classes=0, global_pool="")
     if patch_size is not None:
@@ -64,7 +64,9 @@ def build_encoder(
     return encoder
 
 
-def _build_resnet(model: str, patch_size: int | None, channels: int, model_args: Mapping[str, Any]) -> ResNet:
+def _build_resnet(
+    model: str, image_size: tuple[int, int], patch_size: int | None, channels: int, model_args: Mapping[str, Any]
+) -> ResNet:
     if patch_size is not None:
         raise UserError(f"patch_size={patch_size}, but model={model} has no patches: leave the setting out")
     settings: dict[str, Any] = dict(in_chans=channels, num_classes=0, zero_init_last=False)
@@ -73,6 +75,8 @@ def _build_resnet(model: str, patch_size: int | None, channels: int, model_args:
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"timm cannot build model={model!r} ({error}): check model_args") from error
     encoder.reset_classifier(0, "avg")
+    # No tensor of a ResNet tells the size that it is trained at; timm's own description of a model does.
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (channels, *image_size)}
     initialise_encoder(encoder)
     return encoder
 

@@ -48,6 +48,19 @@ def reconstruction_panel(images: Tensor, mask: Mask, grid: Grid, painted: Tensor
     return Panel("reconstruction (patch statistics borrowed from the input)", repainted)
 
 
+def two_parts(images: Tensor, step: int = 1) -> dict[str, Tensor]:
+    """Two parts of the images, half as wide and high (in whole ``step`` pixels), as local crops whose place is known.
+
+    (B, C, H, W) -> "middle" and "upper left", each (B, C, about H / 2, about W / 2).
+    """
+    height, width = (max(step, side // 2 // step * step) for side in images.shape[2:])
+    top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+    return {
+        "middle": images[:, :, top : top + height, left : left + width],
+        "upper left": images[:, :, :height, :width],
+    }
+
+
 def roles_panel(mask: Mask, grid: Grid, title: str) -> Panel:
     """What became of each patch, in colours that the title explains."""
     masked, thrown, visible = torch.tensor([(0.85, 0.37, 0.0), (0.45, 0.45, 0.45), (1.0, 1.0, 1.0)])
