@@ -128,16 +128,23 @@ class Mask:
 class ParamGroup:
     """Parameters that are updated alike.  ``None`` means: as the run's settings say.
 
-    ``optimizer``: groups of the same name share one optimizer.  ``blr``: base rate per 256 images.  ``weight_decay``
-    applies to parameters of two and more dimensions.  ``clip_norm``: largest global gradient norm of the group's
-    optimizer (or of each parameter by itself with ``clip_each``).  ``frozen_until``: epochs during which the group does
-    not move.
+    ``optimizer``: "adamw", "sgd" or "lars".  ``name``: groups of the same one share an optimizer, its clipping and its
+    line in the log; by default that of the optimizer, so it keeps apart two of a kind.  ``blr``: base rate per 256
+    images; ``min_lr``: rate at the end, as it is.  ``weight_decay`` applies to parameters of two and more dimensions,
+    with ``decay_all`` to biases and norms too, and moves along half a cosine to ``weight_decay_end`` where that is set.
+    ``clip_norm``: largest gradient norm of all the optimizer's groups that say so together (or of each parameter by
+    itself with ``clip_each``).  ``frozen_until``: epochs during which the group has no gradient, so that nothing moves
+    it, weight decay included.
     """
 
     params: Sequence[tuple[str, nn.Parameter]]
     optimizer: str = "adamw"
+    name: str | None = None
     blr: float | None = None
+    min_lr: float | None = None
     weight_decay: float | None = None
+    weight_decay_end: float | None = None
+    decay_all: bool = False
     clip_norm: float | None = None
     clip_each: bool = False
     frozen_until: int = 0

@@ -43,6 +43,78 @@ def make_export(folder: Path, shape: str = "square", model: str = "vit_tiny_patc
     return encoder.eval()
 
 
+RESNETS: dict[str, dict[str, Any]] = {
+    "resnet": {"model": "resnet18", "channels": 3, "model_args": {"channels": (8, 8, 12, 16)}},
+    "bottlenecks, two channels": {"model": "resnet50", "channels": 2, "model_args": {"layers": (1, 1, 1, 1)}},
+    "small stem": {"model": "resnet18", "channels": 3, "model_args": {"channels": (8, 8, 12, 16), "cifar_stem": True}},
+}
+
+
+def export_resnet(folder: Path, kind: str) -> Any:
+    settings = {"image_size": (32, 48), **RESNETS[kind]}
+    torch.manual_seed(0)
+    encoder = build_encoder(**settings)
+    encoder.train()(torch.randn(4, settings["channels"], 32, 48))  # statistics and counters that are not the first
+    mean = [0.5] * settings["channels"]
+    export_encoder(encoder, folder, mean=mean, std=mean, **settings)
+    return encoder.eval()
+
+
+@pytest.mark.parametrize("kind", RESNETS)
+def test_a_resnets_export_is_read_back_whole(tmp_path: Path, kind: str) -> None:
+    encoder = export_resnet(tmp_path / "export", kind)
+    opened = load_encoder(tmp_path / "export", image_size=(64, 64)).eval()
+    assert opened.state_dict().keys() == encoder.state_dict().keys()
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], value), name
+    x = torch.randn(2, encoder.conv1.in_channels, 64, 64)
+    assert torch.equal(opened.forward_features(x), encoder.forward_features(x))
+    assert torch.equal(opened(x), encoder(x))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RESNETS if kind != "small stem"])
+def test_timm_opens_a_resnets_export(tmp_path: Path, kind: str) -> None:
+    encoder = export_resnet(tmp_path / "export", kind)
+    opened = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True).eval()
+    x = torch.randn(2, encoder.conv1.in_channels, 32, 48)
+    assert torch.equal(opened(x), encoder(x))
+    assert torch.equal(opened.forward_features(x), encoder.forward_features(x))
+    assert tuple(opened.pretrained_cfg["input_size"]) == x.shape[1:]
+    classifier = timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True, num_classes=7)
+    assert classifier.fc.out_features == 7
+    assert "timm.create_model" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_the_readme_says_that_timm_cannot_build_the_small_stem(tmp_path: Path) -> None:
+    export_resnet(tmp_path / "export", "small stem")
+    text = (tmp_path / "export" / "README.md").read_text()
+    assert 'patchmine.load_encoder("FOLDER")' in text
+    assert "timm.create_model" not in text
+    assert "(batch, 16, rows, columns)" in text
+    with pytest.raises(TypeError, match="cifar_stem"):
+        timm.create_model(f"local-dir:{tmp_path / 'export'}", pretrained=True)
+
+
+@pytest.mark.parametrize("stem", [False, True])
+def test_a_file_of_a_resnet_needs_no_name(tmp_path: Path, stem: bool) -> None:
+    """torchvision's names and classifier, with or without the counters that old files lack."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet18", model_args={"cifar_stem": stem}).eval()
+    classifier = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
+    old = {name: value for name, value in encoder.state_dict().items() if "num_batches" not in name}
+    x = torch.randn(1, 3, 32, 32)
+    for name, tensors in (("new", encoder.state_dict()), ("old", old)):
+        save_file(tensors | classifier, tmp_path / f"{name}.safetensors")
+        assert torch.equal(load_encoder(tmp_path / f"{name}.safetensors").eval()(x), encoder(x))
+    named = load_encoder(
+        tmp_path / "new.safetensors", model="resnet18", model_args={"cifar_stem": stem}, image_size=(32, 32)
+    )
+    assert torch.equal(named.eval()(x), encoder(x))
+    if not stem:
+        with pytest.raises(UserError, match="conv1.weight has shape"):
+            load_encoder(tmp_path / "new.safetensors", model="resnet18", model_args={"cifar_stem": True})
+
+
 def images(encoder: VisionTransformer) -> torch.Tensor:
     return torch.randn(2, encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from patchmine.train.optim import (
     build_optimizers,
     clip_gradients,
+    decay_strength,
     is_decayed,
     learning_rate,
     load_optimizer_tensors,
@@ -81,6 +82,78 @@ def test_peak_rate_is_base_rate_times_batch_over_256() -> None:
     assert {group["lr"] for group in optimizers.by_name["adamw"].param_groups} == {rates["lr"]}
 
 
+def test_a_group_may_end_at_a_rate_of_its_own() -> None:
+    first, second = network(), network()
+    groups = [
+        ParamGroup([(f"a.{name}", p) for name, p in named(first)]),
+        ParamGroup([(f"b.{name}", p) for name, p in named(second)], optimizer="sgd", blr=0.1, min_lr=0.0048),
+    ]
+    optimizers = build_optimizers(groups, weight_decay=0.05, blr=1e-3, betas=(0.9, 0.95))
+    for step in (0, 3, 10, 37, 40):
+        now = Progress(step, 40, 4)
+        found = set_rates(optimizers, now, batch_size=512, warmup_epochs=2, min_lr=1e-5)
+        assert found["lr"] == learning_rate(now, 2e-3, warmup_epochs=2, min_lr=1e-5)
+        assert found["lr_sgd"] == learning_rate(now, 0.2, warmup_epochs=2, min_lr=0.0048)
+    assert found == {"lr": pytest.approx(1e-5), "lr_sgd": pytest.approx(0.0048)}  # absolute, whatever the batch
+
+
+def test_weight_decay_follows_the_reference_loop() -> None:
+    total, start, end = 24, 0.04, 0.4
+    expected = [end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total)) for step in range(total)]
+    assert [decay_strength(Progress(step, total, 5), start, end) for step in range(total)] == pytest.approx(expected)
+    module = network()
+    optimizers = build(module, weight_decay=start, weight_decay_end=end)
+    for step, strength in enumerate(expected):
+        set_rates(optimizers, Progress(step, total, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)
+        for group in optimizers.by_name["adamw"].param_groups:
+            assert group["weight_decay"] == pytest.approx(strength if group["params"][0].ndim == 2 else 0.0)
+
+
+def test_a_constant_decay_stays_the_very_number() -> None:
+    optimizers = build(network(), weight_decay=0.1)
+    for step in range(7):
+        set_rates(optimizers, Progress(step, 7, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)
+        assert {group["weight_decay"] for group in optimizers.by_name["adamw"].param_groups} == {0.0, 0.1}
+
+
+def test_sgd_that_decays_all_equals_its_formula() -> None:
+    """Coupled decay, momentum 0.9, on matrices, biases and norms alike (MOKD's CNN transformer head)."""
+    module = network()
+    slow = {name: p.detach().double().clone() for name, p in named(module)}
+    speed = {name: torch.zeros_like(value) for name, value in slow.items()}
+    optimizers = build(module, optimizer="sgd", weight_decay=0.04, weight_decay_end=0.4, decay_all=True)
+    for step in range(4):
+        progress = Progress(step, 10, 5)
+        fill_gradients(module)
+        lr = set_rates(optimizers, progress, batch_size=256, warmup_epochs=0, min_lr=0.0)["lr"]
+        update(optimizers, torch.zeros(()))
+        for name, parameter in named(module):
+            grad = parameter.grad.double() + decay_strength(progress, 0.04, 0.4) * slow[name]
+            speed[name] = 0.9 * speed[name] + grad
+            slow[name] -= lr * speed[name]
+            torch.testing.assert_close(parameter.detach().double(), slow[name], atol=1e-6, rtol=1e-5)
+
+
+def test_two_optimizers_of_a_kind_are_kept_apart_by_name() -> None:
+    first, second = network(), network()
+    fill_gradients(first, 10.0)
+    fill_gradients(second, 1.0)
+    groups = [
+        ParamGroup([(f"a.{name}", p) for name, p in named(first)], clip_norm=1.0, blr=0.1),
+        ParamGroup([(f"b.{name}", p) for name, p in named(second)], clip_norm=1.0, blr=0.2, name="partner"),
+    ]
+    optimizers = build_optimizers(groups, weight_decay=0, blr=1.0, betas=(0.9, 0.95))
+    rates = set_rates(optimizers, START, batch_size=256, warmup_epochs=0, min_lr=0.0)
+    assert rates == {"lr": pytest.approx(0.1), "lr_partner": pytest.approx(0.2)}
+    clip_gradients(optimizers, START)
+    for module in (first, second):
+        assert torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item() == pytest.approx(1, rel=1e-4)
+    update(optimizers, torch.zeros(()))
+    state = optimizer_tensors(optimizers)
+    assert {"a.0.weight.exp_avg", "b.0.weight.exp_avg"} <= state.keys()
+    load_optimizer_tensors(optimizers, state)
+
+
 def test_tokens_are_decayed_and_vectors_and_biases_are_not() -> None:
     assert is_decayed("cls_token", torch.zeros(1, 1, 8))
     assert is_decayed("blocks.0.attn.qkv.weight", torch.zeros(8, 8))
@@ -145,9 +218,11 @@ def test_groups_are_clipped_by_themselves() -> None:
     assert norm(second) > 10
 
 
-def test_a_frozen_group_does_not_move_until_its_epoch() -> None:
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_frozen_group_does_not_move_until_its_epoch(name: str) -> None:
+    """Not by weight decay either."""
     module = network()
-    optimizers = build(module, frozen_until=1)
+    optimizers = build(module, optimizer=name, frozen_until=1, weight_decay=0.5, decay_all=True)
     before = copy.deepcopy(module.state_dict())
     for step in range(6):
         progress = Progress(step, 10, 5)
@@ -209,6 +284,9 @@ def test_mistakes_of_a_method_are_named() -> None:
         build_optimizers([ParamGroup(named(module)), ParamGroup(named(module)[:1])], **settings)
     with pytest.raises(ValueError, match="unknown optimizer 'adam'; there are adamw, sgd, lars"):
         build_optimizers([ParamGroup(named(module), optimizer="adam")], **settings)
+    with pytest.raises(ValueError, match="asks for adamw and sgd under one name, 'encoder'"):
+        parts = (("adamw", named(module)[:1]), ("sgd", named(module)[1:]))
+        build_optimizers([ParamGroup(part, kind, name="encoder") for kind, part in parts], **settings)
     with pytest.raises(ValueError, match="no parameter to train"):
         build_optimizers([], **settings)
     with pytest.raises(ValueError, match="'gone', which is not trained"):

@@ -53,7 +53,16 @@ class Toy(Method):
         return [
             ParamGroup(encoder, clip_norm=0.5),
             ParamGroup(
-                decoder, optimizer="sgd", blr=2.0, weight_decay=0.01, clip_norm=0.1, clip_each=True, frozen_until=1
+                decoder,
+                optimizer="sgd",
+                blr=2.0,
+                min_lr=0.02,
+                weight_decay=0.01,
+                weight_decay_end=0.1,
+                decay_all=True,
+                clip_norm=0.1,
+                clip_each=True,
+                frozen_until=1,
             ),
         ]
 

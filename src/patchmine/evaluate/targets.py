@@ -8,13 +8,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import timm
 import torch
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.beit import Beit
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -22,7 +23,7 @@ from patchmine.errors import UserError
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 from patchmine.models.vit import initialise_encoder
 from patchmine.models.weights import CONFIG, is_export, load_encoder
-from patchmine.run import Run, is_run
+from patchmine.run import Run, Which, is_run
 
 RAW_PIXELS = "raw-pixels"
 RANDOM_INIT = "random-init"
@@ -60,10 +61,11 @@ def open_target(
 ) -> Target:
     """The target that ``spec`` names; nothing is ever downloaded.
 
-    A run folder (``weights`` student or teacher) | an export folder | a file with the weights of a plain ViT | the name
-    of a timm architecture (``weights`` a local file, else random ones, which ``note`` says) | ``random-init:SPEC``, the
-    same architecture with random weights from ``seed`` | ``raw-pixels`` or ``raw-pixels:SPEC``, the images as SPEC
-    would see them.  ``image_size`` and ``channels`` overrule the target's own.  Raises UserError for anything else.
+    A run folder (``weights`` one of `run.Which`) | an export folder | a file with the weights of a plain ViT or ResNet
+    | the name of a timm architecture (``weights`` a local file, else random ones, which ``note`` says) |
+    ``random-init:SPEC``, the same architecture with random weights from ``seed`` | ``raw-pixels`` or
+    ``raw-pixels:SPEC``, the images as SPEC would see them.  ``image_size`` and ``channels`` overrule the target's own.
+    Raises UserError for anything else.
     """
     text = str(spec)
     kind, _, inner = text.partition(":")
@@ -85,7 +87,7 @@ def open_target(
             "give one of these, a file of weights, or the name of a timm architecture"
         )
     if path.is_file():
-        return _of_timm_model(text, load_encoder(path, image_size=image_size))
+        return _sized(_of_timm_model(text, load_encoder(path, image_size=image_size)), image_size)
     return _of_timm(text, image_size, channels, weights, seed)
 
 
@@ -99,7 +101,7 @@ def random_twin(target: Target, seed: int = 0) -> Target:
         for module in encoder.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-        if isinstance(encoder, VisionTransformer | Beit):
+        if isinstance(encoder, VisionTransformer | Beit | ResNet):
             initialise_encoder(encoder)
     return replace(target, name=f"{RANDOM_INIT}:{target.name}", encoder=encoder, folder=None, note="")
 
@@ -128,9 +130,10 @@ def _of_run(path: Path, weights: str) -> Target:
         raise UserError(
             f"{run.config_file} has no mean and std: it is no finished set of settings; start the run again"
         )
-    if weights not in ("student", "teacher"):
-        raise UserError(f"weights={weights!r}: of the run {path} either student or teacher can be measured")
-    encoder = run.encoder("teacher" if weights == "teacher" else "student")
+    known = get_args(Which)
+    if weights not in known:
+        raise UserError(f"weights={weights!r}: of the run {path} either {' or '.join(known)} can be measured")
+    encoder = run.encoder(cast(Which, weights))
     return Target(
         str(path),
         encoder,

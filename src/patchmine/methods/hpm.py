@@ -100,7 +100,8 @@ class HPM(Method):
             if config.losspred_head == "scalar":
                 _shrink_head(self.predictor)
         # No pixel decoder: the teacher looks and predicts difficulty, it never paints.
-        self.teacher = Teacher(**self._taught()) if self.predictor is not None or config.target == "ema" else None
+        taught = self.predictor is not None or config.target == "ema"
+        self.teacher = Teacher(own_statistics=False, **self._taught()) if taught else None
 
     def _taught(self) -> dict[str, nn.Module]:
         """The student's modules of which the teacher keeps a slow copy."""

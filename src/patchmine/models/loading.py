@@ -24,6 +24,8 @@ from patchmine.models.torchscript import is_torchscript, read_torchscript
 
 Tensors = dict[str, Tensor]
 
+COUNTER = "num_batches_tracked"  # of a batch norm: older files lack it, and nothing is computed from it
+
 # What the readers raise for files that are cut, garbled or of another kind.
 _UNREADABLE = (
     OSError,
@@ -114,11 +116,15 @@ def _reason(error: Exception) -> str:
 
 
 def tensors_only(mapping: Mapping[str, Any]) -> Tensors:
-    """The float tensors of a state dict in float32, without the prefixes that DDP and compile add to names."""
+    """The float tensors of a state dict in float32, without the prefixes that DDP and compile add to names.
+
+    Of the others only the counters of batch norms are kept.
+    """
     plain: Tensors = {}
     for name, value in mapping.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            plain[name.removeprefix("module.").replace("_orig_mod.", "")] = value.float()
+        if isinstance(value, Tensor) and (value.is_floating_point() or name.endswith(COUNTER)):
+            plain_name = name.removeprefix("module.").replace("_orig_mod.", "")
+            plain[plain_name] = value.float() if value.is_floating_point() else value
     return plain
 
 

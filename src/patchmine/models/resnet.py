@@ -46,10 +46,9 @@ def use_cifar_stem(encoder: nn.Module) -> None:
     The last map of a 32x32 image is then 4x4 instead of 1x1 (SimCLR, arXiv 2002.05709, appendix B.9).  The new weights
     are drawn like all others, `initialise_resnet`.
     """
-    exchangeable = isinstance(encoder, ResNet) and isinstance(encoder.conv1, nn.Conv2d)
-    if not exchangeable:
+    old = getattr(encoder, "conv1", None)
+    if not isinstance(encoder, ResNet) or type(old) is not nn.Conv2d:
         raise ValueError("cifar_stem=true is for ResNets that begin with one convolution, such as resnet18")
-    old = encoder.conv1
     encoder.conv1 = nn.Conv2d(
         old.in_channels, old.out_channels, 3, padding=1, bias=False, device=old.weight.device, dtype=old.weight.dtype
     )

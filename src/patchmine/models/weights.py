@@ -12,14 +12,16 @@ from typing import Any
 import timm
 from safetensors.torch import save_file
 from timm.models.beit import Beit
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from patchmine.disk import settle
 from patchmine.errors import UserError
 from patchmine.models.architecture import infer_architecture
 from patchmine.models.beit import resample_tables
 from patchmine.models.loading import (
+    COUNTER,
     LoadReport,
     Tensors,
     load_tensors,
@@ -28,6 +30,7 @@ from patchmine.models.loading import (
     tensors_only,
 )
 from patchmine.models.official import encoder_tensors
+from patchmine.models.resnet import create, has_cifar_stem, infer_resnet, is_resnet, names_resnet
 from patchmine.models.vit import Encoder, embedded_prefix
 
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
@@ -48,34 +51,39 @@ def export_encoder(
 ) -> Path:
     """Write a folder that `timm.create_model("local-dir:FOLDER")` and `transformers.AutoModel` open.
 
-    ``model`` and ``model_args`` are what the encoder was built from; ``mean`` and ``std`` are in [0, 1] units, one for
-    each channel.  The folder appears complete or not at all; an older export is replaced.  Raises UserError when
-    ``folder`` holds anything else, ValueError when the encoder is not what ``model`` and ``model_args`` describe.
+    Only `load_encoder` opens that of a ResNet with a stem for small images, which timm cannot build; the README in the
+    folder says so.  ``model`` and ``model_args`` are what the encoder was built from; ``mean`` and ``std`` are in
+    [0, 1] units, one for each channel.  The folder appears complete or not at all; an older export is replaced.  Raises
+    UserError when ``folder`` holds anything else, ValueError when the encoder is not what ``model`` and ``model_args``
+    describe.
     """
     folder = Path(folder)
     _refuse_other_content(folder)
     architecture = model.removeprefix("timm/").split(".")[0]
-    arguments = {
-        **model_args,
-        "img_size": list(image_size),
-        "patch_size": encoder.patch_embed.patch_size[0],
-        "in_chans": channels,
-        "global_pool": encoder.global_pool,
-    }
+    arguments: dict[str, Any] = {**model_args, "in_chans": channels}
+    if isinstance(encoder, ResNet):
+        arguments["global_pool"] = encoder.global_pool.pool_type
+        places = {name: encoder.pretrained_cfg[name] for name in ("first_conv", "classifier")}
+    else:
+        arguments["img_size"] = list(image_size)
+        arguments["patch_size"] = encoder.patch_embed.patch_size[0]
+        arguments["global_pool"] = encoder.global_pool
+        places = {"first_conv": "patch_embed.proj", "classifier": "head"}
     if isinstance(encoder, VisionTransformer):
         arguments["fc_norm"] = not isinstance(encoder.fc_norm, nn.Identity)
     arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
+    any_size = isinstance(encoder, ResNet) or arguments.get("dynamic_img_size", False)
     _check_description(encoder, architecture, arguments)
     config = {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": encoder.num_features,
-        "global_pool": encoder.global_pool,
+        "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": [channels, *image_size],
-            "fixed_input_size": not arguments.get("dynamic_img_size", False),
+            "fixed_input_size": not any_size,
             "interpolation": interpolation,
             "crop_pct": crop_pct,
             "crop_mode": "center",
@@ -83,8 +91,7 @@ def export_encoder(
             "std": list(std),
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            **places,
         },
     }
     _write(encoder, config, folder)
@@ -93,10 +100,10 @@ def export_encoder(
 
 def _check_description(encoder: Encoder, architecture: str, arguments: dict[str, Any]) -> None:
     """Build the described model without memory and compare, so that no folder is written that nobody can open."""
-    rebuilt = timm.create_model(architecture, pretrained=False, num_classes=0, device="meta", **arguments)
+    rebuilt: Any = create(architecture, num_classes=0, device="meta", **arguments)
     wanted = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
-    heads = [m.blocks[0].attn.num_heads for m in (rebuilt, encoder)]
+    heads = [None if isinstance(m, ResNet) else m.blocks[0].attn.num_heads for m in (rebuilt, encoder)]
     if wanted != given or heads[0] != heads[1]:
         differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         raise ValueError(
@@ -123,12 +130,10 @@ def _write(encoder: Encoder, config: dict[str, Any], folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     new.mkdir()
     try:
-        tensors = {
-            name: tensor.detach().cpu().float().contiguous().clone() for name, tensor in encoder.state_dict().items()
-        }
+        tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (new / README).write_text(_readme(config), encoding="utf-8")
+        (new / README).write_text(_readme(encoder, config), encoding="utf-8")
         for path in (new / WEIGHTS, new / CONFIG, new):
             settle(path)
         if folder.exists():
@@ -139,9 +144,44 @@ def _write(encoder: Encoder, config: dict[str, Any], folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _readme(config: dict[str, Any]) -> str:
+def _plain(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, in float32 unless it is a counter."""
+    plain = tensor.detach().cpu()
+    return (plain.float() if plain.is_floating_point() else plain).contiguous().clone()
+
+
+_OPEN_ANYWHERE = """```python
+import timm
+encoder = timm.create_model("local-dir:FOLDER", pretrained=True)
+features = encoder.forward_features(images)  # {shape}
+```
+
+```python
+from transformers import AutoModel
+features = AutoModel.from_pretrained("FOLDER")(images).last_hidden_state
+```"""
+
+_OPEN_HERE = """```python
+import patchmine
+encoder = patchmine.load_encoder("FOLDER").eval()
+features = encoder.forward_features(images)  # {shape}
+```
+
+timm and transformers cannot open this folder: the network begins with a 3x3 convolution of stride 1 and no max-pooling
+(`cifar_stem` in config.json), which timm's ResNets cannot be asked for.  The tensors have timm's names: build timm's
+`{architecture}`, put `Conv2d({channels}, 64, 3, padding=1, bias=False)` in the place of `conv1` and `Identity()`
+in the place of `maxpool`, and load `model.safetensors`."""
+
+
+def _readme(encoder: Encoder, config: dict[str, Any]) -> str:
     """A model card: what this is and how to open it."""
     cfg = config["pretrained_cfg"]
+    width = config["num_features"]
+    how = (_OPEN_HERE if has_cifar_stem(encoder) else _OPEN_ANYWHERE).format(
+        shape=f"(batch, {width}, rows, columns)" if isinstance(encoder, ResNet) else f"(batch, tokens, {width})",
+        architecture=config["architecture"],
+        channels=cfg["input_size"][0],
+    )
     return f"""---
 library_name: timm
 tags: [image-feature-extraction, timm]
@@ -150,16 +190,7 @@ tags: [image-feature-extraction, timm]
 
 Give the path of this folder in place of FOLDER.
 
-```python
-import timm
-encoder = timm.create_model("local-dir:FOLDER", pretrained=True)
-features = encoder.forward_features(images)  # (batch, tokens, {config["num_features"]})
-```
-
-```python
-from transformers import AutoModel
-features = AutoModel.from_pretrained("FOLDER")(images).last_hidden_state
-```
+{how}
 
 Input: {"x".join(map(str, cfg["input_size"]))} (channels, height, width), values in [0, 1], then `(x - mean) / std` with
 mean {cfg["mean"]} and std {cfg["std"]}.
@@ -180,9 +211,9 @@ def load_encoder(
 ) -> Encoder:
     """The encoder in an export folder, in a run folder's export, or in a .safetensors, .pth or .pt file.
 
-    A file may be a timm state dict or an official MAE, HPM or DINO checkpoint; its architecture is read off the
-    tensors, or is timm's ``model`` with ``model_args`` where given.  ``image_size`` (height, width) resamples the
-    positions of a file or folder to another size.
+    A file may be a timm or torchvision state dict or an official MAE, HPM or DINO checkpoint; its architecture is read
+    off the tensors, or is timm's ``model`` with ``model_args`` where given.  ``image_size`` (height, width) resamples
+    the positions of a file or folder to another size; a ResNet has none.
 
     Raises UserError for a path that holds no encoder and for weights that do not fit.
     """
@@ -197,8 +228,9 @@ def load_encoder(
         )
     else:
         encoder = _from_file(path, model, model_args or {}, image_size)
-    if image_size is not None and tuple(encoder.patch_embed.img_size) != tuple(image_size):
-        encoder.set_input_size(image_size)
+    if image_size is None or isinstance(encoder, ResNet) or encoder.patch_embed.img_size == tuple(image_size):
+        return encoder
+    encoder.set_input_size(image_size)
     return encoder
 
 
@@ -209,22 +241,22 @@ def _from_export(folder: Path) -> Encoder:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is no configuration of an export ({error!r}): export again") from error
     tensors = tensors_only(read_checkpoint(folder / WEIGHTS))
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("head.", "fc."))}
     encoder = _create(architecture, arguments | {"num_classes": 0}, folder / CONFIG)
     load_tensors(encoder, tensors, LoadReport(str(folder / WEIGHTS)))
     return encoder
 
 
 def _create(model: str, arguments: dict[str, Any], source: Path) -> Encoder:
-    """A plain or BEiT-style ViT of timm's.  Nothing is downloaded."""
+    """A plain or BEiT-style ViT or a ResNet of timm's.  Nothing is downloaded."""
     if not timm.is_model(model):
         raise UserError(f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may")
     try:
-        encoder = timm.create_model(model, pretrained=False, **arguments)
+        encoder: Any = create(model, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"{source}: timm cannot build {model} with {arguments} ({error})") from error
-    if not isinstance(encoder, VisionTransformer | Beit):
-        raise UserError(f"{source}: {model} is a {type(encoder).__name__}, not a plain vision transformer")
+    if not isinstance(encoder, VisionTransformer | Beit | ResNet):
+        raise UserError(f"{source}: {model} is a {type(encoder).__name__}, not a plain vision transformer or ResNet")
     return encoder
 
 
@@ -232,13 +264,18 @@ def _from_file(
     path: Path, model: str | None, model_args: Mapping[str, Any], image_size: tuple[int, int] | None
 ) -> Encoder:
     tensors = encoder_tensors(read_checkpoint(path), str(path))
-    if model is None:
+    if is_resnet(tensors):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
+    if model is None and is_resnet(tensors):
+        architecture, arguments = infer_resnet(tensors, str(path))
+        encoder = _create(architecture, {"num_classes": 0, **arguments}, path)
+    elif model is None:
         encoder = infer_architecture(
             tensors, str(path), num_heads=model_args.get("num_heads"), image_size=image_size
         ).build()
     else:
-        size = {} if image_size is None else {"img_size": image_size}
         name = model.removeprefix("timm/").split(".")[0]
+        size = {} if image_size is None or names_resnet(name) else {"img_size": image_size}
         encoder = _create(name, {"num_classes": 0, **size, **model_args}, path)
     fill(encoder, tensors, str(path))
     return encoder
@@ -249,11 +286,11 @@ def fill(encoder: Encoder, tensors: Tensors, source: str) -> None:
 
     Raises UserError, naming ``source``, for tensors that do not fit.
     """
-    if encoder.pos_embed is not None and "pos_embed" in tensors:
+    if isinstance(encoder, VisionTransformer | Beit) and encoder.pos_embed is not None and "pos_embed" in tensors:
         positions = tensors["pos_embed"]
         if positions.shape != encoder.pos_embed.shape:
             positions = resample_positions(positions, encoder.patch_embed.grid_size, embedded_prefix(encoder))
         tensors = {**tensors, "pos_embed": positions}
     if isinstance(encoder, Beit):
         tensors = resample_tables(encoder, tensors)
-    load_tensors(encoder, tensors, LoadReport(source))
+    load_tensors(encoder, tensors, LoadReport(source), allow=[f"*.{COUNTER}"])

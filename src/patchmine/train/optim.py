@@ -53,12 +53,13 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
 def build_optimizers(
     groups: Sequence[ParamGroup], *, weight_decay: float, blr: float, betas: tuple[float, float]
 ) -> Optimizers:
-    """One torch optimizer per distinct ``optimizer`` name, for parameters that are already on their device.
+    """One torch optimizer per distinct name of a group, for parameters that are already on their device.
 
-    ``weight_decay`` and ``blr`` hold where a group says nothing.  Raises ValueError for an unknown optimizer, for a
-    parameter that stands in two groups, and when there is nothing to train.
+    ``weight_decay`` and ``blr`` hold where a group says nothing.  Raises ValueError for an unknown optimizer, for one
+    name with two kinds of them, for a parameter that stands in two groups, and when there is nothing to train.
     """
     params: dict[str, nn.Parameter] = {}
+    kinds: dict[str, str] = {}
     torch_groups: dict[str, list[dict[str, Any]]] = {}
     clips: dict[tuple[str, float, bool], Clip] = {}
     frozen: list[tuple[int, list[nn.Parameter]]] = []
@@ -66,16 +67,19 @@ def build_optimizers(
         _refuse_repeated(group, params)
         params.update(group.params)
         decay = weight_decay if group.weight_decay is None else group.weight_decay
-        torch_groups.setdefault(group.optimizer, []).extend(_split_by_decay(group, decay, blr))
+        name = group.name or group.optimizer
+        if kinds.setdefault(name, group.optimizer) != group.optimizer:
+            raise ValueError(f"param_groups() asks for {kinds[name]} and {group.optimizer} under one name, {name!r}")
+        torch_groups.setdefault(name, []).extend(_split_by_decay(group, decay, blr))
         members = [parameter for _, parameter in group.params]
         if group.clip_norm is not None:
-            key = (group.optimizer, group.clip_norm, group.clip_each)
+            key = (name, group.clip_norm, group.clip_each)
             clips.setdefault(key, Clip([], group.clip_norm, group.clip_each)).params.extend(members)
         if group.frozen_until > 0:
             frozen.append((group.frozen_until, members))
     if not params:
         raise ValueError("the method names no parameter to train (param_groups() is empty)")
-    by_name = {name: _make(name, parts, betas) for name, parts in torch_groups.items()}
+    by_name = {name: _make(kinds[name], parts, betas) for name, parts in torch_groups.items()}
     return Optimizers(by_name, params, list(clips.values()), frozen)
 
 
@@ -87,15 +91,24 @@ def _refuse_repeated(group: ParamGroup, known: Mapping[str, nn.Parameter]) -> No
 
 
 def _split_by_decay(group: ParamGroup, weight_decay: float, blr: float) -> list[dict[str, Any]]:
-    """torch's parameter groups, with the base rate carried along under a key of our own."""
+    """torch's parameter groups, with what moves their rate and decay carried along under keys of our own."""
     base = blr if group.blr is None else group.blr
-    decayed = [p for name, p in group.params if is_decayed(name, p)]
-    plain = [p for name, p in group.params if not is_decayed(name, p)]
-    parts = [(decayed, weight_decay, True), (plain, 0.0, False)]
+    end = weight_decay if group.weight_decay_end is None else group.weight_decay_end
+    matrices = [p for name, p in group.params if is_decayed(name, p)]
+    others = [p for name, p in group.params if not is_decayed(name, p)]
+    curve = (weight_decay, end)
+    parts = [(matrices, curve, True), (others, curve if group.decay_all else (0.0, 0.0), False)]
     # LARS adapts the rate of matrices whether or not they are decayed, and of nothing else (MAE util/lars.py).
     return [
-        {"params": members, "weight_decay": decay, "blr": base, "always_adapt": matrices}
-        for members, decay, matrices in parts
+        {
+            "params": members,
+            "weight_decay": decay[0],
+            "decay_curve": decay,
+            "blr": base,
+            "min_lr": group.min_lr,
+            "always_adapt": adapted,
+        }
+        for members, decay, adapted in parts
         if members
     ]
 
@@ -131,15 +144,27 @@ def learning_rate(progress: Progress, peak: float, *, warmup_epochs: float, min_
     return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(turn))
 
 
+def decay_strength(progress: Progress, start: float, end: float) -> float:
+    """Half a cosine from ``start`` to ``end`` over the whole run, without warm-up (DINO ``utils.cosine_scheduler``)."""
+    if start == end:
+        return start
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress.fraction))
+
+
 def set_rates(
     optimizers: Optimizers, progress: Progress, *, batch_size: int, warmup_epochs: float, min_lr: float
 ) -> dict[str, float]:
-    """Set every group's rate for this step (peak = blr x global batch / 256); returns the rates for the log."""
+    """Set every group's rate and weight decay for this step (peak rate = blr x global batch / 256).
+
+    ``min_lr`` holds where a group has none of its own.  Returns the rates for the log: of each optimizer's first group.
+    """
     rates: dict[str, float] = {}
     for name, optimizer in optimizers.by_name.items():
         for group in optimizer.param_groups:
             peak = group["blr"] * batch_size / 256
-            group["lr"] = learning_rate(progress, peak, warmup_epochs=warmup_epochs, min_lr=min_lr)
+            low = min_lr if group["min_lr"] is None else group["min_lr"]
+            group["lr"] = learning_rate(progress, peak, warmup_epochs=warmup_epochs, min_lr=low)
+            group["weight_decay"] = decay_strength(progress, *group["decay_curve"])
         rates["lr" if not rates else f"lr_{name}"] = float(optimizer.param_groups[0]["lr"])
     return rates
 
