@@ -137,8 +137,9 @@ def test_every_setting_is_either_a_result_or_not() -> None:
 def test_schema_names_every_setting_and_its_meaning() -> None:
     text = "\n".join(describe_run())
     for name, field in {**Results.model_fields, **Running.model_fields}.items():
-        assert f"{name}=" in text
+        assert f"\n{name}=" in text or f"\n{name}.*" in text
         assert str(field.description) in text
+    assert "\ncrops.num_local=8 " in text
     assert "method.mask_ratio=0.75" in "\n".join(describe_method("hpm"))
     with pytest.raises(UserError, match="did you mean hpm"):
         describe_method("hmp")
@@ -171,6 +172,18 @@ def test_one_message_lists_every_mistake_with_path_value_and_what_is_allowed() -
 def test_a_single_mistake_is_a_single_sentence() -> None:
     text = complaint("data=x", "method.mask_ratio=1.2")
     assert text == "Mistake in the settings: method.mask_ratio: given 1.2; must be above 0 and below 1"
+
+
+def test_crops_that_cannot_be_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse(None, ["data=x", "crops.num_local=6", "crops.local_size=50"]).crops.local_size == 50
+    monkeypatch.setattr(METHODS["mae"], "multi_crop", True)
+    assert "crops.local_size: given 50; must be a multiple of 16, the patch of model vit_small" in complaint(
+        "data=x", "crops.local_size=50"
+    )
+    assert parse(None, ["data=x", "crops.local_size=50", "model=resnet18"]).crops.local_size == 50
+    assert "crops.num_global: given 1; two global crops" in complaint("data=x", "crops.num_global=1")
+    assert "crops.local_scale: given [0.5, 0.1]; must be [smallest" in complaint("data=x", "crops.local_scale=[.5,.1]")
+    assert "did you mean crops.num_local" in complaint("data=x", "crops.num_locl=1")
 
 
 def test_a_misspelt_method_does_not_hide_the_mistakes_in_its_settings() -> None:

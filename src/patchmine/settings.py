@@ -71,13 +71,25 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
+class Crops(_Settings):
+    """Crops of each image, for methods that compare several; ``image_size`` is the size of the global ones."""
+
+    num_global: int = Field(2, description="large crops of each image; always 2")
+    num_local: int = Field(8, ge=0, description="small crops of each image")
+    local_size: Positive = Field(96, description="pixels; a multiple of the model's patch")
+    global_scale: tuple[Fraction, Fraction] = Field(
+        (0.25, 1.0), description="smallest and largest share of the image in a large crop"
+    )
+    local_scale: tuple[Fraction, Fraction] = Field((0.05, 0.25), description="the same of a small crop")
+
+
 class Results(_Settings):
     """What decides the weights.  A resumed run must keep it."""
 
     data: Annotated[str | list[str], BeforeValidator(_as_text)] = Field(
         description="give a folder, a list file, tar shards or embedded:photos, as in data=photos/"
     )
-    model: str = Field("vit_small_patch16_224", description="name of a plain vision transformer of timm's")
+    model: str = Field("vit_small_patch16_224", description="a plain vision transformer or ResNet of timm's")
     model_args: dict[str, Any] = Field({}, description="more arguments for timm, such as depth, embed_dim, num_heads")
     method: Annotated[MethodConfig, BeforeValidator(_as_method)] = Field(
         "mae", validate_default=True, description="the method's name and its own settings"
@@ -110,6 +122,7 @@ class Results(_Settings):
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="narrowest and widest crop, width / height")
     flip: Fraction = Field(0.5, description="probability of a mirrored crop")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="how crops are resized")
+    crops: Crops = Field(Crops(), description="of methods with several crops of each image")
     max_bad_share: Fraction = Field(0.05, description="share of broken images above which the run stops")
     init: Text | None = Field(None, description="checkpoint, run or export to start from")
 
@@ -156,7 +169,10 @@ class RunConfig(Running, Results):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
-        checks = (_check_length, _check_statistics, _check_patches, _check_batch, _check_ranges, _check_evaluation)
+        checks = (
+            *(_check_length, _check_statistics, _check_patches, _check_batch),
+            *(_check_ranges, _check_crops, _check_evaluation),
+        )
         mistakes = [mistake for check in checks for mistake in check(self)]
         if mistakes:
             raise CrossMistakesError(mistakes)
@@ -193,14 +209,20 @@ def _check_statistics(config: RunConfig) -> list[Mistake]:
 def _check_patches(config: RunConfig) -> list[Mistake]:
     in_name = re.search(r"patch(\d+)", config.model)
     step = config.patch_size or (int(in_name[1]) if in_name else None)
-    if step is None or "patch_size" in config.model_args or all(side % step == 0 for side in config.image_size):
+    if step is None or "patch_size" in config.model_args:
         return []
-    height, width = (max(step, round(side / step) * step) for side in config.image_size)
-    near = str(height) if height == width else f"[{height},{width}]"
-    given = "x".join(map(str, config.image_size))
     source = "patch_size" if config.patch_size else f"model {config.model}"
-    text = f"given {given}; must be a multiple of {step}, the patch of {source}: try image_size={near}"
-    return [Mistake("image_size", text)]
+    sides: list[tuple[str, tuple[int, ...]]] = [("image_size", config.image_size)]
+    if METHODS[config.method.name].multi_crop and config.crops.num_local:
+        sides.append(("crops.local_size", (config.crops.local_size,)))
+    mistakes = []
+    for name, given in sides:
+        if any(side % step for side in given):
+            near = [max(step, round(side / step) * step) for side in given]
+            size = str(near[0]) if len(set(near)) == 1 else f"[{near[0]},{near[1]}]"
+            text = f"given {'x'.join(map(str, given))}; must be a multiple of {step}, the patch of {source}"
+            mistakes.append(Mistake(name, f"{text}: try {name}={size}"))
+    return mistakes
 
 
 def _check_batch(config: RunConfig) -> list[Mistake]:
@@ -216,9 +238,22 @@ def _check_batch(config: RunConfig) -> list[Mistake]:
 def _check_ranges(config: RunConfig) -> list[Mistake]:
     return [
         Mistake(name, f"given [{low}, {high}]; must be [smallest, largest] with 0 < smallest <= largest")
-        for name, (low, high) in (("crop_scale", config.crop_scale), ("crop_ratio", config.crop_ratio))
+        for name, (low, high) in (
+            ("crop_scale", config.crop_scale),
+            ("crop_ratio", config.crop_ratio),
+            ("crops.global_scale", config.crops.global_scale),
+            ("crops.local_scale", config.crops.local_scale),
+        )
         if not 0 < low <= high
     ]
+
+
+def _check_crops(config: RunConfig) -> list[Mistake]:
+    given = config.crops.num_global
+    if given == 2:
+        return []
+    text = f"given {given}; two global crops are compared with each other, so it must be 2: crops.num_local adds others"
+    return [Mistake("crops.num_global", text)]
 
 
 def _check_evaluation(config: RunConfig) -> list[Mistake]:
@@ -270,6 +305,9 @@ def describe_method(name: str) -> list[str]:
 def _describe(model: type[BaseModel], prefix: str = "") -> list[str]:
     lines = []
     for name, field in model.model_fields.items():
+        if isinstance(field.default, _Settings):  # a table, a line for each of its settings
+            lines += [f"{f'{prefix}{name}.*':<36} {field.description}", *_describe(type(field.default), f"{name}.")]
+            continue
         default = "" if field.is_required() else _as_word(field.default)
         lines.append(f"{f'{prefix}{name}={default}':<36} {field.description or ''}".rstrip())
     return lines
