@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +25,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from patchmine.data.badfiles import BadFiles, Failure
 from patchmine.data.contract import Source
+from patchmine.data.crops import MultiCropView
 from patchmine.data.decode import DecodeError, decode
+from patchmine.data.photometric import change_colours
 from patchmine.data.views import View
 from patchmine.errors import UserError
 from patchmine.types import Batch
@@ -69,7 +72,7 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 
 def train_batches(
     source: Source,
-    view: View,
+    view: View | MultiCropView,
     *,
     channels: int,
     seed: int,
@@ -118,10 +121,13 @@ def plain_batches(
 def normalise(batch: Batch, mean: Tensor, std: Tensor, device: torch.device | str) -> Batch:
     """The batch on ``device`` with views (x - mean) / std, mirrored where ``flip`` says so.
 
-    ``mean`` and ``std`` (C,) are in units where bytes span [0, 1].
+    Several crops of an image also change their colours, after mirroring.  ``mean`` and ``std`` (C,) are in units where
+    bytes span [0, 1].
     """
-    batch = batch.to(device)
-    return batch.with_views([_normalise(view, batch.flip, mean.to(device), std.to(device)) for view in batch.views])
+    batch, mean, std = batch.to(device), mean.to(device), std.to(device)
+    if batch.flip.ndim == 1:
+        return batch.with_views([_normalise(view, batch.flip, mean, std) for view in batch.views])
+    return batch.with_views(_normalise_crops(batch, mean, std))
 
 
 def data_statistics(source: Source, channels: int, *, sample: int = 1000) -> tuple[Tensor, Tensor]:
@@ -153,7 +159,7 @@ def data_statistics(source: Source, channels: int, *, sample: int = 1000) -> tup
 
 
 class _TrainSamples(Dataset[_Loaded]):
-    def __init__(self, source: Source, view: View, channels: int, seed: int) -> None:
+    def __init__(self, source: Source, view: View | MultiCropView, channels: int, seed: int) -> None:
         self.source, self.view, self.channels, self.seed = source, view, channels, seed
 
     def __getitem__(self, key: _Key) -> _Loaded:
@@ -196,16 +202,23 @@ class _PlainSamples(Dataset[_Loaded]):
         return _Loaded(_stack(samples) if samples else None, len(key[1]), failures)
 
 
-_Sample = tuple[int, Tensor, Tensor, bool]
-"""Index, pixels, box, flip."""
+_Sample = tuple[int, Tensor, Tensor, bool] | tuple[int, list[Tensor], Tensor, Tensor, Tensor]
+"""Index, pixels, box, flip; of several crops index, pixels, boxes, flips, changes of colour."""
 
 
 def _stack(samples: list[_Sample]) -> Batch:
     """One batch; in a worker default_collate stacks straight into shared memory."""
-    index, pixels, boxes, flips = zip(*samples, strict=True)
+    index, pixels, boxes, flips, *changes = (list(column) for column in zip(*samples, strict=True))
+    if not changes:
+        return Batch([_stack_pixels(pixels)], torch.tensor(index), default_collate(boxes), torch.tensor(flips))
+    views = [_stack_pixels([*crops]) for crops in zip(*pixels, strict=True)]
+    return Batch(views, torch.tensor(index), *(default_collate(column) for column in (boxes, flips, *changes)))
+
+
+def _stack_pixels(pixels: list[Tensor]) -> Tensor:
     if len({view.dtype for view in pixels}) > 1:  # 8-bit and deeper images side by side
-        pixels = tuple(_as_float(view) for view in pixels)
-    return Batch([default_collate([*pixels])], torch.tensor(index), default_collate([*boxes]), torch.tensor(flips))
+        pixels = [_as_float(view) for view in pixels]
+    return default_collate(pixels)
 
 
 def _reason(error: Exception) -> str:
@@ -354,10 +367,32 @@ def _as_float(view: Tensor) -> Tensor:
 
 
 def _normalise(view: Tensor, flip: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Mirrored as bytes, which is a quarter of the traffic; (B, C, ..., W) in, float32 out."""
-    view = torch.where(flip.view(-1, *[1] * (view.ndim - 1)), view.flip(-1), view)
+    """(B, C, ..., W) in, float32 out."""
+    return _scaled(_as_float(_mirrored(view, flip)), mean, std)
+
+
+def _normalise_crops(batch: Batch, mean: Tensor, std: Tensor) -> list[Tensor]:
+    """All crops of one size at once, crop-major as methods put them together."""
+    views: list[Tensor] = []
+    for _, group in groupby(batch.views, lambda view: view.shape):
+        crops = list(group)
+        taken = slice(len(views), len(views) + len(crops))
+        pixels = _mirrored(torch.cat(crops), batch.flip[:, taken].T.reshape(-1))
+        if batch.photometric is not None:
+            pixels = change_colours(pixels, batch.photometric[:, taken].transpose(0, 1).flatten(0, 1))
+        views += _scaled(_as_float(pixels), mean, std).chunk(len(crops))
+    return views
+
+
+def _mirrored(view: Tensor, flip: Tensor) -> Tensor:
+    """As bytes, which is a quarter of the traffic; always a copy."""
+    return torch.where(flip.view(-1, *[1] * (view.ndim - 1)), view.flip(-1), view)
+
+
+def _scaled(view: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """In place; (B, C, ...) float32."""
     per_channel = (1, -1, *[1] * (view.ndim - 2))
-    return _as_float(view).sub_(mean.view(per_channel)).div_(std.view(per_channel))
+    return view.sub_(mean.view(per_channel)).div_(std.view(per_channel))
 
 
 def _thin(image: Tensor, side: int = 256) -> Tensor:

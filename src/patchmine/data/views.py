@@ -1,7 +1,8 @@
 """A raw item becomes one view: decoded, cropped, resized.  Mirroring is only noted; the device does it.
 
 A view is a picklable callable ``view(raw, channels, generator) -> (pixels, box, flip)``: pixels (C, H, W) uint8 or
-float32; box (4,) float32, the crop as fractions of the original (top, left, height, width); flip bool.
+float32; box (4,) float32, the crop as fractions of the original (top, left, height, width); flip bool.  Several crops
+of one image are in `data.crops`.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ class TrainView:
     smallest_side: int = 1
 
     def __post_init__(self) -> None:
-        _check_interpolation(self.interpolation)
+        check_interpolation(self.interpolation)
 
     def __call__(self, raw: Raw, channels: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
         image = decode(raw, channels)
-        _check_side(image, self.smallest_side)
+        check_side(image, self.smallest_side)
         height, width = image.shape[-2:]
         top, left, crop_height, crop_width = crop_box(height, width, self.scale, self.ratio, generator)
         flip = bool(generator.random() < self.flip)
         crop = image[:, top : top + crop_height, left : left + crop_width]
-        box = _fractions(image, top, left, crop_height, crop_width)
+        box = fractions(image, top, left, crop_height, crop_width)
         return resize(crop, self.image_size, self.interpolation), box, flip
 
 
@@ -72,13 +73,13 @@ class PlainView:
     smallest_side: int = 1
 
     def __post_init__(self) -> None:
-        _check_interpolation(self.interpolation)
+        check_interpolation(self.interpolation)
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise UserError(f"crop_pct={self.crop_pct} is no share of the image; set it above 0 and up to 1")
 
     def __call__(self, raw: Raw, channels: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
         image = decode(raw, channels)
-        _check_side(image, self.smallest_side)
+        check_side(image, self.smallest_side)
         if self.crop_pct is None:
             return resize(image, self.image_size, self.interpolation), torch.tensor([0.0, 0.0, 1.0, 1.0]), False
         height, width = self.image_size
@@ -86,7 +87,7 @@ class PlainView:
         # Python rounds halves to even, as torchvision's CenterCrop does.
         top, left = round((image.shape[1] - height) / 2), round((image.shape[2] - width) / 2)
         view = image[:, top : top + height, left : left + width].contiguous()
-        return view, _fractions(image, top, left, height, width), False
+        return view, fractions(image, top, left, height, width), False
 
 
 def crop_box(
@@ -137,12 +138,14 @@ def _cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> tuple[int, 
     return max(target_height, int(target_width * height / width)), target_width
 
 
-def _fractions(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+def fractions(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """(4,) float32: a crop in pixels of ``image`` (C, H, W) as shares of its sides."""
     full_height, full_width = image.shape[-2:]
     return torch.tensor([top / full_height, left / full_width, height / full_height, width / full_width])
 
 
-def _check_side(image: Tensor, smallest_side: int) -> None:
+def check_side(image: Tensor, smallest_side: int) -> None:
+    """Raises DecodeError for an image with a shorter side."""
     height, width = image.shape[-2:]
     if min(height, width) < smallest_side:
         raise DecodeError(
@@ -151,7 +154,8 @@ def _check_side(image: Tensor, smallest_side: int) -> None:
         )
 
 
-def _check_interpolation(interpolation: str) -> None:
+def check_interpolation(interpolation: str) -> None:
+    """Raises UserError for what torch cannot do with antialiasing."""
     if interpolation not in {"bicubic", "bilinear"}:
         raise UserError(
             f"interpolation={interpolation} is not known; set interpolation=bicubic or interpolation=bilinear"
