@@ -75,9 +75,11 @@ class Export(_Arguments):
     """`patchmine export`."""
 
     run: str = Field(description="name the folder of a run first, as in `patchmine export runs/hpm`")
-    out: str | None = Field(None, description="folder to write; null: export/ in the run")
+    out: str | None = Field(None, description="folder to write; null: export/ or export-partner/ in the run")
     what: Literal["encoder", "full"] = Field("encoder", description="the encoder alone, or the method with its decoder")
-    weights: Literal["student", "teacher"] = Field("student", description="teacher: the slow copy that HPM keeps")
+    weights: Literal["student", "teacher", "partner", "partner-teacher"] = Field(
+        "student", description="teacher: the slow copy that HPM keeps; partner: the second network of a pair"
+    )
 
 
 class Import(_Arguments):

@@ -18,7 +18,13 @@ from patchmine.models import weights
 from patchmine.models.vit import Encoder, build_encoder
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest
 
-Which = Literal["student", "teacher"]
+Which = Literal["student", "teacher", "partner", "partner-teacher"]
+_PLACES: dict[Which, str] = {  # of an encoder's tensors in a checkpoint
+    "student": "encoder.",
+    "teacher": "teacher.encoder.",
+    "partner": "partner.",
+    "partner-teacher": "partner_teacher.encoder.",
+}
 
 _log = logging.getLogger("patchmine")
 
@@ -29,8 +35,10 @@ def build_method(config: RunConfig, *, start_from: str | None = None) -> Method:
     ``start_from``: a run, export or weights file whose encoder is taken instead of a random one.  Raises UserError
     where the settings do not fit together.
     """
-    make: Callable[..., Method] = METHODS[config.method.name]
+    kind = METHODS[config.method.name]
+    make: Callable[..., Method] = kind
     encoder = _bare_encoder(config)
+    kind.draw_weights(encoder)
     if start_from is not None:
         weights.fill(encoder, open_encoder(start_from).state_dict(), f"init={start_from}")
     return make(config.method, encoder)
@@ -44,6 +52,15 @@ def _bare_encoder(config: RunConfig) -> Encoder:
         channels=config.channels,
         model_args=config.model_args,
     )
+
+
+def partner_config(config: RunConfig) -> RunConfig | None:
+    """The settings with the second network of a pair in the place of the first; None where one network is trained."""
+    model = getattr(config.method, "partner_model", None)
+    if model is None:
+        return None
+    arguments = getattr(config.method, "partner_args", {})
+    return config.model_copy(update={"model": model, "model_args": arguments, "patch_size": None})
 
 
 class Run:
@@ -93,6 +110,11 @@ class Run:
         return self.path / "export"
 
     @property
+    def partner_export_dir(self) -> Path:
+        """The same of the second network, where a pair was trained."""
+        return self.path / "export-partner"
+
+    @property
     def bad_files(self) -> Path:
         """Images that could not be read."""
         return self.path / "bad_files.txt"
@@ -129,20 +151,37 @@ class Run:
     def encoder(self, which: Which = "student") -> Encoder:
         """The encoder alone, from the newest readable checkpoint or else from ``export/``, in eval mode.
 
-        ``which="teacher"`` gives the slow copy that some methods keep.  Raises UserError where there is none.
+        ``which="teacher"`` gives the slow copy that some methods keep, ``"partner"`` and ``"partner-teacher"`` those of
+        the second network, where a pair was trained.  Raises UserError where there is none.
         """
-        if not self.checkpoints and weights.is_export(self.export_dir) and which == "student":
-            return weights.load_encoder(self.export_dir).eval()
+        config, folder = self.description(which)
+        if not self.checkpoints and weights.is_export(folder) and which in ("student", "partner"):
+            return weights.load_encoder(folder).eval()
         found = self._newest()
-        prefix = "encoder." if which == "student" else "teacher.encoder."
+        prefix = _PLACES[which]
         tensors = {name.removeprefix(prefix): t for name, t in found.model.items() if name.startswith(prefix)}
         if not tensors:
-            raise UserError(
-                f"{self.path} holds no {which}: method={self.config.method.name} keeps none; use weights=student"
-            )
-        encoder = _bare_encoder(self.config)
+            raise self._lacks(which)
+        encoder = _bare_encoder(config)
         _load(encoder, tensors, found.path)
         return encoder.eval()
+
+    def description(self, which: Which) -> tuple[RunConfig, Path]:
+        """Settings that describe one of the run's encoders, and the folder of its export.
+
+        Raises UserError for a partner where one network is trained.
+        """
+        if which in ("student", "teacher"):
+            return self.config, self.export_dir
+        config = partner_config(self.config)
+        if config is None:
+            raise self._lacks(which)
+        return config, self.partner_export_dir
+
+    def _lacks(self, which: Which) -> UserError:
+        return UserError(
+            f"{self.path} holds no {which}: method={self.config.method.name} keeps none; use weights=student"
+        )
 
     def _newest(self) -> Checkpoint:
         if not self.checkpoints and weights.is_export(self.export_dir):

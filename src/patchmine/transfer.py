@@ -45,6 +45,7 @@ def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["enc
     Raises UserError where the run has no such weights or ``out`` cannot be written.
     """
     run = Run(path)
+    config, folder = run.description(weights)
     if what == "full":
         if run.config.method.name not in _FULL:
             raise UserError(
@@ -52,7 +53,7 @@ def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["enc
                 f"method={run.config.method.name}: use what=encoder, or take the newest file in {run.checkpoint_dir}"
             )
         return _export_full(run, out, weights)
-    return write_export(run.config, run.encoder(weights), run.export_dir if out is None else out)
+    return write_export(config, run.encoder(weights), folder if out is None else out)
 
 
 def _export_full(run: Run, out: str | None, weights: Which) -> Path:

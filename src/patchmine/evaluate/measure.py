@@ -34,7 +34,9 @@ class ReadSettings(BaseModel):
 
     target: str = Field(description="a run, an export, a timm architecture, random-init:RUN or raw-pixels")
     data: str | list[str] = Field(description="folder, list file, tar shards or embedded:photos")
-    weights: str = Field("student", description="student or teacher of a run; a file for a timm architecture")
+    weights: str = Field(
+        "student", description="of a run student, teacher, partner or partner-teacher; a file for a timm architecture"
+    )
     image_size: Size | None = Field(None, description="pixels; null: the target's own")
     channels: int | None = Field(None, gt=0, description="null: the target's own")
     crop_pct: float | None = Field(
