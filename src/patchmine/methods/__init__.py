@@ -6,6 +6,7 @@ from patchmine.methods.droppos import DropPos
 from patchmine.methods.emae import EMAE
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
+from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
 from patchmine.methods.semaim import SemAIM
 from patchmine.methods.simmim import SimMIM
@@ -18,5 +19,6 @@ METHODS: dict[str, type[Method]] = {
     "emae": EMAE,
     "droppos": DropPos,
     "semaim": SemAIM,
+    "mokd": MOKD,
     "scfs": SCFS,
 }
