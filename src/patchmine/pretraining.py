@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from patchmine.config import RunConfig, changed_results, parse, resolve_size, silent
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import Source, notes_of
+from patchmine.data.crops import MultiCropView
 from patchmine.data.loader import data_statistics, normalise, plain_batches, train_batches
 from patchmine.data.source import Spec, default_cache_dir, open_source
 from patchmine.data.views import PlainView, TrainView
@@ -22,9 +25,10 @@ from patchmine.evaluate.features import Reading
 from patchmine.evaluate.knn import online_knn
 from patchmine.evaluate.labelled import LabelledData, open_labelled
 from patchmine.method import Method
-from patchmine.models.vit import smallest_side
+from patchmine.models.resnet import has_cifar_stem
+from patchmine.models.vit import Encoder, smallest_side
 from patchmine.report.panels import draw_panels
-from patchmine.run import Run, build_method, write_export
+from patchmine.run import Run, build_method, partner_config, write_export
 from patchmine.train.checkpoint import Checkpoint, load_newest
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
@@ -137,6 +141,7 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
         torch.manual_seed(config.seed)
         method = build_method(config, start_from=config.init if start is None else None)
     method.noise.seed = config.seed
+    view = _view(config, method)
     identity = {"data": images.fingerprint}
     if start is not None:
         refuse_stranger(start, identity)  # before anything in the folder changes
@@ -159,7 +164,7 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
         looker = _Looker(config, folder, engine, images, method, log)
         train(
             method,
-            _batches(config, settings, engine, images, method, first_step, bad),
+            _batches(config, settings, engine, images, view, first_step, bad),
             engine,
             settings,
             folder=folder / "checkpoints",
@@ -171,8 +176,10 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
             on_sample=looker.draw,
         )
     if engine.is_main:
-        write_export(config, method.encoder, folder / "export")
-        say(_last_words(folder, bad))
+        write_export(config, method.encoder, Run(folder).export_dir)
+        if (partner := partner_config(config)) is not None:
+            write_export(partner, method.get_submodule("partner"), Run(folder).partner_export_dir)
+        say(_last_words(folder, method.encoder, bad))
     engine.barrier()
     engine.close()
     return Run(folder)
@@ -210,24 +217,35 @@ def num_workers(config: RunConfig, engine: Engine) -> int:
     return max(1, min(16, cores // config.devices))
 
 
+def _view(config: RunConfig, method: Method) -> TrainView | MultiCropView:
+    """What becomes of a training image.  Raises UserError for local crops that patches do not fill."""
+    patches = [smallest_side(part) for part in method.modules() if isinstance(part, Encoder)]  # of all backbones
+    size, ratio, flip, interpolation = config.image_size, config.crop_ratio, config.flip, config.interpolation
+    if not method.multi_crop:
+        return TrainView(size, config.crop_scale, ratio, flip, interpolation, max(patches))
+    crops = config.crops
+    step = math.lcm(*patches)
+    if crops.num_local and crops.local_size % step:
+        near = max(step, round(crops.local_size / step) * step)
+        raise UserError(
+            f"crops.local_size={crops.local_size} is not a multiple of {step}, as the patches of the backbones of "
+            f"method={config.method.name} ask for: set crops.local_size={near}"
+        )
+    local = (crops.num_local, crops.local_size)
+    scales = (crops.global_scale, crops.local_scale)
+    return MultiCropView(size, *local, *scales, ratio, flip, interpolation, max(patches))
+
+
 def _batches(
     config: RunConfig,
     settings: TrainSettings,
     engine: Engine,
     images: Source,
-    method: Method,
+    view: TrainView | MultiCropView,
     first_step: int,
     bad: BadFiles,
 ) -> Iterator[Batch]:
     """This process's micro-batches from ``first_step`` on, normalised and on the device."""
-    view = TrainView(
-        config.image_size,
-        scale=config.crop_scale,
-        ratio=config.crop_ratio,
-        flip=config.flip,
-        interpolation=config.interpolation,
-        smallest_side=smallest_side(method.encoder),
-    )
     loaded = train_batches(
         images,
         view,
@@ -367,9 +385,9 @@ def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine:
     )
 
 
-def _last_words(folder: Path, bad: BadFiles) -> str:
+def _last_words(folder: Path, encoder: nn.Module, bad: BadFiles) -> str:
+    opened = f'timm.create_model("local-dir:{folder}/export", pretrained=True)'
+    if has_cifar_stem(encoder):
+        opened = f'patchmine.load_encoder("{folder}/export")'
     broken = f" {len(bad)} broken images were left out, see {folder / 'bad_files.txt'}." if len(bad) else ""
-    return (
-        f"Done: {folder}.{broken} Next: `patchmine report {folder} out={folder}/report.html`, or "
-        f'timm.create_model("local-dir:{folder}/export", pretrained=True).'
-    )
+    return f"Done: {folder}.{broken} Next: `patchmine report {folder} out={folder}/report.html`, or {opened}."
