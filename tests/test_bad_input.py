@@ -150,7 +150,9 @@ def test_a_shard_that_is_cut_in_the_middle(images: Path, tmp_path: Path, out: Pa
     ("words", "expected"),
     [
         (["model=vit_smal_patch16_224"], ["model", "vit_small_patch16_224"]),
-        (["model=resnet18"], ["model='resnet18'", "vit_small_patch16_224"]),
+        (["model=resnet18"], ["patch_size=4", "model=resnet18 has no patches"]),
+        (["model=resnet18", "patch_size=null"], ["model='resnet18'", "check model_args"]),
+        (["model=resnet18", "patch_size=null", "model_args={}"], ["method=mae", "model=vit_small_patch16_224"]),
         (["method.mask_ratio=1.2"], ["method.mask_ratio", "1.2", "below 1"]),
         (["method.mask_ration=0.5"], ["method.mask_ration", "mask_ratio"]),
         (["metod=hpm"], ["metod", "method"]),

@@ -15,7 +15,7 @@ from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.methods import METHODS
 from patchmine.models.weights import export_encoder
-from patchmine.run import Run, build_method, is_run, open_encoder
+from patchmine.run import Run, build_method, is_run, open_encoder, write_export
 from patchmine.train import checkpoint
 
 TINY = [
@@ -27,6 +27,11 @@ TINY = [
     "method.decoder_embed_dim=32",
     "method.decoder_depth=1",
     "method.decoder_num_heads=2",
+    "method.out_dim=16",
+    "method.head_hidden=16",
+    "method.thead_depth=1",
+    "method.partner_model=resnet18",
+    "method.partner_args={layers: [1, 1, 1, 1], channels: [4, 4, 8, 8]}",
 ]
 
 
@@ -166,6 +171,21 @@ def test_training_may_start_from_another_runs_encoder(tmp_path: Path) -> None:
     wider = parse(None, [*TINY, "model_args.embed_dim=96"])
     with pytest.raises(UserError, match=r"init=.*shape"):
         build_method(wider, start_from=str(tmp_path))
+
+
+@pytest.mark.parametrize("stem", [False, True])
+def test_a_resnets_export_starts_another_run(tmp_path: Path, stem: bool) -> None:
+    words = ["data=photos", "model=resnet18", f"model_args={{channels: [8, 8, 12, 16], cifar_stem: {stem}}}"]
+    words += ["image_size=32", "method=scfs", "method.out_dim=16", "method.stage_out_dim=16"]
+    config = parse(None, words)
+    method = build_method(config)
+    method.encoder.train()(torch.randn(4, 3, 32, 32))
+    write_export(config, method.encoder, tmp_path / "export")
+    assert same(open_encoder(tmp_path / "export"), method.encoder)
+    assert same(build_method(config, start_from=str(tmp_path / "export")).encoder, method.encoder)
+    other = parse(None, [*words, f"model_args.cifar_stem={not stem}"])
+    with pytest.raises(UserError, match=r"init=.*conv1.weight has shape"):
+        build_method(other, start_from=str(tmp_path / "export"))
 
 
 def test_the_public_names_open_runs(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def make_run(folder: Path, **changes) -> Path:
     size = dict(image_size=config.image_size, channels=config.channels)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        encoder = build_encoder(config.model, patch_size=8, model_args=config.model_args, **size)
+        encoder = build_encoder(config.model, patch_size=config.patch_size, model_args=config.model_args, **size)
     args = dict(model=config.model, model_args=config.model_args, mean=config.mean, std=config.std)
     export_encoder(encoder, folder / "export", **args, **size)
     return folder
@@ -32,3 +32,10 @@ def make_run(folder: Path, **changes) -> Path:
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def resnet_folder(tmp_path: Path) -> Path:
+    """The same with a ResNet and a stem for small images."""
+    model_args = {"channels": (8, 8, 12, 16), "cifar_stem": True}
+    return make_run(tmp_path / "resnet", model="resnet18", model_args=model_args, patch_size=None)

@@ -36,6 +36,13 @@ def test_table_holds_path_index_label_and_the_features(run_folder, image_folder,
     assert "36 embeddings" in said[-1]
 
 
+def test_a_resnet_is_embedded_as_it_pools(resnet_folder, image_folder, tmp_path):
+    embed(settings(resnet_folder, image_folder / "circle", tmp_path / "e.parquet"))
+    table = pq.read_table(tmp_path / "e.parquet")
+    features = extract(open_target(resnet_folder), open_source(image_folder / "circle"), workers=0)
+    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), features.x.numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_without_classes_there_is_no_label_and_broken_images_have_no_row(run_folder, image_folder, tmp_path):
     shutil.copytree(image_folder / "circle", tmp_path / "flat")
     (tmp_path / "flat" / "0002.jpg").write_bytes(b"")

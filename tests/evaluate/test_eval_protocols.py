@@ -64,6 +64,19 @@ def test_knn_equals_features_and_vote_put_together_by_hand(run_folder, colours):
     assert {key: result[key] for key in wanted} == pytest.approx(wanted)
 
 
+def test_the_pooled_feature_of_a_resnet_is_measured(resnet_folder, colours):
+    result = evaluate_knn(settings(KnnSettings, resnet_folder, colours, floors=True))
+    assert result["settings"]["pooling"] == "pooled"
+    target = open_target(resnet_folder)
+    train, test = (extract(target, open_source(colours / part), workers=0) for part in ("train", "test"))
+    assert train.x.shape == (48, 16)
+    wanted = knn_accuracy(train.x, train.labels, test.x, test.labels, 4, neighbours=(20,))[20]
+    assert {key: result[key] for key in wanted} == pytest.approx(wanted)
+    assert {"random_init", "raw_pixels"} == result["floors"].keys()
+    probe = evaluate_linear(settings(LinearSettings, resnet_folder, colours, iterations=20))
+    assert probe["chosen"]["pooling"] == "pooled"
+
+
 def test_a_floor_asked_for_alone_equals_the_floor_of_the_run(run_folder, colours):
     with_floors = evaluate_knn(settings(KnnSettings, run_folder, colours, floors=True))["floors"]
     for floor, spec in (("random_init", "random-init"), ("raw_pixels", "raw-pixels")):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from patchmine.errors import UserError
 from patchmine.evaluate.targets import open_target, random_twin
+from patchmine.models.vit import build_encoder
 
 
 def test_a_run_brings_its_own_preparation_and_weights(run_folder):
@@ -36,6 +37,30 @@ def test_random_twin_shares_the_architecture_and_no_weight(run_folder):
     assert same - constant == {"pos_embed"}  # the fixed table
     assert all(torch.equal(drawn[name], again.encoder.state_dict()[name]) for name in drawn)
     assert not torch.equal(drawn["cls_token"], other.encoder.state_dict()["cls_token"])
+
+
+def test_a_resnet_and_its_random_twin(resnet_folder):
+    target = open_target(resnet_folder, image_size=(24, 40))
+    assert (target.image_size, target.channels, target.folder) == ((24, 40), 3, resnet_folder)
+    export = open_target(resnet_folder / "export")
+    assert (export.image_size, export.mean, export.crop_pct) == ((16, 16), target.mean, 0.875)
+    twin = random_twin(target)
+    own, drawn = target.encoder.state_dict(), twin.encoder.state_dict()
+    assert {name for name in own if torch.equal(own[name], drawn[name])} == {name for name in own if own[name].ndim < 2}
+    for name, value in own.items():
+        if value.ndim == 4 and value.numel() > 500:  # both are drawn alike
+            assert drawn[name].std().item() == pytest.approx(value.std().item(), rel=0.15), name
+    assert twin.encoder.eval()(torch.randn(1, 3, 24, 40)).shape == (1, 16)
+
+
+def test_a_file_of_a_resnet_is_a_target(tmp_path):
+    encoder = build_encoder("resnet18", channels=2, model_args={"cifar_stem": True}).eval()
+    save_file(encoder.state_dict(), tmp_path / "w.safetensors")
+    target = open_target(tmp_path / "w.safetensors", image_size=(32, 40))
+    assert (target.image_size, target.channels, len(target.mean)) == ((32, 40), 2, 2)
+    images = torch.randn(1, 2, 32, 40)
+    with torch.no_grad():
+        assert torch.equal(target.encoder.eval()(images), encoder(images))
 
 
 def test_drawing_a_twin_leaves_the_random_state_alone(run_folder):

@@ -44,6 +44,12 @@ def test_it_starts_as_torchvisions_does() -> None:
             assert (module.bias == 0).all(), name
 
 
+def test_timms_own_start_may_be_asked_for() -> None:
+    encoder = resnet(model_args={**TINY, "zero_init_last": True})
+    assert (encoder.layer1[0].bn2.weight == 0).all()
+    assert (encoder.layer1[0].bn1.weight == 1).all()
+
+
 def test_a_stem_for_small_images_keeps_their_pixels() -> None:
     encoder = resnet(model_args={**TINY, "cifar_stem": True})
     assert encoder.forward_features(torch.randn(2, 3, 32, 32)).shape == (2, 16, 4, 4)
@@ -69,7 +75,7 @@ def test_mistakes_are_told(model: str, given: dict[str, Any], said: str) -> None
 
 
 def test_methods_that_hide_patches_refuse_it() -> None:
-    with pytest.raises(UserError, match="method=some hides patches.*model=vit_small_patch16_224"):
+    with pytest.raises(UserError, match=r"method=some hides patches.*model=vit_small_patch16_224"):
         require_vit(resnet(model_args=TINY), "some")
     for name, method in METHODS.items():
         if not method.multi_crop:

@@ -111,7 +111,7 @@ def test_a_file_of_a_resnet_needs_no_name(tmp_path: Path, stem: bool) -> None:
     )
     assert torch.equal(named.eval()(x), encoder(x))
     if not stem:
-        with pytest.raises(UserError, match="conv1.weight has shape"):
+        with pytest.raises(UserError, match=r"conv1.weight has shape"):
             load_encoder(tmp_path / "new.safetensors", model="resnet18", model_args={"cifar_stem": True})
 
 
@@ -152,10 +152,14 @@ for mine, theirs in (("tokens", output.last_hidden_state), ("pooled", output.poo
 """
 
 
-def test_transformers_opens_an_export_and_sees_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_transformers_opens_an_export_and_sees_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     pytest.importorskip("transformers", reason="the extra `export` is not installed")
-    encoder = make_export(tmp_path / "export", "rectangle")
-    x = images(encoder)
+    folder = tmp_path / "export"
+    encoder = make_export(folder, "rectangle") if kind == "vit" else export_resnet(folder, kind)
+    x = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
         torch.save({"images": x, "tokens": encoder.forward_features(x), "pooled": encoder(x)}, tmp_path / "stored.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -284,9 +284,9 @@ def test_mistakes_of_a_method_are_named() -> None:
         build_optimizers([ParamGroup(named(module)), ParamGroup(named(module)[:1])], **settings)
     with pytest.raises(ValueError, match="unknown optimizer 'adam'; there are adamw, sgd, lars"):
         build_optimizers([ParamGroup(named(module), optimizer="adam")], **settings)
-    with pytest.raises(ValueError, match="asks for adamw and sgd under one name, 'encoder'"):
-        parts = (("adamw", named(module)[:1]), ("sgd", named(module)[1:]))
-        build_optimizers([ParamGroup(part, kind, name="encoder") for kind, part in parts], **settings)
+    kinds = [ParamGroup(named(module)[:1], "adamw", name="one"), ParamGroup(named(module)[1:], "sgd", name="one")]
+    with pytest.raises(ValueError, match="asks for adamw and sgd under one name, 'one'"):
+        build_optimizers(kinds, **settings)
     with pytest.raises(ValueError, match="no parameter to train"):
         build_optimizers([], **settings)
     with pytest.raises(ValueError, match="'gone', which is not trained"):
