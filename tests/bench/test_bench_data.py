@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,13 @@ def test_it_reports_times_ratios_and_what_is_left_to_the_device(photos: Path) ->
     assert result["images"] == 12
     assert set(result["milliseconds"]) == {"ours", "ours_float", "torchvision"}
     assert all(value > 0 for value in [*result["milliseconds"].values(), result["ratio"], result["ratio_float"]])
+    crops = result["crops"]
+    assert (crops["images"], crops["local_size"]) == (12, 14)
+    for name, milliseconds in crops["milliseconds"].items():
+        assert crops["per_second"][name] == pytest.approx(10_000 / milliseconds)
+    assert crops["ratio"] > 0
+    assert crops["ratio_float"] > 0
+    assert len([line for line in said if "crops per second and core" in line]) == 3
     assert "on the device" in said[-1]
     assert torch.get_num_threads() == threads
 
@@ -40,6 +48,27 @@ def test_the_chains_end_with_the_same_kind_of_picture() -> None:
     theirs, ours = (chain(file.getvalue()) for chain in (bench._torchvision(32), bench._ours_float(32)))
     assert theirs.shape == ours.shape == (3, 32, 32)
     assert torch.allclose(theirs, ours, atol=0.02)
+
+
+def test_the_chains_of_crops_end_with_the_same_kind_of_pictures() -> None:
+    """One grey level stays grey through hue and saturation; the other changes of colour are the same in the mean."""
+    torch.manual_seed(0)
+    random.seed(0)
+    file = io.BytesIO()
+    Image.new("RGB", (80, 60), (120, 120, 120)).save(file, "JPEG", quality=95)
+    chains = (bench._torchvision_crops(32, 16), bench._our_crops_float(32, 16))
+    theirs, ours = ([chain(file.getvalue()) for _ in range(200)] for chain in chains)
+    shapes = [(3, 32, 32)] * 2 + [(3, 16, 16)] * 8
+    assert [view.shape for view in theirs[0]] == [view.shape for view in ours[0]] == shapes
+    for place in (0, 1, 2):
+        means, spreads = zip(*(_level([crops[place] for crops in chain]) for chain in (theirs, ours)), strict=True)
+        assert means[0] == pytest.approx(means[1], abs=0.12)
+        assert spreads[0] == pytest.approx(spreads[1], abs=0.1)
+
+
+def _level(views: list[torch.Tensor]) -> tuple[float, float]:
+    levels = torch.stack([view.mean() for view in views])
+    return levels.mean().item(), levels.std().item()
 
 
 def test_what_cannot_be_timed_is_named(tmp_path: Path) -> None:

@@ -1,25 +1,27 @@
-"""`patchmine bench data`: what it costs one worker to turn an encoded image into a training view.
+"""`patchmine bench data`: what it costs one worker to turn an encoded image into a training view, or into ten crops.
 
-Against the chain that most recipes use: torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and
-Normalize.  All chains get the same bytes and take turns, a few images at a time, so that whatever else the machine does
-meets them alike.
+Against the chains that most recipes use: torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and
+Normalize; and for several crops DINO's augmentation of the same parts.  All chains get the same bytes and take turns, a
+few images at a time, so that whatever else the machine does meets them alike.
 """
 
 from __future__ import annotations
 
 import io
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from patchmine.data.contract import Source
+from patchmine.data.crops import NUM_GLOBAL, MultiCropView
 from patchmine.data.decode import DecodeError, decode
 from patchmine.data.loader import normalise, sample_generator
 from patchmine.data.source import open_source
@@ -32,7 +34,10 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SCALE = (0.2, 1.0)
 _IMAGES = 500
 _TURN = 10  # images that one chain reads before the next has its turn
+_CROP_IMAGES = 100
+_LOCAL, _GLOBAL_SCALE, _LOCAL_SCALE = 8, (0.25, 1.0), (0.05, 0.25)
 _Chain = Callable[[bytes], Tensor]
+_Crops = Callable[[bytes], list[Tensor]]
 
 
 def bench_data(
@@ -42,8 +47,9 @@ def bench_data(
 
     Milliseconds per image are medians over the repeats; ratios (how many times as fast as torchvision) are medians over
     turns that follow each other.  ``ours``: bytes to a uint8 view, flip and normalisation left to the device, as in
-    training.  ``ours_float``: the same with flip, float and normalisation done by the worker.  UserError when
-    ``source`` has no encoded images.
+    training.  ``ours_float``: the same with flip, float and normalisation done by the worker.  ``crops``: the same of
+    2 global and 8 local crops of up to 100 images, where the device's part includes all changes of colour, and
+    ``per_second`` counts crops.  UserError when ``source`` has no encoded images.
     """
     opened = open_source(source)
     raws = _encoded(opened)
@@ -52,24 +58,34 @@ def bench_data(
         "ours_float": _ours_float(image_size),
         "torchvision": _torchvision(image_size),
     }
+    local_size = round(image_size * 96 / 224)
+    crops = {
+        "ours": _our_crops(image_size, local_size),
+        "ours_float": _our_crops_float(image_size, local_size),
+        "torchvision": _torchvision_crops(image_size, local_size),
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        _race(chains, raws[:_TURN])
-        turns = [_race(chains, raws) for _ in range(repeats)]
+        result: dict[str, Any] = {"image_size": image_size, "repeats": repeats, **_time(chains, raws, repeats)}
+        result["crops"] = {"local_size": local_size, **_time(crops, raws[:_CROP_IMAGES], repeats)}
     finally:
         torch.set_num_threads(threads)
-    milliseconds = {name: 1e3 * median(sum(turn[name]) for turn in turns) / len(raws) for name in chains}
-    result = {
+    number, times = NUM_GLOBAL + _LOCAL, result["crops"]["milliseconds"]
+    result["crops"]["per_second"] = {name: 1e3 * number / time_per_image for name, time_per_image in times.items()}
+    _tell(result, opened.name, say)
+    return result
+
+
+def _time(chains: Mapping[str, Callable[[bytes], object]], raws: list[bytes], repeats: int) -> dict[str, Any]:
+    _race(chains, raws[:_TURN])
+    turns = [_race(chains, raws) for _ in range(repeats)]
+    return {
         "images": len(raws),
-        "image_size": image_size,
-        "repeats": repeats,
-        "milliseconds": milliseconds,
+        "milliseconds": {name: 1e3 * median(sum(turn[name]) for turn in turns) / len(raws) for name in chains},
         "ratio": _ratio(turns, "ours"),
         "ratio_float": _ratio(turns, "ours_float"),
     }
-    _tell(result, opened.name, say)
-    return result
 
 
 def _encoded(source: Source) -> list[bytes]:
@@ -91,7 +107,7 @@ def _encoded(source: Source) -> list[bytes]:
     return raws
 
 
-def _race(chains: dict[str, _Chain], raws: list[bytes]) -> dict[str, list[float]]:
+def _race(chains: Mapping[str, Callable[[bytes], object]], raws: list[bytes]) -> dict[str, list[float]]:
     """Seconds of every turn of every chain."""
     turns: dict[str, list[float]] = {name: [] for name in chains}
     for start in range(0, len(raws), _TURN):
@@ -139,6 +155,57 @@ def _torchvision(image_size: int) -> _Chain:
     return lambda raw: transform(Image.open(io.BytesIO(raw)).convert("RGB"))
 
 
+def _our_crops(image_size: int, local_size: int) -> _Crops:
+    view, numbers = _multi_crop_view(image_size, local_size), iter(range(1 << 62))
+    return lambda raw: view(raw, 3, sample_generator(0, 0, next(numbers))).views
+
+
+def _our_crops_float(image_size: int, local_size: int) -> _Crops:
+    view, numbers = _multi_crop_view(image_size, local_size), iter(range(1 << 62))
+    mean, std = torch.tensor(_MEAN), torch.tensor(_STD)
+
+    def chain(raw: bytes) -> list[Tensor]:
+        views, *rest = view(raw, 3, sample_generator(0, 0, next(numbers)))
+        batch = Batch([pixels[None] for pixels in views], torch.zeros(1, dtype=torch.int64), *(t[None] for t in rest))
+        return [pixels[0] for pixels in normalise(batch, mean, std, "cpu").views]
+
+    return chain
+
+
+def _multi_crop_view(image_size: int, local_size: int) -> MultiCropView:
+    return MultiCropView((image_size, image_size), _LOCAL, local_size, _GLOBAL_SCALE, _LOCAL_SCALE)
+
+
+def _torchvision_crops(image_size: int, local_size: int) -> _Crops:
+    """DINO's augmentation as it is used everywhere: one PIL image after the other through torchvision's transforms."""
+    from torchvision import transforms as T  # noqa: N812
+
+    def view(size: int, scale: tuple[float, float], blur: float, solarize: float = 0.0) -> Callable[[Any], Tensor]:
+        def blurred(image: Any) -> Any:
+            return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+        parts = [
+            T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+            T.RandomGrayscale(0.2),
+            T.RandomApply([T.Lambda(blurred)], p=blur),
+            *([T.RandomSolarize(128, p=solarize)] if solarize else []),
+            T.ToTensor(),
+            T.Normalize(_MEAN, _STD),
+        ]
+        return T.Compose(parts)
+
+    views = [view(image_size, _GLOBAL_SCALE, 1.0), view(image_size, _GLOBAL_SCALE, 0.1, 0.2)]
+    views += [view(local_size, _LOCAL_SCALE, 0.5)] * _LOCAL
+
+    def chain(raw: bytes) -> list[Tensor]:
+        image = Image.open(io.BytesIO(raw)).convert("RGB")
+        return [view(image) for view in views]
+
+    return chain
+
+
 def _tell(result: dict[str, Any], name: str, say: Callable[[str], None]) -> None:
     times = result["milliseconds"]
     say(
@@ -151,4 +218,14 @@ def _tell(result: dict[str, Any], name: str, say: Callable[[str], None]) -> None
     ]
     for chain, time_per_image, comparison in rows:
         say(f"{chain:42s}{time_per_image:8.3f} ms per image{comparison}")
-    say("uint8: mirroring, float and normalisation happen on the device in training; the last line includes them")
+    crops = result["crops"]
+    say(f"2 crops of {result['image_size']} and {_LOCAL} of {crops['local_size']} pixels of {crops['images']} images")
+    speed = crops["per_second"]
+    rows = [
+        ("torchvision, DINO's chain with PIL", speed["torchvision"], ""),
+        ("patchmine, uint8 (rest is the device's)", speed["ours"], f", {crops['ratio']:.2f} times as fast"),
+        ("patchmine, with the device's part", speed["ours_float"], f", {crops['ratio_float']:.2f} times as fast"),
+    ]
+    for chain, per_second, comparison in rows:
+        say(f"{chain:42s}{per_second:8.0f} crops per second and core{comparison}")
+    say("uint8: mirroring, colours, float and normalisation happen on the device in training; last lines include them")
