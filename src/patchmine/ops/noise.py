@@ -19,18 +19,18 @@ class Noise:
         self._step = 0
         self._first_row = 0
         self._global_rows: int | None = None
-        self._draws = 0
+        self.draws = 0  # of this step until now
 
     def begin(self, step: int, first_row: int = 0, global_rows: int | None = None) -> None:
         """Go to ``step``; the next draws are rows ``first_row``... of a global batch of ``global_rows`` images."""
-        self._step, self._first_row, self._global_rows, self._draws = step, first_row, global_rows, 0
+        self._step, self._first_row, self._global_rows, self.draws = step, first_row, global_rows, 0
 
     def uniform(self, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
         """(rows, *shape) float32 in [0, 1)."""
         generator = torch.Generator(device=device)
         # Distinct streams by arithmetic; the generator itself scrambles its seed, which has 64 bits.
-        generator.manual_seed(((self.seed * 1_000_003 + self._step) * 101 + self._draws) % 2**63)
-        self._draws += 1
+        generator.manual_seed(((self.seed * 1_000_003 + self._step) * 101 + self.draws) % 2**63)
+        self.draws += 1
         total = rows if self._global_rows is None else self._global_rows
         drawn = torch.rand(total, *shape, generator=generator, device=device)
         return drawn[self._first_row : self._first_row + rows]
