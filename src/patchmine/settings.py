@@ -74,13 +74,13 @@ class _Settings(BaseModel):
 class Crops(_Settings):
     """Crops of each image, for methods that compare several; ``image_size`` is the size of the global ones."""
 
-    num_global: int = Field(2, description="large crops of each image; always 2")
-    num_local: int = Field(8, ge=0, description="small crops of each image")
-    local_size: Positive = Field(96, description="pixels; a multiple of the model's patch")
+    num_global: int = Field(default=2, description="large crops of each image; always 2")
+    num_local: int = Field(default=8, ge=0, description="small crops of each image")
+    local_size: Positive = Field(default=96, description="pixels; a multiple of the model's patch")
     global_scale: tuple[Fraction, Fraction] = Field(
-        (0.25, 1.0), description="smallest and largest share of the image in a large crop"
+        default=(0.25, 1.0), description="smallest and largest share of the image in a large crop"
     )
-    local_scale: tuple[Fraction, Fraction] = Field((0.05, 0.25), description="the same of a small crop")
+    local_scale: tuple[Fraction, Fraction] = Field(default=(0.05, 0.25), description="the same of a small crop")
 
 
 class Results(_Settings):

@@ -76,7 +76,7 @@ def import_file(
     file: str,
     out: str,
     *,
-    weights: Which = "student",
+    weights: Literal["student", "teacher"] = "student",
     what: What = "auto",
     image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,

@@ -178,7 +178,7 @@ def _multi_crop_view(image_size: int, local_size: int) -> MultiCropView:
 
 def _torchvision_crops(image_size: int, local_size: int) -> _Crops:
     """DINO's augmentation as it is used everywhere: one PIL image after the other through torchvision's transforms."""
-    from torchvision import transforms as T  # noqa: N812
+    from torchvision import transforms as T
 
     def view(size: int, scale: tuple[float, float], blur: float, solarize: float = 0.0) -> Callable[[Any], Tensor]:
         def blurred(image: Any) -> Any:

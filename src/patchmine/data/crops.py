@@ -1,7 +1,7 @@
 """Several crops of one image, decoded once: two large (global) ones, then small (local) ones (DINO's multi-crop).
 
 Crops are cut from the decoded image and resized to bytes here; mirroring and changes of colour are only drawn, and made
-on the device.  A JPEG is always decoded at full size: at a half of it the smallest local crops of a photograph of common
+on the device.  A JPEG is always decoded at full size: at a half of it the smallest local crops of a photograph of usual
 size would have to be enlarged.
 """
 

@@ -5,8 +5,8 @@ order; grey with probability 0.2; a Gaussian blur whose deviation is uniform in 
 in one of ten (global crop 1) or in half (local crops); the second global crop is solarized with probability 0.2.
 
 Bytes go through PIL's own arithmetic, rounded to bytes where PIL rounds, so that the result is what torchvision's
-transforms make of a PIL image, up to a level or two of 255 in the blur (PIL rounds between its passes too).  Images of
-more than 8 bits, which are floats here, are changed by the same formulas without rounding or clipping, and are not
+transforms make of a PIL image, up to 3 levels of 255 in the blur (PIL rounds between its passes too).  Images of more
+than 8 bits, which are floats here, are changed by the same formulas without rounding or clipping, and are not
 solarized: a threshold of 128 needs a known range.  Colours are changed where there are three channels; grey and
 N-channel images are only blurred and solarized.
 """
@@ -105,7 +105,7 @@ def _blended(pixels: Tensor, operation: Tensor, factor: Tensor, as_bytes: bool) 
 
 def _luma(pixels: Tensor, as_bytes: bool) -> Tensor:
     """ITU-R 601-2 luma (N, 1, H, W), for bytes in PIL's fixed point, of which float32 holds every step exactly."""
-    red, green, blue = pixels.split(1, dim=1)
+    red, green, blue = pixels.chunk(3, dim=1)
     grey = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
     return grey.add_(0x8000).div_(0x10000).floor_() if as_bytes else grey.div_(0x10000)
 
@@ -115,7 +115,7 @@ def _hue_turned(pixels: Tensor, turn: Tensor, as_bytes: bool) -> Tensor:
     turn = _per_image(turn)
     value, least = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
     spread = value - least
-    red, green, blue = ((value - pixels) / torch.where(spread > 0, spread, 1.0)).split(1, dim=1)
+    red, green, blue = ((value - pixels) / torch.where(spread > 0, spread, 1.0)).chunk(3, dim=1)
     is_red, is_green = pixels[:, :1] == value, pixels[:, 1:2] == value
     sixths = torch.where(is_red, blue - green, torch.where(is_green, 2 + red - blue, 4 + green - red))
     hue = sixths / 6  # in [-1/6, 5/6]

@@ -287,7 +287,7 @@ class MOKD(Method):
                 asking = students[1 - number]
                 query = asking.thead.query(look(asking, part).pooled)
                 heed = teachers[number].thead.attention_to_query(taught[number].maps, query)  # (B, h * w)
-                heed = heed.unflatten(1, taught[number].maps.shape[2:])[:, None]
+                heed = heed.reshape(len(images), 1, *taught[number].maps.shape[2:])
                 heat = F.interpolate(heed, size=(rows, columns), mode="nearest")[:, 0]
                 panels.append(Panel(f"{place} part sought by {whose}", heat, kind="heat"))
         return panels

@@ -57,6 +57,6 @@ def draw_drop_paths(paths: list[DropPath], noise: Noise, tokens: Tensor, *, crop
     if any(path.training for path in paths):
         # By image first: a process that holds some of a batch's images gets their part of its noise, for each crop.
         drawn = noise.uniform(len(tokens) // crops, crops * len(paths), device=tokens.device)
-        drawn = drawn.unflatten(1, (crops, -1)).transpose(0, 1).flatten(0, 1)  # (crops * B, P)
+        drawn = drawn.reshape(len(drawn), crops, -1).transpose(0, 1).flatten(0, 1)  # (crops * B, P)
         for path, column in zip(paths, drawn.unbind(dim=1), strict=True):
             path.noise = column

@@ -96,7 +96,7 @@ class TransformerHead(nn.Module):
 
 def asked(tokens: Tensor, queries: Tensor) -> Tensor:
     """Each query before the tokens of its image: (N, n, D), (J * N, D) crop-major -> (J * N, 1 + n, D)."""
-    queries = queries.to(tokens.dtype).unflatten(0, (-1, len(tokens)))[:, :, None]  # (J, N, 1, D)
+    queries = queries.to(tokens.dtype).reshape(-1, len(tokens), 1, queries.shape[-1])  # (J, N, 1, D)
     tiled = tokens.expand(len(queries), *tokens.shape)  # (J, N, n, D), a view
     return torch.cat([queries, tiled], dim=2).flatten(0, 1)
 
@@ -105,7 +105,8 @@ def _share_of_first(block: Block, tokens: Tensor) -> Tensor:
     """Attention of all tokens but the first to the first, mean over heads: (N, 1 + n, D) -> float32 (N, n)."""
     attention = block.attn
     query, key, _ = attention.qkv(block.norm1(tokens)).chunk(3, dim=-1)
-    query, key = (part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (query, key))
+    shape = (*query.shape[:2], attention.num_heads, -1)
+    query, key = (part.reshape(shape).transpose(1, 2) for part in (query, key))
     weights = (query[:, :, 1:] @ key.transpose(2, 3) * attention.scale).float().softmax(dim=-1)  # (N, heads, n, 1 + n)
     return weights[..., 0].mean(dim=1)
 
