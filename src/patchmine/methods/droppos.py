@@ -84,8 +84,9 @@ class DropPos(Method):
             1.0, ge=0, description="width of the smoothed targets in patches: exp(-distance^2 / width^2); 0: none"
         )
         smoothing_decay: bool = Field(True, description="let that width fall linearly towards 0, epoch by epoch")
-        smoothing_grid: Literal["true", "as_run"] = Field(
-            "true", description="distances on the patch grid, or on one as wide as a patch has pixels (published runs)"
+        smoothing_grid: Literal["patches", "as_run"] = Field(
+            "patches",
+            description="distances on the grid of patches, or on one as wide as a patch has pixels (published runs)",
         )
         smoothing_norm: Literal["column", "row"] = Field(
             "column", description="divide the smoothed targets by the sum of each place (the code) or of each target"
@@ -291,13 +292,13 @@ def _smoothing_size(config: DropPos.Config, grid: Grid) -> tuple[int, ...]:
     The published scripts give patches per side where engine_pretrain.py expects pixels per patch, so that it counts
     image side / patches per side: 16 in place of 14 for 224 pixels.
     """
-    if config.smoothing_grid == "true":
+    if config.smoothing_grid == "patches":
         return grid.size
     if grid.size[0] != grid.size[1] or grid.patch[0] < grid.size[0]:
         raise UserError(
             "method.smoothing_grid=as_run repeats published runs, whose grid had as many places a side as a patch has "
             f"pixels, which needs a square image of no more patches a side; here it is {grid.size[0]}x{grid.size[1]} "
-            f"patches of {grid.patch[0]} pixels: set method.smoothing_grid=true"
+            f"patches of {grid.patch[0]} pixels: set method.smoothing_grid=patches"
         )
     return grid.patch
 
