@@ -167,6 +167,26 @@ def test_maps_of_other_images_are_refused(image_folder: Path, tmp_path: Path) ->
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["method.mask_ratio=0.6"], ["method.mask_ratio=0.6", "method.throw_ratio=0.4", "lower one of them"]),
+        (["method.throw_ratio=1"], ["method.throw_ratio", "below 1"]),
+        (["method.host=simmim", "method.mask_unit=6"], ["method.mask_unit=6", "method.mask_unit=8"]),
+        (["method.alignment=exact"], ["method.alignment", "area"]),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(words: list[str], expected: list[str], image_folder: Path, tmp_path: Path) -> None:
+    settings = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
+    done = CliRunner().invoke(app, ["pretrain", *settings, f"data={image_folder}", f"out={tmp_path / 'run'}", *words])
+    assert done.exit_code == 2
+    assert "Traceback" not in done.stderr
+    for part in expected:
+        assert part in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
 class Stream(IterableDataset[Tensor]):
     """Has a length, and yet no numbered items."""
 
