@@ -162,6 +162,10 @@ def test_a_shard_that_is_cut_in_the_middle(images: Path, tmp_path: Path, out: Pa
         (["device=cuda"], ["device=cuda", "device=cpu"]),
         (["method=hpm", "method.target=dino"], ["method.target_file", "method.target=dino"]),
         (["method=emae", "method.parts=3"], ["method.parts=3", "16 patches", "method.parts=4"]),
+        (["method=droppos", "model=vit_relpos_small_patch16_224"], ["relative positions", "vit_small_patch16_224"]),
+        (["method=droppos", "model=vit_small_patch16_rope_224"], ["rotary positions", "vit_small_patch16_224"]),
+        (["method=droppos", "model=vit_tiny_r_s16_p8_224", "patch_size=1"], ["convolutional stem"]),
+        (["method=droppos", "model=beit_base_patch16_224"], ["relative positions", "use_rel_pos_bias=false"]),
     ],
 )
 def test_settings_that_cannot_be(words: list[str], expected: list[str], images: Path, out: Path) -> None:

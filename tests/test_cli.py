@@ -233,7 +233,7 @@ def test_lists_name_methods_recipes_and_models() -> None:
     ("line", "part"),
     [
         ("pretrain", "data: missing; give a folder"),
-        ("pretrain cifar-tiny data=x", "did you mean cifar10-tiny?"),
+        ("pretrain cifar-tiny data=x", "did you mean cifar10-tiny or cifar10-tiny-samples?"),
         ("pretrain data=x epoch=3", "epoch: no such setting (given 3); did you mean epochs?"),
         ("pretrain data=x --epochs 3", "settings are written without dashes, as in epochs="),
         ("pretrain photos/", "images are given as data=photos/"),

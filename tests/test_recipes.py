@@ -84,7 +84,7 @@ def test_my_images_chooses_more_for_more_images() -> None:
 def test_a_misspelt_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError, match="No recipe 'cifar-tiny', and no such file; did you mean cifar10-tiny"):
         load_recipe("cifar-tiny")
-    with pytest.raises(UserError, match="there are cifar10-tiny, "):
+    with pytest.raises(UserError, match="there are amt-simmim-vit-b-imagenet, amt-vit-b-imagenet, cifar10-tiny, "):
         load_recipe("xyz")
 
 

@@ -166,7 +166,7 @@ def test_smoothing_of_the_published_size(golden: Any) -> None:
     t = golden.tensors
     encoder = build_encoder("vit_tiny_patch16_224", model_args=dict(embed_dim=4, depth=1, num_heads=1))
     start, decoder = Progress(0, 800, 1), dict(decoder_embed_dim=4, decoder_depth=1, decoder_num_heads=1)
-    for grid, stored in (("true", "smooth14"), ("as_run", "smooth14_asrun")):
+    for grid, stored in (("patches", "smooth14"), ("as_run", "smooth14_asrun")):
         method = DropPos(DropPos.Config(smoothing_grid=grid, **decoder), encoder)
         full = method.smoothed_places(start, torch.device("cpu"))
         assert full.shape == (196, 196)
@@ -174,7 +174,7 @@ def test_smoothing_of_the_published_size(golden: Any) -> None:
         assert rows
         for key in rows:
             close(full[int(key.split("row")[-1])], t[key], 2e-7)
-        if grid == "true":
+        if grid == "patches":
             close(full.sum(dim=1), t["smooth14/sigma1_rowsum"], 1e-6)
             close(full.sum(dim=0), t["smooth14/sigma1_colsum"], 1e-6)
 

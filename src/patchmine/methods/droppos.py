@@ -39,8 +39,6 @@ from patchmine.ops.positions import least_cross_entropy, paint_patches, place_co
 from patchmine.ops.schedules import falling
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
 
-GREY, WHITE = 0.5, 1.0  # in the pictures: a removed patch, and one that kept its position
-
 
 @dataclass(frozen=True)
 class Puzzle:
@@ -85,8 +83,9 @@ class DropPos(Method):
             1.0, ge=0, description="width of the smoothed targets in patches: exp(-distance^2 / width^2); 0: none"
         )
         smoothing_decay: bool = Field(True, description="let that width fall linearly towards 0, epoch by epoch")
-        smoothing_grid: Literal["true", "as_run"] = Field(
-            "true", description="distances on the patch grid, or on one as wide as a patch has pixels (published runs)"
+        smoothing_grid: Literal["patches", "as_run"] = Field(
+            "patches",
+            description="distances on the grid of patches, or on one as wide as a patch has pixels (published runs)",
         )
         smoothing_norm: Literal["column", "row"] = Field(
             "column", description="divide the smoothed targets by the sum of each place (the code) or of each target"
@@ -248,11 +247,11 @@ class DropPos(Method):
         panels = [Panel("input", images), Panel("visible", hide_masked(images, puzzle.mask, self.grid))]
         if weights is not None:
             panels.append(Panel("weight in the loss", patch_map(weights, self.grid, puzzle.dropped), kind="heat"))
-        key = "position kept: white, removed: grey"
+        true, predicted = (_as_colours(puzzle, where, self.grid) for where in (puzzle.dropped, places))
         return [
             *panels,
-            Panel(f"true places as colours ({key})", _as_colours(puzzle, puzzle.dropped, self.grid), kind="colour"),
-            Panel(f"predicted places in the same colours ({key})", _as_colours(puzzle, places, self.grid), "colour"),
+            Panel("true places as colours (white: position kept)", true, kind="colour"),
+            Panel("predicted places in the same colours", predicted, kind="colour"),
             Panel("patches put where predicted, the surest on top", _put(images, puzzle, places, sureness, self.grid)),
         ]
 
@@ -264,9 +263,12 @@ def attentive_weights(whole: Tensor, patches: Tensor, temperature: float) -> Ten
 
 
 def _as_colours(puzzle: Puzzle, places: Tensor, grid: Grid) -> Tensor:
-    """Each dropped patch in the colour of its place in ``places`` (B, Q): (B, 3, H, W)."""
-    colours = torch.full((len(places), grid.num_patches, 3), GREY, device=places.device)
-    for index, paint in ((puzzle.kept, WHITE), (puzzle.dropped, place_colours(grid, places.device)[places])):
+    """Each dropped patch in the colour of its place in ``places`` (B, Q), kept ones white: (B, 3, H, W), NaN: removed.
+
+    A removed patch has no grey, which is about the colour of the middle.
+    """
+    colours = torch.full((len(places), grid.num_patches, 3), float("nan"), device=places.device)
+    for index, paint in ((puzzle.kept, 1.0), (puzzle.dropped, place_colours(grid, places.device)[places])):
         filled = torch.zeros(*index.shape, 3, device=places.device) + paint
         colours = colours.scatter(1, index[:, :, None].expand_as(filled), filled)
     return paint_patches(colours, grid)
@@ -293,13 +295,13 @@ def _smoothing_size(config: DropPos.Config, grid: Grid) -> tuple[int, ...]:
     The published scripts give patches per side where engine_pretrain.py expects pixels per patch, so that it counts
     image side / patches per side: 16 in place of 14 for 224 pixels.
     """
-    if config.smoothing_grid == "true":
+    if config.smoothing_grid == "patches":
         return grid.size
     if grid.size[0] != grid.size[1] or grid.patch[0] < grid.size[0]:
         raise UserError(
             "method.smoothing_grid=as_run repeats published runs, whose grid had as many places a side as a patch has "
             f"pixels, which needs a square image of no more patches a side; here it is {grid.size[0]}x{grid.size[1]} "
-            f"patches of {grid.patch[0]} pixels: set method.smoothing_grid=true"
+            f"patches of {grid.patch[0]} pixels: set method.smoothing_grid=patches"
         )
     return grid.patch
 
