@@ -50,9 +50,14 @@ TINY = {
 }
 
 
+def tiny(method: str) -> dict[str, Any]:
+    """The settings of TINY that the method has."""
+    fields = getattr(METHODS[method], "Config").model_fields  # noqa: B009 - each method has its own
+    return {k: v for k, v in TINY.items() if not k.startswith("method.") or k.removeprefix("method.") in fields}
+
+
 def pretrain(data: Any, out: Path, **settings: Any) -> Run:
-    fields = getattr(METHODS[settings.get("method", "mae")], "Config").model_fields  # noqa: B009 - each has its own
-    known = {k: v for k, v in TINY.items() if not k.startswith("method.") or k.removeprefix("method.") in fields}
+    known = tiny(settings.get("method", "mae"))
     return patchmine.pretrain(data=data, out=out, say=lambda _: None, **(known | settings))
 
 
@@ -120,7 +125,7 @@ def test_killed_anywhere_and_resumed_is_as_if_nothing_had_happened(image_folder:
     steps = 60
     whole = pretrain(image_folder, tmp_path / "whole", method="hpm", steps=steps)
     killed = tmp_path / "killed"
-    settings = TINY | dict(method="hpm", steps=steps, checkpoint_every=3, log_every=1)
+    settings = tiny("hpm") | dict(method="hpm", steps=steps, checkpoint_every=3, log_every=1)
     start = command("pretrain", *words(settings | dict(data=str(image_folder), out=str(killed))))
     kill_at_step(start, killed, random.randint(1, 30))
     patchmine.resume(killed, workers=2, say=lambda _: None)
@@ -205,7 +210,7 @@ def test_statistics_of_other_channels_come_from_the_data(tmp_path: Path) -> None
 
 def test_two_processes_equal_one_with_the_whole_batch(image_folder: Path, tmp_path: Path) -> None:
     whole = pretrain(image_folder, tmp_path / "one", method="hpm", steps=5)
-    settings = TINY | dict(method="hpm", steps=5, devices=2, data=str(image_folder), out=str(tmp_path / "two"))
+    settings = tiny("hpm") | dict(method="hpm", steps=5, devices=2, data=str(image_folder), out=str(tmp_path / "two"))
     subprocess.run(command("pretrain", *words(settings)), check=True, capture_output=True, timeout=250)
     two = weights(tmp_path / "two")
     for name, value in weights(whole).items():

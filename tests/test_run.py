@@ -165,10 +165,10 @@ def test_settings_that_do_not_fit_the_checkpoint_are_named(tmp_path: Path) -> No
 def test_training_may_start_from_another_runs_encoder(tmp_path: Path) -> None:
     _, built = make_run(tmp_path)
     assert same(build_method(settings("hpm"), start_from=str(tmp_path)).encoder, built.encoder)
-    larger = parse(None, [*TINY, "image_size=64"])
+    larger = parse(None, [*known_to("mae", TINY), "image_size=64"])
     started = build_method(larger, start_from=str(tmp_path)).encoder
     assert torch.equal(started.get_parameter("norm.weight"), built.encoder.get_parameter("norm.weight"))
-    wider = parse(None, [*TINY, "model_args.embed_dim=96"])
+    wider = parse(None, [*known_to("mae", TINY), "model_args.embed_dim=96"])
     with pytest.raises(UserError, match=r"init=.*shape"):
         build_method(wider, start_from=str(tmp_path))
 

@@ -17,7 +17,8 @@ from patchmine.config import RunConfig, changed_results, parse, resolve_size, si
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import Source, notes_of
 from patchmine.data.crops import MultiCropView
-from patchmine.data.loader import data_statistics, normalise, plain_batches, train_batches
+from patchmine.data.loader import data_statistics, plain_batches, train_batches
+from patchmine.data.normalise import normalise
 from patchmine.data.source import Spec, default_cache_dir, open_source
 from patchmine.data.views import PlainView, TrainView
 from patchmine.errors import UserError

@@ -16,7 +16,8 @@ from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import Labels
 from patchmine.data.crops import MultiCropView
 from patchmine.data.decode import DecodeError, decode
-from patchmine.data.loader import normalise, sample_generator, train_batches
+from patchmine.data.loader import sample_generator, train_batches
+from patchmine.data.normalise import normalise
 from patchmine.data.photometric import COLUMNS, change_colours
 from patchmine.data.views import resize
 from patchmine.errors import UserError

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from patchmine.data.contract import Labels
-from patchmine.data.loader import BadFiles, data_statistics, epoch_order, normalise, plain_batches, train_batches
+from patchmine.data.loader import BadFiles, data_statistics, epoch_order, plain_batches, train_batches
+from patchmine.data.normalise import normalise
 from patchmine.data.views import PlainView, TrainView
 from patchmine.errors import UserError
 from patchmine.types import Batch

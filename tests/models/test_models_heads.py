@@ -23,13 +23,13 @@ def stage_head(channels: int = 12) -> StageHead:
 
 
 def test_rows_of_the_last_layer_have_the_given_length() -> None:
-    layer = WeightNormLinear(8, 5, trainable_gain=True)
+    layer = WeightNormLinear(8, 5, trainable_gain=True).double()
     with torch.no_grad():
         layer.weight_g.copy_(torch.arange(1.0, 6.0)[:, None])
     rows = torch.stack([g * v / v.norm() for g, v in zip(layer.weight_g, layer.weight_v, strict=True)])
-    x = normal(3, 8)
+    x = normal(3, 8).double()
     torch.testing.assert_close(layer(x), x @ rows.T)
-    old = nn.utils.parametrizations.weight_norm(nn.Linear(8, 5, bias=False))
+    old = nn.utils.parametrizations.weight_norm(nn.Linear(8, 5, bias=False).double())
     old.load_state_dict(
         {"parametrizations.weight.original0": layer.weight_g, "parametrizations.weight.original1": layer.weight_v}
     )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.data.loader import normalise
+from patchmine.data.normalise import normalise
 from patchmine.data.views import TrainView, crop_box
 from patchmine.ops.alignment import align, attention_map
 from patchmine.types import Batch, Grid

@@ -23,7 +23,8 @@ from torch import Tensor
 from patchmine.data.contract import Source
 from patchmine.data.crops import NUM_GLOBAL, MultiCropView
 from patchmine.data.decode import DecodeError, decode
-from patchmine.data.loader import normalise, sample_generator
+from patchmine.data.loader import sample_generator
+from patchmine.data.normalise import normalise
 from patchmine.data.source import open_source
 from patchmine.data.views import TrainView
 from patchmine.errors import UserError

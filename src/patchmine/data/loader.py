@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -27,12 +26,12 @@ from patchmine.data.badfiles import BadFiles, Failure
 from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
 from patchmine.data.decode import DecodeError, decode
-from patchmine.data.photometric import change_colours
+from patchmine.data.normalise import as_float
 from patchmine.data.views import View
 from patchmine.errors import UserError
 from patchmine.types import Batch
 
-__all__ = ["BadFiles", "data_statistics", "normalise", "plain_batches", "train_batches"]
+__all__ = ["BadFiles", "data_statistics", "plain_batches", "train_batches"]
 
 # Items tried in place of a broken one before a worker gives up.
 _REPLACEMENTS = 100
@@ -116,18 +115,6 @@ def plain_batches(
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     return _drain(_start(_PlainSamples(source, view, channels), _PlainOrder(chosen, batch_size), workers), source, bad)
-
-
-def normalise(batch: Batch, mean: Tensor, std: Tensor, device: torch.device | str) -> Batch:
-    """The batch on ``device`` with views (x - mean) / std, mirrored where ``flip`` says so.
-
-    Several crops of an image also change their colours, after mirroring.  ``mean`` and ``std`` (C,) are in units where
-    bytes span [0, 1].
-    """
-    batch, mean, std = batch.to(device), mean.to(device), std.to(device)
-    if batch.flip.ndim == 1:
-        return batch.with_views([_normalise(view, batch.flip, mean, std) for view in batch.views])
-    return batch.with_views(_normalise_crops(batch, mean, std))
 
 
 def data_statistics(source: Source, channels: int, *, sample: int = 1000) -> tuple[Tensor, Tensor]:
@@ -217,7 +204,7 @@ def _stack(samples: list[_Sample]) -> Batch:
 
 def _stack_pixels(pixels: list[Tensor]) -> Tensor:
     if len({view.dtype for view in pixels}) > 1:  # 8-bit and deeper images side by side
-        pixels = [_as_float(view) for view in pixels]
+        pixels = [as_float(view) for view in pixels]
     return default_collate(pixels)
 
 
@@ -362,40 +349,7 @@ def _check_sizes(
         raise ValueError(f"{steps_per_epoch} steps of {batch_size} images need more than the {length} that there are")
 
 
-def _as_float(view: Tensor) -> Tensor:
-    return view.float().div_(255) if view.dtype == torch.uint8 else view
-
-
-def _normalise(view: Tensor, flip: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, C, ..., W) in, float32 out."""
-    return _scaled(_as_float(_mirrored(view, flip)), mean, std)
-
-
-def _normalise_crops(batch: Batch, mean: Tensor, std: Tensor) -> list[Tensor]:
-    """All crops of one size at once, crop-major as methods put them together."""
-    views: list[Tensor] = []
-    for _, group in groupby(batch.views, lambda view: view.shape):
-        crops = list(group)
-        taken = slice(len(views), len(views) + len(crops))
-        pixels = _mirrored(torch.cat(crops), batch.flip[:, taken].T.reshape(-1))
-        if batch.photometric is not None:
-            pixels = change_colours(pixels, batch.photometric[:, taken].transpose(0, 1).flatten(0, 1))
-        views += _scaled(_as_float(pixels), mean, std).chunk(len(crops))
-    return views
-
-
-def _mirrored(view: Tensor, flip: Tensor) -> Tensor:
-    """As bytes, which is a quarter of the traffic; always a copy."""
-    return torch.where(flip.view(-1, *[1] * (view.ndim - 1)), view.flip(-1), view)
-
-
-def _scaled(view: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """In place; (B, C, ...) float32."""
-    per_channel = (1, -1, *[1] * (view.ndim - 2))
-    return view.sub_(mean.view(per_channel)).div_(std.view(per_channel))
-
-
 def _thin(image: Tensor, side: int = 256) -> Tensor:
     """Every k-th pixel of a large image, as floats: enough for its mean and deviation."""
     step = max(1, min(image.shape[-2:]) // side)
-    return _as_float(image[:, ::step, ::step])
+    return as_float(image[:, ::step, ::step])

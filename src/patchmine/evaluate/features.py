@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchmine.data.contract import Source
-from patchmine.data.loader import BadFiles, normalise, plain_batches
+from patchmine.data.loader import BadFiles, plain_batches
+from patchmine.data.normalise import normalise
 from patchmine.data.views import PlainView
 from patchmine.errors import UserError
 from patchmine.evaluate.labelled import Part, everything
