@@ -83,13 +83,28 @@ class Crops(_Settings):
     local_scale: tuple[Fraction, Fraction] = Field(default=(0.05, 0.25), description="the same of a small crop")
 
 
+class Clip(_Settings):
+    """How a clip is taken from a video; of runs whose ``model`` is a video one."""
+
+    frames: Positive = Field(default=16, description="frames of a clip; a multiple of clip.tubelet")
+    stride: Positive = Field(default=4, description="a clip takes every such frame of the video")
+    tubelet: Positive = Field(default=2, description="frames that one patch spans")
+    repeats: Positive = Field(default=1, description="clips that one opening of a video gives, all in one batch")
+    short: Literal["hold", "loop", "refuse"] = Field(
+        default="hold", description="a video shorter than the clip: repeat its last frame, start again, or leave it out"
+    )
+    scales: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
+        default=[1.0, 0.875, 0.75, 0.66], description="sides of a crop, shares of the shorter side of the video"
+    )
+
+
 class Results(_Settings):
     """What decides the weights.  A resumed run must keep it."""
 
     data: Annotated[str | list[str], BeforeValidator(_as_text)] = Field(
         description="give a folder, a list file, tar shards or embedded:photos, as in data=photos/"
     )
-    model: str = Field("vit_small_patch16_224", description="a plain vision transformer or ResNet of timm's")
+    model: str = Field("vit_small_patch16_224", description="a plain vision transformer or ResNet of timm's, or a video model")
     model_args: dict[str, Any] = Field({}, description="more arguments for timm, such as depth, embed_dim, num_heads")
     method: Annotated[MethodConfig, BeforeValidator(_as_method)] = Field(
         "mae", validate_default=True, description="the method's name and its own settings"
@@ -123,6 +138,7 @@ class Results(_Settings):
     flip: Fraction = Field(0.5, description="probability of a mirrored crop")
     interpolation: Literal["bicubic", "bilinear"] = Field("bicubic", description="how crops are resized")
     crops: Crops = Field(Crops(), description="of methods with several crops of each image")
+    clip: Clip = Field(Clip(), description="of video models, which take clips instead of images")
     max_bad_share: Fraction = Field(0.05, description="share of broken images above which the run stops")
     init: Text | None = Field(None, description="checkpoint, run or export to start from")
 
@@ -171,7 +187,7 @@ class RunConfig(Running, Results):
     def _fits_together(self) -> RunConfig:
         checks = (
             *(_check_length, _check_statistics, _check_patches, _check_batch),
-            *(_check_ranges, _check_crops, _check_evaluation),
+            *(_check_ranges, _check_crops, _check_clip, _check_evaluation),
         )
         mistakes = [mistake for check in checks for mistake in check(self)]
         if mistakes:
@@ -254,6 +270,22 @@ def _check_crops(config: RunConfig) -> list[Mistake]:
         return []
     text = f"given {given}; two global crops are compared with each other, so it must be 2: crops.num_local adds others"
     return [Mistake("crops.num_global", text)]
+
+
+def _check_clip(config: RunConfig) -> list[Mistake]:
+    frames, tubelet, repeats = config.clip.frames, config.clip.tubelet, config.clip.repeats
+    mistakes = []
+    if frames % tubelet:
+        near = max(tubelet, round(frames / tubelet) * tubelet)
+        text = f"given {frames}; must be a multiple of clip.tubelet={tubelet}: try clip.frames={near}"
+        mistakes.append(Mistake("clip.frames", text))
+    parts = config.accumulate * config.devices * config.num_nodes
+    if repeats > 1 and config.batch_size % (parts * repeats):
+        near = max(1, round(config.batch_size / (parts * repeats))) * parts * repeats
+        where = f"the clips of one video stay together, so batch_size={config.batch_size} must be a multiple of"
+        text = f"given {repeats}; {where} {parts * repeats}: try batch_size={near}"
+        mistakes.append(Mistake("clip.repeats", text))
+    return mistakes
 
 
 def _check_evaluation(config: RunConfig) -> list[Mistake]:
