@@ -44,7 +44,9 @@ MAY_IMPORT = {
     "bench": PARTS | SETTINGS | {"run"},
     "commands": {"errors"} | TYPED,
     "transfer": PARTS | SETTINGS | {"run"},
-    "cli": TOP | {"commands", "transfer", "__init__"},
+    "program": set(),
+    "evaluation_commands": {"commands", "evaluate", "program"},
+    "cli": TOP | {"commands", "evaluation_commands", "program", "transfer", "__init__"},
     "__init__": TOP,
     "__main__": {"cli"},
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from patchmine.errors import UserError
+from patchmine.evaluation_commands import evaluate
+from patchmine.program import command, say, typer_group
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -65,25 +66,11 @@ class _Group(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
 
 
-def _typer(help_text: str, **more: Any) -> typer.Typer:
-    return typer.Typer(
-        help=help_text,
-        options_metavar="",
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["--help", "-h"]},
-        **more,
-    )
-
-
-app = _typer(_HELP, name="patchmine", cls=_Group, epilog=_EXAMPLES)
-evaluate = _typer("Measure a frozen encoder on labelled images.")
-data = _typer("Look at a data set, or pack it into shards.")
-listing = _typer("List methods, models or recipes.")
-config = _typer("Show a run's settings before making it.")
-bench = _typer("Time training steps or the loading of data.")
+app = typer_group(_HELP, name="patchmine", cls=_Group, epilog=_EXAMPLES)
+data = typer_group("Look at a data set, or pack it into shards.")
+listing = typer_group("List methods, models or recipes.")
+config = typer_group("Show a run's settings before making it.")
+bench = typer_group("Time training steps or the loading of data.")
 app.add_typer(evaluate, name="eval")
 app.add_typer(data, name="data")
 app.add_typer(listing, name="list")
@@ -91,19 +78,9 @@ app.add_typer(config, name="config")
 app.add_typer(bench, name="bench")
 
 
-def _command(group: typer.Typer, name: str, usage: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that gets its words as they are, "--epochs 3" too, so that it can say how that is written here."""
-    take_all = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
-    return group.command(name, options_metavar=usage, context_settings=take_all)
-
-
 def main() -> None:
     """Entry point of the program `patchmine`."""
     app(prog_name="patchmine")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -123,7 +100,7 @@ def _options(
     pass
 
 
-@_command(app, "pretrain", "[RECIPE] KEY=VALUE...")
+@command(app, "pretrain", "[RECIPE] KEY=VALUE...")
 def pretrain(context: typer.Context) -> None:
     """Pre-train on a folder, list or shards of images.
 
@@ -148,7 +125,7 @@ def pretrain(context: typer.Context) -> None:
     from patchmine.config import parse
     from patchmine.pretraining import pretrain as start
 
-    start(parse(*_recipe_and_settings(context.args), _say), say=_say)
+    start(parse(*_recipe_and_settings(context.args), say), say=say)
 
 
 def _recipe_and_settings(words: list[str]) -> tuple[str | None, list[str]]:
@@ -159,7 +136,7 @@ def _recipe_and_settings(words: list[str]) -> tuple[str | None, list[str]]:
     return (words[0], words[1:]) if has_recipe else (None, words)
 
 
-@_command(app, "resume", "RUN [KEY=VALUE...]")
+@command(app, "resume", "RUN [KEY=VALUE...]")
 def resume(context: typer.Context) -> None:
     """Go on with an interrupted run as if nothing had happened.
 
@@ -174,58 +151,10 @@ def resume(context: typer.Context) -> None:
     run, words = _recipe_and_settings(context.args)
     if run is None:
         raise UserError("Name the folder of a run first, as in `patchmine resume runs/hpm`.")
-    go_on(run, words, say=_say)
+    go_on(run, words, say=say)
 
 
-@_command(evaluate, "knn", "TARGET data=IMAGES [KEY=VALUE...]")
-def eval_knn(context: typer.Context) -> None:
-    """Nearest neighbours on frozen features (DINO's protocol).
-
-    \b
-      TARGET             run, export, weights file, timm architecture, random-init:RUN or raw-pixels
-      data=labelled/     images in class folders; train/ and test/ in it are used as such
-      test=labelled/test images to test on
-      floors=true        also a random twin of the encoder, and the raw pixels
-      k=20 pooling=cls   neighbours that vote; class token (cls), mean or cls+mean
-      weights=teacher    the slow copy that HPM keeps
-    \b
-    Example:
-      patchmine eval knn runs/hpm data=cifar10/train test=cifar10/test floors=true
-    """
-    from patchmine.commands import read_words
-    from patchmine.evaluate.knn import KnnSettings, evaluate_knn
-
-    _show(evaluate_knn(read_words(KnnSettings, context.args, command="eval knn", first=["target"]), _say))
-
-
-@_command(evaluate, "linear", "TARGET data=IMAGES [KEY=VALUE...]")
-def eval_linear(context: typer.Context) -> None:
-    """Linear classifiers on frozen features.
-
-    Many learning rates and poolings are trained at once (DINOv2's way); the best is chosen on held-out images.
-
-    \b
-      TARGET data= test= floors= weights=    as in `patchmine eval knn`
-      protocol=mae       MAE's single classifier, trained with LARS, instead
-    \b
-    Example:
-      patchmine eval linear runs/hpm data=cifar10/train test=cifar10/test floors=true
-    """
-    from patchmine.commands import read_words
-    from patchmine.evaluate.linear import LinearSettings, evaluate_linear
-
-    _show(evaluate_linear(read_words(LinearSettings, context.args, command="eval linear", first=["target"]), _say))
-
-
-def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from patchmine.evaluate.measure import show_result
-
-    show_result(result, Console())
-
-
-@_command(app, "embed", "TARGET data=IMAGES out=FILE [KEY=VALUE...]")
+@command(app, "embed", "TARGET data=IMAGES out=FILE [KEY=VALUE...]")
 def embed(context: typer.Context) -> None:
     """Write one feature vector per image to a parquet file.
 
@@ -240,10 +169,10 @@ def embed(context: typer.Context) -> None:
     from patchmine.evaluate.embed import EmbedSettings
     from patchmine.evaluate.embed import embed as write
 
-    write(read_words(EmbedSettings, context.args, command="embed", first=["target"]), _say)
+    write(read_words(EmbedSettings, context.args, command="embed", first=["target"]), say)
 
 
-@_command(app, "show", "RUN IMAGE... [out=panel.png] [seed=0]")
+@command(app, "show", "RUN IMAGE... [out=panel.png] [seed=0]")
 def show(context: typer.Context) -> None:
     """Draw what a run makes of some images.
 
@@ -260,7 +189,7 @@ def show(context: typer.Context) -> None:
     print(draw(given.run, given.images, given.out, seed=given.seed))
 
 
-@_command(app, "report", "RUN... [out=report.html]")
+@command(app, "report", "RUN... [out=report.html]")
 def report(context: typer.Context) -> None:
     """Write one HTML page about a run, or comparing several.
 
@@ -275,7 +204,7 @@ def report(context: typer.Context) -> None:
     print(write_report(given.runs, given.out))
 
 
-@_command(app, "export", "RUN [out=FOLDER] [KEY=VALUE...]")
+@command(app, "export", "RUN [out=FOLDER] [KEY=VALUE...]")
 def export(context: typer.Context) -> None:
     """Write a run's encoder for timm and transformers.
 
@@ -295,7 +224,7 @@ def export(context: typer.Context) -> None:
     print(export_run(given.run, given.out, what=given.what, weights=given.weights))
 
 
-@_command(app, "import", "FILE out=FOLDER [KEY=VALUE...]")
+@command(app, "import", "FILE out=FOLDER [KEY=VALUE...]")
 def import_weights(context: typer.Context) -> None:
     """Turn a checkpoint of the official MAE or HPM code into a run.
 
@@ -316,10 +245,10 @@ def import_weights(context: typer.Context) -> None:
     from patchmine.transfer import import_file
 
     given = read_words(Import, context.args, command="import", first=["file"])
-    print(import_file(**given.model_dump(), say=_say).path)
+    print(import_file(**given.model_dump(), say=say).path)
 
 
-@_command(data, "inspect", "IMAGES [sample=1000] [full=false]")
+@command(data, "inspect", "IMAGES [sample=1000] [full=false]")
 def data_inspect(context: typer.Context) -> None:
     """Count images and decode a sample of them.
 
@@ -338,7 +267,7 @@ def data_inspect(context: typer.Context) -> None:
     print(render(inspect(source, sample=given.sample, full=given.full)))
 
 
-@_command(data, "shard", "IMAGES out=FOLDER [max_side=PIXELS] [shard_mb=256]")
+@command(data, "shard", "IMAGES out=FOLDER [max_side=PIXELS] [shard_mb=256]")
 def data_shard(context: typer.Context) -> None:
     """Pack images into tar shards, shrunk if wanted.
 
@@ -356,7 +285,7 @@ def data_shard(context: typer.Context) -> None:
 
     given = read_words(Shard, context.args, command="data shard", first=["data"])
     source = open_source(given.data, cache_dir=default_cache_dir())
-    write_shards(source, Path(given.out), max_side=given.max_side, shard_size=given.shard_mb * 2**20, say=_say)
+    write_shards(source, Path(given.out), max_side=given.max_side, shard_size=given.shard_mb * 2**20, say=say)
 
 
 @listing.command("methods", options_metavar="[--help]")
@@ -370,7 +299,7 @@ def list_methods() -> None:
         print("\n".join(f"  {line}" for line in describe_method(name)), end="\n\n")
 
 
-@_command(listing, "models", "[PART]")
+@command(listing, "models", "[PART]")
 def list_models(context: typer.Context) -> None:
     """The vision transformers and ResNets that can be pre-trained.
 
@@ -403,7 +332,7 @@ def list_recipes() -> None:
         print()
 
 
-@_command(config, "show", "[RECIPE] [KEY=VALUE...]")
+@command(config, "show", "[RECIPE] [KEY=VALUE...]")
 def config_show(context: typer.Context) -> None:
     """The settings that a recipe and your words amount to.
 
@@ -420,10 +349,10 @@ def config_show(context: typer.Context) -> None:
     has_data = recipe is not None and "data" in load_recipe(recipe).settings
     if not has_data and not any(word.startswith("data=") for word in words):
         words = ["data=IMAGES", *words]  # the one setting that has no default
-    print(parse(recipe, words, _say).to_yaml(), end="")
+    print(parse(recipe, words, say).to_yaml(), end="")
 
 
-@_command(config, "schema", "[METHOD]")
+@command(config, "schema", "[METHOD]")
 def config_schema(context: typer.Context) -> None:
     """Every setting with its default and meaning.
 
@@ -434,7 +363,7 @@ def config_schema(context: typer.Context) -> None:
     print("\n".join([line for name in context.args for line in describe_method(name)] or describe_run()))
 
 
-@_command(bench, "step", "[KEY=VALUE...]")
+@command(bench, "step", "[KEY=VALUE...]")
 def bench_step(context: typer.Context) -> None:
     """Time whole training steps.
 
@@ -456,7 +385,7 @@ def bench_step(context: typer.Context) -> None:
     measure(say=print, **given.model_dump(exclude_unset=True))
 
 
-@_command(bench, "data", "data=IMAGES [image_size=224] [repeats=5]")
+@command(bench, "data", "data=IMAGES [image_size=224] [repeats=5]")
 def bench_data(context: typer.Context) -> None:
     """Time a worker from encoded image to training crop.
 
