@@ -1,10 +1,10 @@
-"""Contact sheets: one row per image, one column per panel, everything named and every scale written beside it."""
+"""Contact sheets of images and of clips: everything named, and every scale written beside it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 LEAST_SIDE, MOST_SIDE = 150, 512
 """Pixels of a cell's shorter and longer side.  Small images are enlarged by a whole factor: each pixel is a square."""
+LEAST_FRAME_SIDE, MOST_FRAMES = 100, 8
+"""Pixels of a frame's shorter side, and frames of a clip, on the contact sheet of clips."""
 
 _GAP, _MARGIN, _LABEL_WIDTH, _BAR = 14, 18, 150, 9
 _INK, _SOFT, _PAPER = (27, 29, 32), (99, 103, 110), (255, 255, 255)
@@ -43,14 +45,38 @@ _RAMP = np.array(
 
 
 @dataclass(frozen=True)
+class _Cell:
+    """One picture of a sheet: (C, H, W), or a map (rows, columns).
+
+    ``span``: where the colours of a map begin and end; None: at its own smallest and largest value.  ``bar``: whether
+    the scale is drawn below.
+    """
+
+    kind: str
+    data: Tensor
+    span: tuple[float, float] | None = None
+    bar: bool = False
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What stands on a sheet: rows of cells, a title for each column, a label for each row (or none at all)."""
+
+    rows: Sequence[Sequence[_Cell]]
+    titles: Sequence[str]
+    labels: Sequence[Sequence[str]]
+    size: tuple[int, int]
+    legend: str
+
+
+@dataclass(frozen=True)
 class _Layout:
-    """Where everything goes, in pixels: cells of ``height`` and ``width`` from (``left``, ``top``), row by row."""
+    """Where everything goes, in pixels: cells of ``height`` and ``width``, columns from ``left``, rows at ``tops``."""
 
     height: int
     width: int
     left: int
-    top: int
-    row_height: int
+    tops: Sequence[int]
     titles: Sequence[Sequence[str]]
     labels: Sequence[Sequence[str]]
     legend: Sequence[str]
@@ -59,11 +85,11 @@ class _Layout:
 
     def cell(self, row: int, column: int) -> tuple[int, int]:
         """The upper left corner of a cell, x first."""
-        return self.left + column * (self.width + _GAP), self.top + row * self.row_height
+        return self.left + column * (self.width + _GAP), self.tops[row]
 
-    def sheet_size(self, rows: int) -> tuple[int, int]:
+    def sheet_size(self) -> tuple[int, int]:
         """Width and height of the whole."""
-        x, y = self.cell(rows, len(self.titles))
+        x, y = self.cell(-1, len(self.titles))
         return x - _GAP + _MARGIN, y + len(self.legend) * _line_height(_NOTE_SIZE)
 
 
@@ -76,57 +102,145 @@ def draw_panels(
 ) -> Image.Image:
     """A labelled contact sheet of the panels of one batch.
 
-    ``mean``, ``std`` (C,): what images were normalised with.  ``labels``: a name for each image.  Of images with more
-    than three channels the first three are shown, of two the first.  What is NaN is missing and drawn hatched.  Each
-    heat map has its own scale from its smallest to its largest value, both written under it.
+    Of images, a row for each and a column for each panel.  Of clips, a row for each panel of each clip, and columns of
+    up to `MOST_FRAMES` frames.
+
+    ``mean``, ``std`` (C,): what images were normalised with.  ``labels``: a name for each image or clip.  Of more than
+    three channels the first three are shown, of two the first.  What is NaN is missing and drawn hatched.  Each heat
+    map has its own scale from its smallest to its largest value, both written under it; all of a clip's share one.
     """
-    layout = _lay_out(panels, labels)
-    rows = len(panels[0].data)
-    sheet = Image.new("RGB", layout.sheet_size(rows), _PAPER)
+    if panels[0].data.ndim == 5:
+        return _draw(_clip_table(panels, labels), mean, std)
+    return _draw(_image_table(panels, labels), mean, std)
+
+
+def draw_moments(
+    panels: Sequence[Panel],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    *,
+    labels: Sequence[str] = (),
+) -> Iterator[Image.Image]:
+    """One sheet for each frame of clips, all laid out alike: a row for each clip, a column for each panel.
+
+    The arguments are those of `draw_panels`.
+    """
+    moments = panels[0].data.shape[2]
+    spans = [_spans(panel) for panel in panels]
+    for moment in range(moments):
+        still = [replace(panel, data=_frame(panel, moment, moments)) for panel in panels]
+        table = _image_table(still, labels)
+        rows = [
+            [replace(cell, span=spans[column][row]) for column, cell in enumerate(cells)]
+            for row, cells in enumerate(table.rows)
+        ]
+        scale = f"Frame {moment + 1} of {moments}. {_legend(panels, 'one scale for all of a clip')}"
+        yield _draw(replace(table, rows=rows, legend=scale), mean, std)
+
+
+def _image_table(panels: Sequence[Panel], labels: Sequence[str]) -> _Table:
+    return _Table(
+        rows=[[_Cell(p.kind, p.data[row], bar=p.kind == "heat") for p in panels] for row in range(len(panels[0].data))],
+        titles=[panel.title for panel in panels],
+        labels=[[label] for label in labels],
+        size=_cell_size(panels, LEAST_SIDE),
+        legend=_legend(panels, "each on its own scale"),
+    )
+
+
+def _clip_table(panels: Sequence[Panel], labels: Sequence[str]) -> _Table:
+    """A row for each panel of each clip, the frames side by side."""
+    clips, moments = len(panels[0].data), panels[0].data.shape[2]
+    shown = [k * moments // min(moments, MOST_FRAMES) for k in range(min(moments, MOST_FRAMES))]
+    names = labels or [f"clip {k + 1}" for k in range(clips)]
+    spans = [_spans(panel) for panel in panels]
+    frames = [[_frame(panel, moment, moments) for moment in shown] for panel in panels]
+    rows, row_labels = [], []
+    for clip in range(clips):
+        for i, panel in enumerate(panels):
+            is_map = panel.kind == "heat"
+            rows.append(
+                [_Cell(panel.kind, at[clip], spans[i][clip], is_map and not k) for k, at in enumerate(frames[i])]
+            )
+            row_labels.append([panel.title] if i else [names[clip], panel.title])
+    return _Table(
+        rows=rows,
+        titles=[f"frame {moment + 1}" for moment in shown],
+        labels=row_labels,
+        size=_cell_size(panels, LEAST_FRAME_SIDE),
+        legend=_legend(panels, "one scale for all of a clip"),
+    )
+
+
+def _frame(panel: Panel, moment: int, moments: int) -> Tensor:
+    """What a panel of clips shows at one of ``moments`` frames: (B, C, H, W), or maps (B, rows, columns)."""
+    axis = 1 if panel.kind == "heat" else 2
+    return panel.data.select(axis, moment * panel.data.shape[axis] // moments)
+
+
+def _spans(panel: Panel) -> list[tuple[float, float] | None]:
+    """The smallest and largest value of each clip's maps; None where a panel holds no maps."""
+    return [_ends(clip) if panel.kind == "heat" else None for clip in panel.data]
+
+
+def _ends(values: Tensor) -> tuple[float, float]:
+    """The smallest and the largest number; NaN twice where there is none."""
+    there = values.double()[values.isfinite()]
+    return (float(there.min()), float(there.max())) if there.numel() else (math.nan, math.nan)
+
+
+def _draw(table: _Table, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Image.Image:
+    layout = _lay_out(table)
+    sheet = Image.new("RGB", layout.sheet_size(), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for row, lines in enumerate(layout.labels[:rows]):
+    for row, lines in enumerate(layout.labels[: len(table.rows)]):
         _write(draw, (_MARGIN, layout.cell(row, 0)[1]), lines, layout.note_font, _NOTE_SIZE, _SOFT)
-    for column, panel in enumerate(panels):
+    for column, lines in enumerate(layout.titles):
         x, y = layout.cell(0, column)
-        lines = layout.titles[column]
         above = y - 4 - len(lines) * _line_height(_TITLE_SIZE)
         _write(draw, (x, above), lines, layout.title_font, _TITLE_SIZE, _INK)
-        for row in range(rows):
+    for row, cells in enumerate(table.rows):
+        for column, cell in enumerate(cells):
             at, size = layout.cell(row, column), (layout.height, layout.width)
-            if panel.kind == "heat":
-                _place_heat(sheet, draw, panel.data[row], at, size, layout.note_font)
+            if cell.kind == "heat":
+                _place_heat(sheet, draw, cell, at, size, layout.note_font)
             else:
-                scale, offset = (std, mean) if panel.kind == "image" else ([1.0] * 3, [0.0] * 3)
-                sheet.paste(Image.fromarray(image_pixels(panel.data[row], offset, scale, size)), at)
-    x, y = layout.cell(rows, 0)
+                scale, offset = (std, mean) if cell.kind == "image" else ([1.0] * 3, [0.0] * 3)
+                sheet.paste(Image.fromarray(image_pixels(cell.data, offset, scale, size)), at)
+    x, y = layout.cell(-1, 0)
     _write(draw, (x, y - 4), layout.legend, layout.note_font, _NOTE_SIZE, _SOFT)
     return sheet
 
 
-def _lay_out(panels: Sequence[Panel], labels: Sequence[str]) -> _Layout:
-    height, width = _cell_size(panels)
+def _lay_out(table: _Table) -> _Layout:
+    height, width = table.size
     title_font, note_font = ImageFont.load_default(_TITLE_SIZE), ImageFont.load_default(_NOTE_SIZE)
-    titles = [_wrap(panel.title, width, _measure(title_font)) for panel in panels]
-    label_width = min(_LABEL_WIDTH, math.ceil(max(map(_measure(note_font), labels), default=0)))
-    scales = _BAR + _line_height(_NOTE_SIZE) + 4 if any(panel.kind == "heat" for panel in panels) else 0
+    titles = [_wrap(title, width, _measure(title_font)) for title in table.titles]
+    words = [line for lines in table.labels for line in lines]
+    label_width = min(_LABEL_WIDTH, math.ceil(max(map(_measure(note_font), words), default=0)))
+    tops = [_MARGIN + max(map(len, titles)) * _line_height(_TITLE_SIZE) + 4]
+    for cells in table.rows:  # the last of the tops is where the rows end
+        scale = _BAR + _line_height(_NOTE_SIZE) + 4 if any(cell.bar for cell in cells) else 0
+        tops.append(tops[-1] + height + scale + _GAP)
     return _Layout(
         height=height,
         width=width,
-        left=_MARGIN + (label_width + _GAP if labels else 0),
-        top=_MARGIN + max(map(len, titles)) * _line_height(_TITLE_SIZE) + 4,
-        row_height=height + scales + _GAP,
+        left=_MARGIN + (label_width + _GAP if words else 0),
+        tops=tops,
         titles=titles,
-        labels=[_wrap(label, label_width, _measure(note_font)) for label in labels],
-        legend=_wrap(_legend(panels), len(panels) * (width + _GAP) - _GAP, _measure(note_font)),
+        labels=[
+            [part for line in lines for part in _wrap(line, label_width, _measure(note_font))] for lines in table.labels
+        ],
+        legend=_wrap(table.legend, len(table.titles) * (width + _GAP) - _GAP, _measure(note_font)),
         title_font=title_font,
         note_font=note_font,
     )
 
 
-def _legend(panels: Sequence[Panel]) -> str:
+def _legend(panels: Sequence[Panel], scales: str) -> str:
     """What the drawing means, as far as it needs saying."""
     missing = "Hatched: nothing there. " if any(bool(panel.data.isnan().any()) for panel in panels) else ""
-    maps = "Maps: dark is low, light is high, each on its own scale." if any(p.kind == "heat" for p in panels) else ""
+    maps = f"Maps: dark is low, light is high, {scales}." if any(p.kind == "heat" for p in panels) else ""
     return missing + maps
 
 
@@ -146,11 +260,16 @@ def image_pixels(
     return _hatched(_resized(filled, size), _resized(missing, size))
 
 
-def heat_pixels(heat: Tensor, size: tuple[int, int]) -> tuple[Pixels, float, float]:
-    """A map (rows, columns) as RGB pixels (*size, 3), NaN hatched, with its smallest and largest value (NaN: none)."""
+def heat_pixels(
+    heat: Tensor, size: tuple[int, int], span: tuple[float, float] | None = None
+) -> tuple[Pixels, float, float]:
+    """A map (rows, columns) as RGB pixels (*size, 3), NaN hatched, with the ends of its scale (NaN: none).
+
+    The scale is ``span``, or else goes from the smallest to the largest value.
+    """
     values = heat.detach().double().cpu().numpy()
     finite = np.isfinite(values)
-    low, high = (float(values[finite].min()), float(values[finite].max())) if finite.any() else (math.nan, math.nan)
+    low, high = span or _ends(heat.detach().cpu())
     spread = high - low
     places = np.where(finite, (values - low) / spread if spread > 0 else 0.5, 0.0)
     return _hatched(_resized(colour(places), size), _resized(~finite, size)), low, high
@@ -162,11 +281,11 @@ def colour(places: npt.NDArray[np.floating[Any]]) -> Pixels:
     return np.stack([np.interp(places, along, _RAMP[:, i]) for i in range(3)], axis=-1).round().astype(np.uint8)
 
 
-def _cell_size(panels: Sequence[Panel]) -> tuple[int, int]:
-    """Height and width in which every panel is drawn: the images' own, enlarged or shrunk."""
+def _cell_size(panels: Sequence[Panel], least: int) -> tuple[int, int]:
+    """Height and width in which every panel is drawn: the images' own, enlarged to ``least`` at least, or shrunk."""
     shape = next((panel.data.shape[-2:] for panel in panels if panel.kind == "image"), panels[0].data.shape[-2:])
     height, width = int(shape[0]), int(shape[1])
-    factor = max(1, math.ceil(LEAST_SIDE / min(height, width)))
+    factor = max(1, math.ceil(least / min(height, width)))
     shrink = min(1.0, MOST_SIDE / (factor * max(height, width)))
     if shrink < 1.0 and factor > 1:  # a long strip: as much as fits
         factor, shrink = max(1, MOST_SIDE // max(height, width)), 1.0
@@ -188,12 +307,14 @@ def _hatched(pixels: Pixels, missing: npt.NDArray[np.bool_]) -> Pixels:
 
 
 def _place_heat(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, heat: Tensor, at: tuple[int, int], size: tuple[int, int], font: Font
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: _Cell, at: tuple[int, int], size: tuple[int, int], font: Font
 ) -> None:
-    """A heat map with its colour bar and the two ends of it below."""
+    """A heat map, and if the cell wants it a colour bar with its two ends below."""
     (x, y), (height, width) = at, size
-    pixels, low, high = heat_pixels(heat, size)
+    pixels, low, high = heat_pixels(cell.data, size, cell.span)
     sheet.paste(Image.fromarray(pixels), at)
+    if not cell.bar:
+        return
     bar = colour(np.broadcast_to(np.linspace(0, 1, width), (_BAR - 3, width)))
     sheet.paste(Image.fromarray(bar), (x, y + height + 3))
     below = y + height + _BAR + 3
