@@ -51,6 +51,7 @@ def _bare_encoder(config: RunConfig) -> Encoder:
         patch_size=config.patch_size,
         channels=config.channels,
         model_args=config.model_args,
+        clip=(config.clip.frames, config.clip.tubelet),
     )
 
 

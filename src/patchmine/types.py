@@ -101,6 +101,16 @@ class Grid:
         """L, the number of patches."""
         return math.prod(self.size)
 
+    @property
+    def num_slots(self) -> int:
+        """How many times the rows and columns repeat: 1 for images, frames / tubelet for clips."""
+        return math.prod(self.size[:-2])
+
+    @property
+    def num_positions(self) -> int:
+        """Patches of one slot: all of an image's."""
+        return math.prod(self.size[-2:])
+
     def values_per_patch(self, channels: int) -> int:
         """Numbers in one patch of ``channels`` channels."""
         return math.prod(self.patch) * channels

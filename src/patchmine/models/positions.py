@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,23 @@ def sincos_table(width: int, size: tuple[int, ...]) -> Tensor:
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij")
     angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]  # two of (L, width / 4)
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+
+
+def interleaved_table(width: int, count: int) -> Tensor:
+    """(count, width) float32 for tokens numbered from 0, computed in float64: VideoMAE's one-dimensional table.
+
+    Channel j has the angle n / 10000^(2 floor(j / 2) / width) of token n, even channels its sine and odd ones its
+    cosine, side by side (spec hpm-video.md, section 3.2); for a grid of space and time n is the flattened index.
+    """
+    channel = torch.arange(width, dtype=torch.float64)
+    rate = 10000.0 ** (-2 * (channel // 2) / width)
+    angle = torch.arange(count, dtype=torch.float64)[:, None] * rate  # (count, width)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def fixed_table(width: int, size: tuple[int, ...]) -> Tensor:
+    """(L, width), the fixed positions that a decoder adds: MAE's for rows and columns, VideoMAE's for clips."""
+    return sincos_table(width, size) if len(size) == 2 else interleaved_table(width, math.prod(size))
 
 
 def resize_positions(table: Tensor, size: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:

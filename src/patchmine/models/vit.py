@@ -20,11 +20,13 @@ from patchmine.errors import UserError
 from patchmine.models.beit import has_relative_positions, initialise_beit
 from patchmine.models.positions import sincos_table
 from patchmine.models.resnet import create, initialise_resnet, names_resnet
+from patchmine.models.video import VideoTransformer, build_video, is_video
 from patchmine.ops.patches import all_patches, gather_patches
 from patchmine.types import Grid
 
 Encoder: TypeAlias = VisionTransformer | Beit | ResNet
-"""What is trained: a plain ViT, a BEiT-style one (layer scale, relative positions), or a ResNet.
+"""What is trained: a plain ViT (of clips: a `VideoTransformer`), a BEiT-style one (layer scale, relative positions), or
+a ResNet.
 
 Methods that hide patches take the first two only (`require_vit`), and so does every function of this file but
 `build_encoder`, `initialise_encoder` and `smallest_side`.
@@ -38,13 +40,27 @@ def build_encoder(
     patch_size: int | None = None,
     channels: int = 3,
     model_args: Mapping[str, Any] | None = None,
+    clip: tuple[int, int] | None = None,
 ) -> Encoder:
     """A plain or BEiT-style ViT or a ResNet of timm's, without classifier, freshly drawn (`initialise_encoder`).
 
     A ResNet takes images of any size; ``model_args`` ``{"cifar_stem": True}`` gives it a stem for small ones
-    (`use_cifar_stem`).  Its ``forward_features`` is the last map, its ``forward`` the mean over that.  Raises UserError
-    for a name that timm does not know or that is none of them, and for a patch that does not divide the image.
+    (`use_cifar_stem`).  Its ``forward_features`` is the last map, its ``forward`` the mean over that.  A video model
+    (`models.video`) is not timm's and needs ``clip``, (frames, frames in a tubelet), which nothing else looks at.
+    Raises UserError for a name that timm does not know or that is none of them, and for a patch that does not divide
+    the image or the clip.
     """
+    if is_video(model):
+        video = build_video(
+            model,
+            clip=clip,
+            image_size=image_size,
+            patch_size=patch_size,
+            channels=channels,
+            model_args=model_args or {},
+        )
+        initialise_encoder(video)
+        return video
     if names_resnet(_architecture(model)):
         return _build_resnet(model, image_size, patch_size, channels, model_args or {})
     # Stored class count and pooling are settled here once: no head, the final norm on all tokens.
@@ -139,6 +155,15 @@ def require_vit(encoder: Encoder, method: str) -> None:
         )
 
 
+def refuse_video(encoder: Encoder, method: str) -> None:
+    """UserError for an encoder of clips: ``method`` is defined for images."""
+    if isinstance(encoder, VideoTransformer):
+        raise UserError(
+            f"method={method} does not train on videos: choose method=mae or method=hpm, or an image model such as "
+            "model=vit_small_patch16_224"
+        )
+
+
 def refuse_relative(encoder: Encoder, method: str) -> None:
     """UserError for an encoder whose attention knows distances: ``method`` needs positions in the additive table only.
 
@@ -154,10 +179,14 @@ def refuse_relative(encoder: Encoder, method: str) -> None:
 def initialise_encoder(encoder: Encoder) -> None:
     """Fresh weights in place.
 
-    MAE's and its fixed positions for a plain ViT, SimMIM's for a BEiT-style one, torchvision's for a ResNet.
+    MAE's and its fixed positions for a plain ViT, SimMIM's for a BEiT-style one, torchvision's for a ResNet.  VideoMAE's
+    are MAE's, but for the first layer, which is drawn as torch draws a convolution (spec hpm-video.md, section 3).
     """
     if isinstance(encoder, ResNet):
         initialise_resnet(encoder)
+    elif isinstance(encoder, VideoTransformer):
+        encoder.patch_embed.proj.reset_parameters()
+        initialise(encoder)
     elif isinstance(encoder, Beit):
         initialise_beit(encoder)
     else:
@@ -206,7 +235,7 @@ def encoder_grid(encoder: Encoder) -> Grid:
 
 def smallest_side(encoder: Encoder) -> int:
     """Pixels on a side below which an image cannot be of use: a ViT's patch; a ResNet takes anything."""
-    return 1 if isinstance(encoder, ResNet) else max(encoder_grid(encoder).patch)
+    return 1 if isinstance(encoder, ResNet) else max(encoder_grid(encoder).patch[-2:])
 
 
 def project_patches(encoder: Encoder, images: Tensor, index: Tensor | None = None) -> Tensor:
