@@ -14,7 +14,7 @@ MOVING = (".gif", ".mp4")
 """Endings of the files that `save_animation` writes."""
 
 FRAMES_PER_SECOND = 5
-_COLOURS, _SEEN_FOR_COLOURS = 256, 4
+_COLOURS, _SEEN_FOR_COLOURS, _NEARLY_WHITE = 256, 4, 244
 
 
 def save_animation(sheets: Sequence[Image.Image], out: Path) -> None:
@@ -33,6 +33,9 @@ def _save_gif(sheets: Sequence[Image.Image], out: Path) -> None:
     some = sheets[:: max(1, len(sheets) // _SEEN_FOR_COLOURS)]
     beneath = Image.fromarray(np.concatenate([np.asarray(sheet) for sheet in some]))
     palette = beneath.quantize(_COLOURS)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)
+    colours[colours.min(axis=1) > _NEARLY_WHITE] = 255  # the paper stays white
+    palette.putpalette(colours.flatten().tolist())
     reduced = [sheet.quantize(palette=palette) for sheet in sheets]
     duration = 1000 // FRAMES_PER_SECOND
     reduced[0].save(out, format="GIF", save_all=True, append_images=reduced[1:], duration=duration, loop=0)
