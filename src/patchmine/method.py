@@ -22,12 +22,14 @@ class Method(nn.Module):
     or accumulated parts without changing the step.  False where rows meet: a ratio over the batch, batch statistics.
     ``multi_crop``: a training batch holds several crops of each image, as the settings ``crops`` say; pictures are
     still made of batches of one plain view.
+    ``video``: it also trains an encoder of clips (`models.video`), whose views are (B, C, T, H, W).
     """
 
     encoder: nn.Module
     noise: Noise
     averages_rows: bool = True
     multi_crop: ClassVar[bool] = False
+    video: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

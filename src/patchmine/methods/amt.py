@@ -33,6 +33,7 @@ from patchmine.models.vit import (
     patch_positions,
     prefix_tokens,
     refuse_relative,
+    refuse_video,
     require_vit,
     transform,
 )
@@ -113,6 +114,7 @@ class AMT(Method):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
         require_vit(encoder, "amt")
+        refuse_video(encoder, "amt")
         refuse_relative(encoder, "amt")
         if encoder.cls_token is None:
             raise UserError("method=amt follows the class token's attention, and the model has none: choose another")

@@ -28,6 +28,7 @@ from patchmine.models.vit import (
     patch_positions,
     prefix_tokens,
     project_patches,
+    refuse_video,
     require_vit,
     transform,
 )
@@ -115,6 +116,7 @@ class DropPos(Method):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
         require_vit(encoder, "droppos")
+        refuse_video(encoder, "droppos")
         _refuse_leaks(encoder)
         self.config = config
         self.grid = encoder_grid(encoder)

@@ -24,6 +24,7 @@ from patchmine.models.vit import (
     initialise,
     prefix_tokens,
     refuse_relative,
+    refuse_video,
     require_vit,
     transform,
 )
@@ -77,6 +78,7 @@ class EMAE(Method):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
         require_vit(encoder, "emae")
+        refuse_video(encoder, "emae")
         refuse_relative(encoder, "emae")
         self.config = config
         self.grid = encoder_grid(encoder)

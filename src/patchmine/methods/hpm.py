@@ -3,24 +3,30 @@
 Wang, Song, Fan, Wang, Xie, Zhang, "Hard Patches Mining for Masked Image Modeling", CVPR 2023, arXiv 2304.05919.
 Constants that the paper's abstract does not give come from the reference code, Haochen-Wang409/HPM; each names its
 file.
+
+On clips the patches are VideoMAE's cubes.  The extension to video (Wang, Fan, Wang, Song, Wang, Zhang, Zhang,
+"Bootstrap Masked Visual Modeling via Hard Patches Mining", TPAMI, arXiv 2312.13714) has no public code: what is
+established is that it adapts the image method with almost no modification; how a tube is scored, the constants and the
+second decoder are inferred (spec hpm-video.md, section 4).
 """
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.models.foreign import ForeignTeacher
 from patchmine.models.teacher import Teacher
 from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative, require_vit
 from patchmine.ops.losses import absolute_difficulty_loss, direction_error, relative_difficulty_loss, squared_error
-from patchmine.ops.masks import count_visible, hard_masked
+from patchmine.ops.masks import count_positions, hard_masked, tubes
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.ops.schedules import ema_decay, hard_count
@@ -58,12 +64,19 @@ class HPM(Method):
         ema_ramp_epochs: int | None = Field(
             100, gt=0, description="epochs of the ramp, counted absolutely; null: per step, over the whole run"
         )
+        mask_unit: Literal["tube", "cube"] = Field(
+            "tube", description="of clips: hide a place at all times, or each cube by itself; images know no difference"
+        )
+        tube_score: Literal["mean", "max"] = Field(
+            "mean", description="difficulty of a tube: the mean or the greatest of its cubes"
+        )
         decoder_embed_dim: int = Field(512, gt=0, description="width of both decoders")
         decoder_depth: int = Field(8, gt=0, description="blocks of each decoder")
         decoder_num_heads: int = Field(16, gt=0, description="attention heads of each decoder")
         clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)")
 
     encoder: Encoder
+    video: ClassVar[bool] = True
     teacher: Teacher | None
     foreign: ForeignTeacher | None
     predictor: Decoder | None
@@ -74,15 +87,24 @@ class HPM(Method):
         refuse_relative(encoder, "hpm")
         self.config = config
         self.grid = encoder_grid(encoder)
-        self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)
-        self.num_masked = self.grid.num_patches - self.num_visible
-        check_decoder(config.decoder_embed_dim, config.decoder_num_heads, self.num_visible, config.mask_ratio)
+        # Masks are drawn over units: tubes through all time slots, or cubes.  Of an image both are its patches.
+        places = count_positions(self.grid, config.mask_ratio)
+        tube = config.mask_unit == "tube"
+        self.num_units = self.grid.num_positions if tube else self.grid.num_patches
+        self.visible_units = places if tube else places * self.grid.num_slots
+        self.num_masked = self.grid.num_patches - places * self.grid.num_slots
+        check_decoder(config.decoder_embed_dim, config.decoder_num_heads, places, config.mask_ratio)
         width, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
 
         self.foreign = None
         target_width = values if config.target == "pixel" else encoder.embed_dim
         if config.target in ("dino", "clip"):
+            if len(self.grid.size) == 3:
+                raise UserError(
+                    f"method.target={config.target} is a network for images, which does not describe cubes of clips: "
+                    "choose method.target=pixel or method.target=ema"
+                )
             self.foreign = ForeignTeacher(
                 config.target, config.target_file, grid=self.grid, renormalise=config.target_renormalise
             )
@@ -91,8 +113,8 @@ class HPM(Method):
         self.encoder = encoder
         self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
         self.decoder = Decoder(width, depth, heads, target_width)
-        for part in (self.decoder_input, self.decoder):
-            initialise(part)
+        self.decoder_input.draw_weights()
+        initialise(self.decoder)
         self.predictor = None
         if config.prediction != "none":
             self.predictor = Decoder(width, depth, heads, values)
@@ -110,7 +132,7 @@ class HPM(Method):
         return {"encoder": self.encoder, "decoder_input": self.decoder_input, "predictor": self.predictor}
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        images = batch.views[0]  # (B, C, H, W)
+        images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
         features, difficulty = self.look(images, self._hard_count(progress) > 0)
         mask = self.draw_mask(images, difficulty, progress)
 
@@ -146,18 +168,27 @@ class HPM(Method):
         return features, difficulty
 
     def draw_mask(self, images: Tensor, difficulty: Tensor | None, progress: Progress) -> Mask:
-        """The hardest patches are masked, as many as the schedule asks for; the rest is drawn (spec, section 3.2)."""
-        noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
+        """The hardest patches are masked, as many as the schedule asks for; the rest is drawn (spec, section 3.2).
+
+        Of clips the hardest tubes, at all times, or the hardest cubes, as ``mask_unit`` says.
+        """
+        noise = self.noise.uniform(len(images), self.num_units, device=images.device)
         if difficulty is None:
-            return hard_masked(noise, noise, 0, self.num_visible)
-        return hard_masked(noise, difficulty, self._hard_count(progress), self.num_visible)
+            return tubes(hard_masked(noise, noise, 0, self.visible_units), self.grid)
+        scores = difficulty.unflatten(1, (-1, self.num_units))  # (B, slots of a unit, units)
+        scores = scores.mean(dim=1) if self.config.tube_score == "mean" else scores.amax(dim=1)
+        return tubes(hard_masked(noise, scores, self._hard_count(progress), self.visible_units), self.grid)
 
     def _hard_count(self, progress: Progress) -> int:
         if self.predictor is None:
             return 0
         config = self.config
         return hard_count(
-            progress, self.num_masked, start=config.alpha_start, end=config.alpha_end, offset=config.alpha_offset
+            progress,
+            self.num_units - self.visible_units,
+            start=config.alpha_start,
+            end=config.alpha_end,
+            offset=config.alpha_offset,
         )
 
     def error(self, painted: Tensor, images: Tensor, features: Tensor | None, mask: Mask) -> Tensor:

@@ -1,11 +1,15 @@
 """MAE: predict the pixels of randomly removed patches from the few that are left.
 
 He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377.
+
+On clips it is VideoMAE: patches are cubes of space and time, and a place is removed at all times or at none.
+Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
+Pre-Training", NeurIPS 2022, arXiv 2203.12602.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,14 +19,17 @@ from patchmine.method import Method
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative, require_vit
 from patchmine.ops.losses import squared_error
-from patchmine.ops.masks import count_visible, lowest_visible
+from patchmine.ops.masks import count_positions, lowest_visible, tubes
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 
 class MAE(Method):
-    """Masked autoencoder.  ``encoder`` is a timm ViT; reference: models_mae.py of facebookresearch/mae."""
+    """Masked autoencoder.  ``encoder`` is a timm ViT or one of clips.
+
+    References: models_mae.py of facebookresearch/mae, modeling_pretrain.py of MCG-NJU/VideoMAE.
+    """
 
     class Config(BaseModel):
         """Settings of MAE; the defaults are the published recipe (PRETRAIN.md, models_mae.py)."""
@@ -37,6 +44,7 @@ class MAE(Method):
         clip_grad: float | None = Field(None, gt=0, description="largest global gradient norm; MAE does not clip")
 
     encoder: Encoder
+    video: ClassVar[bool] = True
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
@@ -44,7 +52,7 @@ class MAE(Method):
         refuse_relative(encoder, "mae")
         self.config = config
         self.grid = encoder_grid(encoder)
-        self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)
+        self.num_visible = count_positions(self.grid, config.mask_ratio)  # places, at all times of a clip
         check_decoder(config.decoder_embed_dim, config.decoder_num_heads, self.num_visible, config.mask_ratio)
         channels = encoder.patch_embed.proj.in_channels
         width = config.decoder_embed_dim
@@ -53,20 +61,20 @@ class MAE(Method):
         self.decoder = Decoder(
             width, config.decoder_depth, config.decoder_num_heads, self.grid.values_per_patch(channels)
         )
-        initialise(self.decoder_input)
+        self.decoder_input.draw_weights()
         initialise(self.decoder)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        images = batch.views[0]  # (B, C, H, W)
+        images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
         mask = self.draw_mask(images)
         predicted = self.reconstruct(images, mask)  # (B, M, P)
         target = pixel_targets(images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss)
         return {"loss": squared_error(predicted, target).mean()}
 
     def draw_mask(self, images: Tensor) -> Mask:
-        """A random mask of the configured ratio for each image."""
-        noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
-        return lowest_visible(noise, self.num_visible)
+        """A random mask of the configured ratio for each image, of whole tubes for each clip."""
+        noise = self.noise.uniform(len(images), self.grid.num_positions, device=images.device)
+        return tubes(lowest_visible(noise, self.num_visible), self.grid)
 
     def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
         """Predicted values of the masked patches, (B, M, P)."""

@@ -26,7 +26,7 @@ from patchmine.models.features import extract, image_size_of, map_size, stage_na
 from patchmine.models.heads import DinoHead
 from patchmine.models.teacher import Teacher
 from patchmine.models.transformer_head import TransformerHead, draw_dino_weights
-from patchmine.models.vit import Encoder, build_encoder, smallest_side
+from patchmine.models.vit import Encoder, build_encoder, refuse_video, smallest_side
 from patchmine.ops.distill import (
     feature_spread,
     mean_entropy,
@@ -113,6 +113,7 @@ class MOKD(Method):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        refuse_video(encoder, "mokd")
         self.config = config
         partner = _build_partner(config, encoder)
         width = _thead_width(config, encoder, partner)

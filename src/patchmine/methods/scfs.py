@@ -23,7 +23,7 @@ from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.features import Features, extract, stage_widths
 from patchmine.models.heads import DinoHead, StageHead
 from patchmine.models.teacher import Teacher
-from patchmine.models.vit import Encoder, smallest_side
+from patchmine.models.vit import Encoder, refuse_video, smallest_side
 from patchmine.ops.distill import (
     feature_spread,
     mean_entropy,
@@ -80,6 +80,7 @@ class SCFS(Method):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        refuse_video(encoder, "scfs")
         self.config = config
         self.stages = config.stages or _usual_stages(encoder)
         widths = dict(zip(self.stages, stage_widths(encoder, self.stages), strict=True))

@@ -29,6 +29,7 @@ from patchmine.models.vit import (
     patch_positions,
     prefix_tokens,
     refuse_relative,
+    refuse_video,
     require_vit,
     transform,
 )
@@ -112,6 +113,7 @@ class SemAIM(Method):
     def __init__(self, config: Config, encoder: VisionTransformer) -> None:
         super().__init__()
         require_vit(encoder, "semaim")
+        refuse_video(encoder, "semaim")
         refuse_relative(encoder, "semaim")
         check_causal(encoder, "semaim")
         self.config = config

@@ -23,6 +23,7 @@ from patchmine.models.vit import (
     patch_positions,
     prefix_tokens,
     project_patches,
+    refuse_video,
     require_vit,
     transform,
 )
@@ -54,6 +55,7 @@ class SimMIM(Method):
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
         require_vit(encoder, "simmim")
+        refuse_video(encoder, "simmim")
         self.config = config
         self.grid = encoder_grid(encoder)
         self.per_unit = patches_per_unit(self.grid, config.mask_unit)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchmine.errors import UserError
 from patchmine.models.loading import Tensors
+from patchmine.models.video import create_video
 
 # Attention heads cannot be seen in the tensors.  timm's ViT-Ti/S/B/L/H, and the decoder of every published MAE.
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -38,6 +39,7 @@ class Architecture:
     patch_size: int
     channels: int
     grid: tuple[int, int]
+    clip: tuple[int, int] | None = None  # frames and frames in a tubelet, of a video model
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -46,14 +48,25 @@ class Architecture:
 
     def describe(self) -> str:
         """The architecture in a few words."""
-        size = "x".join(map(str, self.image_size))
+        size = "x".join(map(str, self.image_size if self.clip is None else (self.clip[0], *self.image_size)))
         return (
             f"ViT {self.width} wide, {self.depth} blocks, {self.num_heads} heads, "
             f"patch {self.patch_size}, {size}x{self.channels} ({self.model})"
         )
 
     def build(self) -> VisionTransformer:
-        """The timm model, without classifier, its weights not yet meaningful."""
+        """The timm model, or ours for clips, without classifier, its weights not yet meaningful."""
+        if self.clip is not None:
+            frames, tubelet = self.clip
+            return create_video(
+                self.model,
+                img_size=self.image_size,
+                patch_size=self.patch_size,
+                in_chans=self.channels,
+                num_frames=frames,
+                tubelet_size=tubelet,
+                **self.model_args,
+            )
         return timm.create_model(
             self.model,
             pretrained=False,
@@ -93,8 +106,11 @@ def infer_architecture(
 
     ``image_size`` (height, width) in pixels is the size that the model is wanted at; by default the one it was trained
     at, taken to be square.  Raises UserError for tensors that are no plain ViT's, and where heads or image size stay
-    ambiguous.
+    ambiguous.  Those of a `VideoTransformer`, which hold no positions, do not tell the size of clips: what VideoMAE
+    trains on is taken, 16 frames of 224 pixels on a side.
     """
+    if "patch_embed.proj.weight" in tensors and tensors["patch_embed.proj.weight"].ndim == 5:
+        return _infer_video(tensors, source, num_heads, image_size or (224, 224))
     lacking = [
         name for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight") if name not in tensors
     ]
@@ -121,6 +137,27 @@ def infer_architecture(
         model_args["global_pool"] = "avg"
     grid = _grid(tensors["pos_embed"], 1 if "cls_token" in tensors else 0, patch, image_size, source)
     return Architecture(model, model_args, width, depth, heads, patch, channels, grid)
+
+
+def _infer_video(tensors: Tensors, source: str, num_heads: int | None, image_size: tuple[int, int]) -> Architecture:
+    width, channels, tubelet, patch, _ = tensors["patch_embed.proj.weight"].shape
+    if any(side % patch for side in image_size) or 16 % tubelet:
+        size = "x".join(map(str, image_size))
+        raise UserError(f"{source}: cubes of {tubelet}x{patch}x{patch} do not fill clips of 16x{size}: give image_size")
+    depth = count_blocks(tensors)
+    heads = known_heads(width, ENCODER_HEADS, "num_heads", num_heads)
+    size_name = _SIZES.get((width, depth, heads))
+    own: dict[str, Any] = {} if size_name else {"embed_dim": width, "depth": depth, "num_heads": heads}
+    hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+    if hidden != 4 * width:
+        own["mlp_ratio"] = hidden / width
+    if "blocks.0.attn.qkv.bias" not in tensors:
+        own["qkv_bias"] = False
+    if "fc_norm.weight" in tensors:
+        own["fc_norm"] = True
+    grid = (image_size[0] // patch, image_size[1] // patch)
+    model = f"video_vit_{size_name or 'base'}_patch16"
+    return Architecture(model, own, width, depth, heads, patch, channels, grid, clip=(16, tubelet))
 
 
 def _timm_name(width: int, depth: int, heads: int, patch: int) -> tuple[str, dict[str, Any]]:

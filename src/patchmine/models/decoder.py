@@ -10,7 +10,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
-from patchmine.models.positions import sincos_table
+from patchmine.models.positions import fixed_table
+from patchmine.models.vit import initialise
 from patchmine.types import Grid, Mask
 
 
@@ -20,6 +21,9 @@ class DecoderInput(nn.Module):
     The order is [prefix | visible | masked], each part in raster order.  Gathering the position table instead of
     un-shuffling the tokens gives MAE's result and leaves the masked patches in one contiguous slice (spec mae.md,
     section 8, item 9).
+
+    For clips, a ``grid`` of three axes, it is VideoMAE's: the linear layer has no bias and the positions are its
+    one-dimensional table.
     """
 
     pos_embed: Tensor
@@ -27,9 +31,21 @@ class DecoderInput(nn.Module):
     def __init__(self, encoder_width: int, width: int, grid: Grid, num_prefix: int) -> None:
         super().__init__()
         self.num_prefix = num_prefix
-        self.embed = nn.Linear(encoder_width, width)
+        self.of_clips = len(grid.size) == 3
+        self.embed = nn.Linear(encoder_width, width, bias=not self.of_clips)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("pos_embed", sincos_table(width, grid.size), persistent=False)  # (L, W)
+        self.register_buffer("pos_embed", fixed_table(width, grid.size), persistent=False)  # (L, W)
+
+    def draw_weights(self) -> None:
+        """Fresh weights: `initialise`; for clips VideoMAE's, whose linear layer stays as torch draws it.
+
+        Its mask token is normal with deviation 0.02, cut off at one deviation (modeling_pretrain.py, trunc_normal_).
+        """
+        if not self.of_clips:
+            initialise(self)
+            return
+        self.embed.reset_parameters()
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, latent: Tensor, mask: Mask) -> Tensor:
         """(B, P + V, D) and a mask -> (B, P + V + M, W)."""

@@ -108,8 +108,8 @@ class VideoTransformer(VisionTransformer):
     def __init__(
         self,
         *,
-        num_frames: int,
-        tubelet_size: int,
+        num_frames: int = 16,
+        tubelet_size: int = 2,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
@@ -177,7 +177,9 @@ def build_video(
     Raises UserError for settings that do not fit together.
     """
     if clip is None:
-        raise UserError(f"model={model} is for clips of videos: choose an image model here, as in vit_small_patch16_224")
+        raise UserError(
+            f"model={model} is for clips of videos: choose a model for images here, such as vit_small_patch16_224"
+        )
     frames, tubelet = clip
     patch = patch_size or 16
     if frames % tubelet:

@@ -179,8 +179,8 @@ def refuse_relative(encoder: Encoder, method: str) -> None:
 def initialise_encoder(encoder: Encoder) -> None:
     """Fresh weights in place.
 
-    MAE's and its fixed positions for a plain ViT, SimMIM's for a BEiT-style one, torchvision's for a ResNet.  VideoMAE's
-    are MAE's, but for the first layer, which is drawn as torch draws a convolution (spec hpm-video.md, section 3).
+    MAE's and its fixed positions for a plain ViT, SimMIM's for a BEiT-style one, torchvision's for a ResNet.  One
+    of clips has MAE's but for its first layer, drawn as torch draws convolutions (spec hpm-video.md, section 3).
     """
     if isinstance(encoder, ResNet):
         initialise_resnet(encoder)

@@ -7,6 +7,10 @@ from torch import Tensor
 
 from patchmine.types import Grid
 
+# VideoMAE adds 1e-6 where bytes span [0, 1]; pixels normalised with ImageNet's deviations, .229, .224 and .225, span as
+# much more as these are below 1.
+CUBE_EPS = 1e-6 / 0.226
+
 
 def gather_patches(images: Tensor, index: Tensor, patch: tuple[int, ...]) -> Tensor:
     """The patches named by ``index`` (B, V), straight from the pixels: (B, C, *size) -> (B, V, C, *patch).
@@ -71,10 +75,26 @@ def patch_statistics(values: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]
     return mean, (variance + eps).sqrt()
 
 
+def cube_statistics(values: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of each cube, (B, V, P) -> two of (B, V, 1, C).
+
+    The variance is unbiased and ``CUBE_EPS`` is added to its root (VideoMAE, engine_for_pretraining.py).
+    """
+    variance, mean = torch.var_mean(values.unflatten(-1, (-1, channels)), dim=-2, keepdim=True, correction=1)
+    return mean, variance.sqrt() + CUBE_EPS
+
+
 def pixel_targets(images: Tensor, index: Tensor, patch: tuple[int, ...], *, norm_pix_loss: bool) -> Tensor:
-    """Pixels to be predicted, float32 (B, M, P); standardised within each patch if ``norm_pix_loss``."""
+    """Pixels to be predicted, float32 (B, M, P); standardised within each patch if ``norm_pix_loss``.
+
+    A patch of an image is standardised over all channels together, a cube of a clip within each channel.
+    """
     values = patch_values(gather_patches(images.float(), index, patch))
-    if norm_pix_loss:
-        mean, deviation = patch_statistics(values)
-        values = (values - mean) / deviation
-    return values
+    if not norm_pix_loss:
+        return values
+    if len(patch) == 3:
+        channels = images.shape[1]
+        mean, deviation = cube_statistics(values, channels)
+        return ((values.unflatten(-1, (-1, channels)) - mean) / deviation).flatten(-2)
+    mean, deviation = patch_statistics(values)
+    return (values - mean) / deviation

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchmine.ops.patches import all_patches, gather_patches, images_from_values, patch_statistics, patch_values
+from patchmine.ops.patches import (
+    all_patches,
+    cube_statistics,
+    gather_patches,
+    images_from_values,
+    patch_statistics,
+    patch_values,
+)
 from patchmine.types import Grid, Mask, Panel
 
 
@@ -43,8 +50,14 @@ def reconstruction_panel(images: Tensor, mask: Mask, grid: Grid, painted: Tensor
     """
     if not borrow:
         return Panel("reconstruction", paint_masked(images, mask, grid, painted))
-    mean, deviation = patch_statistics(patch_values(gather_patches(images.float(), mask.masked, grid.patch)))
-    repainted = paint_masked(images, mask, grid, painted * deviation + mean)
+    true = patch_values(gather_patches(images.float(), mask.masked, grid.patch))
+    if len(grid.patch) == 3:
+        mean, deviation = cube_statistics(true, images.shape[1])
+        restored = (painted.unflatten(-1, (-1, images.shape[1])) * deviation + mean).flatten(-2)
+    else:
+        mean, deviation = patch_statistics(true)
+        restored = painted * deviation + mean
+    repainted = paint_masked(images, mask, grid, restored)
     return Panel("reconstruction (patch statistics borrowed from the input)", repainted)
 
 
