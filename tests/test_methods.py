@@ -33,21 +33,30 @@ NARROW = {
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+CLIPS = " on clips"  # behind the name of a method that trains on videos too
+CLIP = (4, 2)  # frames, and frames in a tubelet
+
+
+def kind_of(name: str) -> type[Method]:
+    return METHODS[name.removesuffix(CLIPS)]
+
+
 def build(name: str, *, size: tuple[int, int] = (16, 16), channels: int = 3, seed: int = 0, **options: Any) -> Method:
     torch.manual_seed(seed)
-    kind = METHODS[name]
-    encoder = build_encoder("vit_tiny_patch16_224", image_size=size, patch_size=4, channels=channels, model_args=TINY)
+    kind = kind_of(name)
+    model = "video_vit_tiny_patch16" if name.endswith(CLIPS) else "vit_tiny_patch16_224"
+    encoder = build_encoder(model, image_size=size, patch_size=4, channels=channels, model_args=TINY, clip=CLIP)
     known = {key: value for key, value in NARROW.items() if key in kind.Config.model_fields}
     method = kind(kind.Config(**known, **options), encoder)
     method.noise.begin(0)
     return method.train()
 
 
-def images(
-    method: Method | type[Method], size: tuple[int, int] = (16, 16), channels: int = 3, count: int = 4, seed: int = 1
-) -> Batch:
+def images(method: Method, size: tuple[int, int] = (16, 16), channels: int = 3, count: int = 4, seed: int = 1) -> Batch:
     """A training batch as the method is given one: one view of each image, or two global and two local crops."""
-    sizes = [size, size, (8, 8), (8, 8)] if method.multi_crop else [size]
+    sizes: list[tuple[int, ...]] = [size, size, (8, 8), (8, 8)] if method.multi_crop else [size]
+    if len(encoder_size(method)) == 3:
+        sizes = [(CLIP[0], *side) for side in sizes]
     generator = torch.Generator().manual_seed(seed)
     views = [torch.randn(count, channels, *side, generator=generator) for side in sizes]
     crops = (count, len(views)) if method.multi_crop else (count,)
@@ -55,9 +64,16 @@ def images(
     return Batch(views, torch.arange(count), box, torch.zeros(crops, dtype=torch.bool))
 
 
-def plain_images(count: int) -> Batch:
+def encoder_size(method: Method) -> tuple[int, ...]:
+    """Patches along each axis; of a network that has none, none."""
+    embed = getattr(method.encoder, "patch_embed", None)
+    return () if embed is None else tuple(embed.grid_size)
+
+
+def plain_images(method: Method, count: int) -> Batch:
     """One whole view of each image, as pictures are made of whatever the method is trained on."""
-    return images(Method, count=count)
+    batch = images(method, count=count)
+    return Batch(batch.views[:1], batch.index, torch.zeros(count, 4), torch.zeros(count, dtype=torch.bool))
 
 
 def run(method: Method, batch: Batch, progress: Progress) -> Losses:
@@ -65,8 +81,15 @@ def run(method: Method, batch: Batch, progress: Progress) -> Losses:
     return method(batch, progress)
 
 
-@pytest.fixture(params=sorted(METHODS))
+@pytest.fixture(params=sorted(METHODS) + sorted(name + CLIPS for name, kind in METHODS.items() if kind.video))
 def name(request: pytest.FixtureRequest) -> str:
+    """Every method, and once more on clips if it takes them."""
+    return request.param
+
+
+@pytest.fixture(params=sorted(METHODS))
+def image_name(request: pytest.FixtureRequest) -> str:
+    """Every method, on images."""
     return request.param
 
 
@@ -75,13 +98,20 @@ def progress(request: pytest.FixtureRequest) -> Progress:
     return request.param
 
 
-def test_name_is_the_key_and_the_docstring_names_its_source(name: str) -> None:
-    assert METHODS[name].Config().name == name
-    assert "arXiv" in (inspect.getmodule(METHODS[name]).__doc__ or "")
+def test_name_is_the_key_and_the_docstring_names_its_source(image_name: str) -> None:
+    assert METHODS[image_name].Config().name == image_name
+    assert "arXiv" in (inspect.getmodule(METHODS[image_name]).__doc__ or "")
 
 
-def test_every_setting_is_explained(name: str) -> None:
-    fields = METHODS[name].Config.model_fields
+def test_a_method_for_images_refuses_clips_by_name(image_name: str) -> None:
+    if METHODS[image_name].video:
+        pytest.skip(f"{image_name} trains on clips")
+    with pytest.raises(UserError, match=f"method={image_name} does not train on videos: choose method="):
+        build(image_name + CLIPS)
+
+
+def test_every_setting_is_explained(image_name: str) -> None:
+    fields = METHODS[image_name].Config.model_fields
     assert all(field.description for key, field in fields.items() if key != "name")
 
 
@@ -103,7 +133,7 @@ def test_groups_hold_each_trained_parameter_once(name: str) -> None:
 
 
 def test_a_step_repeats_itself(name: str, progress: Progress) -> None:
-    first, second = (run(build(name), images(METHODS[name]), progress) for _ in range(2))
+    first, second = (run(method, images(method), progress) for method in (build(name), build(name)))
     assert {key: value.item() for key, value in first.items()} == {key: value.item() for key, value in second.items()}
 
 
@@ -178,11 +208,12 @@ def test_what_is_frozen_changes_in_after_step_only(name: str) -> None:
         assert torch.equal(method.state_dict()[key], value), key
 
 
-def test_encoder_keeps_timms_names(name: str) -> None:
+def test_encoder_keeps_timms_names(image_name: str) -> None:
     fresh = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0, **TINY)
-    fresh.load_state_dict(build(name).encoder.state_dict())
-    pixels = plain_images(4).views[0]
-    assert torch.equal(fresh.eval().forward_features(pixels), build(name).eval().encoder.forward_features(pixels))
+    method = build(image_name).eval()
+    fresh.load_state_dict(method.encoder.state_dict())
+    pixels = plain_images(method, 4).views[0]
+    assert torch.equal(fresh.eval().forward_features(pixels), method.encoder.forward_features(pixels))
 
 
 @pytest.mark.parametrize(("size", "channels"), [((16, 32), 3), ((24, 16), 1), ((16, 16), 5)])
@@ -220,14 +251,15 @@ def test_a_step_never_waits_for_the_device(name: str, progress: Progress) -> Non
 
 def test_panels(name: str, progress: Progress) -> None:
     method = build(name).eval()
-    batch = plain_images(2)
+    batch = plain_images(method, 2)
+    grid = encoder_size(method)
     before = {key: value.clone() for key, value in method.state_dict().items()}
     method.noise.begin(0)
     panels = method.panels(batch, progress)
     assert torch.equal(panels[0].data, batch.views[0])
     assert len({panel.title for panel in panels}) == len(panels)
     for panel in panels:
-        shape = (2, 4, 4) if panel.kind == "heat" else (2, 3, 16, 16)
+        shape = (2, *grid) if panel.kind == "heat" else batch.views[0].shape
         assert panel.data.shape == shape, panel.title
         assert not panel.data.requires_grad
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
@@ -239,7 +271,8 @@ def option_cases() -> Iterator[tuple[str, dict[str, Any]]]:
         schema = kind.Config.model_json_schema()["properties"]
         for key, field in schema.items():
             choices = [True, False] if field.get("type") == "boolean" else field.get("enum", [])
-            yield from ((name, {key: choice}) for choice in choices)
+            names = [name, name + CLIPS] if kind.video else [name]
+            yield from ((each, {key: choice}) for each in names for choice in choices)
 
 
 @pytest.mark.parametrize(("name", "options"), list(option_cases()), ids=str)

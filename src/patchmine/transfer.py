@@ -1,4 +1,7 @@
-"""Runs out of and into other people's formats: exports for timm and transformers, official MAE and HPM checkpoints."""
+"""Runs out of and into other people's formats: exports for timm and transformers, official checkpoints.
+
+These are MAE's and HPM's, and on clips VideoMAE's.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ from patchmine.models.official import (
     read_official,
     to_reference_names,
 )
+from patchmine.models.video import is_video
+from patchmine.models.videomae import TEACHER, to_videomae_names
 from patchmine.models.vit import Encoder
 from patchmine.run import Run, Which, build_method, is_run, write_export
 from patchmine.train import checkpoint as checkpoints
@@ -41,7 +46,8 @@ _TOLD = ("mask_ratio", "norm_pix_loss")  # arguments of the official scripts tha
 def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: Which) -> Path:
     """Write the encoder of a run as a folder for timm and transformers, or the ``full`` method as one file.
 
-    The full method goes to ``out``, a .safetensors file under the reference code's names, which `import_file` reads.
+    The full method goes to ``out``, a .safetensors file under the reference code's names, which `import_file` reads; of
+    clips these are VideoMAE's, with HPM's teacher under ``ema.``.
     Raises UserError where the run has no such weights or ``out`` cannot be written.
     """
     run = Run(path)
@@ -64,8 +70,14 @@ def _export_full(run: Run, out: str | None, weights: Which) -> Path:
     tensors = to_reference_names(method.state_dict(), teacher=weights == "teacher")
     if not tensors:
         raise UserError(f"{run.path} holds no teacher: method={run.config.method.name} keeps none; use weights=student")
-    table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
-    tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
+    if is_video(run.config.model):
+        tensors = to_videomae_names(tensors)
+        if weights == "student":
+            taught = to_videomae_names(to_reference_names(method.state_dict(), teacher=True))
+            tensors |= {TEACHER + name: tensor for name, tensor in taught.items()}
+    else:
+        table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
+        tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata={"format": "pt"})
     settle(target)
@@ -84,10 +96,11 @@ def import_file(
     allow: Sequence[str] = (),
     say: Say = silent,
 ) -> Run:
-    """Turn an official MAE or HPM checkpoint into a run in the new folder ``out``, with an export of its encoder.
+    """Turn an official MAE, VideoMAE or HPM checkpoint into a run in the new folder ``out``, with an encoder's export.
 
     ``what``: encoder only, or the full method, by default as much as the file has.  Positions are resampled to
-    ``image_size`` where it is given.  ``num_heads`` and ``decoder_num_heads`` are needed for models of unusual width,
+    ``image_size`` where it is given; a file of VideoMAE tells no size, and clips of 16 frames of 224x224 pixels, or of
+    ``image_size``, are assumed.  ``num_heads`` and ``decoder_num_heads`` are needed for models of unusual width,
     whose tensors do not show them.  ``allow``: patterns of tensors that may be missing or unexpected.  ``say`` hears
     what became of every tensor.  Raises UserError for a file of another kind, and for tensors that are missing,
     unexpected or of another shape.
@@ -118,8 +131,12 @@ def import_file(
     else:
         encoder = found.architecture.build()
         load_tensors(encoder, found.encoder, report, allow=allow)
-        report.notes.append(f"encoder only: {folder} serves for eval, embed, init= and timm, not for show and resume")
+        timm = "init= and timm" if found.architecture.clip is None else "and init="
+        report.notes.append(f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume")
         write_export(config, encoder, folder / "export")
+    if found.architecture.clip is not None:
+        size = "x".join(map(str, (found.architecture.clip[0], *found.architecture.image_size)))
+        report.notes.append(f"assumed in config.yaml, because the file does not tell: clips of {size}")
     say(report.render())
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return Run(folder)
@@ -137,6 +154,7 @@ def _settings(found: Checkpoint, out: str) -> RunConfig:
     method: dict[str, Any] = {"name": found.method}
     if found.decoder is not None:
         method |= _decoder_settings(found, found.decoder)
+    clip = None if architecture.clip is None else dict(zip(("frames", "tubelet"), architecture.clip, strict=True))
     return from_settings(
         data=f"imported:{found.source}",
         model=architecture.model,
@@ -148,11 +166,13 @@ def _settings(found: Checkpoint, out: str) -> RunConfig:
         channels=architecture.channels,
         method=method,
         out=out,
+        **({} if clip is None else {"clip": clip}),
     )
 
 
 def _decoder_settings(found: Checkpoint, decoder: DecoderShape) -> dict[str, Any]:
-    pixels = found.architecture.patch_size**2 * found.architecture.channels
+    tubelet = 1 if found.architecture.clip is None else found.architecture.clip[1]
+    pixels = found.architecture.patch_size**2 * found.architecture.channels * tubelet
     if decoder.values != pixels:
         raise UserError(
             f"{found.source}: its decoder predicts {decoder.values} numbers a patch, not its {pixels} pixel values: "

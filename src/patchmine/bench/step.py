@@ -24,6 +24,7 @@ from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.methods import METHODS
 from patchmine.mistakes import validate
+from patchmine.models.video import is_video
 from patchmine.models.vit import build_encoder
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, build_optimizers, optimizer_tensors
@@ -45,12 +46,14 @@ class StepBench(BaseModel):
     against: str | None = Field(
         None, description="also time `transformers` (ViTMAEForPreTraining, same sizes) or another method"
     )
-    model: str = Field("vit_small_patch16_224", description="any plain ViT of timm's")
+    model: str = Field("vit_small_patch16_224", description="any plain ViT of timm's, or one of clips")
     model_args: dict[str, Any] = Field(default_factory=dict, description="extra arguments for timm, such as depth")
     image_size: int | tuple[int, int] = Field(224, description="side, or height and width, in pixels")
     patch_size: int | None = Field(None, gt=0, description="side of a patch; null: the model's own")
     channels: int = Field(3, gt=0)
-    batch_size: int = Field(16, gt=0, description="images in one step")
+    frames: int = Field(16, gt=0, description="frames of a clip, of a video model")
+    tubelet: int = Field(2, gt=0, description="frames in a tubelet, of a video model")
+    batch_size: int = Field(16, gt=0, description="images or clips in one step")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
     rounds: int = Field(10, gt=0, description="rounds in which every contestant takes its turn")
@@ -118,10 +121,13 @@ def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]
 def _contestants(
     names: Sequence[str], options: Mapping[str, Mapping[str, Any]], config: StepBench, engine: Engine
 ) -> list[Contestant]:
-    images = torch.randn(config.batch_size, config.channels, *_size(config), device=engine.device)
+    size = (config.frames, *_size(config)) if is_video(config.model) else _size(config)
+    images = torch.randn(config.batch_size, config.channels, *size, device=engine.device)
     methods = {name: _build_method(name, options[name], config) for name in names}
     found = [entry for name in names for entry in _method_contestants(name, methods[name], images, engine)]
     if config.against == "transformers":
+        if is_video(config.model):
+            raise UserError("against=transformers times ViTMAE, which is for images: leave it out, or choose a method")
         found.append(_transformers_contestant(methods[names[0]], config, images, engine))
     return found
 
@@ -160,6 +166,7 @@ def _build_method(name: str, options: Mapping[str, Any], config: StepBench) -> M
         patch_size=config.patch_size,
         channels=config.channels,
         model_args=config.model_args,
+        clip=(config.frames, config.tubelet),
     )
     method: Method = method_class(settings, encoder).train()
     return method

@@ -18,6 +18,7 @@ from patchmine.models.video import create_video
 # Attention heads cannot be seen in the tensors.  timm's ViT-Ti/S/B/L/H, and the decoder of every published MAE.
 ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {512: 16}
+VIDEO_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}  # VideoMAE's S, B, L, H
 _SIZES = {
     (192, 12, 3): "tiny",
     (384, 12, 6): "small",

@@ -1,7 +1,8 @@
-"""Checkpoints of the official MAE, HPM and DINO code: how their files are laid out, and their names for our tensors.
+"""Checkpoints of the official MAE, HPM, VideoMAE and DINO code: their layout, and their names for our tensors.
 
 Formats: facebookresearch/mae (``{"model": ...}``), Haochen-Wang409/HPM (``{"state_dict": ..., "ema_state_dict":
-...}``), facebookresearch/dino (the bare dictionary, or ``{"teacher": ..., "student": ...}``).
+...}``), MCG-NJU/VideoMAE (`models.videomae`), facebookresearch/dino (the bare dictionary, or ``{"teacher": ...,
+"student": ...}``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,16 @@ import torch
 from torch import Tensor
 
 from patchmine.errors import UserError
-from patchmine.models.architecture import DECODER_HEADS, Architecture, count_blocks, infer_architecture, known_heads
+from patchmine.models.architecture import (
+    DECODER_HEADS,
+    VIDEO_DECODER_HEADS,
+    Architecture,
+    count_blocks,
+    infer_architecture,
+    known_heads,
+)
 from patchmine.models.loading import Tensors, read_checkpoint, resample_positions, tensors_only
+from patchmine.models.videomae import from_videomae_names, is_videomae, teacher_of
 
 T = TypeVar("T")
 Weights = Literal["student", "teacher"]
@@ -82,7 +91,7 @@ def _reference_name(name: str) -> str:
 
 def encoder_tensors(content: Mapping[str, Any], source: str, weights: Weights = "student") -> Tensors:
     """The encoder's tensors of a checkpoint in any known layout, under timm's names; decoders and heads left out."""
-    tensors = _state_dict(content, source, weights)
+    tensors, _ = _networks(content, source, weights)
     return {name: tensor for name, tensor in tensors.items() if not _beside_encoder(name)}
 
 
@@ -90,13 +99,32 @@ def _beside_encoder(name: str) -> bool:
     return name.startswith(("mask_token", "decoder_", "head.", *_UNUSED))
 
 
+def _networks(content: Mapping[str, Any], source: str, weights: Weights) -> tuple[Tensors, Tensors | None]:
+    """The wanted weights of a checkpoint, and HPM's EMA weights where there are any, under MAE's names."""
+    stored = content.get("ema_state_dict")
+    teacher = tensors_only(stored) if isinstance(stored, Mapping) else None
+    if weights == "teacher" and _has_teacher(content):
+        return _state_dict(content, source, weights), teacher
+    tensors = _state_dict(content, source, "student")
+    if is_videomae(tensors):  # student and teacher lie in one dictionary
+        taught = teacher_of(tensors)
+        teacher = None if taught is None else from_videomae_names(taught)
+        tensors = from_videomae_names(tensors)
+    if weights == "student":
+        return tensors, teacher
+    if teacher is None:
+        raise UserError(f"{source} holds no teacher weights (no ema_state_dict): use weights=student")
+    return teacher, teacher
+
+
+def _has_teacher(content: Mapping[str, Any]) -> bool:
+    return any(isinstance(content.get(key), Mapping) for key in ("ema_state_dict", "teacher"))
+
+
 def _state_dict(content: Mapping[str, Any], source: str, weights: Weights) -> Tensors:
     """The one state dict of a checkpoint that is wanted, without prefixes."""
-    has_teacher = any(isinstance(content.get(key), Mapping) for key in ("ema_state_dict", "teacher"))
-    if weights == "teacher" and not has_teacher:
-        raise UserError(f"{source} holds no teacher weights (no ema_state_dict): use weights=student")
     # Of DINO's two networks the teacher is the one to use, as its authors say.
-    order = ("ema_state_dict", "teacher") if weights == "teacher" else ("state_dict", "model", "teacher")
+    order = ("ema_state_dict", "teacher") if weights == "teacher" else ("state_dict", "model", "module", "teacher")
     inner = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
     tensors = tensors_only(inner)
     for prefix in ("teacher.backbone.", "backbone."):
@@ -104,7 +132,7 @@ def _state_dict(content: Mapping[str, Any], source: str, weights: Weights) -> Te
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     if not tensors:
         raise UserError(
-            f"{source} holds no tensors under a known name (model, state_dict, ema_state_dict, teacher): "
+            f"{source} holds no tensors under a known name (model, module, state_dict, ema_state_dict, teacher): "
             "give a state dict"
         )
     return tensors
@@ -162,7 +190,7 @@ def read_official(
     decoder_num_heads: int | None = None,
     with_decoder: bool = True,
 ) -> Checkpoint:
-    """Take an official MAE or HPM checkpoint apart; sizes are read off the tensors.
+    """Take an official MAE, VideoMAE or HPM checkpoint apart; sizes are read off the tensors.
 
     ``image_size`` is the size that the model is wanted at; positions of another one are resampled.  ``num_heads`` and
     ``decoder_num_heads`` are needed for unusual widths only.  Raises UserError for a file that is missing, broken or of
@@ -170,15 +198,14 @@ def read_official(
     """
     content = read_checkpoint(file)
     source = str(file)
-    tensors = _state_dict(content, source, weights)
+    tensors, teacher = _networks(content, source, weights)
     encoder = {name: tensor for name, tensor in tensors.items() if not _beside_encoder(name)}
     architecture = infer_architecture(encoder, source, num_heads=num_heads, image_size=image_size)
-    stored = content.get("ema_state_dict")
-    teacher = tensors_only(stored) if isinstance(stored, Mapping) else None
     is_hpm = teacher is not None or any(name.startswith("decoder_pred_losspred.") for name in tensors)
     resized = _fit_positions(tensors, architecture.grid)
     if teacher is not None and _fit_positions(teacher, architecture.grid):
         resized.append("teacher's pos_embed likewise")
+    usual = DECODER_HEADS if architecture.clip is None else VIDEO_DECODER_HEADS
     args = content.get("args")
     return Checkpoint(
         source=source,
@@ -186,7 +213,7 @@ def read_official(
         architecture=architecture,
         tensors=tensors,
         teacher=teacher,
-        decoder=_decoder_shape(tensors, source, decoder_num_heads) if with_decoder else None,
+        decoder=_decoder_shape(tensors, source, usual, decoder_num_heads) if with_decoder else None,
         settings=vars(args) if isinstance(args, argparse.Namespace) else {},
         resized=resized,
     )
@@ -203,7 +230,9 @@ def _fit_positions(tensors: Tensors, grid: tuple[int, int]) -> list[str]:
     return [f"pos_embed from {side}x{side} to {grid[0]}x{grid[1]} patches"]
 
 
-def _decoder_shape(tensors: Tensors, source: str, num_heads: int | None) -> DecoderShape | None:
+def _decoder_shape(
+    tensors: Tensors, source: str, usual: Mapping[int, int], num_heads: int | None
+) -> DecoderShape | None:
     names = ("decoder_embed.weight", "decoder_pred.weight", "mask_token", "decoder_blocks.0.norm1.weight")
     present = [name for name in names if name in tensors]
     if not any(name.startswith("decoder_") for name in tensors):
@@ -212,7 +241,7 @@ def _decoder_shape(tensors: Tensors, source: str, num_heads: int | None) -> Deco
         lacking = ", ".join(name for name in names if name not in present)
         raise UserError(f"{source} holds a part of a decoder only (no {lacking}): is the file complete?")
     width = tensors["decoder_embed.weight"].shape[0]
-    heads = known_heads(width, DECODER_HEADS, "decoder_num_heads", num_heads)
+    heads = known_heads(width, usual, "decoder_num_heads", num_heads)
     return DecoderShape(width, count_blocks(tensors, "decoder_blocks."), heads, tensors["decoder_pred.weight"].shape[0])
 
 

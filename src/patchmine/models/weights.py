@@ -31,6 +31,7 @@ from patchmine.models.loading import (
 )
 from patchmine.models.official import encoder_tensors
 from patchmine.models.resnet import create, has_cifar_stem, infer_resnet, is_resnet, names_resnet
+from patchmine.models.video import VideoTransformer, create_video, is_video
 from patchmine.models.vit import Encoder, embedded_prefix
 
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
@@ -51,24 +52,31 @@ def export_encoder(
 ) -> Path:
     """Write a folder that `timm.create_model("local-dir:FOLDER")` and `transformers.AutoModel` open.
 
-    Only `load_encoder` opens that of a ResNet with a stem for small images, which timm cannot build; the README in the
-    folder says so.  ``model`` and ``model_args`` are what the encoder was built from; ``mean`` and ``std`` are in
-    [0, 1] units, one for each channel.  The folder appears complete or not at all; an older export is replaced.  Raises
-    UserError when ``folder`` holds anything else, ValueError when the encoder is not what ``model`` and ``model_args``
-    describe.
+    Only `load_encoder` opens that of a video model or of a ResNet with a stem for small images, which timm cannot
+    build; the README in the folder says so.  ``model`` and ``model_args`` are what the encoder was built from; ``mean``
+    and ``std`` are in [0, 1] units, one for each channel.  The folder appears complete or not at all; an older export
+    is replaced.  Raises UserError when ``folder`` holds anything else, ValueError when the encoder is not what
+    ``model`` and ``model_args`` describe.
     """
     folder = Path(folder)
     _refuse_other_content(folder)
     architecture = model.removeprefix("timm/").split(".")[0]
     arguments: dict[str, Any] = {**model_args, "in_chans": channels}
+    size = [channels, *image_size]
+    pool = encoder.global_pool
     if isinstance(encoder, ResNet):
-        arguments["global_pool"] = encoder.global_pool.pool_type
+        pool = arguments["global_pool"] = encoder.global_pool.pool_type
         places = {name: encoder.pretrained_cfg[name] for name in ("first_conv", "classifier")}
     else:
         arguments["img_size"] = list(image_size)
-        arguments["patch_size"] = encoder.patch_embed.patch_size[0]
-        arguments["global_pool"] = encoder.global_pool
+        arguments["patch_size"] = encoder.patch_embed.patch_size[-1]
         places = {"first_conv": "patch_embed.proj", "classifier": "head"}
+        if isinstance(encoder, VideoTransformer):
+            arguments["num_frames"] = encoder.patch_embed.num_frames
+            arguments["tubelet_size"] = encoder.patch_embed.patch_size[0]
+            size = [channels, encoder.patch_embed.num_frames, *image_size]
+        else:
+            arguments["global_pool"] = pool
     if isinstance(encoder, VisionTransformer):
         arguments["fc_norm"] = not isinstance(encoder.fc_norm, nn.Identity)
     arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
@@ -78,11 +86,11 @@ def export_encoder(
         "architecture": architecture,
         "num_classes": 0,
         "num_features": encoder.num_features,
-        "global_pool": arguments["global_pool"],
+        "global_pool": pool,
         "model_args": arguments,
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [channels, *image_size],
+            "input_size": size,
             "fixed_input_size": not any_size,
             "interpolation": interpolation,
             "crop_pct": crop_pct,
@@ -100,7 +108,7 @@ def export_encoder(
 
 def _check_description(encoder: Encoder, architecture: str, arguments: dict[str, Any]) -> None:
     """Build the described model without memory and compare, so that no folder is written that nobody can open."""
-    rebuilt: Any = create(architecture, num_classes=0, device="meta", **arguments)
+    rebuilt = _network(architecture, {**arguments, "device": "meta"})
     wanted = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
     heads = [None if isinstance(m, ResNet) else m.blocks[0].attn.num_heads for m in (rebuilt, encoder)]
@@ -109,6 +117,13 @@ def _check_description(encoder: Encoder, architecture: str, arguments: dict[str,
         raise ValueError(
             f"model={architecture} with {arguments} is not the encoder to be exported: {differing or 'heads'}"
         )
+
+
+def _network(architecture: str, arguments: Mapping[str, Any]) -> Any:
+    """What the name and the arguments describe, without classifier: timm's, or ours for clips."""
+    if is_video(architecture):
+        return create_video(architecture, **arguments)
+    return create(architecture, **{**arguments, "num_classes": 0})
 
 
 def _refuse_other_content(folder: Path) -> None:
@@ -173,18 +188,31 @@ timm and transformers cannot open this folder: the network begins with a 3x3 con
 in the place of `maxpool`, and load `model.safetensors`."""
 
 
+_OPEN_CLIPS = """```python
+import patchmine
+encoder = patchmine.load_encoder("FOLDER").eval()
+features = encoder.forward_features(clips)  # {shape}
+```
+
+timm and transformers cannot open this folder: the first layer looks at cubes of several frames and the positions are a
+table over time, rows and columns (VideoMAE, arXiv 2203.12602), which timm's vision transformers do not have.
+The other tensors have timm's names."""
+
+
 def _readme(encoder: Encoder, config: dict[str, Any]) -> str:
     """A model card: what this is and how to open it."""
     cfg = config["pretrained_cfg"]
     width = config["num_features"]
-    how = (_OPEN_HERE if has_cifar_stem(encoder) else _OPEN_ANYWHERE).format(
+    video = isinstance(encoder, VideoTransformer)
+    how = (_OPEN_CLIPS if video else _OPEN_HERE if has_cifar_stem(encoder) else _OPEN_ANYWHERE).format(
         shape=f"(batch, {width}, rows, columns)" if isinstance(encoder, ResNet) else f"(batch, tokens, {width})",
         architecture=config["architecture"],
         channels=cfg["input_size"][0],
     )
+    axes = "channels, frames, height, width" if video else "channels, height, width"
+    tags = "library_name: timm\ntags: [image-feature-extraction, timm]"
     return f"""---
-library_name: timm
-tags: [image-feature-extraction, timm]
+{"tags: [video-feature-extraction]" if video else tags}
 ---
 # {config["architecture"]}, pre-trained without labels by patchmine
 
@@ -192,7 +220,7 @@ Give the path of this folder in place of FOLDER.
 
 {how}
 
-Input: {"x".join(map(str, cfg["input_size"]))} (channels, height, width), values in [0, 1], then `(x - mean) / std` with
+Input: {"x".join(map(str, cfg["input_size"]))} ({axes}), values in [0, 1], then `(x - mean) / std` with
 mean {cfg["mean"]} and std {cfg["std"]}.
 """
 
@@ -211,9 +239,10 @@ def load_encoder(
 ) -> Encoder:
     """The encoder in an export folder, in a run folder's export, or in a .safetensors, .pth or .pt file.
 
-    A file may be a timm or torchvision state dict or an official MAE, HPM or DINO checkpoint; its architecture is read
-    off the tensors, or is timm's ``model`` with ``model_args`` where given.  ``image_size`` (height, width) resamples
-    the positions of a file or folder to another size; a ResNet has none.
+    A file may be a timm or torchvision state dict or an official MAE, VideoMAE, HPM or DINO checkpoint; its
+    architecture is read off the tensors, or is ``model`` with ``model_args`` where given.  ``image_size`` (height,
+    width) resamples the positions of a file or folder to another size; a ResNet has none, and those of a video model
+    are computed anew.
 
     Raises UserError for a path that holds no encoder and for weights that do not fit.
     """
@@ -242,17 +271,17 @@ def _from_export(folder: Path) -> Encoder:
         raise UserError(f"{folder / CONFIG} is no configuration of an export ({error!r}): export again") from error
     tensors = tensors_only(read_checkpoint(folder / WEIGHTS))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("head.", "fc."))}
-    encoder = _create(architecture, arguments | {"num_classes": 0}, folder / CONFIG)
+    encoder = _create(architecture, arguments, folder / CONFIG)
     load_tensors(encoder, tensors, LoadReport(str(folder / WEIGHTS)))
     return encoder
 
 
 def _create(model: str, arguments: dict[str, Any], source: Path) -> Encoder:
-    """A plain or BEiT-style ViT or a ResNet of timm's.  Nothing is downloaded."""
-    if not timm.is_model(model):
+    """A plain or BEiT-style ViT, one of clips, or a ResNet of timm's.  Nothing is downloaded."""
+    if not is_video(model) and not timm.is_model(model):
         raise UserError(f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may")
     try:
-        encoder: Any = create(model, **arguments)
+        encoder = _network(model, arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"{source}: timm cannot build {model} with {arguments} ({error})") from error
     if not isinstance(encoder, VisionTransformer | Beit | ResNet):
@@ -268,7 +297,7 @@ def _from_file(
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
     if model is None and is_resnet(tensors):
         architecture, arguments = infer_resnet(tensors, str(path))
-        encoder = _create(architecture, {"num_classes": 0, **arguments}, path)
+        encoder = _create(architecture, arguments, path)
     elif model is None:
         encoder = infer_architecture(
             tensors, str(path), num_heads=model_args.get("num_heads"), image_size=image_size
@@ -276,7 +305,7 @@ def _from_file(
     else:
         name = model.removeprefix("timm/").split(".")[0]
         size = {} if image_size is None or names_resnet(name) else {"img_size": image_size}
-        encoder = _create(name, {"num_classes": 0, **size, **model_args}, path)
+        encoder = _create(name, {**size, **model_args}, path)
     fill(encoder, tensors, str(path))
     return encoder
 
