@@ -69,7 +69,7 @@ def decode(raw: Raw, channels: int) -> Tensor:
     image, has_alpha = _read(raw, channels)
     if 0 in image.shape:
         raise DecodeError(f"holds no pixels (shape {tuple(image.shape)})")
-    return _fit_channels(image, channels, has_alpha)
+    return fit_channels(image, channels, has_alpha)
 
 
 def probe(raw: Raw) -> tuple[int, int, int, str]:
@@ -331,7 +331,8 @@ def _require_finite(image: Tensor) -> Tensor:
     return image
 
 
-def _fit_channels(image: Tensor, channels: int, has_alpha: bool) -> Tensor:
+def fit_channels(image: Tensor, channels: int, has_alpha: bool) -> Tensor:
+    """(C, H, W) with the channels asked for, where `decode`'s rules allow it; raises DecodeError."""
     stored = image.shape[0]
     if stored == channels:
         return image

@@ -90,24 +90,13 @@ class PhotoCrops:
             np.array([cut.photograph for cut in self._cuts], np.int64), [Path(file).stem for file in PHOTOGRAPHS]
         )
 
-    def _open(self, number: int) -> Image.Image:
-        file = self.folder / PHOTOGRAPHS[number]
-        try:
-            return Image.open(file)
-        except OSError as error:
-            raise UserError(
-                f"data={self.name}: this scikit-image carries no readable {file.name}; install scikit-image>=0.24"
-            ) from error
-
     def _size(self, number: int) -> tuple[int, int]:
-        with self._open(number) as image:
+        with _open(self.folder, number, self.name) as image:
             return image.size
 
     def _half(self, number: int) -> Image.Image:
         if number not in self._halves:
-            with self._open(number) as image:
-                top, left, height, width = _half_box(image.size, self.part)
-                self._halves[number] = image.convert("RGB").crop((left, top, left + width, top + height))
+            self._halves[number] = half_of_photograph(self.folder, number, self.part, self.name)
         return self._halves[number]
 
 
@@ -116,17 +105,39 @@ def open_photos(name: str) -> Source:
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=2, cutoff=0.5) or NAMES
         raise UserError(f"data={name}: no such embedded data; did you mean {' or '.join(close)}?")
-    wheel = importlib.util.find_spec("skimage")
-    if wheel is None or not wheel.submodule_search_locations:
-        raise UserError(
-            f"data={name}: the photographs come with scikit-image, which is missing: pip install 'patchmine[demo]'"
-        )
-    folder = Path(wheel.submodule_search_locations[0]) / "data"
+    folder = photo_folder(name)
     if name == "embedded:photos":
         both = Joined([PhotoCrops(part, folder) for part in CROPS])
         both.name = name
         return both
     return PhotoCrops(name.rpartition("/")[2], folder)
+
+
+def photo_folder(name: str) -> Path:
+    """Where scikit-image keeps the photographs.  UserError about ``data=name`` where there is no scikit-image."""
+    wheel = importlib.util.find_spec("skimage")
+    if wheel is None or not wheel.submodule_search_locations:
+        raise UserError(
+            f"data={name}: the photographs come with scikit-image, which is missing: pip install 'patchmine[demo]'"
+        )
+    return Path(wheel.submodule_search_locations[0]) / "data"
+
+
+def half_of_photograph(folder: Path, number: int, part: str, name: str) -> Image.Image:
+    """The half of a photograph that ``part`` ("train" or "test") shows, in RGB.  UserError about ``data=name``."""
+    with _open(folder, number, name) as image:
+        top, left, height, width = _half_box(image.size, part)
+        return image.convert("RGB").crop((left, top, left + width, top + height))
+
+
+def _open(folder: Path, number: int, name: str) -> Image.Image:
+    file = folder / PHOTOGRAPHS[number]
+    try:
+        return Image.open(file)
+    except OSError as error:
+        raise UserError(
+            f"data={name}: this scikit-image carries no readable {file.name}; install scikit-image>=0.24"
+        ) from error
 
 
 def _half_box(size: tuple[int, int], part: str) -> tuple[int, int, int, int]:

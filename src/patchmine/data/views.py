@@ -83,7 +83,7 @@ class PlainView:
         if self.crop_pct is None:
             return resize(image, self.image_size, self.interpolation), torch.tensor([0.0, 0.0, 1.0, 1.0]), False
         height, width = self.image_size
-        image = resize(image, _cover(image, self.image_size, self.crop_pct), self.interpolation)
+        image = resize(image, cover(image, self.image_size, self.crop_pct), self.interpolation)
         # Python rounds halves to even, as torchvision's CenterCrop does.
         top, left = round((image.shape[1] - height) / 2), round((image.shape[2] - width) / 2)
         view = image[:, top : top + height, left : left + width].contiguous()
@@ -129,8 +129,8 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic")
     return (resized[0] if len(resized) == 1 else torch.cat(resized, 1))[0].contiguous()
 
 
-def _cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
-    """The size to resize to, aspect kept, such that ``size / crop_pct`` just fits inside."""
+def cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """The size to resize (..., H, W) to, aspect kept, such that ``size / crop_pct`` just fits inside."""
     height, width = image.shape[-2:]
     target_height, target_width = round(size[0] / crop_pct), round(size[1] / crop_pct)
     if target_height * width >= target_width * height:
@@ -139,13 +139,13 @@ def _cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> tuple[int, 
 
 
 def fractions(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """(4,) float32: a crop in pixels of ``image`` (C, H, W) as shares of its sides."""
+    """(4,) float32: a crop in pixels of ``image`` (..., H, W) as shares of its sides."""
     full_height, full_width = image.shape[-2:]
     return torch.tensor([top / full_height, left / full_width, height / full_height, width / full_width])
 
 
 def check_side(image: Tensor, smallest_side: int) -> None:
-    """Raises DecodeError for an image with a shorter side."""
+    """Raises DecodeError for an image (..., H, W) with a shorter side."""
     height, width = image.shape[-2:]
     if min(height, width) < smallest_side:
         raise DecodeError(

@@ -1,0 +1,248 @@
+"""Raw videos become frames: any number of them, by their numbers, without decoding what lies between where possible.
+
+A *raw video* is what a source of videos gives: a file or a part of one, encoded bytes, frames as encoded images, or
+all frames as an array.  Files and bytes are decoded by torchcodec where it works here, else by PyAV; which one is found
+out once per process.  Frame i is the i-th in the order of presentation times, also where these are unevenly spaced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchmine.data import video_pyav, video_torchcodec
+from patchmine.data.decode import DecodeError, decode, fit_channels
+from patchmine.errors import UserError
+
+VIDEO_SUFFIXES = (
+    *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"),
+    *(".ts", ".m2ts", ".3gp", ".ogv", ".gif"),
+)
+"""Endings (in any case) by which a file in a folder or a shard counts as a video."""
+
+_AVI = (b"RIFF", b"AVI ")  # at 0 and 8
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A video file, or ``size`` bytes of a file (a shard) from ``start`` on."""
+
+    path: str
+    start: int = 0
+    size: int | None = None
+
+    def contents(self) -> bytes:
+        """All bytes.  OSError when the file is gone or has become shorter."""
+        with Path(self.path).open("rb") as handle:
+            handle.seek(self.start)
+            data = handle.read() if self.size is None else handle.read(self.size)
+        if self.size is not None and len(data) < self.size:
+            raise OSError(f"{self.path} ends {self.size - len(data)} bytes too early: it was changed meanwhile")
+        return data
+
+
+@dataclass(frozen=True)
+class FrameFiles:
+    """A video whose frames lie as images in files of their own, in this order."""
+
+    paths: tuple[str, ...]
+
+
+RawVideo = VideoFile | FrameFiles | bytes | Sequence[bytes] | np.ndarray | Tensor
+
+
+class VideoReader(Protocol):
+    """An opened video: not to be sent to another process."""
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second on average; None where nothing tells."""
+
+    def frames(self, indices: Sequence[int]) -> Tensor:
+        """(n, C, H, W) uint8, RGB where it was encoded, in the order of ``indices``.
+
+        DecodeError where one of them cannot be decoded, IndexError where there is no frame of that number.
+        """
+
+
+def open_video(raw: RawVideo | VideoReader) -> VideoReader:
+    """A reader of a raw video; a reader is given back as it is.
+
+    DecodeError for what is no video, holds no frame or is damaged, OSError for a file that cannot be read, UserError
+    where neither torchcodec nor PyAV is installed.
+    """
+    if isinstance(raw, VideoFile):
+        return _open_file(raw)
+    if isinstance(raw, bytes | bytearray | memoryview):
+        return _open_encoded(bytes(raw))
+    if isinstance(raw, FrameFiles):
+        return _Frames([partial(_contents, path) for path in raw.paths])
+    if isinstance(raw, np.ndarray | Tensor):
+        return _Array(raw)
+    if isinstance(raw, list | tuple):
+        return _Frames([partial(bytes, frame) for frame in raw])
+    if hasattr(raw, "frames") and hasattr(raw, "num_frames"):
+        return raw  # type: ignore[return-value]
+    raise DecodeError(f"is a {type(raw).__name__}; a video is a file, bytes, a list of encoded frames or an array")
+
+
+def fit_frames(frames: Tensor, channels: int) -> Tensor:
+    """(n, C, H, W) with the channels that a run asks for, by the rules of images; raises DecodeError."""
+    if frames.shape[1] == channels:
+        return frames
+    number, stored, height, width = frames.shape
+    image = frames.transpose(0, 1).reshape(stored, number * height, width)  # one tall image
+    fitted = fit_channels(image, channels, has_alpha=stored in {2, 4})
+    return fitted.reshape(channels, number, height, width).transpose(0, 1)
+
+
+@cache
+def backend_name() -> str:
+    """What decodes videos in this process, with its version.  UserError where nothing does, with what to install."""
+    if video_torchcodec.works():
+        return f"torchcodec {video_torchcodec.version()}"
+    if video_pyav.is_installed():
+        return f"PyAV {video_pyav.version()}"
+    raise UserError(
+        "Videos need PyAV, which brings its own FFmpeg, or torchcodec together with the system's FFmpeg, and neither "
+        "works here: pip install av (or: pip install torchcodec, and install ffmpeg as for instance by apt install "
+        "ffmpeg or conda install ffmpeg)"
+    )
+
+
+def _open_file(file: VideoFile) -> VideoReader:
+    info = os.stat(file.path)  # noqa: PTH116, once per clip; an OSError here names the file
+    size = info.st_size if file.size is None else file.size
+    if size == 0:
+        raise DecodeError("is empty (0 bytes); fetch it again or remove it")
+    whole = file.size is None
+    return _open_encoded(file.path if whole else file.contents(), (file.path, file.start, size, info.st_mtime_ns))
+
+
+def _open_encoded(source: str | bytes, key: Hashable | None = None) -> VideoReader:
+    """``source``: a file's path or its contents; ``key``: equal where these are known to be the same."""
+    if not source:
+        raise DecodeError("is empty (0 bytes)")
+    if not backend_name().startswith("torchcodec"):
+        return video_pyav.PyAVReader(source, key)
+    # An AVI file has no presentation times.  FFmpeg's guesses, by which torchcodec orders frames, are wrong wherever
+    # more than one B-frame stands between two others, as in UCF101's files.
+    if not _is_avi(source):
+        return _Careful(source, key) if video_pyav.is_installed() else video_torchcodec.TorchcodecReader(source)
+    if video_pyav.is_installed():
+        return video_pyav.PyAVReader(source, key)
+    raise DecodeError("is an AVI file, whose frames torchcodec can put in the wrong order: pip install av")
+
+
+class _Careful:
+    """By torchcodec, and once that refuses, as it does some files that are sound, by PyAV."""
+
+    def __init__(self, source: str | bytes, key: Hashable | None) -> None:
+        self._source, self._key = source, key
+        try:
+            self._reader: VideoReader = video_torchcodec.TorchcodecReader(source)
+        except DecodeError:
+            self._reader = video_pyav.PyAVReader(source, key)  # whose DecodeError says more
+
+    @property
+    def num_frames(self) -> int:
+        return self._reader.num_frames
+
+    @property
+    def fps(self) -> float | None:
+        return self._reader.fps
+
+    def frames(self, indices: Sequence[int]) -> Tensor:
+        """(n, 3, H, W) uint8."""
+        try:
+            return self._reader.frames(indices)
+        except DecodeError:
+            if isinstance(self._reader, video_pyav.PyAVReader):
+                raise
+            second = video_pyav.PyAVReader(self._source, self._key)
+            if second.num_frames != self._reader.num_frames:
+                raise
+            self._reader = second
+        return self._reader.frames(indices)
+
+
+def _is_avi(source: str | bytes) -> bool:
+    if isinstance(source, bytes):
+        head = source[:12]
+    else:
+        with Path(source).open("rb") as handle:
+            head = handle.read(12)
+    return (head[:4], head[8:12]) == _AVI
+
+
+def _contents(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+class _Frames:
+    """Frames that are images by themselves, read when they are asked for."""
+
+    fps: float | None = None
+
+    def __init__(self, contents: Sequence[Callable[[], bytes]]) -> None:
+        if not contents:
+            raise DecodeError("holds no frame")
+        self._contents = contents
+
+    @property
+    def num_frames(self) -> int:
+        return len(self._contents)
+
+    def frames(self, indices: Sequence[int]) -> Tensor:
+        """(n, 3, H, W) uint8."""
+        images = [self._frame(index) for index in indices]
+        if len({image.shape for image in images}) > 1:
+            sizes = sorted({f"{image.shape[2]}x{image.shape[1]}" for image in images})
+            raise DecodeError(f"has frames of different sizes ({', '.join(sizes)}); make them equal")
+        return torch.stack(images)
+
+    def _frame(self, index: int) -> Tensor:
+        try:
+            image = decode(self._contents[index](), 3)
+        except DecodeError as error:
+            raise DecodeError(f"has a frame, number {index}, that {error}") from error
+        return image if image.dtype == torch.uint8 else image.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class _Array:
+    """All frames, decoded already: (F, H, W), (F, H, W, C) or (F, C, H, W) bytes."""
+
+    fps: float | None = None
+
+    def __init__(self, array: np.ndarray | Tensor) -> None:
+        frames = torch.as_tensor(array)
+        if frames.dtype != torch.uint8:
+            raise DecodeError(f"holds values of type {str(frames.dtype).removeprefix('torch.')}; a video is of uint8")
+        if frames.ndim == 3:
+            frames = frames[:, None]
+        if frames.ndim != 4 or 0 in frames.shape:
+            raise DecodeError(
+                f"has shape {tuple(array.shape)}; a video is (frames, height, width[, channels]) or (frames, channels, "
+                "height, width)"
+            )
+        # As with images: the shorter of the two axes that may be it holds the channels.
+        self._frames = frames.permute(0, 3, 1, 2) if frames.shape[3] <= frames.shape[1] else frames
+
+    @property
+    def num_frames(self) -> int:
+        return self._frames.shape[0]
+
+    def frames(self, indices: Sequence[int]) -> Tensor:
+        """(n, C, H, W) uint8."""
+        return self._frames[list(indices)]
