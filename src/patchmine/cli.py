@@ -172,15 +172,16 @@ def embed(context: typer.Context) -> None:
     write(read_words(EmbedSettings, context.args, command="embed", first=["target"]), say)
 
 
-@command(app, "show", "RUN IMAGE... [out=panel.png] [seed=0]")
+@command(app, "show", "RUN IMAGE|VIDEO... [out=panel.png] [seed=0]")
 def show(context: typer.Context) -> None:
-    """Draw what a run makes of some images.
+    """Draw what a run makes of some images, or a run on videos of some videos.
 
     Input, mask, reconstruction and error; with HPM also the predicted difficulty of each patch.
 
     \b
-    Example:
+    Examples:
       patchmine show runs/hpm a.jpg b.jpg out=panel.png
+      patchmine show runs/clips a.mp4 out=clip.gif        or clip.mp4, or .png for a contact sheet of frames
     """
     from patchmine.commands import Show, read_words
     from patchmine.report.show import show as draw

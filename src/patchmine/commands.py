@@ -57,8 +57,8 @@ class Show(_Arguments):
     """`patchmine show`."""
 
     run: str = Field(description="name the folder of a run first, as in `patchmine show runs/hpm a.jpg out=panel.png`")
-    images: list[str] = Field(min_length=1, description="name image files after the run")
-    out: str = Field("panel.png", description="picture to write")
+    images: list[str] = Field(min_length=1, description="name image files after the run, or videos of a run on videos")
+    out: str = Field("panel.png", description="picture to write; of videos also .gif or .mp4")
     seed: int = Field(0, ge=0, description="decides the random masks")
 
 

@@ -162,11 +162,11 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class Panel:
-    """One named picture per image of a batch.
+    """One named picture per image of a batch, or one per frame of its clips.
 
-    ``kind="image"``: ``data`` (B, C, H, W) in the batch's normalised units.  ``kind="heat"``: ``data`` (B, rows,
-    columns), one number per patch, drawn as a colour map.  ``kind="colour"``: ``data`` (B, 3, H, W) in [0, 1], drawn as
-    it is.  NaN is nothing there, and drawn hatched.
+    ``kind="image"``: ``data`` (B, C, H, W) or (B, C, T, H, W) in the batch's normalised units.  ``kind="heat"``:
+    ``data`` (B, rows, columns) or (B, slots, rows, columns), one number per patch, drawn as a colour map.
+    ``kind="colour"``: ``data`` (B, 3, H, W) in [0, 1], drawn as it is.  NaN is nothing there, and drawn hatched.
     """
 
     title: str

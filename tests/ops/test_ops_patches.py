@@ -19,7 +19,7 @@ from patchmine.ops.patches import (
     patch_values,
     pixel_targets,
 )
-from patchmine.ops.pictures import hide_masked, paint_masked, patch_map
+from patchmine.ops.pictures import hide_masked, paint_masked, patch_map, reconstruction_panel
 from patchmine.types import Grid, Mask
 
 GRIDS = [Grid((2, 3), (4, 4)), Grid((3, 2), (2, 4)), Grid((2, 3, 2), (2, 4, 4))]
@@ -111,3 +111,14 @@ def test_pictures() -> None:
     assert heat.shape == (2, 2, 3)
     assert heat[0].isnan().tolist() == [[True, False, True], [False, False, False]]
     assert heat[1, 1].tolist()[:2] == [7, 8]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("standardised", [True, False])
+def test_a_perfect_prediction_paints_the_input(grid: Grid, standardised: bool) -> None:
+    images = images_for(grid)
+    mask = Mask(torch.tensor([[0], [1]]), torch.tensor([[1, 3], [0, 5]]), grid.num_patches)
+    target = pixel_targets(images, mask.masked, grid.patch, norm_pix_loss=standardised)
+    panel = reconstruction_panel(images, mask, grid, target, borrow=standardised)
+    torch.testing.assert_close(panel.data, images, atol=1e-5, rtol=1e-5)
+    assert ("borrowed" in panel.title) is standardised

@@ -1,4 +1,4 @@
-"""``patchmine show``: what a trained method does to pictures of the user's choice."""
+"""``patchmine show``: what a trained method does to pictures, or clips, of the user's choice."""
 
 from __future__ import annotations
 
@@ -10,45 +10,62 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from patchmine.config import RunConfig
+from patchmine.data.clips import PlainClips
 from patchmine.data.decode import DecodeError
+from patchmine.data.video import FrameFiles, VideoFile
 from patchmine.data.views import PlainView
 from patchmine.errors import UserError
-from patchmine.report.panels import draw_panels
+from patchmine.models.video import is_video
+from patchmine.report.animation import MOVING, save_animation
+from patchmine.report.panels import draw_moments, draw_panels
 from patchmine.report.reading import distinct_names, read_run
 from patchmine.run import Run
 from patchmine.types import Batch, Progress
 
 
-def show(run_path: str | Path, image_paths: Sequence[str | Path], out: str | Path, *, seed: int = 0) -> Path:
+def show(run_path: str | Path, paths: Sequence[str | Path], out: str | Path, *, seed: int = 0) -> Path:
     """Draw what the method of a run makes of some images, at the point that its training has reached; returns ``out``.
 
     Each image is resized to cover the run's image size and cropped at its centre.  ``seed`` decides the random masks.
-    Raises UserError for an image that cannot be read, a run without checkpoint, a name of ``out`` that is no picture's.
+    For a run on videos ``paths`` are video files or folders of frames, the clip is the one in the middle of each, and
+    the end of ``out`` decides what is written: ``.gif`` and ``.mp4`` move, a picture is a contact sheet of frames.
+    Raises UserError for what cannot be read, a run without checkpoint, a name of ``out`` that is no picture's.
     """
     out = Path(out)
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise UserError(
-            f"out={out} does not end like the name of a picture; write for example out={out.with_suffix('.png')}"
-        )
-    if not image_paths:
-        raise UserError("show needs images to show something of: name at least one image file after the run")
     run = Run(run_path)
     config = run.config
-    view = PlainView(config.image_size, crop_pct=1.0)
-    images = torch.stack([_read(Path(path), view, config.channels) for path in image_paths])  # (B, C, H, W)
+    moves = is_video(config.model)
+    _check_ending(out, moves)
+    if not paths:
+        raise UserError("show needs something to show: name at least one image, or video of a video run, after the run")
+    inputs = torch.stack([_read(Path(path), config) for path in paths])  # (B, C, H, W) or (B, C, T, H, W)
     if config.mean is None or config.std is None:
         raise UserError(f"{run.config_file} has no mean and std; write those that the run was normalised with into it")
-    mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (config.mean, config.std))
+    shape = (-1, *[1] * (inputs.ndim - 2))
+    mean, std = (torch.tensor(values).reshape(shape) for values in (config.mean, config.std))
     method = run.method()
     progress = run_progress(run)
     method.noise.seed = seed
     method.noise.begin(progress.step)
     with torch.no_grad():
-        panels = method.panels(_batch((images - mean) / std), progress)
-    sheet = draw_panels(panels, config.mean, config.std, labels=distinct_names([Path(path) for path in image_paths]))
+        panels = method.panels(_batch((inputs - mean) / std), progress)
+    labels = distinct_names([Path(path) for path in paths])
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out)
+    if moves and out.suffix.lower() in MOVING:
+        save_animation(list(draw_moments(panels, config.mean, config.std, labels=labels)), out)
+    else:
+        draw_panels(panels, config.mean, config.std, labels=labels).save(out)
     return out
+
+
+def _check_ending(out: Path, moves: bool) -> None:
+    if out.suffix.lower() in (*Image.registered_extensions(), *(MOVING if moves else ())):
+        return
+    moving = ", or .gif or .mp4 for what moves" if moves else ""
+    raise UserError(
+        f"out={out} does not end like the name of a picture; write for example out={out.with_suffix('.png')}{moving}"
+    )
 
 
 def run_progress(run: Run) -> Progress:
@@ -63,15 +80,31 @@ def run_progress(run: Run) -> Progress:
     return Progress(step=max(0, made - 1), total_steps=max(total, made), steps_per_epoch=per_epoch)
 
 
-def _read(path: Path, view: PlainView, channels: int) -> Tensor:
-    """A picture (C, H, W) as floats in [0, 1]."""
+def _read(path: Path, config: RunConfig) -> Tensor:
+    """A picture (C, H, W) or a clip (C, T, H, W) as floats in [0, 1]."""
+    kind = "video" if is_video(config.model) else "image"
+    read = _read_clip if is_video(config.model) else _read_image
     try:
-        pixels, _, _ = view(path.read_bytes(), channels, np.random.default_rng(0))  # a plain view draws nothing
+        pixels = read(path, config)
     except DecodeError as error:
         raise UserError(f"{path} cannot be shown: {error}") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; name image files after the run") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; name {kind} files after the run") from error
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+
+
+def _read_image(path: Path, config: RunConfig) -> Tensor:
+    view = PlainView(config.image_size, crop_pct=1.0)
+    return view(path.read_bytes(), config.channels, np.random.default_rng(0))[0]  # a plain view draws nothing
+
+
+def _read_clip(path: Path, config: RunConfig) -> Tensor:
+    """The clip in the middle of a video file, or of a folder of frames."""
+    clip = config.clip
+    view = PlainClips(config.image_size, clip.frames, clip.stride, clip.short, crop_pct=1.0)
+    frames = sorted(str(frame) for frame in path.iterdir() if frame.is_file()) if path.is_dir() else None
+    raw = VideoFile(str(path)) if frames is None else FrameFiles(tuple(frames))
+    return view(raw, config.channels, np.random.default_rng(0))[0]
 
 
 def _batch(images: Tensor) -> Batch:
