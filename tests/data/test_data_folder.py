@@ -14,6 +14,7 @@ import pytest
 
 from patchmine.data import folder
 from patchmine.data.contract import IMAGE_SUFFIXES
+from patchmine.data.contract import Kind
 from patchmine.data.folder import FileSource, open_folder
 from patchmine.errors import UserError
 
@@ -97,9 +98,9 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     listed: list[Path] = []
     real = folder.list_folder
 
-    def list_folder(root: Path) -> folder.Index:
+    def list_folder(root: Path, kind: Kind) -> folder.Index:
         listed.append(root)
-        return real(root)
+        return real(root, kind)
 
     monkeypatch.setattr(folder, "list_folder", list_folder)
     return listed
@@ -169,7 +170,7 @@ def test_a_kept_index_travels_by_name(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(root: Path) -> folder.Index:
+    def refuse(root: Path, kind: Kind) -> folder.Index:
         raise PermissionError(13, "Permission denied", str(root / "secret"))
 
     monkeypatch.setattr(folder, "list_folder", refuse)

@@ -19,7 +19,7 @@ from patchmine.errors import UserError
 
 def area(source: PhotoCrops, photograph: int) -> np.ndarray:
     """(height, width) bool: the pixels of a photograph that crops show."""
-    with source._open(photograph) as image:
+    with photos._open(source.folder, photograph, source.name) as image:
         width, height = image.size
     seen = np.zeros((height, width), bool)
     first, left, _, _ = photos._half_box((width, height), source.part)

@@ -53,10 +53,6 @@ class TrainClips:
     def __post_init__(self) -> None:
         check_interpolation(self.interpolation)
 
-    def open(self, raw: RawVideo) -> VideoReader:
-        """What several clips of one video share."""
-        return open_video(raw)
-
     def __call__(
         self, raw: RawVideo | VideoReader, channels: int, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor, bool]:
@@ -150,6 +146,12 @@ class TestClips:
                 clips.append(_as_clip(clip[..., top : top + height, left : left + width]))
                 boxes.append(fractions(frames, top, left, height, width))
         return torch.stack(clips), torch.stack(boxes), False
+
+
+def middle_frame(raw: RawVideo | VideoReader, channels: int) -> Tensor:
+    """(C, H, W) uint8: one frame that stands for the video, in statistics say."""
+    video = open_video(raw)
+    return _read(video, [video.num_frames // 2], channels, 1)[0]
 
 
 def window(num_frames: int, start: int, frames: int, stride: int, short: Short) -> list[int]:

@@ -1,4 +1,4 @@
-"""Images that lie as files: a folder of any nesting, or whatever a list file names."""
+"""Images, or videos, that lie as files: a folder of any nesting, or whatever a list file names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchmine.data.contract import IMAGE_SUFFIXES, ClassNames, Labels, fingerprint_of
+from patchmine.data.contract import IMAGES, ClassNames, Kind, Labels, fingerprint_of
 from patchmine.data.index import Index, PathList, index_file, load, save
 from patchmine.errors import UserError
 
@@ -27,17 +27,16 @@ class FileSource:
     ``index`` holds their paths; its column ``label`` and the stamp's ``names`` hold the classes, where a list gave any.
     """
 
-    def __init__(self, root: Path, index: Index, name: str) -> None:
-        self.root, self.index, self.name = root, index, name
+    def __init__(self, root: Path, index: Index, name: str, kind: Kind = IMAGES) -> None:
+        self.root, self.index, self.name, self.kind = root, index, name, kind
         self.fingerprint: str = index.stamp["fingerprint"]
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, index: int) -> bytes:
-        """The file's bytes."""
-        with open(self.path(index), "rb") as handle:  # noqa: PTH123, half the time of Path.read_bytes on small files
-            return handle.read()
+    def read(self, index: int) -> Any:
+        """The file's bytes; of a video, what opens it."""
+        return self.kind.read(self.path(index))
 
     def path(self, index: int) -> str:
         """Where the file lies."""
@@ -54,24 +53,26 @@ class FileSource:
         return _class_folders(self.index) if self.index.stamp["kind"] == "folder" else None
 
 
-def open_folder(root: Path, name: str, cache_dir: Path | None) -> FileSource:
-    """All images below a folder, sorted by path; hidden names and links that lead nowhere are passed over.
+def open_folder(root: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> FileSource:
+    """All images (or what else ``kind`` says) below a folder, sorted by path.
+
+    Hidden names and links that lead nowhere are passed over.
 
     The listing is kept in ``cache_dir`` and used again as long as no folder in it has changed.  A source without items
     is given back as such.  UserError when a folder may not be read.
     """
-    file = index_file(cache_dir, "folder", os.fspath(root.resolve())) if cache_dir else None
+    file = index_file(cache_dir, f"{kind.name}-folder", os.fspath(root.resolve())) if cache_dir else None
     kept = load(file) if file else None
     if kept is not None and _is_fresh(kept, root):
-        return FileSource(root, kept, name)
+        return FileSource(root, kept, name, kind)
     try:
-        index = list_folder(root)
+        index = list_folder(root, kind)
     except OSError as error:
         raise UserError(f"data={name}: {error.filename or root} cannot be listed ({error.strerror})") from error
-    return FileSource(root, save(index, file) if file and len(index) else index, name)
+    return FileSource(root, save(index, file) if file and len(index) else index, name, kind)
 
 
-def list_folder(root: Path) -> Index:
+def list_folder(root: Path, kind: Kind = IMAGES) -> Index:
     """The index of a folder, which also remembers when each folder in it last changed."""
     paths, folders, changed = PathList(), PathList(), list[int]()
     started = time.time_ns()
@@ -80,7 +81,8 @@ def list_folder(root: Path) -> Index:
         folders.add(folder)
         changed.append(modified if modified < started - RECENT else -1)
 
-    for path in _walk(os.fsencode(root), b"", frozenset(), note):
+    suffixes = tuple(suffix.encode() for suffix in kind.suffixes)
+    for path in _walk(os.fsencode(root), b"", suffixes, frozenset(), note):
         paths.add(path)
     columns = paths.columns()
     folder_columns = {f"folder_{key}": values for key, values in folders.columns().items()}
@@ -89,8 +91,10 @@ def list_folder(root: Path) -> Index:
     return Index({**columns, **folder_columns, **times}, stamp)
 
 
-def _walk(folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]], note: NoteFolder) -> Iterator[bytes]:
-    """Paths of the images below ``folder``, each with ``prefix`` before it, in the order of all paths sorted."""
+def _walk(
+    folder: bytes, prefix: bytes, suffixes: tuple[bytes, ...], above: frozenset[tuple[int, int]], note: NoteFolder
+) -> Iterator[bytes]:
+    """Paths of what counts below ``folder``, each with ``prefix`` before it, in the order of all paths sorted."""
     info = os.stat(folder)  # noqa: PTH116, bytes paths, so that no name is too odd
     if (info.st_dev, info.st_ino) in above:
         return  # a link back to a folder that we are in
@@ -102,18 +106,16 @@ def _walk(folder: bytes, prefix: bytes, above: frozenset[tuple[int, int]], note:
                 continue
             if entry.is_dir():
                 names.append(entry.name + b"/")  # with its slash a folder sorts among files as its contents do
-            elif entry.name.lower().endswith(_SUFFIXES) and entry.is_file():
+            elif entry.name.lower().endswith(suffixes) and entry.is_file():
                 names.append(entry.name)
     names.sort(reverse=True)
     while names:  # popped, so that the names go as the paths come
         name = names.pop()
         if name.endswith(b"/"):
-            yield from _walk(folder + b"/" + name[:-1], prefix + name, above | {(info.st_dev, info.st_ino)}, note)
+            inner, above_it = folder + b"/" + name[:-1], above | {(info.st_dev, info.st_ino)}
+            yield from _walk(inner, prefix + name, suffixes, above_it, note)
         else:
             yield prefix + name
-
-
-_SUFFIXES = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
 
 
 def _is_fresh(kept: Index, root: Path) -> bool:

@@ -1,4 +1,4 @@
-"""List files: one image a line, with a label where there is one.
+"""List files: one image (or video) a line, with a label where there is one.
 
 ``.txt``: ``path`` or ``path label``, where the label is the last word behind the image's own ending; lines that start
 with ``#`` are remarks.  ``.csv`` and ``.tsv``: columns ``path`` and ``label``, by a head line of these names or in
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchmine.data.contract import IMAGE_SUFFIXES, ClassNames, fingerprint_of
+from patchmine.data.contract import IMAGES, ClassNames, Kind, fingerprint_of
 from patchmine.data.folder import FileSource
 from patchmine.data.index import Index, PathList, index_file, load, save
 from patchmine.errors import UserError
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 
-PATH_HEADS = ("path", "file", "filename", "image")
+PATH_HEADS = ("path", "file", "filename", "image", "video")
 LABEL_HEADS = ("label", "class", "target")
 
 
@@ -34,8 +34,8 @@ class Line(NamedTuple):
     label: str | None
 
 
-def open_list(file: Path, name: str, cache_dir: Path | None) -> FileSource:
-    """The images that a list names, in its order; paths count from the list's own folder.
+def open_list(file: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> FileSource:
+    """The images (or what else ``kind`` says) that a list names, in its order; paths count from the list's own folder.
 
     The list is read again when its size or time stamp has changed.  UserError when it cannot be read, is empty, names a
     file that does not exist, or gives a label to some images only.
@@ -44,29 +44,30 @@ def open_list(file: Path, name: str, cache_dir: Path | None) -> FileSource:
     try:
         info = file.stat()
         state = {"size": info.st_size, "changed": info.st_mtime_ns}
-        kept_in = index_file(cache_dir, "list", os.fspath(file.resolve())) if cache_dir else None
+        kept_in = index_file(cache_dir, f"{kind.name}-list", os.fspath(file.resolve())) if cache_dir else None
         kept = load(kept_in) if kept_in else None
         if kept is not None and kept.stamp["state"] == state:
-            return FileSource(root, kept, name)
-        index = _index(file, name)
+            return FileSource(root, kept, name, kind)
+        index = _index(file, name, kind)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data={name}: the list cannot be read as UTF-8 text ({error})") from error
     index.stamp["state"] = state
-    return FileSource(root, save(index, kept_in) if kept_in else index, name)
+    return FileSource(root, save(index, kept_in) if kept_in else index, name, kind)
 
 
-def _index(file: Path, name: str) -> Index:
+def _index(file: Path, name: str, kind: Kind) -> Index:
     paths, classes = PathList(), ClassNames()
     missing, first_missing = 0, Line(0, "", None)
-    for line in _text_lines(file) if file.suffix.lower() == ".txt" else _table_lines(file):
-        if not (file.parent / line.path).is_file():
+    for line in _text_lines(file, kind) if file.suffix.lower() == ".txt" else _table_lines(file, kind):
+        place = file.parent / line.path
+        if not (place.is_file() or (kind.folders and place.is_dir())):
             missing += 1
             first_missing = line if missing == 1 else first_missing
         if len(paths) and (line.label is not None) != (len(classes) > 0):
             now, before = ("has a", "have none") if line.label is not None else ("has no", "have one")
             raise UserError(
-                f"data={name}: line {line.number} {now} label, the lines before it {before}; give every image a label, "
-                "or none"
+                f"data={name}: line {line.number} {now} label, the lines before it {before}; give every "
+                f"{kind.name} a label, or none"
             )
         paths.add(os.fsencode(line.path))
         if line.label is not None:
@@ -78,7 +79,7 @@ def _index(file: Path, name: str) -> Index:
         )
     if not len(paths):
         raise UserError(
-            f"data={name}: the list names no image; write one path a line, and a label behind it if you like"
+            f"data={name}: the list names no {kind.name}; write one path a line, and a label behind it if you like"
         )
     return _finish(paths, classes)
 
@@ -92,7 +93,7 @@ def _finish(paths: PathList, classes: ClassNames) -> Index:
     return Index(columns, stamp)
 
 
-def _text_lines(file: Path) -> Iterator[Line]:
+def _text_lines(file: Path, kind: Kind) -> Iterator[Line]:
     with file.open(encoding="utf-8-sig") as text:
         for number, raw in enumerate(text, 1):
             line = raw.strip()
@@ -100,13 +101,13 @@ def _text_lines(file: Path) -> Iterator[Line]:
                 continue
             # A path may hold blanks, so a line that ends like an image is all path.
             head, blank, label = line.rpartition("\t" if "\t" in line else " ")
-            if blank and not line.lower().endswith(IMAGE_SUFFIXES):
+            if blank and not line.lower().endswith(kind.suffixes):
                 yield Line(number, head.strip(), label.strip())
             else:
                 yield Line(number, line, None)
 
 
-def _table_lines(file: Path) -> Iterator[Line]:
+def _table_lines(file: Path, kind: Kind) -> Iterator[Line]:
     with file.open(encoding="utf-8-sig", newline="") as text:
         rows = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
         path_column, label_column = 0, 1
@@ -115,7 +116,7 @@ def _table_lines(file: Path) -> Iterator[Line]:
             if not any(cells):
                 continue
             heads = [cell.lower() for cell in cells]
-            if rows.line_num == 1 and not cells[0].lower().endswith(IMAGE_SUFFIXES) and set(heads) & set(PATH_HEADS):
+            if rows.line_num == 1 and not cells[0].lower().endswith(kind.suffixes) and set(heads) & set(PATH_HEADS):
                 path_column = next(place for place, head in enumerate(heads) if head in PATH_HEADS)
                 label_column = next((place for place, head in enumerate(heads) if head in LABEL_HEADS), len(heads))
                 continue

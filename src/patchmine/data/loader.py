@@ -1,4 +1,4 @@
-"""From a source of images to batches.
+"""From a source of images or videos to batches.
 
 One torch DataLoader serves the whole rest of a run.  What goes to a worker is an epoch and the numbers of the items of
 one micro-batch; what comes back is that batch and which items were broken.  The order of items is a function of (seed,
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +27,7 @@ from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
 from patchmine.data.decode import DecodeError, decode
 from patchmine.data.normalise import as_float
+from patchmine.data.video import open_video
 from patchmine.data.views import View
 from patchmine.errors import UserError
 from patchmine.types import Batch
@@ -82,6 +83,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     accumulate: int = 1,
+    repeats: int = 1,
     workers: int = 0,
     pin: bool = False,
     bad: BadFiles,
@@ -90,12 +92,14 @@ def train_batches(
 
     ``batch_size`` is global.  A step's rows are cut into ``accumulate * world_size`` equal parts; micro-batch m of
     process ``rank`` is part ``m * world_size + rank``.  A broken item is replaced by another, chosen by (seed, epoch,
-    index).  UserError when sizes do not fit, or (while iterating) when too many items are broken.
+    index).  An epoch takes every item ``repeats`` times in a row, differently each time; a part holds all of these, and
+    the item is read and opened once.  UserError when sizes do not fit, or (while iterating) when too many items are
+    broken.
     """
-    _check_sizes(len(source), source.name, batch_size, steps_per_epoch, world_size, accumulate)
+    _check_sizes(len(source) * repeats, source.name, batch_size, steps_per_epoch, world_size, accumulate * repeats)
     steps = range(start_step, total_steps)
-    order = _TrainOrder(seed, len(source), batch_size, steps_per_epoch, steps, rank, world_size, accumulate)
-    samples = _TrainSamples(source, view, channels, seed)
+    order = _TrainOrder(seed, len(source), batch_size, steps_per_epoch, steps, rank, world_size, accumulate, repeats)
+    samples = _TrainSamples(source, view, channels, seed, repeats)
     return _drain(_start(samples, order, workers, pin), source, bad)
 
 
@@ -117,18 +121,20 @@ def plain_batches(
     return _drain(_start(_PlainSamples(source, view, channels), _PlainOrder(chosen, batch_size), workers), source, bad)
 
 
-def data_statistics(source: Source, channels: int, *, sample: int = 1000) -> tuple[Tensor, Tensor]:
+def data_statistics(
+    source: Source, channels: int, *, sample: int = 1000, look: Callable[[Any, int], Tensor] = decode
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every channel, each (C,) float32, in units where bytes span [0, 1].
 
     From ``sample`` evenly spaced items, each weighing the same; broken ones are left out.  A constant channel gets a
-    deviation of 1.  UserError when no item can be read.
+    deviation of 1.  ``look`` gives pixels (C, H, W) of an item.  UserError when no item can be read.
     """
     chosen = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).round().astype(np.int64))
     first, second, count = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64), 0
     failures: list[Failure] = []
     for index in chosen.tolist():
         try:
-            pixels = _thin(decode(source.read(index), channels)).double().flatten(1)
+            pixels = _thin(look(source.read(index), channels)).double().flatten(1)
         except (OSError, DecodeError) as error:
             failures.append((index, _reason(error)))
             continue
@@ -146,28 +152,34 @@ def data_statistics(source: Source, channels: int, *, sample: int = 1000) -> tup
 
 
 class _TrainSamples(Dataset[_Loaded]):
-    def __init__(self, source: Source, view: View | MultiCropView, channels: int, seed: int) -> None:
-        self.source, self.view, self.channels, self.seed = source, view, channels, seed
+    def __init__(self, source: Source, view: View | MultiCropView, channels: int, seed: int, repeats: int = 1) -> None:
+        self.source, self.view, self.channels, self.seed, self.repeats = source, view, channels, seed, repeats
 
     def __getitem__(self, key: _Key) -> _Loaded:
         epoch, indices = key
         samples: list[_Sample] = []
         failures: list[Failure] = []
-        for index in indices.tolist():
+        for start in range(0, len(indices), self.repeats):
             try:
-                samples.append(self._sample(epoch, index, failures))
+                self._add(samples, epoch, int(indices[start]), failures)
             except UserError as error:
                 return _Loaded(None, len(samples) + len(failures), failures, str(error))
         return _Loaded(_stack(samples), len(samples) + len(failures), failures)
 
-    def _sample(self, epoch: int, index: int, failures: list[Failure]) -> _Sample:
+    def _add(self, samples: list[_Sample], epoch: int, index: int, failures: list[Failure]) -> None:
+        """``repeats`` samples of one item."""
         for attempt in range(1 + _REPLACEMENTS):
             generator = sample_generator(self.seed, epoch, index, attempt)
             chosen = index if attempt == 0 else int(generator.integers(len(self.source)))
             try:
-                return chosen, *self.view(self.source.read(chosen), self.channels, generator)
+                raw = self.source.read(chosen)
+                if self.repeats > 1:  # which is for videos only
+                    raw = open_video(raw)
+                samples += [(chosen, *self.view(raw, self.channels, generator)) for _ in range(self.repeats)]
             except (OSError, DecodeError) as error:
                 failures.append((chosen, _reason(error)))
+            else:
+                return
         raise UserError(_nothing_readable(self.source, failures[-1 - _REPLACEMENTS :]))
 
 
@@ -239,6 +251,7 @@ class _TrainOrder(Sampler[_Key]):
     rank: int
     world_size: int
     accumulate: int
+    repeats: int = 1
 
     def __iter__(self) -> Iterator[_Key]:
         rows = self.batch_size // (self.world_size * self.accumulate)
@@ -246,7 +259,7 @@ class _TrainOrder(Sampler[_Key]):
         for step in self.steps:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self.seed, epoch, self.length)
+                order = epoch_order(self.seed, epoch, self.length).repeat(self.repeats)
             step_start = step % self.steps_per_epoch * self.batch_size
             for micro in range(self.accumulate):
                 start = step_start + (micro * self.world_size + self.rank) * rows

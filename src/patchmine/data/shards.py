@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchmine.data.contract import IMAGE_SUFFIXES, ClassNames, Labels, fingerprint_of
+from patchmine.data.contract import IMAGES, ClassNames, Kind, Labels, fingerprint_of
 from patchmine.data.index import Index, PathList, index_file, load, save
 from patchmine.errors import UserError
 
@@ -140,8 +140,8 @@ class _OpenShard:
             os.close(self.number)
 
 
-def open_shards(shards: Sequence[Path], name: str, cache_dir: Path | None) -> ShardSource:
-    """The images of some tar shards.
+def open_shards(shards: Sequence[Path], name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> ShardSource:
+    """The images (or what else ``kind`` says) of some tar shards.
 
     The index is kept in ``cache_dir`` and used again as long as every shard has the size and time stamp that it had.
     What is whole in a shard that was cut can be used; a warning names the shard.  UserError when a shard is missing,
@@ -152,10 +152,10 @@ def open_shards(shards: Sequence[Path], name: str, cache_dir: Path | None) -> Sh
     except OSError as error:
         raise UserError(f"data={name}: the shard {error.filename} cannot be read ({error.strerror})") from error
     place = "\n".join(os.fspath(shard.resolve()) for shard in shards)
-    file = index_file(cache_dir, "shards", place) if cache_dir else None
+    file = index_file(cache_dir, f"{kind.name}-shards", place) if cache_dir else None
     index = load(file) if file else None
     if index is None or index.stamp["state"] != state:
-        index = index_shards(shards, name)
+        index = index_shards(shards, name, kind)
         index.stamp["state"] = state
         index = save(index, file) if file else index
     source = ShardSource(shards, index, name)
@@ -194,19 +194,21 @@ class _Table:
         return {**self.paths.columns(), **own}
 
 
-def index_shards(shards: Sequence[Path], name: str) -> Index:
+def index_shards(shards: Sequence[Path], name: str, kind: Kind = IMAGES) -> Index:
     """One pass over the headers of all shards."""
     table, cut = _Table(), list[str]()
     for number, shard in enumerate(shards):
         before, trouble = len(table.paths), list[str]()
-        for image, note in _samples(_members(shard, name, trouble), trouble):
+        for image, note in _samples(_members(shard, name, trouble), trouble, kind):
             table.add(number, image, note)
         if trouble:
-            usable = f"its {len(table.paths) - before:,} whole images are used"
+            usable = f"its {len(table.paths) - before:,} whole {kind.name}s are used"
             cut.append(f"the shard {shard} {trouble[0]}; {usable}; fetch or write it again to have the rest")
     if not len(table.paths):
-        why = f": {cut[0]}" if cut else f"; images end in {', '.join(IMAGE_SUFFIXES)}"
-        raise UserError(f"data={name}: there is no whole image in {len(shards)} shard{'s' * (len(shards) > 1)}{why}")
+        why = f": {cut[0]}" if cut else f"; {kind.name}s end in {', '.join(kind.suffixes)}"
+        raise UserError(
+            f"data={name}: there is no whole {kind.name} in {len(shards)} shard{'s' * (len(shards) > 1)}{why}"
+        )
     columns = table.columns()
     listed = fingerprint_of([columns["offsets"], columns["blob"], columns["size"]])
     return Index(columns, {"kind": "shards", "cut": cut, "fingerprint": listed})
@@ -240,12 +242,12 @@ def _members(shard: Path, name: str, trouble: list[str]) -> Iterator[_Member]:
         trouble.append(f"was {'damaged' if len(block) == tarfile.BLOCKSIZE else 'cut'} at byte {end:,}")
 
 
-def _samples(members: Iterable[_Member], trouble: list[str]) -> Iterator[tuple[_Member, _Member | None]]:
+def _samples(members: Iterable[_Member], trouble: list[str], kind: Kind) -> Iterator[tuple[_Member, _Member | None]]:
     """Image and note of each group of neighbours with one key; further images of a group are passed over."""
     notes_before = False
     for _, group in groupby(members, lambda member: _split(member.name)[0]):
         parts = list(group)
-        images = [part for part in parts if part.name.lower().endswith(IMAGE_SUFFIXES)]
+        images = [part for part in parts if part.name.lower().endswith(kind.suffixes)]
         images.sort(
             key=lambda part: "." in _split(part.name)[1]
         )  # `x.jpg` rather than `x.mask.png`; the sort is stable

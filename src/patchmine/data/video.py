@@ -1,6 +1,6 @@
 """Raw videos become frames: any number of them, by their numbers, without decoding what lies between where possible.
 
-A *raw video* is what a source of videos gives: a file or a part of one, encoded bytes, frames as encoded images, or
+A *raw video* is what a source of videos gives: a file, encoded bytes, frames as encoded images, or
 all frames as an array.  Files and bytes are decoded by torchcodec where it works here, else by PyAV; which one is found
 out once per process.  Frame i is the i-th in the order of presentation times, also where these are unevenly spaced.
 """
@@ -8,6 +8,7 @@ out once per process.  Frame i is the i-th in the order of presentation times, a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from patchmine.data import video_pyav, video_torchcodec
+from patchmine.data.contract import IMAGE_SUFFIXES, Kind
 from patchmine.data.decode import DecodeError, decode, fit_channels
 from patchmine.errors import UserError
 
@@ -33,20 +35,9 @@ _AVI = (b"RIFF", b"AVI ")  # at 0 and 8
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A video file, or ``size`` bytes of a file (a shard) from ``start`` on."""
+    """A video file, of which a decoder reads no more than it needs."""
 
     path: str
-    start: int = 0
-    size: int | None = None
-
-    def contents(self) -> bytes:
-        """All bytes.  OSError when the file is gone or has become shorter."""
-        with Path(self.path).open("rb") as handle:
-            handle.seek(self.start)
-            data = handle.read() if self.size is None else handle.read(self.size)
-        if self.size is not None and len(data) < self.size:
-            raise OSError(f"{self.path} ends {self.size - len(data)} bytes too early: it was changed meanwhile")
-        return data
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,27 @@ class FrameFiles:
     """A video whose frames lie as images in files of their own, in this order."""
 
     paths: tuple[str, ...]
+
+
+def frames_in(folder: str) -> FrameFiles:
+    """The images in a folder as frames: ``2.jpg`` comes before ``10.jpg``.  DecodeError where there are none."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+    if not names:
+        raise DecodeError("is a folder without images; a video in single frames has them in it")
+    return FrameFiles(tuple(f"{folder}/{name}" for name in sorted(names, key=in_counting_order)))
+
+
+def in_counting_order(name: str) -> list[tuple[int, str]]:
+    """A key to sort by, in which whole numbers within a name count as such."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _raw(path: str) -> VideoFile | FrameFiles:
+    return frames_in(path) if os.path.isdir(path) else VideoFile(path)  # noqa: PTH112, once per clip
+
+
+VIDEOS = Kind("video", VIDEO_SUFFIXES, _raw, folders=True)
 
 
 RawVideo = VideoFile | FrameFiles | bytes | Sequence[bytes] | np.ndarray | Tensor
@@ -123,17 +135,15 @@ def backend_name() -> str:
 
 def _open_file(file: VideoFile) -> VideoReader:
     info = os.stat(file.path)  # noqa: PTH116, once per clip; an OSError here names the file
-    size = info.st_size if file.size is None else file.size
-    if size == 0:
+    if info.st_size == 0:
         raise DecodeError("is empty (0 bytes); fetch it again or remove it")
-    whole = file.size is None
-    return _open_encoded(file.path if whole else file.contents(), (file.path, file.start, size, info.st_mtime_ns))
+    return _open_encoded(file.path, (file.path, info.st_size, info.st_mtime_ns))
 
 
 def _open_encoded(source: str | bytes, key: Hashable | None = None) -> VideoReader:
     """``source``: a file's path or its contents; ``key``: equal where these are known to be the same."""
     if not source:
-        raise DecodeError("is empty (0 bytes)")
+        raise DecodeError("is empty (0 bytes); fetch it again or remove it")
     if not backend_name().startswith("torchcodec"):
         return video_pyav.PyAVReader(source, key)
     # An AVI file has no presentation times.  FFmpeg's guesses, by which torchcodec orders frames, are wrong wherever
