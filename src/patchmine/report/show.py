@@ -13,7 +13,7 @@ from torch import Tensor
 from patchmine.config import RunConfig
 from patchmine.data.clips import PlainClips
 from patchmine.data.decode import DecodeError
-from patchmine.data.video import FrameFiles, VideoFile
+from patchmine.data.video import VIDEOS
 from patchmine.data.views import PlainView
 from patchmine.errors import UserError
 from patchmine.models.video import is_video
@@ -102,9 +102,7 @@ def _read_clip(path: Path, config: RunConfig) -> Tensor:
     """The clip in the middle of a video file, or of a folder of frames."""
     clip = config.clip
     view = PlainClips(config.image_size, clip.frames, clip.stride, clip.short, crop_pct=1.0)
-    frames = sorted(str(frame) for frame in path.iterdir() if frame.is_file()) if path.is_dir() else None
-    raw = VideoFile(str(path)) if frames is None else FrameFiles(tuple(frames))
-    return view(raw, config.channels, np.random.default_rng(0))[0]
+    return view(VIDEOS.read(str(path)), config.channels, np.random.default_rng(0))[0]  # nor does this one
 
 
 def _batch(images: Tensor) -> Batch:
