@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +14,21 @@ from torch import nn
 
 from patchmine.config import RunConfig, changed_results, parse, resolve_size, silent
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.contract import Source, notes_of
+from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
-from patchmine.data.loader import data_statistics, plain_batches, train_batches
+from patchmine.data.loader import plain_batches, train_batches
 from patchmine.data.normalise import normalise
-from patchmine.data.source import Spec, default_cache_dir, open_source
-from patchmine.data.views import PlainView, TrainView
+from patchmine.data.source import Spec
+from patchmine.data.views import View
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Reading
 from patchmine.evaluate.knn import online_knn
 from patchmine.evaluate.labelled import LabelledData, open_labelled
+from patchmine.evaluate.targets import target_of
 from patchmine.method import Method
 from patchmine.models.resnet import has_cifar_stem
-from patchmine.models.vit import Encoder, smallest_side
+from patchmine.models.video import VideoTransformer, is_video
+from patchmine.preparing import item_of, open_data, plain_view, samples_per_epoch, train_view, with_statistics
 from patchmine.report.panels import draw_panels
 from patchmine.run import Run, build_method, partner_config, write_export
 from patchmine.train.checkpoint import Checkpoint, load_newest
@@ -98,15 +99,9 @@ def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Sou
             f"data={config.data}: this run was made on a torch dataset; go on from Python, with "
             "patchmine.resume(path, data=dataset)"
         )
-    images = open_source(config.data if source is None else source, cache_dir=default_cache_dir())
-    for note in notes_of(images):
-        say(note)
+    images = open_data(config, source, say)
     config = resolve_size(config, len(images), say)
-    if config.mean is None:
-        mean, std = data_statistics(images, config.channels)
-        rounded = [[round(float(value), 4) for value in values] for values in (mean, std)]
-        say(f"Normalising with the data's own mean {rounded[0]} and std {rounded[1]}.")
-        config = config.model_copy(update={"mean": rounded[0], "std": rounded[1]})
+    config = with_statistics(config, images, say)
     config = _fit_to_length(config, len(images), say)
     engine = Engine(config.device, config.devices, config.num_nodes, config.precision)
     return engine, images, config
@@ -114,14 +109,16 @@ def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Sou
 
 def _fit_to_length(config: RunConfig, num_images: int, say: Say) -> RunConfig:
     """Refuses a batch larger than the data, and shortens a warm-up that would outlast half of a run given in steps."""
-    if config.batch_size > num_images:
+    samples = samples_per_epoch(config, num_images)
+    if config.batch_size > samples:
+        times = f" (clip.repeats={config.clip.repeats} times {num_images:,})" if samples > num_images else ""
+        what = f"{item_of(config)}s of data={config.data}{times}"
         raise UserError(
-            f"batch_size={config.batch_size} is more than the {num_images} images of data={config.data}: "
-            f"set batch_size={num_images} or lower"
+            f"batch_size={config.batch_size} is more than the {samples} {what}: set batch_size={samples} or lower"
         )
     if config.steps is None:
         return config
-    epochs = config.steps / (num_images // config.batch_size)
+    epochs = config.steps / (samples // config.batch_size)
     if config.warmup_epochs <= epochs / 2:
         return config
     shorter = round(epochs / 10, 6)
@@ -142,12 +139,12 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
         torch.manual_seed(config.seed)
         method = build_method(config, start_from=config.init if start is None else None)
     method.noise.seed = config.seed
-    view = _view(config, method)
+    view = train_view(config, method)
     identity = {"data": images.fingerprint}
     if start is not None:
         refuse_stranger(start, identity)  # before anything in the folder changes
     first_step = 0 if start is None else start.step
-    bad = BadFiles(folder / "bad_files.txt" if engine.is_main else None, config.max_bad_share)
+    bad = BadFiles(folder / "bad_files.txt" if engine.is_main else None, config.max_bad_share, item_of(config))
     if engine.is_main:
         # Not before now: a mistake in the settings must not leave a folder that looks like a run.
         _write_config(config, folder)
@@ -187,7 +184,7 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
 
 
 def _settings(config: RunConfig, images: Source) -> TrainSettings:
-    steps_per_epoch = len(images) // config.batch_size
+    steps_per_epoch = samples_per_epoch(config, len(images)) // config.batch_size
     total_steps = config.steps if config.steps is not None else (config.epochs or 0) * steps_per_epoch
     return TrainSettings(
         total_steps=total_steps,
@@ -218,31 +215,12 @@ def num_workers(config: RunConfig, engine: Engine) -> int:
     return max(1, min(16, cores // config.devices))
 
 
-def _view(config: RunConfig, method: Method) -> TrainView | MultiCropView:
-    """What becomes of a training image.  Raises UserError for local crops that patches do not fill."""
-    patches = [smallest_side(part) for part in method.modules() if isinstance(part, Encoder)]  # of all backbones
-    size, ratio, flip, interpolation = config.image_size, config.crop_ratio, config.flip, config.interpolation
-    if not method.multi_crop:
-        return TrainView(size, config.crop_scale, ratio, flip, interpolation, max(patches))
-    crops = config.crops
-    step = math.lcm(*patches)
-    if crops.num_local and crops.local_size % step:
-        near = max(step, round(crops.local_size / step) * step)
-        raise UserError(
-            f"crops.local_size={crops.local_size} is not a multiple of {step}, as the patches of the backbones of "
-            f"method={config.method.name} ask for: set crops.local_size={near}"
-        )
-    local = (crops.num_local, crops.local_size)
-    scales = (crops.global_scale, crops.local_scale)
-    return MultiCropView(size, *local, *scales, ratio, flip, interpolation, max(patches))
-
-
 def _batches(
     config: RunConfig,
     settings: TrainSettings,
     engine: Engine,
     images: Source,
-    view: TrainView | MultiCropView,
+    view: View | MultiCropView,
     first_step: int,
     bad: BadFiles,
 ) -> Iterator[Batch]:
@@ -259,6 +237,7 @@ def _batches(
         rank=engine.rank,
         world_size=engine.world_size,
         accumulate=config.accumulate,
+        repeats=samples_per_epoch(config, 1),
         workers=num_workers(config, engine),
         pin=engine.device.type == "cuda",
         bad=bad,
@@ -288,12 +267,12 @@ class _PlainData:
         share = range(count * rank // processes, count * (rank + 1) // processes)
         loaded = plain_batches(
             self.images,
-            PlainView(self.config.image_size, crop_pct=None),
+            plain_view(self.config, crop_pct=None),
             channels=self.config.channels,
             batch_size=256,
             indices=share,
             workers=num_workers(self.config, self.engine),
-            bad=BadFiles(None, self.config.max_bad_share),
+            bad=BadFiles(None, self.config.max_bad_share, item_of(self.config)),
         )
         return self._told(map(_normaliser(self.config, self.engine), loaded), len(share))
 
@@ -319,7 +298,7 @@ class _Looker:
         self._batch: Batch | None = None
         self._labelled: LabelledData | None = None
         if config.eval_every and engine.is_main:
-            self._labelled = open_labelled(config.eval_data, config.eval_test)
+            self._labelled = open_labelled(config.eval_data, config.eval_test, video=is_video(config.model))
 
     def draw(self, progress: Progress, batch: Batch) -> None:
         """samples/step-N.png."""
@@ -341,7 +320,7 @@ class _Looker:
     def _fixed_images(self) -> Iterator[Batch]:
         count = len(self.images)
         chosen = [count * place // SAMPLE_IMAGES for place in range(SAMPLE_IMAGES)] if count > SAMPLE_IMAGES else None
-        view = PlainView(self.config.image_size, crop_pct=1.0)
+        view = plain_view(self.config, crop_pct=1.0)
         loaded = plain_batches(
             self.images,
             view,
@@ -357,20 +336,9 @@ class _Looker:
         last = progress.step == progress.total_steps
         if self._labelled is None or (progress.epoch % self.config.eval_every and not last):
             return
-        config = self.config
-        assert config.mean is not None
-        assert config.std is not None
-        reading = Reading(workers=num_workers(config, self.engine), device=str(self.engine.device))
-        accuracy = online_knn(
-            self.method.encoder,
-            self._labelled,
-            image_size=config.image_size,
-            channels=config.channels,
-            mean=tuple(config.mean),
-            std=tuple(config.std),
-            crop_pct=config.crop_pct,
-            reading=reading,
-        )
+        reading = Reading(workers=num_workers(self.config, self.engine), device=str(self.engine.device))
+        target = target_of(self.config, self.method.encoder, "the encoder in training")
+        accuracy = online_knn(target, self._labelled, reading=reading)
         epoch = progress.step / progress.steps_per_epoch
         self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": "knn", **accuracy}})
         self.log.say(f"step {progress.step}: kNN top-1 {accuracy['top1']:.1f} %")
@@ -379,8 +347,10 @@ class _Looker:
 def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine: Engine) -> str:
     height, width = config.image_size
     epochs = settings.total_steps / settings.steps_per_epoch
+    clips = f"{config.clip.frames} frames of " if is_video(config.model) else ""
     return (
-        f"{config.method.name} on {len(images):,} images of {images.name}: {config.model} at {height}x{width}, "
+        f"{config.method.name} on {len(images):,} {item_of(config)}s of {images.name}: {config.model} at "
+        f"{clips}{height}x{width}, "
         f"{settings.total_steps:,} steps ({epochs:g} epochs) of {config.batch_size}, lr {config.blr:g} x "
         f"{config.batch_size}/256, {engine.precision} on {engine.world_size} x {engine.device.type}"
     )
@@ -388,7 +358,7 @@ def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine:
 
 def _last_words(folder: Path, encoder: nn.Module, bad: BadFiles) -> str:
     opened = f'timm.create_model("local-dir:{folder}/export", pretrained=True)'
-    if has_cifar_stem(encoder):
+    if has_cifar_stem(encoder) or isinstance(encoder, VideoTransformer):
         opened = f'patchmine.load_encoder("{folder}/export")'
-    broken = f" {len(bad)} broken images were left out, see {folder / 'bad_files.txt'}." if len(bad) else ""
+    broken = f" {len(bad)} broken {bad.item}s were left out, see {folder / 'bad_files.txt'}." if len(bad) else ""
     return f"Done: {folder}.{broken} Next: `patchmine report {folder} out={folder}/report.html`, or {opened}."

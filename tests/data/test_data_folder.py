@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from patchmine.data import folder
-from patchmine.data.contract import IMAGE_SUFFIXES
-from patchmine.data.contract import Kind
+from patchmine.data.contract import IMAGE_SUFFIXES, Kind
 from patchmine.data.folder import FileSource, open_folder
 from patchmine.errors import UserError
 
@@ -170,7 +169,7 @@ def test_a_kept_index_travels_by_name(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(root: Path, kind: Kind) -> folder.Index:
+    def refuse(root: Path, _: Kind) -> folder.Index:
         raise PermissionError(13, "Permission denied", str(root / "secret"))
 
     monkeypatch.setattr(folder, "list_folder", refuse)

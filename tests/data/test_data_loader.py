@@ -299,7 +299,7 @@ def test_statistics_are_those_of_the_pixels() -> None:
     assert torch.allclose(mean.double(), torch.from_numpy(pixels.mean(0)), atol=1e-6)
     assert torch.allclose(std.double(), torch.from_numpy(pixels.std(0)), atol=1e-6)
     assert data_statistics(Images(5, channels=13), 13, sample=1)[1].tolist() == [1.0] * 13  # constant
-    with pytest.raises(UserError, match=r"none of the 5 images .* set channels=13"):
+    with pytest.raises(UserError, match=r"none of the 5 items .* set channels=13"):
         data_statistics(Images(5, channels=13), 3)
 
 

@@ -23,11 +23,13 @@ class BadFiles:
     """Counts broken items once each, writes them to ``path`` (``name<TAB>reason``), and stops a run that has too many.
 
     Lives in the main process.  ``path=None`` only counts.  ``max_share``: the share of the data set that may be broken.
+    ``item``: what the data set is of, for messages.
     """
 
-    def __init__(self, path: Path | None, max_share: float) -> None:
+    def __init__(self, path: Path | None, max_share: float, item: str = "image") -> None:
         self.path = path
         self.max_share = max_share
+        self.item = item
         self._bad: set[int] = set()
         self._tried = 0
         self._listed = _names_in(path)
@@ -42,7 +44,8 @@ class BadFiles:
         for index, reason in fresh:
             if not self._bad:
                 where = f", listed in {self.path}" if self.path else ""
-                _log.warning("broken images are skipped%s; the first is %s: %s", where, source.path(index), reason)
+                first = source.path(index)
+                _log.warning("broken %ss are skipped%s; the first is %s: %s", self.item, where, first, reason)
             self._bad.add(index)
             self._write(source.path(index), reason)
         if fresh and self._too_many(len(source)):
@@ -53,8 +56,8 @@ class BadFiles:
         share = len(self._bad) / seen
         where = f"see {self.path}" if self.path else "no list was kept"
         return (
-            f"{len(self._bad)} of the {seen} images of {source.name} tried so far ({share:.1%}) cannot be used, more "
-            f"than max_bad_share={self.max_share} allows ({where}); the last is {source.path(index)}, which {reason}. "
+            f"{len(self._bad)} of the {seen} {self.item}s of {source.name} tried so far ({share:.1%}) cannot be used, "
+            f"more than max_bad_share={self.max_share} allows ({where}); the last is {source.path(index)}, which {reason}. "
             "Mend or remove them, or raise max_bad_share"
         )
 

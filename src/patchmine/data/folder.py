@@ -61,7 +61,7 @@ def open_folder(root: Path, name: str, cache_dir: Path | None, kind: Kind = IMAG
     The listing is kept in ``cache_dir`` and used again as long as no folder in it has changed.  A source without items
     is given back as such.  UserError when a folder may not be read.
     """
-    file = index_file(cache_dir, f"{kind.name}-folder", os.fspath(root.resolve())) if cache_dir else None
+    file = index_file(cache_dir, f"folder-{kind.name}", os.fspath(root.resolve())) if cache_dir else None
     kept = load(file) if file else None
     if kept is not None and _is_fresh(kept, root):
         return FileSource(root, kept, name, kind)

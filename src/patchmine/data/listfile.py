@@ -44,7 +44,7 @@ def open_list(file: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES
     try:
         info = file.stat()
         state = {"size": info.st_size, "changed": info.st_mtime_ns}
-        kept_in = index_file(cache_dir, f"{kind.name}-list", os.fspath(file.resolve())) if cache_dir else None
+        kept_in = index_file(cache_dir, f"list-{kind.name}", os.fspath(file.resolve())) if cache_dir else None
         kept = load(kept_in) if kept_in else None
         if kept is not None and kept.stamp["state"] == state:
             return FileSource(root, kept, name, kind)

@@ -338,7 +338,7 @@ def _drain(loaded: Iterator[_Loaded], source: Source, bad: BadFiles | None) -> I
 def _nothing_readable(source: Source, failures: Sequence[Failure]) -> str:
     index, reason = failures[0]
     return (
-        f"none of the {len(dict(failures))} images of {source.name} that were tried can be used; "
+        f"none of the {len(dict(failures))} items of {source.name} that were tried can be used; "
         f"the first is {source.path(index)}, which {reason}"
     )
 

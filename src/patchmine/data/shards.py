@@ -152,7 +152,7 @@ def open_shards(shards: Sequence[Path], name: str, cache_dir: Path | None, kind:
     except OSError as error:
         raise UserError(f"data={name}: the shard {error.filename} cannot be read ({error.strerror})") from error
     place = "\n".join(os.fspath(shard.resolve()) for shard in shards)
-    file = index_file(cache_dir, f"{kind.name}-shards", place) if cache_dir else None
+    file = index_file(cache_dir, f"shards-{kind.name}", place) if cache_dir else None
     index = load(file) if file else None
     if index is None or index.stamp["state"] != state:
         index = index_shards(shards, name, kind)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ _FAST_CHANNELS = 4  # torch's vectorised antialiased resize of bytes handles up 
 class View(Protocol):
     """What turns a raw item into pixels."""
 
-    def __call__(self, raw: Raw, channels: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
-        """Pixels (C, H, W), box (4,), flip; raises DecodeError."""
+    def __call__(self, raw: Any, channels: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
+        """Pixels (C, H, W), box (4,), flip; of a raw video as `data.clips` says.  Raises DecodeError."""
         ...
 
 

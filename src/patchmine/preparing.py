@@ -1,0 +1,92 @@
+"""From the settings of a run to its data and to what becomes of one item of it: images, or clips of videos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from patchmine.config import RunConfig
+from patchmine.data.clips import PlainClips, TrainClips, middle_frame
+from patchmine.data.contract import Source, notes_of
+from patchmine.data.crops import MultiCropView
+from patchmine.data.loader import data_statistics
+from patchmine.data.source import Spec, default_cache_dir, open_source
+from patchmine.data.video_sources import decoder_of, open_videos
+from patchmine.data.views import PlainView, TrainView, View
+from patchmine.errors import UserError
+from patchmine.method import Method
+from patchmine.models.video import is_video
+from patchmine.models.vit import Encoder, smallest_side
+
+Say = Callable[[str], None]
+
+
+def item_of(config: RunConfig) -> str:
+    """What an item of the data is, for messages: "image" or "video"."""
+    return "video" if is_video(config.model) else "image"
+
+
+def samples_per_epoch(config: RunConfig, items: int) -> int:
+    """How often a pass over ``items`` items looks at one: several clips may come of a video."""
+    return items * (config.clip.repeats if is_video(config.model) else 1)
+
+
+def open_data(config: RunConfig, source: Spec | None, say: Say) -> Source:
+    """What the run trains on, ``source`` in the place of ``config.data`` where it is given.
+
+    ``say`` hears what is wrong with it and what decodes videos.  Raises UserError as `open_source` does.
+    """
+    spec = config.data if source is None else source
+    if not is_video(config.model):
+        opened = open_source(spec, cache_dir=default_cache_dir())
+    else:
+        opened = open_videos(spec, cache_dir=default_cache_dir())
+        decoder = decoder_of(opened)
+        say(f"Videos are decoded by {decoder}." if decoder else "Frames are read as they are: no video to decode.")
+    for note in notes_of(opened):
+        say(note)
+    return opened
+
+
+def with_statistics(config: RunConfig, source: Source, say: Say) -> RunConfig:
+    """The settings with mean and deviation of the data, where they name none."""
+    if config.mean is not None:
+        return config
+    if is_video(config.model):
+        mean, std = data_statistics(source, config.channels, look=middle_frame)
+    else:
+        mean, std = data_statistics(source, config.channels)
+    rounded = [[round(float(value), 4) for value in values] for values in (mean, std)]
+    say(f"Normalising with the data's own mean {rounded[0]} and std {rounded[1]}.")
+    return config.model_copy(update={"mean": rounded[0], "std": rounded[1]})
+
+
+def train_view(config: RunConfig, method: Method) -> TrainView | MultiCropView | TrainClips:
+    """What becomes of an item in training.  Raises UserError for local crops that patches do not fill."""
+    patches = [smallest_side(part) for part in method.modules() if isinstance(part, Encoder)]  # of all backbones
+    size, ratio, flip, interpolation = config.image_size, config.crop_ratio, config.flip, config.interpolation
+    if is_video(config.model):
+        clip = config.clip
+        window = (clip.frames, clip.stride, clip.short)
+        return TrainClips(size, *window, tuple(clip.scales), flip, interpolation, max(patches))
+    if not method.multi_crop:
+        return TrainView(size, config.crop_scale, ratio, flip, interpolation, max(patches))
+    crops = config.crops
+    step = math.lcm(*patches)
+    if crops.num_local and crops.local_size % step:
+        near = max(step, round(crops.local_size / step) * step)
+        raise UserError(
+            f"crops.local_size={crops.local_size} is not a multiple of {step}, as the patches of the backbones of "
+            f"method={config.method.name} ask for: set crops.local_size={near}"
+        )
+    local = (crops.num_local, crops.local_size)
+    scales = (crops.global_scale, crops.local_scale)
+    return MultiCropView(size, *local, *scales, ratio, flip, interpolation, max(patches))
+
+
+def plain_view(config: RunConfig, crop_pct: float | None) -> View:
+    """What becomes of an item where nothing is random; ``crop_pct=None``: all of it, squashed to the model's size."""
+    if not is_video(config.model):
+        return PlainView(config.image_size, crop_pct)
+    clip = config.clip
+    return PlainClips(config.image_size, clip.frames, clip.stride, clip.short, crop_pct)
