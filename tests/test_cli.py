@@ -26,6 +26,7 @@ COMMANDS = [
     *(
         ["eval", "knn"],
         ["eval", "linear"],
+        ["eval", "video"],
         ["data", "inspect"],
         ["data", "shard"],
         ["bench", "step"],

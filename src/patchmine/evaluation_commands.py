@@ -51,6 +51,29 @@ def eval_linear(context: typer.Context) -> None:
     _show(evaluate_linear(read_words(LinearSettings, context.args, command="eval linear", first=["target"]), say))
 
 
+@command(evaluate, "video", "RUN data=VIDEOS [KEY=VALUE...]")
+def eval_video(context: typer.Context) -> None:
+    """Videos, as papers test them: several clips of each.
+
+    kNN and a linear classifier learn from one clip of each training video; of a test video the scores of several clips
+    and crops are averaged. `eval knn` and `eval linear` take one clip, from the middle.
+
+    \b
+      data= test= floors= weights=    as in `patchmine eval knn`, of videos
+      segments=5 crops=3   test clips of each video, and crops of each of them
+      image=runs/mae       floor: an encoder of images, averaged over the frames
+      batch_size=256       frames that are encoded at once
+    \b
+    Example:
+      patchmine eval video runs/video data=clips/train test=clips/test floors=true
+    """
+    from patchmine.commands import read_words
+    from patchmine.evaluate.video import VideoSettings, evaluate_video
+
+    for result in evaluate_video(read_words(VideoSettings, context.args, command="eval video", first=["target"]), say):
+        _show(result)
+
+
 def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
 

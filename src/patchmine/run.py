@@ -15,6 +15,7 @@ from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.methods import METHODS
 from patchmine.models import weights
+from patchmine.models.video import is_video
 from patchmine.models.vit import Encoder, build_encoder
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest
 
@@ -229,6 +230,7 @@ def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str
         std=config.std,
         crop_pct=config.crop_pct,
         interpolation=config.interpolation,
+        stride=config.clip.stride if is_video(config.model) else None,
     )
 
 

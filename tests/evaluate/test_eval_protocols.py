@@ -151,8 +151,7 @@ def test_online_knn_agrees_with_the_protocol_and_leaves_the_encoder_as_it_was(ru
     encoder = target.encoder.train()
     encoder.blocks[1].eval()
     modes, state = [m.training for m in encoder.modules()], torch.get_rng_state()
-    like = dict(image_size=(16, 16), channels=3, mean=target.mean, std=target.std)
-    found = online_knn(encoder, open_labelled(colours), reading=Reading(workers=0), **like)
+    found = online_knn(target, open_labelled(colours), reading=Reading(workers=0))
     assert torch.equal(state, torch.get_rng_state())
     assert found == {key: evaluate_knn(settings(KnnSettings, run_folder, colours))[key] for key in ("top1", "top5")}
     assert [m.training for m in encoder.modules()] == modes

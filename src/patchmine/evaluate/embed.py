@@ -1,4 +1,4 @@
-"""Features of every image in one parquet file, for search, clustering and whatever comes after."""
+"""Features of every image, or video, in one parquet file, for search, clustering and whatever comes after."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from patchmine.data.loader import BadFiles
-from patchmine.data.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Reader, stream
-from patchmine.evaluate.labelled import everything
+from patchmine.evaluate.labelled import everything, open_items
 from patchmine.evaluate.measure import ReadSettings
 from patchmine.evaluate.progress import Say, progress, silent
 from patchmine.ops.linear import fast_linear
@@ -30,13 +29,14 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
     """Write ``path``, ``index``, ``label`` (the class's name, where there are classes) and ``embedding`` (float32,
     fixed-size list).
 
-    One row group per batch, so memory does not grow with the number of images.  Broken images have no row.  The file
-    appears complete or not at all.  Raises UserError where nothing can be read or the file cannot be written.
+    One row group per batch, so memory does not grow with the number of images.  Broken images have no row.  Of a video
+    run the rows are videos, one clip from the middle of each.  The file appears complete or not at all.  Raises
+    UserError where nothing can be read or the file cannot be written.
     """
     target = settings.open()
     if target.note:
         say(target.note)
-    source = open_source(settings.data)
+    source = open_items(settings.data, video=target.clip is not None)
     out = Path(settings.out)
     if out.is_dir():
         raise UserError(f"out={out} is a folder: give the name of a file, for example out={out / 'embeddings.parquet'}")
@@ -47,7 +47,7 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
         new.replace(out)
     finally:
         new.unlink(missing_ok=True)
-    say(f"{rows:,} embeddings of {len(source):,} images in {out}")
+    say(f"{rows:,} embeddings of {len(source):,} {target.kind}s in {out}")
     return out
 
 
@@ -80,5 +80,5 @@ def _write(path: Path, reader: Reader, source: Any, settings: EmbedSettings, say
         if writer is not None:
             writer.close()
     if rows == 0:
-        raise UserError(f"{source.name} has no image that can be read")
+        raise UserError(f"{source.name} has no {reader.target.kind} that can be read")
     return rows

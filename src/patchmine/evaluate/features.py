@@ -1,4 +1,4 @@
-"""From images to features of a frozen encoder: read once, in order, for everything that is measured on them."""
+"""From images or clips to features of a frozen encoder: read once, in order, for everything measured on them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchmine.data.clips import PlainClips
 from patchmine.data.contract import Source
 from patchmine.data.loader import BadFiles, plain_batches
 from patchmine.data.normalise import normalise
-from patchmine.data.views import PlainView
+from patchmine.data.views import PlainView, View
 from patchmine.errors import UserError
 from patchmine.evaluate.labelled import Part, everything
 from patchmine.evaluate.progress import Say, progress, silent
 from patchmine.evaluate.targets import Target
+from patchmine.models.vit import embed_patches
+from patchmine.types import Batch
 
-LONGEST_SIDE = 32  # of images whose bare pixels are features
+LONGEST_SIDE, LONGEST_CLIP_SIDE = 32, 8  # of images, and of a clip's frames, whose bare pixels are features
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read; none of it changes a result beyond rounding.  ``max_bad_share``: broken images above which
-    to stop.
+    """How images are read; none of it changes a result beyond rounding.
+
+    ``batch_size``: images at once, of which the frames of a clip are so many.  ``max_bad_share``: broken images above
+    which to stop.
     """
 
     batch_size: int = 256
@@ -64,13 +69,13 @@ class Features:
 
 
 class Reader:
-    """Turns normalised images (B, C, H, W) into columns (B, S, D) float32: class tokens of the last blocks, then means
-    of their patches.
+    """Turns normalised images (B, C, H, W), or clips (B, C, T, H, W), into columns (B, S, D) float32: class tokens of
+    the last blocks, then means of their patches.
 
     ``poolings``: which columns, laid end to end, are meant by a name: ``cls``, ``mean``, ``cls+mean`` of the last
     block, and with more ``blocks`` also ``cls, last 4 blocks`` and so on.  The final norm is applied to every block.  A
     network without tokens has one column, ``pooled`` (its own pooling); no encoder at all gives ``pixels``, the image
-    shrunk to at most 32 pixels.
+    shrunk to at most 32 pixels, all frames of a clip to at most 8.
     """
 
     def __init__(self, target: Target, blocks: int = 1) -> None:
@@ -114,10 +119,50 @@ class Reader:
         """The tokens of the last blocks after the final norm, the last block last: (B, P + L, D) each."""
         if self.blocks == 1:
             return [encoder.forward_features(images)]
+        if self.target.clip is not None:
+            return _last_blocks(encoder, images, self.blocks)
         parts = encoder.forward_intermediates(
             images, indices=self.blocks, norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
         )
         return [part if isinstance(part, Tensor) else torch.cat([part[1], part[0]], dim=1) for part in parts]
+
+
+class FrameReader(Reader):
+    """Lets an encoder of images read clips (B, C, T, H, W): columns (B, S, D) are means over the frames.
+
+    What it gives knows nothing of the order of frames, so it is the floor that an encoder of videos has to rise above.
+    ``clips``: the target as which the clips are prepared; frames are normalised and resized anew for this one.
+    """
+
+    def __init__(self, target: Target, clips: Target, blocks: int = 1) -> None:
+        super().__init__(target, blocks)
+        if target.clip is not None:
+            raise UserError(f"image={target.name} is an encoder of videos: give one of images, or leave image= out")
+        if target.channels != clips.channels:
+            raise UserError(f"image={target.name} takes {target.channels} channels, {clips.name} {clips.channels}")
+        mean, std = torch.tensor(target.mean), torch.tensor(target.std)
+        self.scale = (torch.tensor(clips.std) / std)[:, None, None]
+        self.shift = ((torch.tensor(clips.mean) - mean) / std)[:, None, None]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, S, D) float32."""
+        frames = images.transpose(1, 2).flatten(0, 1)  # (B * T, C, H, W)
+        frames = frames * self.scale.to(frames.device) + self.shift.to(frames.device)
+        if tuple(frames.shape[-2:]) != self.target.image_size:
+            frames = F.interpolate(frames, self.target.image_size, mode="bicubic", antialias=True)
+        columns = super().__call__(frames)  # (B * T, S, D)
+        return columns.view(len(images), -1, *columns.shape[1:]).mean(1)
+
+
+def _last_blocks(encoder: Any, clips: Tensor, blocks: int) -> list[Tensor]:
+    """What timm's ``forward_intermediates`` gives of images: (B, L, D) of each of the last blocks, normed."""
+    tokens = encoder.norm_pre(embed_patches(encoder, clips))
+    kept = []
+    for number, block in enumerate(encoder.blocks):
+        tokens = block(tokens)
+        if number >= len(encoder.blocks) - blocks:
+            kept.append(encoder.norm(tokens))
+    return kept
 
 
 def _token_poolings(blocks: int, has_class_token: bool) -> dict[str, list[int]]:
@@ -131,9 +176,12 @@ def _token_poolings(blocks: int, has_class_token: bool) -> dict[str, list[int]]:
 
 
 def _shrunk(images: Tensor) -> Tensor:
-    """Images whose longer side is at most 32 pixels; smaller ones as they are."""
+    """Images (frames) whose longer side is at most 32 (8) pixels; smaller ones as they are."""
+    longest = LONGEST_SIDE
+    if images.ndim == 5:  # time counts as channels, which are resized one by one
+        images, longest = images.flatten(1, 2), LONGEST_CLIP_SIDE
     height, width = images.shape[-2:]
-    share = LONGEST_SIDE / max(height, width)
+    share = longest / max(height, width)
     if share >= 1:
         return images.float()
     size = (max(1, round(height * share)), max(1, round(width * share)))
@@ -153,14 +201,29 @@ def at_rest(encoder: nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
+def plain_view(target: Target) -> View:
+    """How items are prepared: shorter side to size / crop_pct, centre crop; of a video one clip from its middle."""
+    clip = target.clip
+    if clip is None:
+        return PlainView(target.image_size, crop_pct=target.crop_pct)
+    return PlainClips(target.image_size, clip.frames, clip.stride, clip.short, target.crop_pct)
+
+
 def stream(
-    readers: Mapping[str, Reader], part: Part, reading: Reading, bad: BadFiles
+    readers: Mapping[str, Reader],
+    part: Part,
+    reading: Reading,
+    bad: BadFiles,
+    *,
+    view: View | None = None,
+    views: int = 1,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """(index (B,), columns (B, S, D) by reader) of one batch after the other, in order, without broken images; all on
     the CPU.
 
-    All readers see the same images, prepared as the first one's target says: shorter side to size / crop_pct, bicubic,
-    centre crop. On a GPU the encoders run under bf16 autocast.
+    All readers see the same images, prepared by ``view``, by default `plain_view` of the first one's target.  A view
+    that gives ``views`` clips of each video, (V, C, T, H, W), makes columns (B * V, S, D), those of a video together.
+    On a GPU the encoders run under bf16 autocast.
     """
     target = next(iter(readers.values())).target
     device = reading.place()
@@ -168,18 +231,27 @@ def stream(
         if reader.target.encoder is not None:
             reader.target.encoder.to(device)
     mean, std = torch.tensor(target.mean), torch.tensor(target.std)
+    frames = 1 if target.clip is None else target.clip.frames
     batches = plain_batches(
         part.source,
-        PlainView(target.image_size, crop_pct=target.crop_pct),
+        view or plain_view(target),
         channels=target.channels,
-        batch_size=reading.batch_size,
+        batch_size=max(1, reading.batch_size // (frames * views)),
         indices=part.indices,
         workers=reading.num_workers(),
         bad=bad,
     )
     for batch in batches:
-        images = normalise(batch, mean, std, device).views[0]
+        images = normalise(_side_by_side(batch), mean, std, device).views[0]
         yield batch.index, {name: _read(reader, images, device) for name, reader in readers.items()}
+
+
+def _side_by_side(batch: Batch) -> Batch:
+    """Several clips of each video, (B, V, C, T, H, W), as so many clips; ``index`` stays that of the videos."""
+    clips = batch.views[0]
+    if clips.ndim < 6:
+        return batch
+    return replace(batch, views=[clips.flatten(0, 1)], flip=batch.flip.repeat_interleave(clips.shape[1]))
 
 
 @torch.inference_mode()
@@ -205,18 +277,28 @@ def extract_all(
                 table[rows] = x
             done += len(places)
             tick(len(places))
-    if done == 0:
-        raise UserError(f"{part.source.name} has no image that can be read")
-    if broken := len(part) - done:
-        found = f"{broken:,} of {len(part):,} images of {part.source.name} are broken"
-        if broken > reading.max_bad_share * len(part):
-            raise UserError(f"{found}, more than max_bad_share={reading.max_bad_share} allows: mend them, or raise it")
-        say(f"{title}: {found} and were skipped")
+    judge_broken(part, done, reading, title, kind_of(readers), say)
     for name, table in tables.items():
         if not math.isfinite(float(table[:done].sum())):
             raise UserError(f"{readers[name].target.name} gives features that are not finite: its weights are broken")
     labels = None if part.labels is None else torch.from_numpy(part.labels)[index[:done]]
     return {name: Features(table[:done], labels, index[:done]) for name, table in tables.items()}
+
+
+def kind_of(readers: Mapping[str, Reader]) -> str:
+    """What is read, "image" or "video": what the first reader's target takes."""
+    return next(iter(readers.values())).target.kind
+
+
+def judge_broken(part: Part, done: int, reading: Reading, title: str, kind: str, say: Say) -> None:
+    """After a pass that read ``done`` items: UserError where too few were whole, a sentence where some were broken."""
+    if done == 0:
+        raise UserError(f"{part.source.name} has no {kind} that can be read")
+    if broken := len(part) - done:
+        found = f"{broken:,} of {len(part):,} {kind}s of {part.source.name} are broken"
+        if broken > reading.max_bad_share * len(part):
+            raise UserError(f"{found}, more than max_bad_share={reading.max_bad_share} allows: mend them, or raise it")
+        say(f"{title}: {found} and were skipped")
 
 
 def extract(
@@ -229,7 +311,7 @@ def extract(
     device: str = "auto",
     say: Say = silent,
 ) -> Features:
-    """Features (N, D) of every readable image of ``source``, in its order, with labels where it has any.
+    """Features (N, D) of every readable image or video of ``source``, in its order, with labels where it has any.
 
     ``pooling``: ``cls`` (the mean of the patches where there is no class token), ``mean`` or ``cls+mean``.
     """

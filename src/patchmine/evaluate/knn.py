@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
 from patchmine.evaluate.labelled import LabelledData
 from patchmine.evaluate.measure import EvalSettings, Result, measure
 from patchmine.evaluate.neighbours import NEIGHBOURS, TEMPERATURE, Accuracy, knn_accuracy
 from patchmine.evaluate.progress import Say, silent
-from patchmine.evaluate.targets import CROP_PCT, Target
+from patchmine.evaluate.targets import Target
 from patchmine.ops.linear import fast_linear
 
 _STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
@@ -70,25 +70,21 @@ def _known(labels: Tensor | None) -> Tensor:
 
 
 def online_knn(
-    encoder: nn.Module,
+    target: Target,
     data: LabelledData,
     *,
-    image_size: tuple[int, int],
-    channels: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    crop_pct: float | None = CROP_PCT,
     reading: Reading | None = None,
     max_train: int = 10_000,
     max_test: int = 2_000,
 ) -> Accuracy:
-    """``{"top1", "top5"}`` in percent of the encoder as it is in the middle of training; every part's train or eval
+    """``{"top1", "top5"}`` in percent of an encoder as it is in the middle of training; every part's train or eval
     mode is left as it was.
 
     To cost little, at most ``max_train`` and ``max_test`` images are used, evenly spread over the list.
     """
-    reader = Reader(Target("the encoder in training", encoder, image_size, channels, tuple(mean), tuple(std), crop_pct))
-    device = next(encoder.parameters()).device
+    assert target.encoder is not None, "an encoder in training"
+    reader = Reader(target)
+    device = next(target.encoder.parameters()).device
     reading = reading or Reading(device=str(device))
     with fast_linear():
         train = extract_all({"": reader}, data.train.thinned(max_train), reading)[""]

@@ -1,4 +1,4 @@
-"""From what the user typed to labelled images for training and for testing."""
+"""From what the user typed to labelled images, or videos, for training and for testing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from patchmine.data.contract import Labels, Source
 from patchmine.data.source import open_source
+from patchmine.data.video_sources import open_videos
 from patchmine.errors import UserError
 
 Index = NDArray[np.int64]
 
 TEST_SHARE = 0.2
 _TEST_FOLDERS = ("test", "val", "validation", "valid")
-_PHOTOS = "embedded:photos"
+_IN_HALVES = ("embedded:photos", "embedded:moving-photos")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Part:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Images to learn from and images to be tested on, with the same numbering of ``classes``.  ``how``: a sentence for
-    people.
+    """Images (or videos) to learn from and such to be tested on, with the same numbering of ``classes``.
+
+    ``how``: a sentence for people.
     """
 
     train: Part
@@ -60,30 +62,37 @@ def everything(source: Source) -> Part:
     return Part(source, np.arange(len(source)), None if labels is None else labels.ids)
 
 
-def open_labelled(data: Any, test: Any = None) -> LabelledData:
-    """Labelled data from one or two sources (anything that ``open_source`` takes).
+def open_items(data: Any, *, video: bool) -> Source:
+    """The videos or the images that ``data`` names."""
+    return open_videos(data) if video else open_source(data)
+
+
+def open_labelled(data: Any, test: Any = None, *, video: bool = False) -> LabelledData:
+    """Labelled data from one or two sources (anything that ``open_source`` takes, or ``open_videos`` with ``video``).
 
     ``test`` given: learn from ``data``, test on it.  Else ``data`` with the folders train and test (or val), or
-    embedded:photos, is used as it is divided; of anything else the last fifth of each class, in the source's order, is
-    the test.  Raises UserError where there are no labels, fewer than two classes, or nothing to test on.
+    embedded:photos and embedded:moving-photos, is used as it is divided; of anything else the last fifth of each class,
+    in the source's order, is the test.  Raises UserError where there are no labels, fewer than two classes, or nothing
+    to test on.
     """
+    kind = "video" if video else "image"
     if test is not None:
-        return _of_two(data, test, f"learns from {_named(data)}, is tested on {_named(test)}")
+        return _of_two(data, test, kind, f"learns from {_named(data)}, is tested on {_named(test)}")
     if isinstance(data, str | Path):
-        if str(data) == _PHOTOS:
-            return _of_two(f"{_PHOTOS}/train", f"{_PHOTOS}/test", "the two disjoint halves of embedded:photos")
+        if str(data) in _IN_HALVES:
+            return _of_two(f"{data}/train", f"{data}/test", kind, f"the two disjoint halves of {data}")
         inner = _folders(Path(data))
         if inner:
-            return _of_two(*inner, f"learns from {inner[0]}, is tested on {inner[1]}")
-    source, labels = _open(data)
+            return _of_two(*inner, kind, f"learns from {inner[0]}, is tested on {inner[1]}")
+    source, labels = _open(data, kind)
     kept, held_out = split_by_class(labels.ids, TEST_SHARE)
     if len(held_out) == 0:
         raise UserError(
-            f"data={_named(data)} has one image per class, so none can be tested on: give more, or test=..."
+            f"data={_named(data)} has one {kind} per class, so none can be tested on: give more, or test=..."
         )
     how = (
         f"{_named(data)} has no part for testing: the last fifth of each class, in the order of the list, is tested on "
-        f"({len(held_out):,} of {len(labels.ids):,} images)"
+        f"({len(held_out):,} of {len(labels.ids):,} {kind}s)"
     )
     return LabelledData(Part(source, kept, labels.ids), Part(source, held_out, labels.ids), labels.names, how)
 
@@ -108,15 +117,15 @@ def _folders(path: Path) -> tuple[Path, Path] | None:
     return (path / "train", tests[0]) if tests and (path / "train").is_dir() else None
 
 
-def _of_two(data: Any, test: Any, how: str) -> LabelledData:
-    (source, labels), (test_source, test_labels) = _open(data), _open(test, "test")
+def _of_two(data: Any, test: Any, kind: str, how: str) -> LabelledData:
+    (source, labels), (test_source, test_labels) = _open(data, kind), _open(test, kind, "test")
     ids = test_labels.numbered_as(labels.names)
     every, every_test = np.arange(len(source)), np.arange(len(test_source))
     return LabelledData(Part(source, every, labels.ids), Part(test_source, every_test, ids), labels.names, how)
 
 
-def _open(data: Any, setting: str = "data") -> tuple[Source, Labels]:
-    source = open_source(data)
+def _open(data: Any, kind: str, setting: str = "data") -> tuple[Source, Labels]:
+    source = open_items(data, video=kind == "video")
     labels = source.labels()
     if labels is None:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -27,23 +27,28 @@ MAX_ITERATIONS, MIN_ITERATIONS, EPOCHS = 12_500, 2_000, 100
 _LARS_GROWTH = 90 * 0.1 * 1.28e6
 
 
-class LinearSettings(EvalSettings):
-    """Settings of `patchmine eval linear`."""
+class GridSettings(EvalSettings):
+    """How many classifiers are trained at once, DINOv2's way."""
 
-    protocol: Literal["dinov2", "mae"] = Field(
-        "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
-    )
     rates: tuple[float, ...] = Field(RATES, min_length=1, description="learning rates for 256 images (dinov2)")
     iterations: int | None = Field(None, gt=0, description="training steps (dinov2); null: by the number of images")
     held_out: float = Field(
         0.1, gt=0, lt=1, description="share of the training images that the choice is made on (dinov2)"
     )
-    epochs: int = Field(90, gt=0, description="passes over the training images (mae)")
-    warmup_epochs: int = Field(10, ge=0, description="of these, with a rising rate (mae)")
-    blr: float = Field(0.1, gt=0, description="learning rate for 256 images (mae)")
     train_batch: int | None = Field(
         None, gt=0, description="features in a training step; null: by the number of images"
     )
+
+
+class LinearSettings(GridSettings):
+    """Settings of `patchmine eval linear`."""
+
+    protocol: Literal["dinov2", "mae"] = Field(
+        "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
+    )
+    epochs: int = Field(90, gt=0, description="passes over the training images (mae)")
+    warmup_epochs: int = Field(10, ge=0, description="of these, with a rising rate (mae)")
+    blr: float = Field(0.1, gt=0, description="learning rate for 256 images (mae)")
 
 
 def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
@@ -79,8 +84,21 @@ def iterations_for(images: int, batch: int) -> int:
 def _dinov2(
     settings: LinearSettings, say: Say, reader: Reader, train: Features, test: Features, num_classes: int
 ) -> Result:
+    classify, told = best_of_grid(settings, say, reader, train, num_classes)
+    found = accuracy(lambda rows: classify(rows)[..., None], test.x, _known(test), settings.reading().place())
+    top1, top5 = found[0].tolist()
+    return {"top1": top1, "top5": top5, **told}
+
+
+def best_of_grid(
+    settings: GridSettings, say: Say, reader: Reader, train: Features, num_classes: int
+) -> tuple[Callable[[Tensor], Tensor], Result]:
+    """The classifier, rows (B, S, D) -> logits (B, C), that is best on held-out rows of ``train``; how it was chosen.
+
+    The rows must lie on the device that the settings name.
+    """
     device = settings.reading().place()
-    labels, test_labels = _known(train), _known(test)
+    labels = _known(train)
     fit, choice = (torch.from_numpy(part) for part in split_by_class(labels.numpy(), settings.held_out))
     # DINOv2 has 1,024 for ImageNet; on 20,000 small images 256 gained 3 points over that for the same work.
     batch = min(len(fit), settings.train_batch or batch_for(len(fit), steps=128, least=64, most=1_024))
@@ -104,12 +122,9 @@ def _dinov2(
     held_out = grid_accuracy(grid, train.x[choice], labels[choice], device)
     pooling = max(held_out, key=lambda name: float(held_out[name][:, 0].max()))
     chosen = int(held_out[pooling][:, 0].argmax())
-    top1, top5 = accuracy(partial(grid.logits, pooling), test.x, test_labels, device)[chosen].tolist()
     if chosen in (0, len(settings.rates) - 1) and len(settings.rates) > 1:
         say(f"{reader.target.name}: the best rate, {settings.rates[chosen]:g}, is at the edge of rates=...; widen them")
-    return {
-        "top1": top1,
-        "top5": top5,
+    told = {
         "chosen": {
             "pooling": pooling,
             "rate": settings.rates[chosen],
@@ -121,6 +136,7 @@ def _dinov2(
         },
         "settings": {"iterations": iterations, "train_batch": batch, "trained_on": len(fit), "chosen_on": len(choice)},
     }
+    return lambda rows: grid.logits(pooling, rows)[..., chosen], told
 
 
 def _mae(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
+from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
 from patchmine.evaluate.labelled import LabelledData, open_labelled
 from patchmine.evaluate.progress import Say
@@ -33,7 +34,9 @@ class ReadSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     target: str = Field(description="a run, an export, a timm architecture, random-init:RUN or raw-pixels")
-    data: str | list[str] = Field(description="folder, list file, tar shards or embedded:photos")
+    data: str | list[str] = Field(
+        description="folder, list file, tar shards or embedded:photos; of a video run, videos"
+    )
     weights: str = Field(
         "student", description="of a run student, teacher, partner or partner-teacher; a file for a timm architecture"
     )
@@ -42,7 +45,12 @@ class ReadSettings(BaseModel):
     crop_pct: float | None = Field(
         None, gt=0, le=1, description="centre crop, share of the shorter side; null: the target's own"
     )
-    batch_size: int = Field(256, gt=0, description="images that are encoded at once; changes no result")
+    stride: int | None = Field(
+        None, gt=0, description="of a video run: a clip takes every such frame of the video; null: the target's own"
+    )
+    batch_size: int = Field(
+        256, gt=0, description="images, or frames of clips, that are encoded at once; changes no result"
+    )
     workers: int | Literal["auto"] = Field("auto", description="processes that decode images")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of broken images above which to stop")
@@ -57,7 +65,13 @@ class ReadSettings(BaseModel):
         target = open_target(
             self.target, image_size=self.image_size, channels=self.channels, weights=self.weights, seed=self.seed
         )
-        return target if self.crop_pct is None else replace(target, crop_pct=self.crop_pct)
+        if self.crop_pct is not None:
+            target = replace(target, crop_pct=self.crop_pct)
+        if self.stride is None:
+            return target
+        if target.clip is None:
+            raise UserError(f"stride={self.stride} is for clips, but {target.name} takes images: leave the setting out")
+        return replace(target, clip=target.clip.model_copy(update={"stride": self.stride}))
 
 
 class EvalSettings(ReadSettings):
@@ -78,55 +92,85 @@ def measure(
     """
     start = time.monotonic()
     target = settings.open()
-    data = open_labelled(settings.data, settings.test)
-    for line in filter(None, (target.note, data.how)):
-        say(line)
-    targets = {"": target}
-    if settings.floors and target.encoder is not None:
-        targets |= {"random_init": random_twin(target, settings.seed), "raw_pixels": raw_pixels(target)}
-    readers = {name: Reader(each, blocks) for name, each in targets.items()}
+    readers = readers_of(settings, target, blocks)
     readers[""].choose(pooling)  # a mistake is told before images are read
+    data = labelled_for(settings, target, say)
     with fast_linear():
-        train = extract_all(readers, data.train, settings.reading(), title="train images", say=say)
-        test = extract_all(readers, data.test, settings.reading(), title="test images", say=say)
+        train = extract_all(readers, data.train, settings.reading(), title=f"train {target.kind}s", say=say)
+        test = extract_all(readers, data.test, settings.reading(), title=f"test {target.kind}s", say=say)
         extracted = time.monotonic()
         scores = {}
         for name, reader in readers.items():
             scores[name] = score(reader, train.pop(name), test[name], len(data.classes))
             if name:
                 say(f"floor {name}: top-1 {scores[name]['top1']:.2f}")
-    name = settings.name or protocol
-    result = {"name": name, "protocol": protocol, **scores.pop("")}
-    if scores:
-        result["floors"] = scores
-    result["target"] = {"name": target.name, "weights": settings.weights, "note": target.note}
-    result["images"] = _images(target, data, test[""])
-    result["seconds_spent"] = {"features": round(extracted - start, 1), "all": round(time.monotonic() - start, 1)}
-    result["notes"] = _notes(target, data)
-    if target.folder is not None:
-        write_result(Run(target.folder).eval_dir / f"{name}.json", result)
-    return result
+    spent = {"features": round(extracted - start, 1), "all": round(time.monotonic() - start, 1)}
+    return file_result(
+        {
+            "name": settings.name or protocol,
+            "protocol": protocol,
+            **with_floors(scores),
+            "target": {"name": target.name, "weights": settings.weights, "note": target.note},
+            "images": images_of(target, data, len(test[""])),
+            "seconds_spent": spent,
+            "notes": notes_of(target, data),
+        },
+        target,
+    )
 
 
-def _images(target: Target, data: LabelledData, test: Features) -> Result:
+def readers_of(settings: EvalSettings, target: Target, blocks: int) -> dict[str, Reader]:
+    """The target's reader under the name "" and, with ``floors``, those of its random twin and of the raw pixels."""
+    targets = {"": target}
+    if settings.floors and target.encoder is not None:
+        targets |= {"random_init": random_twin(target, settings.seed), "raw_pixels": raw_pixels(target)}
+    return {name: Reader(each, blocks) for name, each in targets.items()}
+
+
+def labelled_for(settings: EvalSettings, target: Target, say: Say) -> LabelledData:
+    """The images, or videos, that the settings name; ``say`` hears what a reader of the numbers must know."""
+    data = open_labelled(settings.data, settings.test, video=target.clip is not None)
+    for line in filter(None, (target.note, data.how)):
+        say(line)
+    return data
+
+
+def with_floors(scores: Mapping[str, Result]) -> Result:
+    """The target's own scores, which have the name "", with those of the floors inside."""
+    floors = {name: found for name, found in scores.items() if name}
+    return {**scores[""], "floors": floors} if floors else dict(scores[""])
+
+
+def images_of(target: Target, data: LabelledData, tested: int) -> Result:
+    """What was learnt from and tested on, and how it was prepared; ``tested``: items that could be read."""
+    clip = target.clip
     return {
         "how": data.how,
         "train": len(data.train),
         "test": len(data.test),
-        "test_read": len(test),
+        "test_read": tested,
         "classes": len(data.classes),
         "image_size": list(target.image_size),
         "crop_pct": target.crop_pct,
         "mean": list(target.mean),
         "std": list(target.std),
+        **({} if clip is None else {"clip": {"frames": clip.frames, "stride": clip.stride, "short": clip.short}}),
     }
 
 
-def _notes(target: Target, data: LabelledData) -> list[str]:
+def notes_of(target: Target, data: LabelledData) -> list[str]:
+    """Sentences that belong to the numbers."""
     notes = [target.note] if target.note else []
     if len(data.classes) <= 5:
         notes.append(f"top-5 is 100 by definition: there are only {len(data.classes)} classes")
     return notes
+
+
+def file_result(result: Result, target: Target) -> Result:
+    """The same result, written to eval/NAME.json where the target is a run."""
+    if target.folder is not None:
+        write_result(Run(target.folder).eval_dir / f"{result['name']}.json", result)
+    return result
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
@@ -147,9 +191,16 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
         table.add_row(name, f"{scores['top1']:.2f}", f"{scores['top5']:.2f}")
     console.print(table)
     images = result["images"]
+    kind = "videos" if "clip" in images else "images"
     console.print(
-        f"{images['train']:,} training and {images['test']:,} test images, {images['classes']} classes: {images['how']}"
+        f"{images['train']:,} training and {images['test']:,} test {kind}, {images['classes']} classes: {images['how']}"
     )
+    if "one_view" in result:
+        views = result["settings"]
+        console.print(
+            f"scores averaged over {views['segments']} x {views['crops']} clips of each video; "
+            f"the middle one alone: top-1 {result['one_view']['top1']:.2f}"
+        )
     if "by_k" in result:
         console.print("top-1 by k: " + ", ".join(f"{k}: {scores['top1']:.2f}" for k, scores in result["by_k"].items()))
     if "chosen" in result:

@@ -34,6 +34,31 @@ def nearest(bank: Tensor, query: Tensor, k: int, *, bank_rows: int = _BANK_ROWS)
     return best, place
 
 
+def vote_shares(
+    bank: Tensor,
+    bank_labels: Tensor,
+    query: Tensor,
+    num_classes: int,
+    *,
+    k: int = 20,
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """(Q, C) float32, rows that sum to one: each class's share of the vote of `knn_accuracy`.
+
+    ``bank`` (N, D) has rows of length one already, so that it may serve many small ``query`` (Q, D), of any length.
+    Shares of several clips of a video may be averaged, as probabilities are.
+    """
+    parts = []
+    for start in range(0, len(query), _QUERY_ROWS):
+        rows = query[start : start + _QUERY_ROWS]
+        similarity, place = nearest(bank, F.normalize(rows.float(), dim=1), min(k, len(bank)))
+        # Divided by the largest weight, which no share notices and which keeps a low temperature finite.
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = weight.new_zeros(len(rows), num_classes).scatter_add_(1, bank_labels[place], weight)
+        parts.append(votes / votes.sum(1, keepdim=True))
+    return torch.cat(parts)
+
+
 def knn_accuracy(
     bank: Tensor,
     bank_labels: Tensor,

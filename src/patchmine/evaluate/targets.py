@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import timm
 import torch
@@ -21,9 +21,11 @@ from torch import nn
 
 from patchmine.errors import UserError
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
-from patchmine.models.vit import initialise_encoder
+from patchmine.models.video import VideoTransformer, is_video
+from patchmine.models.vit import build_encoder, initialise_encoder
 from patchmine.models.weights import CONFIG, is_export, load_encoder
 from patchmine.run import Run, Which, is_run
+from patchmine.settings import Clip, RunConfig
 
 RAW_PIXELS = "raw-pixels"
 RANDOM_INIT = "random-init"
@@ -36,7 +38,8 @@ _NOT_WANTED = ("head.*", "head_dist.*", "fc.*", "classifier.*", "decoder*", "mas
 class Target:
     """A frozen encoder and how its images are prepared.  ``encoder`` None: the pixels themselves.
 
-    ``mean`` and ``std`` in [0, 1] units, one per channel.  ``folder``: the run that results are filed in.  ``note``:
+    ``mean`` and ``std`` in [0, 1] units, one per channel.  ``clip``: how clips are taken, of an encoder of videos;
+    None: it takes images.  ``folder``: the run that results are filed in.  ``note``:
     what a reader of the numbers must know.
     """
 
@@ -47,8 +50,14 @@ class Target:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float | None = CROP_PCT
+    clip: Clip | None = None
     folder: Path | None = None
     note: str = ""
+
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        """What an item of its data is."""
+        return "image" if self.clip is None else "video"
 
 
 def open_target(
@@ -62,7 +71,8 @@ def open_target(
     """The target that ``spec`` names; nothing is ever downloaded.
 
     A run folder (``weights`` one of `run.Which`) | an export folder | a file with the weights of a plain ViT or ResNet
-    | the name of a timm architecture (``weights`` a local file, else random ones, which ``note`` says) |
+    | the name of a timm architecture (``weights`` a local file, else random ones, which ``note`` says), or of a video
+    model (random weights only) |
     ``random-init:SPEC``, the same architecture with random weights from ``seed`` | ``raw-pixels`` or
     ``raw-pixels:SPEC``, the images as SPEC would see them.  ``image_size`` and ``channels`` overrule the target's own.
     Raises UserError for anything else.
@@ -134,16 +144,23 @@ def _of_run(path: Path, weights: str) -> Target:
     if weights not in known:
         raise UserError(f"weights={weights!r}: of the run {path} either {' or '.join(known)} can be measured")
     encoder = run.encoder(cast(Which, weights))
+    note = "" if weights == "student" else f"weights: {weights}"
+    return replace(target_of(config, encoder, str(path)), folder=path, note=note)
+
+
+def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
+    """The encoder of a run with these settings, which are complete."""
+    assert config.mean is not None
+    assert config.std is not None
     return Target(
-        str(path),
+        name,
         encoder,
         config.image_size,
         config.channels,
         tuple(config.mean),
         tuple(config.std),
         config.crop_pct,
-        folder=path,
-        note="" if weights == "student" else f"weights: {weights}",
+        config.clip if is_video(config.model) else None,
     )
 
 
@@ -159,15 +176,21 @@ def _of_timm_model(name: str, encoder: nn.Module, cfg: Mapping[str, Any] | None 
     patch_embed = getattr(encoder, "patch_embed", None)
     prepared = resolve_data_config(pretrained_cfg={"crop_pct": CROP_PCT, **cfg})
     size = getattr(patch_embed, "img_size", None) or prepared["input_size"][1:]
-    channels = next(p for p in encoder.parameters() if p.ndim == 4).shape[1]
+    channels = next(p for p in encoder.parameters() if p.ndim >= 4).shape[1]
     mean, std = tuple(prepared["mean"]), tuple(prepared["std"])
     if len(mean) != channels:
         mean, std = _imagenet(channels)
-    return Target(name, encoder, tuple(size), channels, mean, std, prepared["crop_pct"])
+    clip = None
+    if isinstance(encoder, VideoTransformer):
+        embed = encoder.patch_embed
+        clip = Clip(frames=embed.num_frames, tubelet=embed.patch_size[0], stride=cfg.get("stride", Clip().stride))
+    return Target(name, encoder, tuple(size), channels, mean, std, prepared["crop_pct"], clip)
 
 
 def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weights: str, seed: int) -> Target:
     bare = name.removeprefix("timm/")
+    if is_video(bare) and weights == "student":
+        return _of_video(name, size or (224, 224), channels or 3, seed)
     if not timm.is_model(bare.split(".")[0]):
         near = difflib.get_close_matches(bare.split(".")[0], timm.list_models(), n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
@@ -187,6 +210,15 @@ def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weig
         tensors = tensors_only(content.get("state_dict", content.get("model", content)))
         load_tensors(encoder, tensors, LoadReport(str(weights)), allow=_NOT_WANTED)
     return replace(_sized(_of_timm_model(name, encoder), size), name=f"{name} ({weights})")
+
+
+def _of_video(name: str, size: tuple[int, int], channels: int, seed: int) -> Target:
+    clip = Clip()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(name, image_size=size, channels=channels, clip=(clip.frames, clip.tubelet))
+    note = f"no weights were loaded: {name} is measured with random ones (give a file of weights itself for others)"
+    return replace(_of_timm_model(name, encoder), note=note)
 
 
 def _create(name: str, settings: dict[str, Any], size: tuple[int, int] | None) -> nn.Module:
@@ -215,7 +247,7 @@ def _resized(target: Target, size: tuple[int, int] | None, channels: int | None)
     if size is None or size == target.image_size:
         return target
     if isinstance(target.encoder, VisionTransformer | Beit):
-        patch = target.encoder.patch_embed.patch_size
+        patch = target.encoder.patch_embed.patch_size[-2:]
         if any(side % step for side, step in zip(size, patch, strict=True)):
             raise UserError(
                 f"image_size={size[0]}x{size[1]} is not a multiple of {target.name}'s patch {patch[0]}x{patch[1]}"

@@ -49,14 +49,15 @@ def export_encoder(
     std: Sequence[float],
     crop_pct: float = 0.875,
     interpolation: str = "bicubic",
+    stride: int | None = None,
 ) -> Path:
     """Write a folder that `timm.create_model("local-dir:FOLDER")` and `transformers.AutoModel` open.
 
     Only `load_encoder` opens that of a video model or of a ResNet with a stem for small images, which timm cannot
     build; the README in the folder says so.  ``model`` and ``model_args`` are what the encoder was built from; ``mean``
-    and ``std`` are in [0, 1] units, one for each channel.  The folder appears complete or not at all; an older export
-    is replaced.  Raises UserError when ``folder`` holds anything else, ValueError when the encoder is not what
-    ``model`` and ``model_args`` describe.
+    and ``std`` are in [0, 1] units, one for each channel; ``stride`` is the distance of a clip's frames, noted for who
+    opens the folder.  The folder appears complete or not at all; an older export is replaced.  Raises UserError when
+    ``folder`` holds anything else, ValueError when the encoder is not what ``model`` and ``model_args`` describe.
     """
     folder = Path(folder)
     _refuse_other_content(folder)
@@ -99,6 +100,7 @@ def export_encoder(
             "std": list(std),
             "num_classes": 0,
             "pool_size": None,
+            **({} if stride is None else {"stride": stride}),
             **places,
         },
     }
