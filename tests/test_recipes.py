@@ -14,12 +14,17 @@ from patchmine.run import build_method
 
 TINY = {"cifar10-tiny", "cifar10-tiny-samples", "photos-demo"}
 PUBLISHED = {"mae-vit-b-imagenet", "mae-vit-l-imagenet", "hpm-vit-b-imagenet", "hpm-vit-l-imagenet"}
+VIDEO = {  # encoder, epochs, frames between two that are taken, decoder's width and heads
+    "video-vit-s-kinetics400": ("video_vit_small_patch16", 1600, 4, 192, 3),
+    "video-vit-b-kinetics400": ("video_vit_base_patch16", 800, 4, 384, 6),
+    "video-vit-b-ssv2": ("video_vit_base_patch16", 800, 2, 384, 6),
+}
 RECIPES = {recipe.name: recipe for recipe in list_recipes()}
 ROWS = [(recipe.name, method) for recipe in RECIPES.values() for method in recipe.method_names]
 
 
 def test_all_promised_recipes_are_there() -> None:
-    assert set(recipe_names()) >= TINY | PUBLISHED | {"my-images"}
+    assert set(recipe_names()) >= TINY | PUBLISHED | set(VIDEO) | {"my-images", "moving-photos"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -60,6 +65,31 @@ def test_published_recipes_hold_the_published_numbers(name: str, epochs: int, ba
     assert method["clip_grad"] == (None if method["name"] == "mae" else 5.0)
     decoder = (method["decoder_embed_dim"], method["decoder_depth"], method["decoder_num_heads"])
     assert (method["mask_ratio"], *decoder) == (0.75, 512, 8, 16)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize("method", ["mae", "hpm"])
+def test_recipes_of_videos_hold_what_is_published_for_videomae(name: str, method: str) -> None:
+    config = parse(name, ["data=x", f"method={method}"])
+    model, epochs, stride, width, heads = VIDEO[name]
+    assert (config.model, config.epochs, config.batch_size, config.warmup_epochs) == (model, epochs, 2048, 40)
+    assert (config.blr, config.weight_decay, config.betas) == (1.5e-4, 0.05, (0.9, 0.95))
+    assert config.min_lr == pytest.approx(1e-5 * config.batch_size / 256)
+    assert (config.clip.frames, config.clip.stride, config.clip.tubelet, config.clip.repeats) == (16, stride, 2, 1)
+    assert (config.clip.short, config.clip.scales, config.flip) == ("hold", [1.0, 0.875, 0.75, 0.66], 0)
+    settings = config.method.model_dump()
+    decoder = (settings["decoder_embed_dim"], settings["decoder_depth"], settings["decoder_num_heads"])
+    assert (settings["mask_ratio"], settings["norm_pix_loss"], settings["clip_grad"]) == (0.9, True, None)
+    assert decoder == (width, 4, heads)
+
+
+@pytest.mark.parametrize("method", ["mae", "hpm"])
+def test_moving_photos_can_be_built(method: str) -> None:
+    config = parse("moving-photos", [f"method={method}"])
+    assert (config.clip.frames, config.clip.stride, config.image_size, config.flip) == (16, 1, (64, 64), 0)
+    built = build_method(config)
+    assert built.video
+    assert sum(p.numel() for p in built.encoder.parameters()) < 2e6
 
 
 @pytest.mark.parametrize("method", METHODS)
