@@ -57,8 +57,8 @@ class BadFiles:
         where = f"see {self.path}" if self.path else "no list was kept"
         return (
             f"{len(self._bad)} of the {seen} {self.item}s of {source.name} tried so far ({share:.1%}) cannot be used, "
-            f"more than max_bad_share={self.max_share} allows ({where}); the last is {source.path(index)}, which {reason}. "
-            "Mend or remove them, or raise max_bad_share"
+            f"more than max_bad_share={self.max_share} allows ({where}); the last is {source.path(index)}, which "
+            f"{reason}. Mend or remove them, or raise max_bad_share"
         )
 
     def _too_many(self, total: int) -> bool:

@@ -60,7 +60,8 @@ class TrainClips:
         start = int(generator.integers(0, max(0, video.num_frames - self.frames * self.stride) + 1))
         indices = window(video.num_frames, start, self.frames, self.stride, self.short)
         clip = _read(video, indices, channels, self.smallest_side)
-        top, left, height, width = scaled_crop(*clip.shape[-2:], self.image_size, self.scales, generator)
+        full_height, full_width = clip.shape[-2:]
+        top, left, height, width = scaled_crop(full_height, full_width, self.image_size, self.scales, generator)
         flip = bool(generator.random() < self.flip)
         box = fractions(clip, top, left, height, width)
         crop = clip[..., top : top + height, left : left + width]
@@ -137,7 +138,7 @@ class TestClips:
         place = {index: number for number, index in enumerate(wanted)}
         frames = _read(video, wanted, channels, self.smallest_side)  # a frame of two windows is decoded once
         frames = resize_frames(frames, cover(frames, self.image_size, 1.0), self.interpolation)
-        corners = even_crops(*frames.shape[-2:], self.image_size, self.crops)
+        corners = even_crops(frames.shape[-2], frames.shape[-1], self.image_size, self.crops)
         height, width = self.image_size
         clips, boxes = [], []
         for indices in windows:

@@ -1,7 +1,8 @@
 """``embedded:moving-photos``: clips that a moving camera takes of the embedded photographs; the class is the motion.
 
 A data set of videos that needs no network and no video decoder.  Eight motions at random speeds over random places:
-what a single frame shows says nothing about the class.  The training clips come from one half of every photograph, the
+what a single frame shows says next to nothing about the
+class.  The training clips come from one half of every photograph, the
 test clips from the other, as in `data.photos`.  A clip is a function of its number alone.
 """
 
@@ -66,7 +67,7 @@ class MovingPhotos:
         if not 0 <= index < len(self):
             raise IndexError(f"clip {index} of {len(self)}")
         photographs = _photographs(self.part)
-        shot = draw_shot(self.part, index, [(half.shape[-2], half.shape[-1]) for half in photographs])
+        shot = draw_shot(self.part, index, [(levels[0].shape[-2], levels[0].shape[-1]) for levels in photographs])
         return film(photographs[shot.photograph], shot)
 
     def path(self, index: int) -> str:
@@ -95,11 +96,19 @@ def open_moving_photos(name: str) -> Source:
 
 
 @cache
-def _photographs(part: str) -> list[Tensor]:
-    """Each (3, H, W) float32 in bytes; read once per process, and shared with workers that are forked later."""
+def _photographs(part: str) -> list[list[Tensor]]:
+    """The levels of each photograph; read once per process, and shared with workers that are forked later."""
     name = f"embedded:moving-photos/{part}"
     halves = [half_of_photograph(photo_folder(name), number, part, name) for number in range(len(PHOTOGRAPHS))]
-    return [torch.from_numpy(np.array(half)).permute(2, 0, 1).float() for half in halves]
+    return [levels_of(torch.from_numpy(np.array(half)).permute(2, 0, 1).float()) for half in halves]
+
+
+def levels_of(photograph: Tensor) -> list[Tensor]:
+    """(3, H, W) float32 in bytes, and the same shrunk to a half, a quarter, ... as long as a frame fits."""
+    levels = [photograph]
+    while min(levels[-1].shape[-2:]) >= 2 * SIDE:
+        levels.append(F.avg_pool2d(levels[-1][None], 2)[0])
+    return levels
 
 
 def draw_shot(part: str, index: int, sizes: list[tuple[int, int]]) -> Shot:
@@ -128,8 +137,8 @@ def _reach(motion: int, amount: float, angle: float) -> float:
     return math.sqrt(0.5) * (math.sqrt(amount) if motion < 6 else 1.0)
 
 
-def film(photograph: Tensor, shot: Shot) -> NDArray[np.uint8]:
-    """(16, 64, 64, 3) uint8: the frames of a shot over a photograph (3, H, W) float32 in bytes."""
+def film(levels: list[Tensor], shot: Shot) -> NDArray[np.uint8]:
+    """(16, 64, 64, 3) uint8: the frames of a shot over a photograph, given by its levels."""
     way = torch.linspace(-0.5, 0.5, FRAMES)
     if shot.motion % 2 == 0:  # left, up, in and left again: the first of each pair
         way = -way
@@ -142,21 +151,23 @@ def film(photograph: Tensor, shot: Shot) -> NDArray[np.uint8]:
     elif shot.motion < 6:
         side = side * shot.amount**way  # the view shrinks where the camera comes nearer
     else:
-        angle = angle + way * math.radians(shot.amount)
-    return _sample(photograph, rows, columns, side, angle)
+        angle = angle - way * math.radians(shot.amount)
+    return _sample(levels, rows, columns, side, angle)
 
 
-def _sample(photograph: Tensor, rows: Tensor, columns: Tensor, side: Tensor, angle: Tensor) -> NDArray[np.uint8]:
-    # The photograph is shrunk first until a pixel of the widest view is about one of its own: no aliasing.
-    level = max(0, round(math.log2(float(side.max()) / SIDE)))
-    shrunk = F.avg_pool2d(photograph[None], 2**level) if level else photograph[None]
+def _sample(levels: list[Tensor], rows: Tensor, columns: Tensor, side: Tensor, angle: Tensor) -> NDArray[np.uint8]:
+    # Of the level at which a pixel of the widest view is about one of its own, so that there is no aliasing.
+    level = min(len(levels) - 1, max(0, round(math.log2(float(side.max()) / SIDE))))
+    shrunk = levels[level]
     across = ((torch.arange(SIDE) + 0.5) / SIDE - 0.5) * side[:, None]  # (T, 64), pixels from the centre
     cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None]
     down, right = across[:, :, None], across[:, None, :]
     y = rows[:, None, None] + cosine * down - sine * right
     x = columns[:, None, None] + sine * down + cosine * right
-    # In shares of the sides, from -1 to 1; pooling has cut off what does not fill its last window.
-    full_height, full_width = (length << level for length in shrunk.shape[2:])
+    # In shares of the sides, from -1 to 1; shrinking has cut off an odd last row or column.
+    full_height, full_width = (length << level for length in shrunk.shape[1:])
     places = torch.stack([(2 * x + 1) / full_width - 1, (2 * y + 1) / full_height - 1], -1)
-    frames = F.grid_sample(shrunk.expand(len(rows), -1, -1, -1), places, padding_mode="border", align_corners=False)
+    frames = F.grid_sample(
+        shrunk[None].expand(len(rows), -1, -1, -1), places, padding_mode="border", align_corners=False
+    )
     return frames.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
