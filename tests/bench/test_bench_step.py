@@ -138,3 +138,14 @@ def test_words_of_the_command_line_reach_every_method() -> None:
     given = read_words(StepBench, words, command="bench step")
     assert given.method == {"name": "mae,hpm", "decoder_depth": 1}
     assert read_words(StepBench, ["method=[mae,hpm]"], command="bench step").method == {"name": ["mae", "hpm"]}
+
+
+def test_steps_on_clips() -> None:
+    clips = dict(model="video_vit_tiny_patch16", frames=4, image_size=16, rounds=1)
+    result, _ = run(method={"name": "mae,hpm", "mask_ratio": 0.5, **SMALL_DECODER}, **clips)
+    work = {row["name"]: row["gflop_per_step"] for row in result["contestants"]}
+    assert work["hpm (mid-training)"] > work["hpm (first step)"] > work["mae"] > 0
+    with pytest.raises(UserError, match="against=transformers times ViTMAE, which is for images"):
+        run(method="mae", against="transformers", **clips)
+    with pytest.raises(UserError, match=r"clip.tubelet=3 does not divide clip.frames=4"):
+        run(method="mae", tubelet=3, **clips)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from patchmine.bench.measure import peak_bytes
 from patchmine.ops import losses
 from patchmine.ops.losses import (
     absolute_difficulty_loss,
@@ -51,6 +52,14 @@ def test_ranking_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = relative_difficulty_loss(predicted, error)
     monkeypatch.setattr(losses, "PAIRS_AT_ONCE", 3 * 50)  # a row at a time
     torch.testing.assert_close(relative_difficulty_loss(predicted, error), whole, rtol=1e-6, atol=0)
+
+
+def test_ranking_of_clips_fits_into_little_memory() -> None:
+    """32 clips with 1408 masked cubes: a tensor over all pairs would take 254 MB, and the graph of it 1.5 GB."""
+    predicted = torch.zeros(32, 1408, device="meta", requires_grad=True)  # memory is counted, nothing is worked out
+    error = torch.zeros(32, 1408, device="meta")
+    peak = peak_bytes(lambda: relative_difficulty_loss(predicted, error).backward(), torch.device("cpu"))
+    assert 10e6 < peak < 100e6
 
 
 def test_ranking_sees_the_order_of_errors_only() -> None:

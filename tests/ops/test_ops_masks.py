@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patchmine.ops.masks import (
+    count_positions,
     count_visible,
     expand_units,
     hard_masked,
     lowest_visible,
     sum_in_units,
+    tubes,
     weighted_order,
 )
 from patchmine.ops.noise import Noise
@@ -194,3 +196,18 @@ def test_the_first_is_drawn_in_proportion() -> None:
     first = weighted_order(weights, uniform(4, 4000, 4))[:, 0]
     share = torch.bincount(first, minlength=4) / 4000
     torch.testing.assert_close(share, weights[0] / 20, atol=4 * 0.5 / 4000**0.5, rtol=0)
+
+
+@pytest.mark.parametrize(("ratio", "visible"), [(0.9, 20), (0.75, 49), (0.5, 98)])
+def test_clips_truncate_what_is_masked_and_images_what_is_visible(ratio: float, visible: int) -> None:
+    assert count_positions(Grid((8, 14, 14), (2, 16, 16)), ratio) == visible
+    assert count_positions(Grid((14, 14), (16, 16)), ratio) == int(196 * (1 - ratio)) == count_visible(196, ratio)
+
+
+def test_tubes_repeat_places_at_every_time() -> None:
+    grid = Grid((3, 2, 2), (2, 4, 4))
+    mask = tubes(Mask(torch.tensor([[0, 3], [1, 2]]), torch.tensor([[1, 2], [0, 3]]), 4), grid)
+    assert mask.num_patches == 12
+    assert mask.visible.tolist() == [[0, 3, 4, 7, 8, 11], [1, 2, 5, 6, 9, 10]]
+    assert mask.masked.tolist() == [[1, 2, 5, 6, 9, 10], [0, 3, 4, 7, 8, 11]]
+    assert tubes(mask, grid) is mask

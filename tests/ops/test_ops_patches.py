@@ -122,3 +122,16 @@ def test_a_perfect_prediction_paints_the_input(grid: Grid, standardised: bool) -
     panel = reconstruction_panel(images, mask, grid, target, borrow=standardised)
     torch.testing.assert_close(panel.data, images, atol=1e-5, rtol=1e-5)
     assert ("borrowed" in panel.title) is standardised
+
+
+def test_cubes_are_standardised_within_each_channel() -> None:
+    grid = GRIDS[2]
+    clips = images_for(grid) * torch.tensor([1.0, 5.0, 0.2]).view(1, 3, 1, 1, 1)
+    target = pixel_targets(clips, torch.tensor([[4], [7]]), grid.patch, norm_pix_loss=True)
+    for row, number in enumerate((4, 7)):
+        cube = slow_patch(clips[row], grid, number)  # (C, 2, 4, 4)
+        flat = cube.flatten(1)
+        expected = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-6 / 0.226)
+        torch.testing.assert_close(target[row, 0].reshape(-1, 3).T, expected, atol=1e-5, rtol=1e-5)
+    still = pixel_targets(torch.full_like(clips, 0.5), torch.tensor([[4], [7]]), grid.patch, norm_pix_loss=True)
+    assert still.abs().max() < 0.1
