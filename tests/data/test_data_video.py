@@ -1,0 +1,268 @@
+"""Videos are read frame by number, the same by either decoder; damaged ones are told in one sentence."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from patchmine.data import video, video_pyav, video_torchcodec
+from patchmine.data.decode import DecodeError
+from patchmine.data.video import FrameFiles, VideoFile, VideoReader, backend_name, fit_frames, frames_in, open_video
+from patchmine.data.video_pyav import PyAVReader
+from patchmine.data.video_torchcodec import TorchcodecReader
+from patchmine.errors import UserError
+
+FRAMES, HEIGHT, WIDTH = 40, 48, 64
+
+
+@pytest.fixture(scope="module")
+def av() -> Any:
+    return pytest.importorskip("av")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """(40, 48, 64, 3) uint8: a square that moves, on a grey that gets brighter with every frame."""
+    frames = np.empty((FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+    for number, frame in enumerate(frames):
+        frame[:] = 20 + 5 * number
+        frame[8:24, number : number + 16] = (250, 40, 40)
+    return frames
+
+
+@pytest.fixture(scope="module")
+def write(av: Any) -> Callable[..., Path]:
+    """Encodes frames; ``times`` are their numbers on a clock of 25 a second."""
+
+    def write(
+        path: Path, frames: np.ndarray, *, codec: str = "libx264", times: Sequence[int] | None = None, **options: str
+    ) -> Path:
+        with av.open(str(path), "w", options=options) as container:
+            stream = container.add_stream(codec, rate=25, options={"g": "12", "bf": "2"})
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            stream.codec_context.time_base = Fraction(1, 25)
+            for number, frame in zip(times or range(len(frames)), frames, strict=True):
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture.pts, picture.time_base = number, Fraction(1, 25)
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode(None))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory, write: Callable[..., Path], pictures: np.ndarray) -> Path:
+    """40 frames in MP4, a key frame every 12, its table of contents in front."""
+    return write(tmp_path_factory.mktemp("video") / "clip.mp4", pictures, movflags="faststart")
+
+
+def needs_torchcodec() -> None:
+    if not video_torchcodec.works():
+        pytest.skip("torchcodec does not work here")
+
+
+def all_frames(av: Any, path: Path) -> torch.Tensor:
+    """(F, 3, H, W) the slow way: one after the other, in the order in which the decoder gives them."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi", "clip.ts"])
+def test_any_frames_are_those_of_reading_all(
+    name: str, tmp_path: Path, av: Any, write: Callable[..., Path], pictures: np.ndarray
+) -> None:
+    path = write(tmp_path / name, pictures, codec="mpeg4" if name.endswith("avi") else "libx264")
+    expected = all_frames(av, path)
+    reader = PyAVReader(str(path))
+    assert reader.num_frames == FRAMES
+    for indices in ([0], [39], [5, 3, 3, 30], list(range(1, 40, 4)), [11, 12, 13], [23, 35]):
+        assert torch.equal(reader.frames(indices), expected[indices])
+    assert reader.fps == pytest.approx(25)
+    # The grey that gets brighter, by 5 a frame, tells which frame it is.
+    assert expected.float().mean((1, 2, 3)).diff().min() > -1
+
+
+def test_uneven_times_leave_the_numbers_of_frames_as_they_are(
+    tmp_path: Path, av: Any, write: Callable[..., Path], pictures: np.ndarray
+) -> None:
+    times = np.cumsum(np.random.default_rng(0).integers(1, 6, FRAMES)).tolist()
+    path = write(tmp_path / "uneven.mp4", pictures, times=times)
+    expected = all_frames(av, path)
+    for reader in (PyAVReader(str(path)), open_video(VideoFile(str(path)))):
+        assert reader.num_frames == FRAMES
+        assert torch.equal(reader.frames([1, 20, 39]), expected[[1, 20, 39]])
+
+
+def test_both_decoders_give_the_same_frames(clip: Path) -> None:
+    needs_torchcodec()
+    wanted = [39, 0, 14, 14, 27]
+    assert torch.equal(TorchcodecReader(str(clip)).frames(wanted), PyAVReader(str(clip)).frames(wanted))
+    assert torch.equal(TorchcodecReader(clip.read_bytes()).frames(wanted), PyAVReader(clip.read_bytes()).frames(wanted))
+
+
+def test_the_shared_clips_decode_alike_with_both(shared: Path, tmp_path: Path, av: Any) -> None:
+    needs_torchcodec()
+    if not (shared / "data" / "video.tar").is_file():
+        pytest.skip("the shared clips are missing")
+    with tarfile.open(shared / "data" / "video.tar") as archive:
+        archive.extractall(tmp_path, filter="data")
+    files = sorted((tmp_path / "video").iterdir())
+    assert len(files) == 5
+    for file in files:
+        ours, other = open_video(VideoFile(str(file))), PyAVReader(str(file))
+        assert ours.num_frames == other.num_frames
+        wanted = [0, 9, ours.num_frames // 2]
+        assert torch.equal(ours.frames(wanted), other.frames(wanted)), file.name
+        if file.suffix == ".avi":  # whose times FFmpeg has to guess, wrongly
+            assert torch.equal(other.frames(wanted), all_frames(av, file)[wanted])
+
+
+def test_a_picture_that_is_stored_on_its_side_is_turned(tmp_path: Path, clip: Path) -> None:
+    needs_torchcodec()
+    data = clip.read_bytes()
+    matrix = np.array([65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    quarter = np.array([0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    place = data.rindex(matrix)  # of the track; the first is the whole film's
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(data[:place] + quarter + data[place + len(matrix) :])
+    turned = PyAVReader(str(path)).frames([3])
+    assert turned.shape == (1, 3, WIDTH, HEIGHT)
+    assert torch.equal(turned, TorchcodecReader(str(path)).frames([3]))
+    assert sorted(turned.flatten().tolist()) == sorted(PyAVReader(str(clip)).frames([3]).flatten().tolist())
+
+
+def test_the_index_of_a_file_is_made_once(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_pyav, "_indices", type(video_pyav._indices)())
+    monkeypatch.setattr(video, "backend_name", lambda: "PyAV")
+    first = open_video(VideoFile(str(clip)))
+    monkeypatch.setattr(video_pyav, "_make_index", None)
+    again = open_video(VideoFile(str(clip)))
+    assert torch.equal(first.frames([7]), again.frames([7]))
+
+
+def test_the_file_used_longest_ago_is_forgotten_first(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_pyav, "_indices", type(video_pyav._indices)())
+    monkeypatch.setattr(video_pyav, "MOST_FRAMES", 2 * FRAMES)
+    for key in ("a", "b", "a", "c"):
+        PyAVReader(str(clip), key)
+    assert list(video_pyav._indices) == ["a", "c"]
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
+def test_damaged_files_are_told_in_a_sentence(
+    decoder: str, tmp_path: Path, av: Any, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if decoder == "torchcodec":
+        needs_torchcodec()
+    else:
+        monkeypatch.setattr(video, "backend_name", lambda: "PyAV")
+    data = clip.read_bytes()
+
+    def complaint(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DecodeError) as error:
+            read_all(tmp_path / name)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert complaint("empty.mp4", b"") == "is empty (0 bytes); fetch it again or remove it"
+    assert complaint("text.mp4", b"no video at all" * 20).startswith("cannot be opened as a video (")
+    assert complaint("half.mp4", data[: len(data) * 6 // 10]).startswith("stops ")
+    holed = bytearray(data)
+    middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+    holed[middle : middle + 400] = bytes(255 - byte for byte in holed[middle : middle + 400])
+    assert complaint("holed.mp4", bytes(holed)).startswith("stops decoding before frame ")
+    assert complaint("sound.mp4", _sound(av)) == "has no pictures, only sound or text; remove it"
+    with pytest.raises(OSError, match=r"gone\.mp4"):
+        open_video(VideoFile(str(tmp_path / "gone.mp4")))
+
+
+def read_all(path: Path) -> torch.Tensor:
+    reader = open_video(VideoFile(str(path)))
+    return reader.frames(range(reader.num_frames))
+
+
+def _sound(av: Any) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def test_a_video_that_torchcodec_refuses_goes_on_with_pyav(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_torchcodec()
+
+    def refuse(*_: object) -> torch.Tensor:
+        raise DecodeError("no")
+
+    expected = PyAVReader(str(clip)).frames([4])
+    monkeypatch.setattr(TorchcodecReader, "frames", refuse)
+    assert torch.equal(open_video(VideoFile(str(clip))).frames([4]), expected)
+
+
+def test_without_any_decoder_both_ways_out_are_named(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_torchcodec, "works", lambda: False)
+    monkeypatch.setattr(video_pyav, "is_installed", lambda: False)
+    backend_name.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"pip install av .*pip install torchcodec"):
+            open_video(VideoFile(str(clip)))
+    finally:
+        backend_name.cache_clear()
+
+
+def test_frames_in_files_come_in_counting_order(tmp_path: Path) -> None:
+    for number in (10, 2, 1):
+        Image.new("RGB", (6, 4), (number, 0, 0)).save(tmp_path / f"frame{number}.png")
+    (tmp_path / "notes.txt").touch()
+    raw = frames_in(str(tmp_path))
+    assert [Path(path).name for path in raw.paths] == ["frame1.png", "frame2.png", "frame10.png"]
+    reader = open_video(raw)
+    assert reader.num_frames == 3
+    assert reader.frames([2, 0])[:, 0, 0, 0].tolist() == [10, 1]
+    Image.new("RGB", (8, 4)).save(tmp_path / "frame2.png")
+    with pytest.raises(DecodeError, match="frames of different sizes"):
+        reader.frames([0, 1])
+    (tmp_path / "frame2.png").write_bytes(b"x")
+    with pytest.raises(DecodeError, match="has a frame, number 1, that is no readable image"):
+        reader.frames([1])
+
+
+def test_arrays_are_read_with_channels_first_or_last(pictures: np.ndarray) -> None:
+    frames: list[VideoReader] = [
+        open_video(raw)
+        for raw in (pictures, torch.from_numpy(pictures), np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+    ]
+    expected = torch.from_numpy(pictures).permute(0, 3, 1, 2)[[5, 1]]
+    assert all(torch.equal(reader.frames([5, 1]), expected) for reader in frames)
+    assert open_video(pictures[..., 0]).frames([0]).shape == (1, 1, HEIGHT, WIDTH)
+    with pytest.raises(DecodeError, match="values of type float32"):
+        open_video(pictures.astype(np.float32))
+    with pytest.raises(DecodeError, match="has shape"):
+        open_video(pictures[0, 0])
+    with pytest.raises(DecodeError, match="holds no frame"):
+        open_video(FrameFiles(()))
+
+
+def test_frames_get_the_channels_of_the_run(pictures: np.ndarray) -> None:
+    frames = open_video(pictures).frames([0, 1, 2])
+    grey = fit_frames(frames, 1)
+    assert grey.shape == (3, 1, HEIGHT, WIDTH)
+    assert torch.equal(fit_frames(grey, 3)[:, 0], grey[:, 0])
+    with pytest.raises(DecodeError, match="set channels=3"):
+        fit_frames(frames, 13)
