@@ -249,7 +249,7 @@ def import_weights(context: typer.Context) -> None:
     print(import_file(**given.model_dump(), say=say).path)
 
 
-@command(data, "inspect", "IMAGES [sample=1000] [full=false]")
+@command(data, "inspect", "IMAGES [sample=1000] [full=false] [video=false]")
 def data_inspect(context: typer.Context) -> None:
     """Count images and decode a sample of them.
 
@@ -258,14 +258,16 @@ def data_inspect(context: typer.Context) -> None:
     \b
     Example:
       patchmine data inspect photos/ full=true
+      patchmine data inspect clips/ video=true
     """
     from patchmine.commands import Inspect, read_words
     from patchmine.data.inspect import inspect, render
     from patchmine.data.source import default_cache_dir, open_source
+    from patchmine.data.video_sources import open_videos
 
     given = read_words(Inspect, context.args, command="data inspect", first=["data"])
-    source = open_source(given.data, cache_dir=default_cache_dir())
-    print(render(inspect(source, sample=given.sample, full=given.full)))
+    source = (open_videos if given.video else open_source)(given.data, cache_dir=default_cache_dir())
+    print(render(inspect(source, sample=given.sample, full=given.full, video=given.video)))
 
 
 @command(data, "shard", "IMAGES out=FOLDER [max_side=PIXELS] [shard_mb=256]")
@@ -388,18 +390,23 @@ def bench_step(context: typer.Context) -> None:
 
 @command(bench, "data", "data=IMAGES [image_size=224] [repeats=5]")
 def bench_data(context: typer.Context) -> None:
-    """Time a worker from encoded image to training crop.
+    """Time a worker from encoded image to training crop, or from video to clip.
 
-    Against torchvision's ImageFolder chain with PIL, in turns.
+    Against torchvision's ImageFolder chain with PIL, or PyAV frame after frame, in turns.
 
     \b
     Example:
       patchmine bench data data=photos.tar
+      patchmine bench data data=clips/ video=true
     """
     from patchmine.bench.data import bench_data as measure
+    from patchmine.bench.video import bench_video
     from patchmine.commands import BenchData, read_words
 
     given = read_words(BenchData, context.args, command="bench data")
+    if given.video:
+        bench_video(**given.model_dump(exclude={"data", "video"}), source=given.data, say=print)
+        return
     measure(given.data, image_size=given.image_size, repeats=given.repeats, say=print)
 
 

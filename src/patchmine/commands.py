@@ -107,6 +107,7 @@ class Inspect(_Arguments):
     data: str = Field(description="name the images first, as in `patchmine data inspect photos/`")
     sample: int = Field(1000, gt=0, description="images that are decoded")
     full: bool = Field(False, description="decode all images")
+    video: bool = Field(False, description="these are videos; one frame of each is looked at")
 
 
 class Shard(_Arguments):
@@ -124,3 +125,6 @@ class BenchData(_Arguments):
     data: str = Field(description="name the images, as in data=photos/")
     image_size: int = Field(224, gt=0, description="side of the crops, in pixels")
     repeats: int = Field(5, gt=0, description="times that all images are read")
+    video: bool = Field(False, description="these are videos: time the reading of clips")
+    frames: int = Field(16, gt=0, description="of a clip, where these are videos")
+    stride: int = Field(4, gt=0, description="a clip takes every such frame of a video")

@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from patchmine.data.contract import Labels, Source, notes_of
 from patchmine.data.decode import DecodeError, decode, probe
+from patchmine.data.video import FrameFiles, VideoFile, open_video
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,10 +31,10 @@ SHOWN = 10
 class InspectReport:
     """What was found.  Everything but ``count`` and ``notes`` is about the ``read`` items that were looked at.
 
-    ``sizes``: (height, width) -> items.  ``channels``, ``dtypes``: likewise.  ``mean``, ``std``: per channel over the
-    pixels of the items that have the most frequent number of channels, 8- and 16-bit values scaled to [0, 1].
-    ``duplicates``: groups of paths with equal contents.  ``broken``: (path, reason).  ``classes``: name -> items,
-    all of the source; None without labels.
+    ``sizes``: (height, width) -> items.  ``channels``, ``dtypes``: likewise.  ``frames``: lengths of videos, of which
+    one frame each gives the rest.  ``mean``, ``std``: per channel over the pixels of the items that have the most
+    frequent number of channels, 8- and 16-bit values scaled to [0, 1].  ``duplicates``: groups of paths with equal
+    contents.  ``broken``: (path, reason).  ``classes``: name -> items, all of the source; None without labels.
     """
 
     name: str
@@ -41,6 +43,7 @@ class InspectReport:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     channels: Counter[int] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
+    frames: Counter[int] = field(default_factory=Counter)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     duplicates: list[list[str]] = field(default_factory=list)
@@ -50,9 +53,14 @@ class InspectReport:
 
 
 def inspect(
-    source: Source, *, sample: int = 1000, full: bool = False, progress: Callable[[int, int], None] | None = None
+    source: Source,
+    *,
+    sample: int = 1000,
+    full: bool = False,
+    video: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> InspectReport:
-    """Reads and decodes ``sample`` items spread evenly over the source, or all of them.
+    """Reads and decodes ``sample`` items spread evenly over the source, or all of them; of a ``video`` its middle.
 
     ``progress`` is told (items done, items to do).
     """
@@ -68,7 +76,7 @@ def inspect(
         try:
             raw = source.read(index)
             digests[number], readable[number] = _digest(raw), True
-            _look(raw, report, moments)
+            _look(_middle_frame(raw, report) if video else raw, report, moments)
         except (OSError, DecodeError) as error:
             report.broken.append((source.path(index), " ".join(str(error).split()) or type(error).__name__))
         if progress is not None:
@@ -106,6 +114,14 @@ def _look(raw: Any, report: InspectReport, moments: dict[int, _Moments]) -> None
     report.dtypes[dtype] += 1
 
 
+def _middle_frame(raw: Any, report: InspectReport) -> Tensor:
+    """(C, H, W) uint8; the length is noted when the frame could be decoded."""
+    reader = open_video(raw)
+    frame = reader.frames([reader.num_frames // 2])[0]
+    report.frames[reader.num_frames] += 1
+    return frame
+
+
 def _class_sizes(labels: Labels | None) -> dict[str, int] | None:
     if labels is None:
         return None
@@ -115,6 +131,9 @@ def _class_sizes(labels: Labels | None) -> dict[str, int] | None:
 
 def _digest(raw: Any) -> int:
     """64 bits that stand for the contents: of a million items, two agree by chance once in 30 million sets."""
+    if isinstance(raw, VideoFile | FrameFiles):
+        files = [raw.path] if isinstance(raw, VideoFile) else raw.paths
+        raw = b"".join(Path(file).read_bytes() for file in files)
     if isinstance(raw, Image.Image):
         raw = np.asarray(raw)
     if isinstance(raw, Tensor):
@@ -169,10 +188,13 @@ def _listed(head: str, lines: list[str]) -> Iterable[str]:
 
 def _rows(report: InspectReport) -> Iterable[tuple[str, str]]:
     looked = "all of them read" if report.read == report.count else f"{report.read:,} of them read"
-    yield "images", f"{report.count:,} in {report.name}; {looked}"
+    item = "video" if report.frames else "image"
+    yield f"{item}s", f"{report.count:,} in {report.name}; {looked}"
     if report.classes is not None:
         sizes = sorted(report.classes.values())
-        yield "classes", f"{len(sizes):,}, of {sizes[0]:,} to {sizes[-1]:,} images"
+        yield "classes", f"{len(sizes):,}, of {sizes[0]:,} to {sizes[-1]:,} {item}s"
+    if report.frames:
+        yield "frames", _spread([*report.frames.elements()], "frames")
     if report.sizes:
         for head, axis in (("height", 0), ("width", 1)):
             yield head, _spread([size[axis] for size in report.sizes.elements()])
@@ -186,9 +208,9 @@ def _rows(report: InspectReport) -> Iterable[tuple[str, str]]:
     yield "broken", f"{len(report.broken):,} of {report.read:,} ({len(report.broken) / max(1, report.read):.1%})"
 
 
-def _spread(values: list[int]) -> str:
+def _spread(values: list[int], unit: str = "pixels") -> str:
     low, middle, high = np.percentile(values, [0, 50, 100]).astype(int)
-    return f"{low} to {high} pixels, median {middle}" if low < high else f"{low} pixels"
+    return f"{low} to {high} {unit}, median {middle}" if low < high else f"{low} {unit}"
 
 
 def _counts(counts: dict[Any, int]) -> str:

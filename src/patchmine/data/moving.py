@@ -80,7 +80,9 @@ class MovingPhotos:
 
     def labels(self) -> Labels:
         """The motions."""
-        return Labels(np.arange(len(self), dtype=np.int64) % len(MOTIONS), list(MOTIONS))
+        names = sorted(MOTIONS)
+        number = np.array([names.index(motion) for motion in MOTIONS], np.int64)
+        return Labels(number[np.arange(len(self)) % len(MOTIONS)], names)
 
 
 def open_moving_photos(name: str) -> Source:

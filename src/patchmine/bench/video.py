@@ -1,0 +1,176 @@
+"""`patchmine bench data video=true`: what it costs one worker to have a clip's frames out of an encoded video.
+
+Against PyAV used as most training code uses a video reader: from the first frame on, one after the other.  All readers
+get the same windows and take turns, a few videos at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchmine.data import video_pyav, video_torchcodec
+from patchmine.data.clips import TrainClips, window
+from patchmine.data.contract import Source
+from patchmine.data.decode import DecodeError
+from patchmine.data.loader import sample_generator
+from patchmine.data.video import VideoFile, open_video
+from patchmine.data.video_sources import open_videos
+from patchmine.errors import UserError
+
+_VIDEOS = 50
+_TURN = 2  # videos that one reader reads before the next has its turn
+_Read = Callable[[str | bytes, list[int]], object]
+_Job = tuple[str | bytes, list[int]]
+
+
+def bench_video(
+    source: str | Path,
+    *,
+    image_size: int = 224,
+    frames: int = 16,
+    stride: int = 4,
+    repeats: int = 5,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Times readers on one thread over a random window of up to 50 videos of ``source``, ``repeats`` times.
+
+    ``milliseconds`` per clip are medians over the repeats: "sequential" decodes and converts all frames, "until" those
+    up to the last one wanted, of which it converts the wanted ones only; "PyAV" and "torchcodec" (where it works) are
+    our readers; "view" is the crop and resize that follow.  ``ratio``: how many times as fast as "sequential" each of
+    ours is, ``ratio_until`` as "until": medians over turns.  UserError without PyAV, or without encoded videos.
+    """
+    if not video_pyav.is_installed():
+        raise UserError("the videos are timed against PyAV, which is missing: pip install av")
+    opened = open_videos(source)
+    jobs = _jobs(opened, frames, stride)
+    readers: dict[str, _Read] = {"sequential": _sequential, "until": _until, "PyAV": _pyav}
+    if video_torchcodec.works():
+        readers["torchcodec"] = _torchcodec
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        _race(readers, jobs[:_TURN])
+        turns = [_race(readers, jobs) for _ in range(repeats)]
+        view = _view_seconds(jobs, image_size, frames)
+    finally:
+        torch.set_num_threads(threads)
+    times = {name: 1e3 * median(sum(turn[name]) for turn in turns) / len(jobs) for name in readers}
+    ours = [name for name in readers if name not in ("sequential", "until")]
+    result = {
+        "videos": len(jobs),
+        "frames": frames,
+        "stride": stride,
+        "repeats": repeats,
+        "milliseconds": {**times, "view": 1e3 * view},
+        "ratio": {name: _ratio(turns, "sequential", name) for name in ours},
+        "ratio_until": {name: _ratio(turns, "until", name) for name in ours},
+    }
+    _tell(result, opened.name, image_size, say)
+    return result
+
+
+def _jobs(source: Source, frames: int, stride: int) -> list[_Job]:
+    """Evenly spaced videos that can be decoded, each with a window of it."""
+    jobs: list[_Job] = []
+    for index in np.unique(np.linspace(0, len(source) - 1, min(_VIDEOS, len(source))).astype(int)).tolist():
+        raw = source.read(index)
+        content = raw.path if isinstance(raw, VideoFile) else raw
+        if not isinstance(content, str | bytes):
+            raise UserError(f"{source.name} holds no encoded videos; give files or shards, whose decoding can be timed")
+        try:
+            number = open_video(raw).num_frames
+            start = int(sample_generator(0, 0, index).integers(0, max(0, number - frames * stride) + 1))
+            wanted = window(number, start, frames, stride, "hold")
+            open_video(raw).frames(wanted)
+        except (OSError, DecodeError):
+            continue
+        jobs.append((content, wanted))
+    if not jobs:
+        raise UserError(f"none of the videos of {source.name} can be decoded; give some that can")
+    return jobs
+
+
+def _race(readers: dict[str, _Read], jobs: Sequence[_Job]) -> dict[str, list[float]]:
+    """Seconds of every turn of every reader."""
+    turns: dict[str, list[float]] = {name: [] for name in readers}
+    for start in range(0, len(jobs), _TURN):
+        for name, read in readers.items():
+            begin = time.perf_counter()
+            for content, wanted in jobs[start : start + _TURN]:
+                read(content, wanted)
+            turns[name].append(time.perf_counter() - begin)
+    return turns
+
+
+def _ratio(turns: list[dict[str, list[float]]], theirs: str, ours: str) -> float:
+    return median(t / o for turn in turns for t, o in zip(turn[theirs], turn[ours], strict=True))
+
+
+def _sequential(content: str | bytes, wanted: list[int]) -> Tensor:
+    frames = [frame.to_ndarray(format="rgb24") for frame in _decoded(content)]
+    return torch.from_numpy(np.stack([frames[number] for number in wanted]))
+
+
+def _until(content: str | bytes, wanted: list[int]) -> Tensor:
+    found = {}
+    for number, frame in enumerate(_decoded(content)):
+        if number in wanted:
+            found[number] = frame.to_ndarray(format="rgb24")
+        if number >= wanted[-1]:
+            break
+    return torch.from_numpy(np.stack([found[number] for number in wanted]))
+
+
+def _decoded(content: str | bytes) -> Any:
+    """PyAV's frames, one after the other, on one thread."""
+    import io
+
+    import av
+
+    container = av.open(content if isinstance(content, str) else io.BytesIO(content))
+    container.streams.video[0].codec_context.thread_count = 1
+    return container.decode(video=0)
+
+
+def _pyav(content: str | bytes, wanted: list[int]) -> Tensor:
+    return video_pyav.PyAVReader(content, content if isinstance(content, str) else None).frames(wanted)
+
+
+def _torchcodec(content: str | bytes, wanted: list[int]) -> Tensor:
+    try:
+        return video_torchcodec.TorchcodecReader(content).frames(wanted)
+    except DecodeError:  # as in training, where AVI files go to PyAV at once
+        return _pyav(content, wanted)
+
+
+def _view_seconds(jobs: Sequence[_Job], image_size: int, frames: int) -> float:
+    """Seconds for the crop and resize of one clip whose frames are at hand."""
+    view, spent = TrainClips((image_size, image_size), frames, 1), []
+    for number, job in enumerate(jobs):
+        clip = _pyav(*job)
+        begin = time.perf_counter()
+        view(clip, 3, sample_generator(0, 0, number))
+        spent.append(time.perf_counter() - begin)
+    return median(spent)
+
+
+def _tell(result: dict[str, Any], name: str, image_size: int, say: Callable[[str], None]) -> None:
+    times, ratio, until = result["milliseconds"], result["ratio"], result["ratio_until"]
+    say(
+        f"{result['frames']} frames, {result['stride']} apart, of {result['videos']} videos of {name}, one thread, "
+        f"{result['repeats']} repeats"
+    )
+    say(f"{'PyAV, all frames one after the other':42s}{times['sequential']:9.1f} ms per clip")
+    say(f"{'PyAV, up to the last one wanted':42s}{times['until']:9.1f} ms per clip")
+    for reader, factor in ratio.items():
+        compared = f"{factor:.1f} and {until[reader]:.1f} times as fast"
+        say(f"{f'patchmine with {reader}':42s}{times[reader]:9.1f} ms per clip, {compared}")
+    say(f"{f'crop and resize to {image_size} pixels':42s}{times['view']:9.1f} ms per clip")
