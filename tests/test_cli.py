@@ -41,6 +41,7 @@ ROOMS = [
     ("pretraining", "resume"),
     ("evaluate.knn", "evaluate_knn"),
     ("evaluate.linear", "evaluate_linear"),
+    ("evaluate.video", "evaluate_video"),
     ("evaluate.measure", "show_result"),
     ("evaluate.embed", "embed"),
     ("report.show", "show"),

@@ -70,13 +70,13 @@ def eval_video(context: typer.Context) -> None:
     from patchmine.commands import read_words
     from patchmine.evaluate.video import VideoSettings, evaluate_video
 
-    for result in evaluate_video(read_words(VideoSettings, context.args, command="eval video", first=["target"]), say):
-        _show(result)
+    _show(evaluate_video(read_words(VideoSettings, context.args, command="eval video", first=["target"]), say))
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(results: dict[str, Any] | list[dict[str, Any]]) -> None:
     from rich.console import Console
 
     from patchmine.evaluate.measure import show_result
 
-    show_result(result, Console())
+    for result in results if isinstance(results, list) else [results]:
+        show_result(result, Console())
