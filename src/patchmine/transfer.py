@@ -154,7 +154,9 @@ def _settings(found: Checkpoint, out: str) -> RunConfig:
     method: dict[str, Any] = {"name": found.method}
     if found.decoder is not None:
         method |= _decoder_settings(found, found.decoder)
-    clip = None if architecture.clip is None else dict(zip(("frames", "tubelet"), architecture.clip, strict=True))
+    clip: dict[str, Any] = {}
+    if architecture.clip is not None:
+        clip["clip"] = dict(zip(("frames", "tubelet"), architecture.clip, strict=True))
     return from_settings(
         data=f"imported:{found.source}",
         model=architecture.model,
@@ -166,7 +168,7 @@ def _settings(found: Checkpoint, out: str) -> RunConfig:
         channels=architecture.channels,
         method=method,
         out=out,
-        **({} if clip is None else {"clip": clip}),
+        **clip,
     )
 
 

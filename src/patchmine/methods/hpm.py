@@ -175,7 +175,7 @@ class HPM(Method):
         noise = self.noise.uniform(len(images), self.num_units, device=images.device)
         if difficulty is None:
             return tubes(hard_masked(noise, noise, 0, self.visible_units), self.grid)
-        scores = difficulty.unflatten(1, (-1, self.num_units))  # (B, slots of a unit, units)
+        scores = difficulty.reshape(len(difficulty), -1, self.num_units)  # (B, slots of a unit, units)
         scores = scores.mean(dim=1) if self.config.tube_score == "mean" else scores.amax(dim=1)
         return tubes(hard_masked(noise, scores, self._hard_count(progress), self.visible_units), self.grid)
 

@@ -90,7 +90,7 @@ class TubeletEmbed(nn.Module):
         return tokens
 
 
-class VideoTransformer(VisionTransformer):
+class VideoTransformer(VisionTransformer):  # type: ignore[misc]  # timm has no types
     """timm's ViT over cubes, without class token.  ``forward_features`` gives (B, L, D), ``forward`` their mean.
 
     ``pos_embed`` (1, L, D) is VideoMAE's fixed table over the flattened index; no parameter, and not in the state dict.

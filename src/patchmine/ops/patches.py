@@ -80,8 +80,19 @@ def cube_statistics(values: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
     The variance is unbiased and ``CUBE_EPS`` is added to its root (VideoMAE, engine_for_pretraining.py).
     """
-    variance, mean = torch.var_mean(values.unflatten(-1, (-1, channels)), dim=-2, keepdim=True, correction=1)
+    variance, mean = torch.var_mean(_by_channel(values, channels), dim=-2, keepdim=True, correction=1)
     return mean, variance.sqrt() + CUBE_EPS
+
+
+def restore_cubes(standardised: Tensor, true: Tensor, channels: int) -> Tensor:
+    """``standardised`` (B, V, P) with the mean and deviation of each channel of the ``true`` cubes: (B, V, P)."""
+    mean, deviation = cube_statistics(true, channels)
+    return (_by_channel(standardised, channels) * deviation + mean).flatten(-2)
+
+
+def _by_channel(values: Tensor, channels: int) -> Tensor:
+    """(B, V, P) -> (B, V, pixels, C), as `patch_values` orders them."""
+    return values.reshape(*values.shape[:-1], -1, channels)
 
 
 def pixel_targets(images: Tensor, index: Tensor, patch: tuple[int, ...], *, norm_pix_loss: bool) -> Tensor:
@@ -95,6 +106,6 @@ def pixel_targets(images: Tensor, index: Tensor, patch: tuple[int, ...], *, norm
     if len(patch) == 3:
         channels = images.shape[1]
         mean, deviation = cube_statistics(values, channels)
-        return ((values.unflatten(-1, (-1, channels)) - mean) / deviation).flatten(-2)
+        return ((_by_channel(values, channels) - mean) / deviation).flatten(-2)
     mean, deviation = patch_statistics(values)
     return (values - mean) / deviation

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from patchmine.ops.patches import (
     all_patches,
-    cube_statistics,
     gather_patches,
     images_from_values,
     patch_statistics,
     patch_values,
+    restore_cubes,
 )
 from patchmine.types import Grid, Mask, Panel
 
@@ -52,8 +52,7 @@ def reconstruction_panel(images: Tensor, mask: Mask, grid: Grid, painted: Tensor
         return Panel("reconstruction", paint_masked(images, mask, grid, painted))
     true = patch_values(gather_patches(images.float(), mask.masked, grid.patch))
     if len(grid.patch) == 3:
-        mean, deviation = cube_statistics(true, images.shape[1])
-        restored = (painted.unflatten(-1, (-1, images.shape[1])) * deviation + mean).flatten(-2)
+        restored = restore_cubes(painted, true, images.shape[1])
     else:
         mean, deviation = patch_statistics(true)
         restored = painted * deviation + mean
