@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from safetensors.torch import save_file
 
 from patchmine.data.clips import PlainClips, TestClips
 from patchmine.data.video_sources import open_videos
@@ -25,6 +26,8 @@ from patchmine.evaluate.measure import show_result
 from patchmine.evaluate.neighbours import knn_accuracy, vote_shares
 from patchmine.evaluate.targets import open_target, random_twin, raw_pixels
 from patchmine.evaluate.video import VideoSettings, ViewScores, evaluate_video
+from patchmine.models.videomae import to_videomae_names
+from patchmine.models.vit import build_encoder
 from patchmine.report.evaluations import read_result
 
 
@@ -117,6 +120,18 @@ def test_exports_and_names_are_targets_too(video_folder):
     named = open_target("video_vit_tiny_patch16", image_size=(32, 32))
     assert "no weights were loaded" in named.note
     assert (named.clip.frames, named.image_size) == (16, (32, 32))
+
+
+def test_a_file_of_videomae_is_a_target_and_takes_the_stride_that_is_given(tmp_path):
+    args = dict(image_size=(32, 32), model_args={"embed_dim": 192, "depth": 1}, clip=(4, 2))
+    encoder = build_encoder("video_vit_tiny_patch16", **args).eval()
+    save_file(to_videomae_names(encoder.state_dict()), tmp_path / "w.safetensors")
+    how = KnnSettings(target=str(tmp_path / "w.safetensors"), data="unread", image_size=(32, 32), stride=3)
+    target = how.open()
+    assert (target.clip.stride, target.clip.tubelet, target.image_size, target.channels) == (3, 2, (32, 32), 3)
+    clips = torch.randn(1, 3, target.clip.frames, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(target.encoder.eval()(clips), encoder(clips))
 
 
 def slow_scores(rows, labels, classes):
