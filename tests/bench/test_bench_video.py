@@ -1,0 +1,57 @@
+"""The benchmark of decoding gives all readers the same frames to read, and says what it compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from patchmine.bench import video as bench
+from patchmine.data import video_pyav, video_torchcodec
+from patchmine.errors import UserError
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    pytest.importorskip("av")
+    for number in range(3):
+        first, *rest = (Image.new("RGB", (40, 32), (9 * time, 60 * number, 0)) for time in range(12))
+        first.save(tmp_path / f"{number}.gif", save_all=True, append_images=rest)
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a")
+    return tmp_path
+
+
+def test_it_reports_times_and_how_many_times_as_fast(clips: Path) -> None:
+    said: list[str] = []
+    threads = torch.get_num_threads()
+    result = bench.bench_video(clips, image_size=16, frames=4, stride=2, repeats=2, say=said.append)
+    ours = {"PyAV"} | ({"torchcodec"} if video_torchcodec.works() else set())
+    assert result["videos"] == 3
+    assert set(result["milliseconds"]) == {"sequential", "until", "view", *ours}
+    assert set(result["ratio"]) == set(result["ratio_until"]) == ours
+    assert all(value > 0 for value in [*result["milliseconds"].values(), *result["ratio"].values()])
+    assert any("PyAV, all frames one after the other" in line for line in said)
+    assert torch.get_num_threads() == threads
+
+
+def test_all_readers_give_the_same_frames(clips: Path) -> None:
+    file, wanted = str(clips / "1.gif"), [2, 4, 9]
+    expected = bench._sequential(file, wanted)
+    assert torch.equal(bench._until(file, wanted), expected)
+    assert torch.equal(bench._pyav(file, wanted).permute(0, 2, 3, 1), expected)
+    if video_torchcodec.works():
+        assert torch.equal(bench._torchcodec(file, wanted).permute(0, 2, 3, 1), expected)
+
+
+def test_what_cannot_be_timed_is_refused(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = tmp_path / "frames" / "a"
+    frames.mkdir(parents=True)
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(frames / "0.png")
+    with pytest.raises(UserError, match="holds no encoded videos"):
+        bench.bench_video(tmp_path / "frames")
+    monkeypatch.setattr(video_pyav, "is_installed", lambda: False)
+    with pytest.raises(UserError, match="pip install av"):
+        bench.bench_video(clips)
