@@ -104,7 +104,9 @@ class Results(_Settings):
     data: Annotated[str | list[str], BeforeValidator(_as_text)] = Field(
         description="give a folder, a list file, tar shards or embedded:photos, as in data=photos/"
     )
-    model: str = Field("vit_small_patch16_224", description="a plain vision transformer or ResNet of timm's, or a video model")
+    model: str = Field(
+        "vit_small_patch16_224", description="a plain vision transformer or ResNet of timm's, or a video model"
+    )
     model_args: dict[str, Any] = Field({}, description="more arguments for timm, such as depth, embed_dim, num_heads")
     method: Annotated[MethodConfig, BeforeValidator(_as_method)] = Field(
         "mae", validate_default=True, description="the method's name and its own settings"
