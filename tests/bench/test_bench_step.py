@@ -149,3 +149,19 @@ def test_steps_on_clips() -> None:
         run(method="mae", against="transformers", **clips)
     with pytest.raises(UserError, match=r"clip.tubelet=3 does not divide clip.frames=4"):
         run(method="mae", tubelet=3, **clips)
+
+
+def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks() -> None:
+    heads = {"out_dim": 64, "head_hidden": 16, "head_bottleneck": 8, "stage_out_dim": 16, "stage_hidden": 16}
+    own = {"thead_depth": 1, "thead_heads": 2, "partner_model": "resnet18", "stage_bottleneck": 8}
+    own["partner_args"] = {"cifar_stem": True, "layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}
+    crops = {"num_local": 3, "local_size": 16}
+    result, lines = run(method={"name": "scfs,mokd", **heads, **own}, crops=crops, against="dino")
+    work = {row["name"]: row["gflop_per_step"] for row in result["contestants"]}
+    assert list(work) == ["scfs", "mokd", "dino"]
+    assert work["dino"] < work["scfs"]
+    assert work["dino"] < work["mokd"]
+    assert result["ratios"].keys() == {"mokd / scfs", "scfs / dino", "mokd / dino"}
+    assert any("times as long as dino" in line for line in lines)
+    fewer, _ = run(method={"name": "scfs", **heads, "stage_bottleneck": 8}, crops={**crops, "num_local": 1})
+    assert fewer["contestants"][0]["gflop_per_step"] < work["scfs"]

@@ -1,17 +1,21 @@
-"""Trains DINO as SCFS makes it in one process or in two; run by test_methods_processes.py as `distilled.py FOLDER N`.
+"""Trains DINO (as SCFS makes it) or MOKD in one process or two: `distilled.py NAME FOLDER N`.
 
-Rank 0 leaves its weights, teacher and centre.  A backbone without batch norm, so that the processes can agree with one.
+Run by test_methods_processes.py.  Rank 0 leaves its weights, teachers and centres.  Backbones without batch norm, so
+that two processes can agree with one.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from patchmine.method import Method
+from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
 from patchmine.models.vit import build_encoder
 from patchmine.train.engine import Engine
@@ -23,13 +27,22 @@ from patchmine.types import Batch
 STEPS, IMAGES = 4, 8
 
 
-def build() -> SCFS:
+VIT = dict(embed_dim=24, depth=2, num_heads=2)
+NARROW = dict(out_dim=20, head_hidden=16, head_bottleneck=8)
+
+
+def build(name: str) -> Method:
     torch.manual_seed(0)
-    args = dict(embed_dim=24, depth=2, num_heads=2)
-    encoder = build_encoder("vit_tiny_patch16_224", image_size=(16, 16), patch_size=4, model_args=args)
-    narrow = dict(out_dim=20, head_hidden=16, head_bottleneck=8)
-    # SGD, because AdamW makes a step of full length out of a gradient that is rounding only.
-    return SCFS(SCFS.Config(stage_weights=0, optimizer="sgd", ema_start=0.9, **narrow), encoder)
+    encoder = build_encoder("vit_tiny_patch16_224", image_size=(16, 16), patch_size=4, model_args=VIT)
+    if name == "dino":
+        return SCFS(SCFS.Config(stage_weights=0, optimizer="sgd", ema_start=0.9, **NARROW), encoder)
+    partner = dict(partner_model="vit_tiny_patch16_224", partner_args=VIT | dict(depth=1, patch_size=4))
+    options = dict(cross_weight=0.5, partner_cross_weight=1.0, ema_start=0.9, weight_decay_end=None)
+    method = MOKD(MOKD.Config(thead_depth=1, thead_heads=2, **NARROW, **partner, **options), encoder)
+    # AdamW makes a step of full length out of a gradient that is rounding only; nothing else of the groups changes.
+    groups = [replace(group, optimizer="sgd") for group in method.param_groups()]
+    method.param_groups = lambda: groups  # type: ignore[method-assign]
+    return method
 
 
 def batches(rank: int, processes: int) -> Iterator[Batch]:
@@ -41,9 +54,9 @@ def batches(rank: int, processes: int) -> Iterator[Batch]:
         yield Batch(mine, torch.arange(rows), torch.zeros(rows, 4, 4), torch.zeros(rows, 4, dtype=torch.bool))
 
 
-def main(folder: Path, processes: int) -> None:
+def main(name: str, folder: Path, processes: int) -> None:
     engine = Engine(device="cpu", devices=processes)
-    method = build()
+    method = build(name)
     settings = TrainSettings(
         total_steps=STEPS, steps_per_epoch=2, batch_size=IMAGES, checkpoint_every=100, blr=2.0, warmup_epochs=1.0
     )
@@ -56,4 +69,4 @@ def main(folder: Path, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

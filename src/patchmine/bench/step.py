@@ -1,4 +1,4 @@
-"""`patchmine bench step`: what a training step costs, methods against each other and against transformers' MAE.
+"""`patchmine bench step`: what a training step costs, methods against each other, transformers' MAE, or DINO.
 
 The contestants take turns, step by step, so that whatever else the machine does meets all of them alike.  Reported are
 medians over the rounds, and for a comparison the median of the rounds' ratios.
@@ -20,12 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from patchmine.bench.measure import count_flops, hardware, matmul_products, matmul_side, peak_bytes, seconds
+from patchmine.data.crops import NUM_GLOBAL
 from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.methods import METHODS
 from patchmine.mistakes import validate
 from patchmine.models.video import is_video
 from patchmine.models.vit import build_encoder
+from patchmine.settings import Crops
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, build_optimizers, optimizer_tensors
 from patchmine.train.step import Stepper, TrainSettings
@@ -34,6 +36,8 @@ from patchmine.words import did_you_mean, shown
 
 # A long imaginary run, so that its first step is as early as can be whatever a schedule counts in.
 RUN_LENGTH = 1000
+OTHERS = ("transformers", "dino")
+"""Opponents that are no methods of ours."""
 
 
 class StepBench(BaseModel):
@@ -44,9 +48,9 @@ class StepBench(BaseModel):
         "mae", description="one method, or several as mae,hpm; method.KEY=VALUE sets KEY of every method that has it"
     )
     against: str | None = Field(
-        None, description="also time `transformers` (ViTMAEForPreTraining, same sizes) or another method"
+        None, description="also time `transformers` (ViTMAEForPreTraining, same sizes), `dino` or another method"
     )
-    model: str = Field("vit_small_patch16_224", description="any plain ViT of timm's, or one of clips")
+    model: str = Field("vit_small_patch16_224", description="a plain ViT or ResNet of timm's, or a model of clips")
     model_args: dict[str, Any] = Field(default_factory=dict, description="extra arguments for timm, such as depth")
     image_size: int | tuple[int, int] = Field(224, description="side, or height and width, in pixels")
     patch_size: int | None = Field(None, gt=0, description="side of a patch; null: the model's own")
@@ -54,6 +58,7 @@ class StepBench(BaseModel):
     frames: int = Field(16, gt=0, description="frames of a clip, of a video model")
     tubelet: int = Field(2, gt=0, description="frames in a tubelet, of a video model")
     batch_size: int = Field(16, gt=0, description="images or clips in one step")
+    crops: Crops = Field(Crops(), description="number and size of the crops of methods that compare several")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
     rounds: int = Field(10, gt=0, description="rounds in which every contestant takes its turn")
@@ -121,15 +126,29 @@ def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]
 def _contestants(
     names: Sequence[str], options: Mapping[str, Mapping[str, Any]], config: StepBench, engine: Engine
 ) -> list[Contestant]:
-    size = (config.frames, *_size(config)) if is_video(config.model) else _size(config)
-    images = torch.randn(config.batch_size, config.channels, *size, device=engine.device)
     methods = {name: _build_method(name, options[name], config) for name in names}
-    found = [entry for name in names for entry in _method_contestants(name, methods[name], images, engine)]
+    found = [entry for name in names for entry in _method_contestants(name, methods[name], config, engine)]
     if config.against == "transformers":
         if is_video(config.model):
             raise UserError("against=transformers times ViTMAE, which is for images: leave it out, or choose a method")
-        found.append(_transformers_contestant(methods[names[0]], config, images, engine))
+        found.append(_transformers_contestant(methods[names[0]], config, engine))
+    if config.against == "dino":
+        # What is left of SCFS without its stages is DINO, of the same blocks as every other contestant.
+        dino = _build_method("scfs", {**_known("scfs", options), "stage_weights": 0.0}, config)
+        found += _method_contestants("dino", dino, config, engine)
     return found
+
+
+def _known(name: str, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the settings that any contestant got, those that this method has."""
+    method_class: Any = METHODS[name]
+    fields = method_class.Config.model_fields
+    return {key: value for given in options.values() for key, value in given.items() if key in fields}
+
+
+def _random(config: StepBench, count: int, size: tuple[int, ...], engine: Engine) -> list[Tensor]:
+    """Random crops or clips, (B, C, *size) each."""
+    return [torch.randn(config.batch_size, config.channels, *size, device=engine.device) for _ in range(count)]
 
 
 def _size(config: StepBench) -> tuple[int, int]:
@@ -141,12 +160,12 @@ def _methods(config: StepBench) -> tuple[list[str], dict[str, dict[str, Any]]]:
     given = dict(config.method) if isinstance(config.method, dict) else {"name": config.method}
     names = given.pop("name", "mae")
     names = list(names.split(",") if isinstance(names, str) else names)
-    if config.against not in (None, "transformers"):
+    if config.against not in (None, *OTHERS):
         names.append(config.against)
     names = list(dict.fromkeys(name.strip() for name in names))
     for name in names:
         if name not in METHODS:
-            near = did_you_mean(name, [*METHODS, "transformers"])
+            near = did_you_mean(name, [*METHODS, *OTHERS])
             raise UserError(f"method={name}: there is no such method, only {', '.join(METHODS)}{near}")
     classes: dict[str, Any] = dict(METHODS)
     fields = {name: classes[name].Config.model_fields for name in names}
@@ -172,15 +191,19 @@ def _build_method(name: str, options: Mapping[str, Any], config: StepBench) -> M
     return method
 
 
-def _method_contestants(name: str, method: Method, images: Tensor, engine: Engine) -> list[Contestant]:
+def _method_contestants(name: str, method: Method, config: StepBench, engine: Engine) -> list[Contestant]:
     """The method in mid-training, and at its first step where that does other work."""
     settings = TrainSettings(
-        total_steps=RUN_LENGTH, steps_per_epoch=1, batch_size=len(images), checkpoint_every=RUN_LENGTH
+        total_steps=RUN_LENGTH, steps_per_epoch=1, batch_size=config.batch_size, checkpoint_every=RUN_LENGTH
     )
     stepper = Stepper(method, engine, settings)
-    rows = torch.arange(len(images), device=images.device)
-    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=images.device).expand(len(images), 4)
-    batches = repeat(Batch([images], rows, whole, torch.zeros_like(rows, dtype=torch.bool)))
+    size = (config.frames, *_size(config)) if is_video(config.model) else _size(config)
+    views = _random(config, NUM_GLOBAL if method.multi_crop else 1, size, engine)
+    if method.multi_crop:
+        views += _random(config, config.crops.num_local, (config.crops.local_size, config.crops.local_size), engine)
+    rows = torch.arange(config.batch_size, device=engine.device)
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=engine.device).expand(config.batch_size, 4)
+    batches = repeat(Batch(views, rows, whole, torch.zeros_like(rows, dtype=torch.bool)))
     state = [*method.parameters(), *method.buffers()]
 
     def at(title: str, step: int) -> Contestant:
@@ -193,7 +216,7 @@ def _method_contestants(name: str, method: Method, images: Tensor, engine: Engin
     return [at(f"{name} (mid-training)", RUN_LENGTH // 2), at(f"{name} (first step)", 0)]
 
 
-def _transformers_contestant(ours: Any, config: StepBench, images: Tensor, engine: Engine) -> Contestant:
+def _transformers_contestant(ours: Any, config: StepBench, engine: Engine) -> Contestant:
     """transformers' ViTMAEForPreTraining with the sizes of our model and the settings of our decoder."""
     try:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -203,6 +226,7 @@ def _transformers_contestant(ours: Any, config: StepBench, images: Tensor, engin
         ) from error
     settings = ours.config
     encoder = ours.encoder
+    (images,) = _random(config, 1, _size(config), engine)
     block = encoder.blocks[0]
     theirs = ViTMAEForPreTraining(
         ViTMAEConfig(
@@ -223,7 +247,7 @@ def _transformers_contestant(ours: Any, config: StepBench, images: Tensor, engin
             attn_implementation="sdpa",
         )
     )
-    theirs = theirs.to(images.device).train()
+    theirs = theirs.to(engine.device).train()
     trained = [(name, p) for name, p in theirs.named_parameters() if p.requires_grad]
     optimizers = build_optimizers([ParamGroup(trained)], weight_decay=0.05, blr=1.5e-4, betas=(0.9, 0.95))
 
@@ -303,11 +327,14 @@ def _row(name: str, facts: Mapping[str, Any], race: Race, batch_size: int) -> di
 
 
 def _ratios(times: Mapping[str, Sequence[float]], against: str | None) -> dict[str, float]:
-    """Median ratio of the times of one round: every contestant by the first, and the first by transformers'."""
-    names = list(times)
-    pairs = [(name, names[0]) for name in names[1:] if name != "transformers"]
-    if against == "transformers":
-        pairs.append((names[0], "transformers"))
+    """Median ratio of the times of one round: every method by the first.
+
+    The first also by transformers' network, which has its sizes, and every one by DINO.
+    """
+    names = [name for name in times if name not in OTHERS]
+    pairs = [(name, names[0]) for name in names[1:]]
+    if against in OTHERS:
+        pairs += [(name, against) for name in (names[:1] if against == "transformers" else names)]
     return {f"{a} / {b}": _round(median(x / y for x, y in zip(times[a], times[b], strict=True))) for a, b in pairs}
 
 

@@ -21,8 +21,9 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
-        lengths = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return F.linear(x, self.weight_v * (self.weight_g / lengths))
+        # The outputs are scaled, not the rows: for a batch on one device they are fewer numbers than 65536 rows of 256.
+        lengths = torch.linalg.vector_norm(self.weight_v, dim=1)
+        return F.linear(x, self.weight_v) * (self.weight_g[:, 0] / lengths)
 
 
 class DinoHead(nn.Module):
