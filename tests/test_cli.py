@@ -54,6 +54,8 @@ ROOMS = [
     ("data.sharding", "write_shards"),
     ("bench.step", "bench_step"),
     ("bench.data", "bench_data"),
+    ("bench.video", "bench_video"),
+    ("data.video_sources", "open_videos"),
 ]
 Calls = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -194,7 +196,7 @@ def test_data_and_benchmarks_get_their_words(rooms: Calls) -> None:
     assert rooms["write_shards"][1]["max_side"] == 512
     assert rooms["write_shards"][1]["shard_size"] == 2**20
     call("data", "inspect", "photos", "full=true")
-    assert rooms["inspect"][1] == {"sample": 1000, "full": True}
+    assert rooms["inspect"][1] == {"sample": 1000, "full": True, "video": False}
     call("bench", "data", "data=photos", "repeats=2")
     assert rooms["bench_data"][1]["repeats"] == 2
     call("bench", "step", "method=mae,hpm", "batch_size=2")

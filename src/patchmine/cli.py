@@ -174,7 +174,7 @@ def embed(context: typer.Context) -> None:
 
 @command(app, "show", "RUN IMAGE|VIDEO... [out=panel.png] [seed=0]")
 def show(context: typer.Context) -> None:
-    """Draw what a run makes of some images, or a run on videos of some videos.
+    """Draw what a run makes of some images or videos.
 
     Input, mask, reconstruction and error; with HPM also the predicted difficulty of each patch.
 
@@ -390,7 +390,7 @@ def bench_step(context: typer.Context) -> None:
 
 @command(bench, "data", "data=IMAGES [image_size=224] [repeats=5]")
 def bench_data(context: typer.Context) -> None:
-    """Time a worker from encoded image to training crop, or from video to clip.
+    """Time how a worker makes training crops, or clips.
 
     Against torchvision's ImageFolder chain with PIL, or PyAV frame after frame, in turns.
 
