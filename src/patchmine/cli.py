@@ -304,16 +304,18 @@ def list_methods() -> None:
 
 @command(listing, "models", "[PART]")
 def list_models(context: typer.Context) -> None:
-    """The vision transformers and ResNets that can be pre-trained.
+    """The vision transformers and ResNets that can be pre-trained, and the encoders of videos.
 
     PART narrows the list: `patchmine list models small`.
     """
     import timm
 
+    from patchmine.models.video import VIDEO_MODELS
     from patchmine.words import did_you_mean
 
     names = [name for module in ("vision_transformer", "deit", "resnet") for name in timm.list_models(module=module)]
     names = [name for name in names if "distilled" not in name]  # they have two class tokens and are no plain ViT
+    names += VIDEO_MODELS
     found = [name for name in names if all(part in name for part in context.args)]
     if not found:
         part = " ".join(context.args)
@@ -370,7 +372,7 @@ def config_schema(context: typer.Context) -> None:
 def bench_step(context: typer.Context) -> None:
     """Time whole training steps.
 
-    Prints ms and images/s, peak memory, and the share of the machine's matrix-multiply rate.
+    Prints ms and samples/s, peak memory, and the share of the machine's matrix-multiply rate.
 
     \b
       method=mae,hpm model=vit_small_patch16_224 image_size=224 batch_size=16

@@ -53,7 +53,7 @@ def test_plain_lines_come_first_now_and_then_and_last(tmp_path: Path, monkeypatc
             now[0] += 3.0
             log.write({**LINE, "step": step})
     assert [text.split()[1] for text in said] == ["10/40", "30/40", "40/40"]
-    assert "loss 0.5000  812 images/s  data wait 3%" in said[0]
+    assert "loss 0.5000  812 samples/s  data wait 3%" in said[0]
     assert "left" in said[0]
 
 
@@ -66,7 +66,7 @@ def test_a_terminal_gets_a_bar_with_the_numbers(tmp_path: Path) -> None:
         log.advance(10)
     shown = screen.getvalue()
     assert "10/40" in shown
-    assert "loss 0.5000  812 images/s  data wait 3%" in shown
+    assert "loss 0.5000  812 samples/s  data wait 3%" in shown
     assert said == []
 
 

@@ -367,7 +367,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
         f"{settings['model']}, image_size {settings['image_size']}, batch {settings['batch_size']}, "
         f"{settings['precision']}, {on}",
         f"matrix product {product['side']} x {product['side']}: {product['gflops']:,.0f} GFLOP/s ({by})",
-        f"{'':24}{'ms/step':>9}{'images/s':>10}{'memory MB':>11}{'GFLOP/step':>12}{'GFLOP/s':>9}"
+        f"{'':24}{'ms/step':>9}{'samples/s':>10}{'memory MB':>11}{'GFLOP/step':>12}{'GFLOP/s':>9}"
         + "".join(f"{f'of {name}':>13}" for name in product["gflops_by"]),
     ]
     lines += [

@@ -67,7 +67,7 @@ def facts(run: RunRecord) -> list[Fact]:
     found = [Fact("loss", number(run.series["loss"].last))] if "loss" in run.series else []
     found += _accuracies(run)
     if "images_per_second" in run.series:
-        found.append(Fact("images per second", rate(float(np.median(run.series["images_per_second"].values)))))
+        found.append(Fact("samples per second", rate(float(np.median(run.series["images_per_second"].values)))))
     if "data_wait" in run.series:
         found.append(Fact("waiting for data", percent(100 * float(np.median(run.series["data_wait"].values)))))
     if run.seconds is not None:

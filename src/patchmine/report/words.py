@@ -10,7 +10,7 @@ NOTHING = "\N{EN DASH}"
 TITLES = {
     "loss": "Loss",
     "lr": "Learning rate",
-    "images_per_second": "Images per second",
+    "images_per_second": "Samples per second",
     "data_wait": "Waiting for data",
     "skipped": "Skipped steps",
     "grad_norm": "Gradient norm",
@@ -45,7 +45,7 @@ def percent(value: float) -> str:
 
 
 def rate(value: float) -> str:
-    """Images per second: 1,234 · 12.3."""
+    """Samples per second: 1,234 · 12.3."""
     return whole(value) if value >= 100 else f"{value:.1f}"
 
 

@@ -207,7 +207,7 @@ class Log:
 
 def describe(line: Mapping[str, Any]) -> str:
     """The numbers of a metrics line that a watcher wants to see."""
-    text = f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} images/s  data wait {line['data_wait']:.0%}"
+    text = f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} samples/s  data wait {line['data_wait']:.0%}"
     return text + (f"  skipped {line['skipped']}" if line.get("skipped") else "")
 
 
