@@ -151,6 +151,15 @@ def test_the_index_of_a_file_is_made_once(clip: Path, monkeypatch: pytest.Monkey
     assert torch.equal(first.frames([7]), again.frames([7]))
 
 
+def test_large_files_go_to_the_decoder_that_remembers_them(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_torchcodec()
+    expected = open_video(VideoFile(str(clip))).frames([30, 3])
+    monkeypatch.setattr(video, "LARGE", 1)
+    reader = open_video(VideoFile(str(clip)))
+    assert isinstance(reader, PyAVReader)
+    assert torch.equal(reader.frames([30, 3]), expected)
+
+
 def test_the_file_used_longest_ago_is_forgotten_first(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_pyav, "_indices", type(video_pyav._indices)())
     monkeypatch.setattr(video_pyav, "MOST_FRAMES", 2 * FRAMES)

@@ -32,6 +32,13 @@ VIDEO_SUFFIXES = (
 
 _AVI = (b"RIFF", b"AVI ")  # at 0 and 8
 
+LARGE = 32 << 20
+"""Bytes of a file from which on PyAV decodes it, where it is installed.
+
+torchcodec goes through a whole file whenever it opens one (an hour of 340x256 pixels, 490 MB, took it 5 seconds);
+our reader by PyAV does so once and remembers.
+"""
+
 
 @dataclass(frozen=True)
 class VideoFile:
@@ -137,14 +144,18 @@ def _open_file(file: VideoFile) -> VideoReader:
     info = os.stat(file.path)  # noqa: PTH116, once per clip; an OSError here names the file
     if info.st_size == 0:
         raise DecodeError("is empty (0 bytes); fetch it again or remove it")
-    return _open_encoded(file.path, (file.path, info.st_size, info.st_mtime_ns))
+    key = (file.path, info.st_size, info.st_mtime_ns)
+    return _open_encoded(file.path, key, remember=info.st_size >= LARGE and video_pyav.is_installed())
 
 
-def _open_encoded(source: str | bytes, key: Hashable | None = None) -> VideoReader:
-    """``source``: a file's path or its contents; ``key``: equal where these are known to be the same."""
+def _open_encoded(source: str | bytes, key: Hashable | None = None, *, remember: bool = False) -> VideoReader:
+    """``source``: a file's path or its contents; ``key``: equal where these are known to be the same.
+
+    ``remember``: whether the way is worth it that knows the file's frames when it is opened again.
+    """
     if not source:
         raise DecodeError("is empty (0 bytes); fetch it again or remove it")
-    if not backend_name().startswith("torchcodec"):
+    if remember or not backend_name().startswith("torchcodec"):
         return video_pyav.PyAVReader(source, key)
     # An AVI file has no presentation times.  FFmpeg's guesses, by which torchcodec orders frames, are wrong wherever
     # more than one B-frame stands between two others, as in UCF101's files.
