@@ -32,9 +32,16 @@ def test_it_reports_times_and_how_many_times_as_fast(clips: Path) -> None:
     assert result["videos"] == 3
     assert set(result["milliseconds"]) == {"sequential", "until", "view", *ours}
     assert set(result["ratio"]) == set(result["ratio_until"]) == ours
-    assert all(value > 0 for value in [*result["milliseconds"].values(), *result["ratio"].values()])
+    assert all(value > 0 for value in result["milliseconds"].values())
+    for found in [*result["ratio"].values(), *result["ratio_until"].values()]:
+        assert 0 < found["least"] <= found["median"] <= found["most"]
     assert any("PyAV, all frames one after the other" in line for line in said)
     assert torch.get_num_threads() == threads
+
+
+def test_a_ratio_is_of_one_video_at_a_time() -> None:
+    repeats = [{"a": [10.0, 6.0, 8.0], "b": [1.0, 3.0, 2.0]}, {"a": [20.0, 6.0, 8.0], "b": [1.0, 3.0, 2.0]}]
+    assert bench._ratio(repeats, "a", "b") == {"median": 4.0, "least": 2.0, "most": 15.0}
 
 
 def test_all_readers_give_the_same_frames(clips: Path) -> None:

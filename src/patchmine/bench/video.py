@@ -1,7 +1,7 @@
 """`patchmine bench data video=true`: what it costs one worker to have a clip's frames out of an encoded video.
 
 Against PyAV used as most training code uses a video reader: from the first frame on, one after the other.  All readers
-get the same windows and take turns, a few videos at a time.
+get the same windows and take turns, one video at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from patchmine.data.video_sources import open_videos
 from patchmine.errors import UserError
 
 _VIDEOS = 50
-_TURN = 2  # videos that one reader reads before the next has its turn
 _Read = Callable[[str | bytes, list[int]], object]
 _Job = tuple[str | bytes, list[int]]
 
@@ -42,10 +41,11 @@ def bench_video(
 ) -> dict[str, Any]:
     """Times readers on one thread over a random window of up to 50 videos of ``source``, ``repeats`` times.
 
-    ``milliseconds`` per clip are medians over the repeats: "sequential" decodes and converts all frames, "until" those
-    up to the last one wanted, of which it converts the wanted ones only; "PyAV" and "torchcodec" (where it works) are
-    our readers; "view" is the crop and resize that follow.  ``ratio``: how many times as fast as "sequential" each of
-    ours is, ``ratio_until`` as "until": medians over turns.  UserError without PyAV, or without encoded videos.
+    ``milliseconds`` per clip are means over the videos of the medians over the repeats: "sequential" decodes and
+    converts all frames, "until" those up to the last one wanted, of which it converts the wanted ones only; "PyAV" and
+    "torchcodec" (where it works) are our readers; "view" is the crop and resize that follow.  ``ratio``: how many times
+    as fast as "sequential" each of ours is, ``ratio_until`` as "until": of each video the median over the repeats, of
+    these the median, the smallest and the largest.  UserError without PyAV, or without encoded videos.
     """
     if not video_pyav.is_installed():
         raise UserError("the videos are timed against PyAV, which is missing: pip install av")
@@ -57,12 +57,12 @@ def bench_video(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        _race(readers, jobs[:_TURN])
-        turns = [_race(readers, jobs) for _ in range(repeats)]
+        _race(readers, jobs[:1])
+        races = [_race(readers, jobs) for _ in range(repeats)]
         view = _view_seconds(jobs, image_size, frames)
     finally:
         torch.set_num_threads(threads)
-    times = {name: 1e3 * median(sum(turn[name]) for turn in turns) / len(jobs) for name in readers}
+    times = {name: 1e3 * mean(map(median, _by_video(races, name))) for name in readers}
     ours = [name for name in readers if name not in ("sequential", "until")]
     result = {
         "videos": len(jobs),
@@ -70,8 +70,8 @@ def bench_video(
         "stride": stride,
         "repeats": repeats,
         "milliseconds": {**times, "view": 1e3 * view},
-        "ratio": {name: _ratio(turns, "sequential", name) for name in ours},
-        "ratio_until": {name: _ratio(turns, "until", name) for name in ours},
+        "ratio": {name: _ratio(races, "sequential", name) for name in ours},
+        "ratio_until": {name: _ratio(races, "until", name) for name in ours},
     }
     _tell(result, opened.name, image_size, say)
     return result
@@ -99,19 +99,24 @@ def _jobs(source: Source, frames: int, stride: int) -> list[_Job]:
 
 
 def _race(readers: dict[str, _Read], jobs: Sequence[_Job]) -> dict[str, list[float]]:
-    """Seconds of every turn of every reader."""
-    turns: dict[str, list[float]] = {name: [] for name in readers}
-    for start in range(0, len(jobs), _TURN):
+    """Seconds of every reader for each video."""
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    for content, wanted in jobs:
         for name, read in readers.items():
             begin = time.perf_counter()
-            for content, wanted in jobs[start : start + _TURN]:
-                read(content, wanted)
-            turns[name].append(time.perf_counter() - begin)
-    return turns
+            read(content, wanted)
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
 
 
-def _ratio(turns: list[dict[str, list[float]]], theirs: str, ours: str) -> float:
-    return median(t / o for turn in turns for t, o in zip(turn[theirs], turn[ours], strict=True))
+def _by_video(repeats: list[dict[str, list[float]]], name: str) -> list[tuple[float, ...]]:
+    return list(zip(*(seconds[name] for seconds in repeats), strict=True))
+
+
+def _ratio(repeats: list[dict[str, list[float]]], theirs: str, ours: str) -> dict[str, float]:
+    pairs = zip(_by_video(repeats, theirs), _by_video(repeats, ours), strict=True)
+    ratios = [median(t / o for t, o in zip(*pair, strict=True)) for pair in pairs]
+    return {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def _sequential(content: str | bytes, wanted: list[int]) -> Tensor:
@@ -171,6 +176,8 @@ def _tell(result: dict[str, Any], name: str, image_size: int, say: Callable[[str
     say(f"{'PyAV, all frames one after the other':42s}{times['sequential']:9.1f} ms per clip")
     say(f"{'PyAV, up to the last one wanted':42s}{times['until']:9.1f} ms per clip")
     for reader, factor in ratio.items():
-        compared = f"{factor:.1f} and {until[reader]:.1f} times as fast"
-        say(f"{f'patchmine with {reader}':42s}{times[reader]:9.1f} ms per clip, {compared}")
+        say(f"{f'patchmine with {reader}':42s}{times[reader]:9.1f} ms per clip")
+        for theirs, found in (("all frames", factor), ("the last one wanted", until[reader])):
+            spread = f"({found['least']:.1f} to {found['most']:.1f}, by video)"
+            say(f"{f'  against PyAV, {theirs}':42s}{found['median']:9.1f} times as fast {spread}")
     say(f"{f'crop and resize to {image_size} pixels':42s}{times['view']:9.1f} ms per clip")
