@@ -115,7 +115,10 @@ def test_torch_datasets() -> None:
     ("spec", "message"),
     [
         ("imagse", r"data=imagse: there is no such file or folder \(did you mean images\?\); give a folder of images"),
-        ("images/nothing", r"no image and no tar shard in this folder; files that count end in \.jpg, .* or \.tar"),
+        (
+            "images/nothing",
+            r"no image and no tar shard in this folder; files that count end in \.jpg, .* or \.tar; videos",
+        ),
         ("images/1.jpg", r"this is a single image; give the folder"),
         ("images/x.zip", r"a file that ends in \.zip is no source of images; give a folder"),
         ("images/*.jpg", r"a pattern may name tar shards only, but images/1\.jpg is none"),

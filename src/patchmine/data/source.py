@@ -86,9 +86,10 @@ def _open_directory(folder: Path, name: str, cache_dir: Path | None, kind: Kind)
         return frames
     shards = sorted(folder.rglob("*.tar"))
     if not shards:
+        hint = "; videos are for video models, such as model=video_vit_small_patch16" if kind is IMAGES else ""
         raise UserError(
             f"data={name}: no {kind.name} and no tar shard in this folder; files that count end in "
-            f"{', '.join(kind.suffixes)} or .tar"
+            f"{', '.join(kind.suffixes)} or .tar{hint}"
         )
     return open_shards(shards, name, cache_dir, kind)
 
