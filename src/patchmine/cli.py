@@ -304,7 +304,7 @@ def list_methods() -> None:
 
 @command(listing, "models", "[PART]")
 def list_models(context: typer.Context) -> None:
-    """The vision transformers and ResNets that can be pre-trained, and the encoders of videos.
+    """The ViTs, ResNets and encoders of videos to choose from.
 
     PART narrows the list: `patchmine list models small`.
     """

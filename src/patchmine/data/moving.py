@@ -1,9 +1,8 @@
 """``embedded:moving-photos``: clips that a moving camera takes of the embedded photographs; the class is the motion.
 
 A data set of videos that needs no network and no video decoder.  Eight motions at random speeds over random places:
-what a single frame shows says next to nothing about the
-class.  The training clips come from one half of every photograph, the
-test clips from the other, as in `data.photos`.  A clip is a function of its number alone.
+what a single frame shows says next to nothing about the class.  The training clips come from one half of every
+photograph, the test clips from the other, as in `data.photos`.  A clip is a function of its number alone.
 """
 
 from __future__ import annotations

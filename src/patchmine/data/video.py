@@ -1,8 +1,8 @@
 """Raw videos become frames: any number of them, by their numbers, without decoding what lies between where possible.
 
-A *raw video* is what a source of videos gives: a file, encoded bytes, frames as encoded images, or
-all frames as an array.  Files and bytes are decoded by torchcodec where it works here, else by PyAV; which one is found
-out once per process.  Frame i is the i-th in the order of presentation times, also where these are unevenly spaced.
+A *raw video* is what a source of videos gives: a file, encoded bytes, frames as encoded images, or all frames as an
+array.  Files and bytes are decoded by torchcodec where it works here, else by PyAV; which one is found out once per
+process.  Frame i is the i-th in the order of presentation times, also where these are unevenly spaced.
 """
 
 from __future__ import annotations
@@ -129,10 +129,12 @@ def fit_frames(frames: Tensor, channels: int) -> Tensor:
 @cache
 def backend_name() -> str:
     """What decodes videos in this process, with its version.  UserError where nothing does, with what to install."""
+    pyav = f"PyAV {video_pyav.version()}" if video_pyav.is_installed() else ""
     if video_torchcodec.works():
-        return f"torchcodec {video_torchcodec.version()}"
-    if video_pyav.is_installed():
-        return f"PyAV {video_pyav.version()}"
+        others = f", files of {LARGE >> 20} MB or more and AVI files by {pyav}" if pyav else ""
+        return f"torchcodec {video_torchcodec.version()}{others}"
+    if pyav:
+        return pyav
     raise UserError(
         "Videos need PyAV, which brings its own FFmpeg, or torchcodec together with the system's FFmpeg, and neither "
         "works here: pip install av (or: pip install torchcodec, and install ffmpeg as for instance by apt install "
