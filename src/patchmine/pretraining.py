@@ -40,7 +40,7 @@ from patchmine.types import Batch, Progress
 
 Say = Callable[[str], None]
 
-SAMPLE_IMAGES = 6  # rows of a picture made during training
+SAMPLE_IMAGES, SAMPLE_CLIPS = 6, 2  # on a picture made during training, where a clip takes as many rows as panels
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 
 
@@ -318,14 +318,14 @@ class _Looker:
         sheet.save(target)
 
     def _fixed_images(self) -> Iterator[Batch]:
-        count = len(self.images)
-        chosen = [count * place // SAMPLE_IMAGES for place in range(SAMPLE_IMAGES)] if count > SAMPLE_IMAGES else None
+        count, shown = len(self.images), SAMPLE_CLIPS if is_video(self.config.model) else SAMPLE_IMAGES
+        chosen = [count * place // shown for place in range(shown)] if count > shown else None
         view = plain_view(self.config, crop_pct=1.0)
         loaded = plain_batches(
             self.images,
             view,
             channels=self.config.channels,
-            batch_size=SAMPLE_IMAGES,
+            batch_size=shown,
             indices=chosen,
             bad=BadFiles(None, 1.0),
         )
