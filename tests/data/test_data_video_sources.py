@@ -140,6 +140,13 @@ def test_statistics_and_inspection_look_at_one_frame_of_each(clips: Path) -> Non
     assert std[0] > 0.1
 
 
+def test_videos_with_equal_contents_are_told(clips: Path) -> None:
+    file = min(clips.rglob("*.gif"))
+    twin = file.with_name("twin.gif")
+    twin.write_bytes(file.read_bytes())
+    assert inspect(open_videos(clips), video=True).duplicates == [sorted([str(file), str(twin)])]
+
+
 def test_a_dataset_gives_arrays_of_frames() -> None:
     class Clips(torch.utils.data.Dataset):
         def __len__(self) -> int:

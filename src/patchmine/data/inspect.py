@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,8 +132,7 @@ def _class_sizes(labels: Labels | None) -> dict[str, int] | None:
 def _digest(raw: Any) -> int:
     """64 bits that stand for the contents: of a million items, two agree by chance once in 30 million sets."""
     if isinstance(raw, VideoFile | FrameFiles):
-        files = [raw.path] if isinstance(raw, VideoFile) else raw.paths
-        raw = b"".join(Path(file).read_bytes() for file in files)
+        return _digest_of_files([raw.path] if isinstance(raw, VideoFile) else raw.paths)
     if isinstance(raw, Image.Image):
         raw = np.asarray(raw)
     if isinstance(raw, Tensor):
@@ -143,6 +142,16 @@ def _digest(raw: Any) -> int:
         np.save(content, raw, allow_pickle=False)
         raw = content.getbuffer()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def _digest_of_files(paths: Sequence[str]) -> int:
+    """The same of what stands in files, one after the other; a video may be larger than the memory."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with Path(path).open("rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _equal(digests: NDArray[np.uint64], indices: NDArray[np.int64]) -> list[list[int]]:
