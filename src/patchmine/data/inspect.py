@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,8 +131,20 @@ def _class_sizes(labels: Labels | None) -> dict[str, int] | None:
 
 def _digest(raw: Any) -> int:
     """64 bits that stand for the contents: of a million items, two agree by chance once in 30 million sets."""
+    digest = hashlib.blake2b(digest_size=8)
+    for block in _contents(raw):
+        digest.update(block)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _contents(raw: Any) -> Iterator[bytes | memoryview]:
+    """A raw item in blocks; files in small ones, since a video may be larger than the memory."""
     if isinstance(raw, VideoFile | FrameFiles):
-        return _digest_of_files([raw.path] if isinstance(raw, VideoFile) else raw.paths)
+        for path in [raw.path] if isinstance(raw, VideoFile) else raw.paths:
+            with Path(path).open("rb") as handle:
+                while block := handle.read(1 << 20):
+                    yield block
+        return
     if isinstance(raw, Image.Image):
         raw = np.asarray(raw)
     if isinstance(raw, Tensor):
@@ -141,17 +153,7 @@ def _digest(raw: Any) -> int:
         content = io.BytesIO()
         np.save(content, raw, allow_pickle=False)
         raw = content.getbuffer()
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-
-
-def _digest_of_files(paths: Sequence[str]) -> int:
-    """The same of what stands in files, one after the other; a video may be larger than the memory."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in paths:
-        with Path(path).open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-    return int.from_bytes(digest.digest(), "little")
+    yield raw
 
 
 def _equal(digests: NDArray[np.uint64], indices: NDArray[np.int64]) -> list[list[int]]:

@@ -147,17 +147,16 @@ def _open_file(file: VideoFile) -> VideoReader:
     if info.st_size == 0:
         raise DecodeError("is empty (0 bytes); fetch it again or remove it")
     key = (file.path, info.st_size, info.st_mtime_ns)
-    return _open_encoded(file.path, key, remember=info.st_size >= LARGE and video_pyav.is_installed())
+    if info.st_size >= LARGE and video_pyav.is_installed():
+        return video_pyav.PyAVReader(file.path, key)
+    return _open_encoded(file.path, key)
 
 
-def _open_encoded(source: str | bytes, key: Hashable | None = None, *, remember: bool = False) -> VideoReader:
-    """``source``: a file's path or its contents; ``key``: equal where these are known to be the same.
-
-    ``remember``: whether the way is worth it that knows the file's frames when it is opened again.
-    """
+def _open_encoded(source: str | bytes, key: Hashable | None = None) -> VideoReader:
+    """``source``: a file's path or its contents; ``key``: equal where these are known to be the same."""
     if not source:
         raise DecodeError("is empty (0 bytes); fetch it again or remove it")
-    if remember or not backend_name().startswith("torchcodec"):
+    if not backend_name().startswith("torchcodec"):
         return video_pyav.PyAVReader(source, key)
     # An AVI file has no presentation times.  FFmpeg's guesses, by which torchcodec orders frames, are wrong wherever
     # more than one B-frame stands between two others, as in UCF101's files.
