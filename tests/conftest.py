@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from torch import Tensor
+
+from patchmine.run import Run
 
 # Tiny tensors gain nothing from threads, and processes that a test starts inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +45,17 @@ def shared(repository: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"the shared data folder {folder} is missing; set PATCHMINE_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[Path | Run], dict[str, Tensor]]:
+    """Reads the newest checkpoint of a run.  Copied, because safetensors maps the file and some tests damage it."""
+
+    def read(run: Path | Run) -> dict[str, Tensor]:
+        folder = run.path if isinstance(run, Run) else run
+        return {name: tensor.clone() for name, tensor in load_file(folder / "checkpoints" / "last").items()}
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import patchmine
@@ -38,10 +37,6 @@ def pretrain(data: Path, out: Path, *words: str, args: str = SHARED, code: int =
     return patchmine_says("pretrain", f"data={data}", f"out={out}", *WORDS, sizes, *size, *words, code=code)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in load_file(folder / "checkpoints" / "last").items()}
-
-
 @pytest.fixture(scope="module")
 def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps with stochastic depth, a checkpoint every three."""
@@ -50,7 +45,7 @@ def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_going_on_from_the_middle_arrives_at_the_same_bits(run: Path, tmp_path: Path) -> None:
+def test_going_on_from_the_middle_arrives_at_the_same_bits(run: Path, tmp_path: Path, weights: Any) -> None:
     again = tmp_path / "again"
     shutil.copytree(run, again, symlinks=True)
     (again / "checkpoints" / "step-00000006.safetensors").unlink()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
@@ -35,10 +35,6 @@ def patchmine_says(*words: str, code: int = 0) -> str:
     return " ".join((result.stderr if code else result.output).split())
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in load_file(folder / "checkpoints" / "last").items()}
-
-
 @pytest.fixture(scope="module")
 def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps, a checkpoint every two."""
@@ -47,7 +43,7 @@ def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_going_on_from_the_middle_arrives_at_the_same_bits(run: Path, tmp_path: Path) -> None:
+def test_going_on_from_the_middle_arrives_at_the_same_bits(run: Path, tmp_path: Path, weights: Any) -> None:
     again = tmp_path / "again"
     shutil.copytree(run, again, symlinks=True)
     (again / "checkpoints" / "step-00000004.safetensors").unlink()

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import patchmine
@@ -59,12 +58,6 @@ def tiny(method: str) -> dict[str, Any]:
 def pretrain(data: Any, out: Path, **settings: Any) -> Run:
     known = tiny(settings.get("method", "mae"))
     return patchmine.pretrain(data=data, out=out, say=lambda _: None, **(known | settings))
-
-
-def weights(run: Path | Run) -> dict[str, Tensor]:
-    folder = run.path if isinstance(run, Run) else run
-    # Copied, because safetensors maps the file and some tests damage it.
-    return {name: tensor.clone() for name, tensor in load_file(folder / "checkpoints" / "last").items()}
 
 
 def assert_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -113,14 +106,16 @@ def test_a_run_folder_holds_what_is_promised(method: str, image_folder: Path, tm
         assert torch.equal(run.method().encoder.forward_features(images), expected)
 
 
-def test_one_seed_one_result_whatever_the_workers(image_folder: Path, tmp_path: Path) -> None:
+def test_one_seed_one_result_whatever_the_workers(image_folder: Path, tmp_path: Path, weights: Any) -> None:
     first = pretrain(image_folder, tmp_path / "a", method="hpm", steps=6)
     assert_identical(weights(first), weights(pretrain(image_folder, tmp_path / "b", method="hpm", steps=6, workers=2)))
     other = pretrain(image_folder, tmp_path / "c", method="hpm", steps=6, seed=1)
     assert not torch.equal(weights(first)["model.encoder.cls_token"], weights(other)["model.encoder.cls_token"])
 
 
-def test_killed_anywhere_and_resumed_is_as_if_nothing_had_happened(image_folder: Path, tmp_path: Path) -> None:
+def test_killed_anywhere_and_resumed_is_as_if_nothing_had_happened(
+    image_folder: Path, tmp_path: Path, weights: Any
+) -> None:
     """kill -9 at a random step, also within an epoch; going on with other workers arrives at the same bits."""
     steps = 60
     whole = pretrain(image_folder, tmp_path / "whole", method="hpm", steps=steps)
@@ -148,7 +143,7 @@ def kill_at_step(start: list[str], folder: Path, step: int) -> None:
     process.wait()
 
 
-def test_resume_before_the_first_checkpoint_starts_again(image_folder: Path, tmp_path: Path) -> None:
+def test_resume_before_the_first_checkpoint_starts_again(image_folder: Path, tmp_path: Path, weights: Any) -> None:
     whole = pretrain(image_folder, tmp_path / "whole", steps=4)
     again = pretrain(image_folder, tmp_path / "again", steps=4)
     for file in (again.path / "checkpoints").iterdir():
@@ -157,7 +152,7 @@ def test_resume_before_the_first_checkpoint_starts_again(image_folder: Path, tmp
     assert_identical(weights(whole), weights(again))
 
 
-def test_a_damaged_newest_checkpoint_falls_back(image_folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_falls_back(image_folder: Path, tmp_path: Path, weights: Any) -> None:
     whole = pretrain(image_folder, tmp_path / "whole", steps=6, checkpoint_every=2)
     newest = (whole.path / "checkpoints" / "last").resolve()
     before = weights(whole)
@@ -169,7 +164,7 @@ def test_a_damaged_newest_checkpoint_falls_back(image_folder: Path, tmp_path: Pa
     assert_identical(weights(whole), before)
 
 
-def test_shards_give_the_same_weights_as_the_folder(image_folder: Path, tmp_path: Path) -> None:
+def test_shards_give_the_same_weights_as_the_folder(image_folder: Path, tmp_path: Path, weights: Any) -> None:
     write_shards(open_source(image_folder), tmp_path / "shards", shard_size=20_000, say=lambda _: None)
     assert len(list((tmp_path / "shards").glob("*.tar"))) > 1
     folder = pretrain(image_folder, tmp_path / "folder", method="hpm", steps=6)
@@ -177,7 +172,7 @@ def test_shards_give_the_same_weights_as_the_folder(image_folder: Path, tmp_path
     assert_identical(weights(folder), weights(shards))
 
 
-def test_a_torch_dataset_from_python(tmp_path: Path) -> None:
+def test_a_torch_dataset_from_python(tmp_path: Path, weights: Any) -> None:
     images = torch.randint(0, 255, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = torch.utils.data.TensorDataset(images, torch.arange(20))
     whole = pretrain(data, tmp_path / "whole", steps=4, checkpoint_every=2)
@@ -208,7 +203,7 @@ def test_statistics_of_other_channels_come_from_the_data(tmp_path: Path) -> None
     assert run.encoder().patch_embed.proj.in_channels == 5
 
 
-def test_two_processes_equal_one_with_the_whole_batch(image_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_the_whole_batch(image_folder: Path, tmp_path: Path, weights: Any) -> None:
     whole = pretrain(image_folder, tmp_path / "one", method="hpm", steps=5)
     settings = tiny("hpm") | dict(method="hpm", steps=5, devices=2, data=str(image_folder), out=str(tmp_path / "two"))
     subprocess.run(command("pretrain", *words(settings)), check=True, capture_output=True, timeout=250)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from typer.testing import CliRunner
@@ -55,17 +54,14 @@ def pretrain(data: Any, out: Path, **settings: Any) -> Run:
     return patchmine.pretrain(data=data, out=out, say=lambda _: None, **(TINY | settings))
 
 
-def weights(run: Run) -> dict[str, Tensor]:
-    """Copied, because safetensors maps the file."""
-    return {name: tensor.clone() for name, tensor in load_file(run.path / "checkpoints" / "last").items()}
-
-
 @pytest.mark.parametrize(
     ("step", "options"),
     [(6, {}), (8, {}), (10, {"method.maps": "online"}), (6, ON_SIMMIM)],
     ids=["within an epoch", "between epochs", "online", "on SimMIM"],
 )
-def test_resumed_is_as_if_never_stopped(step: int, options: dict[str, Any], image_folder: Path, tmp_path: Path) -> None:
+def test_resumed_is_as_if_never_stopped(
+    step: int, options: dict[str, Any], image_folder: Path, tmp_path: Path, weights: Any
+) -> None:
     """A checkpoint between two epochs is from before the refresh, one within an epoch holds the epoch's maps."""
     run = pretrain(image_folder, tmp_path / "run", checkpoint_every=2, keep_checkpoints=20, **options)
     whole = weights(run)
@@ -120,7 +116,9 @@ def test_shares_are_the_whole_set_once(processes: int, image_folder: Path) -> No
     assert seen == list(range(36))
 
 
-def test_two_processes_and_a_broken_image_give_the_maps_of_one(image_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_and_a_broken_image_give_the_maps_of_one(
+    image_folder: Path, tmp_path: Path, weights: Any
+) -> None:
     """35 images, the last broken; rates so small that weights stay what they are at the start."""
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
