@@ -15,7 +15,7 @@ PACKAGE = SRC / "patchmine"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What a room may import; a room is a folder or a top-level file of the package.  Downwards only.
-FLOOR = {"types", "errors", "disk"}
+FLOOR = {"types", "errors", "names", "disk"}
 BELOW_METHODS = FLOOR | {"ops", "models", "method"}
 PARTS = BELOW_METHODS | {"methods", "data", "train"}
 # What users type: values and messages (words, mistakes), recipes, the typed settings, and the run made of them.
@@ -25,6 +25,7 @@ TOP = PARTS | SETTINGS | {"run", "pretraining", "evaluate", "report", "bench", "
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
+    "names": set(),
     "disk": set(),
     "ops": {"types"},
     "models": FLOOR | {"ops"},
@@ -32,9 +33,9 @@ MAY_IMPORT = {
     "methods": BELOW_METHODS,
     "data": FLOOR,
     "train": FLOOR | {"ops", "method"},
-    "words": {"errors"},
-    "mistakes": {"errors", "words"},
-    "recipes": {"errors", "words"},
+    "words": {"errors", "names"},
+    "mistakes": {"errors", "names", "words"},
+    "recipes": {"errors", "names", "words"},
     "settings": PARTS | TYPED,
     "config": PARTS | SETTINGS,
     "run": PARTS | SETTINGS,
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "preparing": PARTS | SETTINGS,
     "pretraining": PARTS | SETTINGS | {"run", "evaluate", "report", "preparing"},
     "bench": PARTS | SETTINGS | {"run"},
-    "commands": {"errors"} | TYPED,
+    "commands": {"errors", "names"} | TYPED,
     "transfer": PARTS | SETTINGS | {"run"},
     "program": set(),
     "evaluation_commands": {"commands", "evaluate", "program"},
