@@ -18,6 +18,7 @@ from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
 from patchmine.data.loader import plain_batches, train_batches
 from patchmine.data.normalise import normalise
+from patchmine.data.sampling import spread_indices
 from patchmine.data.source import Spec
 from patchmine.data.views import View
 from patchmine.errors import UserError
@@ -319,7 +320,7 @@ class _Looker:
 
     def _fixed_images(self) -> Iterator[Batch]:
         count, shown = len(self.images), SAMPLE_CLIPS if is_video(self.config.model) else SAMPLE_IMAGES
-        chosen = [count * place // shown for place in range(shown)] if count > shown else None
+        chosen = spread_indices(count, shown, self.config.seed)
         view = plain_view(self.config, crop_pct=1.0)
         loaded = plain_batches(
             self.images,

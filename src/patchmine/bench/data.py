@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
@@ -25,6 +24,7 @@ from patchmine.data.crops import NUM_GLOBAL, MultiCropView
 from patchmine.data.decode import DecodeError, decode
 from patchmine.data.loader import sample_generator
 from patchmine.data.normalise import normalise
+from patchmine.data.sampling import spread_indices
 from patchmine.data.source import open_source
 from patchmine.data.views import TrainView
 from patchmine.errors import UserError
@@ -90,9 +90,9 @@ def _time(chains: Mapping[str, Callable[[bytes], object]], raws: list[bytes], re
 
 
 def _encoded(source: Source) -> list[bytes]:
-    """The contents of evenly spaced files; broken ones are left out."""
+    """The contents of a seeded choice of files; broken ones are left out."""
     raws = []
-    for index in np.unique(np.linspace(0, len(source) - 1, min(_IMAGES, len(source))).astype(int)).tolist():
+    for index in spread_indices(len(source), _IMAGES).tolist():
         try:
             raw = source.read(index)
             decode(raw, 3)

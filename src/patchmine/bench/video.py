@@ -21,6 +21,7 @@ from patchmine.data.clips import TrainClips, window
 from patchmine.data.contract import Source
 from patchmine.data.decode import DecodeError
 from patchmine.data.loader import sample_generator
+from patchmine.data.sampling import spread_indices
 from patchmine.data.video import VideoFile, open_video
 from patchmine.data.video_sources import open_videos
 from patchmine.errors import UserError
@@ -78,9 +79,9 @@ def bench_video(
 
 
 def _jobs(source: Source, frames: int, stride: int) -> list[_Job]:
-    """Evenly spaced videos that can be decoded, each with a window of it."""
+    """A seeded choice of videos that can be decoded, each with a window of it."""
     jobs: list[_Job] = []
-    for index in np.unique(np.linspace(0, len(source) - 1, min(_VIDEOS, len(source))).astype(int)).tolist():
+    for index in spread_indices(len(source), _VIDEOS).tolist():
         raw = source.read(index)
         content = raw.path if isinstance(raw, VideoFile) else raw
         if not isinstance(content, str | bytes):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from patchmine.data.contract import Labels, Source, notes_of
 from patchmine.data.decode import DecodeError, decode, probe
+from patchmine.data.sampling import spread_indices
 from patchmine.data.video import FrameFiles, VideoFile, open_video
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ def inspect(
     video: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> InspectReport:
-    """Reads and decodes ``sample`` items spread evenly over the source, or all of them; of a ``video`` its middle.
+    """Reads and decodes a seeded choice of ``sample`` items, or all of them; of a ``video`` its middle.
 
     ``progress`` is told (items done, items to do).
     """
     count = len(source)
-    chosen = np.arange(count) if full or sample >= count else np.linspace(0, count - 1, sample).round().astype(int)
+    chosen = spread_indices(count, count if full else sample)
     report = InspectReport(
         source.name, count, len(chosen), notes=notes_of(source), classes=_class_sizes(source.labels())
     )

@@ -27,6 +27,7 @@ from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
 from patchmine.data.decode import DecodeError, decode
 from patchmine.data.normalise import as_float
+from patchmine.data.sampling import spread_indices
 from patchmine.data.video import open_video
 from patchmine.data.views import View
 from patchmine.errors import UserError
@@ -126,10 +127,10 @@ def data_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of every channel, each (C,) float32, in units where bytes span [0, 1].
 
-    From ``sample`` evenly spaced items, each weighing the same; broken ones are left out.  A constant channel gets a
-    deviation of 1.  ``look`` gives pixels (C, H, W) of an item.  UserError when no item can be read.
+    From a seeded choice of ``sample`` items, each weighing the same; broken ones are left out.  A constant channel gets
+    a deviation of 1.  ``look`` gives pixels (C, H, W) of an item.  UserError when no item can be read.
     """
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(sample, len(source))).round().astype(np.int64))
+    chosen = spread_indices(len(source), sample)
     first, second, count = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64), 0
     failures: list[Failure] = []
     for index in chosen.tolist():
