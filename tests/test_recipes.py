@@ -9,8 +9,11 @@ import pytest
 from patchmine.config import parse, resolve_size
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
+from patchmine.ops.schedules import learning_rate
+from patchmine.preparing import lr_schedule
 from patchmine.recipes import ABOUT, list_recipes, load_recipe, recipe_names
 from patchmine.run import build_method
+from patchmine.types import Progress
 
 TINY = {"cifar10-tiny", "cifar10-tiny-samples", "photos-demo"}
 PUBLISHED = {"mae-vit-b-imagenet", "mae-vit-l-imagenet", "hpm-vit-b-imagenet", "hpm-vit-l-imagenet"}
@@ -65,6 +68,28 @@ def test_published_recipes_hold_the_published_numbers(name: str, epochs: int, ba
     assert method["clip_grad"] == (None if method["name"] == "mae" else 5.0)
     decoder = (method["decoder_embed_dim"], method["decoder_depth"], method["decoder_num_heads"])
     assert (method["mask_ratio"], *decoder) == (0.75, 512, 8, 16)
+
+
+# The rate at these epochs, from the authors' schedulers: microsoft/SimMIM, lr_scheduler.py with its 800-epoch setting;
+# timm's CosineLRScheduler(t_initial=200, lr_min=2e-5, warmup_t=10, warmup_lr_init=2e-6) for AMT on SimMIM.
+RATES = {
+    "simmim-vit-b-imagenet": {0: 2e-6, 5: 2.01e-4, 10: 4e-4, 400: 4e-4, 699: 4e-4, 700: 4e-5, 799: 4e-5},
+    "amt-simmim-vit-b-imagenet": {0: 2e-6, 5: 2.01e-4, 10: 3.976608417e-4, 100: 2.1e-4, 150: 7.564971157e-5},
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rates_are_those_of_the_published_schedulers(name: str) -> None:
+    config = parse(name, ["data=x"])
+    assert config.epochs is not None
+    for epoch, expected in RATES[name].items():
+        now = Progress(epoch * 625, config.epochs * 625, 625)
+        assert learning_rate(now, config.blr * config.batch_size / 256, lr_schedule(config)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["droppos-vit-b-imagenet", "droppos-vit-l-imagenet"])
+def test_droppos_as_published_has_the_published_grid_of_targets(name: str) -> None:
+    assert parse(name, ["data=x"]).method.model_dump()["smoothing_grid"] == "as_run"
 
 
 @pytest.mark.parametrize("name", VIDEO)

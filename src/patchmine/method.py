@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Collection, Iterable
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -60,6 +60,13 @@ class Method(nn.Module):
     def param_groups(self) -> list[ParamGroup]:
         """What is trained and how; by default everything that takes a gradient, as the run's settings say."""
         return [ParamGroup(self.learning())]
+
+    def sparing(self, undecayed: Collection[str], **how: Any) -> list[ParamGroup]:
+        """Everything that takes a gradient, updated as ``how`` says, the ``undecayed`` names without weight decay."""
+        decayed = [(name, p) for name, p in self.learning() if name not in undecayed]
+        spared = [(name, p) for name, p in self.learning() if name in undecayed]
+        groups = [ParamGroup(decayed, **how)]
+        return [*groups, ParamGroup(spared, weight_decay=0.0, **how)] if spared else groups
 
     def learning(self) -> list[tuple[str, nn.Parameter]]:
         """Everything that takes a gradient, by name."""

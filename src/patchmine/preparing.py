@@ -17,6 +17,7 @@ from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.models.video import is_video
 from patchmine.models.vit import Encoder, smallest_side
+from patchmine.ops.schedules import LrSchedule
 
 Say = Callable[[str], None]
 
@@ -84,9 +85,26 @@ def train_view(config: RunConfig, method: Method) -> TrainView | MultiCropView |
     return MultiCropView(size, *local, *scales, ratio, flip, interpolation, max(patches))
 
 
+def lr_schedule(config: RunConfig) -> LrSchedule:
+    """How the run's learning rates move."""
+    return LrSchedule(
+        kind=config.lr_schedule,
+        warmup_epochs=config.warmup_epochs,
+        warmup_lr=config.warmup_lr,
+        warmup_prefix=config.warmup_prefix,
+        min_lr=config.min_lr,
+        milestones=tuple(config.lr_milestones),
+        gamma=config.lr_gamma,
+    )
+
+
 def plain_view(config: RunConfig, crop_pct: float | None) -> View:
-    """What becomes of an item where nothing is random; ``crop_pct=None``: all of it, squashed to the model's size."""
+    """What becomes of an item where nothing is random; ``crop_pct=None``: all of it, squashed to the model's size.
+
+    Squashed images are those that AMT's maps are made of, which its authors resize bilinearly (torchvision's default,
+    main_pretrain.py).
+    """
     if not is_video(config.model):
-        return PlainView(config.image_size, crop_pct)
+        return PlainView(config.image_size, crop_pct, "bilinear" if crop_pct is None else "bicubic")
     clip = config.clip
     return PlainClips(config.image_size, clip.frames, clip.stride, clip.short, crop_pct)

@@ -29,7 +29,15 @@ from patchmine.evaluate.targets import target_of
 from patchmine.method import Method
 from patchmine.models.resnet import has_cifar_stem
 from patchmine.models.video import VideoTransformer, is_video
-from patchmine.preparing import item_of, open_data, plain_view, samples_per_epoch, train_view, with_statistics
+from patchmine.preparing import (
+    item_of,
+    lr_schedule,
+    open_data,
+    plain_view,
+    samples_per_epoch,
+    train_view,
+    with_statistics,
+)
 from patchmine.report.panels import draw_panels
 from patchmine.run import Run, build_method, partner_config, write_export
 from patchmine.train.checkpoint import Checkpoint, load_newest
@@ -195,8 +203,7 @@ def _settings(config: RunConfig, images: Source) -> TrainSettings:
         checkpoint_every=config.checkpoint_every or max(steps_per_epoch, min(100, total_steps)),
         accumulate=config.accumulate,
         blr=config.blr,
-        warmup_epochs=config.warmup_epochs,
-        min_lr=config.min_lr,
+        schedule=lr_schedule(config),
         weight_decay=config.weight_decay,
         betas=config.betas,
         keep_checkpoints=config.keep_checkpoints,

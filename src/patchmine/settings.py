@@ -126,7 +126,18 @@ class Results(_Settings):
     accumulate: Positive = Field(1, description="parts that a batch is cut into, one after the other, to save memory")
     blr: float = Field(1.5e-4, gt=0, description="learning rate for 256 images; the rate is blr * batch_size / 256")
     warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up")
-    min_lr: float = Field(0, ge=0, description="learning rate at the end")
+    warmup_lr: float = Field(0, ge=0, description="learning rate at step 0")
+    warmup_prefix: bool = Field(
+        True, description="the cosine begins after the warm-up; false: at step 0, as timm's does, its beginning covered"
+    )
+    lr_schedule: Literal["cosine", "multi_step", "constant"] = Field(
+        "cosine", description="how the learning rate goes on after the warm-up"
+    )
+    min_lr: float = Field(0, ge=0, description="learning rate at the end of the cosine")
+    lr_milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [], description="multi_step: shares of the run after which the rate is multiplied by lr_gamma, as in [0.875]"
+    )
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="multi_step: that factor")
     weight_decay: float = Field(0.05, ge=0, description="AdamW's; biases and norms have none")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), description="AdamW's"
@@ -188,7 +199,7 @@ class RunConfig(Running, Results):
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         checks = (
-            *(_check_length, _check_statistics, _check_patches, _check_batch),
+            *(_check_length, _check_schedule, _check_statistics, _check_patches, _check_batch),
             *(_check_ranges, _check_crops, _check_clip, _check_evaluation),
         )
         mistakes = [mistake for check in checks for mistake in check(self)]
@@ -211,6 +222,28 @@ def _check_length(config: RunConfig) -> list[Mistake]:
     if config.epochs is None and config.steps is None:
         return [Mistake("epochs", "given null, and no steps either; give one of them, as in epochs=100")]
     return []
+
+
+def _check_schedule(config: RunConfig) -> list[Mistake]:
+    """A setting that the chosen schedule does not read would be passed over in silence."""
+    kind, milestones = config.lr_schedule, config.lr_milestones
+    mistakes = []
+    if kind == "multi_step" and not milestones:
+        mistakes.append(Mistake("lr_milestones", "not given; lr_schedule=multi_step needs it, as in [0.875]"))
+    if kind != "multi_step" and milestones:
+        text = f"given {milestones}; of no use with lr_schedule={kind}: set lr_schedule=multi_step, or leave it out"
+        mistakes.append(Mistake("lr_milestones", text))
+    if milestones != sorted(set(milestones)):
+        text = f"given {milestones}; must rise, as in {sorted(set(milestones))}"
+        mistakes.append(Mistake("lr_milestones", text))
+    peak = config.blr * config.batch_size / 256
+    if config.warmup_lr > peak:
+        text = f"given {config.warmup_lr:g}; must not be above the highest rate, blr * batch_size / 256 = {peak:g}"
+        mistakes.append(Mistake("warmup_lr", text))
+    if kind != "cosine" and config.min_lr:
+        text = f"given {config.min_lr:g}; of no use with lr_schedule={kind}: set lr_schedule=cosine, or leave it out"
+        mistakes.append(Mistake("min_lr", text))
+    return mistakes
 
 
 def _check_statistics(config: RunConfig) -> list[Mistake]:

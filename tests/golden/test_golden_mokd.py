@@ -15,6 +15,7 @@ from patchmine.methods.mokd import MOKD, look, search
 from patchmine.models.positions import resize_positions
 from patchmine.models.vit import build_encoder
 from patchmine.ops.distill import teacher_temperature
+from patchmine.ops.schedules import LrSchedule
 from patchmine.train.optim import build_optimizers, clip_gradients, set_rates, update
 from patchmine.types import Batch, Progress
 
@@ -166,7 +167,7 @@ def step(golden: Any, method: MOKD, batch: Batch, progress: Progress) -> dict[st
     c = golden.config["step"]
     # Constant rates: half a cosine from a rate to itself.
     optimizers = build_optimizers(method.param_groups(), weight_decay=c["wd_vit"], blr=c["lr_vit"], betas=(0.9, 0.999))
-    set_rates(optimizers, Progress(0, 1, 1), batch_size=256, warmup_epochs=0, min_lr=c["lr_vit"])
+    set_rates(optimizers, Progress(0, 1, 1), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=c["lr_vit"]))
     method(batch, progress)["loss"].backward()
     clip_gradients(optimizers, progress)
     gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}

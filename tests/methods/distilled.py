@@ -18,6 +18,7 @@ from patchmine.method import Method
 from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
 from patchmine.models.vit import build_encoder
+from patchmine.ops.schedules import LrSchedule
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import train
@@ -58,7 +59,12 @@ def main(name: str, folder: Path, processes: int) -> None:
     engine = Engine(device="cpu", devices=processes)
     method = build(name)
     settings = TrainSettings(
-        total_steps=STEPS, steps_per_epoch=2, batch_size=IMAGES, checkpoint_every=100, blr=2.0, warmup_epochs=1.0
+        total_steps=STEPS,
+        steps_per_epoch=2,
+        batch_size=IMAGES,
+        checkpoint_every=100,
+        blr=2.0,
+        schedule=LrSchedule(warmup_epochs=1.0),
     )
     say = lambda text: None  # noqa: E731
     with Log(folder if engine.is_main else None, total_steps=STEPS, say=say, tensorboard=False) as log:

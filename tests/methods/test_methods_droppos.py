@@ -183,7 +183,8 @@ def test_the_weights_take_no_gradient(images: Tensor, monkeypatch: pytest.Monkey
     monkeypatch.setattr(method, "weigh", lambda *_: weights.clone())
     run(method, images)["loss"].backward()
     for name, gradient in found.items():
-        assert torch.equal(gradient, method.get_parameter(name).grad), name
+        # Sums over a view and over its clone may run in another order, by the width of the processor's vectors.
+        torch.testing.assert_close(gradient, method.get_parameter(name).grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
 # The loss

@@ -13,6 +13,7 @@ from patchmine.errors import UserError
 from patchmine.methods.mokd import MOKD, look, search
 from patchmine.models.vit import Encoder, build_encoder
 from patchmine.ops.distill import search_cross_entropy, sharpen
+from patchmine.ops.schedules import LrSchedule
 from patchmine.train.optim import Optimizers, build_optimizers, clip_gradients, set_rates, update
 from patchmine.types import Batch, Losses, Progress
 
@@ -66,7 +67,7 @@ def optimizers_of(method: MOKD) -> Optimizers:
 
 
 def step(method: MOKD, optimizers: Optimizers, views: list[Tensor], progress: Progress) -> Losses:
-    set_rates(optimizers, progress, batch_size=256, warmup_epochs=0, min_lr=1e-5)
+    set_rates(optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=1e-5))
     optimizers.zero_grad()
     losses = run(method, views, progress)
     losses["loss"].backward()
@@ -257,7 +258,9 @@ def test_rates_and_decay(own: str) -> None:
         1000: ((0.0048, 1e-4), (1e-5, 0.4), (1e-5, 0.4)),
     }
     for at, expected in table.items():
-        set_rates(optimizers, Progress(at, 1000, 10), batch_size=256, warmup_epochs=10, min_lr=1e-5)
+        set_rates(
+            optimizers, Progress(at, 1000, 10), batch_size=256, schedule=LrSchedule(warmup_epochs=10, min_lr=1e-5)
+        )
         decayed: dict[str, set[bool]] = {"cnn": set(), "thead": set(), "vit": set()}
         for optimizer, groups in ((name, o.param_groups) for name, o in optimizers.by_name.items()):
             for group in groups:

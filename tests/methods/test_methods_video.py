@@ -126,6 +126,14 @@ def test_the_decoder_starts_as_videomaes() -> None:
     assert 0.9 * bound < method.decoder_input.embed.weight.abs().max() <= bound
 
 
+@pytest.mark.parametrize("kind", [MAE, HPM])
+def test_the_mask_token_of_clips_is_not_decayed(kind: Any) -> None:
+    """MCG-NJU/VideoMAE, modeling_pretrain.py, ``no_weight_decay``."""
+    decayed, spared = build(kind).param_groups()
+    assert decayed.weight_decay is None
+    assert ([name for name, _ in spared.params], spared.weight_decay) == (["decoder_input.mask_token"], 0.0)
+
+
 @pytest.mark.parametrize("target", ["dino", "clip"])
 def test_networks_for_images_are_no_target(target: str) -> None:
     with pytest.raises(UserError, match=f"method.target={target} is a network for images.*method.target=pixel"):

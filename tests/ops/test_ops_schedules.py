@@ -1,12 +1,14 @@
-"""HPM's schedules against the numbers of its specification."""
+"""Schedules against those of timm and torch, and HPM's against the numbers of its specification."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.scheduler import CosineLRScheduler
 
-from patchmine.ops.schedules import cosine_decay, ema_decay, hard_count
+from patchmine.ops.schedules import LrSchedule, cosine_decay, ema_decay, hard_count, learning_rate
 from patchmine.types import Progress
 
 PUBLISHED = dict(start=0.0, end=0.5, offset=1)
@@ -62,3 +64,49 @@ def test_cosine_decay_rises_to_one() -> None:
     assert found[5] == pytest.approx(0.998)
     assert found[10] == pytest.approx(1.0)
     assert found == sorted(found)
+
+
+def rates(schedule: LrSchedule, epochs: int, per_epoch: int = 5) -> list[float]:
+    return [
+        learning_rate(Progress(step, epochs * per_epoch, per_epoch), 1e-3, schedule)
+        for step in range(epochs * per_epoch)
+    ]
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_the_cosine_is_that_of_timm(prefix: bool) -> None:
+    theirs = CosineLRScheduler(
+        optimizer(),
+        t_initial=60 - 15 * prefix,  # timm counts the warm-up apart where it goes before the cosine
+        lr_min=1e-5,
+        warmup_t=15,
+        warmup_lr_init=1e-6,
+        warmup_prefix=prefix,
+        t_in_epochs=False,
+    )
+    ours = LrSchedule(warmup_epochs=3, warmup_lr=1e-6, warmup_prefix=prefix, min_lr=1e-5)
+    expected = [theirs._get_lr(step)[0] for step in range(60)]
+    assert rates(ours, epochs=12) == pytest.approx(expected, rel=1e-12)
+
+
+def test_multi_step_drops_at_its_milestones() -> None:
+    theirs = torch.optim.lr_scheduler.MultiStepLR(base := optimizer(), milestones=[35, 49], gamma=0.1)
+    expected = []
+    for _ in range(70):
+        expected.append(base.param_groups[0]["lr"])
+        base.step()
+        theirs.step()
+    ours = LrSchedule("multi_step", warmup_epochs=2, warmup_lr=1e-4, milestones=(0.5, 0.7), gamma=0.1)
+    found = rates(ours, epochs=14)
+    assert found[:10] == pytest.approx([1e-4 + 9e-4 * step / 10 for step in range(10)])
+    assert found[10:] == pytest.approx(expected[10:], rel=1e-12)
+
+
+def test_a_constant_rate_stays() -> None:
+    assert rates(LrSchedule("constant", warmup_epochs=1), epochs=4) == pytest.approx(
+        [0, 2e-4, 4e-4, 6e-4, 8e-4, *[1e-3] * 15]
+    )

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # toy.py is also imported by scripts that the tests start
 
+from patchmine.ops.schedules import LrSchedule
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
@@ -34,7 +35,7 @@ def run_toy(engine: Engine, tmp_path: Path) -> Callable[..., Any]:
         defaults: dict[str, Any] = dict(
             total_steps=12, steps_per_epoch=5, batch_size=8, checkpoint_every=5, log_every=4
         )
-        settings = TrainSettings(**{**defaults, "blr": 0.5, "warmup_epochs": 1.0, **given})
+        settings = TrainSettings(**{**defaults, "blr": 0.5, "schedule": LrSchedule(warmup_epochs=1.0), **given})
         method = Toy() if method is None else method
         first = 0 if start is None else start.step
         batches = hooks.pop("batches", None) or toy_batches(

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from toy import Toy, toy_batches
 
+from patchmine.ops.schedules import LrSchedule
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import train
@@ -29,7 +30,7 @@ def run(engine: Engine, folder: Path, method: Toy, batches: Iterator[Batch], acc
         checkpoint_every=5,
         log_every=4,
         blr=0.5,
-        warmup_epochs=1.0,
+        schedule=LrSchedule(warmup_epochs=1.0),
         accumulate=accumulate,
     )
     say = lambda text: print(text, flush=True)  # noqa: E731, T201

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from patchmine.ops.schedules import LrSchedule, learning_rate
 from patchmine.train.optim import (
     build_optimizers,
     clip_gradients,
     decay_strength,
     is_decayed,
-    learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
     set_rates,
@@ -56,14 +56,14 @@ def test_rates_follow_the_reference_loop(warmup: float, min_lr: float) -> None:
             else:
                 expected = min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * (now - warmup) / (epochs - warmup)))
             progress = Progress(step, epochs * steps_per_epoch, steps_per_epoch)
-            assert learning_rate(progress, peak, warmup_epochs=warmup, min_lr=min_lr) == expected
+            assert learning_rate(progress, peak, LrSchedule(warmup_epochs=warmup, min_lr=min_lr)) == expected
             step += 1
 
 
 def test_a_run_shorter_than_its_warmup_only_warms_up() -> None:
-    rates = [learning_rate(Progress(step, 4, 2), 1.0, warmup_epochs=4, min_lr=0.0) for step in range(5)]
+    rates = [learning_rate(Progress(step, 4, 2), 1.0, LrSchedule(warmup_epochs=4, min_lr=0.0)) for step in range(5)]
     assert rates == [0.0, 0.125, 0.25, 0.375, 0.5]
-    assert learning_rate(Progress(4, 4, 2), 1.0, warmup_epochs=2, min_lr=0.0) == 1.0
+    assert learning_rate(Progress(4, 4, 2), 1.0, LrSchedule(warmup_epochs=2, min_lr=0.0)) == 1.0
 
 
 def test_peak_rate_is_base_rate_times_batch_over_256() -> None:
@@ -77,7 +77,7 @@ def test_peak_rate_is_base_rate_times_batch_over_256() -> None:
         blr=1.5e-4,
         betas=(0.9, 0.95),
     )
-    rates = set_rates(optimizers, START, batch_size=4096, warmup_epochs=0, min_lr=0.0)
+    rates = set_rates(optimizers, START, batch_size=4096, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
     assert rates == {"lr": pytest.approx(2.4e-3), "lr_sgd": pytest.approx(4.8)}
     assert {group["lr"] for group in optimizers.by_name["adamw"].param_groups} == {rates["lr"]}
 
@@ -91,9 +91,9 @@ def test_a_group_may_end_at_a_rate_of_its_own() -> None:
     optimizers = build_optimizers(groups, weight_decay=0.05, blr=1e-3, betas=(0.9, 0.95))
     for step in (0, 3, 10, 37, 40):
         now = Progress(step, 40, 4)
-        found = set_rates(optimizers, now, batch_size=512, warmup_epochs=2, min_lr=1e-5)
-        assert found["lr"] == learning_rate(now, 2e-3, warmup_epochs=2, min_lr=1e-5)
-        assert found["lr_sgd"] == learning_rate(now, 0.2, warmup_epochs=2, min_lr=0.0048)
+        found = set_rates(optimizers, now, batch_size=512, schedule=LrSchedule(warmup_epochs=2, min_lr=1e-5))
+        assert found["lr"] == learning_rate(now, 2e-3, LrSchedule(warmup_epochs=2, min_lr=1e-5))
+        assert found["lr_sgd"] == learning_rate(now, 0.2, LrSchedule(warmup_epochs=2, min_lr=0.0048))
     assert found == {"lr": pytest.approx(1e-5), "lr_sgd": pytest.approx(0.0048)}  # absolute, whatever the batch
 
 
@@ -104,7 +104,9 @@ def test_weight_decay_follows_the_reference_loop() -> None:
     module = network()
     optimizers = build(module, weight_decay=start, weight_decay_end=end)
     for step, strength in enumerate(expected):
-        set_rates(optimizers, Progress(step, total, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)
+        set_rates(
+            optimizers, Progress(step, total, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
+        )
         for group in optimizers.by_name["adamw"].param_groups:
             assert group["weight_decay"] == pytest.approx(strength if group["params"][0].ndim == 2 else 0.0)
 
@@ -112,7 +114,7 @@ def test_weight_decay_follows_the_reference_loop() -> None:
 def test_a_constant_decay_stays_the_very_number() -> None:
     optimizers = build(network(), weight_decay=0.1)
     for step in range(7):
-        set_rates(optimizers, Progress(step, 7, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)
+        set_rates(optimizers, Progress(step, 7, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
         assert {group["weight_decay"] for group in optimizers.by_name["adamw"].param_groups} == {0.0, 0.1}
 
 
@@ -125,7 +127,7 @@ def test_sgd_that_decays_all_equals_its_formula() -> None:
     for step in range(4):
         progress = Progress(step, 10, 5)
         fill_gradients(module)
-        lr = set_rates(optimizers, progress, batch_size=256, warmup_epochs=0, min_lr=0.0)["lr"]
+        lr = set_rates(optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))["lr"]
         update(optimizers, torch.zeros(()))
         for name, parameter in named(module):
             grad = parameter.grad.double() + decay_strength(progress, 0.04, 0.4) * slow[name]
@@ -143,7 +145,7 @@ def test_two_optimizers_of_a_kind_are_kept_apart_by_name() -> None:
         ParamGroup([(f"b.{name}", p) for name, p in named(second)], clip_norm=1.0, blr=0.2, name="partner"),
     ]
     optimizers = build_optimizers(groups, weight_decay=0, blr=1.0, betas=(0.9, 0.95))
-    rates = set_rates(optimizers, START, batch_size=256, warmup_epochs=0, min_lr=0.0)
+    rates = set_rates(optimizers, START, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
     assert rates == {"lr": pytest.approx(0.1), "lr_partner": pytest.approx(0.2)}
     clip_gradients(optimizers, START)
     for module in (first, second):
@@ -172,7 +174,9 @@ def test_adamw_equals_the_formula_of_its_paper() -> None:
     for step in range(1, 4):
         module.weight.grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
         grad = module.weight.grad.double()
-        lr = set_rates(optimizers, Progress(step, 10, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)["lr"]
+        lr = set_rates(
+            optimizers, Progress(step, 10, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
+        )["lr"]
         update(optimizers, torch.zeros(()))
         first, second = 0.9 * first + 0.1 * grad, 0.95 * second + 0.05 * grad**2
         weight = weight * (1 - lr * 0.05)
@@ -227,7 +231,7 @@ def test_a_frozen_group_does_not_move_until_its_epoch(name: str) -> None:
     for step in range(6):
         progress = Progress(step, 10, 5)
         fill_gradients(module)
-        set_rates(optimizers, progress, batch_size=256, warmup_epochs=0, min_lr=0.0)
+        set_rates(optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
         clip_gradients(optimizers, progress)
         update(optimizers, torch.zeros(()))
         still = all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -242,7 +246,7 @@ def test_a_skipped_step_leaves_no_trace(name: str, bad_step: int) -> None:
         optimizers = build(module, optimizer=name)
         for step in steps:
             fill_gradients(module, math.nan if step < 0 else step + 1.0)
-            set_rates(optimizers, Progress(1, 10, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)
+            set_rates(optimizers, Progress(1, 10, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
             bad = clip_gradients(optimizers, START).isfinite().logical_not().float()
             update(optimizers, bad)
         return {**module.state_dict(), **optimizer_tensors(optimizers)}
@@ -260,7 +264,7 @@ def test_optimizer_state_survives_by_parameter_name(name: str) -> None:
     def steps(module: nn.Module, optimizers: object, count: int) -> None:
         for _ in range(count):
             fill_gradients(module)
-            set_rates(optimizers, Progress(1, 10, 5), batch_size=256, warmup_epochs=0, min_lr=0.0)
+            set_rates(optimizers, Progress(1, 10, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
             update(optimizers, torch.zeros(()))
 
     module = network()

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchmine.ops.schedules import LrSchedule, learning_rate
+from patchmine.types import Progress
+
 Slots = Mapping[str, Sequence[int]]
 """Which columns of a table (N, S, D) a classifier reads, laid end to end, by the name of the choice."""
 
@@ -190,20 +193,14 @@ def train_lars(
     optimizer = Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001)
     batch_size = min(batch_size, len(features))
     per_epoch = len(features) // batch_size
+    peak, schedule = blr * batch_size / 256, LrSchedule(warmup_epochs=warmup_epochs)
     with _fitting_threads(4 * batch_size * features.shape[1] * num_classes):
         for step, index in enumerate(shuffled_batches(len(features), batch_size, epochs * per_epoch, seed)):
-            rate = _warm_cosine(step / per_epoch, warmup_epochs, epochs) * blr * batch_size / 256
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(Progress(step, epochs * per_epoch, per_epoch), peak, schedule)
             loss = F.cross_entropy(head(features[index].to(device)), labels[index].to(device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             tick()
     return head.eval()
-
-
-def _warm_cosine(epoch: float, warmup: int, epochs: int) -> float:
-    if epoch < warmup:
-        return epoch / warmup
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))

@@ -242,10 +242,8 @@ class AMT(Method):
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns; on SimMIM the class token and learned positions are not decayed, as there."""
         clip = self.config.clip_grad or self.published.clip_grad
-        spared = {"encoder.cls_token", "encoder.pos_embed"} if self.config.host == "simmim" else set()
-        groups = [ParamGroup([(name, p) for name, p in self.learning() if name not in spared], clip_norm=clip)]
-        rest = [(name, p) for name, p in self.learning() if name in spared]
-        return [*groups, ParamGroup(rest, clip_norm=clip, weight_decay=0.0)] if rest else groups
+        undecayed = {"encoder.cls_token", "encoder.pos_embed"} if self.config.host == "simmim" else ()
+        return self.sparing(undecayed, clip_norm=clip)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:

@@ -207,7 +207,7 @@ class HPM(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped at the published norm."""
-        return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
+        return self.sparing(self.decoder_input.undecayed("decoder_input."), clip_norm=self.config.clip_grad)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:

@@ -84,7 +84,7 @@ class MAE(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped if the settings say so."""
-        return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
+        return self.sparing(self.decoder_input.undecayed("decoder_input."), clip_norm=self.config.clip_grad)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:

@@ -106,12 +106,7 @@ class SimMIM(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns; class token and learned positions are not decayed, the mask token is."""
-        spared = {"encoder.cls_token", "encoder.pos_embed"}
-        clip = self.config.clip_grad
-        return [
-            ParamGroup([(name, p) for name, p in self.learning() if name not in spared], clip_norm=clip),
-            ParamGroup([(name, p) for name, p in self.learning() if name in spared], clip_norm=clip, weight_decay=0.0),
-        ]
+        return self.sparing({"encoder.cls_token", "encoder.pos_embed"}, clip_norm=self.config.clip_grad)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:

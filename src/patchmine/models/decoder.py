@@ -47,6 +47,10 @@ class DecoderInput(nn.Module):
         self.embed.reset_parameters()
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
+    def undecayed(self, prefix: str) -> list[str]:
+        """Names of parameters without weight decay: for clips the mask token (VideoMAE, ``no_weight_decay``)."""
+        return [f"{prefix}mask_token"] if self.of_clips else []
+
     def forward(self, latent: Tensor, mask: Mask) -> Tensor:
         """(B, P + V, D) and a mask -> (B, P + V + M, W)."""
         prefix, seen = self.embed(latent).split([self.num_prefix, mask.visible.shape[1]], dim=1)

@@ -3,8 +3,51 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 from patchmine.types import Progress
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """How learning rates move over a run.
+
+    First linearly from ``warmup_lr`` to the peak over ``warmup_epochs``; then, by ``kind``:
+
+    - ``"cosine"``: half a cosine from the peak to ``min_lr`` at the end of the run (MAE, ``util/lr_sched.py``).  With
+      ``warmup_prefix=False`` its phase counts from step 0, so that the warm-up covers its beginning (timm's
+      ``CosineLRScheduler``, as SimMIM and AMT use it).
+    - ``"multi_step"``: the peak, multiplied by ``gamma`` at each of ``milestones``, which are shares of the run
+      (SimMIM, ``lr_scheduler.py``: 700 of 800 epochs is 0.875).
+    - ``"constant"``: the peak.
+
+    ``warmup_lr`` and ``min_lr`` are rates, not rates per 256 images.
+    """
+
+    kind: Literal["cosine", "multi_step", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 0.0
+    warmup_prefix: bool = True
+    min_lr: float = 0.0
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+
+
+def learning_rate(progress: Progress, peak: float, schedule: LrSchedule) -> float:
+    """The rate of a step under a schedule whose highest rate is ``peak``."""
+    epoch = progress.step / progress.steps_per_epoch
+    epochs = progress.total_steps / progress.steps_per_epoch
+    warmup = schedule.warmup_epochs
+    if epoch < warmup:
+        return schedule.warmup_lr + (peak - schedule.warmup_lr) * epoch / warmup
+    if schedule.kind == "multi_step":
+        return peak * schedule.gamma ** sum(progress.fraction >= milestone for milestone in schedule.milestones)
+    if schedule.kind == "constant" or epochs <= warmup:
+        return peak
+    start = warmup if schedule.warmup_prefix else 0.0
+    turn = math.pi * (epoch - start) / (epochs - start)
+    return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1.0 + math.cos(turn))
 
 
 def hard_count(progress: Progress, num_masked: int, *, start: float, end: float, offset: int) -> int:

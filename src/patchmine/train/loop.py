@@ -141,7 +141,7 @@ def _divergence(in_a_row: int, done: Progress, settings: TrainSettings, folder: 
     return (
         f"loss or gradient was not finite in {in_a_row} steps in a row (to step {done.step} of {done.total_steps})"
         f", so training stopped{kept}; start a new run with a smaller blr (now {settings.blr:g}), a longer"
-        f" warmup_epochs (now {settings.warmup_epochs:g}) or precision=fp32"
+        f" warmup_epochs (now {settings.schedule.warmup_epochs:g}) or precision=fp32"
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from patchmine.ops.schedules import LrSchedule, learning_rate
 from patchmine.types import ParamGroup, Progress
 
 MOMENTUM = 0.9  # SGD and LARS; the value of every recipe that uses them (MAE linear probe, MOKD, SCFS)
@@ -132,18 +133,6 @@ def _make(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -
     raise ValueError(f"unknown optimizer {name!r}; there are adamw, sgd, lars")
 
 
-def learning_rate(progress: Progress, peak: float, *, warmup_epochs: float, min_lr: float) -> float:
-    """Linear from 0 over ``warmup_epochs``, then half a cosine to ``min_lr`` (MAE ``util/lr_sched.py``)."""
-    epoch = progress.step / progress.steps_per_epoch
-    epochs = progress.total_steps / progress.steps_per_epoch
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    if epochs <= warmup_epochs:
-        return peak
-    turn = math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(turn))
-
-
 def decay_strength(progress: Progress, start: float, end: float) -> float:
     """Half a cosine from ``start`` to ``end`` over the whole run, without warm-up (DINO ``utils.cosine_scheduler``)."""
     if start == end:
@@ -151,19 +140,18 @@ def decay_strength(progress: Progress, start: float, end: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress.fraction))
 
 
-def set_rates(
-    optimizers: Optimizers, progress: Progress, *, batch_size: int, warmup_epochs: float, min_lr: float
-) -> dict[str, float]:
+def set_rates(optimizers: Optimizers, progress: Progress, *, batch_size: int, schedule: LrSchedule) -> dict[str, float]:
     """Set every group's rate and weight decay for this step (peak rate = blr x global batch / 256).
 
-    ``min_lr`` holds where a group has none of its own.  Returns the rates for the log: of each optimizer's first group.
+    A group's own ``min_lr`` goes before that of ``schedule``.  Returns the rates for the log: of each optimizer's first
+    group.
     """
     rates: dict[str, float] = {}
     for name, optimizer in optimizers.by_name.items():
         for group in optimizer.param_groups:
             peak = group["blr"] * batch_size / 256
-            low = min_lr if group["min_lr"] is None else group["min_lr"]
-            group["lr"] = learning_rate(progress, peak, warmup_epochs=warmup_epochs, min_lr=low)
+            own = schedule if group["min_lr"] is None else replace(schedule, min_lr=group["min_lr"])
+            group["lr"] = learning_rate(progress, peak, own)
             group["weight_decay"] = decay_strength(progress, *group["decay_curve"])
         rates["lr" if not rates else f"lr_{name}"] = float(optimizer.param_groups[0]["lr"])
     return rates

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from patchmine.errors import UserError
 from patchmine.method import Method
+from patchmine.ops.schedules import LrSchedule
 from patchmine.train.checkpoint import refuse_shared
 from patchmine.train.engine import Engine
 from patchmine.train.log import Meter, Stopwatch
@@ -27,8 +28,7 @@ class TrainSettings:
     checkpoint_every: int
     accumulate: int = 1
     blr: float = 1.5e-4
-    warmup_epochs: float = 0.0
-    min_lr: float = 0.0
+    schedule: LrSchedule = field(default_factory=LrSchedule)
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     keep_checkpoints: int = 3
@@ -70,8 +70,7 @@ class Stepper:
             self.optimizers,
             progress,
             batch_size=settings.batch_size,
-            warmup_epochs=settings.warmup_epochs,
-            min_lr=settings.min_lr,
+            schedule=settings.schedule,
         )
         self.optimizers.zero_grad()
         for micro in range(settings.accumulate):
