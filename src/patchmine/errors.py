@@ -34,9 +34,10 @@ def foreign_parser(refuse: Callable[[str], Exception], *own: type[Exception]) ->
     Raises:
         Exception: what ``refuse`` makes, chained to the parser's own.
     """
+    passing: tuple[type[Exception], ...] = (UserError, *own)
     try:
         yield
-    except (UserError, *own):
+    except passing:
         raise
     except Exception as error:
         raise refuse(reason_of(error)) from error
