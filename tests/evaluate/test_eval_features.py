@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 
 from patchmine.data.source import open_source
@@ -141,3 +142,51 @@ def test_at_rest_restores_the_mode_of_every_part():
     with at_rest(encoder):
         assert not any(module.training for module in encoder.modules())
     assert [module.training for module in encoder.modules()] == modes
+
+
+def spoil(run_folder, name="blocks.1.attn.qkv.weight"):
+    """One value of a tensor of the run's export becomes infinite."""
+    file = run_folder / "export" / "model.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    tensors[name].view(-1)[5] = np.inf
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("spec", ["run", "export", "file", "timm"])
+def test_weights_that_are_not_finite_are_refused_with_the_tensors_name(spec, run_folder, tmp_path):
+    spoil(run_folder)
+    for name, more in (("test_vit", {}), ("vit_tiny_patch16_224", {"depth": 2})):
+        own = timm.create_model(name, num_classes=0, **more).state_dict()
+        own["blocks.1.attn.qkv.weight"].view(-1)[0] = np.nan
+        save_file(own, tmp_path / f"{name}.safetensors")
+    target, weights = {
+        "run": (str(run_folder), "student"),
+        "export": (str(run_folder / "export"), "student"),
+        "file": (str(tmp_path / "vit_tiny_patch16_224.safetensors"), "student"),
+        "timm": ("test_vit", str(tmp_path / "test_vit.safetensors")),
+    }[spec]
+    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.weight"):
+        open_target(target, weights=weights)
+
+
+def test_features_that_overflow_name_the_first_image_and_the_count(run_folder, image_folder):
+    it = open_target(run_folder)
+    with torch.no_grad():
+        it.encoder.patch_embed.proj.weight.fill_(3e38)  # finite, but no sum of such is
+    with pytest.raises(UserError, match=r"not finite for 36 of 36 images, the first of them .*circle/0000\.jpg.*blr"):
+        extract(it, open_source(image_folder), workers=0)
+
+
+def test_pixels_that_are_not_finite_are_told_apart_from_weights(run_folder):
+    class Pixels(torch.utils.data.Dataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            image = torch.full((3, 16, 16), 0.5)
+            image[0, 0, 0] = np.nan if index == 4 else 0
+            return image
+
+    with pytest.raises(UserError) as caught:
+        extract(open_target(run_folder), open_source(Pixels()), workers=0)
+    assert "blr" not in str(caught.value)

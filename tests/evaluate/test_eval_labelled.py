@@ -6,10 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from patchmine.data.source import open_source
 from patchmine.errors import UserError
-from patchmine.evaluate.labelled import open_labelled, split_by_class
+from patchmine.evaluate.labelled import everything, open_labelled, split_by_class, stratified
 
 
 def paths(part):
@@ -71,9 +74,43 @@ def test_split_equals_a_loop(share):
     assert sorted([*first, *last]) == list(range(50))
 
 
-def test_thinned_keeps_every_class(image_folder):
-    part = open_labelled(image_folder).train.thinned(6)
+def test_a_sample_of_classes_in_turn_keeps_all_classes():
+    """Every tenth of 20,000 items of ten classes in turn was one class."""
+    for labels in (np.arange(20_000) % 10, np.arange(20_000) // 2_000):
+        drawn = stratified(labels, 2_000)
+        assert len(np.unique(drawn)) == 2_000
+        assert np.bincount(labels[drawn]).tolist() == [200] * 10
+        assert np.array_equal(drawn, np.sort(drawn))
+        assert np.array_equal(drawn, stratified(labels, 2_000))
+        assert not np.array_equal(drawn, stratified(labels, 2_000, seed=1))
+        assert len(np.unique(np.diff(drawn))) > 5, "a draw, no even spacing"
+
+
+@settings(max_examples=40)
+@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=12), share=st.floats(0.01, 1), seed=st.integers(0, 99))
+def test_each_class_keeps_its_share_and_at_least_one(sizes, share, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    count = max(1, round(share * len(labels)))
+    found = np.bincount(labels[stratified(labels, count, seed)], minlength=len(sizes))
+    assert found.sum() == count
+    if count < len(sizes):
+        assert set(found.tolist()) == {0, 1}
+        assert min(s for s, n in zip(sizes, found, strict=True) if n) >= max(
+            s for s, n in zip(sizes, found, strict=True) if not n
+        )
+    else:
+        assert found.min() >= 1
+        ideal = count * np.array(sizes) / len(labels)
+        assert (np.abs(found - ideal) <= 1 + np.maximum(0, 1 - ideal).sum()).all()
+
+
+def test_parts_are_sampled_with_and_without_labels(image_folder):
+    part = open_labelled(image_folder).train.sampled(6)
     assert np.bincount(part.labels[part.indices]).tolist() == [2, 2, 2]
+    bare = everything(open_source(image_folder / "circle"))
+    assert bare.labels is None
+    assert len(set(bare.sampled(5).indices.tolist())) == 5
+    assert bare.sampled(99) is bare
 
 
 def test_mistakes_are_explained(tmp_path, image_folder):

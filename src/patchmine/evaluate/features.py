@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from patchmine.evaluate.labelled import Part, everything
 from patchmine.evaluate.progress import Say, progress, silent
 from patchmine.evaluate.targets import Target
 from patchmine.models.vit import embed_patches
+from patchmine.names import shown_name
 from patchmine.types import Batch
 
 LONGEST_SIDE, LONGEST_CLIP_SIDE = 32, 8  # of images, and of a clip's frames, whose bare pixels are features
@@ -243,7 +243,29 @@ def stream(
     )
     for batch in batches:
         images = normalise(_side_by_side(batch), mean, std, device).views[0]
-        yield batch.index, {name: _read(reader, images, device) for name, reader in readers.items()}
+        columns = {name: _read(reader, images, device) for name, reader in readers.items()}
+        for name, x in columns.items():
+            _refuse_infinite(readers[name].target, x, images, part.source, batch.index)
+        yield batch.index, columns
+
+
+def _refuse_infinite(target: Target, columns: Tensor, images: Tensor, source: Source, index: Tensor) -> None:
+    """UserError where features (B * V, S, D) of the items ``index`` (B,) hold NaN or infinity: no number made of them
+    would mean anything.
+    """
+    wrong = ~columns.flatten(1).isfinite().all(1)
+    if not wrong.any():
+        return
+    views = len(columns) // len(index)
+    items = wrong.view(-1, views).any(1).nonzero()[:, 0]
+    first, kind = shown_name(source.path(int(index[items[0]]))), target.kind
+    if not images[int(wrong.nonzero()[0])].isfinite().all():
+        raise UserError(f"{first}: its values are not finite (NaN or infinity): mend it, or leave it out of the data")
+    raise UserError(
+        f"{target.name} gives features that are not finite for {len(items)} of {len(index)} {kind}s, the first of them "
+        f"{first}: its weights, or what it computes from them, are broken; measure an earlier checkpoint, or train "
+        "again with a lower blr"
+    )
 
 
 def _side_by_side(batch: Batch) -> Batch:
@@ -278,9 +300,6 @@ def extract_all(
             done += len(places)
             tick(len(places))
     judge_broken(part, done, reading, title, kind_of(readers), say)
-    for name, table in tables.items():
-        if not math.isfinite(float(table[:done].sum())):
-            raise UserError(f"{readers[name].target.name} gives features that are not finite: its weights are broken")
     labels = None if part.labels is None else torch.from_numpy(part.labels)[index[:done]]
     return {name: Features(table[:done], labels, index[:done]) for name, table in tables.items()}
 

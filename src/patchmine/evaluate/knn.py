@@ -80,15 +80,15 @@ def online_knn(
     """``{"top1", "top5"}`` in percent of an encoder as it is in the middle of training; every part's train or eval
     mode is left as it was.
 
-    To cost little, at most ``max_train`` and ``max_test`` images are used, evenly spread over the list.
+    To cost little, at most ``max_train`` and ``max_test`` images are used, always the same, of each class its share.
     """
     assert target.encoder is not None, "an encoder in training"
     reader = Reader(target)
     device = next(target.encoder.parameters()).device
     reading = reading or Reading(device=str(device))
     with fast_linear():
-        train = extract_all({"": reader}, data.train.thinned(max_train), reading)[""]
-        test = extract_all({"": reader}, data.test.thinned(max_test), reading)[""]
+        train = extract_all({"": reader}, data.train.sampled(max_train), reading)[""]
+        test = extract_all({"": reader}, data.test.sampled(max_test), reading)[""]
         column = reader.poolings[reader.choose("cls")]
         by_k = knn_accuracy(
             train.x[:, column].flatten(1),

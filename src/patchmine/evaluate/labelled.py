@@ -35,12 +35,12 @@ class Part:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def thinned(self, count: int) -> Part:
-        """At most ``count`` items, evenly spread over the list and thereby over the classes."""
+    def sampled(self, count: int, seed: int = 0) -> Part:
+        """At most ``count`` items, drawn by `stratified` where there are labels, in the order of the list."""
         if count >= len(self):
             return self
-        places = np.linspace(0, len(self), count, endpoint=False).astype(np.int64)
-        return replace(self, indices=self.indices[places])
+        labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels[self.indices]
+        return replace(self, indices=self.indices[stratified(labels, count, seed)])
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,29 @@ def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
         if len(places) > 1:
             last[places[-max(1, round(share * len(places))) :]] = True
     return np.flatnonzero(~last), np.flatnonzero(last)
+
+
+def stratified(labels: Index, count: int, seed: int = 0) -> Index:
+    """A random draw in which each class keeps its share.
+
+    Never every n-th item: a list in which the classes come in turn would give one class only.
+
+    Args:
+        labels: the class of each item, (N,).
+        count: how many items to draw, at most N.
+        seed: decides the draw.
+
+    Returns:
+        Places (count,), ascending.  Every class has at least one where ``count`` allows it, else the largest have.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class, shuffled within each
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    rank = np.arange(len(labels)) - np.repeat(starts, sizes)  # of each item within its class
+    size = np.repeat(sizes, sizes)
+    # The rank as a share of the class: all classes are used up at the same speed.  The first of each come before all.
+    turn = np.where(rank == 0, -size.astype(float), (rank + 0.5) / size)
+    return np.sort(order[np.argsort(turn, kind="stable")[:count]])
 
 
 def _folders(path: Path) -> tuple[Path, Path] | None:

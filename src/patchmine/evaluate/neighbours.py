@@ -19,7 +19,7 @@ _QUERY_ROWS, _BANK_ROWS = 256, 65_536
 
 def nearest(bank: Tensor, query: Tensor, k: int, *, bank_rows: int = _BANK_ROWS) -> tuple[Tensor, Tensor]:
     """The ``k`` largest inner products of each query (Q, D) with the bank (N, D): similarities and places, both (Q, k),
-    best first.
+    best first; of equal ones those with the smaller place.
 
     The bank is visited in slices of ``bank_rows``, so memory stays bounded however large it is.
     """
@@ -27,11 +27,43 @@ def nearest(bank: Tensor, query: Tensor, k: int, *, bank_rows: int = _BANK_ROWS)
     place = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(bank), bank_rows):
         similarity = F.linear(query, bank[start : start + bank_rows].to(query.device))  # (Q, rows)
-        value, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        value, index = _first_largest(similarity, min(k, similarity.shape[1]))
         best, place = torch.cat([best, value], dim=1), torch.cat([place, index + start], dim=1)
-        best, order = best.topk(min(k, best.shape[1]), dim=1)
-        place = place.gather(1, order)
+        best, order = best.sort(dim=1, descending=True, stable=True)  # equal ones stay in the order of the slices
+        best, place = best[:, :k], place.gather(1, order[:, :k])
     return best, place
+
+
+def _first_largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``topk`` of (Q, N), which among equal values takes any, with the first of them in the order of their places."""
+    value, index = similarity.topk(k, dim=1)
+    least = value[:, -1:]
+    torn = (similarity == least).sum(1) > (value == least).sum(1)  # of values equal to the last some were left out
+    if torn.any():
+        whole = similarity[torn].sort(dim=1, descending=True, stable=True)
+        value[torn], index[torn] = whole.values[:, :k], whole.indices[:, :k]
+    index, order = index.sort(dim=1)
+    value, by_value = value.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return value, index.gather(1, by_value)
+
+
+def class_votes(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """The vote of each query's neighbours, as logarithms, at any temperature.
+
+    Args:
+        similarity: cosines (Q, K) of the neighbours.
+        labels: their classes (Q, K) int64.
+        num_classes: C.
+        temperature: a neighbour with cosine s votes with exp(s / temperature).
+
+    Returns:
+        (Q, C) float64, the logarithm of each class's summed weights; minus infinity where none voted for it.
+    """
+    logits = similarity.double() / temperature
+    # The largest is taken out class by class: the weights of a far class would else be zero beside those of a near one.
+    largest = logits.new_full((len(logits), num_classes), -torch.inf).scatter_reduce_(1, labels, logits, "amax")
+    weights = (logits - largest.gather(1, labels)).exp()
+    return torch.zeros_like(largest).scatter_add_(1, labels, weights).log() + largest
 
 
 def vote_shares(
@@ -52,10 +84,7 @@ def vote_shares(
     for start in range(0, len(query), _QUERY_ROWS):
         rows = query[start : start + _QUERY_ROWS]
         similarity, place = nearest(bank, F.normalize(rows.float(), dim=1), min(k, len(bank)))
-        # Divided by the largest weight, which no share notices and which keeps a low temperature finite.
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weight.new_zeros(len(rows), num_classes).scatter_add_(1, bank_labels[place], weight)
-        parts.append(votes / votes.sum(1, keepdim=True))
+        parts.append(class_votes(similarity, bank_labels[place], num_classes, temperature).softmax(dim=1).float())
     return torch.cat(parts)
 
 
@@ -83,11 +112,9 @@ def knn_accuracy(
     for start in range(0, len(query), _QUERY_ROWS):
         rows = slice(start, start + _QUERY_ROWS)
         similarity, place = nearest(bank, F.normalize(query[rows].float(), dim=1).to(device), ks[-1])
-        weight, label = (similarity / temperature).exp(), bank_labels[place]  # (Q, k)
-        truth = query_labels[rows, None].to(device)
-        votes = weight.new_zeros(len(weight), num_classes)
-        for row, (since, k) in enumerate(zip([0, *ks], ks, strict=False)):
-            votes.scatter_add_(1, label[:, since:k], weight[:, since:k])
+        label, truth = bank_labels[place], query_labels[rows, None].to(device)
+        for row, k in enumerate(ks):
+            votes = class_votes(similarity[:, :k], label[:, :k], num_classes, temperature)
             right = votes.sort(dim=1, descending=True, stable=True).indices[:, :5] == truth
             hits[row] += torch.stack([right[:, 0].sum(), right.any(dim=1).sum()])
     share = 100 / len(query)

@@ -68,19 +68,37 @@ def open_target(
     weights: str = "student",
     seed: int = 0,
 ) -> Target:
-    """The target that ``spec`` names; nothing is ever downloaded.
+    """The target that ``spec`` names, with weights that are finite; nothing is ever downloaded.
 
     A run folder (``weights`` one of `run.Which`) | an export folder | a file with the weights of a plain ViT or ResNet
     | the name of a timm architecture (``weights`` a local file, else random ones, which ``note`` says), or of a video
     model (random weights only) |
     ``random-init:SPEC``, the same architecture with random weights from ``seed`` | ``raw-pixels`` or
     ``raw-pixels:SPEC``, the images as SPEC would see them.  ``image_size`` and ``channels`` overrule the target's own.
-    Raises UserError for anything else.
+    Raises UserError for anything else, and for weights that hold NaN or infinity.
     """
+    target = _open(spec, image_size, channels, weights, seed)
+    if target.encoder is not None:
+        _refuse_infinite(target.name, target.encoder)
+    return target
+
+
+def _refuse_infinite(name: str, encoder: nn.Module) -> None:
+    for tensor_name, tensor in encoder.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{name}: its tensor {tensor_name} holds values that are not finite (NaN or infinity), so that no "
+                "feature would mean anything: take an earlier checkpoint, or train again with a lower blr"
+            )
+
+
+def _open(
+    spec: str | Path, image_size: tuple[int, int] | None, channels: int | None, weights: str, seed: int
+) -> Target:
     text = str(spec)
     kind, _, inner = text.partition(":")
     if kind in (RAW_PIXELS, RANDOM_INIT) and inner:
-        base = open_target(inner, image_size=image_size, channels=channels, weights=weights, seed=seed)
+        base = _open(inner, image_size, channels, weights, seed)
         return replace(raw_pixels(base) if kind == RAW_PIXELS else random_twin(base, seed), name=text)
     if kind == RAW_PIXELS:
         return _raw(image_size or (32, 32), channels or 3)
