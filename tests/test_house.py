@@ -15,7 +15,7 @@ PACKAGE = SRC / "patchmine"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What a room may import; a room is a folder or a top-level file of the package.  Downwards only.
-FLOOR = {"types", "errors", "names", "disk"}
+FLOOR = {"types", "errors", "names", "disk", "strict"}
 BELOW_METHODS = FLOOR | {"ops", "models", "method"}
 PARTS = BELOW_METHODS | {"methods", "data", "train"}
 # What users type: values and messages (words, mistakes), recipes, the typed settings, and the run made of them.
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "errors": set(),
     "names": set(),
     "disk": set(),
+    "strict": set(),
     "ops": {"types"},
     "models": FLOOR | {"ops"},
     "method": FLOOR | {"ops"},
@@ -44,7 +45,7 @@ MAY_IMPORT = {
     "preparing": PARTS | SETTINGS,
     "pretraining": PARTS | SETTINGS | {"run", "evaluate", "report", "preparing"},
     "bench": PARTS | SETTINGS | {"run"},
-    "commands": {"errors", "names"} | TYPED,
+    "commands": {"errors", "names", "strict"} | TYPED,
     "transfer": PARTS | SETTINGS | {"run"},
     "program": set(),
     "evaluation_commands": {"commands", "evaluate", "program"},

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from patchmine.mistakes import Mistake, validate
+from patchmine.strict import Count, Positive, Side, Strict
 from patchmine.words import put, split_setting
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -49,8 +50,8 @@ def read_words(
     return validate(model, settings, where=f"`patchmine {command}`", before=mistakes, hint=hint)
 
 
-class _Arguments(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+class _Arguments(Strict):
+    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
 
 class Show(_Arguments):
@@ -93,11 +94,11 @@ class Import(_Arguments):
     what: Literal["auto", "encoder", "full"] = Field(
         "auto", description="auto: the decoder too, where the file has one"
     )
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+    image_size: Side | tuple[Side, Side] | None = Field(
         None, description="pixels, one number or [height, width]; positions are resampled to it"
     )
-    num_heads: int | None = Field(None, gt=0, description="attention heads, where the width does not tell")
-    decoder_num_heads: int | None = Field(None, gt=0, description="the same of the decoder")
+    num_heads: Count | None = Field(None, description="attention heads, where the width does not tell")
+    decoder_num_heads: Count | None = Field(None, description="the same of the decoder")
     allow: list[str] = Field([], description="tensors that may be missing or unexpected, as in allow=[head.*]")
 
 
@@ -105,7 +106,7 @@ class Inspect(_Arguments):
     """`patchmine data inspect`."""
 
     data: str = Field(description="name the images first, as in `patchmine data inspect photos/`")
-    sample: int = Field(1000, gt=0, description="images that are decoded")
+    sample: Positive = Field(1000, description="images that are decoded")
     full: bool = Field(False, description="decode all images")
     video: bool = Field(False, description="these are videos; one frame of each is looked at")
 
@@ -115,16 +116,16 @@ class Shard(_Arguments):
 
     data: str = Field(description="name the images first, as in `patchmine data shard photos/ out=shards/`")
     out: str = Field(description="name the folder to write, as in out=shards/")
-    max_side: int | None = Field(None, gt=0, description="shrink larger images to this longest side, in pixels")
-    shard_mb: int = Field(256, gt=0, description="size of a shard, in megabytes")
+    max_side: Count | None = Field(None, description="shrink larger images to this longest side, in pixels")
+    shard_mb: Count = Field(256, description="size of a shard, in megabytes")
 
 
 class BenchData(_Arguments):
     """`patchmine bench data`."""
 
     data: str = Field(description="name the images, as in data=photos/")
-    image_size: int = Field(224, gt=0, description="side of the crops, in pixels")
-    repeats: int = Field(5, gt=0, description="times that all images are read")
+    image_size: Side = Field(224, description="side of the crops, in pixels")
+    repeats: Count = Field(5, description="times that all images are read")
     video: bool = Field(False, description="these are videos: time the reading of clips")
-    frames: int = Field(16, gt=0, description="of a clip, where these are videos")
-    stride: int = Field(4, gt=0, description="a clip takes every such frame of a video")
+    frames: Count = Field(16, description="of a clip, where these are videos")
+    stride: Count = Field(4, description="a clip takes every such frame of a video")

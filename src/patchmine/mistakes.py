@@ -148,7 +148,18 @@ def explain(error: ValidationError, model: type[BaseModel], hint: str = "") -> l
             path = path.split("[")[0]  # a list that is too short lacks an element
         text = _describe(details, path, field, owner, model, hint)
         texts.setdefault(path, []).append(text)
-    return [Mistake(path, _join(found)) for path, found in texts.items()]
+    return _once([Mistake(path, _join(found)) for path, found in texts.items()])
+
+
+def _once(mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """What is wrong in the same way with every element of a list (a size given as one number) is said of the list."""
+    lists = {(m.path.split("[")[0], m.text) for m in mistakes if "[" in m.path}
+    alike = [(m.path.split("[")[0], m.text) for m in mistakes]
+    merged = [
+        Mistake(*key) if key in lists and alike.count(key) > 1 else mistake
+        for key, mistake in zip(alike, mistakes, strict=True)
+    ]
+    return list(dict.fromkeys(merged))
 
 
 def _join(texts: Sequence[str]) -> str:
@@ -208,7 +219,10 @@ def _describe(
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _describe_name(details)
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        return f"given {given}; must be {_bounds(field) or _must(details)}"
+        one_of_several = isinstance(details["loc"][-1], int)  # whose bounds the field does not tell apart
+        return f"given {given}; must be {_must(details) if one_of_several else _bounds(field) or _must(details)}"
+    if kind == "int_parsing_size" or (kind == "float_type" and isinstance(details["input"], int)):
+        return f"given {given}; must be a number of at most 18 digits"
     if kind == "literal_error":
         return f"given {given}; must be {str(context['expected']).replace(chr(39), '')}"
     example = f" such as {_example(field)}" if kind == "tuple_type" else ""
@@ -246,7 +260,7 @@ def _describe_name(details: ErrorDetails) -> str:
 
 def _must(details: ErrorDetails) -> str:
     """Pydantic's demand without its preamble: "Input should be a valid integer, unable to..." -> "a whole number"."""
-    text = details["msg"].split(", unable to", 1)[0].split(", got a", 1)[0]
+    text = details["msg"].split(", unable to", 1)[0].split(", got a", 1)[0].split(", exceeded", 1)[0]
     for start in ("Input should be ", "Value error, ", "Input should have ", "Value should have "):
         text = text.removeprefix(start)
     for theirs, plain in _PLAINER.items():
@@ -264,10 +278,16 @@ _SIGNS: tuple[tuple[type, str, Callable[[Any], Any]], ...] = (
 
 def _bounds(field: FieldInfo | None) -> str:
     """All bounds of a field, as "above 0 and below 1"."""
+    bounds = [*field.metadata, *_inner_metadata(field.annotation)] if field is not None else []
     found = [
-        f"{word} {shown(read(bound))}"
-        for bound in (field.metadata if field is not None else ())
-        for kind, word, read in _SIGNS
-        if isinstance(bound, kind)
+        f"{word} {shown(read(bound))}" for bound in bounds for kind, word, read in _SIGNS if isinstance(bound, kind)
     ]
-    return " and ".join(found)
+    return " and ".join(dict.fromkeys(found))
+
+
+def _inner_metadata(annotation: Any) -> list[Any]:
+    """The bounds of the branches of a union, as in ``Annotated[int, Field(gt=0)] | None``."""
+    found: list[Any] = []
+    for part in typing.get_args(annotation):
+        found += part.metadata if isinstance(part, FieldInfo) else _inner_metadata(part)
+    return found

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import CrossMistakesError, Mistake
+from patchmine.strict import LARGEST_COUNT, LARGEST_RUN, Arguments, BatchSize, Count, Positive, Side, Strict, Workers
 from patchmine.words import did_you_mean, shown
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -62,21 +63,20 @@ def _as_method(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_as_text)]
-Positive = Annotated[int, Field(gt=0)]
-Size = Annotated[tuple[Positive, Positive], BeforeValidator(_as_size)]
+Size = Annotated[tuple[Side, Side], BeforeValidator(_as_size)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+class _Settings(Strict):
+    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
 
 class Crops(_Settings):
     """Crops of each image, for methods that compare several; ``image_size`` is the size of the global ones."""
 
     num_global: int = Field(default=2, description="large crops of each image; always 2")
-    num_local: int = Field(default=8, ge=0, description="small crops of each image")
-    local_size: Positive = Field(default=96, description="pixels; a multiple of the model's patch")
+    num_local: int = Field(default=8, ge=0, le=LARGEST_COUNT, description="small crops of each image")
+    local_size: Side = Field(default=96, description="pixels; a multiple of the model's patch")
     global_scale: tuple[Fraction, Fraction] = Field(
         default=(0.25, 1.0), description="smallest and largest share of the image in a large crop"
     )
@@ -86,10 +86,10 @@ class Crops(_Settings):
 class Clip(_Settings):
     """How a clip is taken from a video; of runs whose ``model`` is a video one."""
 
-    frames: Positive = Field(default=16, description="frames of a clip; a multiple of clip.tubelet")
-    stride: Positive = Field(default=4, description="a clip takes every such frame of the video")
-    tubelet: Positive = Field(default=2, description="frames that one patch spans")
-    repeats: Positive = Field(default=1, description="clips that one opening of a video gives, all in one batch")
+    frames: Count = Field(default=16, description="frames of a clip; a multiple of clip.tubelet")
+    stride: Count = Field(default=4, description="a clip takes every such frame of the video")
+    tubelet: Count = Field(default=2, description="frames that one patch spans")
+    repeats: Count = Field(default=1, description="clips that one opening of a video gives, all in one batch")
     short: Literal["hold", "loop", "refuse"] = Field(
         default="hold", description="a video shorter than the clip: repeat its last frame, start again, or leave it out"
     )
@@ -107,13 +107,13 @@ class Results(_Settings):
     model: str = Field(
         "vit_small_patch16_224", description="a plain vision transformer or ResNet of timm's, or a video model"
     )
-    model_args: dict[str, Any] = Field({}, description="more arguments for timm, such as depth, embed_dim, num_heads")
+    model_args: Arguments = Field({}, description="more arguments for timm, such as depth, embed_dim, num_heads")
     method: Annotated[MethodConfig, BeforeValidator(_as_method)] = Field(
         "mae", validate_default=True, description="the method's name and its own settings"
     )
     image_size: Size = Field((224, 224), description="pixels, one number or [height, width]")
-    patch_size: Positive | None = Field(None, description="pixels; null: the model's own")
-    channels: Positive = Field(3, description="channels of the images")
+    patch_size: Side | None = Field(None, description="pixels; null: the model's own")
+    channels: Count = Field(3, description="channels of the images")
     mean: list[float] | None = Field(
         None, validate_default=True, description="one a channel; null: ImageNet's for 3 channels, else the data's"
     )
@@ -122,10 +122,10 @@ class Results(_Settings):
     )
     epochs: Positive | None = Field(100, description="passes over the data")
     steps: Positive | None = Field(None, description="exact number of optimizer steps; overrules epochs")
-    batch_size: Positive = Field(256, description="images in one optimizer step, over all devices")
-    accumulate: Positive = Field(1, description="parts that a batch is cut into, one after the other, to save memory")
+    batch_size: BatchSize = Field(256, description="images in one optimizer step, over all devices")
+    accumulate: Count = Field(1, description="parts that a batch is cut into, one after the other, to save memory")
     blr: float = Field(1.5e-4, gt=0, description="learning rate for 256 images; the rate is blr * batch_size / 256")
-    warmup_epochs: float = Field(10, ge=0, description="epochs of linear warm-up")
+    warmup_epochs: float = Field(10, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
     warmup_lr: float = Field(0, ge=0, description="learning rate at step 0")
     warmup_prefix: bool = Field(
         True, description="the cosine begins after the warm-up; false: at step 0, as timm's does, its beginning covered"
@@ -168,13 +168,13 @@ class Running(_Settings):
 
     out: Text | None = Field(None, description="folder of the run")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    devices: Positive = Field(1, description="processes on each node, one for each GPU")
-    num_nodes: Positive = Field(1, description="machines")
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field("auto", description="processes that read images")
+    devices: Count = Field(1, description="processes on each node, one for each GPU")
+    num_nodes: Count = Field(1, description="machines")
+    workers: Workers = Field("auto", description="processes that read images")
     compile: bool = Field(False, description="compile the model's blocks")
     checkpoint_every: Positive | None = Field(None, description="steps; null: once an epoch, 100 steps apart or more")
     keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
-    eval_every: int = Field(0, ge=0, description="epochs between kNN evaluations during training; 0: none")
+    eval_every: int = Field(0, ge=0, le=LARGEST_RUN, description="epochs between kNN evaluations; 0: none")
     eval_data: Text | None = Field(None, description="labelled images for that evaluation")
     eval_test: Text | None = Field(None, description="labelled images to test on; null: a part of eval_data")
     crop_pct: float = Field(0.875, gt=0, le=1, description="centre crop at evaluation, share of the shorter side")

@@ -111,6 +111,9 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as it is quoted in messages: short, on one line."""
-    text = repr(value) if isinstance(value, str) else str(value)
+    try:
+        text = repr(value) if isinstance(value, str) else str(value)
+    except (ValueError, RecursionError):  # Python prints no whole number of more than 4,300 digits
+        return "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__}"
     text = {"None": "null", "True": "true", "False": "false"}.get(text, text)
     return text if len(text) <= 60 else text[:57] + "..."

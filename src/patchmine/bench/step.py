@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from patchmine.bench.measure import count_flops, hardware, matmul_products, matmul_side, peak_bytes, seconds
@@ -28,6 +28,7 @@ from patchmine.mistakes import validate
 from patchmine.models.video import is_video
 from patchmine.models.vit import build_encoder
 from patchmine.settings import Crops
+from patchmine.strict import Arguments, BatchSize, Count, Side, Strict
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, build_optimizers, optimizer_tensors
 from patchmine.train.step import Stepper, TrainSettings
@@ -40,10 +41,9 @@ OTHERS = ("transformers", "dino")
 """Opponents that are no methods of ours."""
 
 
-class StepBench(BaseModel):
+class StepBench(Strict):
     """Settings of `patchmine bench step`."""
 
-    model_config = ConfigDict(extra="forbid")
     method: str | list[str] | dict[str, Any] = Field(
         "mae", description="one method, or several as mae,hpm; method.KEY=VALUE sets KEY of every method that has it"
     )
@@ -51,17 +51,17 @@ class StepBench(BaseModel):
         None, description="also time `transformers` (ViTMAEForPreTraining, same sizes), `dino` or another method"
     )
     model: str = Field("vit_small_patch16_224", description="a plain ViT or ResNet of timm's, or a model of clips")
-    model_args: dict[str, Any] = Field(default_factory=dict, description="extra arguments for timm, such as depth")
-    image_size: int | tuple[int, int] = Field(224, description="side, or height and width, in pixels")
-    patch_size: int | None = Field(None, gt=0, description="side of a patch; null: the model's own")
-    channels: int = Field(3, gt=0)
-    frames: int = Field(16, gt=0, description="frames of a clip, of a video model")
-    tubelet: int = Field(2, gt=0, description="frames in a tubelet, of a video model")
-    batch_size: int = Field(16, gt=0, description="images or clips in one step")
+    model_args: Arguments = Field(default_factory=dict, description="extra arguments for timm, such as depth")
+    image_size: Side | tuple[Side, Side] = Field(224, description="side, or height and width, in pixels")
+    patch_size: Side | None = Field(None, description="side of a patch; null: the model's own")
+    channels: Count = Field(3, description="channels of the images")
+    frames: Count = Field(16, description="frames of a clip, of a video model")
+    tubelet: Count = Field(2, description="frames in a tubelet, of a video model")
+    batch_size: BatchSize = Field(16, description="images or clips in one step")
     crops: Crops = Field(Crops(), description="number and size of the crops of methods that compare several")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
-    rounds: int = Field(10, gt=0, description="rounds in which every contestant takes its turn")
+    rounds: Count = Field(10, description="rounds in which every contestant takes its turn")
     out: Path | None = Field(None, description="JSON file for the result")
 
 

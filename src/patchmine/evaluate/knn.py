@@ -14,6 +14,7 @@ from patchmine.evaluate.neighbours import NEIGHBOURS, TEMPERATURE, Accuracy, knn
 from patchmine.evaluate.progress import Say, silent
 from patchmine.evaluate.targets import Target
 from patchmine.ops.linear import fast_linear
+from patchmine.strict import BatchSize
 
 _STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
 HEADLINE = 20  # the k that papers quote
@@ -23,9 +24,9 @@ class KnnSettings(EvalSettings):
     """Settings of `patchmine eval knn`."""
 
     pooling: str = Field("cls", description="cls, mean or cls+mean; without a class token cls means mean")
-    neighbours: tuple[int, ...] = Field(NEIGHBOURS, min_length=1, description="all k that are reported")
-    k: int = Field(HEADLINE, gt=0, description="the one that top1 and top5 stand for")
-    temperature: float = Field(TEMPERATURE, gt=0, description="of the vote, exp(cosine / temperature)")
+    neighbours: tuple[BatchSize, ...] = Field(NEIGHBOURS, min_length=1, description="all k that are reported")
+    k: BatchSize = Field(HEADLINE, description="the one that top1 and top5 stand for")
+    temperature: float = Field(TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)")
 
 
 def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from patchmine.evaluate.heads import accuracy, grid_accuracy, train_grid, train_
 from patchmine.evaluate.labelled import split_by_class
 from patchmine.evaluate.measure import EvalSettings, Result, measure
 from patchmine.evaluate.progress import Say, progress, silent
+from patchmine.strict import LARGEST_RUN, BatchSize, Positive
 
 # DINOv2, eval/linear.py, for 256 images; the last three are added because features of masked pre-training ask for more.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
@@ -26,17 +27,19 @@ MAX_ITERATIONS, MIN_ITERATIONS, EPOCHS = 12_500, 2_000, 100
 # their start.
 _LARS_GROWTH = 90 * 0.1 * 1.28e6
 
+_Rate = Annotated[float, Field(gt=0)]
+
 
 class GridSettings(EvalSettings):
     """How many classifiers are trained at once, DINOv2's way."""
 
-    rates: tuple[float, ...] = Field(RATES, min_length=1, description="learning rates for 256 images (dinov2)")
-    iterations: int | None = Field(None, gt=0, description="training steps (dinov2); null: by the number of images")
+    rates: tuple[_Rate, ...] = Field(RATES, min_length=1, description="learning rates for 256 images (dinov2)")
+    iterations: Positive | None = Field(None, description="training steps (dinov2); null: by the number of images")
     held_out: float = Field(
         0.1, gt=0, lt=1, description="share of the training images that the choice is made on (dinov2)"
     )
-    train_batch: int | None = Field(
-        None, gt=0, description="features in a training step; null: by the number of images"
+    train_batch: BatchSize | None = Field(
+        None, description="features in a training step; null: by the number of images"
     )
 
 
@@ -46,8 +49,8 @@ class LinearSettings(GridSettings):
     protocol: Literal["dinov2", "mae"] = Field(
         "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
     )
-    epochs: int = Field(90, gt=0, description="passes over the training images (mae)")
-    warmup_epochs: int = Field(10, ge=0, description="of these, with a rising rate (mae)")
+    epochs: Positive = Field(90, description="passes over the training images (mae)")
+    warmup_epochs: int = Field(10, ge=0, le=LARGEST_RUN, description="of these, with a rising rate (mae)")
     blr: float = Field(0.1, gt=0, description="learning rate for 256 images (mae)")
 
 

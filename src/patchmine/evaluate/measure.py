@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
 
@@ -22,16 +22,17 @@ from patchmine.evaluate.targets import Target, open_target, random_twin, raw_pix
 from patchmine.ops.linear import fast_linear
 from patchmine.run import Run
 from patchmine.settings import Size
+from patchmine.strict import BatchSize, Count, Strict, Workers
 
 Result = dict[str, Any]
 Score = Callable[[Reader, Features, Features, int], Result]
 """(reader, train, test, number of classes) -> ``top1`` and ``top5`` in percent, and what else there is to tell."""
 
 
-class ReadSettings(BaseModel):
+class ReadSettings(Strict):
     """What is read, with which weights, and how."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
     target: str = Field(description="a run, an export, a timm architecture, random-init:RUN or raw-pixels")
     data: str | list[str] = Field(
@@ -41,17 +42,17 @@ class ReadSettings(BaseModel):
         "student", description="of a run student, teacher, partner or partner-teacher; a file for a timm architecture"
     )
     image_size: Size | None = Field(None, description="pixels; null: the target's own")
-    channels: int | None = Field(None, gt=0, description="null: the target's own")
+    channels: Count | None = Field(None, description="null: the target's own")
     crop_pct: float | None = Field(
         None, gt=0, le=1, description="centre crop, share of the shorter side; null: the target's own"
     )
-    stride: int | None = Field(
-        None, gt=0, description="of a video run: a clip takes every such frame of the video; null: the target's own"
+    stride: Count | None = Field(
+        None, description="of a video run: a clip takes every such frame of the video; null: the target's own"
     )
-    batch_size: int = Field(
-        256, gt=0, description="images, or frames of clips, that are encoded at once; changes no result"
+    batch_size: BatchSize = Field(
+        256, description="images, or frames of clips, that are encoded at once; changes no result"
     )
-    workers: int | Literal["auto"] = Field("auto", description="processes that decode images")
+    workers: Workers = Field("auto", description="processes that decode images")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of broken images above which to stop")
     seed: int = Field(0, ge=0, description="decides random weights and the order of training")

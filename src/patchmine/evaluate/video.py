@@ -32,6 +32,7 @@ from patchmine.evaluate.neighbours import TEMPERATURE, Accuracy, vote_shares
 from patchmine.evaluate.progress import Say, progress, silent
 from patchmine.evaluate.targets import Target, open_target
 from patchmine.ops.linear import fast_linear
+from patchmine.strict import BatchSize, Count
 
 Scorer = Callable[[Tensor], Tensor]
 """Rows (R, S, D) of features -> (R, C) float32 on the CPU, rows that sum to one."""
@@ -43,13 +44,13 @@ FILL = 1.0  # crop_pct: the shorter side is the model's, nothing is cut from it 
 class VideoSettings(GridSettings):
     """Settings of `patchmine eval video`."""
 
-    segments: int = Field(5, gt=0, description="clips of each test video, at even distances")
-    crops: int = Field(3, gt=0, description="crops of each of these, from one end of the longer side to the other")
+    segments: Count = Field(5, description="clips of each test video, at even distances")
+    crops: Count = Field(3, description="crops of each of these, from one end of the longer side to the other")
     image: str | None = Field(
         None, description="also measure the mean over the frames of an encoder of images: a run, an export, ..."
     )
-    k: int = Field(HEADLINE, gt=0, description="neighbours that vote")
-    temperature: float = Field(TEMPERATURE, gt=0, description="of the vote, exp(cosine / temperature)")
+    k: BatchSize = Field(HEADLINE, description="neighbours that vote")
+    temperature: float = Field(TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)")
 
 
 def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:

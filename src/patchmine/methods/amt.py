@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Literal, NamedTuple, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
@@ -43,6 +43,7 @@ from patchmine.ops.losses import masked_absolute_error, squared_error
 from patchmine.ops.masks import count_visible, expand_units, sum_in_units, weighted_order
 from patchmine.ops.patches import channels_last, gather_patches, pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel, roles_panel
+from patchmine.strict import Count, Depth, Strict
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 LONG_RUN = 200  # epochs from which the published schedule, which counts in absolute epochs, makes sense
@@ -67,10 +68,9 @@ PUBLISHED = {
 class AMT(Method):
     """Attention-driven masking and throwing, on MAE (with a decoder) or on SimMIM (with mask tokens in the encoder)."""
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of AMT; where one is left open (null), the published value of its host and of the run's length."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["amt"] = "amt"
         host: Literal["mae", "simmim"] = Field("mae", description="what predicts the masked patches: MAE or SimMIM")
         mask_ratio: float | None = Field(
@@ -96,11 +96,11 @@ class AMT(Method):
         )
         ema: float = Field(0.999, ge=0, le=1, description="decay of the slow copy, for maps=online")
         norm_pix_loss: bool = Field(False, description="on MAE: predict pixels standardised within each patch")
-        decoder_embed_dim: int = Field(512, gt=0, description="on MAE: width of the decoder")
-        decoder_depth: int = Field(8, gt=0, description="on MAE: blocks of the decoder")
-        decoder_num_heads: int = Field(16, gt=0, description="on MAE: attention heads of the decoder")
-        mask_unit: int | None = Field(
-            None, gt=0, description="on SimMIM: pixels along a side of what is hidden at once; null: two patches"
+        decoder_embed_dim: Count = Field(512, description="on MAE: width of the decoder")
+        decoder_depth: Depth = Field(8, description="on MAE: blocks of the decoder")
+        decoder_num_heads: Count = Field(16, description="on MAE: attention heads of the decoder")
+        mask_unit: Count | None = Field(
+            None, description="on SimMIM: pixels along a side of what is hidden at once; null: two patches"
         )
         clip_grad: float | None = Field(
             None, gt=0, description="largest global gradient norm; null: none on MAE, 5 on SimMIM"

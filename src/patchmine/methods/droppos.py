@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
@@ -38,6 +38,7 @@ from patchmine.ops.patches import all_patches, images_from_values, patch_values,
 from patchmine.ops.pictures import hide_masked, patch_map
 from patchmine.ops.positions import least_cross_entropy, paint_patches, place_colours, smoothing_map
 from patchmine.ops.schedules import falling
+from patchmine.strict import Count, Depth, Strict
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
 
 
@@ -66,10 +67,9 @@ class Puzzle:
 class DropPos(Method):
     """A classifier over all places for visible patches without position; few patches seen, no pixels predicted."""
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of DropPos; the defaults are the published recipe (scripts/, models_DropPos_mae.py)."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["droppos"] = "droppos"
         mask_ratio: float = Field(0.75, ge=0, lt=1, description="share of the patches that are removed")
         pos_mask_ratio: float = Field(
@@ -101,9 +101,9 @@ class DropPos(Method):
         multi_task: bool = Field(False, description="also predict the pixels of removed patches, as MAE does")
         pos_weight: float = Field(0.05, gt=0, description="weight of the position loss with multi_task, and only then")
         norm_pix_loss: bool = Field(True, description="with multi_task: predict pixels standardised within each patch")
-        decoder_embed_dim: int = Field(512, gt=0, description="width of the decoder")
-        decoder_depth: int = Field(2, gt=0, description="blocks of the decoder")
-        decoder_num_heads: int = Field(16, gt=0, description="attention heads of the decoder")
+        decoder_embed_dim: Count = Field(512, description="width of the decoder")
+        decoder_depth: Depth = Field(2, description="blocks of the decoder")
+        decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
         clip_grad: float | None = Field(
             5.0, gt=0, description="largest gradient norm of each parameter by itself (main_pretrain.py: 5)"
         )

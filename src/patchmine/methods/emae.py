@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from patchmine.errors import UserError
@@ -38,6 +38,7 @@ from patchmine.ops.parts import (
 )
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
+from patchmine.strict import LARGEST_COUNT, Count, Depth, Strict
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
 
 MOST_SHOWN = 4  # parts in a picture; more would make it too wide to read
@@ -46,13 +47,17 @@ MOST_SHOWN = 4  # parts in a picture; more would make it too wide to read
 class EMAE(Method):
     """Masked autoencoder over K disjoint visible parts of each image at once, with a self-consistency loss."""
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of EMAE; where the paper's are not known, those of MAE."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["emae"] = "emae"
-        parts: int = Field(4, ge=2, description="parts an image is divided into; each is seen once, 1 - 1/parts masked")
-        parts_used: int | None = Field(None, gt=0, description="parts that are encoded; null: all of them; 1 is MAE")
+        parts: int = Field(
+            4,
+            ge=2,
+            le=LARGEST_COUNT,
+            description="parts an image is divided into; each is seen once, 1 - 1/parts masked",
+        )
+        parts_used: Count | None = Field(None, description="parts that are encoded; null: all of them; 1 is MAE")
         sc_weight: float = Field(1.0, ge=0, description="weight of the self-consistency loss; 0: disjoint masks only")
         sc_dist: Literal["l1", "l2"] = Field("l1", description="distance of two predictions: absolute or squared")
         sc_norm: Literal["all", "overlap"] = Field(
@@ -67,9 +72,9 @@ class EMAE(Method):
             "learned", description="what the decoder gets for a masked patch: MAE's learned token, or zeros"
         )
         norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
-        decoder_embed_dim: int = Field(512, gt=0, description="width of the decoder")
-        decoder_depth: int = Field(8, gt=0, description="blocks of the decoder")
-        decoder_num_heads: int = Field(16, gt=0, description="attention heads of the decoder")
+        decoder_embed_dim: Count = Field(512, description="width of the decoder")
+        decoder_depth: Depth = Field(8, description="blocks of the decoder")
+        decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
         clip_grad: float | None = Field(None, gt=0, description="largest global gradient norm; MAE does not clip")
 
     encoder: Encoder

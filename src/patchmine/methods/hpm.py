@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
@@ -30,16 +30,16 @@ from patchmine.ops.masks import count_positions, hard_masked, tubes
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.ops.schedules import ema_decay, hard_count
+from patchmine.strict import Count, Depth, Strict
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 
 class HPM(Method):
     """Masked autoencoder with a second decoder that predicts each patch's loss; an EMA copy of it chooses the masks."""
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of HPM; the defaults are the published recipe (models_mae_learn_loss.py, engine_pretrain.py)."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["hpm"] = "hpm"
         mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
         target: Literal["pixel", "ema", "dino", "clip"] = Field(
@@ -70,9 +70,9 @@ class HPM(Method):
         tube_score: Literal["mean", "max"] = Field(
             "mean", description="difficulty of a tube: the mean or the greatest of its cubes"
         )
-        decoder_embed_dim: int = Field(512, gt=0, description="width of both decoders")
-        decoder_depth: int = Field(8, gt=0, description="blocks of each decoder")
-        decoder_num_heads: int = Field(16, gt=0, description="attention heads of each decoder")
+        decoder_embed_dim: Count = Field(512, description="width of both decoders")
+        decoder_depth: Depth = Field(8, description="blocks of each decoder")
+        decoder_num_heads: Count = Field(16, description="attention heads of each decoder")
         clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)")
 
     encoder: Encoder

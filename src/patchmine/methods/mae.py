@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from patchmine.method import Method
@@ -22,6 +22,7 @@ from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_positions, lowest_visible, tubes
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
+from patchmine.strict import Count, Depth, Strict
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 
@@ -31,16 +32,15 @@ class MAE(Method):
     References: models_mae.py of facebookresearch/mae, modeling_pretrain.py of MCG-NJU/VideoMAE.
     """
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of MAE; the defaults are the published recipe (PRETRAIN.md, models_mae.py)."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["mae"] = "mae"
         mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
         norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
-        decoder_embed_dim: int = Field(512, gt=0, description="width of the decoder")
-        decoder_depth: int = Field(8, gt=0, description="blocks of the decoder")
-        decoder_num_heads: int = Field(16, gt=0, description="attention heads of the decoder")
+        decoder_embed_dim: Count = Field(512, description="width of the decoder")
+        decoder_depth: Depth = Field(8, description="blocks of the decoder")
+        decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
         clip_grad: float | None = Field(None, gt=0, description="largest global gradient norm; MAE does not clip")
 
     encoder: Encoder

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -37,6 +37,7 @@ from patchmine.ops.distill import (
 )
 from patchmine.ops.pictures import two_parts
 from patchmine.ops.schedules import cosine_decay
+from patchmine.strict import LARGEST_BATCH, Arguments, Count, Depth, Strict
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 WIDTH_WITHOUT_VIT = 384  # of the T-Heads of two ResNets: that of ViT-S, the published partner of ResNet-50
@@ -63,27 +64,26 @@ class Seen(NamedTuple):
 class MOKD(Method):
     """Each of two networks is distilled from its own teacher and from the other's, in two embedding spaces."""
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of MOKD; the defaults are the published ones, for a ResNet-50 beside a ViT-S/16."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["mokd"] = "mokd"
         partner_model: str = Field("resnet50", description="the second network, a ViT or ResNet of timm's")
-        partner_args: dict[str, Any] = Field({}, description="its arguments, as model_args are the first one's")
+        partner_args: Arguments = Field({}, description="its arguments, as model_args are the first one's")
         cross_weight: float | None = Field(
             None, ge=0, description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for a ViT"
         )
         partner_cross_weight: float | None = Field(
             None, ge=0, description="weight of what the partner learns from model; null: as for cross_weight"
         )
-        out_dim: int = Field(65536, gt=1, description="prototypes of every head")
-        head_hidden: int = Field(2048, gt=0, description="hidden width of the perceptron heads")
-        head_bottleneck: int = Field(256, gt=0, description="width of the perceptron heads before their prototypes")
-        thead_width: int | None = Field(
-            None, gt=0, description="width of the transformer heads; null: a ViT's own, 384 for two ResNets"
+        out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of every head")
+        head_hidden: Count = Field(2048, description="hidden width of the perceptron heads")
+        head_bottleneck: Count = Field(256, description="width of the perceptron heads before their prototypes")
+        thead_width: Count | None = Field(
+            None, description="width of the transformer heads; null: a ViT's own, 384 for two ResNets"
         )
-        thead_depth: int = Field(3, gt=0, description="blocks of the transformer heads")
-        thead_heads: int = Field(6, gt=0, description="attention heads of the transformer heads")
+        thead_depth: Depth = Field(3, description="blocks of the transformer heads")
+        thead_heads: Count = Field(6, description="attention heads of the transformer heads")
         drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of a student ViT's last block")
         teacher_temp_start: float = Field(0.04, gt=0, description="temperature of the teachers at the start")
         teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")

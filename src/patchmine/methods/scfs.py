@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ from patchmine.ops.distill import (
 from patchmine.ops.pictures import two_parts
 from patchmine.ops.schedules import cosine_decay
 from patchmine.ops.search import cosine_attention
+from patchmine.strict import LARGEST_BATCH, Count, Strict
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 Weight = Annotated[float, Field(ge=0)]
@@ -43,10 +44,9 @@ Weight = Annotated[float, Field(ge=0)]
 class SCFS(Method):
     """DINO, and at some stages of the backbone a head that compares global maps and what local crops find in them."""
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of SCFS; the defaults are the published ones for a ResNet-50."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["scfs"] = "scfs"
         stages: Annotated[list[str], Field(min_length=1)] | None = Field(
             None, description="stages that are searched; null: layer2 to layer4 of a ResNet, three blocks of a ViT"
@@ -56,12 +56,12 @@ class SCFS(Method):
         )
         stage_global_weight: float = Field(0.5, ge=0, description="weight of a stage's loss between global crops")
         stage_search_weight: float = Field(0.5, ge=0, description="weight of a stage's loss of local crops")
-        out_dim: int = Field(65536, gt=1, description="prototypes of the last head")
-        head_hidden: int = Field(2048, gt=0, description="hidden width of the last head")
-        head_bottleneck: int = Field(256, gt=0, description="width of the last head before its prototypes")
-        stage_out_dim: int = Field(256, gt=1, description="outputs of the stages' heads")
-        stage_hidden: int = Field(2048, gt=0, description="hidden width of the stages' heads")
-        stage_bottleneck: int = Field(256, gt=0, description="channels within the stages' heads")
+        out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of the last head")
+        head_hidden: Count = Field(2048, description="hidden width of the last head")
+        head_bottleneck: Count = Field(256, description="width of the last head before its prototypes")
+        stage_out_dim: int = Field(256, gt=1, le=LARGEST_BATCH, description="outputs of the stages' heads")
+        stage_hidden: Count = Field(2048, description="hidden width of the stages' heads")
+        stage_bottleneck: Count = Field(256, description="channels within the stages' heads")
         teacher_temp_start: float = Field(0.04, gt=0, description="temperature of the teacher at the start")
         teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
         teacher_temp_warmup_epochs: int = Field(50, ge=0, description="epochs of that warm-up")

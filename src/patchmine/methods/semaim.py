@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -54,16 +54,16 @@ from patchmine.ops.patches import (
 )
 from patchmine.ops.pictures import patch_map
 from patchmine.ops.schedules import ema_decay
+from patchmine.strict import Count, Depth, Strict
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 
 class SemAIM(Method):
     """The encoder under a causal mask, and a second stream that knows positions and reads what came earlier."""
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of SemAIM; the defaults are the published recipe (README.md, main_pretrain.py)."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["semaim"] = "semaim"
         order: Order = Field(
             "attention_center",
@@ -79,9 +79,9 @@ class SemAIM(Method):
         ties: Literal["break", "keep"] = Field(
             "break", description="patches of equal distance: in random order, or all at once (slower)"
         )
-        group_size: int = Field(1, gt=0, description="patches of consecutive ranks predicted at once (slower above 1)")
-        query_depth: int | None = Field(
-            None, gt=0, description="query blocks, a divisor of the encoder's depth; null: as many as the encoder has"
+        group_size: Count = Field(1, description="patches of consecutive ranks predicted at once (slower above 1)")
+        query_depth: Depth | None = Field(
+            None, description="query blocks, a divisor of the encoder's depth; null: as many as the encoder has"
         )
         head: Literal["mlp", "linear"] = Field("mlp", description="what turns queries into predictions")
         target: Literal["pixel", "ema", "own", "dino", "clip"] = Field(
@@ -95,7 +95,7 @@ class SemAIM(Method):
         )
         pixel_loss: Literal["l2", "l1"] = Field("l2", description="mean squared or mean absolute error of pixels")
         norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
-        blur_kernel: int = Field(9, gt=0, description="side of the window that pixel targets are blurred with, odd")
+        blur_kernel: Count = Field(9, description="side of the window that pixel targets are blurred with, odd")
         blur_sigma: float | None = Field(1.0, gt=0, description="deviation of that blur, in pixels; null: none")
         ema_start: float = Field(0.999, ge=0, le=1, description="decay of the slow copy at the start")
         ema_end: float = Field(0.9999, ge=0, le=1, description="decay of the slow copy after the ramp")

@@ -10,7 +10,7 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
@@ -31,6 +31,7 @@ from patchmine.ops.losses import masked_absolute_error
 from patchmine.ops.masks import expand_units
 from patchmine.ops.patches import channels_last, gather_patches
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
+from patchmine.strict import Count, Strict
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 TOKEN_STD = 0.02  # models/simmim.py cuts the normal distribution at one deviation
@@ -39,14 +40,13 @@ TOKEN_STD = 0.02  # models/simmim.py cuts the normal distribution at one deviati
 class SimMIM(Method):
     """The full sequence goes through the encoder, with one learned token wherever a patch is hidden; no decoder."""
 
-    class Config(BaseModel):
+    class Config(Strict):
         """Settings of SimMIM; the defaults are the published recipe (configs/vit_base__800ep, data_simmim.py)."""
 
-        model_config = ConfigDict(extra="forbid")
         name: Literal["simmim"] = "simmim"
         mask_ratio: float = Field(0.6, gt=0, lt=1, description="share of the mask units that are hidden, rounded up")
-        mask_unit: int | None = Field(
-            None, gt=0, description="pixels along a side of what is hidden at once; null: two patches, 32 as published"
+        mask_unit: Count | None = Field(
+            None, description="pixels along a side of what is hidden at once; null: two patches, 32 as published"
         )
         clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (config.py: 5)")
 
