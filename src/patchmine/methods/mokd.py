@@ -36,6 +36,7 @@ from patchmine.ops.distill import (
     view_cross_entropy,
 )
 from patchmine.ops.pictures import two_parts
+from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
 from patchmine.strict import LARGEST_BATCH, Arguments, Count, Depth, Strict
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
@@ -227,10 +228,10 @@ class MOKD(Method):
                 "method=mokd searches global crops for what local crops show, and there are no local ones: set "
                 "crops.num_local=1 or more"
             )
-        if len(batch) < 2 and self.has_batch_norm:
+        if len(batch) * num_processes() < 2 and self.has_batch_norm:
             raise UserError(
                 "method=mokd with a ResNet has batch norms, which need 2 images or more at a time, and gets 1: raise "
-                "batch_size, or lower accumulate or devices"
+                "batch_size, or lower accumulate"
             )
 
     def after_step(self, progress: Progress) -> None:

@@ -33,6 +33,7 @@ from patchmine.ops.distill import (
     view_cross_entropy,
 )
 from patchmine.ops.pictures import two_parts
+from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
 from patchmine.ops.search import cosine_attention
 from patchmine.strict import LARGEST_BATCH, Count, Strict
@@ -243,8 +244,8 @@ def _check_views(batch: Batch) -> None:
             "method=scfs searches global crops for what local crops show, and there are no local ones: set "
             "crops.num_local=1 or more"
         )
-    if len(batch) < 2:
+    if len(batch) * num_processes() < 2:
         raise UserError(
             "method=scfs has batch norms, which need 2 images or more at a time, and gets 1: raise batch_size, or "
-            "lower accumulate or devices"
+            "lower accumulate"
         )

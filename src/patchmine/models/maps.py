@@ -9,6 +9,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from patchmine.ops.processes import num_processes
+
 
 class ItemMaps(nn.Module):
     """A table (items, length) of numbers in [0, 1], in steps of 1/255, on the device of its method and in its state.
@@ -42,7 +44,7 @@ class ItemMaps(nn.Module):
         device, length = self.values.device, self.values.shape[1]
         found = [(index.to(device), (maps * 255).round().to(device, torch.uint8)) for index, maps in parts]
         items = torch.stack([index.max() + 1 for index, _ in found]).max() if found else torch.tensor(0, device=device)
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        together = num_processes() > 1
         if together:
             torch.distributed.all_reduce(items, op=torch.distributed.ReduceOp.MAX)
         if not items:

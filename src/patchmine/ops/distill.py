@@ -13,6 +13,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.ops.processes import num_processes
 from patchmine.types import Progress
 
 STUDENT_TEMPERATURE = 0.1  # DINO, MOKD and SCFS; no published setting has another
@@ -50,9 +51,9 @@ def new_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
     Rows with a number that is not finite leave the centre as it was: it would never be finite again.
     """
     mean = logits.float().mean(dim=0)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if num_processes() > 1:
         torch.distributed.all_reduce(mean)
-        mean = mean / torch.distributed.get_world_size()
+        mean = mean / num_processes()
     moved = momentum * centre + (1 - momentum) * mean
     return torch.where(mean.isfinite().all(), moved, centre)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from patchmine.errors import UserError
 from patchmine.method import Method
+from patchmine.ops.batch_norm import synchronise_batch_norms
 from patchmine.ops.linear import fast_linear
 from patchmine.types import Batch, Losses, Progress
 
@@ -104,6 +105,8 @@ class Engine:
         """Move a method to the device and return its forward, autocast and synchronised."""
         if compile_blocks:
             _compile_blocks(method)
+        if self.world_size > 1:
+            synchronise_batch_norms(method)
         arithmetic = fast_linear if self.device.type == "cpu" and not compile_blocks else nullcontext
         forward = Forward(self._fabric.setup_module(_Step(method, arithmetic)))
         if self.world_size > 1:
