@@ -60,7 +60,7 @@ def synchronise_batch_norms(module: nn.Module) -> None:
         ValueError: for another kind of batch norm, whose forward pass is not known here.
     """
     for name, part in module.named_modules():
-        if isinstance(part, _PLAIN):
+        if type(part) in _PLAIN:
             part.__class__ = SyncBatchNorm  # as torch's own lazy modules become what they stand for
         elif isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm):
             raise ValueError(f"{name} is a {type(part).__name__}, which cannot be synchronised over processes")

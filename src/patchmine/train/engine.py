@@ -7,6 +7,7 @@ in ``_strategy``, and full tensors gathered where the loop saves.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -95,6 +96,7 @@ class Engine:
         self.rank = self._fabric.global_rank
         self.world_size = self._fabric.world_size
         self._host_group: Any = torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None
+        atexit.register(self.close)  # threads of an open group end the interpreter with "terminate called"
 
     @property
     def is_main(self) -> bool:
@@ -108,7 +110,9 @@ class Engine:
         if self.world_size > 1:
             synchronise_batch_norms(method)
         arithmetic = fast_linear if self.device.type == "cpu" and not compile_blocks else nullcontext
-        forward = Forward(self._fabric.setup_module(_Step(method, arithmetic)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.15; 2.11 has no other
+            forward = Forward(self._fabric.setup_module(_Step(method, arithmetic)))
         if self.world_size > 1:
             for buffer in method.buffers():  # DDP does so for parameters
                 torch.distributed.broadcast(buffer, src=0)
