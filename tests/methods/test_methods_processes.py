@@ -98,5 +98,5 @@ def test_a_batch_norm_that_is_not_known_is_refused() -> None:
     class Other(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(ValueError, match="0.norm is a Other, which cannot be synchronised"):
+    with pytest.raises(ValueError, match=r"0\.norm is a Other, which cannot be synchronised"):
         synchronise_batch_norms(nn.Sequential(nn.ModuleDict({"norm": Other(3)})))

@@ -25,7 +25,7 @@ class SyncBatchNorm(_BatchNorm):
     Processes may bring different numbers of rows.  Every process must make the same calls in the same order.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch calls it so
         """(N, C, ...) -> the same shape."""
         if not self.training or num_processes() == 1:
             return super().forward(input)
@@ -48,7 +48,7 @@ class SyncBatchNorm(_BatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(var.to(self.running_var.dtype), share)
 
-    def _check_input_dim(self, input: Tensor) -> None:
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch calls it so
         if input.ndim < 2:
             raise ValueError(f"a batch norm takes (N, C, ...), got {input.ndim} dimensions")
 
@@ -106,8 +106,9 @@ def _gather_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     own = torch.cat([mean.new_full((1,), x.numel() / x.shape[1]), mean, var])
     every = [torch.empty_like(own) for _ in range(num_processes())]
     torch.distributed.all_gather(every, own)
-    counts, means, variances = torch.stack(every).split([1, x.shape[1], x.shape[1]], dim=1)
-    return counts, means, variances
+    gathered = torch.stack(every)  # (P, 1 + 2C)
+    means, variances = gathered[:, 1:].chunk(2, dim=1)
+    return gathered[:, :1], means, variances
 
 
 def _wide(x: Tensor) -> torch.dtype:
