@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
 
 import pytest
 import torch
+from golden_vectors import FedNoise, Golden, batch_of, cut, load_golden, load_weights, pair, wide
 from torch import Tensor
 
 from patchmine.methods.amt import AMT, probe
 from patchmine.models.attention import class_attention
 from patchmine.models.official import from_reference_names
-from patchmine.models.vit import build_encoder, encode
+from patchmine.models.vit import encode
 from patchmine.ops.alignment import align, attention_map
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import sum_in_units, weighted_order
-from patchmine.types import Batch, Mask, Progress
+from patchmine.types import Mask, Progress
 
 pytestmark = pytest.mark.golden
-WARM, GUIDED = Progress(0, 400, 1), Progress(41, 400, 1)
-
-
-def close(found: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, atol=bound, rtol=0)
+WARM, GUIDED = Progress(0, 400, 1), Progress(41, 400, 1)  # attention decides from epoch 41 on
 
 
 def uniform_for(exponential: Tensor) -> Tensor:
@@ -37,16 +33,6 @@ def roles(mask: Mask) -> Tensor:
     return thrown.scatter(1, mask.masked, 1.0).scatter(1, mask.visible, 0.0)
 
 
-def batch_of(images: Tensor) -> Batch:
-    rows = len(images)
-    box = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(rows, 4)
-    return Batch([images], torch.arange(rows), box, torch.zeros(rows, dtype=torch.bool))
-
-
-def stored(golden: Any, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in golden.tensors.items() if name.startswith(prefix)}
-
-
 def kept(mask: Mask) -> Tensor:
     """What was not thrown, raster order: (B, V + M)."""
     return torch.cat([mask.visible, mask.masked], dim=1).sort(dim=1).values
@@ -54,207 +40,190 @@ def kept(mask: Mask) -> Tensor:
 
 def of_masked(of_kept: Tensor, mask: Mask) -> Tensor:
     """From values (B, V + M, ...) of what was kept those of what is masked (B, M, ...)."""
-    place = torch.searchsorted(kept(mask), mask.masked)
-    return of_kept.gather(1, place[:, :, None].expand(-1, -1, of_kept.shape[-1]))
+    return of_kept.gather(1, wide(torch.searchsorted(kept(mask), mask.masked), of_kept))
 
 
-def check_gradients(parameters: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert expected
-    for name, gradient in expected.items():
-        bound = 1e-5 * gradient.abs().max().item()
-        found = parameters[name].grad
-        assert found is not None, name
-        torch.testing.assert_close(
-            found.reshape(gradient.shape), gradient, atol=bound, rtol=0, msg=lambda t, n=name: f"{n}: {t}"
-        )
+def in_patches(pixels: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """The sum of a map of pixels (B, 1, H, W) over every patch: (B, L)."""
+    return cut(pixels, patch).sum(dim=-1)
 
 
 # ---- on MAE ----
 
 
 @pytest.fixture(scope="module")
-def golden(load_golden: Callable[[str], Any]) -> Any:
+def golden() -> Golden:
     return load_golden("amt")
 
 
 @pytest.fixture
-def method(golden: Any) -> AMT:
-    c = golden.config
-    assert golden.meta["eps_layernorm"] == 1e-6
-    encoder = build_encoder(
-        "vit_tiny_patch16_224",
-        image_size=(c["img"], c["img"]),
-        patch_size=c["patch"],
-        model_args=dict(embed_dim=c["dim"], depth=c["depth"], num_heads=c["heads"]),
-    )
+def method(golden: Golden) -> AMT:
     config = AMT.Config(
         host="mae",
-        mask_ratio=c["mask_ratio"],
-        throw_ratio=c["throw_ratio"],
-        norm_pix_loss=c["norm_pix"],
-        decoder_embed_dim=c["ddim"],
-        decoder_depth=c["ddepth"],
-        decoder_num_heads=c["dheads"],
+        mask_ratio=golden.config["mask_ratio"],
+        throw_ratio=golden.config["throw_ratio"],
+        norm_pix_loss=golden.setting("norm_pix_loss"),
+        start_epoch=min(golden.config["epoch"], GUIDED.epoch),
+        **golden.decoder(),
     )
-    method = AMT(config, encoder)
-    missing = method.load_state_dict(from_reference_names(stored(golden, "sd.")), strict=False)
-    assert not missing.unexpected_keys
-    assert missing.missing_keys == ["maps.values"]
+    method = AMT(config, golden.encoder())
+    load_weights(method, from_reference_names(golden.under("sd.")), absent=("maps.values",))
     return method.train()
 
 
-def test_probe(golden: Any, method: AMT) -> None:
-    attention = class_attention(method.encoder, golden.tensors["probe.images"])
-    close(attention, golden.tensors["probe.attn_last"][:, :, 0])
-    close(attention_map(attention[:, :, 1:]), golden.tensors["probe.map"].flatten(1), 1e-6)
-    close(probe(method.encoder, golden.tensors["probe.images"]), golden.tensors["probe.map"].flatten(1), 1e-6)
+def own_name(name: str) -> str:
+    (own,) = from_reference_names({name: None})
+    return own
 
 
-def test_alignment(golden: Any, method: AMT) -> None:
-    maps = golden.tensors["probe.map"].flatten(1)
-    boxes = golden.tensors["align.boxes"].float()
+def test_fixed_positions(golden: Golden, method: AMT) -> None:
+    golden.check(method.decoder_input.pos_embed, golden["sd.decoder_pos_embed"][0, 1:], "table")
+    golden.check(golden.encoder().pos_embed.data, "sd.pos_embed", "table")
+
+
+def test_probe(golden: Golden, method: AMT) -> None:
+    images, expected = golden["probe.images"], golden["probe.map"].flatten(1)
+    attention = class_attention(method.encoder, images)
+    golden.check(attention, golden["probe.attn_last"][:, :, 0], "tokens")
+    golden.check(attention_map(attention[:, :, 1:]), expected, "map")
+    golden.check(probe(method.encoder, images), expected, "map")
+
+
+def test_alignment(golden: Golden, method: AMT) -> None:
+    maps, boxes = golden["probe.map"].flatten(1), golden["align.boxes"].float()
     box, flip = boxes[:, 2:6] / boxes[:, [0, 1, 0, 1]], boxes[:, 6].bool()
-    close(align(maps, method.grid, box, flip, "area"), golden.tensors["align.area_token_weights"], 1e-6)
+    golden.check(align(maps, method.grid, box, flip, "area"), "align.area_token_weights", "map")
     released = align(maps, method.grid, box, flip, "released")  # a mean over pixels, there a sum
-    close(released, golden.tensors["align.released_token_weights"] / method.grid.values_per_patch(1), 1e-6)
+    pixels = method.grid.values_per_patch(1)
+    golden.check(released, golden["align.released_token_weights"] / pixels, "map")
+    golden.check(released, in_patches(golden["align.released_pixel_map"], method.grid.patch) / pixels, "map")
 
 
-def test_draw(golden: Any, method: AMT, fed_noise: Callable[[Tensor], Any]) -> None:
-    t = golden.tensors
-    per_patch = t["amt.pixel_map"].unfold(2, *[method.grid.patch[0]] * 2).unfold(3, *[method.grid.patch[1]] * 2)
-    close(per_patch.mean(dim=(-1, -2)).flatten(1), t["amt.token_weights"] / method.grid.values_per_patch(1), 1e-6)
-    noise = uniform_for(t["amt.exp_noise"])
-    assert torch.equal(weighted_order(t["amt.token_weights"], noise), t["amt.ids_shuffle"])
-    method.noise = fed_noise(noise)
-    mask = method.draw_mask(t["amt.images"], t["amt.token_weights"])
-    assert torch.equal(roles(mask), t["amt.mask"])
+def test_draw(golden: Golden, method: AMT) -> None:
+    weights, pixels = golden["amt.token_weights"], method.grid.values_per_patch(1)
+    golden.check(in_patches(golden["amt.pixel_map"], method.grid.patch) / pixels, weights / pixels, "map")
+    noise = uniform_for(golden["amt.exp_noise"])
+    assert torch.equal(weighted_order(weights, noise), golden["amt.ids_shuffle"])
+    assert torch.equal(golden["amt.ids_shuffle"].argsort(dim=1), golden["amt.ids_restore"])
+    method.noise = FedNoise(noise)
+    mask = method.draw_mask(golden["amt.images"], weights)
+    assert torch.equal(roles(mask), golden["amt.mask"])
     counts = dict(masked=method.num_masked, thrown=method.num_thrown, visible=mask.visible.shape[1])
     assert counts.items() <= golden.meta["derived"].items()
 
 
-def test_forward(golden: Any, method: AMT, fed_noise: Callable[[Tensor], Any]) -> None:
-    t = golden.tensors
-    method.noise = fed_noise(uniform_for(t["amt.exp_noise"]))
-    mask = method.draw_mask(t["amt.images"], t["amt.token_weights"])
-    latent = encode(method.encoder, t["amt.images"], mask.visible)
-    draw = t["amt.ids_shuffle"][:, method.num_masked + method.num_thrown :]  # the stored order of visible tokens
-    place = torch.searchsorted(mask.visible, draw.contiguous())[:, :, None].expand(-1, -1, latent.shape[-1])
-    close(torch.cat([latent[:, :1], latent[:, 1:].gather(1, place)], dim=1), t["amt.latent"])
-    predicted, target = method.reconstruct(t["amt.images"], mask), method.target(t["amt.images"], mask)
-    close(predicted, of_masked(t["amt.pred"], mask))
-    close(target, of_masked(t["amt.target_kept"], mask))
-    close(squared_error(predicted, target)[:, :, None], of_masked(t["amt.patch_loss_kept"][:, :, None], mask))
+def test_forward(golden: Golden, method: AMT) -> None:
+    method.noise = FedNoise(uniform_for(golden["amt.exp_noise"]))
+    images = golden["amt.images"]
+    mask = method.draw_mask(images, golden["amt.token_weights"])
+    latent = encode(method.encoder, images, mask.visible)
+    draw = golden["amt.ids_shuffle"][:, method.num_masked + method.num_thrown :]  # the stored order of visible tokens
+    place = torch.searchsorted(mask.visible, draw.contiguous())
+    drawn = torch.cat([latent[:, :1], latent[:, 1:].gather(1, wide(place, latent))], dim=1)
+    golden.check(drawn, "amt.latent", "tokens")
+    predicted, target = method.reconstruct(images, mask), method.target(images, mask)
+    golden.check(predicted, of_masked(golden["amt.pred"], mask), "tokens")
+    golden.check(target, of_masked(golden["amt.target_kept"], mask), "target")
+    error = squared_error(predicted, target)[:, :, None]
+    golden.check(error, of_masked(golden["amt.patch_loss_kept"][:, :, None], mask), "target")
 
 
-def test_guided_loss_and_gradients(golden: Any, method: AMT, fed_noise: Callable[[Tensor], Any]) -> None:
+def test_guided_loss_and_gradients(golden: Golden, method: AMT) -> None:
     """The whole step, with the stored weights in place of a map."""
-    t = golden.tensors
-    method.noise = fed_noise(uniform_for(t["amt.exp_noise"]))
-    method.look = lambda batch: t["amt.token_weights"]
-    losses = method(batch_of(t["amt.images"]), Progress(golden.config["epoch"], 400, 1))
-    assert losses["loss"].item() == pytest.approx(golden.scalar("amt.loss"), rel=1e-6)
+    method.noise = FedNoise(uniform_for(golden["amt.exp_noise"]))
+    method.look = lambda batch: golden["amt.token_weights"]
+    losses = method(batch_of(golden["amt.images"]), Progress(golden.config["epoch"], 400, 1))
+    golden.check_number(losses["loss"], golden.scalar("amt.loss"))
     losses["loss"].backward()
-    expected = from_reference_names(stored(golden, "amt.grad."))
-    assert set(stored(golden, "amt.grad.")) == set(golden.config["grads"])
-    check_gradients(dict(method.named_parameters()), expected)
+    stored = golden.under("amt.grad.")
+    assert set(stored) == set(golden.setting("grads", list(stored)))
+    golden.check_gradients(dict(method.named_parameters()), stored, own_name)
 
 
-def test_random_phase(golden: Any, method: AMT, fed_noise: Callable[[Tensor], Any]) -> None:
-    t = golden.tensors
-    method.noise = fed_noise(t["warm.noise"])
+def test_random_phase(golden: Golden, method: AMT) -> None:
+    method.noise = FedNoise(golden["warm.noise"])
     assert not method.guided(WARM)
-    images = t["amt.images"]
+    images = golden["amt.images"]
     mask = method.draw_mask(images, None)
-    assert torch.equal(mask.as_bool(), t["warm.mask"].bool())
-    wide = mask.masked[:, :, None].expand(-1, -1, t["warm.pred"].shape[-1])
-    close(method.reconstruct(images, mask), t["warm.pred"].gather(1, wide))
+    assert torch.equal(mask.as_bool(), golden["warm.mask"].bool())
+    predicted = method.reconstruct(images, mask)
+    golden.check(predicted, golden["warm.pred"].gather(1, wide(mask.masked, predicted)), "tokens")
+    latent = encode(method.encoder, images, mask.visible)
+    # Stored in the order of the noise.
+    place = golden["warm.ids_restore"].gather(1, mask.visible)
+    stored = golden["warm.latent"]
+    golden.check(latent[:, 1:], stored[:, 1:].gather(1, wide(place, stored)), "tokens")
     loss = method(batch_of(images), WARM)["loss"]
-    assert loss.item() == pytest.approx(golden.scalar("warm.loss"), rel=1e-6)
+    golden.check_number(loss, golden.scalar("warm.loss"))
     loss.backward()
-    check_gradients(dict(method.named_parameters()), from_reference_names(stored(golden, "warm.grad.")))
+    golden.check_gradients(dict(method.named_parameters()), golden.under("warm.grad."), own_name)
 
 
 # ---- on SimMIM ----
 
 
 @pytest.fixture(scope="module")
-def golden_simmim(load_golden: Callable[[str], Any]) -> Any:
+def golden_simmim() -> Golden:
     return load_golden("amt_simmim")
 
 
-def own_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's names -> ours: its mask token sits inside the encoder, its head is a 1 x 1 convolution."""
+def simmim_name(name: str) -> str:
+    """The reference's mask token sits inside the encoder, its head is a 1 x 1 convolution."""
     ours = {"encoder.mask_token": "mask_token", "decoder.0.weight": "head.weight", "decoder.0.bias": "head.bias"}
-    return {
-        ours.get(name, name): tensor.flatten(1) if name == "decoder.0.weight" else tensor
-        for name, tensor in tensors.items()
-    }
+    return ours.get(name, name)
 
 
 @pytest.fixture
-def on_simmim(golden_simmim: Any, fed_noise: Callable[[Tensor], Any]) -> AMT:
+def on_simmim(golden_simmim: Golden) -> AMT:
     c = golden_simmim.config
-    assert golden_simmim.meta["eps_layernorm"] == 1e-6
-    encoder = build_encoder(
-        "beit_base_patch16_224",
-        image_size=(c["img"], c["img"]),
-        patch_size=c["patch"],
-        model_args=dict(
-            embed_dim=c["dim"],
-            depth=c["depth"],
-            num_heads=c["heads"],
-            use_abs_pos_emb=True,
-            use_rel_pos_bias=False,
-        ),
-    )
+    # Absolute positions are all that it can have: thrown patches have no place in a relative table.
+    encoder = golden_simmim.encoder("beit_base_patch16_224", use_abs_pos_emb=True, use_rel_pos_bias=False)
     config = AMT.Config(
         host="simmim", mask_ratio=c["mask_ratio"], throw_ratio=c["throw_ratio"], mask_unit=c["mask_patch"]
     )
     method = AMT(config, encoder)
-    found = method.load_state_dict(own_names(stored(golden_simmim, "sd.")), strict=False)
-    assert found.missing_keys == ["maps.values"]
-    assert not found.unexpected_keys
-    method.noise = fed_noise(uniform_for(golden_simmim.tensors["unit_exp_noise"]))
+    stored = {
+        simmim_name(name): tensor.flatten(1) if name == "decoder.0.weight" else tensor
+        for name, tensor in golden_simmim.under("sd.").items()
+    }
+    load_weights(method, stored, absent=("maps.values",))
+    method.noise = FedNoise(uniform_for(golden_simmim["unit_exp_noise"]))
     return method.train()
 
 
 @pytest.fixture
-def patch_weights(golden_simmim: Any) -> Tensor:
-    side = golden_simmim.config["patch"]
-    pixels = golden_simmim.tensors["pixel_map"]
-    return pixels.unfold(2, side, side).unfold(3, side, side).sum(dim=(-1, -2)).flatten(1)
+def patch_weights(golden_simmim: Golden, on_simmim: AMT) -> Tensor:
+    return in_patches(golden_simmim["pixel_map"], on_simmim.grid.patch)
 
 
-def test_units(golden_simmim: Any, on_simmim: AMT, patch_weights: Tensor) -> None:
-    t, derived = golden_simmim.tensors, golden_simmim.meta["derived"]
+def test_units(golden_simmim: Golden, on_simmim: AMT, patch_weights: Tensor) -> None:
+    golden, derived = golden_simmim, golden_simmim.meta["derived"]
     weights = sum_in_units(patch_weights, on_simmim.grid, on_simmim.per_unit)
-    pixels = golden_simmim.config["mask_patch"] ** 2
-    close(weights / pixels, t["unit_weights"] / pixels, 1e-6)
-    order = weighted_order(t["unit_weights"], uniform_for(t["unit_exp_noise"]))
-    assert torch.equal(order, t["unit_order"])
-    assert (on_simmim.num_units, on_simmim.num_masked) == (derived["units"] ** 2, derived["masked_units"])
-    assert on_simmim.num_thrown == derived["thrown_units"]
-    mask = on_simmim.draw_mask(t["images"], patch_weights)
-    assert torch.equal(roles(mask), t["mask"].flatten(1).float())
+    pixels = math.prod(on_simmim.per_unit) * on_simmim.grid.values_per_patch(1)
+    golden.check(weights / pixels, golden["unit_weights"] / pixels, "map")
+    order = weighted_order(golden["unit_weights"], uniform_for(golden["unit_exp_noise"]))
+    assert torch.equal(order, golden["unit_order"])
+    assert on_simmim.num_units == math.prod(pair(derived["units"]))
+    assert (on_simmim.num_masked, on_simmim.num_thrown) == (derived["masked_units"], derived["thrown_units"])
+    mask = on_simmim.draw_mask(golden["images"], patch_weights)
+    assert torch.equal(roles(mask), golden["mask"].flatten(1).float())
     assert kept(mask).shape[1] == derived["kept_tokens"]
 
 
-def test_simmim_loss_and_gradients(golden_simmim: Any, on_simmim: AMT, patch_weights: Tensor) -> None:
-    t = golden_simmim.tensors
+def test_simmim_loss_and_gradients(golden_simmim: Golden, on_simmim: AMT, patch_weights: Tensor) -> None:
+    golden, images = golden_simmim, golden_simmim["images"]
     on_simmim.look = lambda batch: patch_weights
     entered: list[Tensor] = []
     on_simmim.encoder.norm.register_forward_hook(lambda module, inputs, output: entered.append(output))
-    losses = on_simmim(batch_of(t["images"]), GUIDED)
-    mask = on_simmim.draw_mask(t["images"], patch_weights)
-    latent = t["latent_map"].flatten(2).transpose(1, 2)  # (B, V + M, D), raster order
-    close(entered[0][:, -mask.masked.shape[1] :], of_masked(latent, mask))
-    painted = on_simmim.reconstruct(t["images"], mask)
-    side = golden_simmim.config["patch"]
-    folded = torch.nn.functional.pixel_unshuffle(t["recon_compact"], side).flatten(2).transpose(1, 2)
-    close(painted, of_masked(folded, mask))
-    error = (painted - on_simmim.target(t["images"], mask)).abs().mean(dim=-1, keepdim=True)
-    close(error, of_masked(t["patch_l1_kept"][:, :, None], mask))
+    losses = on_simmim(batch_of(images), GUIDED)
+    mask = on_simmim.draw_mask(images, patch_weights)
+    latent = golden["latent_map"].flatten(2).transpose(1, 2)  # (B, V + M, D), raster order
+    golden.check(entered[0][:, -mask.masked.shape[1] :], of_masked(latent, mask), "tokens")
+    painted = on_simmim.reconstruct(images, mask)
+    golden.check(painted, of_masked(cut(golden["recon_compact"], on_simmim.grid.patch), mask), "tokens")
+    error = (painted - on_simmim.target(images, mask)).abs().mean(dim=-1, keepdim=True)
+    golden.check(error, of_masked(golden["patch_l1_kept"][:, :, None], mask), "target")
 
-    assert losses["loss"].item() == pytest.approx(golden_simmim.scalar("loss"), rel=1e-6)
+    golden.check_number(losses["loss"], golden.scalar("loss"))
     losses["loss"].backward()
-    check_gradients(dict(on_simmim.named_parameters()), own_names(stored(golden_simmim, "grad.")))
+    golden.check_gradients(dict(on_simmim.named_parameters()), golden.under("grad."), simmim_name)

@@ -2,100 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from golden_vectors import FedNoise, Golden, batch_of, load_golden, load_weights, stored_names, wide
+from torch import Tensor
 
-from patchmine.models.vit import build_encoder, embed_patches, encode, prefix_tokens
+from patchmine.methods.mae import MAE
+from patchmine.models.official import from_reference_names
+from patchmine.models.vit import embed_patches, encode, prefix_tokens
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
 from patchmine.ops.patches import pixel_targets
-from patchmine.types import Progress
+from patchmine.types import Mask, Progress
 
 pytestmark = pytest.mark.golden
 START = Progress(0, 1, 1)
+KINDS = {"pix": False, "normpix": True}  # whether pixels are standardised within each patch
+STORED = [kind for kind in KINDS if f"{kind}.loss_per_patch" in stored_names("mae")]
 
 
 @pytest.fixture(scope="module")
-def golden(load_golden: Callable[[str], Any]) -> Any:
+def golden() -> Golden:
     return load_golden("mae")
 
 
 @pytest.fixture(scope="module")
-def raster_rank(golden: Any) -> torch.Tensor:
-    """Position in raster order of each visible token, for tensors that are stored in noise order."""
-    return golden.tensors["ids_keep"].argsort(dim=1)
+def mask(golden: Golden) -> Mask:
+    return lowest_visible(golden["noise"], golden["ids_keep"].shape[1])
 
 
-def in_raster_order(stored: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-    """CLS first, then the visible tokens sorted by patch number."""
-    patches = stored[:, 1:].gather(1, rank[:, :, None].expand(-1, -1, stored.shape[-1]))
-    return torch.cat([stored[:, :1], patches], dim=1)
+def build(golden: Golden, kind: str = "pix") -> MAE:
+    """The method at the stored sizes with the stored weights."""
+    config = MAE.Config(mask_ratio=golden.config["mask_ratio"], norm_pix_loss=KINDS[kind], **golden.decoder())
+    method = MAE(config, golden.encoder())
+    load_weights(method, from_reference_names(golden.under("state.")))
+    return method.train()
 
 
-def test_mask(golden: Any) -> None:
-    mask = lowest_visible(golden.tensors["noise"], golden.meta["len_keep"])
-    assert golden.meta["len_keep"] == count_visible(golden.meta["num_patches"], golden.config["mask_ratio"])
-    assert torch.equal(mask.as_bool(), golden.tensors["mask"].bool())
-    assert torch.equal(mask.visible, golden.tensors["ids_keep"].sort(dim=1).values)
+def own_name(name: str) -> str:
+    (own,) = from_reference_names({name: None})
+    return own
 
 
-def test_fixed_positions(golden: Any) -> None:
-    c = golden.config
-    encoder = build_encoder(
-        "vit_tiny_patch16_224",
-        image_size=(c["img_size"],) * 2,
-        patch_size=c["patch_size"],
-        model_args=dict(embed_dim=c["embed_dim"], depth=1, num_heads=c["num_heads"]),
-    )
-    torch.testing.assert_close(encoder.pos_embed.data, golden.tensors["state.pos_embed"], atol=1e-6, rtol=0)
+def in_raster_order(stored: Tensor, golden: Golden) -> Tensor:
+    """CLS first, then the visible tokens, which are stored in the order of their noise, sorted by patch number."""
+    rank = golden["ids_keep"].argsort(dim=1)
+    return torch.cat([stored[:, :1], stored[:, 1:].gather(1, wide(rank, stored))], dim=1)
 
 
-def test_tokens(golden: Any, raster_rank: torch.Tensor) -> None:
-    method = golden.build()
-    images = golden.tensors["imgs"]
-    mask = lowest_visible(golden.tensors["noise"], golden.meta["len_keep"])
+def test_mask(golden: Golden, mask: Mask) -> None:
+    count = golden["noise"].shape[1]
+    assert count == golden.setting("num_patches", count)
+    assert mask.visible.shape[1] == golden.setting("len_keep", mask.visible.shape[1])
+    assert mask.visible.shape[1] == count_visible(count, golden.config["mask_ratio"])
+    assert torch.equal(mask.as_bool(), golden["mask"].bool())
+    assert torch.equal(mask.visible, golden["ids_keep"].sort(dim=1).values)
+
+
+def test_fixed_positions(golden: Golden) -> None:
+    method = MAE(MAE.Config(**golden.decoder()), golden.encoder())
+    golden.check(method.encoder.pos_embed.data, "state.pos_embed", "table")
+    golden.check(method.decoder_input.pos_embed, golden["state.decoder_pos_embed"][0, 1:], "table")
+
+
+def test_tokens(golden: Golden, mask: Mask) -> None:
+    method = build(golden)
+    images = golden["imgs"]
     patches = embed_patches(method.encoder, images, mask.visible)
     entered = torch.cat([prefix_tokens(method.encoder, len(images)), patches], dim=1)
-    expected = in_raster_order(golden.tensors["encoder_input"], raster_rank)
-    torch.testing.assert_close(entered, expected, atol=2e-5, rtol=1e-4)
+    golden.check(entered, in_raster_order(golden["encoder_input"], golden), "tokens")
     latent = encode(method.encoder, images, mask.visible)
-    torch.testing.assert_close(latent, in_raster_order(golden.tensors["latent"], raster_rank), atol=2e-5, rtol=1e-4)
+    golden.check(latent, in_raster_order(golden["latent"], golden), "tokens")
     tokens = method.decoder_input(latent, mask)  # [CLS | visible | masked]
-    order = torch.cat([mask.visible, mask.masked], dim=1)[:, :, None].expand(-1, -1, tokens.shape[-1])
-    unshuffled = torch.zeros_like(tokens[:, 1:]).scatter(1, order, tokens[:, 1:])
-    torch.testing.assert_close(unshuffled, golden.tensors["decoder_input"][:, 1:], atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(tokens[:, 0], golden.tensors["decoder_input"][:, 0], atol=2e-5, rtol=1e-4)
+    order = torch.cat([mask.visible, mask.masked], dim=1)
+    unshuffled = torch.zeros_like(tokens[:, 1:]).scatter(1, wide(order, tokens), tokens[:, 1:])
+    golden.check(torch.cat([tokens[:, :1], unshuffled], dim=1), "decoder_input", "tokens")
 
 
-def test_predictions(golden: Any) -> None:
-    method = golden.build()
-    mask = lowest_visible(golden.tensors["noise"], golden.meta["len_keep"])
-    predicted = method.reconstruct(golden.tensors["imgs"], mask)
-    expected = golden.tensors["pred"].gather(1, mask.masked[:, :, None].expand(-1, -1, predicted.shape[-1]))
-    torch.testing.assert_close(predicted, expected, atol=2e-5, rtol=1e-4)
+def test_predictions(golden: Golden, mask: Mask) -> None:
+    predicted = build(golden).reconstruct(golden["imgs"], mask)
+    golden.check(predicted, golden["pred"].gather(1, wide(mask.masked, predicted)), "tokens")
 
 
-@pytest.mark.parametrize(("kind", "norm_pix_loss"), [("pix", False), ("normpix", True)])
-def test_loss_and_gradients(
-    golden: Any,
-    fed_noise: Callable[[torch.Tensor], Any],
-    compare_gradients: Callable[..., None],
-    kind: str,
-    norm_pix_loss: bool,
-) -> None:
-    method = golden.build(norm_pix_loss=norm_pix_loss)
-    method.noise = fed_noise(golden.tensors["noise"])
-    everything = torch.arange(golden.meta["num_patches"]).expand(len(golden.tensors["imgs"]), -1)
-    target = pixel_targets(golden.tensors["imgs"], everything, method.grid.patch, norm_pix_loss=norm_pix_loss)
-    torch.testing.assert_close(target, golden.tensors[f"{kind}.target"], atol=1e-5, rtol=1e-5)
-    per_patch = squared_error(golden.tensors["pred"], target)
-    torch.testing.assert_close(per_patch, golden.tensors[f"{kind}.loss_per_patch"], atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("kind", STORED)
+def test_loss_and_gradients(golden: Golden, kind: str) -> None:
+    method = build(golden, kind)
+    method.noise = FedNoise(golden["noise"])
+    images = golden["imgs"]
+    everything = torch.arange(method.grid.num_patches).expand(len(images), -1)
+    target = pixel_targets(images, everything, method.grid.patch, norm_pix_loss=KINDS[kind])
+    golden.check(target, f"{kind}.target", "target")
+    golden.check(squared_error(golden["pred"], target), f"{kind}.loss_per_patch", "target")
 
-    losses = method(golden.batch(), START)
-    assert losses["loss"].item() == pytest.approx(golden.scalar(f"{kind}.loss"), rel=1e-5)
+    losses = method(batch_of(images), START)
+    golden.check_number(losses["loss"], golden.scalar(f"{kind}.loss"))
     losses["loss"].backward()
-    compare_gradients(method, golden.gradients(kind))
+    golden.check_gradients(dict(method.named_parameters()), golden.under(f"{kind}.grad."), own_name)
     assert method.encoder.pos_embed.grad is None

@@ -241,7 +241,7 @@ def _transformers_contestant(ours: Any, config: StepBench, engine: Engine) -> Co
             decoder_hidden_size=settings.decoder_embed_dim,
             decoder_num_hidden_layers=settings.decoder_depth,
             decoder_num_attention_heads=settings.decoder_num_heads,
-            decoder_intermediate_size=4 * settings.decoder_embed_dim,
+            decoder_intermediate_size=ours.decoder.blocks[0].mlp.fc1.out_features,
             mask_ratio=settings.mask_ratio,
             norm_pix_loss=settings.norm_pix_loss,
             attn_implementation="sdpa",

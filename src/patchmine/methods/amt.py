@@ -99,6 +99,15 @@ class AMT(Method):
         decoder_embed_dim: Count = Field(512, description="on MAE: width of the decoder")
         decoder_depth: Depth = Field(8, description="on MAE: blocks of the decoder")
         decoder_num_heads: Count = Field(16, description="on MAE: attention heads of the decoder")
+        decoder_mlp_ratio: float = Field(
+            4.0, gt=0, le=64, description="on MAE: hidden width of the decoder's MLPs, times its own width"
+        )
+        decoder_norm_eps: float = Field(
+            1e-6, gt=0, description="on MAE: added to the variance in the decoder's layer norms"
+        )
+        decoder_qkv_bias: bool = Field(
+            True, description="on MAE: biases of queries, keys and values in the decoder's attention"
+        )
         mask_unit: Count | None = Field(
             None, description="on SimMIM: pixels along a side of what is hidden at once; null: two patches"
         )
@@ -134,7 +143,15 @@ class AMT(Method):
             width, heads = config.decoder_embed_dim, config.decoder_num_heads
             check_decoder(width, heads, self.num_units - self.num_warmup, config.warmup_mask_ratio or 0.75)
             self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
-            self.decoder = Decoder(width, config.decoder_depth, heads, values)
+            self.decoder = Decoder(
+                width,
+                config.decoder_depth,
+                heads,
+                values,
+                mlp_ratio=config.decoder_mlp_ratio,
+                norm_eps=config.decoder_norm_eps,
+                qkv_bias=config.decoder_qkv_bias,
+            )
             initialise(self.decoder_input)
             initialise(self.decoder)
         else:

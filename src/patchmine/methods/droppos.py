@@ -8,7 +8,7 @@ Haochen-Wang409/DropPos; each names its file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,13 @@ class DropPos(Method):
         decoder_embed_dim: Count = Field(512, description="width of the decoder")
         decoder_depth: Depth = Field(2, description="blocks of the decoder")
         decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
+        decoder_mlp_ratio: float = Field(
+            4.0, gt=0, le=64, description="hidden width of the decoder's MLPs, times its own width"
+        )
+        decoder_norm_eps: float = Field(1e-6, gt=0, description="added to the variance in the decoder's layer norms")
+        decoder_qkv_bias: bool = Field(
+            True, description="biases of queries, keys and values in the decoder's attention"
+        )
         clip_grad: float | None = Field(
             5.0, gt=0, description="largest gradient norm of each parameter by itself (main_pretrain.py: 5)"
         )
@@ -125,6 +132,9 @@ class DropPos(Method):
         self.num_dropped = self.num_visible - self.num_kept
         self.smoothing_size = _smoothing_size(config, self.grid)
         width, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
+        blocks: dict[str, Any] = dict(
+            mlp_ratio=config.decoder_mlp_ratio, norm_eps=config.decoder_norm_eps, qkv_bias=config.decoder_qkv_bias
+        )
         check_decoder(width, heads, self.num_visible, config.mask_ratio)
         _check(config, encoder, num_dropped=self.num_dropped, num_removed=self.grid.num_patches - self.num_visible)
         # With one weight for all, every image has as many terms as any other.
@@ -136,13 +146,13 @@ class DropPos(Method):
             self.position_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
             nn.init.normal_(self.position_token, std=0.02)
         self.decoder_embed = nn.Linear(encoder.embed_dim, width)
-        self.decoder = Decoder(width, depth, heads, self.grid.num_patches)
+        self.decoder = Decoder(width, depth, heads, self.grid.num_patches, **blocks)
         parts: list[nn.Module] = [self.decoder_embed, self.decoder]
         self.pixel_input = self.pixel_decoder = None
         if config.multi_task:
             self.pixel_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
             values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
-            self.pixel_decoder = Decoder(width, depth, heads, values)
+            self.pixel_decoder = Decoder(width, depth, heads, values, **blocks)
             parts += [self.pixel_input, self.pixel_decoder]
         for part in parts:
             initialise(part)

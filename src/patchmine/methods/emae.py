@@ -75,6 +75,13 @@ class EMAE(Method):
         decoder_embed_dim: Count = Field(512, description="width of the decoder")
         decoder_depth: Depth = Field(8, description="blocks of the decoder")
         decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
+        decoder_mlp_ratio: float = Field(
+            4.0, gt=0, le=64, description="hidden width of the decoder's MLPs, times its own width"
+        )
+        decoder_norm_eps: float = Field(1e-6, gt=0, description="added to the variance in the decoder's layer norms")
+        decoder_qkv_bias: bool = Field(
+            True, description="biases of queries, keys and values in the decoder's attention"
+        )
         clip_grad: float | None = Field(None, gt=0, description="largest global gradient norm; MAE does not clip")
 
     encoder: Encoder
@@ -94,7 +101,15 @@ class EMAE(Method):
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
         self.encoder = encoder
         self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
-        self.decoder = Decoder(width, config.decoder_depth, config.decoder_num_heads, values)
+        self.decoder = Decoder(
+            width,
+            config.decoder_depth,
+            config.decoder_num_heads,
+            values,
+            mlp_ratio=config.decoder_mlp_ratio,
+            norm_eps=config.decoder_norm_eps,
+            qkv_bias=config.decoder_qkv_bias,
+        )
         initialise(self.decoder_input)
         initialise(self.decoder)
         if config.mask_token == "zeros":

@@ -12,7 +12,7 @@ second decoder are inferred (spec hpm-video.md, section 4).
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,13 @@ class HPM(Method):
         decoder_embed_dim: Count = Field(512, description="width of both decoders")
         decoder_depth: Depth = Field(8, description="blocks of each decoder")
         decoder_num_heads: Count = Field(16, description="attention heads of each decoder")
+        decoder_mlp_ratio: float = Field(
+            4.0, gt=0, le=64, description="hidden width of both decoders' MLPs, times its own width"
+        )
+        decoder_norm_eps: float = Field(1e-6, gt=0, description="added to the variance in both decoders' layer norms")
+        decoder_qkv_bias: bool = Field(
+            True, description="biases of queries, keys and values in both decoders' attention"
+        )
         clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)")
 
     encoder: Encoder
@@ -95,6 +102,9 @@ class HPM(Method):
         self.num_masked = self.grid.num_patches - places * self.grid.num_slots
         check_decoder(config.decoder_embed_dim, config.decoder_num_heads, places, config.mask_ratio)
         width, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
+        blocks: dict[str, Any] = dict(
+            mlp_ratio=config.decoder_mlp_ratio, norm_eps=config.decoder_norm_eps, qkv_bias=config.decoder_qkv_bias
+        )
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
 
         self.foreign = None
@@ -112,12 +122,12 @@ class HPM(Method):
 
         self.encoder = encoder
         self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
-        self.decoder = Decoder(width, depth, heads, target_width)
+        self.decoder = Decoder(width, depth, heads, target_width, **blocks)
         self.decoder_input.draw_weights()
         initialise(self.decoder)
         self.predictor = None
         if config.prediction != "none":
-            self.predictor = Decoder(width, depth, heads, values)
+            self.predictor = Decoder(width, depth, heads, values, **blocks)
             initialise(self.predictor)
             if config.losspred_head == "scalar":
                 _shrink_head(self.predictor)

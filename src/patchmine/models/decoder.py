@@ -66,13 +66,30 @@ class DecoderInput(nn.Module):
 class Decoder(nn.Module):
     """Transformer blocks, a norm, and a linear head that the method applies to the rows it wants.
 
-    timm's `Block`, layer norms with eps 1e-6 (models_mae.py).
+    timm's `Block`; the defaults are MAE's (models_mae.py).
     """
 
-    def __init__(self, width: int, depth: int, num_heads: int, out_width: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        num_heads: int,
+        out_width: int,
+        *,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        qkv_bias: bool = True,
+    ) -> None:
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(width, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        if int(width * mlp_ratio) == 0:
+            raise UserError(
+                f"method.decoder_mlp_ratio={mlp_ratio} leaves no hidden unit in a decoder of "
+                f"method.decoder_embed_dim={width}: set it to 1 or more"
+            )
+        norm = partial(nn.LayerNorm, eps=norm_eps)
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm) for _ in range(depth)
+        )
         self.norm = norm(width)
         self.head = nn.Linear(width, out_width)
 
@@ -103,8 +120,9 @@ def _block_on_last(block: Block, tokens: Tensor, num_last: int) -> Tensor:
     batch, _, width = tokens.shape
     normed = block.norm1(tokens)
     weight, bias = attention.qkv.weight, attention.qkv.bias
-    query = F.linear(normed[:, -num_last:], weight[:width], bias[:width])
-    key_value = F.linear(normed, weight[width:], bias[width:])
+    query_bias, key_value_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    query = F.linear(normed[:, -num_last:], weight[:width], query_bias)
+    key_value = F.linear(normed, weight[width:], key_value_bias)
 
     def heads(part: Tensor) -> Tensor:
         return part.reshape(batch, part.shape[1], attention.num_heads, -1).transpose(1, 2)  # (B, heads, N, W / heads)

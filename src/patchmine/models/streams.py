@@ -25,9 +25,9 @@ class QueryBlock(nn.Module):
     The same `norm1` serves queries and content (SAIM, util/blocks.py).  Keys and values come from one product.
     """
 
-    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+    def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm = partial(nn.LayerNorm, eps=norm_eps)
         self.num_heads = num_heads
         self.norm1 = norm(width)
         self.query = nn.Linear(width, width)
@@ -59,7 +59,8 @@ class QueryBlock(nn.Module):
 def query_stream(encoder: Encoder, depth: int) -> nn.ModuleList:
     """``depth`` fresh query blocks of the sizes of the encoder's own."""
     block = encoder.blocks[0]
-    blocks = [QueryBlock(encoder.embed_dim, block.attn.num_heads, block.mlp.fc2.in_features) for _ in range(depth)]
+    sizes = (encoder.embed_dim, block.attn.num_heads, block.mlp.fc2.in_features, block.norm1.eps)
+    blocks = [QueryBlock(*sizes) for _ in range(depth)]
     for each in blocks:
         each.initialise()
     return nn.ModuleList(blocks)
