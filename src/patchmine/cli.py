@@ -169,7 +169,7 @@ def embed(context: typer.Context) -> None:
     from patchmine.evaluate.embed import EmbedSettings
     from patchmine.evaluate.embed import embed as write
 
-    write(read_words(EmbedSettings, context.args, command="embed", first=["target"]), say)
+    write(read_words(EmbedSettings, context.args, command="embed", first=["target"], say=say), say)
 
 
 @command(app, "show", "RUN IMAGE|VIDEO... [out=panel.png] [seed=0]")
@@ -186,7 +186,7 @@ def show(context: typer.Context) -> None:
     from patchmine.commands import Show, read_words
     from patchmine.report.show import show as draw
 
-    given = read_words(Show, context.args, command="show", first=["run"], rest="images")
+    given = read_words(Show, context.args, command="show", first=["run"], rest="images", say=say)
     print(draw(given.run, given.images, given.out, seed=given.seed))
 
 
@@ -201,7 +201,7 @@ def report(context: typer.Context) -> None:
     from patchmine.commands import Report, read_words
     from patchmine.report.html import write_report
 
-    given = read_words(Report, context.args, command="report", rest="runs")
+    given = read_words(Report, context.args, command="report", rest="runs", say=say)
     print(write_report(given.runs, given.out))
 
 
@@ -221,7 +221,7 @@ def export(context: typer.Context) -> None:
     from patchmine.commands import Export, read_words
     from patchmine.transfer import export_run
 
-    given = read_words(Export, context.args, command="export", first=["run"])
+    given = read_words(Export, context.args, command="export", first=["run"], say=say)
     print(export_run(given.run, given.out, what=given.what, weights=given.weights))
 
 
@@ -245,7 +245,7 @@ def import_weights(context: typer.Context) -> None:
     from patchmine.commands import Import, read_words
     from patchmine.transfer import import_file
 
-    given = read_words(Import, context.args, command="import", first=["file"])
+    given = read_words(Import, context.args, command="import", first=["file"], say=say)
     print(import_file(**given.model_dump(), say=say).path)
 
 
@@ -265,7 +265,7 @@ def data_inspect(context: typer.Context) -> None:
     from patchmine.data.source import default_cache_dir, open_source
     from patchmine.data.video_sources import open_videos
 
-    given = read_words(Inspect, context.args, command="data inspect", first=["data"])
+    given = read_words(Inspect, context.args, command="data inspect", first=["data"], say=say)
     source = (open_videos if given.video else open_source)(given.data, cache_dir=default_cache_dir())
     print(render(inspect(source, sample=given.sample, full=given.full, video=given.video)))
 
@@ -286,7 +286,7 @@ def data_shard(context: typer.Context) -> None:
     from patchmine.data.sharding import write_shards
     from patchmine.data.source import default_cache_dir, open_source
 
-    given = read_words(Shard, context.args, command="data shard", first=["data"])
+    given = read_words(Shard, context.args, command="data shard", first=["data"], say=say)
     source = open_source(given.data, cache_dir=default_cache_dir())
     write_shards(source, Path(given.out), max_side=given.max_side, shard_size=given.shard_mb * 2**20, say=say)
 
@@ -386,7 +386,7 @@ def bench_step(context: typer.Context) -> None:
     from patchmine.bench.step import bench_step as measure
     from patchmine.commands import read_words
 
-    given = read_words(StepBench, context.args, command="bench step")
+    given = read_words(StepBench, context.args, command="bench step", say=say)
     measure(say=print, **given.model_dump(exclude_unset=True))
 
 
@@ -405,7 +405,7 @@ def bench_data(context: typer.Context) -> None:
     from patchmine.bench.video import bench_video
     from patchmine.commands import BenchData, read_words
 
-    given = read_words(BenchData, context.args, command="bench data")
+    given = read_words(BenchData, context.args, command="bench data", say=say)
     if given.video:
         bench_video(**given.model_dump(exclude={"data", "video"}), source=given.data, say=print)
         return

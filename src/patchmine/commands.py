@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from patchmine.mistakes import Mistake, validate
+from patchmine.names import shown_name
 from patchmine.strict import Count, Positive, Side, Strict
-from patchmine.words import put, split_setting
+from patchmine.words import put, read_settings, repeated
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_words(
-    model: type[Model], words: Sequence[str], *, command: str, first: Sequence[str] = (), rest: str | None = None
+    model: type[Model],
+    words: Sequence[str],
+    *,
+    command: str,
+    first: Sequence[str] = (),
+    rest: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Model:
     """The settings of a command.
 
-    Words without ``=`` fill the fields named in ``first``, in order, and then the list ``rest``.  Raises UserError with
-    every mistake.
+    Words without ``=`` fill the fields named in ``first``, in order, and then the list ``rest``.  ``say`` hears of
+    settings that are given twice.  Raises UserError with every mistake.
     """
+    pairs, complaints, plain = read_settings(words)
     settings: dict[str, Any] = {}
-    mistakes: list[Mistake] = []
-    plain: list[str] = []
-    for word in words:
-        pair = split_setting(word)
-        if pair is not None:
-            # Here too method=hpm is short for method.name=hpm, so that method.KEY=VALUE may stand beside it.
-            path = "method.name" if pair[0] == "method" and not isinstance(pair[1], dict) else pair[0]
-            complaint = put(settings, path, pair[1])
-            mistakes += [Mistake(pair[0], complaint)] if complaint else []
-        elif word.startswith("-") and not Path(word).exists():
-            mistakes.append(
-                Mistake(word, f"settings are written without dashes, as in {word.strip('-').split('=')[0]}=...")
-            )
-        else:
-            plain.append(word)
+    mistakes = [Mistake(*complaint) for complaint in complaints]
+    for name, value in pairs:
+        # Here too method=hpm is short for method.name=hpm, so that method.KEY=VALUE may stand beside it.
+        path = "method.name" if name == "method" and not isinstance(value, dict) else name
+        complaint = put(settings, path, value)
+        mistakes += [Mistake(name, complaint)] if complaint else []
+    for sentence in repeated(pairs):
+        say(sentence)
     settings |= zip(first, plain, strict=False)
     more = plain[len(first) :]
     if rest is not None and more:
         settings[rest] = more
     else:
-        mistakes += [Mistake(word, "one word too many; settings are written key=value") for word in more]
+        mistakes += [Mistake(shown_name(word), "one word too many; settings are written key=value") for word in more]
     known = ", ".join(name for name in model.model_fields if name not in (*first, rest))
     hint = f"; there are {known}" if known else ""
     return validate(model, settings, where=f"`patchmine {command}`", before=mistakes, hint=hint)

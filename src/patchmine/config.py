@@ -11,9 +11,10 @@ from pydantic import BaseModel
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import Mistake, refusal, validate
+from patchmine.names import shown_name
 from patchmine.recipes import Recipe, load_recipe
 from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, Size, SizeRow, changed_results
-from patchmine.words import merge, put, shown, split_setting
+from patchmine.words import exists, merge, put, read_settings, repeated, shown
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -30,6 +31,9 @@ __all__ = [
 
 Say = Callable[[str], None]
 
+# Absolute learning rates, as others call them.
+RATES = ("lr", "learning_rate", "peak_lr", "max_lr")
+
 
 def silent(_: str) -> None:
     """Says nothing."""
@@ -40,14 +44,10 @@ def parse(recipe: str | Path | None, overrides: Sequence[str], say: Say = silent
 
     Raises UserError with every mistake.  ``say`` hears what was decided for the user.
     """
-    mistakes: list[Mistake] = []
-    pairs: list[tuple[str, Any]] = []
-    for word in overrides:
-        pair = split_setting(word)
-        if pair is None:
-            mistakes.append(_not_a_setting(word))
-        else:
-            pairs.append(pair)
+    pairs, complaints, others = read_settings(overrides)
+    mistakes = [*(Mistake(*complaint) for complaint in complaints), *map(_not_a_setting, others)]
+    for sentence in repeated(pairs):
+        say(sentence)
     return _assemble(None if recipe is None else load_recipe(recipe), pairs, mistakes, say)
 
 
@@ -57,11 +57,8 @@ def from_settings(recipe: str | Path | None = None, say: Say = silent, **setting
 
 
 def _not_a_setting(word: str) -> Mistake:
-    if word.startswith("-"):
-        name, _, value = word.lstrip("-").partition("=")
-        return Mistake(word, f"settings are written without dashes, as in {name.replace('-', '_')}={value or 'VALUE'}")
-    example = f"data={word}" if Path(word).exists() else "epochs=100"
-    return Mistake(word, f"is no setting; settings are written key=value, as in {example}")
+    example = f"data={word}" if exists(word) else "epochs=100"
+    return Mistake(shown_name(word), f"is no setting; settings are written key=value, as in {shown_name(example)}")
 
 
 def _assemble(recipe: Recipe | None, pairs: Sequence[tuple[str, Any]], mistakes: list[Mistake], say: Say) -> RunConfig:
@@ -87,9 +84,29 @@ def _tree(pairs: Sequence[tuple[str, Any]], mistakes: list[Mistake]) -> dict[str
     return tree
 
 
+def _rates(settings: dict[str, Any]) -> list[Mistake]:
+    """Absolute learning rates are taken out of the settings, and told as what they are here."""
+    return [
+        Mistake(name, f"no such setting (given {shown(value)}); it is blr here, {_conversion(value, settings)}")
+        for name in RATES
+        if (value := settings.pop(name, None)) is not None
+    ]
+
+
+def _conversion(rate: Any, settings: Mapping[str, Any]) -> str:
+    """The setting that gives an absolute learning rate."""
+    batch_size = settings.get("batch_size", Results.model_fields["batch_size"].default)
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e9 for x in (rate, batch_size))
+    if not numbers or "by_size" in settings:
+        return "the rate for 256 images: blr = rate * 256 / batch_size"
+    return f"the rate for 256 images: with batch_size={batch_size} give blr={rate * 256 / batch_size:.6g}"
+
+
 def _validate(settings: Mapping[str, Any], where: str, mistakes: Sequence[Mistake] = ()) -> RunConfig:
     hint = "; `patchmine config schema` lists all"
-    return validate(RunConfig, settings, where=where, before=mistakes, placeholders={"data": "data"}, hint=hint)
+    known = dict(settings)
+    mistakes = [*mistakes, *_rates(known)]
+    return validate(RunConfig, known, where=where, before=mistakes, placeholders={"data": "data"}, hint=hint)
 
 
 def _recipe_settings(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[str, Any]:

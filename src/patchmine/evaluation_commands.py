@@ -29,7 +29,8 @@ def eval_knn(context: typer.Context) -> None:
     from patchmine.commands import read_words
     from patchmine.evaluate.knn import KnnSettings, evaluate_knn
 
-    _show(evaluate_knn(read_words(KnnSettings, context.args, command="eval knn", first=["target"]), say))
+    given = read_words(KnnSettings, context.args, command="eval knn", first=["target"], say=say)
+    _show(evaluate_knn(given, say))
 
 
 @command(evaluate, "linear", "TARGET data=IMAGES [KEY=VALUE...]")
@@ -48,7 +49,9 @@ def eval_linear(context: typer.Context) -> None:
     from patchmine.commands import read_words
     from patchmine.evaluate.linear import LinearSettings, evaluate_linear
 
-    _show(evaluate_linear(read_words(LinearSettings, context.args, command="eval linear", first=["target"]), say))
+    _show(
+        evaluate_linear(read_words(LinearSettings, context.args, command="eval linear", first=["target"], say=say), say)
+    )
 
 
 @command(evaluate, "video", "RUN data=VIDEOS [KEY=VALUE...]")
@@ -70,7 +73,8 @@ def eval_video(context: typer.Context) -> None:
     from patchmine.commands import read_words
     from patchmine.evaluate.video import VideoSettings, evaluate_video
 
-    _show(evaluate_video(read_words(VideoSettings, context.args, command="eval video", first=["target"]), say))
+    given = read_words(VideoSettings, context.args, command="eval video", first=["target"], say=say)
+    _show(evaluate_video(given, say))
 
 
 def _show(results: dict[str, Any] | list[dict[str, Any]]) -> None:

@@ -29,6 +29,36 @@ _PLAINER = {
 }
 
 
+# What other programs call our settings, where the nearest names do not lead to them.
+OTHER_NAMES = {
+    **dict.fromkeys(("bs", "batch", "batchsize", "train_batch_size", "global_batch_size"), "batch_size"),
+    **dict.fromkeys(("num_workers", "n_workers", "nworkers", "loader_workers"), "workers"),
+    **dict.fromkeys(("img_size", "input_size", "size", "resolution", "crop_size", "res"), "image_size"),
+    **dict.fromkeys(("wd", "decay"), "weight_decay"),
+    **dict.fromkeys(("max_epochs", "num_epochs", "n_epochs", "total_epochs", "ep"), "epochs"),
+    **dict.fromkeys(("max_steps", "num_steps", "total_steps", "iterations", "iters", "max_iters"), "steps"),
+    **dict.fromkeys(("warmup", "warmup_epoch", "num_warmup_epochs"), "warmup_epochs"),
+    **dict.fromkeys(("gpus", "num_gpus", "ngpus", "nproc_per_node", "gpus_per_node", "nprocs"), "devices"),
+    **dict.fromkeys(("nodes", "nnodes"), "num_nodes"),
+    **dict.fromkeys(("arch", "architecture", "backbone", "network", "encoder"), "model"),
+    **dict.fromkeys(("output_dir", "output", "save_dir", "log_dir", "exp_dir", "work_dir", "outdir", "run"), "out"),
+    **dict.fromkeys(("data_path", "data_dir", "dataset", "root", "train", "train_data", "images", "path"), "data"),
+    **dict.fromkeys(("lr_base", "base_lr", "baselr"), "blr"),
+    **dict.fromkeys(("accum_iter", "accum", "grad_accum", "accumulate_grad_batches", "update_freq"), "accumulate"),
+    **dict.fromkeys(("pretrained", "checkpoint", "ckpt", "finetune", "resume_from", "weights", "load"), "init"),
+    **dict.fromkeys(("amp", "fp16", "use_fp16", "bf16", "mixed_precision", "dtype"), "precision"),
+    **dict.fromkeys(("in_chans", "in_channels", "input_channels"), "channels"),
+    **dict.fromkeys(("save_freq", "save_every", "save_ckpt_freq", "saveckp_freq"), "checkpoint_every"),
+    **dict.fromkeys(("print_freq", "log_freq", "log_interval", "log_every_n_steps"), "log_every"),
+    **dict.fromkeys(("momentum", "beta", "opt_betas"), "betas"),
+    **dict.fromkeys(("val_data", "val", "test_data", "eval_path"), "eval_data"),
+    **dict.fromkeys(("hflip", "horizontal_flip", "color_flip"), "flip"),
+    **dict.fromkeys(("compile_model", "torch_compile"), "compile"),
+    **dict.fromkeys(("drop_path", "drop_path_rate"), "model_args.drop_path_rate"),
+    **dict.fromkeys(("depth", "embed_dim", "num_heads", "mlp_ratio"), "model_args."),  # and the word itself
+}
+
+
 @dataclass(frozen=True)
 class Mistake:
     """``path`` of a setting (``method.mask_ratio``) and what is wrong with it."""
@@ -235,9 +265,27 @@ def _example(field: FieldInfo | None) -> str:
 
 def _near_setting(path: str, owner: type[BaseModel] | None, model: type[BaseModel]) -> str:
     """Names near a misspelt one: those beside it first, then those of the whole model."""
+    if branches := _branches_with(path, model):
+        return f"; it is one of {' and '.join(branches)}"
     prefix, _, name = path.rpartition(".")
+    ours = OTHER_NAMES.get(name, "")
+    if not prefix and ours.split(".")[0] in model.model_fields:
+        return f"; it is called {ours + name if ours.endswith('.') else ours} here"
     beside = [f"{prefix}.{other}".strip(".") for other in (owner or model).model_fields]
-    return did_you_mean(name, beside) or did_you_mean(name, all_settings(model))
+    beside = [other for other in beside if other != path]
+    return did_you_mean(name, beside) or did_you_mean(name, [each for each in all_settings(model) if each != path])
+
+
+def _branches_with(path: str, model: type[BaseModel]) -> list[str]:
+    """Where a setting belongs to other branches of a union than the chosen one: ["method=hpm", "method=semaim"]."""
+    first, _, name = path.partition(".")
+    field = model.model_fields.get(first)
+    branches = _models_in(field.annotation) if field is not None else []
+    return [
+        f"{first}={branch.model_fields['name'].default}"
+        for branch in branches
+        if name in branch.model_fields and "name" in branch.model_fields
+    ]
 
 
 def all_settings(model: type[BaseModel]) -> list[str]:

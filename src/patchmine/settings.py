@@ -17,7 +17,7 @@ from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import CrossMistakesError, Mistake
 from patchmine.strict import LARGEST_COUNT, LARGEST_RUN, Arguments, BatchSize, Count, Positive, Side, Strict, Workers
-from patchmine.words import did_you_mean, shown
+from patchmine.words import did_you_mean, expanded, shown
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -36,10 +36,10 @@ else:
 
 
 def _as_text(value: Any) -> Any:
-    """Paths as text, one or a list of them."""
+    """Paths as text, one or a list of them, with ``~/`` written out."""
     if isinstance(value, list | tuple):
         return [_as_text(part) for part in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return expanded(os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def _as_size(value: Any) -> Any:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from patchmine.errors import UserError
-from patchmine.words import did_you_mean, read_yaml
+from patchmine.names import shown_name
+from patchmine.words import did_you_mean, exists, read_yaml
 
 _FOLDER = Path(__file__).parent
 ABOUT = ("title", "command", "data", "hardware", "time", "expected")
@@ -54,27 +55,37 @@ def load_recipe(name: str | Path) -> Recipe:
     methods = content.pop("methods", {})
     by_size = content.pop("by_size", [])
     if not isinstance(about, dict):
-        raise UserError(f"{path}: about must be a table with some of {', '.join(ABOUT)}")
+        raise UserError(f"{shown_name(path)}: about must be a table with some of {', '.join(ABOUT)}")
     if not isinstance(methods, dict) or not all(isinstance(row, dict) for row in methods.values()):
-        raise UserError(f"{path}: methods must hold one table of settings for each method, as in 'hpm: {{epochs: 50}}'")
+        raise UserError(
+            f"{shown_name(path)}: methods must hold one table of settings for each method, as in 'hpm: {{epochs: 50}}'"
+        )
     if not isinstance(by_size, list) or not all(isinstance(row, dict) for row in by_size):
-        raise UserError(f"{path}: by_size must be a list of rows such as '- {{up_to: 5000, use: {{epochs: 400}}}}'")
-    shown_name = path.stem if path.parent == _FOLDER else str(name)
-    return Recipe(shown_name, {key: str(text) for key, text in about.items()}, content, methods, by_size)
+        raise UserError(
+            f"{shown_name(path)}: by_size must be a list of rows such as '- {{up_to: 5000, use: {{epochs: 400}}}}'"
+        )
+    known_as = path.stem if path.parent == _FOLDER else shown_name(name)
+    return Recipe(known_as, {key: str(text) for key, text in about.items()}, content, methods, by_size)
 
 
 def _find(name: str) -> Path:
     inside = _FOLDER / f"{name}.yaml"
-    if "/" not in name and inside.is_file():
+    if name in recipe_names():
         return inside
-    path = Path(name)
-    if path.is_file():
-        return path
-    if path.is_dir():
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    quoted = shown_name(name)
+    if exists(name) and path.is_dir():
         raise UserError(
-            f"{name} is a folder, not a recipe: images are data={name}, a run goes on with `patchmine resume {name}`"
+            f"{quoted} is a folder, not a recipe: images are data={quoted}, a run goes on with "
+            f"`patchmine resume {quoted}`"
         )
+    if exists(str(path)):
+        if not path.is_file():
+            raise UserError(f"{quoted} is no file that holds settings: name a recipe or a YAML file")
+        return path
     if "/" in name and not name.endswith((".yaml", ".yml")):
-        raise UserError(f"{name} does not exist and would be no recipe: images are given as data={name}")
-    near = did_you_mean(name.removesuffix(".yaml"), recipe_names()) or f"; there are {', '.join(recipe_names())}"
-    raise UserError(f"No recipe {name!r}, and no such file{near}")
+        raise UserError(f"{quoted} does not exist and would be no recipe: images are given as data={quoted}")
+    stem = name.removesuffix(".yaml")
+    near = f"; did you mean {stem}?" if stem in recipe_names() else did_you_mean(stem, recipe_names())
+    near = near or f"; there are {', '.join(recipe_names())}"
+    raise UserError(f"No recipe '{quoted}', and no such file{near}")
