@@ -242,7 +242,12 @@ def test_a_recipe_that_cannot_be_is_one_sentence(name: str, part: str) -> None:
 
 
 def test_a_word_in_the_place_of_a_number_in_a_nested_table_is_named(tmp_path: Path) -> None:
-    assert "method" in complaint(recipe=write(tmp_path, "data: x\nmethod: {1: 2}\n"))
+    for method in ("{1: 2}", "[a]", "3", "{name: [mae]}", "{name: {a: b}}", "null", "true"):
+        assert "method" in complaint(recipe=write(tmp_path, f"data: x\nmethod: {method}\n")), method
+    for key in ("about", "methods", "by_size", "model_args", "crops", "clip", "betas", "mean"):
+        for value in ("[1]", "3", "text", "[[1]]", "{a: [b]}"):
+            if (key, value[0]) not in (("about", "{"), ("model_args", "{")):
+                assert key in complaint(recipe=write(tmp_path, f"data: x\n{key}: {value}\n")), (key, value)
     assert "by_size" in complaint(recipe=write(tmp_path, "data: x\nby_size: [{up_to: 3, use: 4}]\n"))
 
 

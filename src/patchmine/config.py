@@ -116,13 +116,18 @@ def _recipe_settings(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dic
     if not isinstance(default, Mapping):
         default = {"name": default}
     name = _method_name(wanted) or default.get("name")
+    if not isinstance(name, str | None):
+        return settings  # and let the mistake be told
     settings["method"] = default if name == default.get("name") else {"name": name}
     if name in recipe.methods:
         settings = merge(settings, recipe.methods[name])
     elif name in METHODS and (recipe.methods or name != default.get("name")):
         say(f"Recipe {recipe.name} has no settings for method={name}: the method's own defaults are used.")
     if recipe.by_size:
-        settings["by_size"] = [{**row, "use": _minus(row.get("use", {}), wanted)} for row in recipe.by_size]
+        rows = [(row, row.get("use", {})) for row in recipe.by_size]
+        settings["by_size"] = [
+            {**row, "use": _minus(use, wanted) if isinstance(use, Mapping) else use} for row, use in rows
+        ]
     if "model" in wanted and settings.get("model_args") and wanted["model"] != settings.get("model"):
         dropped = settings.pop("model_args")
         say(f"model={wanted['model']} replaces the recipe's model, so its model_args {shown(dropped)} are not used.")

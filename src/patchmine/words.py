@@ -154,7 +154,9 @@ def expanded(value: Any) -> Any:
     """Text, or a list of it, with ``~/`` at its start written out, which shells do not do behind ``key=``."""
     if isinstance(value, list | tuple):
         return [expanded(part) for part in value]
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    if not isinstance(value, str) or not value.startswith("~/"):
+        return value
+    return os.path.expanduser(value)  # noqa: PTH111, Path would drop a slash at the end
 
 
 def read_settings(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[tuple[str, str]], list[str]]:
@@ -180,7 +182,7 @@ def read_settings(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[tup
             value = left.pop(0).removeprefix("=") or (left.pop(0) if left else "")
             complaints.append((word, f"settings are written without spaces, as in {word}={value or 'VALUE'}"))
         elif (pair := split_setting(word)) is None:
-            others.append(word)
+            others.append(expanded(word))
         elif word.endswith("=") and word.count("=") == 1:
             text = f"as in {word}{left[0]}" if left and not _is_setting(left[0]) else "or null for none"
             if text.startswith("as"):
