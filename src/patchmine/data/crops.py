@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from patchmine.data import photometric
-from patchmine.data.decode import Raw, decode
+from patchmine.data.decode import MAX_PIXELS, Raw, decode
 from patchmine.data.views import check_interpolation, check_side, crop_box, fractions, resize
 
 NUM_GLOBAL = 2
@@ -39,7 +39,8 @@ class MultiCropView:
     """Two crops of ``image_size`` (height, width) and ``num_local`` squares of ``local_size``, drawn independently.
 
     Each is torchvision's RandomResizedCrop of its own share of the image, ``global_scale`` or ``local_scale``; ``flip``
-    is a probability.  Images with a side under ``smallest_side`` pixels are refused.  Raises DecodeError.
+    is a probability.  Images with a side under ``smallest_side`` pixels, or of more than ``max_pixels``,
+    are refused.  Raises DecodeError.
     """
 
     image_size: tuple[int, int]
@@ -51,12 +52,13 @@ class MultiCropView:
     flip: float = 0.5
     interpolation: str = "bicubic"
     smallest_side: int = 1
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         check_interpolation(self.interpolation)
 
     def __call__(self, raw: Raw, channels: int, generator: np.random.Generator) -> Crops:
-        image = decode(raw, channels)
+        image = decode(raw, channels, self.max_pixels)
         check_side(image, self.smallest_side)
         height, width = image.shape[-2:]
         scales = [self.global_scale] * NUM_GLOBAL + [self.local_scale] * self.num_local

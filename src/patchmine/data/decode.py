@@ -1,43 +1,58 @@
 """Raw items (file contents, arrays, tensors, PIL images) become image tensors with the channels that a run asks for.
 
 JPEG goes through torchvision, which is the fast path, or through PIL where torchvision has no decoder (0.29 announces
-its end).  Everything else goes through PIL, save deep or many-channelled TIFF (tifffile, optional) and npy (numpy).
-PNG does not go through torchvision, whose decoder ends the whole process on some damaged files.
+its end).  TIFF, npy and HEIF have files of their own beside this one, everything else goes through PIL.  PNG does not
+go through torchvision, whose decoder ends the whole process on some damaged files.
+
+Size and orientation are read from the header before anything is decoded; what else a file carries beside its pixels is
+kept away from the decoders, so that it can neither fill the memory nor make them fail.
 """
 
 from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401  registers torch.ops.image
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from patchmine.data import npy
+from patchmine.data.bounds import MAX_PIXELS, PLAIN_WORK, DecodeError, check_pixels, decoding
+from patchmine.data.headers import (
+    JPEG,
+    PNG,
+    PngHeader,
+    is_webp,
+    plain_jpeg,
+    read_jpeg_header,
+    read_png_header,
+    webp_size,
+)
+from patchmine.data.heif import is_heif, probe_heif, read_heif
+from patchmine.data.orientation import TAG, TURNED, exif_orientation, upright, upright_tensor
+from patchmine.data.tiff import read_layout, read_tiff
+from patchmine.data.tiff_pages import MAGIC as TIFF
+from patchmine.data.tiff_pages import TiffFile
+
+__all__ = ["MAX_PIXELS", "DecodeError", "Raw", "decode", "fit_channels", "probe"]
 
 Raw = bytes | bytearray | memoryview | np.ndarray | Tensor | Image.Image
 
-
-class DecodeError(ValueError):
-    """An item that is no image, a damaged one, or one whose channels do not fit the run."""
-
-
-# What Pillow and tifffile raise on damaged files; both let errors of their parsers through.
-_FILE_ERRORS = (
-    *(OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError),
-    *(RuntimeError, ArithmeticError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError),
-)
-_JPEG, _PNG, _NPY, _TIFF = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# What PIL may take a file for: pictures, and no formats for which it starts other programs.
+_FORMATS = ["PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "JPEG", "MPO", "TGA", "PCX", "SGI", "QOI"]
+# Bytes for each pixel that decoding holds at its peak, where these are more than PIL's usual ones.
+_WORK = {"WEBP": 20, "AVIF": 16, "JPEG2000": 24}
+_JPEG_WORK, _PROGRESSIVE_WORK, _DEEP_PNG_WORK = 6, 9, 8  # the last for each channel
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _GREY, _COLOUR = 1, 3  # torchvision's ImageReadMode
-_EXIF_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
-_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_SAMPLES, _TIFF_FORMAT = 256, 257, 258, 277, 339
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type
 # PIL mode -> the mode it is read as, channels, dtype.
 _MODES = {
     "1": ("L", 1, "uint8"),
@@ -58,15 +73,23 @@ _MODES = {
 }
 
 
-def decode(raw: Raw, channels: int) -> Tensor:
-    """(C, H, W) uint8 for 8-bit data, else float32: 16-bit scaled to [0, 1], floats and wider integers as stored.
+def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """The pixels of a raw item, upright, with the channels that a run asks for.
 
-    ``raw``: the bytes of a JPEG, PNG, WebP, TIFF, BMP, GIF or npy file, a numpy array (H, W), (H, W, C) or (C, H, W),
-    a tensor (H, W) or (C, H, W), or a PIL image.  EXIF orientation is applied, CMYK and palettes become RGB, of several
-    frames the first counts.  ``channels=3`` expands grey and drops alpha, ``channels=1`` takes the luma of colour; any
-    other difference is an error.  Raises DecodeError.
+    Args:
+        raw: the bytes of a JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF, HEIC or npy file, a numpy array (H, W),
+            (H, W, C) or (C, H, W), a tensor (H, W) or (C, H, W), or a PIL image.  EXIF orientation is applied, CMYK and
+            palettes become RGB, of several frames the first counts; pages of a TIFF are as docs/data.md says.
+        channels: 3 expands grey and drops alpha, 1 takes the luma of colour; any other difference is an error.
+        max_pixels: a file whose header says that it has more is not decoded.
+
+    Returns:
+        (C, H, W) uint8 for 8-bit data, else float32: 16-bit scaled to [0, 1], floats and wider integers as stored.
+
+    Raises:
+        DecodeError: for an item that is no image, a damaged or too large one, or other channels.
     """
-    image, has_alpha = _read(raw, channels)
+    image, has_alpha = _read(raw, channels, max_pixels)
     if 0 in image.shape:
         raise DecodeError(f"holds no pixels (shape {tuple(image.shape)})")
     return fit_channels(image, channels, has_alpha)
@@ -75,12 +98,9 @@ def decode(raw: Raw, channels: int) -> Tensor:
 def probe(raw: Raw) -> tuple[int, int, int, str]:
     """(height, width, channels, dtype name) as stored, but upright; reads no more than needed; raises DecodeError."""
     if isinstance(raw, (bytes, bytearray, memoryview)):
-        data = bytes(raw)
-        if data.startswith(_NPY):
-            return probe(_load_npy(data))
-        return _probe_tiff(data) if data.startswith(_TIFF) else _probe_pil(_open(data), data)
+        return _probe_bytes(bytes(raw))
     if isinstance(raw, Image.Image):
-        return _probe_pil(raw, b"")
+        return _probe_pil(raw, _orientation_of(raw))
     if isinstance(raw, Tensor):
         image = raw[None] if raw.ndim == 2 else raw
         return image.shape[-2], image.shape[-1], image.shape[0], str(raw.dtype).removeprefix("torch.")
@@ -88,19 +108,42 @@ def probe(raw: Raw) -> tuple[int, int, int, str]:
     return image_array.shape[1], image_array.shape[2], image_array.shape[0], raw.dtype.name
 
 
-def _read(raw: Raw, channels: int) -> tuple[Tensor, bool]:
+def _probe_bytes(data: bytes) -> tuple[int, int, int, str]:
+    if data.startswith(JPEG):
+        jpeg = read_jpeg_header(data)
+        size = (jpeg.width, jpeg.height) if jpeg.orientation in TURNED else (jpeg.height, jpeg.width)
+        return *size, 1 if jpeg.components == 1 else 3, "uint8"
+    if data.startswith(npy.MAGIC):
+        return probe(npy.read_npy(data, npy.read_npy_header(data)))
+    if data.startswith(TIFF):
+        layout = read_layout(TiffFile(data))
+        return layout.height, layout.width, layout.channels, layout.dtype
+    if is_heif(data):
+        return probe_heif(data)
+    if data.startswith(PNG):
+        png = read_png_header(data)
+        height, width, channels, dtype = _probe_pil(_open(png.plain), png.orientation)
+        return (
+            (height, width, _PNG_CHANNELS.get(png.colour, channels), "uint16")
+            if png.bits == 16
+            else (height, width, channels, dtype)
+        )
+    image = _open(data)
+    return _probe_pil(image, exif_orientation(image.info.get("exif") or b""))
+
+
+def _probe_pil(image: Image.Image, orientation: int) -> tuple[int, int, int, str]:
+    _, channels, dtype = _pil_mode(image)
+    width, height = image.size
+    return (width, height, channels, dtype) if orientation in TURNED else (height, width, channels, dtype)
+
+
+def _read(raw: Raw, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
     """The image with its natural channels (a JPEG may be asked for grey at once), and whether the last one is alpha."""
     if isinstance(raw, (bytes, bytearray, memoryview)):
-        data = bytes(raw)
-        if data.startswith(_JPEG):
-            return _decode_jpeg(data, channels), False
-        if data.startswith(_NPY):
-            return _from_array(_load_npy(data), channels)
-        if data.startswith(_TIFF):
-            return _decode_tiff(data, channels)
-        return _decode_other(data)
+        return _read_bytes(bytes(raw), channels, max_pixels)
     if isinstance(raw, Image.Image):
-        return _from_pil(raw)
+        return _from_pil(raw, _orientation_of(raw))
     if isinstance(raw, Tensor):
         return _from_tensor(raw)
     if isinstance(raw, np.ndarray):
@@ -108,43 +151,82 @@ def _read(raw: Raw, channels: int) -> tuple[Tensor, bool]:
     raise DecodeError(f"is a {type(raw).__name__}; an image is bytes, an array, a tensor or a PIL image")
 
 
-def _decode_jpeg(data: bytes, channels: int) -> Tensor:
+def _read_bytes(data: bytes, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
+    if data.startswith(JPEG):
+        return _decode_jpeg(data, channels, max_pixels), False
+    if data.startswith(PNG):
+        return _decode_png(data, max_pixels)
+    if data.startswith(npy.MAGIC):
+        return _from_array(_bounded_npy(data, max_pixels), channels)
+    if data.startswith(TIFF):
+        file = TiffFile(data)
+        layout = read_layout(file)
+        return _scale(read_tiff(file, layout, max_pixels)), layout.has_alpha
+    if is_heif(data):
+        array = read_heif(data, max_pixels)
+        return _scale(array.transpose(2, 0, 1)), array.shape[2] in {2, 4}
+    return _decode_other(data, max_pixels)
+
+
+def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> Tensor:
+    header = read_jpeg_header(data)
+    work = _PROGRESSIVE_WORK if header.progressive else _JPEG_WORK
+    check_pixels(header.height, header.width, max_pixels, stored=len(data), work=work + header.components // 4 * 4)
     operator = _torchvision_jpeg()
     if operator is not None:
-        try:
-            return operator(_buffer(data), _GREY if channels == 1 else _COLOUR, True)
-        except RuntimeError as error:
-            raise DecodeError("is a truncated or damaged JPEG") from error
+        with decoding("is a truncated or damaged JPEG"):
+            image = operator(_buffer(data), _GREY if channels == 1 else _COLOUR, False)
+        return upright_tensor(image, header.orientation)
     # PIL hands out a missing part as grey where zeros pad the file: after the last scan there must be an end marker.
     end = data.rfind(_JPEG_END)
     if end < 0 or data.find(_JPEG_SCAN, end) >= 0:
         raise DecodeError("is a truncated JPEG")
-    return _from_pil(_open(data))[0]
+    return _from_pil(_open(plain_jpeg(data)), header.orientation)[0]
 
 
-def _decode_other(data: bytes) -> tuple[Tensor, bool]:
-    if _is_deep_png(data):
-        array = _deep_png(data)
-        return _scale(array.transpose(2, 0, 1)), array.shape[2] in {2, 4}
-    return _from_pil(_open(data))
+def _decode_png(data: bytes, max_pixels: int) -> tuple[Tensor, bool]:
+    header = read_png_header(data)
+    work = _DEEP_PNG_WORK * _PNG_CHANNELS.get(header.colour, 4) if header.bits == 16 else PLAIN_WORK
+    check_pixels(header.height, header.width, max_pixels, stored=len(data), work=work)
+    if not header.is_deep:
+        return _from_pil(_open(header.plain), header.orientation, is_short=header.bits == 16)
+    array = _deep_png(header)
+    return _scale(upright(array.transpose(2, 0, 1), header.orientation)), array.shape[2] in {2, 4}
 
 
-def _deep_png(data: bytes) -> np.ndarray:
+def _deep_png(header: PngHeader) -> np.ndarray:
     """(H, W, C) uint16 of a 16-bit PNG in colour or with alpha, of which PIL by itself keeps the upper bytes."""
-    if data[25:26] == b"\x04":  # grey and alpha are four bytes per pixel: read as if they were RGBA of 8 bits
-        header = b"IHDR" + data[16:24] + b"\x08\x06" + data[26:29]
-        relabelled = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
-        return _pil_array(_open(relabelled))[0].astype(np.uint8).view(">u2").astype(np.uint16)
-    upper, lower = _open(data), _open(data)
+    data = header.plain
+    if header.colour == 4:  # grey and alpha are four bytes per pixel: read as if they were RGBA of 8 bits
+        chunk = b"IHDR" + data[16:24] + b"\x08\x06" + data[26:29]
+        relabelled = data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+        return _pil_array(_open(relabelled))[0].view(">u2").astype(np.uint16)
+    deep = _pil_array(_open(data))[0].astype(np.uint16)
+    deep <<= 8
+    lower = _open(data)
     # Said to be little-endian, the other byte of each pair is the one that PIL keeps.
     tiles = cast(Any, lower).tile
     cast(Any, lower).tile = [(*tile[:3], str(tile[3]).replace(";16B", ";16L")) for tile in tiles]
-    return _pil_array(upper)[0].astype(np.uint16) << 8 | _pil_array(lower)[0]
+    deep |= _pil_array(lower)[0]
+    return deep
 
 
-def _is_deep_png(data: bytes) -> bool:
-    """16 bits in colour or with alpha, as the first chunk says; PIL reads 16-bit grey by itself."""
-    return data.startswith(_PNG) and data[24:25] == b"\x10" and data[25:26] != b"\0"
+def _decode_other(data: bytes, max_pixels: int) -> tuple[Tensor, bool]:
+    if is_webp(data):
+        check_pixels(*webp_size(data), max_pixels, stored=len(data), work=_WORK["WEBP"])
+    image = _open(data)
+    width, height = image.size
+    check_pixels(height, width, max_pixels, stored=len(data), work=_WORK.get(image.format or "", PLAIN_WORK))
+    return _from_pil(image, exif_orientation(image.info.get("exif") or b""), is_short=image.format == "PPM")
+
+
+def _bounded_npy(data: bytes, max_pixels: int) -> np.ndarray:
+    header = npy.read_npy_header(data)
+    array = npy.read_npy(data, header)
+    if array.size and array.ndim in (2, 3):
+        height, width = _channels_first(array, channels=0).shape[1:]
+        check_pixels(height, width, max_pixels, stored=len(data))
+    return array
 
 
 def _torchvision_jpeg() -> Callable[..., Tensor] | None:
@@ -156,122 +238,41 @@ def _buffer(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # torch warns about memory that it may not write to
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PIL's warnings about odd files, which do not name the file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _open(data: bytes) -> Image.Image:
-    try:
-        with _quiet():
-            return Image.open(io.BytesIO(data))
-    except _FILE_ERRORS as error:
-        raise DecodeError(f"is no readable image ({_short(error)})") from error
+    with decoding("is no readable image"):
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
-def _from_pil(image: Image.Image) -> tuple[Tensor, bool]:
-    file_format = image.format  # forgotten once it is turned
+def _orientation_of(image: Image.Image) -> int:
+    """Of an image that a data set of the user's hands out, in whatever way PIL finds it."""
+    orientation: Any = 1
+    with suppress(DecodeError), decoding("has damaged EXIF"):
+        orientation = image.getexif().get(TAG, 1)
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _from_pil(image: Image.Image, orientation: int, *, is_short: bool = False) -> tuple[Tensor, bool]:
+    """``is_short``: mode I holds 16 bits, for which some versions of PIL have no mode of their own."""
     array, mode = _pil_array(image)
-    if mode == "I" and file_format in {"PNG", "PPM"}:  # 16 bits, which some versions of PIL hold in 32
+    del image  # so that not both are kept, where no one else has it
+    if mode == "I" and is_short:
         array = array.astype(np.uint16)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return _scale(array), mode in {"LA", "RGBA"}
+    return _scale(upright(array, orientation)), mode in {"LA", "RGBA"}
 
 
 def _pil_array(image: Image.Image) -> tuple[np.ndarray, str]:
-    """(H, W) or (H, W, C), upright, and the mode that it is in."""
-    try:
-        with _quiet():
-            image.load()
-            if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            mode = _pil_mode(image)[0]
-            return np.array(image if image.mode == mode else image.convert(mode)), mode
-    except _FILE_ERRORS as error:
-        raise DecodeError(f"is a truncated or damaged image ({_short(error)})") from error
+    """(H, W) or (H, W, C), and the mode that it is in."""
+    with decoding("is a truncated or damaged image"):
+        image.load()
+        mode = _pil_mode(image)[0]
+        return np.array(image if image.mode == mode else image.convert(mode)), mode
 
 
 def _pil_mode(image: Image.Image) -> tuple[str, int, str]:
     if image.mode == "P" and "transparency" in image.info:
         return _MODES["PA"]
     return _MODES.get(image.mode, _MODES["RGB"])  # CMYK, YCbCr, LAB, HSV
-
-
-def _decode_tiff(data: bytes, channels: int) -> tuple[Tensor, bool]:
-    image, stacked = _tiff_in_pil(data, channels)
-    if image is not None:
-        return _from_pil(image)
-    array, orientation = _read_tifffile(data, stacked)
-    return _scale(_upright(array, orientation)), array.shape[0] == 4
-
-
-def _tiff_in_pil(data: bytes, channels: int) -> tuple[Image.Image | None, bool]:
-    """The opened TIFF if PIL keeps all of it, and whether its channels are stored as pages."""
-    try:
-        image = _open(data)
-        with _quiet():
-            grey = cast(Any, image).tag_v2.get(_TIFF_SAMPLES, 1) == 1
-            stacked = grey and channels > 1 and getattr(image, "n_frames", 1) == channels
-            return (image if _pil_reads_tiff(image) and not stacked else None), stacked
-    except _FILE_ERRORS:  # PIL knows few of TIFF's layouts
-        return None, False
-
-
-def _pil_reads_tiff(image: Image.Image) -> bool:
-    """Whether PIL keeps all bits and channels of this TIFF."""
-    tags = cast(Any, image).tag_v2
-    bits, formats = np.atleast_1d(tags.get(_TIFF_BITS, 1)), np.atleast_1d(tags.get(_TIFF_FORMAT, 1))
-    samples = tags.get(_TIFF_SAMPLES, 1)
-    if samples == 1:
-        return bool(max(bits) <= 8 or image.mode == "F" or (image.mode.startswith("I;16") and max(formats) == 1))
-    return bool(max(bits) <= 8 and max(formats) == 1 and samples <= 4)
-
-
-def _read_tifffile(data: bytes, stacked: bool) -> tuple[np.ndarray, int]:
-    """The first page (or all pages as channels) as (C, H, W), and its EXIF orientation."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise DecodeError("is a TIFF of a kind that needs the package tifffile: pip install tifffile") from error
-    try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page = cast(Any, file.pages[0])
-            tag = page.tags.get(_EXIF_ORIENTATION)
-            part = file.series[0] if stacked else page
-            array, axes = np.asarray(part.asarray()), part.axes
-    except (*_FILE_ERRORS, tifffile.TiffFileError) as error:
-        raise DecodeError(f"is a TIFF that cannot be read ({_short(error)})") from error
-    if "Y" not in axes or "X" not in axes or array.ndim != len(axes) or array.ndim > 3:
-        raise DecodeError(
-            f"is a TIFF with axes {axes} and shape {array.shape}; one image of rows and columns is needed"
-        )
-    if array.ndim == 2:
-        array = array[None]
-    else:
-        channel_axis = next(axis for axis, name in enumerate(axes) if name not in "YX")
-        array = np.moveaxis(array, channel_axis, 0)
-    return array, int(tag.value) if tag is not None else 1
-
-
-def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """(C, H, W) turned as EXIF says; orientations 1 to 8 are a transpose, then mirrorings."""
-    if orientation in _TURNED:
-        array = array.swapaxes(1, 2)
-    if orientation in {2, 3, 6, 7}:
-        array = array[:, :, ::-1]
-    if orientation in {3, 4, 7, 8}:
-        array = array[:, ::-1]
-    return array
-
-
-def _load_npy(data: bytes) -> np.ndarray:
-    try:
-        return cast(np.ndarray, np.load(io.BytesIO(data), allow_pickle=False))
-    except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
-        raise DecodeError(f"is a truncated or damaged npy file ({_short(error)})") from error
 
 
 def _from_array(array: np.ndarray, channels: int) -> tuple[Tensor, bool]:
@@ -288,8 +289,7 @@ def _from_tensor(image: Tensor) -> tuple[Tensor, bool]:
             f"has shape {tuple(image.shape)}; a tensor must be (height, width) or (channels, height, width)"
         )
     if image.is_floating_point():
-        image = image.float()
-        return _require_finite(image), image.shape[0] == 4
+        return _require_finite(image.float()), image.shape[0] == 4
     return (image if image.dtype == torch.uint8 else _scale(image.numpy())), image.shape[0] == 4
 
 
@@ -318,10 +318,13 @@ def _scale(array: np.ndarray) -> Tensor:
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint8:
         return torch.from_numpy(array if array.flags.writeable and min(array.strides) >= 0 else array.copy())
-    values = np.array(array, dtype=np.float32, order="C")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is told below
+        values = np.array(array, dtype=np.float32, order="C")
     if kind in "ui" and size <= 2:
         limits = np.iinfo(array.dtype)
-        values = (values - np.float32(limits.min)) / np.float32(limits.max - limits.min)
+        values -= np.float32(limits.min)
+        values /= np.float32(limits.max - limits.min)
+        return torch.from_numpy(values)
     return _require_finite(torch.from_numpy(values))
 
 
@@ -356,35 +359,3 @@ def _luma(image: Tensor) -> Tensor:
         return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[None]
     red, green, blue = image
     return (0.299 * red + 0.587 * green + 0.114 * blue)[None]
-
-
-def _probe_pil(image: Image.Image, data: bytes) -> tuple[int, int, int, str]:
-    _, channels, dtype = _pil_mode(image)
-    if _is_deep_png(data):
-        channels, dtype = {4: 2, 2: 3, 6: 4}.get(data[25], channels), "uint16"
-    try:
-        with _quiet():
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
-    except _FILE_ERRORS as error:
-        raise DecodeError(f"has a damaged header ({_short(error)})") from error
-    width, height = image.size
-    return (width, height, channels, dtype) if turned else (height, width, channels, dtype)
-
-
-def _probe_tiff(data: bytes) -> tuple[int, int, int, str]:
-    image, _ = _tiff_in_pil(data, channels=0)
-    if image is not None:
-        _, channels, dtype = _pil_mode(image)
-        tags = cast(Any, image).tag_v2  # the size that PIL reports is upright in some of its versions
-        height, width = tags[_TIFF_HEIGHT], tags[_TIFF_WIDTH]
-        turned = tags.get(_EXIF_ORIENTATION, 1) in _TURNED
-        return (width, height, channels, dtype) if turned else (height, width, channels, dtype)
-    array, orientation = _read_tifffile(data, stacked=False)
-    channels, height, width = _upright(array, orientation).shape
-    return height, width, channels, array.dtype.name
-
-
-def _short(error: BaseException) -> str:
-    """One line, without the memory addresses that PIL puts into it."""
-    text = " ".join(str(error).split()).split(" <_io.BytesIO")[0]
-    return text[:120] or type(error).__name__

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchmine.data.decode import DecodeError, Raw, decode
+from patchmine.data.decode import MAX_PIXELS, DecodeError, Raw, decode
 from patchmine.errors import UserError
 
 _CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params
@@ -36,7 +36,7 @@ class TrainView:
     """A crop of random area and shape, resized to ``image_size`` (height, width); ``flip`` is a probability.
 
     The distribution is that of torchvision's RandomResizedCrop.  Images with a side under ``smallest_side`` pixels (the
-    patch size, say) are refused.
+    patch size, say), or of more than ``max_pixels``, are refused.
     """
 
     image_size: tuple[int, int]
@@ -45,12 +45,13 @@ class TrainView:
     flip: float = 0.5
     interpolation: str = "bicubic"
     smallest_side: int = 1
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         check_interpolation(self.interpolation)
 
     def __call__(self, raw: Raw, channels: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
-        image = decode(raw, channels)
+        image = decode(raw, channels, self.max_pixels)
         check_side(image, self.smallest_side)
         height, width = image.shape[-2:]
         top, left, crop_height, crop_width = crop_box(height, width, self.scale, self.ratio, generator)
@@ -71,6 +72,7 @@ class PlainView:
     crop_pct: float | None = 0.875
     interpolation: str = "bicubic"
     smallest_side: int = 1
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         check_interpolation(self.interpolation)
@@ -78,7 +80,7 @@ class PlainView:
             raise UserError(f"crop_pct={self.crop_pct} is no share of the image; set it above 0 and up to 1")
 
     def __call__(self, raw: Raw, channels: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
-        image = decode(raw, channels)
+        image = decode(raw, channels, self.max_pixels)
         check_side(image, self.smallest_side)
         if self.crop_pct is None:
             return resize(image, self.image_size, self.interpolation), torch.tensor([0.0, 0.0, 1.0, 1.0]), False
