@@ -69,7 +69,7 @@ def same(left: Batch, right: Batch) -> bool:
 
 def test_an_image_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(crops_module, "decode", lambda raw, channels: calls.append(raw) or decode(raw, channels))
+    monkeypatch.setattr(crops_module, "decode", lambda raw, *rest: calls.append(raw) or decode(raw, *rest))
     file = io.BytesIO()
     Image.fromarray(Pictures().read(0)).save(file, "JPEG")
     views = VIEW(file.getvalue(), 3, sample_generator(0, 0, 0)).views

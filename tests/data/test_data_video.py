@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import tarfile
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -15,10 +17,12 @@ import torch
 from PIL import Image
 
 from patchmine.data import video, video_pyav, video_torchcodec
-from patchmine.data.decode import DecodeError
+from patchmine.data.decode import MAX_PIXELS, DecodeError
+from patchmine.data.orientation import upright_tensor
 from patchmine.data.video import FrameFiles, VideoFile, VideoReader, backend_name, fit_frames, frames_in, open_video
+from patchmine.data.video_matrix import of_file
 from patchmine.data.video_pyav import PyAVReader
-from patchmine.data.video_torchcodec import TorchcodecReader
+from patchmine.data.video_torchcodec import TorchcodecReader, check_frames
 from patchmine.errors import UserError
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
@@ -128,18 +132,121 @@ def test_the_shared_clips_decode_alike_with_both(shared: Path, tmp_path: Path, a
             assert torch.equal(other.frames(wanted), all_frames(av, file)[wanted])
 
 
-def test_a_picture_that_is_stored_on_its_side_is_turned(tmp_path: Path, clip: Path) -> None:
-    needs_torchcodec()
-    data = clip.read_bytes()
-    matrix = np.array([65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30], ">i4").tobytes()
-    quarter = np.array([0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30], ">i4").tobytes()
-    place = data.rindex(matrix)  # of the track; the first is the whole film's
+MATRICES = {  # a, b, c, d of the eight orientations, in the order in which a file holds them
+    1: (1, 0, 0, 1), 2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0),
+}  # fmt: skip
+
+
+def with_matrix(data: bytes, orientation: int, *, of_film: bool = False) -> bytes:
+    """An MP4 that asks for an orientation, in the header of its track or of the whole film."""
+
+    def matrix(a: int, b: int, c: int, d: int) -> bytes:
+        return np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
+
+    place = (data.index if of_film else data.rindex)(matrix(1, 0, 0, 1))  # the film's header comes first
+    return data[:place] + matrix(*MATRICES[orientation]) + data[place + 36 :]
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
+@pytest.mark.parametrize("orientation", MATRICES)
+def test_pictures_are_turned_and_mirrored_as_the_file_asks(
+    decoder: str, orientation: int, tmp_path: Path, clip: Path
+) -> None:
+    if decoder == "torchcodec":
+        needs_torchcodec()
+    kind: Any = TorchcodecReader if decoder == "torchcodec" else PyAVReader
+    stored = kind(str(clip)).frames([3, 20])
+    expected = upright_tensor(stored, orientation)
+    assert orientation == 1 or expected.shape != stored.shape or not torch.equal(expected, stored)
     path = tmp_path / "turned.mp4"
-    path.write_bytes(data[:place] + quarter + data[place + len(matrix) :])
-    turned = PyAVReader(str(path)).frames([3])
-    assert turned.shape == (1, 3, WIDTH, HEIGHT)
-    assert torch.equal(turned, TorchcodecReader(str(path)).frames([3]))
-    assert sorted(turned.flatten().tolist()) == sorted(PyAVReader(str(clip)).frames([3]).flatten().tolist())
+    path.write_bytes(with_matrix(clip.read_bytes(), orientation))
+    for source in (str(path), path.read_bytes()):
+        assert torch.equal(kind(source).frames([3, 20]), expected)
+    assert torch.equal(open_video(VideoFile(str(path))).frames([3, 20]), expected)
+
+
+def test_the_films_matrix_counts_too(tmp_path: Path, clip: Path) -> None:
+    path = tmp_path / "both.mp4"
+    path.write_bytes(with_matrix(with_matrix(clip.read_bytes(), 2), 6, of_film=True))
+    expected = upright_tensor(upright_tensor(PyAVReader(str(clip)).frames([3]), 2), 6)
+    assert torch.equal(PyAVReader(str(path)).frames([3]), expected)
+    assert torch.equal(open_video(VideoFile(str(path))).frames([3]), expected)
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\0\0\1", b"\0\0\0\x09"])
+def test_damaged_boxes_are_no_orientation(damage: bytes, clip: Path) -> None:
+    data = clip.read_bytes()
+    for box in (b"moov", b"mvhd", b"trak", b"tkhd", b"mdia", b"hdlr"):
+        place = data.index(box) - 4
+        assert of_file(data[:place] + damage + data[place + 4 :]) in range(1, 9)
+        assert of_file(data[: place + 10]) == 1
+
+
+def test_matroska_that_may_mirror_goes_to_pyav(
+    tmp_path: Path, write: Callable[..., Path], pictures: np.ndarray
+) -> None:
+    data = write(tmp_path / "clip.mkv", pictures).read_bytes()
+    assert of_file(data) == 1
+    assert of_file(data[:600] + b"\x76\x70" + data[600:]) is None
+
+
+# Bounds ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
+def test_frames_are_held_to_max_pixels(decoder: str, clip: Path) -> None:
+    if decoder == "torchcodec":
+        needs_torchcodec()
+    kind: Any = TorchcodecReader if decoder == "torchcodec" else PyAVReader
+    with pytest.raises(
+        DecodeError, match=f"max_pixels={HEIGHT * WIDTH - 1} allows; set max_pixels={HEIGHT * WIDTH} or"
+    ):
+        kind(str(clip), max_pixels=HEIGHT * WIDTH - 1)
+    assert kind(str(clip), max_pixels=HEIGHT * WIDTH).frames([0]).shape == (1, 3, HEIGHT, WIDTH)
+    with pytest.raises(DecodeError, match="max_pixels=5"):
+        open_video(VideoFile(str(clip)), max_pixels=5)
+
+
+def test_a_frame_larger_than_the_header_says_is_not_decoded(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_pyav, "check_frames", lambda *_: None)  # a header that says nothing or lies
+    with pytest.raises(DecodeError, match="stops decoding before frame 0"):
+        PyAVReader(str(clip), max_pixels=1000).frames([0])
+
+
+def test_many_large_frames_of_a_small_file_are_refused_before_they_are_decoded() -> None:
+    check_frames(2160, 3840, 16, MAX_PIXELS, 1000)
+    check_frames(4320, 7680, 16, MAX_PIXELS, 100_000_000)
+    with pytest.raises(DecodeError, match="to decode from a file"):
+        check_frames(4320, 7680, 16, MAX_PIXELS, 1000)
+    check_frames(0, None, 16, MAX_PIXELS, 1000)
+
+
+def test_a_pipe_among_videos_does_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(OSError, match="not a file"):
+        open_video(VideoFile(str(tmp_path / "pipe.mp4")))
+    with pytest.raises(OSError, match="not a file"):
+        open_video(FrameFiles((str(tmp_path / "pipe.mp4"),))).frames([0])
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
+def test_mutants_of_a_video_give_frames_or_a_decode_error(
+    decoder: str, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if decoder == "torchcodec":
+        needs_torchcodec()
+    else:
+        monkeypatch.setattr(video, "backend_name", lambda: "PyAV")
+    data, rng = clip.read_bytes(), np.random.default_rng(0)
+    head = data.index(b"mdat")
+    for number in range(60):
+        mutant = bytearray(data)
+        for place in rng.integers(4, head if number % 3 else len(data), rng.integers(1, 6)):
+            mutant[place] = rng.choice([0, 255, 127, 128, rng.integers(256)])
+        with contextlib.suppress(DecodeError):
+            reader = open_video(bytes(mutant))
+            reader.frames([0, reader.num_frames // 2])
 
 
 def test_the_index_of_a_file_is_made_once(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:

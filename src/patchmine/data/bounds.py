@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from PIL import Image
@@ -55,14 +55,17 @@ def check_pixels(height: int, width: int, max_pixels: int, *, stored: int, work:
 
 
 @contextmanager
-def decoding(what: str) -> Iterator[None]:
+def decoding(what: str, clean: Callable[[str], str] = str) -> Iterator[None]:
     """Around a foreign decoder: whatever it raises is a DecodeError that says ``what`` and why; its warnings are not
-    shown, because they do not name the file; and the limit of pixels is ours, not PIL's.
+    shown, because they do not name the file; and the limit of pixels is ours, not PIL's.  ``clean`` shortens the why.
     """
 
     tifffile_log = logging.getLogger("tifffile")
     level, bomb = tifffile_log.level, Image.MAX_IMAGE_PIXELS
-    with foreign_parser(lambda reason: DecodeError(f"{what} ({reason})"), DecodeError), warnings.catch_warnings():
+    with (
+        foreign_parser(lambda reason: DecodeError(f"{what} ({clean(reason)})"), DecodeError),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             Image.MAX_IMAGE_PIXELS = None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchmine.data.decode import DecodeError
+from patchmine.data.decode import MAX_PIXELS, DecodeError
 from patchmine.data.video import RawVideo, VideoReader, fit_frames, open_video
 from patchmine.data.views import check_interpolation, check_side, cover, fractions
 from patchmine.errors import UserError
@@ -49,6 +49,7 @@ class TrainClips:
     flip: float = 0.0
     interpolation: str = "bilinear"
     smallest_side: int = 1
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         check_interpolation(self.interpolation)
@@ -56,7 +57,7 @@ class TrainClips:
     def __call__(
         self, raw: RawVideo | VideoReader, channels: int, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor, bool]:
-        video = open_video(raw)
+        video = open_video(raw, self.max_pixels)
         start = int(generator.integers(0, max(0, video.num_frames - self.frames * self.stride) + 1))
         indices = window(video.num_frames, start, self.frames, self.stride, self.short)
         clip = _read(video, indices, channels, self.smallest_side)
@@ -82,6 +83,7 @@ class PlainClips:
     crop_pct: float | None = 1.0
     interpolation: str = "bilinear"
     smallest_side: int = 1
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         check_interpolation(self.interpolation)
@@ -91,7 +93,7 @@ class PlainClips:
     def __call__(
         self, raw: RawVideo | VideoReader, channels: int, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor, bool]:
-        video = open_video(raw)
+        video = open_video(raw, self.max_pixels)
         start = max(0, video.num_frames - self.frames * self.stride) // 2
         indices = window(video.num_frames, start, self.frames, self.stride, self.short)
         clip = _read(video, indices, channels, self.smallest_side)
@@ -123,6 +125,7 @@ class TestClips:
     crops: int = 3
     interpolation: str = "bilinear"
     smallest_side: int = 1
+    max_pixels: int = MAX_PIXELS
 
     __test__ = False  # its name makes pytest curious
 
@@ -132,7 +135,7 @@ class TestClips:
     def __call__(
         self, raw: RawVideo | VideoReader, channels: int, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor, bool]:
-        video = open_video(raw)
+        video = open_video(raw, self.max_pixels)
         windows = even_windows(video.num_frames, self.frames, self.stride, self.segments, self.short)
         wanted = sorted({index for indices in windows for index in indices})
         place = {index: number for number, index in enumerate(wanted)}
@@ -149,9 +152,9 @@ class TestClips:
         return torch.stack(clips), torch.stack(boxes), False
 
 
-def middle_frame(raw: RawVideo | VideoReader, channels: int) -> Tensor:
+def middle_frame(raw: RawVideo | VideoReader, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """(C, H, W) uint8: one frame that stands for the video, in statistics say."""
-    video = open_video(raw)
+    video = open_video(raw, max_pixels)
     return _read(video, [video.num_frames // 2], channels, 1)[0]
 
 

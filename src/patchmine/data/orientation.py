@@ -19,12 +19,11 @@ _INTEGERS = {1: 1, 3: 2, 4: 4}  # TIFF's types and their bytes
 def exif_orientation(block: bytes) -> int:
     """Orientation in an EXIF block, with or without the name that JPEG puts in front; 1 where none can be read."""
     block = block.removeprefix(b"Exif\0\0")
-    order = {b"II": "little", b"MM": "big"}.get(block[:2])
-    if order is None:
+    if block[:2] not in {b"II", b"MM"}:
         return 1
 
     def number(place: int, size: int) -> int:
-        return int.from_bytes(block[place : place + size], order)
+        return int.from_bytes(block[place : place + size], "little" if block[:2] == b"II" else "big")
 
     directory = number(4, 4)
     for place in range(directory + 2, min(directory + 2 + 12 * number(directory, 2), len(block) - 11), 12):

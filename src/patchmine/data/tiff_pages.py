@@ -43,7 +43,7 @@ _Kind = tuple[int, int, int, tuple[int, ...], str, int]
 
 class _Entry(NamedTuple):
     kind: int
-    count: int
+    number: int
     raw: bytes
     """The whole entry, which is copied where the page is handed on."""
     start: int
@@ -125,14 +125,14 @@ class TiffFile:
     def whole_numbers(self, entries: dict[int, _Entry], tag: int, default: tuple[int, ...] = ()) -> list[int]:
         """All values of a tag that holds whole numbers, ``default`` where it is not there."""
         entry = entries.get(tag)
-        if entry is None or not entry.count:
+        if entry is None or not entry.number:
             return list(default)
         if entry.kind not in _TYPES:
             raise DecodeError(f"is a damaged TIFF (its tag {tag} holds no whole numbers)")
         dtype = np.dtype(self.order + _TYPES[entry.kind])
-        if entry.start + entry.count * dtype.itemsize > len(self.data):
+        if entry.start + entry.number * dtype.itemsize > len(self.data):
             raise DecodeError(f"is a truncated or damaged TIFF (its tag {tag} lies outside of the file)")
-        values: list[int] = np.frombuffer(self.data, dtype, entry.count, entry.start).tolist()
+        values: list[int] = np.frombuffer(self.data, dtype, entry.number, entry.start).tolist()
         return values
 
     def _page(self, entries: dict[int, _Entry]) -> Page:
@@ -174,7 +174,7 @@ class TiffFile:
         entry = entries.get(_DESCRIPTION)
         if entry is None or entry.kind != _TEXT:
             return ""
-        end = entry.start + min(entry.count, _LONGEST_DESCRIPTION)
+        end = entry.start + min(entry.number, _LONGEST_DESCRIPTION)
         return self.data[entry.start : end].decode("utf-8", "replace").rstrip("\0")
 
     def check(self, page: Page, max_pixels: int, work: float) -> None:

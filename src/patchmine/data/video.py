@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,8 +19,10 @@ import torch
 from torch import Tensor
 
 from patchmine.data import video_pyav, video_torchcodec
-from patchmine.data.contract import IMAGE_SUFFIXES, Kind
-from patchmine.data.decode import DecodeError, decode, fit_channels
+from patchmine.data.contract import IMAGE_SUFFIXES, Kind, contents, open_regular
+from patchmine.data.decode import MAX_PIXELS, DecodeError, decode, fit_channels
+from patchmine.data.video_matrix import of_file
+from patchmine.data.video_torchcodec import check_frames
 from patchmine.errors import UserError
 
 VIDEO_SUFFIXES = (
@@ -95,22 +96,22 @@ class VideoReader(Protocol):
         """
 
 
-def open_video(raw: RawVideo | VideoReader) -> VideoReader:
-    """A reader of a raw video; a reader is given back as it is.
+def open_video(raw: RawVideo | VideoReader, max_pixels: int = MAX_PIXELS) -> VideoReader:
+    """A reader of a raw video; a reader is given back as it is.  ``max_pixels``: frames of more are refused.
 
     DecodeError for what is no video, holds no frame or is damaged, OSError for a file that cannot be read, UserError
     where neither torchcodec nor PyAV is installed.
     """
     if isinstance(raw, VideoFile):
-        return _open_file(raw)
+        return _open_file(raw, max_pixels)
     if isinstance(raw, bytes | bytearray | memoryview):
-        return _open_encoded(bytes(raw))
+        return _open_encoded(bytes(raw), None, max_pixels)
     if isinstance(raw, FrameFiles):
-        return _Frames([partial(_contents, path) for path in raw.paths])
+        return _Frames([partial(contents, path) for path in raw.paths], max_pixels)
     if isinstance(raw, np.ndarray | Tensor):
         return _Array(raw)
     if isinstance(raw, list | tuple):
-        return _Frames([partial(bytes, frame) for frame in raw])
+        return _Frames([partial(bytes, frame) for frame in raw], max_pixels)
     if hasattr(raw, "frames") and hasattr(raw, "num_frames"):
         return raw  # type: ignore[return-value]
     raise DecodeError(f"is a {type(raw).__name__}; a video is a file, bytes, a list of encoded frames or an array")
@@ -142,40 +143,44 @@ def backend_name() -> str:
     )
 
 
-def _open_file(file: VideoFile) -> VideoReader:
-    info = os.stat(file.path)  # noqa: PTH116, once per clip; an OSError here names the file
+def _open_file(file: VideoFile, max_pixels: int) -> VideoReader:
+    with open_regular(file.path) as handle:  # an OSError here names the file
+        info = os.fstat(handle.fileno())
     if info.st_size == 0:
         raise DecodeError("is empty (0 bytes); fetch it again or remove it")
     key = (file.path, info.st_size, info.st_mtime_ns)
     if info.st_size >= LARGE and video_pyav.is_installed():
-        return video_pyav.PyAVReader(file.path, key)
-    return _open_encoded(file.path, key)
+        return video_pyav.PyAVReader(file.path, key, max_pixels)
+    return _open_encoded(file.path, key, max_pixels)
 
 
-def _open_encoded(source: str | bytes, key: Hashable | None = None) -> VideoReader:
+def _open_encoded(source: str | bytes, key: Hashable | None, max_pixels: int) -> VideoReader:
     """``source``: a file's path or its contents; ``key``: equal where these are known to be the same."""
     if not source:
         raise DecodeError("is empty (0 bytes); fetch it again or remove it")
     if not backend_name().startswith("torchcodec"):
-        return video_pyav.PyAVReader(source, key)
+        return video_pyav.PyAVReader(source, key, max_pixels)
     # An AVI file has no presentation times.  FFmpeg's guesses, by which torchcodec orders frames, are wrong wherever
     # more than one B-frame stands between two others, as in UCF101's files.
-    if not _is_avi(source):
-        return _Careful(source, key) if video_pyav.is_installed() else video_torchcodec.TorchcodecReader(source)
+    is_avi = _is_avi(source)
     if video_pyav.is_installed():
-        return video_pyav.PyAVReader(source, key)
-    raise DecodeError("is an AVI file, whose frames torchcodec can put in the wrong order: pip install av")
+        if is_avi or of_file(source) is None:
+            return video_pyav.PyAVReader(source, key, max_pixels)
+        return _Careful(source, key, max_pixels)
+    if is_avi:
+        raise DecodeError("is an AVI file, whose frames torchcodec can put in the wrong order: pip install av")
+    return video_torchcodec.TorchcodecReader(source, max_pixels)
 
 
 class _Careful:
     """By torchcodec, and once that refuses, as it does some files that are sound, by PyAV."""
 
-    def __init__(self, source: str | bytes, key: Hashable | None) -> None:
-        self._source, self._key = source, key
+    def __init__(self, source: str | bytes, key: Hashable | None, max_pixels: int) -> None:
+        self._source, self._key, self._max_pixels = source, key, max_pixels
         try:
-            self._reader: VideoReader = video_torchcodec.TorchcodecReader(source)
+            self._reader: VideoReader = video_torchcodec.TorchcodecReader(source, max_pixels)
         except DecodeError:
-            self._reader = video_pyav.PyAVReader(source, key)  # whose DecodeError says more
+            self._reader = video_pyav.PyAVReader(source, key, max_pixels)  # whose DecodeError says more
 
     @property
     def num_frames(self) -> int:
@@ -192,7 +197,7 @@ class _Careful:
         except DecodeError:
             if isinstance(self._reader, video_pyav.PyAVReader):
                 raise
-            second = video_pyav.PyAVReader(self._source, self._key)
+            second = video_pyav.PyAVReader(self._source, self._key, self._max_pixels)
             if second.num_frames != self._reader.num_frames:
                 raise
             self._reader = second
@@ -203,13 +208,9 @@ def _is_avi(source: str | bytes) -> bool:
     if isinstance(source, bytes):
         head = source[:12]
     else:
-        with Path(source).open("rb") as handle:
+        with open_regular(source) as handle:
             head = handle.read(12)
     return (head[:4], head[8:12]) == _AVI
-
-
-def _contents(path: str) -> bytes:
-    return Path(path).read_bytes()
 
 
 class _Frames:
@@ -217,10 +218,10 @@ class _Frames:
 
     fps: float | None = None
 
-    def __init__(self, contents: Sequence[Callable[[], bytes]]) -> None:
-        if not contents:
+    def __init__(self, frames: Sequence[Callable[[], bytes]], max_pixels: int) -> None:
+        if not frames:
             raise DecodeError("holds no frame")
-        self._contents = contents
+        self._contents, self._max_pixels = frames, max_pixels
 
     @property
     def num_frames(self) -> int:
@@ -228,15 +229,18 @@ class _Frames:
 
     def frames(self, indices: Sequence[int]) -> Tensor:
         """(n, 3, H, W) uint8."""
-        images = [self._frame(index) for index in indices]
+        images = [self._frame(index, len(indices)) for index in indices]
         if len({image.shape for image in images}) > 1:
             sizes = sorted({f"{image.shape[2]}x{image.shape[1]}" for image in images})
             raise DecodeError(f"has frames of different sizes ({', '.join(sizes)}); make them equal")
         return torch.stack(images)
 
-    def _frame(self, index: int) -> Tensor:
+    def _frame(self, index: int, of: int) -> Tensor:
+        """One of ``of`` frames that are wanted at once."""
         try:
-            image = decode(self._contents[index](), 3)
+            data = self._contents[index]()
+            image = decode(data, 3, self._max_pixels)
+            check_frames(image.shape[1], image.shape[2], of, self._max_pixels, len(data) * of)
         except DecodeError as error:
             raise DecodeError(f"has a frame, number {index}, that {error}") from error
         return image if image.dtype == torch.uint8 else image.mul(255).round_().clamp_(0, 255).to(torch.uint8)

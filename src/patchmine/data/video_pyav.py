@@ -13,6 +13,7 @@ import io
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -22,8 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchmine.data.decode import DecodeError
-from patchmine.data.video_torchcodec import check_complete, check_range, short
+from patchmine.data.bounds import MAX_PIXELS, DecodeError, decoding
+from patchmine.data.orientation import upright
+from patchmine.data.video_matrix import of_frame
+from patchmine.data.video_torchcodec import check_complete, check_frames, check_range, short, size_of
 
 MOST_FRAMES = 5_000_000
 """Frames whose times a process remembers, 9 bytes each; beyond that the file used longest ago is forgotten."""
@@ -62,24 +65,23 @@ def version() -> str:
 
 
 class PyAVReader:
-    """One video: the path of a file, or its contents; ``key`` stands for the contents, where anything does."""
+    """One video: the path of a file, or its contents; ``key`` stands for the contents, where anything does.
 
-    def __init__(self, source: str | bytes, key: Hashable | None = None) -> None:
-        import av
+    ``max_pixels``: frames of more are refused, before they are decoded.
+    """
 
-        self._source = source
+    def __init__(self, source: str | bytes, key: Hashable | None = None, max_pixels: int = MAX_PIXELS) -> None:
+        self._source, self._max_pixels, self._stored = source, max_pixels, size_of(source)
         self._open()
-        rate = self._stream.average_rate
-        self.fps: float | None = float(rate) if rate else None
         index = _indices.get(key) if key is not None else None
         if index is None:
-            index = _make_index(self._container, self._stream)
+            with decoding("cannot be read as a video", short):
+                index = _make_index(self._container, self._stream)
             _remember(key, index)
             self._open()  # at the start again, also where nothing can be sought
         else:
             _indices.move_to_end(key)
         self.index = index
-        self._converter = av.video.reformatter.VideoReformatter()
 
     @property
     def num_frames(self) -> int:
@@ -90,16 +92,14 @@ class PyAVReader:
         """(n, 3, H, W) uint8; DecodeError where one of them cannot be decoded."""
         check_range(indices, self.num_frames)
         wanted = sorted({int(index) for index in indices})
+        self._check_size(len(wanted))
         found: dict[int, NDArray[np.uint8]] = {}
         trouble = ""
         try:
-            if self.index.timed:
-                for start, group in _groups(wanted, self.index.is_key):
-                    found |= self._from_key(start, group)
-            if len(found) < len(wanted):  # no times, or a format in which places cannot be sought exactly
-                found |= self._from_start([number for number in wanted if number not in found])
-        except _errors() as error:
-            trouble = f" ({short(error)})"
+            with decoding("", short):
+                self._decode(wanted, found)
+        except DecodeError as error:
+            trouble = str(error)
         missing = next((number for number in wanted if number not in found), None)
         if missing is not None:
             raise DecodeError(f"stops decoding before frame {missing} of {self.num_frames}{trouble}; remove it")
@@ -107,20 +107,38 @@ class PyAVReader:
             raise DecodeError("changes the size of its frames half way; encode it again")
         return torch.from_numpy(np.stack([found[int(index)] for index in indices])).permute(0, 3, 1, 2)
 
-    def _open(self) -> None:
-        import av
+    def _decode(self, wanted: list[int], found: dict[int, NDArray[np.uint8]]) -> None:
+        """Fills ``found`` with the frames that are ``wanted``, ascending, as far as they can be decoded."""
+        if self.index.timed:
+            for start, group in _groups(wanted, self.index.is_key):
+                found |= self._from_key(start, group)
+        if len(found) < len(wanted):  # no times, or a format in which places cannot be sought exactly
+            found |= self._from_start([number for number in wanted if number not in found])
 
-        try:
-            self._container = av.open(self._source if isinstance(self._source, str) else io.BytesIO(self._source))
-        except OSError:
-            raise
-        except _errors() as error:
-            raise DecodeError(f"cannot be opened as a video ({short(error)})") from error
-        streams = self._container.streams.video
-        if not streams:
-            raise DecodeError("has no pictures, only sound or text; remove it")
-        self._stream = streams[0]
-        self._stream.codec_context.thread_count = 1  # the loader's workers share the cores
+    def _open(self) -> None:
+        with decoding("cannot be opened as a video", short):
+            import av
+
+            file = self._source if isinstance(self._source, str) else io.BytesIO(self._source)
+            # A playlist may name anything: what it names is taken from the disk or not at all.
+            self._container = av.open(file, options={"protocol_whitelist": "file"})
+            streams = self._container.streams.video
+            if not streams:
+                raise DecodeError("has no pictures, only sound or text; remove it")
+            self._stream = streams[0]
+            context = self._stream.codec_context
+            if context is None:
+                raise DecodeError("is coded in a way that this FFmpeg cannot decode")
+            context.thread_count = 1  # the loader's workers share the cores
+            context.options = {"max_pixels": str(self._max_pixels)}  # of frames larger than the header says
+            rate = self._stream.average_rate
+            self.fps: float | None = float(rate) if rate else None
+            self._converter = av.video.reformatter.VideoReformatter()
+        self._check_size(1)
+
+    def _check_size(self, frames: int) -> None:
+        context = self._stream.codec_context
+        check_frames(context.height, context.width, frames, self._max_pixels, self._stored)
 
     def _from_key(self, start: int, wanted: list[int]) -> dict[int, NDArray[np.uint8]]:
         """Those of ``wanted``, ascending, that are met when decoding begins at the key frame ``start``."""
@@ -160,10 +178,12 @@ class PyAVReader:
         return found
 
     def _picture(self, frame: Any) -> NDArray[np.uint8]:
-        """(H, W, 3), turned as the file asks for, which quarter turns of a telephone do."""
+        """(H, W, 3), turned and mirrored as the file asks for."""
         picture = self._converter.reformat(frame, format="rgb24").to_ndarray()
-        turns = round(frame.rotation / 90) % 4
-        return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+        orientation = of_frame(frame)
+        if orientation == 1:
+            return picture
+        return np.ascontiguousarray(np.moveaxis(upright(np.moveaxis(picture, 2, 0), orientation), 0, 2))
 
 
 def _groups(wanted: list[int], is_key: NDArray[np.bool_]) -> Iterator[tuple[int, list[int]]]:
@@ -177,15 +197,14 @@ def _make_index(container: Any, stream: Any) -> FrameIndex:
     """One pass over the packets; what the file's edit list leaves out is no frame."""
     times, keys, lengths = list[int](), list[bool](), list[int]()
     timed = not (container.format.name in _UNTIMED and stream.codec_context.has_b_frames)
-    try:
+    # As far as it can be read; whether that is all is asked next.
+    with suppress(DecodeError), decoding("stops", short):
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard and not packet.is_corrupt:
                 timed = timed and packet.pts is not None
                 times.append(packet.pts if packet.pts is not None else len(times))
                 keys.append(bool(packet.is_keyframe))
                 lengths.append(packet.duration or 0)
-    except _errors():
-        pass  # as far as it can be read; whether that is all is asked next
     order = np.argsort(np.array(times, np.int64), kind="stable")
     sorted_times, unit = np.array(times, np.int64)[order], stream.time_base
     if times:
@@ -201,10 +220,3 @@ def _remember(key: Hashable | None, index: FrameIndex) -> None:
     _indices[key] = index
     while len(_indices) > 1 and sum(map(len, _indices.values())) > MOST_FRAMES:
         _indices.popitem(last=False)
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """What PyAV raises on damaged files."""
-    import av
-
-    return (av.error.FFmpegError, ValueError, EOFError, IndexError, RuntimeError)

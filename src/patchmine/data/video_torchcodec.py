@@ -11,15 +11,17 @@ import io
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from patchmine.data.decode import DecodeError
+from patchmine.data.bounds import MAX_PIXELS, DecodeError, check_pixels, decoding
+from patchmine.data.orientation import upright_tensor
+from patchmine.data.video_matrix import of_file, remainder
 
-# What torchcodec raises: RuntimeError for nearly everything, the others where a file is odd enough.
-_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, OSError)
+_FRAME_WORK = 6  # bytes for each pixel of a frame: the frame and its place among the others
 
 MISSING, SLACK = 0.02, 0.5
 """Share of the time that a file's header states, and seconds, that may be missing: headers are not exact."""
@@ -37,7 +39,7 @@ def works() -> bool:
     try:
         reader = TorchcodecReader(_animation(levels))
         frames = reader.frames([2, 0, 1])
-    except (ImportError, DecodeError, *_ERRORS):
+    except DecodeError:
         return False  # not installed, made for another torch, or no FFmpeg that it knows
     wanted = [levels[number] for number in (2, 0, 1)]
     return all(
@@ -46,30 +48,44 @@ def works() -> bool:
 
 
 class TorchcodecReader:
-    """One video: the path of a file, or its contents."""
+    """One video: the path of a file, or its contents.  ``max_pixels``: frames of more are refused."""
 
-    def __init__(self, source: str | bytes) -> None:
-        from torchcodec.decoders import VideoDecoder
+    def __init__(self, source: str | bytes, max_pixels: int = MAX_PIXELS) -> None:
+        self._max_pixels, self._stored = max_pixels, size_of(source)
+        with decoding("cannot be opened as a video", short):
+            from torchcodec.decoders import VideoDecoder
 
-        try:
             self._decoder: Any = VideoDecoder(source, num_ffmpeg_threads=1)
-        except _ERRORS as error:
-            raise DecodeError(f"cannot be opened as a video ({short(error)})") from error
-        facts = self._decoder.metadata
-        self.num_frames: int = len(self._decoder)
-        self.fps: float | None = facts.average_fps
-        seconds = facts.end_stream_seconds - facts.begin_stream_seconds
+            facts = self._decoder.metadata
+            self.num_frames: int = len(self._decoder)
+            self.fps: float | None = facts.average_fps
+            seconds = facts.end_stream_seconds - facts.begin_stream_seconds
         check_complete(self.num_frames, seconds, facts.duration_seconds_from_header)
+        self._height, self._width = facts.height, facts.width
+        check_frames(self._height, self._width, 1, max_pixels, self._stored)
+        self._remainder = remainder(of_file(source) or 1)
 
     def frames(self, indices: Sequence[int]) -> Tensor:
         """(n, 3, H, W) uint8; DecodeError where one of them cannot be decoded."""
         check_range(indices, self.num_frames)
-        try:
+        check_frames(self._height, self._width, len(indices), self._max_pixels, self._stored)
+        with decoding(f"stops decoding before frame {max(indices, default=0)} of {self.num_frames}", short):
             frames: Tensor = self._decoder.get_frames_at([int(index) for index in indices]).data
-        except _ERRORS as error:
-            last = max(indices)
-            raise DecodeError(f"stops decoding before frame {last} of {self.num_frames} ({short(error)})") from error
-        return frames
+        return upright_tensor(frames, self._remainder)
+
+
+def size_of(source: str | bytes) -> int:
+    """Bytes of a file, or of its contents.  OSError where there is none."""
+    return len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+
+
+def check_frames(height: int | None, width: int | None, frames: int, max_pixels: int, stored: int) -> None:
+    """Whether so many frames may be decoded at once; a size that no header states is left to the decoder.
+
+    DecodeError as of `check_pixels`.
+    """
+    if height and width:
+        check_pixels(height, width, max_pixels, stored=stored, work=_FRAME_WORK * frames)
 
 
 def check_complete(num_frames: int, seconds: float, stated: float | None) -> None:
@@ -89,11 +105,9 @@ def check_range(indices: Sequence[int], num_frames: int) -> None:
         raise IndexError(f"frames {min(indices)} to {max(indices)} of {num_frames}")
 
 
-def short(error: Exception) -> str:
-    """An error in one line, without the place in torchcodec's or FFmpeg's source that it names first or last."""
-    line = " ".join(str(error).split())
-    line = re.sub(r"^\S+, \S+\.cpp:\d+, |: '\w+\(\)'$|^\[Errno -?\d+\] ", "", line)
-    return line[:160] or type(error).__name__
+def short(reason: str) -> str:
+    """A reason without the place in torchcodec's or FFmpeg's source that it names first or last."""
+    return re.sub(r"^\S+, \S+\.cpp:\d+, |: '\w+\(\)'$|^\[Errno -?\d+\] ", "", reason)
 
 
 def _animation(levels: Sequence[int]) -> bytes:
