@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from patchmine.commands import Report, Show, read_words
+from patchmine.commands import Export, Import, Report, Shard, Show, read_words
 from patchmine.config import RATES, from_settings, parse
 from patchmine.errors import UserError
 from patchmine.evaluate.knn import KnnSettings
@@ -255,3 +255,35 @@ def test_show_needs_no_settings_to_take_a_name_with_a_dash(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     Path("-a.png").touch()
     assert read_words(Show, ["run", "-a.png"], command="show", first=["run"], rest="images").images == ["-a.png"]
+
+
+# Names of what is written
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "part"),
+    [
+        (Report, ["r", "out=x.pdf"], "out: given 'x.pdf'; must be the name of a file that ends in .html or .htm"),
+        (Report, ["r", "out=x"], "must be the name of a file that ends in .html or .htm"),
+        (
+            Export,
+            ["r", "out=x.onnx"],
+            "must be the name of a folder: ONNX is not written yet, but timm and transformers",
+        ),
+        (Export, ["r", "out=x.pth"], "must be the name of a folder, which does not end in .pth"),
+        (Export, ["r", "out=x.safetensors"], "must be the name of a folder, which does not end in .safetensors"),
+        (Export, ["r", "what=full", "out=x"], "must be the name of a file that ends in .safetensors"),
+        (Export, ["r", "out=x.onnx", "what=full"], "must be the name of a file that ends in .safetensors"),
+        (Import, ["f.pth", "out=x.safetensors"], "must be the name of a folder, which does not end in .safetensors"),
+        (Shard, ["d", "out=x.tar"], "must be the name of a folder, which does not end in .tar"),
+    ],
+)
+def test_an_ending_that_promises_something_else_is_refused(model: Any, words: list[str], part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_words(model, words[1:], command="c")
+    assert part in str(caught.value)
+
+
+def test_folders_with_dots_in_their_names_are_folders() -> None:
+    assert read_words(Export, ["r", "out=runs/v1.2"], command="export", first=["run"]).out == "runs/v1.2"
+    assert read_words(Export, ["r", "what=full", "out=a.safetensors"], command="export", first=["run"]).out

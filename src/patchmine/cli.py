@@ -156,11 +156,11 @@ def resume(context: typer.Context) -> None:
 
 @command(app, "embed", "TARGET data=IMAGES out=FILE [KEY=VALUE...]")
 def embed(context: typer.Context) -> None:
-    """Write one feature vector per image to a parquet file.
+    """Write one feature vector per image to a file.
 
     \b
       TARGET data= weights= pooling=    as in `patchmine eval knn`; labels are not needed
-      out=embeddings.parquet            columns path, index, label and embedding
+      out=embeddings.parquet            columns path, index, label and embedding; .csv or .npz as well
     \b
     Example:
       patchmine embed runs/hpm data=photos/ out=embeddings.parquet

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
 from patchmine.mistakes import Mistake, validate
 from patchmine.names import shown_name
-from patchmine.strict import Count, Positive, Side, Strict
+from patchmine.strict import Count, Positive, Side, Strict, ends_in, is_folder_name
 from patchmine.words import put, read_settings, repeated
 
 Model = TypeVar("Model", bound=BaseModel)
+FolderName = Annotated[str, AfterValidator(is_folder_name)]
 
 
 def read_words(
@@ -69,15 +70,24 @@ class Report(_Arguments):
     runs: list[str] = Field(
         min_length=1, description="name one run folder or several, as in `patchmine report runs/hpm`"
     )
-    out: str = Field("report.html", description="page to write")
+    out: Annotated[str, AfterValidator(ends_in(".html", ".htm"))] = Field("report.html", description="page to write")
+
+
+def _export_name(name: str | None, info: ValidationInfo) -> str | None:
+    if name is None:
+        return None
+    return ends_in(".safetensors")(name) if info.data.get("what") == "full" else is_folder_name(name)
 
 
 class Export(_Arguments):
     """`patchmine export`."""
 
     run: str = Field(description="name the folder of a run first, as in `patchmine export runs/hpm`")
-    out: str | None = Field(None, description="folder to write; null: export/ or export-partner/ in the run")
     what: Literal["encoder", "full"] = Field("encoder", description="the encoder alone, or the method with its decoder")
+    out: Annotated[str | None, AfterValidator(_export_name)] = Field(
+        None,
+        description="folder to write; null: export/ or export-partner/ in the run; of what=full a .safetensors file",
+    )
     weights: Literal["student", "teacher", "partner", "partner-teacher"] = Field(
         "student", description="teacher: the slow copy that HPM keeps; partner: the second network of a pair"
     )
@@ -89,7 +99,7 @@ class Import(_Arguments):
     file: str = Field(
         description="name the file first, as in `patchmine import mae_pretrain_vit_base.pth out=runs/mae`"
     )
-    out: str = Field(description="name the folder to write, as in out=runs/mae")
+    out: FolderName = Field(description="name the folder to write, as in out=runs/mae")
     weights: Literal["student", "teacher"] = Field("student", description="which of HPM's two models")
     what: Literal["auto", "encoder", "full"] = Field(
         "auto", description="auto: the decoder too, where the file has one"
@@ -115,7 +125,7 @@ class Shard(_Arguments):
     """`patchmine data shard`."""
 
     data: str = Field(description="name the images first, as in `patchmine data shard photos/ out=shards/`")
-    out: str = Field(description="name the folder to write, as in out=shards/")
+    out: FolderName = Field(description="name the folder to write, as in out=shards/")
     max_side: Count | None = Field(None, description="shrink larger images to this longest side, in pixels")
     shard_mb: Count = Field(256, description="size of a shard, in megabytes")
 

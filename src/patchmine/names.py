@@ -13,11 +13,16 @@ def shown_name(name: str | os.PathLike[str]) -> str:
     Bytes that are no UTF-8 (which Python keeps as lone surrogates) and control characters are written as ``\xe9`` and
     ``\n``; a name beyond ``NAME_LENGTH`` characters loses its middle.  Names without such letters stay as they are.
     """
-    text = "".join(letter if letter.isprintable() else _escaped(letter) for letter in os.fspath(name))
+    text = whole_name(name)
     if len(text) > NAME_LENGTH:
         end = (NAME_LENGTH - 3) // 2
         text = text[: NAME_LENGTH - 3 - end] + "..." + text[-end:]
     return text
+
+
+def whole_name(name: str | os.PathLike[str]) -> str:
+    """The same at any length, for tables that other programs read."""
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in os.fspath(name))
 
 
 def _escaped(letter: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -95,3 +96,27 @@ def _checked_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 Arguments = Annotated[dict[str, Any], AfterValidator(_checked_arguments)]
 """Arguments for a network of timm's, whose names and types are not known here."""
+
+
+def ends_in(*endings: str) -> Callable[[str], str]:
+    """A check of the name of a file that is to be written: it says its format."""
+
+    def check(name: str) -> str:
+        if PurePath(name).suffix.lower() not in endings:
+            raise ValueError(f"the name of a file that ends in {' or '.join(endings)}")
+        return name
+
+    return check
+
+
+_FILES = (".onnx", ".pt", ".pth", ".ckpt", ".bin", ".h5", ".safetensors", ".npz", ".zip", ".tar", ".json", ".yaml")
+
+
+def is_folder_name(name: str) -> str:
+    """A check of the name of a folder that is to be written: it does not look like that of a file."""
+    ending = PurePath(name).suffix.lower()
+    if ending == ".onnx":
+        raise ValueError("the name of a folder: ONNX is not written yet, but timm and transformers open the folder")
+    if ending in _FILES:
+        raise ValueError(f"the name of a folder, which does not end in {ending}")
+    return name

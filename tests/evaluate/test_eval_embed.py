@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
+from patchmine.commands import read_words
 from patchmine.data.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.embed import EmbedSettings, embed
@@ -62,5 +66,77 @@ def test_a_failure_leaves_the_earlier_file_alone(run_folder, image_folder, tmp_p
         embed(settings(run_folder, tmp_path / "flat", out))
     assert out.read_bytes() == b"earlier work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.parquet", "flat", "run"]
+    (tmp_path / "f.csv").mkdir()
     with pytest.raises(UserError, match="is a folder"):
-        embed(settings(run_folder, image_folder, tmp_path))
+        embed(settings(run_folder, image_folder, tmp_path / "f.csv"))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_every_format_holds_the_same_numbers(labelled, run_folder, image_folder, tmp_path):
+    data = image_folder if labelled else image_folder / "circle"
+    for ending in ("parquet", "csv", "npz"):
+        embed(settings(run_folder, data, tmp_path / f"e.{ending}"))
+    table = pq.read_table(tmp_path / "e.parquet")
+    x = np.stack(table["embedding"].to_numpy())
+    with np.load(tmp_path / "e.npz") as arrays:  # no pickles in it
+        assert set(arrays) == {"path", "index", "embedding"} | ({"label"} if labelled else set())
+        assert arrays["embedding"].dtype == np.float32
+        assert np.array_equal(arrays["embedding"], x)
+        assert arrays["path"].tolist() == table["path"].to_pylist()
+        assert arrays["index"].tolist() == table["index"].to_pylist()
+        assert not labelled or arrays["label"].tolist() == table["label"].to_pylist()
+    with (tmp_path / "e.csv").open(newline="", encoding="utf-8") as handle:
+        head, *rows = list(csv.reader(handle))
+    first = 3 if labelled else 2
+    assert head == ["path", "index", *(["label"] if labelled else []), *(f"f{i}" for i in range(24))]
+    assert np.array_equal(np.array([row[first:] for row in rows], np.float32), x)
+    assert [row[0] for row in rows] == table["path"].to_pylist()
+    assert not labelled or [row[2] for row in rows] == table["label"].to_pylist()
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "npz"])
+def test_features_that_are_not_finite_leave_no_file(ending, run_folder, image_folder, tmp_path):
+    file = run_folder / "export" / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    tensors["patch_embed.proj.weight"].fill_(3e38)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"not finite for 10 of 10 images, the first of them .*0000\.jpg"):
+        embed(settings(run_folder, image_folder, tmp_path / f"e.{ending}"))
+    tensors["patch_embed.proj.weight"].fill_(np.nan)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"patch_embed\.proj\.weight"):
+        embed(settings(run_folder, image_folder, tmp_path / f"e.{ending}"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "npz"])
+def test_names_of_any_bytes_are_written(ending, run_folder, image_folder, tmp_path):
+    folder = tmp_path / "odd" / ("n" * 200)
+    folder.mkdir(parents=True)
+    for name in (b"caf\xe9.jpg", b"two\nlines.jpg", b'z, "quoted".jpg'):
+        shutil.copy(image_folder / "circle" / "0000.jpg", os.fsencode(folder) + b"/" + name)
+    embed(settings(run_folder, tmp_path / "odd", tmp_path / f"e.{ending}"))
+    if ending == "npz":
+        with np.load(tmp_path / "e.npz") as arrays:
+            paths = arrays["path"].tolist()
+    elif ending == "csv":
+        with (tmp_path / "e.csv").open(newline="", encoding="utf-8") as handle:
+            paths = [row["path"] for row in csv.DictReader(handle)]
+    else:
+        paths = pq.read_table(tmp_path / "e.parquet")["path"].to_pylist()
+    names = [path.removeprefix(f"{folder}/") for path in paths]
+    assert sorted(names) == [r"caf\xe9.jpg", r"two\nlines.jpg", 'z, "quoted".jpg']
+
+
+@pytest.mark.parametrize("name", ["e", "e.txt", "e.parquet.gz", "e.onnx", "folder/", ".csv"])
+def test_an_ending_that_says_no_format_is_refused(name):
+    with pytest.raises(UserError, match=r"must be the name of a file that ends in \.parquet or \.csv or \.npz"):
+        read_words(EmbedSettings, ["run", "data=x", f"out={name}"], command="embed", first=["target"])
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(run_folder, image_folder, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(UserError, match=r"out=.*file/below/e\.csv cannot be written .*a part of its path is a file"):
+        embed(settings(run_folder, image_folder, tmp_path / "file" / "below" / "e.csv"))
+    with pytest.raises(UserError, match="choose a shorter name"):
+        embed(settings(run_folder, image_folder, tmp_path / ("n" * 400 + ".csv")))

@@ -1,84 +1,84 @@
-"""Features of every image, or video, in one parquet file, for search, clustering and whatever comes after."""
+"""Features of every image, or video, in one file, for search, clustering and whatever comes after."""
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from patchmine.data.loader import BadFiles
+from patchmine.disk import remedy, replacing
 from patchmine.errors import UserError
-from patchmine.evaluate.features import Reader, stream
+from patchmine.evaluate.features import Reader, judge_broken, stream
 from patchmine.evaluate.labelled import everything, open_items
 from patchmine.evaluate.measure import ReadSettings
 from patchmine.evaluate.progress import Say, progress, silent
+from patchmine.evaluate.tables import ENDINGS, Rows, open_table
+from patchmine.names import shown_name, whole_name
 from patchmine.ops.linear import fast_linear
+from patchmine.strict import ends_in
 
 
 class EmbedSettings(ReadSettings):
     """Settings of `patchmine embed`."""
 
-    out: str = Field(description="parquet file to write")
+    out: Annotated[str, AfterValidator(ends_in(*ENDINGS))] = Field(
+        description="parquet file to write, as in out=embeddings.parquet; or one that ends in .csv or .npz"
+    )
     pooling: str = Field("cls", description="cls, mean or cls+mean; without a class token cls means mean")
 
 
 def embed(settings: EmbedSettings, say: Say = silent) -> Path:
-    """Write ``path``, ``index``, ``label`` (the class's name, where there are classes) and ``embedding`` (float32,
-    fixed-size list).
+    """Write ``path``, ``index``, ``label`` (the class's name, where there are classes) and the embedding, float32, of
+    every readable image; the end of ``out`` decides the format (`open_table`).
 
-    One row group per batch, so memory does not grow with the number of images.  Broken images have no row.  Of a video
-    run the rows are videos, one clip from the middle of each.  The file appears complete or not at all.  Raises
-    UserError where nothing can be read or the file cannot be written.
+    Broken images have no row.  Of a video run the rows are videos, one clip from the middle of each.  The file appears
+    complete or not at all.  Raises UserError where nothing can be read, features are not finite, or the file cannot be
+    written.
     """
-    target = settings.open()
-    if target.note:
-        say(target.note)
-    source = open_items(settings.data, video=target.clip is not None)
     out = Path(settings.out)
-    if out.is_dir():
-        raise UserError(f"out={out} is a folder: give the name of a file, for example out={out / 'embeddings.parquet'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{out.name}.new-{os.getpid()}")
-    try:
-        rows = _write(new, Reader(target), source, settings, say)
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)
-    say(f"{rows:,} embeddings of {len(source):,} {target.kind}s in {out}")
+    with _output(out) as new:  # a place that cannot be written is told before an hour of work
+        target = settings.open()
+        if target.note:
+            say(target.note)
+        source = open_items(settings.data, video=target.clip is not None)
+        rows = _write(new, out.suffix.lower(), Reader(target), source, settings, say)
+    say(f"{rows:,} embeddings of {len(source):,} {target.kind}s in {shown_name(out)}")
     return out
 
 
-def _write(path: Path, reader: Reader, source: Any, settings: EmbedSettings, say: Say) -> int:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    part = everything(source)
-    labels = source.labels()
-    columns = reader.poolings[reader.choose(settings.pooling)]
-    writer: Any = None
-    rows = 0
+@contextmanager
+def _output(out: Path) -> Iterator[Path]:
     try:
-        with fast_linear(), progress("embeddings", len(part), say) as tick:
-            for index, found in stream({"": reader}, part, settings.reading(), BadFiles(None, settings.max_bad_share)):
-                x = found[""][:, columns].flatten(1).numpy()  # (B, D)
-                table: dict[str, Any] = {
-                    "path": pa.array([source.path(i) for i in index.tolist()], pa.string()),
-                    "index": pa.array(index.numpy(), pa.int64()),
-                }
-                if labels is not None:
-                    table["label"] = pa.array([labels.names[labels.ids[i]] for i in index.tolist()], pa.string())
-                table["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(x)), x.shape[1])
-                batch = pa.table(table)
-                writer = writer or pq.ParquetWriter(path, batch.schema)
-                writer.write_table(batch)
-                rows += len(index)
-                tick(len(index))
-    finally:
-        if writer is not None:
-            writer.close()
-    if rows == 0:
-        raise UserError(f"{source.name} has no {reader.target.kind} that can be read")
-    return rows
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise UserError(f"out={shown_name(out)} is a folder: give the name of a file in it")
+        with replacing(out) as new:
+            yield new
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        reason = error.strerror or str(error)
+        raise UserError(f"out={shown_name(out)} cannot be written ({reason}); {remedy(error)}") from error
+
+
+def _write(path: Path, ending: str, reader: Reader, source: Any, settings: EmbedSettings, say: Say) -> int:
+    part, labels, reading, title = everything(source), source.labels(), settings.reading(), "embeddings"
+    columns = reader.poolings[reader.choose(settings.pooling)]
+    done = 0
+    with fast_linear(), progress(title, len(part), say) as tick, open_table(path, ending) as add:
+        # The share of broken items is judged at the end: they come in order, so broken ones may come in a row.
+        for index, found in stream({"": reader}, part, reading, BadFiles(None, 1.0)):
+            places = index.tolist()
+            names = None if labels is None else [whole_name(labels.names[labels.ids[i]]) for i in places]
+            x = found[""][:, columns].flatten(1).numpy()  # (B, D)
+            add(Rows([whole_name(source.path(i)) for i in places], index.numpy(), names, x))
+            done += len(places)
+            tick(len(places))
+        judge_broken(part, done, reading, title, reader.target.kind, say)
+    return done
