@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from patchmine.run import Run
+from patchmine.train.checkpoint import list_checkpoints
 
 # Tiny tensors gain nothing from threads, and processes that a test starts inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,7 +54,8 @@ def weights() -> Callable[[Path | Run], dict[str, Tensor]]:
 
     def read(run: Path | Run) -> dict[str, Tensor]:
         folder = run.path if isinstance(run, Run) else run
-        return {name: tensor.clone() for name, tensor in load_file(folder / "checkpoints" / "last").items()}
+        newest = list_checkpoints(folder / "checkpoints")[-1]
+        return {name: tensor.clone() for name, tensor in load_file(newest).items()}
 
     return read
 

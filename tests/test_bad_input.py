@@ -248,4 +248,4 @@ def test_a_loss_that_is_not_a_number(images: Path, out: Path, monkeypatch: pytes
     skipped = [line["skipped"] for line in Run(out).metrics()]
     assert skipped[:3] == [0, 0, 0]
     assert sum(skipped) == 10
-    assert all(value.isfinite().all() for value in load_file(out / "checkpoints" / "last").values())
+    assert all(value.isfinite().all() for value in load_file(Run(out).checkpoints[-1]).values())

@@ -154,7 +154,7 @@ def test_resume_before_the_first_checkpoint_starts_again(image_folder: Path, tmp
 
 def test_a_damaged_newest_checkpoint_falls_back(image_folder: Path, tmp_path: Path, weights: Any) -> None:
     whole = pretrain(image_folder, tmp_path / "whole", steps=6, checkpoint_every=2)
-    newest = (whole.path / "checkpoints" / "last").resolve()
+    newest = whole.checkpoints[-1]
     before = weights(whole)
     os.truncate(newest, newest.stat().st_size // 2)
     heard: list[str] = []

@@ -9,19 +9,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from patchmine.errors import UserError
+from patchmine.names import shown_name
+
 _REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`), or name another place",
     errno.EACCES: "allow writing there, or name another place",
     errno.EPERM: "allow writing there, or name another place",
     errno.EROFS: "that file system is read-only: name another place",
     errno.ENOENT: "its folder was removed or renamed: put it back, or name another place",
     errno.ENOTDIR: "a part of its path is a file: name another place",
     errno.EISDIR: "a folder has that name: name another place",
+    errno.EEXIST: "something else has that name: name another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.EIO: "that disk reports errors: name another place",
 }
+
+# What file systems say that have no modes, no flushing of folders, no links, no replacing (FAT, SMB, FUSE).
+_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EBADF}
 
 
 def remedy(error: OSError) -> str:
@@ -29,21 +37,48 @@ def remedy(error: OSError) -> str:
     return _REMEDIES.get(error.errno or 0, "see that the place can be written to, or name another one")
 
 
+def refusal(error: OSError, doing: str = "cannot be read or written") -> str:
+    """One sentence about a failed access: the file, what it failed with, and what can be done."""
+    name = error.filename2 or error.filename
+    what = shown_name(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else "a file"
+    return f"{what} {doing} ({error.strerror or error}); {remedy(error)}"
+
+
+@contextmanager
+def output(path: Path) -> Iterator[Path]:
+    """A name to write the file of ``out=path`` to, which takes its place whole; its folder is made.
+
+    Raises:
+        UserError: ``path`` cannot be written (a folder, below a file, a full disk), with the remedy.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with replacing(path) as new:
+            yield new
+    except OSError as error:
+        if isinstance(error, FileExistsError):  # of making a folder where a file is
+            error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        raise UserError(f"out={path} cannot be written ({error.strerror or error}); {remedy(error)}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write a file or folder to, which takes the place of ``path`` when the block ends.
 
-    The temporary name carries the process's number, so that two processes never write to one.  When the block raises,
-    ``path`` is as it was and nothing is left beside it.  A folder replaces nothing but an absent or empty folder.
+    The temporary name carries the process's number, so that two processes never write to one, and ends as ``path``
+    does, because some writers choose the format by it.  When the block raises, ``path`` is as it was and nothing is
+    left beside it.  A folder replaces nothing but an absent or empty folder.
 
     Raises:
         OSError: what writing or renaming raises.
     """
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.new")
+    temporary = path.with_name(f".{path.stem[:100]}.{os.getpid()}.new{path.suffix}")
     try:
         yield temporary
         settle(temporary)
-        temporary.replace(path)
+        _rename(temporary, path)
         settle(path.parent)
     finally:
         if temporary.is_dir():
@@ -52,17 +87,40 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _rename(temporary: Path, path: Path) -> None:
+    """Rename over ``path``; where a file system cannot replace a file, it is removed first."""
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED | {errno.EEXIST} or not path.is_file():
+            raise
+        path.unlink()
+        temporary.rename(path)
+
+
 def settle(path: Path) -> None:
     """Flush a file, or the list of a folder's files (which makes a rename last), to the disk.
 
     A file also gets the mode that the umask asks for: safetensors leaves its files readable by their owner alone.
+    What a file system does not support is left out; what it fails at (a full disk, a broken one) is raised.
     """
     if path.is_file():
         mask = os.umask(0)
         os.umask(mask)
-        path.chmod(0o666 & ~mask)
-    handle = os.open(path, os.O_RDONLY)
+        with _where_supported():
+            path.chmod(0o666 & ~mask)
+    with _where_supported():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _where_supported() -> Iterator[None]:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

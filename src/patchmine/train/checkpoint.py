@@ -2,16 +2,18 @@
 
 ``checkpoints/step-00000123.safetensors`` holds ``model.NAME``, ``optimizer.PARAMETER.KEY`` and, in the metadata, the
 step, the library versions, the run's fingerprints and checksums.  It knows nothing of ranks: any number of processes
-can go on from it. A file appears under its name complete or not at all; ``checkpoints/last`` is a link to the newest.
+can go on from it. A file appears under its name complete or not at all, and only with a state that is finite.
+``checkpoints/last`` points to the newest, for people; patchmine itself lists the files.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,11 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.disk import settle
-from patchmine.errors import UserError
+from patchmine.disk import remedy, replacing
+from patchmine.errors import UserError, foreign_parser, reason_of
+
+FORMAT = 2  # of the head; 1 had no checksum over itself, over shapes and over types
 
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 _PARTS = ("model", "optimizer")
+
+Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class DamagedCheckpointError(Exception):
@@ -72,67 +78,90 @@ def save(
 ) -> Path:
     """Write the checkpoint of ``step`` atomically, point ``last`` to it and keep the newest ``keep`` files.
 
-    ``facts`` must be JSON.  Raises UserError when the file cannot be written (a full disk, say); the checkpoints that
-    were there before are then untouched.
+    ``facts`` must be JSON.
+
+    Raises:
+        UserError: the state is not finite, or the file cannot be written (a full disk, say); the checkpoints that were
+            there before are then untouched.
     """
     path = folder / f"step-{step:08d}.safetensors"
-    writing = folder / ".writing"
+    parts = {"model": _on_cpu(model), "optimizer": _on_cpu(optimizer)}
+    if bad := not_finite(parts):
+        raise UserError(_diverged(folder, step, bad, sum(map(len, parts.values()))))
     try:
-        shutil.rmtree(writing, ignore_errors=True)  # what a killed process left behind
-        writing.mkdir(parents=True)
-        _write(writing / path.name, step, {"model": model, "optimizer": optimizer}, facts)
-        (writing / path.name).replace(path)
-        settle(folder)
-        (writing / "last").symlink_to(path.name)
-        (writing / "last").replace(folder / "last")
-        settle(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_way(path)
+        with replacing(path) as new:
+            _write(new, step, parts, facts)
     except (OSError, SafetensorError) as error:
+        reason = _system_error(error)
         raise UserError(
-            f"checkpoint {path} could not be written ({_reason(error)}); make room there, then go on with"
-            f" `patchmine resume {folder.parent}`; earlier checkpoints are intact"
+            f"checkpoint {path} could not be written ({reason.strerror or reason_of(error)}); {remedy(reason)}, then"
+            f" go on with `patchmine resume {folder.parent}`; earlier checkpoints are intact"
         ) from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
+    _point(folder / "last", path.name)
     _forget(folder, step, keep)
     return path
 
 
 def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
-    """Read a checkpoint, or only its ``parts`` ("model", "optimizer"); raises DamagedCheckpointError."""
+    """Read a checkpoint, or only its ``parts`` ("model", "optimizer").
+
+    Raises:
+        DamagedCheckpointError: anything in it is not as it was written, or it is not the step that its name says.
+        UserError: a newer version wrote it.
+    """
+    path = _followed(path)
     tensors: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-    try:
+    with foreign_parser(DamagedCheckpointError, DamagedCheckpointError):
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise DamagedCheckpointError("it is no file" if path.exists() else "it is missing")
         with safe_open(path, framework="pt", device="cpu") as file:
-            head = json.loads(file.metadata()["patchmine"])
+            head = _read_head(file.metadata(), path)
             for name in file.keys():  # noqa: SIM118  (no mapping, only looks like one)
                 part, rest = name.split(".", 1)
+                if part not in _PARTS:
+                    raise DamagedCheckpointError(f"its tensor {name} belongs to nothing")
                 if part in parts:
                     tensors[part][rest] = file.get_tensor(name)
-        altered = [part for part in parts if _checksum(tensors[part]) != head["crc32"][part]]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(_reason(error)) from error
-    if altered:
-        raise DamagedCheckpointError(f"checksum of {altered[0]} differs")
-    return Checkpoint(path, int(head["step"]), tensors["model"], tensors["optimizer"], head["facts"])
+        checksum = _checksum if head["format"] > 1 else _checksum_of_format_1
+        for part in parts:
+            if checksum(tensors[part]) != head["crc32"][part]:
+                raise DamagedCheckpointError(f"checksum of {part} differs")
+    return Checkpoint(path, head["step"], tensors["model"], tensors["optimizer"], head["facts"])
 
 
 def load_newest(folder: Path, say: Callable[[str], None], *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
-    """The newest readable checkpoint of a folder; damaged ones are passed over with a warning that names both."""
-    damaged: list[tuple[Path, str]] = []
+    """The newest readable checkpoint of a folder; damaged ones are passed over with a warning that names both.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _first_without_fault(folder, say, parts, lambda found: "")
+
+
+def load_newest_finite(folder: Path, say: Callable[[str], None]) -> Checkpoint:
+    """The same, but states that are not finite, as earlier versions could write them, are passed over too."""
+    return _first_without_fault(folder, say, _PARTS, _fault_of)
+
+
+def newest_finite(folder: Path) -> Path | None:
+    """The newest file from which training can go on, read to its end, or None."""
     for path in reversed(list_checkpoints(folder)):
-        try:
-            found = load(path, parts=parts)
-        except DamagedCheckpointError as error:
-            damaged.append((path, str(error)))
-            continue
-        for bad, reason in damaged:
-            say(f"warning: checkpoint {bad} is damaged ({reason}); going on from {path} instead")
-        return found
-    if damaged:
-        names = "; ".join(f"{path}: {reason}" for path, reason in damaged)
-        raise UserError(
-            f"no usable checkpoint in {folder}, all are damaged ({names}); start the run anew in another folder"
-        )
-    raise UserError(f"no checkpoint in {folder}; the run stopped before its first one, start it anew")
+        with suppress(DamagedCheckpointError, UserError):
+            if not _fault_of(load(path)):
+                return path
+    return None
+
+
+def not_finite(parts: Parts) -> list[str]:
+    """Names of the tensors, as in a checkpoint file, that hold a value which is not finite."""
+    return [
+        f"{part}.{name}"
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+        if (tensor.is_floating_point() or tensor.is_complex()) and not bool(tensor.isfinite().all())
+    ]
 
 
 def versions() -> dict[str, str]:
@@ -146,20 +175,92 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write(path: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]) -> None:
-    on_cpu = {
-        part: {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        for part, tensors in parts.items()
-    }
-    crc32 = {part: _checksum(tensors) for part, tensors in on_cpu.items()}
-    head = {"format": 1, "step": step, "versions": versions(), "crc32": crc32, "facts": dict(facts)}
-    flat = {f"{part}.{name}": tensor for part, tensors in on_cpu.items() for name, tensor in tensors.items()}
-    save_file(flat, path, metadata={"patchmine": json.dumps(head)})
-    settle(path)
+def _first_without_fault(
+    folder: Path, say: Callable[[str], None], parts: tuple[str, ...], fault_of: Callable[[Checkpoint], str]
+) -> Checkpoint:
+    """The newest checkpoint that can be read and in which ``fault_of`` finds nothing."""
+    passed_over: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            found = load(path, parts=parts)
+            fault = fault_of(found)
+        except DamagedCheckpointError as error:
+            fault = f"is damaged ({error})"
+        if not fault:
+            for what in passed_over:
+                say(f"warning: checkpoint {what}; going on from {path} instead")
+            return found
+        passed_over.append(f"{path} {fault}")
+    if passed_over:
+        raise UserError(
+            f"no usable checkpoint in {folder} ({'; '.join(passed_over)}); start the run anew in another folder"
+        )
+    raise UserError(f"no checkpoint in {folder}; the run stopped before its first one, start it anew")
+
+
+def _fault_of(found: Checkpoint) -> str:
+    bad = not_finite({"model": found.model, "optimizer": found.optimizer})
+    return f"holds values that are not finite (in {bad[0]})" if bad else ""
+
+
+def _diverged(folder: Path, step: int, bad: list[str], total: int) -> str:
+    """Why a state is not saved, and from where one can go on."""
+    good = newest_finite(folder)
+    kept = f"the last good state is {good}" if good else "there is no earlier good state"
+    return (
+        f"after step {step} {bad[0]} holds values that are not finite ({len(bad)} of {total} tensors do), so this state"
+        f" was not saved and training stopped; {kept}; start a new run with a smaller blr, a longer warmup_epochs or"
+        " precision=fp32"
+    )
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -> None:
+    crc32 = {part: _checksum(tensors) for part, tensors in parts.items()}
+    head = {"format": FORMAT, "step": step, "versions": versions(), "crc32": crc32, "facts": dict(facts)}
+    text = json.dumps(head)
+    flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    save_file(flat, path, metadata={"patchmine": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
+
+
+def _read_head(kept: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
+    """What was written beside the tensors, if it is whole and belongs under this name."""
+    if not kept or "patchmine" not in kept:
+        raise DamagedCheckpointError("it lacks the head of a checkpoint")
+    text = kept["patchmine"]
+    if "crc32" in kept and kept["crc32"] != f"{zlib.crc32(text.encode()):08x}":
+        raise DamagedCheckpointError("checksum of its head differs")
+    head: dict[str, Any] = json.loads(text)
+    version = head["format"]
+    if "crc32" in kept and isinstance(version, int) and version > FORMAT:
+        raise UserError(f"{path} was written by a newer patchmine (format {version}): update patchmine to read it")
+    if version != (FORMAT if "crc32" in kept else 1):
+        raise DamagedCheckpointError(f"it has no known format ({version!r:.20})")
+    wanted = {"step": int, "versions": dict, "crc32": dict, "facts": dict}
+    if wrong := [key for key, kind in wanted.items() if type(head.get(key)) is not kind]:
+        raise DamagedCheckpointError(f"its head lacks {wrong[0]}")
+    if not isinstance(head["facts"].get("identity", {}), dict):
+        raise DamagedCheckpointError("its head lacks facts.identity")
+    named = _NAME.fullmatch(path.name)
+    if named and int(named[1]) != head["step"]:
+        raise DamagedCheckpointError(f"it holds step {head['step']}, not that of its name")
+    return head
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 over names and bytes; a file that the disk damaged has the right length and wrong numbers."""
+    """CRC-32 over names, types, shapes and bytes."""
+    value = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        value = zlib.crc32(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
+    return value
+
+
+def _checksum_of_format_1(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
@@ -167,15 +268,51 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     return value
 
 
+def _make_way(path: Path) -> None:
+    """Remove what killed processes left half written, and move aside a folder that has the checkpoint's name."""
+    for left in path.parent.glob(".*.new*"):
+        with suppress(OSError):
+            left.unlink()
+    if path.is_dir():
+        path.rename(path.with_name(f"{path.name}.{os.getpid()}.folder"))
+
+
+def _point(last: Path, name: str) -> None:
+    """Make ``last`` a link to the newest file, or a small file with its name where there are no links."""
+    # Nobody here reads it and the checkpoint stands already, so that failing at it must not end the run.
+    try:
+        with replacing(last) as new:
+            new.symlink_to(name)
+    except OSError:
+        with suppress(OSError), replacing(last) as new:
+            new.write_text(name + "\n", encoding="utf-8")
+
+
+def _followed(path: Path) -> Path:
+    """The checkpoint that ``last`` points to, as a link or as a small file; any other path as it is."""
+    if _NAME.fullmatch(path.name):
+        return path
+    if path.is_symlink():
+        return path.resolve()
+    if path.is_file() and path.stat().st_size <= 100:
+        name = path.read_text(encoding="utf-8", errors="replace").strip()
+        return path.with_name(name) if _NAME.fullmatch(name) else path
+    return path
+
+
+def _system_error(error: Exception) -> OSError:
+    """The operating system's error; safetensors only quotes its number."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"code: (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(reason_of(error))
+
+
 def _forget(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the newest ``keep`` files, and those beyond ``step``: damaged ones, which resuming passed over."""
+    """Remove all but the newest ``keep`` files, and those beyond ``step``: faulty ones, which resuming passed over."""
     here = folder / f"step-{step:08d}.safetensors"
     paths = list_checkpoints(folder)
     past = paths[: paths.index(here) + 1]
     for path in (*past[:-keep], *paths[len(past) :]):
-        path.unlink(missing_ok=True)
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+        with suppress(OSError):  # a folder, or one that another process removed: not worth a run
+            path.unlink()
