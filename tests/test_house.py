@@ -15,7 +15,7 @@ PACKAGE = SRC / "patchmine"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What a room may import; a room is a folder or a top-level file of the package.  Downwards only.
-FLOOR = {"types", "errors", "names", "disk", "strict"}
+FLOOR = {"types", "errors", "names", "disk", "strict", "lock"}
 BELOW_METHODS = FLOOR | {"ops", "models", "method"}
 PARTS = BELOW_METHODS | {"methods", "data", "train"}
 # What users type: values and messages (words, mistakes), recipes, the typed settings, and the run made of them.
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "names": set(),
     "strict": set(),
     "disk": {"errors", "names"},
+    "lock": {"errors", "disk"},
     "ops": {"types"},
     "models": FLOOR | {"ops"},
     "method": FLOOR | {"ops"},
@@ -43,7 +44,8 @@ MAY_IMPORT = {
     "evaluate": PARTS | SETTINGS | {"run"},
     "report": PARTS | SETTINGS | {"run", "evaluate"},
     "preparing": PARTS | SETTINGS,
-    "pretraining": PARTS | SETTINGS | {"run", "evaluate", "report", "preparing"},
+    "monitor": PARTS | SETTINGS | {"evaluate", "report", "preparing"},
+    "pretraining": PARTS | SETTINGS | {"run", "evaluate", "report", "preparing", "monitor"},
     "bench": PARTS | SETTINGS | {"run"},
     "commands": {"errors", "names", "strict"} | TYPED,
     "transfer": PARTS | SETTINGS | {"run"},

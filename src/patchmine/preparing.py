@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from functools import partial
+
+import torch
 
 from patchmine.config import RunConfig
 from patchmine.data.clips import PlainClips, TrainClips, middle_frame
 from patchmine.data.contract import Source, notes_of
 from patchmine.data.crops import MultiCropView
 from patchmine.data.loader import data_statistics
+from patchmine.data.normalise import normalise
 from patchmine.data.source import Spec, default_cache_dir, open_source
 from patchmine.data.video_sources import decoder_of, open_videos
 from patchmine.data.views import PlainView, TrainView, View
@@ -18,6 +23,8 @@ from patchmine.method import Method
 from patchmine.models.video import is_video
 from patchmine.models.vit import Encoder, smallest_side
 from patchmine.ops.schedules import LrSchedule
+from patchmine.train.engine import Engine
+from patchmine.types import Batch
 
 Say = Callable[[str], None]
 
@@ -108,3 +115,19 @@ def plain_view(config: RunConfig, crop_pct: float | None) -> View:
         return PlainView(config.image_size, crop_pct, "bilinear" if crop_pct is None else "bicubic")
     clip = config.clip
     return PlainClips(config.image_size, clip.frames, clip.stride, clip.short, crop_pct)
+
+
+def num_workers(config: RunConfig, engine: Engine) -> int:
+    """Processes that read images for one training process."""
+    if config.workers != "auto":
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if engine.device.type == "cpu":
+        return min(1, cores - 1)  # the cores are needed for arithmetic; one worker overlaps reading with it
+    return max(1, min(16, cores // config.devices))
+
+
+def normaliser(config: RunConfig, engine: Engine) -> Callable[[Batch], Batch]:
+    """Moves batches to the device and normalises them."""
+    mean, std = (torch.tensor(values, device=engine.device) for values in (config.mean, config.std))
+    return partial(normalise, mean=mean, std=std, device=engine.device)

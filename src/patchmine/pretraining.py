@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,39 +17,35 @@ from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
 from patchmine.data.loader import plain_batches, train_batches
-from patchmine.data.normalise import normalise
-from patchmine.data.sampling import spread_indices
 from patchmine.data.source import Spec
 from patchmine.data.views import View
+from patchmine.disk import replacing
 from patchmine.errors import UserError
-from patchmine.evaluate.features import Reading
-from patchmine.evaluate.knn import online_knn
-from patchmine.evaluate.labelled import LabelledData, open_labelled
-from patchmine.evaluate.targets import target_of
-from patchmine.method import Method
+from patchmine.lock import HeldLock, is_first_process, lock
 from patchmine.models.resnet import has_cifar_stem
 from patchmine.models.video import VideoTransformer, is_video
+from patchmine.monitor import Monitor
 from patchmine.preparing import (
     item_of,
     lr_schedule,
+    normaliser,
+    num_workers,
     open_data,
     plain_view,
     samples_per_epoch,
     train_view,
     with_statistics,
 )
-from patchmine.report.panels import draw_panels
 from patchmine.run import Run, build_method, partner_config, write_export
-from patchmine.train.checkpoint import Checkpoint, load_newest
+from patchmine.train.checkpoint import Checkpoint, load_newest_finite
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import refuse_stranger, train
 from patchmine.train.step import TrainSettings
-from patchmine.types import Batch, Progress
+from patchmine.types import Batch
 
 Say = Callable[[str], None]
 
-SAMPLE_IMAGES, SAMPLE_CLIPS = 6, 2  # on a picture made during training, where a clip takes as many rows as panels
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 
 
@@ -59,9 +55,11 @@ def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent
     ``source`` takes the place of ``config.data``: any torch Dataset, say.  Raises UserError for mistakes in settings,
     data or folders, and `train.signals.Interrupted`, a SystemExit with the stated code, when it was asked to stop.
     """
-    folder = _new_folder(config)
-    engine, images, config = _open(config, source, say)
-    return _train(config, folder, engine, images, None, say)
+    folder = _folder_of(config)
+    with _lock_of(folder, say) as held:
+        _refuse_run(folder)
+        engine, images, config = _open(config, source, say)
+        return _train(config, folder, engine, images, None, say, held)
 
 
 def resume(
@@ -74,6 +72,11 @@ def resume(
     for other settings or images.
     """
     run = Run(path)
+    with _lock_of(run.path, say) as held:
+        return _resume(run, overrides, source, say, held)
+
+
+def _resume(run: Run, overrides: Sequence[str], source: Spec | None, say: Say, held: HeldLock | None) -> Run:
     config = parse(run.config_file, list(overrides), say)
     changed = changed_results(run.config, config.model_copy(update={"data": run.config.data}))
     if changed:
@@ -81,24 +84,43 @@ def resume(
             f"a resumed run must keep the settings that decide its weights, but {'; '.join(changed)}: "
             "leave them out, or start a new run with `patchmine pretrain` and another out"
         )
-    start = load_newest(run.checkpoint_dir, say) if run.checkpoints else None
+    start = load_newest_finite(run.checkpoint_dir, say) if run.checkpoints else None
     engine, images, config = _open(config, source, say)
+    _agree_on_start(engine, 0 if start is None else start.step, run)
     say(f"{run.path}: going on from step {start.step}." if start else f"{run.path} has no checkpoint: from the start.")
-    return _train(config, run.path, engine, images, start, say)
+    return _train(config, run.path, engine, images, start, say, held)
 
 
-def _new_folder(config: RunConfig) -> Path:
+def _lock_of(folder: Path, say: Say) -> AbstractContextManager[HeldLock | None]:
+    """The lock of a run folder in the first process; the others of the run stand under it."""
+    return lock(folder, say) if is_first_process() else nullcontext()
+
+
+def _agree_on_start(engine: Engine, step: int, run: Run) -> None:
+    """Raise UserError where processes would go on from different steps: a stale list of files on another machine."""
+    steps = engine.largest(step), -engine.largest(-step)
+    if steps[0] != steps[1]:
+        raise UserError(
+            f"{run.checkpoint_dir} looks different from the machines of this run (steps {steps[1]} and {steps[0]}):"
+            " wait until its file system has caught up, then resume again"
+        )
+
+
+def _folder_of(config: RunConfig) -> Path:
     if config.out is None:
         raise UserError("out is not set: name a new folder for the run, as in out=runs/first")
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out={folder} is a file: name a new folder for the run")
+    return folder
+
+
+def _refuse_run(folder: Path) -> None:
     if (folder / "config.yaml").exists():
         raise UserError(
             f"out={folder} already holds a run, which is left as it is: go on with it by `patchmine resume {folder}`, "
             "or choose another out"
         )
-    return folder
 
 
 def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Source, RunConfig]:
@@ -137,12 +159,30 @@ def _fit_to_length(config: RunConfig, num_images: int, say: Say) -> RunConfig:
 
 def _write_config(config: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".config.yaml.new"
-    temporary.write_text(config.to_yaml(), encoding="utf-8")
-    temporary.replace(folder / "config.yaml")
+    with replacing(folder / "config.yaml") as new:
+        new.write_text(config.to_yaml(), encoding="utf-8")
 
 
-def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, start: Checkpoint | None, say: Say) -> Run:
+def _put_back(config: RunConfig, folder: Path, held: HeldLock | None) -> None:
+    """Before a checkpoint: what somebody removed from the folder meanwhile, without which it could not be resumed."""
+    if held is not None:
+        held.renew()
+    if not (folder / "config.yaml").exists():
+        _write_config(config, folder)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    engine: Engine,
+    images: Source,
+    start: Checkpoint | None,
+    say: Say,
+    held: HeldLock | None,
+) -> Run:
+    if engine.is_main and held is None:  # a rank in the environment that no launcher stands behind
+        with lock(folder, say) as held:
+            return _train(config, folder, engine, images, start, say, held)
     settings = _settings(config, images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -168,7 +208,7 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
         wandb=config.wandb,
     )
     with log:
-        looker = _Looker(config, folder, engine, images, method, log)
+        monitor = Monitor(config, folder, engine, images, method, log)
         train(
             method,
             _batches(config, settings, engine, images, view, first_step, bad),
@@ -179,8 +219,10 @@ def _train(config: RunConfig, folder: Path, engine: Engine, images: Source, star
             start=start,
             identity=identity,
             plain_data=_PlainData(config, images, engine, log.say),
-            on_epoch=looker.evaluate if config.eval_every else None,
-            on_sample=looker.draw,
+            on_epoch=monitor.evaluate if config.eval_every else None,
+            on_sample=monitor.draw,
+            before_save=lambda: _put_back(config, folder, held),
+            on_stop=held.stopping if held is not None else lambda: None,
         )
     if engine.is_main:
         write_export(config, method.encoder, Run(folder).export_dir)
@@ -213,16 +255,6 @@ def _settings(config: RunConfig, images: Source) -> TrainSettings:
     )
 
 
-def num_workers(config: RunConfig, engine: Engine) -> int:
-    """Processes that read images for one training process."""
-    if config.workers != "auto":
-        return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if engine.device.type == "cpu":
-        return min(1, cores - 1)  # the cores are needed for arithmetic; one worker overlaps reading with it
-    return max(1, min(16, cores // config.devices))
-
-
 def _batches(
     config: RunConfig,
     settings: TrainSettings,
@@ -250,12 +282,7 @@ def _batches(
         pin=engine.device.type == "cuda",
         bad=bad,
     )
-    return map(_normaliser(config, engine), loaded)
-
-
-def _normaliser(config: RunConfig, engine: Engine) -> Callable[[Batch], Batch]:
-    mean, std = (torch.tensor(values, device=engine.device) for values in (config.mean, config.std))
-    return partial(normalise, mean=mean, std=std, device=engine.device)
+    return map(normaliser(config, engine), loaded)
 
 
 @dataclass(frozen=True)
@@ -282,7 +309,7 @@ class _PlainData:
             workers=num_workers(self.config, self.engine),
             bad=BadFiles(None, self.config.max_bad_share, item_of(self.config)),
         )
-        return self._told(map(_normaliser(self.config, self.engine), loaded), len(share))
+        return self._told(map(normaliser(self.config, self.engine), loaded), len(share))
 
     def _told(self, batches: Iterator[Batch], total: int) -> Iterator[Batch]:
         """Says now and then how far a long pass is."""
@@ -293,63 +320,6 @@ class _PlainData:
             if time.monotonic() - last > PASS_SECONDS:
                 last = time.monotonic()
                 self.say(f"Looking at all training images before the epoch: {done:,} of this process's {total:,}.")
-
-
-class _Looker:
-    """What the first process does beside training: pictures of always the same images, and kNN on labelled ones."""
-
-    def __init__(
-        self, config: RunConfig, folder: Path, engine: Engine, images: Source, method: Method, log: Log
-    ) -> None:
-        self.config, self.folder, self.engine, self.method, self.log = config, folder, engine, method, log
-        self.images = images
-        self._batch: Batch | None = None
-        self._labelled: LabelledData | None = None
-        if config.eval_every and engine.is_main:
-            self._labelled = open_labelled(config.eval_data, config.eval_test, video=is_video(config.model))
-
-    def draw(self, progress: Progress, batch: Batch) -> None:
-        """samples/step-N.png."""
-        if self._batch is None:
-            self._batch = next(self._fixed_images(), None)
-        if self._batch is None:  # all of the chosen ones are broken
-            return
-        self.method.noise.begin(progress.step)
-        self.method.eval()  # the loop goes back to training by itself
-        with torch.no_grad(), self.engine.autocast():
-            panels = self.method.panels(self._batch, progress)
-        assert self.config.mean is not None
-        assert self.config.std is not None
-        sheet = draw_panels(panels, self.config.mean, self.config.std)
-        target = self.folder / "samples" / f"step-{progress.step:08d}.png"
-        target.parent.mkdir(exist_ok=True)
-        sheet.save(target)
-
-    def _fixed_images(self) -> Iterator[Batch]:
-        count, shown = len(self.images), SAMPLE_CLIPS if is_video(self.config.model) else SAMPLE_IMAGES
-        chosen = spread_indices(count, shown, self.config.seed)
-        view = plain_view(self.config, crop_pct=1.0)
-        loaded = plain_batches(
-            self.images,
-            view,
-            channels=self.config.channels,
-            batch_size=shown,
-            indices=chosen,
-            bad=BadFiles(None, 1.0),
-        )
-        return map(_normaliser(self.config, self.engine), loaded)
-
-    def evaluate(self, progress: Progress) -> None:
-        """An evaluation line of metrics.jsonl, every ``eval_every`` epochs and at the end."""
-        last = progress.step == progress.total_steps
-        if self._labelled is None or (progress.epoch % self.config.eval_every and not last):
-            return
-        reading = Reading(workers=num_workers(self.config, self.engine), device=str(self.engine.device))
-        target = target_of(self.config, self.method.encoder, "the encoder in training")
-        accuracy = online_knn(target, self._labelled, reading=reading)
-        epoch = progress.step / progress.steps_per_epoch
-        self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": "knn", **accuracy}})
-        self.log.say(f"step {progress.step}: kNN top-1 {accuracy['top1']:.1f} %")
 
 
 def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine: Engine) -> str:

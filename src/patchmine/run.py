@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -17,7 +16,8 @@ from patchmine.methods import METHODS
 from patchmine.models import weights
 from patchmine.models.video import is_video
 from patchmine.models.vit import Encoder, build_encoder
-from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest
+from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
+from patchmine.train.log import read_line
 
 Which = Literal["student", "teacher", "partner", "partner-teacher"]
 _PLACES: dict[Which, str] = {  # of an encoder's tensors in a checkpoint
@@ -132,18 +132,16 @@ class Run:
         return list_checkpoints(self.checkpoint_dir)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+        """The lines of metrics.jsonl; what cannot be read, such as a last line that a kill cut short, is left out."""
         if not self.metrics_file.is_file():
             return []
-        lines = [
-            _read_line(text) for text in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        ]
+        lines = [read_line(text) for text in self.metrics_file.read_bytes().split(b"\n")]
         return [line for line in lines if line is not None]
 
     def method(self) -> Method:
         """The method with the weights of the newest readable checkpoint, on the CPU, in eval mode.
 
-        Raises UserError when there is no checkpoint or it does not fit the settings.
+        Raises UserError when there is no checkpoint, when it does not fit the settings, or when it is not finite.
         """
         found = self._newest()
         method = build_method(self.config)
@@ -154,7 +152,7 @@ class Run:
         """The encoder alone, from the newest readable checkpoint or else from ``export/``, in eval mode.
 
         ``which="teacher"`` gives the slow copy that some methods keep, ``"partner"`` and ``"partner-teacher"`` those of
-        the second network, where a pair was trained.  Raises UserError where there is none.
+        the second network, where a pair was trained.  Raises UserError where there is none or it is not finite.
         """
         config, folder = self.description(which)
         if not self.checkpoints and weights.is_export(folder) and which in ("student", "partner"):
@@ -191,7 +189,14 @@ class Run:
                 f"{self.path} was imported as an encoder only, there is no checkpoint in {self.checkpoint_dir}: "
                 "it serves for eval, embed, export and init="
             )
-        return load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
+        found = load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
+        if bad := not_finite({"model": found.model}):
+            raise UserError(
+                f"{found.path} is of a run that diverged: {bad[0].removeprefix('model.')} holds values that are not"
+                f" finite ({len(bad)} of {len(found.model)} tensors do); `patchmine resume {self.path}` goes on from"
+                " the newest finite state, where there is one"
+            )
+        return found
 
 
 def _load(module: Method | Encoder, tensors: dict[str, Any], path: Path) -> None:
@@ -202,14 +207,6 @@ def _load(module: Method | Encoder, tensors: dict[str, Any], path: Path) -> None
         raise UserError(
             f"{path} does not fit the settings in config.yaml ({first[0].strip()}); was one of them changed?"
         ) from error
-
-
-def _read_line(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
 
 
 def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str]) -> Path:

@@ -18,6 +18,8 @@ from patchmine.train.log import Log
 from patchmine.train.loop import train
 from patchmine.train.step import TrainSettings
 
+HOOKS = ("on_epoch", "on_sample", "identity", "batches", "before_save", "on_stop")
+
 
 @pytest.fixture(scope="session")
 def engine() -> Engine:
@@ -30,7 +32,7 @@ def run_toy(engine: Engine, tmp_path: Path) -> Callable[..., Any]:
     from toy import Toy, toy_batches
 
     def run(name: str = "run", method: Any = None, start: Checkpoint | None = None, **given: Any) -> Any:
-        hooks = {key: given.pop(key) for key in ("on_epoch", "on_sample", "identity", "batches") if key in given}
+        hooks = {key: given.pop(key) for key in HOOKS if key in given}
         say = given.pop("say", lambda text: None)
         defaults: dict[str, Any] = dict(
             total_steps=12, steps_per_epoch=5, batch_size=8, checkpoint_every=5, log_every=4

@@ -346,7 +346,8 @@ for trial in range(12):
     reached = found.step
 assert reached >= 12
 save(folder, reached + 1, {"w": torch.zeros(1)}, {}, {}, keep=2)
-assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+assert left == [], left
 """
 
 

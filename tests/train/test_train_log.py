@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
 from patchmine.errors import UserError
 from patchmine.train import log as logs
-from patchmine.train.log import Log, Meter, trim_metrics
+from patchmine.train.log import Log, Meter, read_line, trim_metrics
 
 LINE = {
     "step": 10,
@@ -108,12 +113,92 @@ def test_other_processes_write_and_say_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_the_users_to_know(tmp_path: Path) -> None:
-    def write() -> None:
-        with Log(tmp_path, total_steps=40, say=lambda text: None, tensorboard=False) as log:
-            log._file.close()
-            log._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115  (the log closes it)
-            log.write(LINE)
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing beyond ``size`` bytes of any file fails, after a part of it may have been written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    with pytest.raises(UserError, match=r"metrics\.jsonl could not be written \(No space left on device\)"):
-        write()
+
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_full_disk_is_the_users_to_know_and_leaves_whole_lines(tmp_path: Path, room: int) -> None:
+    with Log(tmp_path, total_steps=40, say=lambda text: None, tensorboard=False) as log:
+        log.write(LINE)
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        with (
+            files_of_at_most(len(before) + room),
+            pytest.raises(
+                UserError, match=r"metrics\.jsonl could not be written .*; make room|raise.*patchmine resume"
+            ),
+        ):
+            log.write(LINE)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_metrics_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with Log(folder, total_steps=40, say=lambda text: None, tensorboard=False) as log:
+        log.write(LINE)
+        shutil.rmtree(folder)
+        log.write({**LINE, "step": 20})
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [20]
+
+
+def test_a_writer_that_fails_is_dropped_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the writer's thread is dead")
+
+    monkeypatch.setattr(logs._TensorBoard, "write", fail)
+    with Log(tmp_path, total_steps=40, say=said.append) as log:
+        for step in (10, 20, 30):
+            log.write({**LINE, "step": step})
+    warnings = [text for text in said if text.startswith("warning")]
+    assert len(warnings) == 1
+    assert "TensorBoard gets no more numbers (the writer's thread is dead)" in warnings[0]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+DAMAGED_LINES = [
+    b"\xff\xfe{",
+    b'{"step": 5, "lo',
+    b"[" * 5000,
+    b'{"loss": 1}',
+    b'{"step": NaN}',
+    b'{"step": Infinity}',
+    b'{"step": "5"}',
+    b'{"step": true}',
+    b'{"step": 1' + b"0" * 5000 + b"}",
+    b'{"step": 1e400}',
+    b'{"eval": 3}',
+    b"null",
+    b"\x00\x00",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
+def test_a_damaged_line_is_set_aside_and_said(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 5}\n' + line + b'\n{"step": 10}\n{"step": 15}\n')
+    said: list[str] = []
+    Log(tmp_path, total_steps=40, first_step=10, say=said.append, tensorboard=False).close()
+    assert path.read_bytes() == b'{"step": 5}\n{"step": 10}\n'
+    assert (tmp_path / logs.DAMAGED).read_bytes() == line + b"\n"
+    assert f"{path}: 1 damaged line moved to {tmp_path / logs.DAMAGED}." in said
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_damage_to_the_metrics_stops_a_resume(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    text = bytearray(b"".join(json.dumps({**LINE, "step": step}).encode() + b"\n" for step in range(10)))
+    for at in random.integers(0, len(text), 1 + seed % 8):
+        text[at] = random.integers(0, 256)
+    (tmp_path / "metrics.jsonl").write_bytes(bytes(text))
+    Log(tmp_path, total_steps=40, first_step=10, say=lambda text: None, tensorboard=False).close()
+    for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines():
+        assert read_line(line) is not None

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ import torch
 from toy import Toy, toy_batches
 
 from patchmine.errors import UserError
+from patchmine.train import loop
 from patchmine.train.checkpoint import list_checkpoints, load, load_newest
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import train
-from patchmine.train.signals import Interrupted
+from patchmine.train.signals import Interrupted, StopSignals
 from patchmine.train.step import TrainSettings
-from patchmine.types import Batch
+from patchmine.types import Batch, Progress
 
 Run = Callable[..., Any]
 
@@ -124,7 +127,86 @@ def test_skipped_steps_with_good_ones_between_do_not_stop_it(run_toy: Run) -> No
     run_toy(method=Toy(nan_steps=tuple(step for step in range(40) if step % 5)), total_steps=40)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def spoil_teacher(method: Toy) -> None:
+    method.teacher.bias.data[0] = torch.nan
+
+
+def spoil_weights(method: Toy) -> None:
+    method.decoder[1].weight.data[0, 0] = torch.inf
+
+
+def spoil_a_buffer(method: Toy) -> None:
+    method.register_buffer("centre", torch.tensor([0.0, -torch.inf]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "tensor"),
+    [
+        (spoil_teacher, "model.teacher.bias"),
+        (spoil_weights, "model.decoder.1.weight"),
+        (spoil_a_buffer, "model.centre"),
+    ],
+)
+@pytest.mark.parametrize("total", [12, 10])
+def test_a_state_that_is_not_finite_is_neither_saved_nor_done(
+    run_toy: Run, tmp_path: Path, spoil: Callable[[Toy], None], tensor: str, total: int
+) -> None:
+    """Between the checkpoints of steps 5 and 10, the last of which may be the end of the run."""
+    method = Toy()
+    stepped = method.after_step
+
+    def after_step(progress: Progress) -> None:
+        stepped(progress)
+        if progress.step == total - 2:
+            spoil(method)
+
+    method.after_step = after_step  # type: ignore[method-assign]
+    good = "step-00000010" if total == 12 else "step-00000005"
+    with pytest.raises(UserError, match=rf"after step {total} {tensor} .*last good state is .*{good}"):
+        run_toy(method=method, total_steps=total)
+    assert list_checkpoints(tmp_path / "run/checkpoints")[-1].stem == good
+
+
+def test_moments_that_are_not_finite_are_not_saved(run_toy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.optimizer_tensors
+
+    def spoilt(optimizers: Any) -> dict[str, Any]:
+        return {name: t / 0 if name.endswith("exp_avg_sq") else t for name, t in original(optimizers).items()}
+
+    monkeypatch.setattr(loop, "optimizer_tensors", spoilt)
+    with pytest.raises(UserError, match=r"after step 5 optimizer\.encoder\..*exp_avg_sq .*no earlier good state"):
+        run_toy()
+
+
+@pytest.mark.parametrize("blr", [1e30, 1e300])
+def test_rates_that_overflow_the_weights_stop_at_the_first_checkpoint(run_toy: Run, tmp_path: Path, blr: float) -> None:
+    with pytest.raises(UserError, match="not finite"):
+        run_toy(blr=blr, checkpoint_every=1, total_steps=40)
+    for path in list_checkpoints(tmp_path / "run/checkpoints"):
+        assert all(value.isfinite().all() for value in load(path).model.values())
+
+
+def test_skipped_steps_are_summed_up_at_the_end_and_over_a_resume(run_toy: Run, tmp_path: Path) -> None:
+    said: list[str] = []
+    spoilt = dict(method=Toy(nan_steps=(1, 2, 3, 9)))
+    with pytest.raises(Interrupted):
+        run_toy(batches=stop_at(6, 12), say=said.append, **spoilt)
+    assert not any("were skipped" in text for text in said)
+    start = load_newest(tmp_path / "run/checkpoints", print)
+    assert start.facts["skipped"] == 3
+    run_toy(start=start, say=said.append, method=Toy(nan_steps=(1, 2, 3, 9)))
+    assert "4 of 12 steps were skipped because loss or gradient was not finite" in said[-1]
+
+
+def test_a_short_run_that_skips_every_step_is_not_done(run_toy: Run) -> None:
+    with pytest.raises(UserError, match="not finite in 4 steps in a row"):
+        run_toy(method=Toy(nan_steps=tuple(range(4))), total_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     run_toy: Run, tmp_path: Path, number: int, code: int
 ) -> None:
@@ -150,6 +232,38 @@ def test_a_second_interrupt_is_obeyed_at_once(run_toy: Run, tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         run_toy(batches=impatient())
     assert load(tmp_path / "run/checkpoints/last").step == 5
+
+
+def test_a_third_interrupt_ends_the_process_without_a_traceback() -> None:
+    program = """
+import os, signal
+from patchmine.train.signals import StopSignals
+with StopSignals():
+    os.kill(os.getpid(), signal.SIGINT)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_who_waits_is_told_at_the_first_signal(run_toy: Run) -> None:
+    told: list[str] = []
+    with pytest.raises(Interrupted):
+        run_toy(batches=stop_at(6, 12), on_stop=lambda: told.append("stopping"))
+    assert told == ["stopping"]
 
 
 def test_a_signal_in_the_last_step_changes_nothing(run_toy: Run) -> None:

@@ -1,13 +1,17 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard, wandb, a progress bar or plain lines.
 
+Only metrics.jsonl is worth stopping for: whatever fails at the others is said once, and training goes on without them.
+
 ``Meter`` is the only place where a training tensor is read, and it is read every ``log_every`` steps.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,13 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from patchmine.errors import UserError
+from patchmine.disk import remedy, replacing
+from patchmine.errors import UserError, foreign_parser
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
 PLAIN_SECONDS = 5.0  # without a terminal, at most one line in this time
+MOST_STEPS = 2**53  # beyond it a number in a file is no count of steps
+DAMAGED = "metrics.damaged.jsonl"
 
 
 class Meter:
@@ -90,8 +97,8 @@ class Log:
     nothing.
 
     Lines of ``metrics.jsonl`` after ``first_step``, the step that training starts from, are removed: they will come
-    again. ``wandb`` is the name of a project there.  ``console``: where a bar is drawn when it is a terminal;
-    otherwise ``say`` gets lines.
+    again; those that cannot be read are set aside.  ``wandb`` is the name of a project there.  ``console``: where a bar
+    is drawn when it is a terminal; otherwise ``say`` gets lines.
     """
 
     def __init__(
@@ -113,14 +120,18 @@ class Log:
         self._writers: list[_TensorBoard | _Wandb] = []
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        trim_metrics(self._path, first_step)
-        self._file = self._path.open("ab", buffering=0)  # a line is on its way as soon as it is written
+        with self._told():
+            folder.mkdir(parents=True, exist_ok=True)
+            if aside := trim_metrics(self._path, first_step):
+                say(f"{self._path}: {aside} damaged line{'s' * (aside > 1)} moved to {folder / DAMAGED}.")
+            self._file = self._path.open("ab", buffering=0)  # a line is on its way as soon as it is written
         if tensorboard:
-            self._writers.append(_TensorBoard(folder, first_step))
+            with self._spared("TensorBoard"):
+                self._writers.append(_TensorBoard(folder, first_step))
         if wandb is not None:
-            self._writers.append(_Wandb(folder, wandb))
+            with self._spared("wandb"):
+                self._writers.append(_Wandb(folder, wandb))
         self._start_bar(first_step, console)
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -129,15 +140,11 @@ class Log:
             return
         text = json.dumps({key: _clean(value) for key, value in line.items()}, allow_nan=False)
         scalars = dict(_flatten(line))
-        try:
-            self._file.write(text.encode() + b"\n")
-            for writer in self._writers:
+        with self._told():
+            self._append(text.encode() + b"\n")
+        for writer in list(self._writers):
+            with self._spared(writer.name, writer):
                 writer.write(scalars, int(line["step"]))
-        except OSError as error:
-            raise UserError(
-                f"{self._path} could not be written ({error.strerror}); make room there, then go on with"
-                f" `patchmine resume {self.folder}`"
-            ) from error
         self._show(line)
 
     def advance(self, step: int) -> None:
@@ -155,12 +162,46 @@ class Log:
         if self.folder is None:
             return
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self._bar.stop()
             self._bar = None
-        self._file.close()
+        with suppress(OSError):  # each line was written at once
+            self._file.close()
         for writer in self._writers:
-            with suppress(OSError):  # a full disk has been told already
+            with suppress(Exception):  # its last numbers; they stand in metrics.jsonl
                 writer.close()
+
+    def _append(self, data: bytes) -> None:
+        """One whole line at the end of the file, or none; the file is made again where somebody removed it."""
+        if not (self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
+        before = os.fstat(self._file.fileno()).st_size
+        if (written := self._file.write(data)) != len(data):  # a disk that is full takes a part
+            if written:
+                self._file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path} could not be written ({error.strerror}); {remedy(error)}, then go on with"
+                f" `patchmine resume {self.folder}`"
+            ) from error
+
+    @contextmanager
+    def _spared(self, name: str, writer: _TensorBoard | _Wandb | None = None) -> Iterator[None]:
+        """Around a writer that is not worth a run: it is dropped when it fails."""
+        try:
+            with foreign_parser(_WriterError):
+                yield
+        except _WriterError as error:
+            self._writers = [other for other in self._writers if other is not writer]
+            self.say(f"warning: {name} gets no more numbers ({error}); training goes on, metrics.jsonl has them all")
 
     def __enter__(self) -> Log:
         return self
@@ -211,21 +252,45 @@ def describe(line: Mapping[str, Any]) -> str:
     return text + (f"  skipped {line['skipped']}" if line.get("skipped") else "")
 
 
-def trim_metrics(path: Path, step: int) -> None:
-    """Remove the lines after ``step``, and a last one that was cut short."""
+def read_line(text: str | bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, or None where it is none: cut short by a kill, or damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and step_of(line) is not None else None
+
+
+def step_of(line: Mapping[str, Any]) -> float | None:
+    """The step that a line is about, or None where it names none that can be."""
+    evaluation = line.get("eval")
+    step = line.get("step", evaluation.get("step") if isinstance(evaluation, dict) else None)
+    valid = isinstance(step, int | float) and not isinstance(step, bool) and 0 <= step <= MOST_STEPS
+    return float(step) if valid else None
+
+
+def trim_metrics(path: Path, step: int) -> int:
+    """Remove the lines after ``step``, and a last one that was cut short.
+
+    Lines that cannot be read otherwise are moved to `DAMAGED` beside it; returns how many.
+    """
     if not path.exists():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            if (line["step"] if "step" in line else line["eval"]["step"]) <= step:
-                kept.append(text + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # cut short by a kill
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+        return 0
+    kept, damaged = [], []
+    *whole, cut = path.read_bytes().split(b"\n")
+    for text in [*whole, cut] if read_line(cut) else whole:
+        line = read_line(text)
+        if line is None:
+            damaged.append(text + b"\n")
+        elif (step_of(line) or 0) <= step:
+            kept.append(text + b"\n")
+    damaged = [text for text in damaged if text.strip()]
+    if damaged:
+        with path.with_name(DAMAGED).open("ab") as file:
+            file.writelines(damaged)
+    with replacing(path) as new:
+        new.write_bytes(b"".join(kept))
+    return len(damaged)
 
 
 def _clean(value: Any) -> Any:
@@ -252,7 +317,13 @@ def _minutes(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under 1 min"
 
 
+class _WriterError(Exception):
+    """A writer of numbers failed at something."""
+
+
 class _TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -267,6 +338,8 @@ class _TensorBoard:
 
 
 class _Wandb:
+    name = "wandb"
+
     def __init__(self, folder: Path, project: str) -> None:
         try:
             import wandb

@@ -10,10 +10,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from patchmine.errors import UserError
 from patchmine.method import Method
-from patchmine.train.checkpoint import Checkpoint, list_checkpoints, save
+from patchmine.train.checkpoint import Checkpoint, newest_finite, save
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
@@ -37,6 +38,8 @@ def train(
     plain_data: Iterable[Batch] = (),
     on_epoch: Callable[[Progress], None] | None = None,
     on_sample: Callable[[Progress, Batch], None] | None = None,
+    before_save: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> Progress:
     """Train ``method`` to the end of the run, from ``start`` if given; returns the progress that was reached.
 
@@ -44,15 +47,19 @@ def train(
     ``folder`` is the run's checkpoint folder.  ``identity``: fingerprints that are stored and must be equal on resume,
     by the name of what they stand for ("settings", "data").  ``on_epoch`` is called after each epoch and after the
     last step, before the checkpoint; ``on_sample`` every ``sample_every`` steps and after the last, with the batch
-    just used; both in the first process only, with the count of finished steps.  Raises UserError (a full disk, no
-    finite loss, another identity) and, after SIGINT, SIGTERM or SIGUSR1, Interrupted.
+    just used; both in the first process only, with the count of finished steps.  ``before_save`` is called there before
+    each checkpoint, ``on_stop`` as soon as a signal asks to stop.
+
+    Raises:
+        UserError: a full disk, no finite loss, a state that is not finite, another identity.
+        Interrupted: after SIGINT, SIGTERM, SIGHUP or SIGUSR1.
     """
     stepper = Stepper(method, engine, settings)
     if start is not None:
         restore(method, stepper.optimizers, start, identity or {})
-    facts = {"identity": dict(identity or {})}
+    skipped_before = 0 if start is None else _count(start.facts.get("skipped"))
     method.train()
-    with StopSignals() as stop:
+    with StopSignals(on_stop) as stop:
         for step in range(0 if start is None else start.step, settings.total_steps):
             now, done = settings.progress(step), settings.progress(step + 1)
             if step % settings.steps_per_epoch == 0:
@@ -67,10 +74,12 @@ def train(
                     method.train()
                 asked = engine.largest(stop.received)
                 if engine.is_main and (asked or _due(done, settings.checkpoint_every)):
-                    state = optimizer_tensors(stepper.optimizers)
-                    save(folder, done.step, method.state_dict(), state, facts, keep=settings.keep_checkpoints)
+                    before_save()
+                    facts = {"identity": dict(identity or {}), "skipped": skipped_before + stepper.total_skipped()}
+                    _save(stepper, done, folder, facts)
             if asked and done.step < settings.total_steps:
                 raise _stopped(asked, done, folder, log, engine)
+    _say_skipped(skipped_before + stepper.total_skipped(), settings, log)
     return settings.progress(settings.total_steps)
 
 
@@ -94,6 +103,24 @@ def refuse_stranger(start: Checkpoint, identity: Mapping[str, str]) -> None:
                 f"{start.path} was written with other {what} (fingerprint {stored[what]}, now {value});"
                 f" go on with the run's own {what}, or start a new run in another folder"
             )
+
+
+def _count(number: object) -> int:
+    """A count from a file; earlier versions kept none."""
+    return number if type(number) is int else 0
+
+
+def _save(stepper: Stepper, done: Progress, folder: Path, facts: Mapping[str, Any]) -> None:
+    state = optimizer_tensors(stepper.optimizers)
+    save(folder, done.step, stepper.method.state_dict(), state, facts, keep=stepper.settings.keep_checkpoints)
+
+
+def _say_skipped(skipped: int, settings: TrainSettings, log: Log) -> None:
+    if skipped:
+        log.say(
+            f"{skipped} of {settings.total_steps} steps were skipped because loss or gradient was not finite; if these"
+            " are more than a few, use a smaller blr or precision=fp32"
+        )
 
 
 def _due(done: Progress, every: int) -> bool:
@@ -131,13 +158,13 @@ def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:
             "data_wait": round(waited / seconds, 4),
         }
     )
-    if in_a_row >= MAX_SKIPPED:
+    if in_a_row >= min(MAX_SKIPPED, done.total_steps):
         raise UserError(_divergence(in_a_row, done, stepper.settings, folder))
 
 
 def _divergence(in_a_row: int, done: Progress, settings: TrainSettings, folder: Path) -> str:
-    saved = list_checkpoints(folder)
-    kept = f"; the last good state is {saved[-1]}" if saved else ""
+    good = newest_finite(folder)
+    kept = f"; the last good state is {good}" if good else ""
     return (
         f"loss or gradient was not finite in {in_a_row} steps in a row (to step {done.step} of {done.total_steps})"
         f", so training stopped{kept}; start a new run with a smaller blr (now {settings.blr:g}), a longer"

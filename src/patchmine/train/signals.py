@@ -1,14 +1,19 @@
-"""Being asked to stop: the step is finished and saved, and only a second Ctrl-C is obeyed at once."""
+"""Being asked to stop: the step is finished and saved, and only a second Ctrl-C is obeyed at once.
+
+A lost terminal (SIGHUP) asks like a scheduler (SIGTERM, SIGUSR1) and a person (SIGINT) do, unless `nohup` said that it
+must not.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(SystemExit):
@@ -22,19 +27,24 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Within this context SIGINT, SIGTERM and SIGUSR1 only set ``received``; a second SIGINT raises KeyboardInterrupt.
+    """Within this context the signals of `WATCHED` only set ``received``; a second SIGINT raises KeyboardInterrupt.
 
-    Outside of the main thread, where Python cannot listen to signals, nothing changes.
+    A third one, while that unwinds, ends the process where it stands, as `kill -9` would.  ``on_stop`` is called at the
+    first signal.  Outside of the main thread, where Python cannot listen to signals, nothing changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
         self.received = 0
+        self._on_stop = on_stop
+        self._unwinding = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+            ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # started by nohup
+            watched = [number for number in WATCHED if not (ignored and number == signal.SIGHUP)]
+            self._before = {number: signal.signal(number, self._note) for number in watched}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -44,6 +54,11 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a data worker that was forked from us: it goes on until the step is finished
+        if self._unwinding and number == signal.SIGINT:
+            os._exit(128 + number)
         if self.received and number == signal.SIGINT:
+            self._unwinding = True
             raise KeyboardInterrupt
-        self.received = number
+        first, self.received = not self.received, number
+        if first:
+            self._on_stop()

@@ -61,7 +61,8 @@ class Stepper:
         self.rates: dict[str, float] = {}
         self.meter = Meter()
         self.watch = Stopwatch()
-        self._skips = torch.zeros(3, device=engine.device)  # in this interval, in a row until now, longest row
+        # Of skipped steps: in this interval, in a row until now, longest row, in all.
+        self._skips = torch.zeros(4, device=engine.device)
 
     def make(self, progress: Progress, batches: Iterator[Batch]) -> Batch:
         """Rates, losses, gradients, update; returns the last micro-batch."""
@@ -88,9 +89,13 @@ class Stepper:
 
     def read_skips(self) -> tuple[int, int]:
         """(skipped since the last reading, most of them in a row).  This waits for the device."""
-        skipped, row, longest = (int(number) for number in self._skips.tolist())
-        self._skips = self._skips.new_tensor([0, row, row])
+        skipped, row, longest, total = (int(number) for number in self._skips.tolist())
+        self._skips = self._skips.new_tensor([0, row, row, total])
         return skipped, longest
+
+    def total_skipped(self) -> int:
+        """Steps of this process's part of the run that were skipped.  This waits for the device."""
+        return int(self._skips[3])
 
     def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch:
         with self.watch.waiting():
@@ -112,6 +117,6 @@ class Stepper:
         self.meter.add(losses)
 
     def _count(self, bad: Tensor) -> None:
-        skipped, row, longest = self._skips.unbind()
+        skipped, row, longest, total = self._skips.unbind()
         row = (row + bad) * bad
-        self._skips = torch.stack([skipped + bad, row, torch.maximum(longest, row)])
+        self._skips = torch.stack([skipped + bad, row, torch.maximum(longest, row), total + bad])
