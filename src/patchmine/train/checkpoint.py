@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,8 @@ from patchmine.disk import remedy, replacing
 from patchmine.errors import UserError, foreign_parser, reason_of
 
 FORMAT = 2  # of the head; 1 had no checksum over itself, over shapes and over types
+
+SCRATCH = ".writing"
 
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 _PARTS = ("model", "optimizer")
@@ -91,8 +94,9 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _make_way(path)
-        with replacing(path) as new:
-            _write(new, step, parts, facts)
+        with replacing(path) as new, _scratch_folder(folder) as scratch:
+            _write(scratch / path.name, step, parts, facts)
+            (scratch / path.name).rename(new)
     except (OSError, SafetensorError) as error:
         reason = _system_error(error)
         raise UserError(
@@ -268,11 +272,24 @@ def _checksum_of_format_1(tensors: Mapping[str, Tensor]) -> int:
     return value
 
 
+@contextmanager
+def _scratch_folder(folder: Path) -> Iterator[Path]:
+    """A folder for safetensors, which first writes to files with names of its own: those too go when we are killed."""
+    scratch = folder / f"{SCRATCH}.{os.getpid()}"
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _make_way(path: Path) -> None:
     """Remove what killed processes left half written, and move aside a folder that has the checkpoint's name."""
     for left in path.parent.glob(".*.new*"):
         with suppress(OSError):
             left.unlink()
+    for left in path.parent.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
     if path.is_dir():
         path.rename(path.with_name(f"{path.name}.{os.getpid()}.folder"))
 
