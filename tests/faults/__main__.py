@@ -1,0 +1,118 @@
+"""`make faults`: all campaigns, and one table of what was tried, what survived and what did not.
+
+    python tests/faults [MUTANTS=10000] [KILLS=100] [SEED=0] [GROUPS=mutants,kills,...] [MARKDOWN=file] [KEEP=folder]
+
+Exit code 1 when anything did what nothing may.  docs/faults.md says what that is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import scene as scenes
+import table
+
+GROUPS = ("mutants", "kills", "crashes", "full-disk", "shared-folder", "killed-rank")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is tried; ``crashes`` and ``full_disk`` 0: at every call."""
+
+    mutants: int = 10_000
+    kills: int = 100
+    crashes: int = 0
+    full_disk: int = 0
+    shared: int = 4
+    ranks: int = 4
+    seed: int = 0
+    processes: int = 0
+    minutes: float = 15.0
+    groups: str = ",".join(GROUPS)
+    markdown: str = ""
+    keep: str = ""
+
+
+def main(words: list[str]) -> int:
+    """Run the groups that are asked for; 0 when there was no fault."""
+    sizes = _sizes(words)
+    began = time.monotonic()
+    scenes.preload()
+    room = Path(tempfile.mkdtemp(prefix="patchmine-faults-"))
+    try:
+        rows, faults = _campaigns(sizes, room)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+    seconds = time.monotonic() - began
+    print(table.as_text(rows, faults, sizes, seconds))
+    if sizes.markdown:
+        Path(sizes.markdown).write_text(table.as_markdown(rows, sizes, seconds), encoding="utf-8")
+    return int(any(row.faults for row in rows))
+
+
+def _sizes(words: list[str]) -> Sizes:
+    """From the environment and from KEY=VALUE words, which overrule it."""
+    given = {name: os.environ[name.upper()] for name in Sizes.__dataclass_fields__ if name.upper() in os.environ}
+    for word in words:
+        key, mark, value = word.partition("=")
+        if not mark or key.lower() not in Sizes.__dataclass_fields__:
+            raise SystemExit(f"{word} is none of {', '.join(f'{name.upper()}=' for name in Sizes.__dataclass_fields__)}")
+        given[key.lower()] = value
+    kinds = {name: type(getattr(Sizes, name)) for name in Sizes.__dataclass_fields__}
+    sizes = Sizes(**{name: kinds[name](value) for name, value in given.items()})
+    unknown = set(sizes.groups.split(",")) - set(GROUPS)
+    if unknown:
+        raise SystemExit(f"GROUPS={sizes.groups}: {', '.join(sorted(unknown))} is none of {', '.join(GROUPS)}")
+    return sizes
+
+
+def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
+    import crashes
+    import kills
+    import mutants
+    import together
+
+    images = scenes.make_images(room / "images")
+    took = kills.whole_run(images, room / "whole", room / "whole.log")
+    took = kills.whole_run(images, room / "again", room / "again.log")
+    scene = kills.Scene(images, room / "whole", took, room, sizes.seed)
+    processes = sizes.processes or len(os.sched_getaffinity(0))
+    share = 60 * sizes.minutes
+    groups: dict[str, Callable[[], list[table.Row]]] = {
+        "mutants": lambda: mutants.rows(room, sizes, processes, 0.45 * share),
+        "kills": lambda: [
+            table.row("killed at a random moment", kills.kill_runs(scene, kills=sizes.kills, processes=processes, seconds=0.2 * share))
+        ],
+        "crashes": lambda: [
+            table.row("crash at a file-system call", crashes.crash_runs(scene, processes=processes, seconds=0.25 * share, most=sizes.crashes or None))
+        ],
+        "full-disk": lambda: [
+            table.row("disk full at a call", crashes.full_disk_runs(scene, processes=processes, seconds=0.12 * share, most=sizes.full_disk or None))
+        ],
+        "shared-folder": lambda: [
+            table.row("two processes in one folder", together.shared_folder_runs(scene, count=sizes.shared, processes=1, seconds=0.1 * share))
+        ],
+        "killed-rank": lambda: [
+            table.row("one of two ranks killed", together.killed_rank_runs(scene, count=sizes.ranks, seconds=0.15 * share))
+        ],
+    }
+    rows = list[table.Row]()
+    for name in sizes.groups.split(","):
+        began = time.monotonic()
+        rows += groups[name]()
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+    return rows, [fault for row in rows for fault in row.faults]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
