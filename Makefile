@@ -2,6 +2,7 @@
 # make demo      pre-train HPM on photographs, evaluate, write a report: about ten minutes on two cores
 # make check     ruff, mypy --strict, documentation and its links
 # make test      the test suite; `make test-all` adds the slow tests
+# make faults    damaged files, kills, crashes, full disks: tried, survived, faults (MUTANTS=10000 KILLS=100 SEED=0)
 #
 # Each makes or updates .venv by itself.  Another interpreter: make PYTHON=python3.12 install
 
@@ -15,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev demo test test-all check check-code check-docs format clean
+.PHONY: help install install-dev demo test test-all faults check check-code check-docs format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -54,6 +55,10 @@ test: $(DEV_READY)
 
 test-all: $(DEV_READY)
 	@$(BIN)/python -m pytest --quiet -m "slow or not slow" --timeout 3600
+
+# Sizes come from the environment or the command line, as in make faults MUTANTS=500 KILLS=5 ONLY=mutants,kills
+faults: $(DEV_READY)
+	@$(BIN)/python tests/faults
 
 check: check-code check-docs
 

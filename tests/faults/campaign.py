@@ -7,6 +7,7 @@ nothing happens, or too much memory, is ended with its worker and counted as a f
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import re
@@ -25,13 +26,27 @@ from pathlib import Path
 from typing import Any
 
 import seeds
-from formats import Format, digest
+from formats import Format
+from run_readers import digest
 
 SECONDS, CLOCK_SECONDS = 10.0, 60.0
 MEMORY = 2**30  # bytes above those that the worker had, for a file under SMALL
 SMALL = 2**20
 # Audit events of the interpreter that reading a file has no business with.
-FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "pty.spawn", "socket.connect", "socket.getaddrinfo", "socket.bind", "webbrowser.open", "ctypes.dlopen/")
+FORBIDDEN = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.startfile",
+    "pty.spawn",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.bind",
+    "webbrowser.open",
+    "ctypes.dlopen/",
+)
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
@@ -62,12 +77,16 @@ class _Job:
     number: int
 
 
-def run(formats: Sequence[Format], *, count: int, seed: int, processes: int, seconds: float, scratch: Path) -> dict[str, Tally]:
+def run(
+    formats: Sequence[Format], *, count: int, seed: int, processes: int, seconds: float, scratch: Path
+) -> dict[str, Tally]:
     """Try ``count`` mutants, evenly over the formats and in turn, and stop after ``seconds``."""
     jobs = [_Job(place % len(formats), place // len(formats)) for place in range(count)]
     tallies = {each.name: Tally() for each in formats}
     end = time.monotonic() + seconds
-    workers = [_Worker(formats, jobs[start::processes], seed, scratch / f"worker-{start}") for start in range(processes)]
+    workers = [
+        _Worker(formats, jobs[start::processes], seed, scratch / f"worker-{start}") for start in range(processes)
+    ]
     try:
         while any(worker.busy for worker in workers) and time.monotonic() < end:
             ready, _, _ = select.select([worker.pipe for worker in workers if worker.busy], [], [], 0.1)
@@ -174,12 +193,15 @@ def _work(formats: Sequence[Format], jobs: Sequence[_Job], seed: int, scratch: P
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)  # decoders in C write where they like
+    faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     trespass: list[str] = []
     sound = {each.name: _sound(each, number) for number, each in enumerate(formats)}
-    sys.addaudithook(lambda event, arguments: trespass.append(f"{event} {arguments!r}"[:200]) if event in FORBIDDEN else None)
+    sys.addaudithook(
+        lambda event, arguments: trespass.append(f"{event} {arguments!r}"[:200]) if event in FORBIDDEN else None
+    )
     for job in jobs:
         each = formats[job.format]
         _, data = each.mutant(job.number, seed)
@@ -275,6 +297,7 @@ def _peak() -> int:
 
 def grouped(faults: Sequence[Fault]) -> list[tuple[Fault, int]]:
     """One example of each kind of fault with its count, the most frequent first."""
+
     def same(fault: Fault) -> tuple[Any, ...]:
         return fault.format, fault.kind, fault.reason.split(": ")[0]
 

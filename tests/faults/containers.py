@@ -14,7 +14,14 @@ from mutators import BYTES, EXTREMES, TEXT, extreme_integer
 
 _PNG, _TIFF_ENTRY = 8, 12
 _TAR_FIELDS = ((0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (257, 8), (345, 155))
-_TAR_SIZES = (b"77777777777\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"00000000000\0", b"not octal!!\0")
+_TAR_SIZES = (
+    b"77777777777\0",
+    b"-0000000001\0",
+    b"\x80" + b"\xff" * 11,
+    b"\xff" * 12,
+    b"00000000000\0",
+    b"not octal!!\0",
+)
 _TAR_KINDS = b"\x000123456789LKxgSVM?"
 
 
@@ -68,7 +75,9 @@ def tar_header(data: bytes, chance: random.Random) -> bytes:
     elif width == 1:
         header[place] = chance.choice(_TAR_KINDS)
     else:
-        header[place : place + width] = chance.choice(BYTES)(bytes(header[place : place + width]), chance)[:width].ljust(width, b"\0")
+        header[place : place + width] = chance.choice(BYTES)(bytes(header[place : place + width]), chance)[
+            :width
+        ].ljust(width, b"\0")
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
     return data[:start] + bytes(header) + data[start + 512 :]
 
@@ -87,9 +96,18 @@ def tar_member(data: bytes, chance: random.Random) -> bytes:
                 if what == 0:
                     content = chance.choice((*BYTES, *TEXT))(content, chance)
                 elif what == 1:
-                    member.name = chance.choice(("../" + member.name, "/etc/" + member.name, "x" * 300 + ".jpg", "a\nb.jpg", ".", ""))
+                    member.name = chance.choice(
+                        ("../" + member.name, "/etc/" + member.name, "x" * 300 + ".jpg", "a\nb.jpg", ".", "")
+                    )
                 else:
-                    member.type, member.linkname = chance.choice(((tarfile.SYMTYPE, member.name), (tarfile.LNKTYPE, "no"), (tarfile.FIFOTYPE, ""), (tarfile.DIRTYPE, "")))
+                    member.type, member.linkname = chance.choice(
+                        (
+                            (tarfile.SYMTYPE, member.name),
+                            (tarfile.LNKTYPE, "no"),
+                            (tarfile.FIFOTYPE, ""),
+                            (tarfile.DIRTYPE, ""),
+                        )
+                    )
                 member.size = len(content) if member.type == tarfile.REGTYPE else 0
             new.addfile(member, io.BytesIO(content))
     return out.getvalue()
@@ -110,7 +128,10 @@ def zip_member(data: bytes, chance: random.Random) -> bytes:
     elif what == 4:
         members.append((name, chance.randbytes(len(content))))
     else:
-        members[number] = (chance.choice(("../x", "constants.pkl", "a/constants.pkl", name.split("/")[0], name + "\0")), content)
+        members[number] = (
+            chance.choice(("../x", "constants.pkl", "a/constants.pkl", name.split("/")[0], name + "\0")),
+            content,
+        )
     out = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(out, "w") as new:
         warnings.simplefilter("ignore")  # about two members of one name

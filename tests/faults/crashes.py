@@ -1,4 +1,4 @@
-"""A crash before, within and after every call by which a run changes its folder; and a disk that is full from each on."""
+"""A crash before, within and after every call by which a run changes its folder; a disk that is full from each on."""
 
 from __future__ import annotations
 
@@ -91,9 +91,11 @@ def crash_runs(scene: Scene, *, processes: int, seconds: float, most: int | None
         found = record(scene, part)
         remarks.append(f"{len(found)} calls of {part.name}")
         for number, (name, file) in enumerate(found):
-            actions: tuple[Action, ...] = ("before", "half", "after") if name in ("write", "save") else ("before", "after")
+            actions: tuple[Action, ...] = (
+                ("before", "half", "after") if name in ("write", "save") else ("before", "after")
+            )
             cases += [(part, number, f"{name} {file}", action) for action in actions]
-    random.Random(f"{scene.seed}/crashes").shuffle(cases)  # noqa: S311, so that an early end leaves some of each kind
+    random.Random(f"{scene.seed}/crashes").shuffle(cases)  # so that an early end leaves some of each kind
     outcome = spread(lambda case: _crash(scene, *case), cases[:most], processes=processes, seconds=seconds)
     outcome.remark = ", ".join(remarks)
     return outcome
@@ -121,7 +123,7 @@ def full_disk_runs(scene: Scene, *, processes: int, seconds: float, most: int | 
         chosen = [(part, number, f"{name} {file}") for number, (name, file) in enumerate(found) if name in NEEDS_ROOM]
         remarks.append(f"{len(chosen)} calls of {part.name}")
         cases += chosen
-    random.Random(f"{scene.seed}/full").shuffle(cases)  # noqa: S311
+    random.Random(f"{scene.seed}/full").shuffle(cases)
     limited = [(Part("a run under RLIMIT_FSIZE", None), -1, "")]
     outcome = spread(lambda case: _full(scene, *case), limited + cases[:most], processes=processes, seconds=seconds)
     outcome.remark = ", ".join(remarks)

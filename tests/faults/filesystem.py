@@ -5,6 +5,9 @@ returns, and the one function of safetensors that writes.  What happens before t
 on disk, so a crash before and after every call passes through all states that a killed process can leave.
 """
 
+# What stands below pathlib cannot be written with it.
+# ruff: noqa: PTH100, PTH115, PTH116, PTH118, PTH119
+
 from __future__ import annotations
 
 import builtins
@@ -20,7 +23,20 @@ from typing import Any, Literal
 CRASHED = 99  # exit code of a process that was made to crash
 Action = Literal["record", "before", "half", "after", "full"]
 
-_PLAIN = ("replace", "rename", "unlink", "remove", "mkdir", "rmdir", "symlink", "link", "chmod", "truncate", "ftruncate", "fsync")
+_PLAIN = (
+    "replace",
+    "rename",
+    "unlink",
+    "remove",
+    "mkdir",
+    "rmdir",
+    "symlink",
+    "link",
+    "chmod",
+    "truncate",
+    "ftruncate",
+    "fsync",
+)
 NEEDS_ROOM = ("mkdir", "symlink", "link", "fsync", "open", "write", "save")
 _MAKES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 

@@ -30,7 +30,7 @@ class Scene:
 
 def kill_runs(scene: Scene, *, kills: int, processes: int, seconds: float) -> Outcome:
     """At least ``kills`` kills, spread over runs of one to three of them."""
-    chance, plan = random.Random(f"{scene.seed}/kills"), []  # noqa: S311
+    chance, plan = random.Random(f"{scene.seed}/kills"), []
     while sum(plan) < kills:
         plan.append(chance.choice((1, 1, 2, 3)))
     cases = list(enumerate(plan))
@@ -40,7 +40,7 @@ def kill_runs(scene: Scene, *, kills: int, processes: int, seconds: float) -> Ou
 
 
 def _one_run(scene: Scene, number: int, kills: int) -> tuple[int, list[str]]:
-    chance = random.Random(f"{scene.seed}/kills/{number}")  # noqa: S311
+    chance = random.Random(f"{scene.seed}/kills/{number}")
     out, log = scene.scratch / f"killed-{number}", scene.scratch / f"killed-{number}.log"
     sessions, faults, done, told = set[int](), list[str](), 0, list[str]()
     while done < kills and not faults:

@@ -20,7 +20,9 @@ def rows(room: Path, sizes: Any, processes: int, seconds: float) -> list[table.R
     (run / "eval" / "knn.json").unlink()
     (run / "eval").rmdir()
     scratch = room / "mutants"
-    tallies = campaign.run(every, count=sizes.mutants, seed=sizes.seed, processes=processes, seconds=seconds, scratch=scratch)
+    tallies = campaign.run(
+        every, count=sizes.mutants, seed=sizes.seed, processes=processes, seconds=seconds, scratch=scratch
+    )
     by_name = {each.name: each for each in every}
     if sizes.keep:
         for tally in tallies.values():
@@ -34,7 +36,14 @@ def _row(name: str, tally: campaign.Tally, planned: int) -> table.Row:
         f"{name}: {fault.kind}, {fault.reason} ({count} such; the first is mutant {fault.number}, {fault.mutators})"
         for fault, count in campaign.grouped(tally.faults)
     ]
-    return table.Row(f"damaged {name}", tally.tried, len(tally.faults), faults, planned - tally.tried, f"{tally.read} read, {tally.refused} refused")
+    return table.Row(
+        f"damaged {name}",
+        tally.tried,
+        len(tally.faults),
+        faults,
+        planned - tally.tried,
+        f"{tally.read} read, {tally.refused} refused",
+    )
 
 
 def _keep(tally: campaign.Tally, by_name: dict[str, formats.Format], sizes: Any) -> None:

@@ -13,19 +13,78 @@ from collections.abc import Callable
 
 Mutator = Callable[[bytes, random.Random], bytes]
 
-EXTREMES = (0, -1, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
+EXTREMES = (
+    0,
+    -1,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 HEAD = 512  # bytes at the start of a file, where most formats keep their sizes
 DEEP = 100_000
 
 # What a grammar allows and a reader may not expect, in the place of a number, a word or a text.
 WORDS = (
     *(b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"9" * 400, b"1" + b"0" * 5000, b"-0", b"0x10", b"1_000"),
-    *(b"9223372036854775807", b"9223372036854775808", b"4294967296", b"-1", b"0", b"1e-400", b"1e308", b"0.1e999999999"),
-    *(b"null", b"true", b"[]", b"{}", b"[[]]", b'""', b'"\\ud800"', b'"\\u0000"', b"''", b"~", b"2001-01-01", b"1:30:00"),
-    *(b"\x00", b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"\xef\xbb\xbf", b"\t", b"\r\n", b"\x1b[31m"),
+    *(
+        b"9223372036854775807",
+        b"9223372036854775808",
+        b"4294967296",
+        b"-1",
+        b"0",
+        b"1e-400",
+        b"1e308",
+        b"0.1e999999999",
+    ),
+    *(
+        b"null",
+        b"true",
+        b"[]",
+        b"{}",
+        b"[[]]",
+        b'""',
+        b'"\\ud800"',
+        b'"\\u0000"',
+        b"''",
+        b"~",
+        b"2001-01-01",
+        b"1:30:00",
+    ),
+    *(
+        b"\x00",
+        b"\xff\xfe",
+        b"\xc3\x28",
+        b"\xed\xa0\x80",
+        b"\xf0\x9f\x98\x80",
+        b"\xef\xbb\xbf",
+        b"\t",
+        b"\r\n",
+        b"\x1b[31m",
+    ),
     *(b"../../../../etc/passwd", b"/dev/zero", b"/dev/stdin", b"x" * 10_000, b"a/" * 3_000, b"%s%n", b"*x", b"&x [*x]"),
     *(b"!!python/object/apply:os.system [touch CANARY]", b"!!python/name:os.system", b"!!binary AAAA", b"!!set {a, b}"),
-    *(b"<<: *x", b"? [a]", b"--- a", b"%YAML 9.9", b"!include x", b"| 9", b"{a: {b: {c: 1}}}", b"[1, [2, [3]]]", b"@", b"`"),
+    *(
+        b"<<: *x",
+        b"? [a]",
+        b"--- a",
+        b"%YAML 9.9",
+        b"!include x",
+        b"| 9",
+        b"{a: {b: {c: 1}}}",
+        b"[1, [2, [3]]]",
+        b"@",
+        b"`",
+    ),
 )
 NESTS = ((b"[", b"]"), (b'{"a":', b"}"), (b"{a: ", b"}"), (b"- ", b""), (b"(", b")"))
 
@@ -163,7 +222,10 @@ BYTES: tuple[Mutator, ...] = (
     *(flip_bits, overwrite, truncate, extend, duplicate, delete),
     *(extreme_integer, extreme_integer, nearby_integer),
 )
-TEXT: tuple[Mutator, ...] = (*(replace_token, replace_token, swap_letter, swap_letter, insert_token, nest, move_line), *BYTES[:6])
+TEXT: tuple[Mutator, ...] = (
+    *(replace_token, replace_token, swap_letter, swap_letter, insert_token, nest, move_line),
+    *BYTES[:6],
+)
 YAML: tuple[Mutator, ...] = (*TEXT, bomb)
 
 

@@ -117,7 +117,7 @@ def _run(words: Sequence[str], log: Path, prepare: Callable[[], None]) -> int:
         null = os.open(os.devnull, os.O_RDONLY)
         for number, target in ((null, 0), (handle, 1), (handle, 2)):
             os.dup2(number, target)
-        sys.stdout = sys.stderr = open(handle, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115, PTH123
+        sys.stdout = sys.stderr = open(handle, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         prepare()

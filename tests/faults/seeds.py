@@ -55,13 +55,27 @@ def images() -> dict[str, list[bytes]]:
         "gif": [_saved(colour, "GIF"), _saved(colour, "GIF", save_all=True, append_images=[grey, colour], duration=40)],
         "webp": [_saved(smooth, "WEBP"), _saved(colour, "WEBP", lossless=True, exif=exif)],
         "bmp": [_saved(colour, "BMP"), _saved(colour.quantize(16), "BMP")],
-        "ppm": [_saved(colour, "PPM"), _saved(grey, "PPM"), b"P3 2 2 255\n1 2 3 4 5 6 7 8 9 10 11 12\n", b"P1 3 2\n1 0 1 0 1 0\n"],
+        "ppm": [
+            _saved(colour, "PPM"),
+            _saved(grey, "PPM"),
+            b"P3 2 2 255\n1 2 3 4 5 6 7 8 9 10 11 12\n",
+            b"P1 3 2\n1 0 1 0 1 0\n",
+        ],
         "tiff": [
-            *(_saved(colour, "TIFF", compression=how) for how in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")),
+            *(
+                _saved(colour, "TIFF", compression=how)
+                for how in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")
+            ),
             *(_saved(colour, "TIFF", exif=exif), _saved(grey, "TIFF", save_all=True, append_images=[grey, grey])),
         ],
         "tiff with many channels": _deep_tiffs(deep),
-        "npy": [_array(noise), _array(deep), _array(np.float32(deep[..., 0])), _array(np.asfortranarray(noise)), _pickled_array()],
+        "npy": [
+            _array(noise),
+            _array(deep),
+            _array(np.float32(deep[..., 0])),
+            _array(np.asfortranarray(noise)),
+            _pickled_array(),
+        ],
     }
     for name, suffix in (("avif", "AVIF"), ("jpeg 2000", "JPEG2000")):
         if suffix in Image.SAVE:
@@ -145,12 +159,12 @@ LISTS = {
 
 def official_weights() -> dict[str, Tensor]:
     """A tiny MAE under the names of its authors' code."""
+    import yaml
+    from scene import SETTINGS
+
     from patchmine.config import from_settings
     from patchmine.models.official import to_reference_names
     from patchmine.run import build_method
-    from scene import SETTINGS
-
-    import yaml
 
     settings = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in SETTINGS)}
     method = build_method(from_settings(data="x", **settings))
@@ -162,7 +176,10 @@ def official_weights() -> dict[str, Tensor]:
 
 def pickles(tensors: dict[str, Tensor], *, zipped: bool) -> list[bytes]:
     """Checkpoints by torch.save, and such that execute something."""
-    contents: list[Any] = [{"model": tensors, "args": argparse.Namespace(mask_ratio=0.75), "epoch": 3}, {"state_dict": tensors}]
+    contents: list[Any] = [
+        {"model": tensors, "args": argparse.Namespace(mask_ratio=0.75), "epoch": 3},
+        {"state_dict": tensors},
+    ]
     contents += [{"model": {**tensors, "x": trap}} for trap in TRAPS]
     found = []
     for content in contents:
@@ -192,7 +209,10 @@ def torchscript(tensors: dict[str, Tensor]) -> list[bytes]:
 
 def safetensors(tensors: dict[str, Tensor]) -> list[bytes]:
     """One file, and one in half precision."""
-    return [save_safetensors(tensors, metadata={"format": "pt"}), save_safetensors({k: v.half() for k, v in tensors.items()})]
+    return [
+        save_safetensors(tensors, metadata={"format": "pt"}),
+        save_safetensors({k: v.half() for k, v in tensors.items()}),
+    ]
 
 
 def videos(folder: Path) -> dict[str, list[bytes]]:
@@ -203,7 +223,14 @@ def videos(folder: Path) -> dict[str, list[bytes]]:
         return {}
     frames = np.random.default_rng(0).integers(0, 255, (10, 48, 64, 3), dtype=np.uint8)
     found: dict[str, list[bytes]] = {}
-    for suffix, codec in ((".mp4", "mpeg4"), (".mp4", "libx264"), (".avi", "mpeg4"), (".avi", "mjpeg"), (".mkv", "mpeg4"), (".webm", "libvpx-vp9")):
+    for suffix, codec in (
+        (".mp4", "mpeg4"),
+        (".mp4", "libx264"),
+        (".avi", "mpeg4"),
+        (".avi", "mjpeg"),
+        (".mkv", "mpeg4"),
+        (".webm", "libvpx-vp9"),
+    ):
         path = folder / f"{codec}{suffix}"
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=10)

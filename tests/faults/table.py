@@ -43,8 +43,10 @@ def as_text(rows: Sequence[Row], faults: Sequence[str], sizes: Any, seconds: flo
     """For a terminal: the table, and below it every fault in a line."""
     width = max(len(r.name) for r in rows) + 2
     lines = [f"{'':<{width}}{'tried':>8}{'survived':>10}{'faults':>8}"]
-    for each in (*rows, _total(rows)):
-        lines.append(f"{each.name:<{width}}{each.tried:>8,}{each.tried - each.wrong:>10,}{each.wrong:>8,}  {each.notes}".rstrip())
+    lines += [
+        f"{each.name:<{width}}{each.tried:>8,}{each.tried - each.wrong:>10,}{each.wrong:>8,}  {each.notes}".rstrip()
+        for each in (*rows, _total(rows))
+    ]
     lines += ["", f"seed {sizes.seed}, {seconds / 60:.1f} minutes on {len(os.sched_getaffinity(0))} cores"]
     lines += [f"  {fault}" for fault in faults[:SHOWN]]
     if len(faults) > SHOWN:
@@ -61,6 +63,8 @@ def as_markdown(rows: Sequence[Row], sizes: Any, seconds: float) -> str:
         "| | tried | survived | faults | |",
         "|---|---:|---:|---:|---|",
     ]
-    for each in (*rows, _total(rows)):
-        lines.append(f"| {each.name} | {each.tried:,} | {each.tried - each.wrong:,} | {each.wrong:,} | {each.notes} |")
+    lines += [
+        f"| {each.name} | {each.tried:,} | {each.tried - each.wrong:,} | {each.wrong:,} | {each.notes} |"
+        for each in (*rows, _total(rows))
+    ]
     return "\n".join(lines) + "\n"

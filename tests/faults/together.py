@@ -77,18 +77,24 @@ def killed_rank_runs(scene: Scene, *, count: int, seconds: float) -> Outcome:
 
 
 def _killed_rank(scene: Scene, number: int) -> tuple[int, list[str]]:
-    chance = random.Random(f"{scene.seed}/ranks/{number}")  # noqa: S311
+    chance = random.Random(f"{scene.seed}/ranks/{number}")
     out = scene.scratch / f"ranks-{number}"
     shutil.rmtree(out, ignore_errors=True)
     words = pretrain_words(scene.images, out, "workers=0", f"steps={RANK_STEPS}")
     ranks = _two(words, scene.scratch, f"ranks-{number}")
     victim, step = number % 2, chance.randrange(3, RANK_STEPS - 20)
-    _until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= step, ranks[0])
+    _until(
+        lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= step, ranks[0]
+    )
     ranks[victim].kill(signal.SIGKILL)
     killed, began = ranks[victim].wait(WAIT), time.monotonic()
     left = ranks[1 - victim].wait(ALONE)
     about = f"rank {victim} killed at step {step}, the other after {time.monotonic() - began:.0f} s"
-    faults = [] if killed.code == -signal.SIGKILL else [f"it had ended before, with {killed.code}: {last_lines(killed.output)}"]
+    faults = (
+        []
+        if killed.code == -signal.SIGKILL
+        else [f"it had ended before, with {killed.code}: {last_lines(killed.output)}"]
+    )
     faults += ended_badly(left, 2) + torn(out)
     if not faults:
         faults = _goes_on(scene, out, number)
@@ -106,7 +112,11 @@ def _goes_on(scene: Scene, out: Path, number: int) -> list[str]:
         ends = [go_on(scene.images, out, log).wait(WAIT)]
     faults = [fault for end in ends for fault in ended_badly(end, 0)]
     steps = [text for text in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in text]
-    return faults + ([] if len(steps) == RANK_STEPS else [f"{len(steps)} lines of metrics for {RANK_STEPS} steps"]) + torn(out)
+    return (
+        faults
+        + ([] if len(steps) == RANK_STEPS else [f"{len(steps)} lines of metrics for {RANK_STEPS} steps"])
+        + torn(out)
+    )
 
 
 def _two(words: list[str], scratch: Path, name: str) -> list[Child]:

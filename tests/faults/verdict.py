@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,9 +48,13 @@ def ended_badly(ended: Ended, *codes: int) -> list[str]:
 def differences(out: Path, whole: Path, *, pictures: bool = True) -> list[str]:
     """In what a finished run differs from the uninterrupted one: weights, numbers, files."""
     found = torn(out)
-    for name in ("checkpoints/last", "export/model.safetensors"):
-        if not _same_tensors(_newest(out) if name.endswith("last") else out / name, _newest(whole) if name.endswith("last") else whole / name):
-            found.append(f"{name} differs")
+    pairs = {
+        "the newest checkpoint": (_newest(out), _newest(whole)),
+        "export/model.safetensors": (out / "export" / "model.safetensors", whole / "export" / "model.safetensors"),
+    }
+    found += [f"{name} differs" for name, pair in pairs.items() if not _same_tensors(*pair)]
+    if (out / "checkpoints" / "last").resolve().name not in (_newest(out).name, "last"):
+        found.append("checkpoints/last names another file than the newest")
     if _lines(out) != _lines(whole):
         found.append(f"metrics.jsonl differs: steps {[line.get('step') for line in _lines(out)]}")
     own, others = _names(out, pictures), _names(whole, pictures)
@@ -61,11 +66,7 @@ def differences(out: Path, whole: Path, *, pictures: bool = True) -> list[str]:
 
 
 def _newest(out: Path) -> Path:
-    """The newest checkpoint; ``last`` must name it."""
-    last, newest = out / "checkpoints" / "last", list_checkpoints(out / "checkpoints")[-1:]
-    if newest and last.exists() and not last.is_symlink() and last.stat().st_size < 200:
-        assert newest[0].name in last.read_text()
-    return newest[0] if newest else last
+    return (list_checkpoints(out / "checkpoints") or [out / "checkpoints" / "none"])[-1]
 
 
 def _same_tensors(one: Path, other: Path) -> bool:
@@ -93,8 +94,10 @@ def _lines(out: Path) -> list[dict[str, object]]:
 
 
 def _names(out: Path, pictures: bool) -> set[str]:
+    """All names but those of older checkpoints: a stop writes one at its own step."""
     names = {str(path.relative_to(out)) for path in out.rglob("*")}
-    return names if pictures else {name for name in names if not name.startswith("samples")}
+    names = {name for name in names if not re.fullmatch(r"checkpoints/step-\d+\.safetensors", name)}
+    return names if pictures else {name for name in names if not name.startswith("samples/")}
 
 
 def processes_of(sessions: set[int]) -> list[int]:
@@ -103,7 +106,9 @@ def processes_of(sessions: set[int]) -> list[int]:
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with suppress(OSError, IndexError):
-                fields = Path(entry.path, "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+                fields = (
+                    Path(entry.path, "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+                )
                 if int(fields[3]) in sessions and fields[0] != "Z":
                     found.append(int(entry.name))
     return found
