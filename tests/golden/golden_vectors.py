@@ -41,6 +41,9 @@ ALIASES = {
 }
 
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of each channel
+
+
 class Tolerance(NamedTuple):
     """How far a number may be off: ``absolute + of_largest * largest expected entry + relative * expected entry``."""
 
@@ -378,7 +381,7 @@ def cut(images: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 def normalised_crops(golden: Golden) -> list[Tensor]:
     """Two global crops and the local ones, which are stored in bytes, with ImageNet's mean and deviation."""
-    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    mean, std = torch.tensor(IMAGENET)[:, :, None, None]
     count = 2 + golden.config["n_local"]
     return [(golden[f"in.crop{number}_u8"] / 255 - mean) / std for number in range(count)]
 

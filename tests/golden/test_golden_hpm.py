@@ -51,7 +51,10 @@ def build(golden: Golden, **options: Any) -> HPM:
     teacher = from_reference_names(golden.under("ema."), teacher=True)
     teacher["teacher.encoder.pos_embed"] = golden["state.pos_embed"]
     own = method.state_dict()
-    load_weights(method, {name: tensor for name, tensor in (student | teacher).items() if name in own})
+    # The head of the stored decoder predicts pixels, and features have their own width.
+    absent = ("decoder.head.",) if options.get("target") == "ema" else ()
+    state = {name: tensor for name, tensor in (student | teacher).items() if name in own}
+    load_weights(method, {name: t for name, t in state.items() if not name.startswith(absent)}, absent=absent)
     return method.train()
 
 
