@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from patchmine.data import listfile
+from patchmine.data import index, listfile
 from patchmine.data.listfile import open_list
 from patchmine.errors import UserError
 
@@ -14,6 +14,7 @@ def images(tmp_path: Path) -> Path:
     for name in ("b.jpg", "a b.jpg", "sub/c.png", "odd"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "odd").write_bytes(b"\xff\xd8\xff odd")
     return tmp_path
 
 
@@ -48,11 +49,12 @@ def test_a_list_without_labels(images: Path) -> None:
     assert source.labels() is None
     assert source.read(1) == b"sub/c.png"
     assert source.path(1) == str(images / "sub/c.png")
-    assert source.read(2) == b"odd"
+    assert source.read(2) == b"\xff\xd8\xff odd"  # an image by its first bytes
 
 
 def test_the_index_is_used_again_until_the_list_changes(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = images / "cache"
+    monkeypatch.setattr(index, "RECENT", -(10**18))
     list_file = write(images, "list.txt", "b.jpg cat\nsub/c.png dog\n")
     first = open_list(list_file, "x", cache)
     with monkeypatch.context() as patch:
@@ -83,6 +85,6 @@ def test_a_wrong_list_is_explained(images: Path, name: str, text: str, message: 
 
 
 def test_a_list_that_is_no_text_is_explained(images: Path) -> None:
-    (images / "l.txt").write_bytes(b"\xff\xfe\x00b.jpg")
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+    (images / "l.txt").write_bytes(b"\x89PNG\0\0\0\rIHDR")
+    with pytest.raises(UserError, match="holds a NUL"):
         open_list(images / "l.txt", "x", None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchmine.data import shards
+from patchmine.data import index, shards
 from patchmine.data.shards import ShardSource, open_shards
 from patchmine.errors import UserError
 
@@ -19,8 +19,9 @@ from patchmine.errors import UserError
 def write_tar(file: Path, *members: tuple[str, bytes], folders: bool = False) -> Path:
     with tarfile.open(file, "w") as archive:
         if folders:
-            archive.addfile(folder := tarfile.TarInfo("cat"))
+            folder = tarfile.TarInfo("cat")
             folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -73,9 +74,16 @@ def test_what_belongs_together_and_what_does_not_count(tmp_path: Path) -> None:
         folders=True,
     )
     source = open_shards([file], "x", None)
-    assert items(source) == [b"one", b"two", b"three"]
-    assert [source.key(index) for index in range(3)] == ["cat/1.jpg", "dog.v1/1.JPEG", long_name]
-    assert source.labels() is None
+    assert items(source) == [b"mask", b"one", b"two", b"three"]
+    assert [source.key(index) for index in range(4)] == ["cat/1.mask.png", "cat/1.jpg", "dog.v1/1.JPEG", long_name]
+    assert source.notes == (
+        "data=x: 1 image is an item beside another of its key (cat/1.mask.png beside cat/1.jpg); to leave such out "
+        "name the endings that count, as in data=x::jpg",
+        "data=x: 3 names are passed over (ending .txt: 2, as cat/1.txt; hidden or of the system: 1, as cat/._2.jpg).",
+    )
+    labels = source.labels()
+    assert labels is not None
+    assert labels.names == ["cat", "dog.v1", "long"]
 
 
 def test_labels_in_json(tmp_path: Path) -> None:
@@ -98,6 +106,7 @@ def test_the_index_is_used_again_until_a_shard_changes(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
+    monkeypatch.setattr(index, "RECENT", -(10**18))
     first = open_shards(pair, "x", cache)
     with monkeypatch.context() as patch:
         patch.setattr(shards, "index_shards", None)

@@ -70,7 +70,7 @@ def test_a_list_names_videos_and_folders_of_frames(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 2 names 'clips/gone\.gif', which does not exist"):
         open_videos(tmp_path / "list.txt")
     (tmp_path / "list.txt").write_text("frames\n")
-    with pytest.raises(UserError, match="which does not exist"):  # a folder is no image
+    with pytest.raises(UserError, match="names 'frames', which is a folder"):
         open_source(tmp_path / "list.txt")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from patchmine.data.contract import Source
 from patchmine.errors import UserError
+from patchmine.names import shown_name, whole_name
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class BadFiles:
         for index, reason in fresh:
             if not self._bad:
                 where = f", listed in {self.path}" if self.path else ""
-                first = source.path(index)
+                first = shown_name(source.path(index))
                 _log.warning("broken %ss are skipped%s; the first is %s: %s", self.item, where, first, reason)
             self._bad.add(index)
             self._write(source.path(index), reason)
@@ -55,9 +56,10 @@ class BadFiles:
         seen = max(1, min(self._tried, len(source)))
         share = len(self._bad) / seen
         where = f"see {self.path}" if self.path else "no list was kept"
+        name, last = shown_name(source.name), shown_name(source.path(index))
         return (
-            f"{len(self._bad)} of the {seen} {self.item}s of {source.name} tried so far ({share:.1%}) cannot be used, "
-            f"more than max_bad_share={self.max_share} allows ({where}); the last is {source.path(index)}, which "
+            f"{len(self._bad)} of the {seen} {self.item}s of {name} tried so far ({share:.1%}) cannot be used, "
+            f"more than max_bad_share={self.max_share} allows ({where}); the last is {last}, which "
             f"{reason}. Mend or remove them, or raise max_bad_share"
         )
 
@@ -69,7 +71,7 @@ class BadFiles:
         return bad > self.max_share * total or bad > expected + _SIGMAS * spread + _SIGMAS
 
     def _write(self, name: str, reason: str) -> None:
-        name = name.replace("\n", "\\n").replace("\t", "\\t")
+        name = whole_name(name)
         if self.path is None or name in self._listed:
             return
         self._listed.add(name)

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from patchmine.errors import UserError
 
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".npy"),
-    *(".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".npy"),
+    *(".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs", ".heic", ".heif", ".hif"),
 )
-"""Endings (in any case) by which a file in a folder or a shard counts as an image."""
+"""Endings (in any case) by which a file counts as an image; ``data.members`` has the whole rule."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class Kind:
     """What a source is of.  ``name``: "image" or "video", for messages and for the names of kept indices.
 
     ``suffixes``: endings (in any case) by which a file counts; ``read``: from a file's path to the raw item;
-    ``folders``: whether a folder that a list names can be one item.
+    ``folders``: whether a folder that a list names can be one item; ``chosen``: whether the user named the endings, so
+    that a file without one does not count.
     """
 
     name: str
     suffixes: tuple[str, ...]
     read: Callable[[str], Any]
     folders: bool = False
+    chosen: bool = False
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -134,6 +137,10 @@ class ClassNames:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    def names(self) -> list[str]:
+        """All classes so far, in the order of their first items."""
+        return list(self._numbers)
 
     def add(self, name: str) -> None:
         """The next item's class."""

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from patchmine.data.contract import IMAGES, ClassNames, Kind, Labels, fingerprint_of
-from patchmine.data.index import Index, PathList, index_file, load, save
+from patchmine.data.classes import folder_classes
+from patchmine.data.contract import IMAGES, Kind, Labels, fingerprint_of
+from patchmine.data.index import Index, PathList, index_file, is_recent, load, mark_of, save
+from patchmine.data.members import (
+    HIDDEN,
+    NO_FILE,
+    NO_LINK,
+    NOT_OPENED,
+    PassedOver,
+    head_of,
+    is_hidden,
+    passed_over_note,
+    reason_against,
+    rule_of,
+)
 from patchmine.errors import UserError
+from patchmine.names import shown_name
 
-NoteFolder = Callable[[bytes, int], None]
-
-RECENT = 2_000_000_000
-"""Nanoseconds: a folder changed so shortly before it was listed could change again without a new time stamp."""
+BACK = "link to a folder that is listed anyway"
 
 
 class FileSource:
@@ -30,6 +42,7 @@ class FileSource:
     def __init__(self, root: Path, index: Index, name: str, kind: Kind = IMAGES) -> None:
         self.root, self.index, self.name, self.kind = root, index, name, kind
         self.fingerprint: str = index.stamp["fingerprint"]
+        self.notes = (*index.stamp.get("notes", ()), *passed_over_note(name, index.stamp["passed_over"]))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -47,100 +60,154 @@ class FileSource:
         return self.index.path(index)
 
     def labels(self) -> Labels | None:
-        """The list's classes, or the first folder below the root; None where a file has none."""
+        """The list's classes, or those of `folder_classes`."""
         if "label" in self.index.columns:
             return Labels(self.index.columns["label"].astype(np.int64), list(self.index.stamp["names"]))
-        return _class_folders(self.index) if self.index.stamp["kind"] == "folder" else None
+        return folder_classes(map(self.index.path, range(len(self)))) if self.index.stamp["kind"] == "folder" else None
 
 
 def open_folder(root: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> FileSource:
-    """All images (or what else ``kind`` says) below a folder, sorted by path.
-
-    Hidden names and links that lead nowhere are passed over.
+    """All files below a folder that count (``data.members``), sorted by path; notes say how many do not, and why.
 
     The listing is kept in ``cache_dir`` and used again as long as no folder in it has changed.  A source without items
-    is given back as such.  UserError when a folder may not be read.
+    is given back as such.  UserError when the folder may not be read.
     """
     file = index_file(cache_dir, f"folder-{kind.name}", os.fspath(root.resolve())) if cache_dir else None
     kept = load(file) if file else None
-    if kept is not None and _is_fresh(kept, root):
+    if kept is not None and kept.stamp["rule"] == rule_of(kind) and _is_fresh(kept, root):
         return FileSource(root, kept, name, kind)
     try:
         index = list_folder(root, kind)
     except OSError as error:
-        raise UserError(f"data={name}: {error.filename or root} cannot be listed ({error.strerror})") from error
+        place = shown_name(os.fsdecode(error.filename or root))
+        raise UserError(f"data={shown_name(name)}: {place} cannot be listed ({error.strerror})") from error
     return FileSource(root, save(index, file) if file and len(index) else index, name, kind)
 
 
 def list_folder(root: Path, kind: Kind = IMAGES) -> Index:
-    """The index of a folder, which also remembers when each folder in it last changed."""
-    paths, folders, changed = PathList(), PathList(), list[int]()
-    started = time.time_ns()
-
-    def note(folder: bytes, modified: int) -> None:
-        folders.add(folder)
-        changed.append(modified if modified < started - RECENT else -1)
-
-    suffixes = tuple(suffix.encode() for suffix in kind.suffixes)
-    for path in _walk(os.fsencode(root), b"", suffixes, frozenset(), note):
+    """The index of a folder, which also remembers the mark of each folder in it."""
+    paths, listing = PathList(), _Listing(os.fsencode(root), kind)
+    for path in listing.paths():
         paths.add(path)
     columns = paths.columns()
-    folder_columns = {f"folder_{key}": values for key, values in folders.columns().items()}
-    times = {"folder_changed": np.array(changed, np.int64)}
-    stamp = {"kind": "folder", "fingerprint": fingerprint_of([columns["offsets"], columns["blob"]])}
-    return Index({**columns, **folder_columns, **times}, stamp)
+    folders = {f"folder_{key}": values for key, values in listing.folders.columns().items()}
+    marks = {"folder_marks": np.frombuffer(listing.marks, np.int64)}
+    fingerprint = fingerprint_of([columns["offsets"], columns["blob"]])
+    stamp = {"kind": "folder", "rule": rule_of(kind), "fingerprint": fingerprint}
+    return Index({**columns, **folders, **marks}, {**stamp, "passed_over": listing.passed_over.facts()})
 
 
-def _walk(
-    folder: bytes, prefix: bytes, suffixes: tuple[bytes, ...], above: frozenset[tuple[int, int]], note: NoteFolder
-) -> Iterator[bytes]:
-    """Paths of what counts below ``folder``, each with ``prefix`` before it, in the order of all paths sorted."""
-    info = os.stat(folder)  # noqa: PTH116, bytes paths, so that no name is too odd
-    if (info.st_dev, info.st_ino) in above:
-        return  # a link back to a folder that we are in
-    note(prefix, info.st_mtime_ns)
-    names = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(b"."):
+class _Listing:
+    """One walk through a folder."""
+
+    def __init__(self, root: bytes, kind: Kind) -> None:
+        self.root, self.kind = root, kind
+        self.folders, self.marks, self.passed_over = PathList(), array("q"), PassedOver()
+        self._real_root = os.path.realpath(root)
+        self._started = time.time_ns()
+        self._linked: set[bytes] = set()  # names (with a slash) that are links to folders outside
+        self._seen: set[tuple[int, int]] = set()  # folders that were met behind such links
+
+    def paths(self) -> Iterator[bytes]:
+        """Paths of what counts, below the root, in the order of all paths sorted."""
+        stack = [(b"", self._names(b""), False)]  # a stack of our own: folders may be nested deeper than calls
+        while stack:
+            prefix, names, behind_link = stack[-1]
+            if not names:
+                stack.pop()
                 continue
-            if entry.is_dir():
-                names.append(entry.name + b"/")  # with its slash a folder sorts among files as its contents do
-            elif entry.name.lower().endswith(suffixes) and entry.is_file():
-                names.append(entry.name)
-    names.sort(reverse=True)
-    while names:  # popped, so that the names go as the paths come
-        name = names.pop()
-        if name.endswith(b"/"):
-            inner, above_it = folder + b"/" + name[:-1], above | {(info.st_dev, info.st_ino)}
-            yield from _walk(inner, prefix + name, suffixes, above_it, note)
+            path = prefix + names.pop()  # popped, so that the names go as the paths come
+            if not path.endswith(b"/"):
+                yield path
+                continue
+            behind_link = behind_link or path in self._linked
+            if not behind_link or self._is_new(path):
+                stack.append((path, self._names(path), behind_link))
+
+    def _is_new(self, path: bytes) -> bool:
+        """Whether a folder behind a link was not met before; so a walk through linked folders comes to an end."""
+        try:
+            info = os.stat(self.root + b"/" + path)  # noqa: PTH116, bytes paths, so that no name is too odd
+        except OSError:
+            return True  # which `_names` will tell
+        identity = (info.st_dev, info.st_ino)
+        if identity in self._seen:
+            self.passed_over.add(BACK, os.fsdecode(path))
+            return False
+        self._seen.add(identity)
+        return True
+
+    def _names(self, prefix: bytes) -> list[bytes]:
+        """Names in a folder that count, the last one first; a folder has a slash, with which it sorts as its contents.
+
+        OSError of the root; another folder that cannot be read is passed over.
+        """
+        folder = self.root + b"/" + prefix if prefix else self.root
+        names = []
+        try:
+            info = os.stat(folder)  # noqa: PTH116
+            self._note(prefix, info)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = self._counted(entry, folder, prefix)
+                    if name is not None:
+                        names.append(name)
+        except OSError:
+            if not prefix:
+                raise
+            self.passed_over.add(f"folder {NOT_OPENED}", os.fsdecode(prefix))
+        names.sort(reverse=True)
+        return names
+
+    def _note(self, prefix: bytes, info: os.stat_result) -> None:
+        self.folders.add(prefix)
+        mark = mark_of(info)
+        self.marks.extend([-1] * len(mark) if is_recent(info, self._started) else mark)
+
+    def _counted(self, entry: os.DirEntry[bytes], folder: bytes, prefix: bytes) -> bytes | None:
+        """The entry's name where it counts."""
+        text = os.fsdecode(entry.name)
+        reason: str | None
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # links that lead to each other
+            is_folder, is_file = False, False
+        if is_folder:
+            reason = HIDDEN if is_hidden(text) else self._reason_against_link(entry, folder, prefix)
+            text += "/"
+        elif is_file or is_hidden(text):
+            reason = reason_against(text, self.kind, partial(head_of, folder + b"/" + entry.name))
         else:
-            yield prefix + name
+            reason = NO_LINK if entry.is_symlink() and not _is_something(folder + b"/" + entry.name) else NO_FILE
+        if reason is not None:
+            self.passed_over.add(reason, os.fsdecode(prefix) + text)
+            return None
+        return entry.name + b"/" if is_folder else entry.name
+
+    def _reason_against_link(self, entry: os.DirEntry[bytes], folder: bytes, prefix: bytes) -> str | None:
+        """None of a folder that is no link, or a link to one that is not reached otherwise."""
+        if not entry.is_symlink():
+            return None
+        target = os.path.realpath(folder + b"/" + entry.name)
+        inside = target.removeprefix(self._real_root.rstrip(b"/") + b"/")
+        if (self._real_root + b"/").startswith(target.rstrip(b"/") + b"/"):
+            return "link to a folder that it lies in"
+        if inside != target and not is_hidden(os.fsdecode(inside)):
+            return BACK
+        self._linked.add(prefix + entry.name + b"/")
+        return None
+
+
+def _is_something(path: bytes) -> bool:
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def _is_fresh(kept: Index, root: Path) -> bool:
-    """Whether every folder of the listing still bears the time stamp that it had."""
+    """Whether every folder of the listing still bears the mark that it had."""
     columns = kept.columns
     folders = Index({"blob": columns["folder_blob"], "offsets": columns["folder_offsets"]}, {})
+    marks = columns["folder_marks"].reshape(len(folders), -1)
     try:
-        return all(
-            (root / folders.path(number)).stat().st_mtime_ns == changed
-            for number, changed in enumerate(columns["folder_changed"])
-        )
+        return all(mark_of((root / folders.path(number)).stat()) == mark for number, mark in enumerate(marks.tolist()))
     except OSError:
         return False
-
-
-def _class_folders(index: Index) -> Labels | None:
-    blob, offsets = index.columns["blob"], index.columns["offsets"]
-    slashes: NDArray[Any] = np.flatnonzero(blob == ord("/"))
-    starts, ends = offsets[:-1], offsets[1:]
-    # The first slash at or behind each path's start, if it comes before the path's end.
-    place = np.searchsorted(slashes, starts)
-    first = np.append(slashes, len(blob))[place]
-    if (first >= ends).any():
-        return None
-    classes = ClassNames()
-    for start, end in zip(starts.tolist(), first.tolist(), strict=True):
-        classes.add(os.fsdecode(blob[start:end].tobytes()))
-    return classes.finish()

@@ -8,15 +8,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from patchmine.data.contract import ClassNames, Labels, fingerprint_of
+from patchmine.data.classes import folder_classes
+from patchmine.data.contract import IMAGES, Kind, Labels, fingerprint_of
+from patchmine.data.decode import DecodeError
 from patchmine.data.folder import FileSource, open_folder
+from patchmine.data.members import PassedOver, passed_over_note
+from patchmine.data.series import OTHER_SERIES, frames_of
 from patchmine.data.video import FrameFiles, in_counting_order
+from patchmine.errors import UserError
+from patchmine.names import shown_name
 
 
 class FrameFolders:
-    """The folders below a root that hold images, sorted by path; the class is the first folder below the root."""
+    """The folders below a root that hold images, sorted by path; the class is that of `folder_classes`.
 
-    notes: tuple[str, ...] = ()
+    UserError where a folder holds the frames of several videos.
+    """
 
     def __init__(self, frames: FileSource) -> None:
         self.frames, self.name = frames, frames.name
@@ -24,8 +31,11 @@ class FrameFolders:
         for number in range(len(frames)):
             folders.setdefault(os.path.dirname(frames.key(number)), []).append(number)  # noqa: PTH120, once per frame
         self.folders = sorted(folders)
-        self._numbers: list[NDArray[np.int32]] = [np.array(folders[folder], np.int32) for folder in self.folders]
-        self.fingerprint = fingerprint_of([b"frames", frames.fingerprint.encode()])
+        passed_over = PassedOver()
+        self._numbers = [self._frames_in(folder, folders[folder], passed_over) for folder in self.folders]
+        self.notes = (*frames.notes, *passed_over_note(frames.name, passed_over.facts()))
+        # The frames too, because another rule of which images are frames makes other videos of equal files.
+        self.fingerprint = fingerprint_of([b"frames", frames.fingerprint.encode(), *self._left_out(passed_over)])
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -44,16 +54,25 @@ class FrameFolders:
         return self.folders[index]
 
     def labels(self) -> Labels | None:
-        """The first folder below the root; None where a video lies in the root itself or right below it."""
-        classes = ClassNames()
-        for folder in self.folders:
-            first, slash, _ = folder.partition("/")
-            if not slash:
-                return None
-            classes.add(first)
-        return classes.finish()
+        """The classes by folders; None where a video lies in the root itself or right below it."""
+        return folder_classes(self.folders)
+
+    def _frames_in(self, folder: str, numbers: list[int], passed_over: PassedOver) -> NDArray[np.int32]:
+        by_name = {self.frames.key(number): number for number in numbers}
+        try:
+            frames, others = frames_of(list(by_name))
+        except DecodeError as error:
+            place = shown_name(os.path.join(self.frames.root, folder))  # noqa: PTH118
+            raise UserError(f"data={shown_name(self.name)}: the folder {place} {error}") from error
+        for name in others:
+            passed_over.add(OTHER_SERIES, name)
+        return np.array([by_name[name] for name in frames], np.int32)
+
+    def _left_out(self, passed_over: PassedOver) -> list[NDArray[np.int32]]:
+        """Nothing where every image is a frame, so that fingerprints of such folders stay what they were."""
+        return self._numbers if passed_over.facts() else []
 
 
-def open_frame_folders(root: Path, name: str, cache_dir: Path | None) -> FrameFolders:
+def open_frame_folders(root: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> FrameFolders:
     """All folders with images below ``root``; a source without items is given back as such."""
-    return FrameFolders(open_folder(root, name, cache_dir))
+    return FrameFolders(open_folder(root, name, cache_dir, kind))

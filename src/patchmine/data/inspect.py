@@ -20,6 +20,8 @@ from patchmine.data.contract import Labels, Source, notes_of
 from patchmine.data.decode import DecodeError, decode, probe
 from patchmine.data.sampling import spread_indices
 from patchmine.data.video import FrameFiles, VideoFile, open_video
+from patchmine.errors import reason_of
+from patchmine.names import shown_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,13 +81,15 @@ def inspect(
             digests[number], readable[number] = _digest(raw), True
             _look(_middle_frame(raw, report) if video else raw, report, moments)
         except (OSError, DecodeError) as error:
-            report.broken.append((source.path(index), " ".join(str(error).split()) or type(error).__name__))
+            report.broken.append((shown_name(source.path(index)), reason_of(error)))
         if progress is not None:
             progress(number + 1, len(chosen))
     if report.channels:
         common = report.channels.most_common(1)[0][0]
         report.mean, report.std = moments[common].finish()
-    report.duplicates = [[source.path(i) for i in same] for same in _equal(digests[readable], chosen[readable])]
+    report.duplicates = [
+        [shown_name(source.path(i)) for i in same] for same in _equal(digests[readable], chosen[readable])
+    ]
     return report
 
 
@@ -201,7 +205,7 @@ def _listed(head: str, lines: list[str]) -> Iterable[str]:
 def _rows(report: InspectReport) -> Iterable[tuple[str, str]]:
     looked = "all of them read" if report.read == report.count else f"{report.read:,} of them read"
     item = "video" if report.frames else "image"
-    yield f"{item}s", f"{report.count:,} in {report.name}; {looked}"
+    yield f"{item}s", f"{report.count:,} in {shown_name(report.name)}; {looked}"
     if report.classes is not None:
         sizes = sorted(report.classes.values())
         yield "classes", f"{len(sizes):,}, of {sizes[0]:,} to {sizes[-1]:,} {item}s"

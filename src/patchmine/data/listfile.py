@@ -7,23 +7,41 @@ this order.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import os
+import stat
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from patchmine.data.contract import IMAGES, ClassNames, Kind, fingerprint_of
 from patchmine.data.folder import FileSource
-from patchmine.data.index import Index, PathList, index_file, load, save
-from patchmine.errors import UserError
+from patchmine.data.index import Index, PathList, index_file, is_recent, load, mark_of, save
+from patchmine.data.members import (
+    HIDDEN,
+    NO_FILE,
+    PassedOver,
+    head_of,
+    is_hidden,
+    outside_of_root,
+    reason_against,
+    rule_of,
+)
+from patchmine.errors import UserError, foreign_parser
+from patchmine.names import shown_name
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 
 PATH_HEADS = ("path", "file", "filename", "image", "video")
 LABEL_HEADS = ("label", "class", "target")
+
+LONGEST_LINE = 65_536
+"""Letters.  Paths have 4,096 bytes at most, so what is longer is no list."""
 
 
 class Line(NamedTuple):
@@ -37,89 +55,164 @@ class Line(NamedTuple):
 def open_list(file: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> FileSource:
     """The images (or what else ``kind`` says) that a list names, in its order; paths count from the list's own folder.
 
-    The list is read again when its size or time stamp has changed.  UserError when it cannot be read, is empty, names a
-    file that does not exist, or gives a label to some images only.
+    The list is read again when the file has changed.  Notes say how many lines are passed over, and why.  UserError
+    when it cannot be read, is empty, names a file that does not exist, or gives a label to some images only.
     """
-    root = file.parent
-    try:
+    root, started = file.parent, time.time_ns()
+    with foreign_parser(lambda reason: UserError(f"data={shown_name(name)}: the list cannot be read ({reason})")):
         info = file.stat()
-        state = {"size": info.st_size, "changed": info.st_mtime_ns}
         kept_in = index_file(cache_dir, f"list-{kind.name}", os.fspath(file.resolve())) if cache_dir else None
         kept = load(kept_in) if kept_in else None
-        if kept is not None and kept.stamp["state"] == state:
+        if kept is not None and kept.stamp["rule"] == rule_of(kind) and kept.stamp["mark"] == mark_of(info):
             return FileSource(root, kept, name, kind)
         index = _index(file, name, kind)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data={name}: the list cannot be read as UTF-8 text ({error})") from error
-    index.stamp["state"] = state
+    index.stamp |= {"rule": rule_of(kind), "mark": None if is_recent(info, started) else mark_of(info)}
     return FileSource(root, save(index, kept_in) if kept_in else index, name, kind)
 
 
 def _index(file: Path, name: str, kind: Kind) -> Index:
-    paths, classes = PathList(), ClassNames()
-    missing, first_missing = 0, Line(0, "", None)
+    paths, classes, passed_over = PathList(), ClassNames(), PassedOver()
+    missing, first_missing = 0, ""
+    known, repeated = set[int](), 0
     for line in _text_lines(file, kind) if file.suffix.lower() == ".txt" else _table_lines(file, kind):
-        place = file.parent / line.path
-        if not (place.is_file() or (kind.folders and place.is_dir())):
+        try:
+            reason = _reason_against(file.parent, line.path, kind)
+        except OSError as error:
             missing += 1
-            first_missing = line if missing == 1 else first_missing
+            first_missing = first_missing or f"line {line.number} names '{shown_name(line.path)}', {_why(error)}"
+            continue
+        if reason is not None:
+            passed_over.add(reason, line.path)
+            continue
         if len(paths) and (line.label is not None) != (len(classes) > 0):
             now, before = ("has a", "have none") if line.label is not None else ("has no", "have one")
             raise UserError(
-                f"data={name}: line {line.number} {now} label, the lines before it {before}; give every "
+                f"data={shown_name(name)}: line {line.number} {now} label, the lines before it {before}; give every "
                 f"{kind.name} a label, or none"
             )
         paths.add(os.fsencode(line.path))
         if line.label is not None:
             classes.add(line.label)
+        number = hash(line.path)
+        repeated += number in known
+        known.add(number)
     if missing:
+        such = f"{missing:,} such line{'s' * (missing > 1)}"
         raise UserError(
-            f"data={name}: line {first_missing.number} names {first_missing.path!r}, which does not exist "
-            f"({missing:,} such line{'s' * (missing > 1)}); paths count from the list's folder, {file.parent}"
+            f"data={shown_name(name)}: {first_missing} ({such}); paths count from the list's folder, "
+            f"{shown_name(file.parent)}"
         )
     if not len(paths):
+        found = "; ".join(f"{reason}: {count:,}, as {first}" for reason, count, first in passed_over.facts()[:4])
         raise UserError(
-            f"data={name}: the list names no {kind.name}; write one path a line, and a label behind it if you like"
+            f"data={shown_name(name)}: the list names no {kind.name}{f' ({found})' if found else ''}; write one path a "
+            "line, and a label behind it if you like"
         )
-    return _finish(paths, classes)
+    return _finish(paths, classes, passed_over, _repeats_note(name, repeated, kind))
 
 
-def _finish(paths: PathList, classes: ClassNames) -> Index:
+def _repeats_note(name: str, repeated: int, kind: Kind) -> list[str]:
+    if not repeated:
+        return []
+    lines = f"{repeated:,} lines name" if repeated > 1 else "1 line names"
+    return [f"data={shown_name(name)}: {lines} a {kind.name} that stands above already; it counts each time."]
+
+
+def _reason_against(folder: Path, path: str, kind: Kind) -> str | None:
+    """Why a listed path does not count; OSError where there is nothing of that name."""
+    place = os.path.join(folder, path)  # noqa: PTH118, once a line
+    try:
+        mode = os.stat(place).st_mode  # noqa: PTH116, likewise
+    except ValueError as error:  # a NUL
+        raise FileNotFoundError(str(error)) from error
+    inside = os.path.relpath(path, folder) if os.path.isabs(path) else path  # noqa: PTH117
+    if inside.startswith("../"):
+        inside = outside_of_root(path)
+    if stat.S_ISDIR(mode):
+        if not kind.folders:
+            raise IsADirectoryError("a folder")
+        return HIDDEN if is_hidden(inside) else None
+    if not stat.S_ISREG(mode):
+        return NO_FILE
+    return reason_against(inside, kind, partial(head_of, place), listed=True)
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, IsADirectoryError):
+        return "which is a folder"
+    return (
+        f"which cannot be reached ({error.strerror})" if isinstance(error, PermissionError) else "which does not exist"
+    )
+
+
+def _finish(paths: PathList, classes: ClassNames, passed_over: PassedOver, notes: list[str]) -> Index:
     columns = paths.columns()
-    stamp: dict[str, Any] = {"kind": "list", "fingerprint": fingerprint_of([columns["offsets"], columns["blob"]])}
+    fingerprint = fingerprint_of([columns["offsets"], columns["blob"]])
+    stamp: dict[str, Any] = {"kind": "list", "fingerprint": fingerprint}
+    stamp |= {"passed_over": passed_over.facts(), "notes": notes}
     if len(classes):
         labels = classes.finish()
         columns["label"], stamp["names"] = labels.ids.astype(np.int32), labels.names
     return Index(columns, stamp)
 
 
+def _open(file: Path, newline: str | None) -> IO[str]:
+    """The list as text: UTF-8, or UTF-16 where its first bytes say so; names that are no UTF-8 keep their bytes."""
+    with file.open("rb") as handle:
+        start = handle.read(4)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return file.open(encoding="utf-16", newline=newline)
+    return file.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _lines(text: IO[str]) -> Iterator[str]:
+    """The lines of a file that is a list; ValueError where it cannot be one."""
+    number = 0
+    while line := text.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"line {number} has {LONGEST_LINE:,} letters or more; a list has one path a line")
+        if "\0" in line:
+            raise ValueError(f"line {number} holds a NUL: this is no text, or not in UTF-8")
+        yield line
+
+
 def _text_lines(file: Path, kind: Kind) -> Iterator[Line]:
-    with file.open(encoding="utf-8-sig") as text:
-        for number, raw in enumerate(text, 1):
+    with _open(file, None) as text:
+        for number, raw in enumerate(_lines(text), 1):
             line = raw.strip()
             if not line or line.startswith("#"):
                 continue
             # A path may hold blanks, so a line that ends like an image is all path.
             head, blank, label = line.rpartition("\t" if "\t" in line else " ")
-            if blank and not line.lower().endswith(kind.suffixes):
+            if blank and not line.lower().endswith(kind.suffixes) and not _is_one_path(file.parent, line, head, kind):
                 yield Line(number, head.strip(), label.strip())
             else:
                 yield Line(number, line, None)
 
 
+def _is_one_path(folder: Path, line: str, head: str, kind: Kind) -> bool:
+    """Whether a line with blanks is a path without a label: where endings do not tell, the disk does."""
+    if head.strip().lower().endswith(kind.suffixes):
+        return False
+    return os.path.lexists(os.path.join(folder, line)) and not os.path.lexists(os.path.join(folder, head.strip()))  # noqa: PTH118
+
+
 def _table_lines(file: Path, kind: Kind) -> Iterator[Line]:
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        rows = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-        path_column, label_column = 0, 1
+    with _open(file, "") as text:
+        rows = csv.reader(_lines(text), delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+        path_column, label_column, first = 0, 1, True
         for row in rows:
             cells = [cell.strip() for cell in row]
             if not any(cells):
                 continue
             heads = [cell.lower() for cell in cells]
-            if rows.line_num == 1 and not cells[0].lower().endswith(kind.suffixes) and set(heads) & set(PATH_HEADS):
+            if first and not cells[0].lower().endswith(kind.suffixes) and set(heads) & set(PATH_HEADS):
                 path_column = next(place for place, head in enumerate(heads) if head in PATH_HEADS)
                 label_column = next((place for place, head in enumerate(heads) if head in LABEL_HEADS), len(heads))
+                first = False
                 continue
+            first = False
             path = cells[path_column] if path_column < len(cells) else ""
             label = cells[label_column] if label_column < len(cells) else ""
             yield Line(rows.line_num, path, label or None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +15,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchmine.data.contract import IMAGE_SUFFIXES, Source, key_of
+from patchmine.data.contract import IMAGE_SUFFIXES, Labels, Source, key_of
 from patchmine.data.decode import DecodeError, decode, probe
-from patchmine.errors import UserError
+from patchmine.data.members import HEAD, ending_told_by, is_hidden
+from patchmine.disk import remedy, replacing
+from patchmine.errors import UserError, foreign_parser, reason_of
+from patchmine.names import shown_name
 
 JPEG_QUALITY = 95
 """Of images that are made smaller; with all colour samples kept (4:4:4)."""
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 @dataclass
@@ -57,40 +61,44 @@ def write_shards(
     """
     if max_side is not None and max_side < 1:
         raise UserError(f"max_side={max_side}: give the longest side in pixels, at least 1")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out={out}: there is something already; give a new folder, or delete this one")
-    room = out.with_name(out.name + ".partial")
-    shutil.rmtree(room, ignore_errors=True)
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"out={shown_name(out)}: there is something already; give a new folder, or delete this one")
+    with foreign_parser(
+        lambda reason: UserError(f"data={shown_name(source.name)}: the labels cannot be read ({reason})")
+    ):
+        labels = source.labels()
     try:
-        room.mkdir(parents=True)
-        done = _write_all(source, room, max_side, shard_size, say)
-        room.replace(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as room:
+            room.mkdir()
+            done = _write_all(source, labels, room, max_side, shard_size, say)
     except OSError as error:
         raise UserError(
-            f"out={out}: the shards cannot be written ({error}); give a folder with space enough"
+            f"out={shown_name(out)}: the shards cannot be written ({reason_of(error)}); {remedy(error)}"
         ) from error
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
     for line in _summary(done, out, max_side):
         say(line)
     return done
 
 
 def _write_all(
-    source: Source, room: Path, max_side: int | None, shard_size: int, say: Callable[[str], None]
+    source: Source,
+    labels: Labels | None,
+    room: Path,
+    max_side: int | None,
+    shard_size: int,
+    say: Callable[[str], None],
 ) -> Written:
-    done, labels = Written(), source.labels()
+    done = Written()
     shard: _Shard | None = None
     try:
         for index in range(len(source)):
             try:
-                raw = source.read(index)
-            except OSError as error:
-                say(f"{source.path(index)} is left out: it cannot be read ({error})")
+                path, data, suffix = _item(source, index, max_side, done)
+            except _UnreadableError as error:
+                say(f"{shown_name(source.path(index))} is left out: it cannot be read ({error})")
                 done.skipped += 1
                 continue
-            path = key_of(source, index)
-            data, suffix = _encoded(raw, path, max_side, done)
             if shard is None or shard.size > shard_size:
                 if shard is not None:
                     shard.close()
@@ -105,25 +113,37 @@ def _write_all(
     return done
 
 
+class _UnreadableError(Exception):
+    """An item of the source that cannot be read, or not be written as an image."""
+
+
+def _item(source: Source, index: int, max_side: int | None, done: Written) -> tuple[str, bytes, str]:
+    """Path, contents and ending of an item."""
+    with foreign_parser(_UnreadableError):
+        path = key_of(source, index)
+        return path, *_encoded(source.read(index), path, max_side, done)
+
+
 class _Shard:
     """One archive that is being written."""
 
     def __init__(self, file: Path) -> None:
         self._handle = file.open("wb")
         self._archive = tarfile.open(fileobj=self._handle, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        self._key = ""
+        self._keys: set[str] = set()
 
     @property
     def size(self) -> int:
         return self._archive.offset
 
     def add(self, path: str, index: int, data: bytes, suffix: str, label: str | None) -> None:
-        """An image and its note, under a key of their own: neighbours of one key would be taken for one sample."""
-        inside = PurePosixPath(path.lstrip("/"))
-        key = str(inside.with_name(inside.stem.replace(".", "_")))
-        if key == self._key:
+        """An image and its note under a key of their own; equal ones would be one sample, or one file when unpacked."""
+        key = _key(path)
+        if key in self._keys:
             key = f"{key}_{index}"
-        self._key = key
+        while key in self._keys:
+            key += "_"
+        self._keys.add(key)
         note = {"path": path} if label is None else {"path": path, "label": label}
         self._put(key + suffix, data)
         self._put(f"{key}.json", json.dumps(note).encode())
@@ -141,6 +161,13 @@ class _Shard:
             os.fsync(self._handle.fileno())
 
 
+def _key(path: str) -> str:
+    """A path as the name of a member: below the archive's root, without dots (where keys end), and nowhere hidden."""
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")] or ["item"]
+    parts[-1] = (os.path.splitext(parts[-1])[0] or parts[-1]).replace(".", "_")  # noqa: PTH122, a part of a path
+    return "/".join(f"_{part}" if is_hidden(part) else part for part in parts).replace("\0", "_")
+
+
 def _encoded(raw: Any, path: str, max_side: int | None, done: Written) -> tuple[bytes, str]:
     """File contents and suffix of an item as it goes into a shard."""
     suffix = PurePosixPath(path).suffix.lower()
@@ -151,7 +178,7 @@ def _encoded(raw: Any, path: str, max_side: int | None, done: Written) -> tuple[
         if smaller is not None:
             return smaller
     if isinstance(raw, bytes):
-        return raw, suffix if suffix in IMAGE_SUFFIXES else ".jpg"  # what it really is, its first bytes tell
+        return raw, suffix if suffix in IMAGE_SUFFIXES else ending_told_by(raw[:HEAD]) or ".jpg"
     return _encode_pixels(raw)
 
 
@@ -185,16 +212,20 @@ def _shrink(raw: Any, max_side: int, is_jpeg: bool) -> tuple[bytes, str] | None:
 def _encode_pixels(raw: Any) -> tuple[bytes, str]:
     """PNG of a PIL image, npy of an array or tensor: nothing is lost."""
     out = io.BytesIO()
-    if isinstance(raw, Image.Image):
+    if isinstance(raw, Image.Image) and raw.mode in _PNG_MODES:
         raw.save(out, "PNG")
         return out.getvalue(), ".png"
+    if isinstance(raw, Image.Image):
+        raw = decode(raw, probe(raw)[2])  # (C, H, W), as training sees it
+    if isinstance(raw, torch.Tensor):
+        raw = raw.detach().float() if raw.dtype == torch.bfloat16 else raw.detach()
     np.save(out, raw.numpy(force=True) if isinstance(raw, torch.Tensor) else np.asarray(raw), allow_pickle=False)
     return out.getvalue(), ".npy"
 
 
 def _summary(done: Written, out: Path, max_side: int | None) -> list[str]:
     size = f"{done.bytes / 2**20:,.1f} MiB"
-    lines = [f"{done.items:,} images ({size}) in {done.shards:,} shard{'s' * (done.shards != 1)}: {out}"]
+    lines = [f"{done.items:,} images ({size}) in {done.shards:,} shard{'s' * (done.shards != 1)}: {shown_name(out)}"]
     if max_side is not None:
         lines.append(
             f"{done.shrunk:,} were shrunk to {max_side} pixels (JPEG as JPEG of quality {JPEG_QUALITY}, others as "

@@ -6,13 +6,16 @@ import difflib
 import glob
 import os
 import re
+import stat
 from collections.abc import Sequence
-from itertools import product
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from patchmine.data.archive import PACKED_SUFFIXES, refuse_packed
 from patchmine.data.combine import DatasetSource, Joined
 from patchmine.data.contract import IMAGES, Kind, Labels, Source
 from patchmine.data.folder import open_folder
@@ -21,11 +24,21 @@ from patchmine.data.listfile import LIST_SUFFIXES, open_list
 from patchmine.data.moving import open_moving_photos
 from patchmine.data.photos import open_photos
 from patchmine.data.shards import open_shards
-from patchmine.errors import UserError
+from patchmine.errors import UserError, reason_of
+from patchmine.names import shown_name
 
 __all__ = ["Labels", "Source", "Spec", "default_cache_dir", "open_source"]
 
 Spec = str | Path | Dataset[Any] | Sequence["Spec"]
+
+MOST_SHARDS = 100_000
+MOST_DIGITS = 12
+"""Of what ``{first..last}`` may stand for."""
+
+MOST_BESIDE = 10_000
+"""Names that are looked through for one that is meant."""
+
+_ARCHIVES = Kind("shard", (".tar",), str, chosen=True)
 
 _PACKED = f"a list file ({', '.join(LIST_SUFFIXES)}), tar shards (a folder, a pattern, shard-{{000..099}}.tar)"
 FORMS = {
@@ -38,7 +51,8 @@ def open_source(spec: Spec | Source, *, cache_dir: Path | None = None, kind: Kin
     """The images of a folder, list, tar shards, ``embedded:photos`` or torch Dataset, or of several of these together.
 
     ``cache_dir``: where the indices of folders, lists and shards are kept and looked for; None = nowhere.  UserError
-    when there is nothing of that name, or nothing in it.  ``kind``: `data.video.VIDEOS` for `open_videos`.
+    when there is nothing of that name, or nothing in it.  ``kind``: `data.video.VIDEOS` for `open_videos`.  Behind a
+    name, ``::jpg,left.png`` lets only files with these endings count.
     """
     if isinstance(spec, Dataset):
         return DatasetSource(spec)
@@ -55,43 +69,87 @@ def open_source(spec: Spec | Source, *, cache_dir: Path | None = None, kind: Kin
     raise UserError(f"data={spec!r}: {what}; give {FORMS[kind.name]}, or a torch Dataset")
 
 
-def default_cache_dir() -> Path:
-    """``patchmine`` in the user's cache folder (``XDG_CACHE_HOME``, by default ``~/.cache``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchmine"
+def default_cache_dir() -> Path | None:
+    """``patchmine`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``); None where there is none."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchmine"
+    except RuntimeError:  # a number without a name, as in containers
+        return None
 
 
 def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
     if name.startswith("embedded:"):
         return open_photos(name) if kind is IMAGES else open_moving_photos(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path, kind = _chosen_endings(name, kind)
+    mode = _mode(path, name)
+    if stat.S_ISDIR(mode):
         return _open_directory(path, name, cache_dir, kind)
-    if path.is_file():
+    if stat.S_ISREG(mode):
         return _open_file(path, name, cache_dir, kind)
-    found = sorted(glob.glob(str(path)))  # noqa: PTH207, Path.glob takes no absolute pattern
-    shards = _expand_ranges(path) or [Path(shard) for shard in found]
+    if mode:
+        raise UserError(f"data={shown_name(name)}: this is a pipe, a socket or a device; give {FORMS[kind.name]}")
+    shards = _expand_ranges(path, name) or sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207, absolute patterns
     if not shards:
-        raise UserError(f"data={name}: there is no such file or folder{_nearest(path)}; give {FORMS[kind.name]}")
+        what = f"there is no such file or folder{_nearest(path)}"
+        raise UserError(f"data={shown_name(name)}: {what}; give {FORMS[kind.name]}")
     other = next((shard for shard in shards if shard.suffix.lower() != ".tar"), None)
     if other is not None:
-        raise UserError(f"data={name}: a pattern may name tar shards only, but {other} is none; give its folder")
+        raise UserError(
+            f"data={shown_name(name)}: a pattern may name tar shards only, but {shown_name(other)} is none; "
+            "give its folder"
+        )
     return open_shards(shards, name, cache_dir, kind)
+
+
+def _chosen_endings(name: str, kind: Kind) -> tuple[Path, Kind]:
+    """The path of ``photos/::jpg,left.png``, and the kind of which only files with these endings count."""
+    place, separator, endings = name.rpartition("::")
+    if not separator or not place or "/" in endings or os.path.lexists(name):
+        return _expanded(name), kind
+    chosen = tuple("." + ending.strip().lower().lstrip(".") for ending in endings.split(","))
+    stranger = next((ending for ending in chosen if not ending.endswith(kind.suffixes)), None)
+    if stranger is not None:
+        raise UserError(
+            f"data={shown_name(name)}: {shown_name(stranger)} is no ending of {kind.name}s; behind :: stand the "
+            f"endings that count, with commas between them: of {', '.join(kind.suffixes)}, also as in left.png"
+        )
+    return _expanded(place), replace(kind, suffixes=chosen, chosen=True)
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # of ~somebody who is not known here
+        return Path(name)
+
+
+def _mode(path: Path, name: str) -> int:
+    """What kind of file a path is, in the bits of ``st_mode``; 0 where there is none."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError) as error:  # no permission, a name too long, a NUL
+        raise UserError(f"data={shown_name(name)}: this cannot be opened ({reason_of(error)})") from error
 
 
 def _open_directory(folder: Path, name: str, cache_dir: Path | None, kind: Kind) -> Source:
     files = open_folder(folder, name, cache_dir, kind)
     if len(files):
         return files
-    if kind is not IMAGES and len(frames := open_frame_folders(folder, name, cache_dir)):
+    if kind.name != IMAGES.name and not kind.chosen and len(frames := open_frame_folders(folder, name, cache_dir)):
         return frames
-    shards = sorted(folder.rglob("*.tar"))
-    if not shards:
-        hint = "; videos are for video models, such as model=video_vit_small_patch16" if kind is IMAGES else ""
+    archives = open_folder(folder, name, None, _ARCHIVES)
+    if not len(archives):
+        hint = "; videos are for video models, such as model=video_vit_small_patch16" if kind.name == "image" else ""
+        found = "".join(f". {note}" for note in files.notes)
         raise UserError(
-            f"data={name}: no {kind.name} and no tar shard in this folder; files that count end in "
-            f"{', '.join(kind.suffixes)} or .tar{hint}"
+            f"data={shown_name(name)}: no {kind.name} and no tar shard in this folder; files that count end in "
+            f"{', '.join(kind.suffixes)} or .tar{hint}{found}"
         )
-    return open_shards(shards, name, cache_dir, kind)
+    shards = open_shards([Path(archives.path(i)) for i in range(len(archives))], name, cache_dir, kind)
+    shards.notes = (*archives.notes, *shards.notes)
+    return shards
 
 
 def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Source:
@@ -101,19 +159,23 @@ def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Sou
     if suffix == ".tar":
         return open_shards([file], name, cache_dir, kind)
     if suffix in kind.suffixes:
-        raise UserError(f"data={name}: this is a single {kind.name}; give the folder that it lies in, or a list file")
-    what = f"a file that ends in {suffix or 'nothing'} is no source of {kind.name}s"
-    raise UserError(f"data={name}: {what}; give {FORMS[kind.name]}")
+        raise UserError(
+            f"data={shown_name(name)}: this is a single {kind.name}; give the folder that it lies in, or a list file"
+        )
+    if suffix in PACKED_SUFFIXES:
+        refuse_packed(file)
+    what = f"a file that ends in {shown_name(suffix) or 'nothing'} is no source of {kind.name}s"
+    raise UserError(f"data={shown_name(name)}: {what}; give {FORMS[kind.name]}")
 
 
-def _expand_ranges(path: Path) -> list[Path]:
+def _expand_ranges(path: Path, name: str) -> list[Path]:
     """Every name that ``{first..last}`` stands for, with the zeros of the first; nothing where there is no range."""
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", str(path))
     if len(parts) == 1:
         return []
-    choices = []
-    for first, last in zip(parts[1::3], parts[2::3], strict=True):
-        choices.append([f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)])
+    ranges = list(zip(parts[1::3], parts[2::3], strict=True))
+    _refuse_many(ranges, name)
+    choices = [[f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)] for first, last in ranges]
     texts = parts[0::3]
     return [
         Path(texts[0] + "".join(n + text for n, text in zip(chosen, texts[1:], strict=True)))
@@ -121,11 +183,29 @@ def _expand_ranges(path: Path) -> list[Path]:
     ]
 
 
+def _refuse_many(ranges: list[tuple[str, str]], name: str) -> None:
+    count = 1
+    for first, last in ranges:
+        if max(len(first), len(last)) > MOST_DIGITS:
+            count = MOST_SHARDS + 1
+            break
+        if int(last) < int(first):
+            what = f"the range {{{first}..{last}}} runs backwards"
+            raise UserError(f"data={shown_name(name)}: {what}; write {{{last}..{first}}}")
+        count *= int(last) - int(first) + 1
+    if count > MOST_SHARDS:
+        raise UserError(
+            f"data={shown_name(name)}: the pattern stands for more than {MOST_SHARDS:,} shards, the most that a "
+            "pattern may name; name those that there are, or give their folder"
+        )
+
+
 def _nearest(path: Path) -> str:
     """A hint at what lies beside a missing path."""
     try:
-        beside = [entry.name for entry in path.parent.iterdir()]
+        beside = list(islice((entry.name for entry in os.scandir(path.parent)), MOST_BESIDE))
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, beside, n=3)
-    return f" (did you mean {' or '.join(str(path.parent / name) for name in close)}?)" if close else ""
+    names = " or ".join(shown_name(path.parent / name) for name in close)
+    return f" (did you mean {names}?)" if close else ""

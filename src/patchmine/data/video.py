@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from patchmine.data import video_pyav, video_torchcodec
-from patchmine.data.contract import IMAGE_SUFFIXES, Kind, contents, open_regular
+from patchmine.data.contract import IMAGES, Kind, contents, open_regular
 from patchmine.data.decode import MAX_PIXELS, DecodeError, decode, fit_channels
+from patchmine.data.members import head_of, reason_against
+from patchmine.data.series import frames_of
 from patchmine.data.video_matrix import of_file
 from patchmine.data.video_torchcodec import check_frames
 from patchmine.errors import UserError
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"),
-    *(".ts", ".m2ts", ".3gp", ".ogv", ".gif"),
+    *(".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".ogg", ".asf", ".vob", ".mxf", ".gif"),
 )
 """Endings (in any case) by which a file in a folder or a shard counts as a video."""
 
@@ -56,12 +58,18 @@ class FrameFiles:
 
 
 def frames_in(folder: str) -> FrameFiles:
-    """The images in a folder as frames: ``2.jpg`` comes before ``10.jpg``.  DecodeError where there are none."""
+    """The frames in a folder: ``2.jpg`` comes before ``10.jpg``.
+
+    Raises:
+        DecodeError: where there is no image, or where there are the frames of several videos (`data.series`).
+        OSError: where the folder cannot be read.
+    """
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        files = [entry.name for entry in entries if entry.is_file()]
+    names = [name for name in files if not reason_against(name, IMAGES, partial(head_of, f"{folder}/{name}"))]
     if not names:
         raise DecodeError("is a folder without images; a video in single frames has them in it")
-    return FrameFiles(tuple(f"{folder}/{name}" for name in sorted(names, key=in_counting_order)))
+    return FrameFiles(tuple(f"{folder}/{name}" for name in sorted(frames_of(names)[0], key=in_counting_order)))
 
 
 def in_counting_order(name: str) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from patchmine.data.classes import division_of
 from patchmine.data.contract import Labels, Source
 from patchmine.data.source import open_source
 from patchmine.data.video_sources import open_videos
@@ -18,7 +20,6 @@ from patchmine.errors import UserError
 Index = NDArray[np.int64]
 
 TEST_SHARE = 0.2
-_TEST_FOLDERS = ("test", "val", "validation", "valid")
 _IN_HALVES = ("embedded:photos", "embedded:moving-photos")
 
 
@@ -136,8 +137,12 @@ def stratified(labels: Index, count: int, seed: int = 0) -> Index:
 
 def _folders(path: Path) -> tuple[Path, Path] | None:
     """The folders train and test of ``path``, where it has both."""
-    tests = [path / name for name in _TEST_FOLDERS if (path / name).is_dir()]
-    return (path / "train", tests[0]) if tests and (path / "train").is_dir() else None
+    try:
+        with os.scandir(path) as entries:
+            division = division_of([entry.name for entry in entries if entry.is_dir()])
+    except OSError:  # no folder, or none that may be read: opening it tells
+        return None
+    return (path / division[0], path / division[1]) if division else None
 
 
 def _of_two(data: Any, test: Any, kind: str, how: str) -> LabelledData:
