@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from patchmine import __version__
 from patchmine.cli import app
 from patchmine.errors import UserError
+from patchmine.program import say
 from patchmine.recipes import recipe_names
 
 COMMANDS = [
@@ -308,3 +309,71 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
     error = ZeroDivisionError("a bug")
     monkeypatch.setattr(importlib.import_module("patchmine.pretraining"), "pretrain", fail_with(error))
     assert call("pretrain", "data=x", "out=y").exception is error
+
+
+# What the system refuses, and who leaves
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (OSError(28, "No space left on device", "/data/x.png"), ["/data/x.png", "No space left on device", "room"]),
+        (PermissionError(13, "Permission denied", b"/data/caf\xe9"), ["/data/caf\\xe9", "allow writing there"]),
+        (IsADirectoryError(21, "Is a directory", "out"), ["out cannot be read or written", "a folder has that name"]),
+        (OSError("no number"), ["no number"]),
+        (BrokenPipeError(32, "Broken pipe"), ["Broken pipe"]),  # of a pipe to another process, not our output
+    ],
+)
+@pytest.mark.parametrize("line", ["resume runs/x", "report runs/x", "eval knn runs/x data=a", "export runs/x"])
+def test_what_the_system_refuses_is_one_sentence(
+    line: str, error: OSError, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for module, function in ROOMS:
+        monkeypatch.setattr(importlib.import_module(f"patchmine.{module}"), function, fail)
+    result = call(*line.split())
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize("line", ["pretrain data=a out=b", "eval knn runs/x data=a", "export runs/x"])
+def test_an_interrupt_is_one_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, function in ROOMS:
+        monkeypatch.setattr(importlib.import_module(f"patchmine.{module}"), function, fail)
+    result = call(*line.split())
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+def program(command_line: str) -> tuple[int, str]:
+    """Exit code of the program in a shell line, and all that it says on stderr."""
+    line = command_line.replace("patchmine", f"{shlex.quote(sys.executable)} -m patchmine.cli")
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_left_is_no_error() -> None:
+    assert program("set -o pipefail; patchmine list recipes | true") == (141, "")
+    assert program("set -o pipefail; patchmine --help | true")[1] == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_sentence() -> None:
+    code, said = program("patchmine list recipes > /dev/full")
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "No space left on device" in said
+
+
+def test_a_lost_terminal_silences_what_is_said_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=gone, flush=gone))
+    say("step 3")

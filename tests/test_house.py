@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "bench": PARTS | SETTINGS | {"run"},
     "commands": {"errors", "names", "strict"} | TYPED,
     "transfer": PARTS | SETTINGS | {"run"},
-    "program": set(),
+    "program": {"errors", "disk"},
     "evaluation_commands": {"commands", "evaluate", "program"},
     "cli": TOP | {"commands", "evaluation_commands", "program", "transfer", "__init__"},
     "__init__": TOP,

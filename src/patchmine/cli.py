@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -10,9 +9,7 @@ from typer.core import TyperGroup
 
 from patchmine.errors import UserError
 from patchmine.evaluation_commands import evaluate
-from patchmine.program import command, say, typer_group
-
-USER_ERROR, INTERRUPTED = 2, 130
+from patchmine.program import command, ended_in_words, last_words, say, typer_group
 
 _HELP = """Pre-train vision backbones on your own unlabelled images: MAE and Hard Patches Mining.
 
@@ -56,14 +53,8 @@ class _Group(TyperGroup):
         return sorted(super().list_commands(ctx), key=_ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with ended_in_words():
             return super().invoke(ctx)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            raise typer.Exit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer_group(_HELP, name="patchmine", cls=_Group, epilog=_EXAMPLES)
@@ -80,7 +71,8 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Entry point of the program `patchmine`."""
-    app(prog_name="patchmine")
+    with last_words():
+        app(prog_name="patchmine")
 
 
 def _show_version(wanted: bool) -> None:

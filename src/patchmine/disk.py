@@ -40,7 +40,7 @@ def remedy(error: OSError) -> str:
 def refusal(error: OSError, doing: str = "cannot be read or written") -> str:
     """One sentence about a failed access: the file, what it failed with, and what can be done."""
     name = error.filename2 or error.filename
-    what = shown_name(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else "a file"
+    what = shown_name(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else "a file or stream"
     return f"{what} {doing} ({error.strerror or error}); {remedy(error)}"
 
 
