@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from patchmine.report.reading import RunRecord, flatten
+from patchmine.report.reading import RunRecord, finite_number, flatten
 from patchmine.report.words import NOTHING, number, percent, points, title
 
 
@@ -51,25 +51,21 @@ def _floors(results: Sequence[Result]) -> list[str]:
 
 def read_result(run: int, name: str, content: Mapping[str, object]) -> Result:
     """The numbers of an eval/NAME.json, whatever else it holds."""
-    top1 = _number(content.get("top1"))
+    top1 = finite_number(content.get("top1"))
     floors = content.get("floors")
     found = {}
     for floor, accuracies in floors.items() if isinstance(floors, Mapping) else ():
-        accuracy = _number(accuracies.get("top1")) if isinstance(accuracies, Mapping) else None
+        accuracy = finite_number(accuracies.get("top1")) if isinstance(accuracies, Mapping) else None
         if accuracy is not None:
             found[str(floor)] = accuracy
     rest = {key: value for key, value in content.items() if key not in ("name", "top1", "top5", "floors", "notes")}
     notes = content.get("notes")
     said = [str(note) for note in notes] if isinstance(notes, list) else []
-    measures = {} if top1 is not None else {k: n for k, value in rest.items() if (n := _number(value)) is not None}
+    measures = (
+        {} if top1 is not None else {k: n for k, value in rest.items() if (n := finite_number(value)) is not None}
+    )
     conditions = flatten({key: value for key, value in rest.items() if key not in measures})
-    return Result(run, name, top1, _number(content.get("top5")), found, measures, said, conditions)
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+    return Result(run, name, top1, finite_number(content.get("top5")), found, measures, said, conditions)
 
 
 def _table(name: str, results: Sequence[Result], scale: float, columns: int) -> str:

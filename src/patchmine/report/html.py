@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from patchmine.disk import output
 from patchmine.report.charts import Chart, draw, make_curve
 from patchmine.report.evaluations import evaluations_section
 from patchmine.report.overview import complaints, identity, legend, overview_section
@@ -34,12 +35,13 @@ _NOTES = {
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write one self-contained page about these run folders to ``out`` and return its path.
 
-    Raises UserError for a folder that holds no run; whatever else is missing is left out of the page.
+    Raises UserError for a folder that holds no run, and for an ``out`` that cannot be written; whatever else is missing
+    or damaged is left out of the page, which says so.
     """
     page = render(read_runs(runs), written=datetime.now(UTC))
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with output(path) as new:
+        new.write_bytes(page.encode("utf-8", "backslashreplace"))
     return path
 
 

@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-from patchmine.report.reading import RunRecord
+from patchmine.report.reading import RunRecord, finite_number
 from patchmine.report.words import NOTHING, duration, number, percent, rate, title, whole
 
 
@@ -83,9 +83,9 @@ def _accuracies(run: RunRecord) -> list[Fact]:
             top = f"best {percent(series.values.max())}" if series.values.max() > series.last else ""
             found.append(Fact(label, percent(series.last), top, best=series.last))
     for name, content in run.evaluations.items():
-        top1 = content.get("top1")
-        if isinstance(top1, int | float):
-            found.append(Fact(f"{title(name)} top-1", percent(top1), best=float(top1)))
+        top1 = finite_number(content.get("top1"))
+        if top1 is not None:
+            found.append(Fact(f"{title(name)} top-1", percent(top1), best=top1))
     return found
 
 

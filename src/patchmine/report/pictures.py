@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from patchmine.errors import foreign_parser
 from patchmine.report.reading import RunRecord
 from patchmine.report.words import whole
 
 MOST_PICTURES = 12
 """Per run; of more, evenly chosen ones with the first and the last among them."""
 
+_MOST_BYTES, _MOST_PIXELS = 2**26, 2**25  # no sheet of ours comes near
 _PLAIN_BYTES = 200_000  # a larger PNG is a photograph and shrinks to a tenth as WebP
 
 
@@ -38,18 +41,33 @@ def choose(samples: Sequence[tuple[int, Path]], most: int = MOST_PICTURES) -> li
 def embed(path: Path) -> tuple[str, int, int] | None:
     """A picture as a data URI with its width and height, or None for a file that is no picture."""
     try:
-        raw = path.read_bytes()
-        with Image.open(io.BytesIO(raw)) as picture:
-            picture.load()
-            kind, (width, height) = f"image/{(picture.format or 'png').lower()}", picture.size
-            if len(raw) > _PLAIN_BYTES:
-                packed = io.BytesIO()
-                picture.convert("RGB").save(packed, "WEBP", quality=88)
-                if packed.tell() < len(raw):
-                    raw, kind = packed.getvalue(), "image/webp"
-    except (OSError, UnidentifiedImageError):
+        with foreign_parser(_NoPictureError, _NoPictureError):
+            kind, raw, (width, height) = _packed(path)
+    except _NoPictureError:
         return None
     return f"data:{kind};base64,{base64.b64encode(raw).decode('ascii')}", width, height
+
+
+class _NoPictureError(Exception):
+    """A file that is not one of our pictures."""
+
+
+def _packed(path: Path) -> tuple[str, bytes, tuple[int, int]]:
+    """Kind, content and size (width first) of a picture, made small where it is a photograph."""
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:  # opening a pipe would wait for ever
+        raise _NoPictureError
+    raw = path.read_bytes()
+    with Image.open(io.BytesIO(raw)) as picture:
+        if math.prod(picture.size) > _MOST_PIXELS:
+            raise _NoPictureError
+        picture.load()
+        kind = f"image/{(picture.format or 'png').lower()}"
+        if len(raw) > _PLAIN_BYTES:
+            packed = io.BytesIO()
+            picture.convert("RGB").save(packed, "WEBP", quality=88)
+            if packed.tell() < len(raw):
+                return "image/webp", packed.getvalue(), picture.size
+        return kind, raw, picture.size
 
 
 def _strip(i: int, run: RunRecord, named: bool) -> str:

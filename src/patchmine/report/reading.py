@@ -7,7 +7,6 @@ missing is left out, and only a folder that is no run at all is refused.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
-from patchmine.errors import UserError
+from patchmine.errors import UserError, foreign_parser
+from patchmine.names import shown_name
+from patchmine.train.log import read_line, step_of
+from patchmine.words import read_yaml
 
 Floats = npt.NDArray[np.float64]
 
 _POSITION = ("step", "epoch", "samples")
+_LARGEST, _SMALLEST = 1e100, 1e-100  # beyond it a number is damage, below it 0: charts can divide by any other
+_DEEPEST, _LONGEST = 8, 500  # of settings and conditions, levels and letters that are shown
+_EVALUATION_BYTES = 2**20
 _SAMPLE_NAME = re.compile(r"step-(\d+)\.png")
 
 
@@ -49,8 +53,8 @@ class RunRecord:
 
     ``settings``: dotted name -> value as text.  ``series``: name in metrics.jsonl -> values; those of evaluations made
     during training are called ``knn.top1``.  ``evaluations``: name -> content of eval/NAME.json.  ``samples``: (step,
-    picture), rising.  ``total_steps`` is None where the folder does not tell.  ``unread``: complaints about files that
-    could not be read.
+    picture), rising.  ``total_steps`` and ``steps_per_epoch`` are None where the folder does not tell.  ``unread``:
+    complaints about files that could not be read.
     """
 
     name: str
@@ -62,6 +66,7 @@ class RunRecord:
     step: int
     total_steps: int | None
     seconds: float | None
+    steps_per_epoch: float | None = None
     unread: Sequence[str] = field(default_factory=tuple)
 
 
@@ -75,7 +80,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many last parts as it takes to tell the folders apart."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [tuple(map(shown_name, folder.resolve().parts)) for folder in folders]
     depth = 1
     while len({p[-depth:] for p in parts}) < len(set(parts)):
         depth += 1
@@ -106,6 +111,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         step=int(trained[-1].step) if trained else 0,
         total_steps=_total_steps(config, trained),
         seconds=_seconds(trained),
+        steps_per_epoch=_steps_per_epoch(trained),
         unread=tuple(unread),
     )
 
@@ -114,33 +120,42 @@ def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested settings as ``{"method.mask_ratio": "0.75"}``."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and value and prefix.count(".") < _DEEPEST:
+            flat |= flatten(value, f"{prefix}{_short(str(key))}.")
         else:
-            flat[f"{prefix}{key}"] = _as_text(value)
+            flat[f"{prefix}{_short(str(key))}"] = _short(_as_text(value))
     return flat
 
 
-def _as_text(value: object) -> str:
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _as_text(value: object, depth: int = 0) -> str:
     if value is None:
         return "none"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, list | Mapping) and value and depth >= _DEEPEST:
+        return "..."
     if isinstance(value, list):
-        return "[" + ", ".join(_as_text(part) for part in value) + "]"
+        return "[" + ", ".join(_as_text(part, depth + 1) for part in value[:_LONGEST]) + "]"
+    if isinstance(value, Mapping) and value:
+        return "{" + ", ".join(f"{key}: {_as_text(part, depth + 1)}" for key, part in value.items()) + "}"
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _read_config(path: Path, unread: list[str]) -> dict[str, object]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         unread.append("config.yaml is missing")
-        return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        unread.append("config.yaml cannot be read")
-        return {}
-    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+    elif path.is_file():
+        try:
+            return {str(key): value for key, value in read_yaml(path).items()}
+        except UserError:
+            unread.append("config.yaml cannot be read")
+    else:
+        unread.append("config.yaml is no file")
+    return {}
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,7 @@ def _read_lines(path: Path, unread: list[str]) -> Iterator[_Line]:
         unread.append("metrics.jsonl is missing")
         return
     broken = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for text in file:
             line = _parse(text)
             if line is not None:
@@ -169,35 +184,28 @@ def _read_lines(path: Path, unread: list[str]) -> Iterator[_Line]:
         unread.append(f"metrics.jsonl: {broken} unreadable line{'s' if broken > 1 else ''} skipped")
 
 
-def _parse(text: str) -> _Line | None:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(content, dict):
+def _parse(text: bytes) -> _Line | None:
+    content = read_line(text)
+    step = None if content is None else step_of(content)
+    if content is None or step is None:
         return None
     evaluation = content.get("eval")
-    if isinstance(evaluation, dict):
-        numbers = {
-            f"{evaluation.get('name', 'eval')}.{key}": value
-            for key, value in _numbers(evaluation).items()
-            if key != "step"
-        }
-        step = _number(content.get("step", evaluation.get("step")))
-        return None if step is None else _Line(step, numbers, evaluation=True)
-    step = _number(content.get("step"))
-    return None if step is None else _Line(step, _numbers(content), evaluation=False)
+    if not isinstance(evaluation, dict):
+        return _Line(step, _numbers(content), evaluation=False)
+    name = _short(str(evaluation.get("name", "eval")))
+    numbers = {f"{name}.{key}": value for key, value in _numbers(evaluation).items() if key != "step"}
+    return _Line(step, numbers, evaluation=True)
 
 
-def _number(value: object) -> float | None:
-    """The value if it is a finite number (a switch is none)."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+def finite_number(value: object) -> float | None:
+    """The value if it is a number that can be drawn (a switch is none)."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST < value < _LARGEST:
+        return None
+    return float(value) if abs(value) >= _SMALLEST else 0.0
 
 
 def _numbers(content: Mapping[str, object]) -> dict[str, float]:
-    return {key: number for key, value in content.items() if (number := _number(value)) is not None}
+    return {_short(key): number for key, value in content.items() if (number := finite_number(value)) is not None}
 
 
 def _keep_newest(lines: Iterator[_Line]) -> tuple[list[_Line], list[_Line]]:
@@ -249,7 +257,7 @@ def _seconds(lines: Sequence[_Line]) -> float | None:
 
 def _total_steps(config: Mapping[str, object], lines: Sequence[_Line]) -> int | None:
     """The length of the run: as set, or from the epochs that are set and those that were made so far."""
-    steps, epochs = _number(config.get("steps")), _number(config.get("epochs"))
+    steps, epochs = finite_number(config.get("steps")), finite_number(config.get("epochs"))
     if steps is not None:
         return int(steps)
     per_epoch = _steps_per_epoch(lines)
@@ -270,16 +278,26 @@ def _steps_per_epoch(lines: Sequence[_Line]) -> float | None:
 
 def _read_evaluations(folder: Path, unread: list[str]) -> dict[str, Mapping[str, object]]:
     found: dict[str, Mapping[str, object]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[!.]*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = None
-        if isinstance(content, dict):
-            found[path.stem] = content
-        else:
-            unread.append(f"eval/{path.name} cannot be read")
+            found[shown_name(path.stem)] = _read_evaluation(path)
+        except _UnreadableError:
+            unread.append(f"eval/{shown_name(path.name)} cannot be read")
     return found
+
+
+class _UnreadableError(Exception):
+    """A file of evaluations that holds none."""
+
+
+def _read_evaluation(path: Path) -> Mapping[str, object]:
+    with foreign_parser(_UnreadableError, _UnreadableError):
+        if not path.is_file() or path.stat().st_size > _EVALUATION_BYTES:
+            raise _UnreadableError("it is no file of results")
+        content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise _UnreadableError("it holds no table of results")
+    return content
 
 
 def _find_samples(folder: Path) -> list[tuple[int, Path]]:

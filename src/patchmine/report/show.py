@@ -15,6 +15,7 @@ from patchmine.data.clips import PlainClips
 from patchmine.data.decode import DecodeError
 from patchmine.data.video import VIDEOS
 from patchmine.data.views import PlainView
+from patchmine.disk import output
 from patchmine.errors import UserError
 from patchmine.models.video import is_video
 from patchmine.report.animation import MOVING, save_animation
@@ -51,11 +52,11 @@ def show(run_path: str | Path, paths: Sequence[str | Path], out: str | Path, *, 
     with torch.no_grad():
         panels = method.panels(_batch((inputs - mean) / std), progress)
     labels = distinct_names([Path(path) for path in paths])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if moves and out.suffix.lower() in MOVING:
-        save_animation(list(draw_moments(panels, config.mean, config.std, labels=labels)), out)
-    else:
-        draw_panels(panels, config.mean, config.std, labels=labels).save(out)
+    with output(out) as new:
+        if moves and out.suffix.lower() in MOVING:
+            save_animation(list(draw_moments(panels, config.mean, config.std, labels=labels)), new)
+        else:
+            draw_panels(panels, config.mean, config.std, labels=labels).save(new)
     return out
 
 
@@ -74,10 +75,9 @@ def run_progress(run: Run) -> Progress:
     A run without metrics, such as imported weights, counts as one that is at its end.
     """
     made = int(run.checkpoints[-1].stem.removeprefix("step-")) if run.checkpoints else 0
-    lines = [line for line in run.metrics() if line.get("epoch")]
-    per_epoch = max(1, round(lines[-1]["step"] / lines[-1]["epoch"])) if lines else max(1, made)
-    total = read_run(run.path, run.path.name).total_steps or max(1, made)
-    return Progress(step=max(0, made - 1), total_steps=max(total, made), steps_per_epoch=per_epoch)
+    record = read_run(run.path, run.path.name)
+    total = max(record.total_steps or 1, made, 1)
+    return Progress(max(0, made - 1), total, max(1, round(record.steps_per_epoch or made)))
 
 
 def _read(path: Path, config: RunConfig) -> Tensor:

@@ -56,6 +56,8 @@ def points(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """3 h 05 min · 12 min 30 s · 45 s."""
+    if not math.isfinite(seconds):
+        return NOTHING
     whole_seconds = round(seconds)
     hours, minutes = divmod(whole_seconds // 60, 60)
     if hours:
