@@ -135,7 +135,7 @@ class _Worker:
         if not self.busy or self.pid < 0 or self._began is None:
             return
         clock, cpu = time.monotonic() - self._began, _cpu(self.pid) - self._cpu
-        if clock > CLOCK_SECONDS or cpu > SECONDS:
+        if cpu > SECONDS or (clock > CLOCK_SECONDS and cpu < SECONDS / 2):  # at work, or waiting for something
             self._lost(tallies, "hang", f"no answer after {cpu:.0f} s of work ({clock:.0f} s of the clock)")
         elif (held := _resident(self.pid)) > self._memory + 2 * MEMORY:
             self._lost(tallies, "memory", f"{(held - self._memory) / 2**30:.1f} GB and rising")

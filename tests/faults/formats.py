@@ -153,7 +153,7 @@ def _run_files(run: Path) -> list[Format]:
             (DamagedCheckpointError,),
             sealed=True,
         ),
-        Format("checkpoint, resumed", [newest], damage, partial(run_readers.load_newest, checkpoints), sealed=True),
+        Format("checkpoint, resumed", [newest], damage, partial(run_readers.resume_from, checkpoints), sealed=True),
         Format("metrics.jsonl", [(run / "metrics.jsonl").read_bytes()], TEXT, partial(read, "metrics.jsonl")),
         Format("eval/NAME.json", [seeds.EVALUATION], TEXT, partial(read, "eval/knn.json")),
         Format(
