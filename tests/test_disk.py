@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from patchmine.disk import remedy, replacing, settle
+from patchmine.disk import remedy, replacing, settle, sweep
 
 
 def test_files_obey_the_umask_and_folders_are_left_as_they_are(tmp_path: Path) -> None:
@@ -53,3 +53,21 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 )
 def test_advice_follows_the_errno(number: int, word: str) -> None:
     assert word in remedy(OSError(number, "x"))
+
+
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    ours = (
+        ".config.47.new.yaml",
+        ".last.12.new",
+        ".metrics.7.new.jsonl",
+        ".export.new-33",
+        ".export.old-33",
+        ".writing",
+    )
+    others = ("config.yaml", ".lock", ".lock.owner", ".gitignore", ".new", "a.12.new.yaml", ".notes.new.txt")
+    for name in (*ours, *others):
+        (tmp_path / name).mkdir() if name.startswith(".export") else (tmp_path / name).write_text("x")
+    (tmp_path / ".export.new-33" / "README.md").write_text("x")
+    sweep(tmp_path)
+    sweep(tmp_path / "absent")
+    assert {path.name for path in tmp_path.iterdir()} == set(others)

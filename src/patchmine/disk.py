@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from patchmine.errors import UserError
@@ -30,6 +31,9 @@ _REMEDIES = {
 
 # What file systems say that have no modes, no flushing of folders, no links, no replacing (FAT, SMB, FUSE).
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EBADF}
+
+# Names of what is being written: those of `replacing`, and of folders that replace a whole one.
+_TEMPORARY = re.compile(r"\..+\.\d+\.new(\.[^.]+)?|\..+\.(new|old)-\d+|\.writing(\.\d+)?")
 
 
 def remedy(error: OSError) -> str:
@@ -85,6 +89,18 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder that nobody else writes to now."""
+    for left in [*folder.glob(".*")] if folder.is_dir() else []:
+        if not _TEMPORARY.fullmatch(left.name):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                left.unlink()
 
 
 def _rename(temporary: Path, path: Path) -> None:

@@ -19,7 +19,7 @@ from patchmine.data.crops import MultiCropView
 from patchmine.data.loader import plain_batches, train_batches
 from patchmine.data.source import Spec
 from patchmine.data.views import View
-from patchmine.disk import replacing
+from patchmine.disk import replacing, sweep
 from patchmine.errors import UserError
 from patchmine.lock import HeldLock, is_first_process, lock
 from patchmine.models.resnet import has_cifar_stem
@@ -37,7 +37,7 @@ from patchmine.preparing import (
     with_statistics,
 )
 from patchmine.run import Run, build_method, partner_config, write_export
-from patchmine.train.checkpoint import Checkpoint, load_newest_finite
+from patchmine.train.checkpoint import Checkpoint, load_newest_finite, point_last
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import refuse_stranger, train
@@ -196,6 +196,10 @@ def _train(
     bad = BadFiles(folder / "bad_files.txt" if engine.is_main else None, config.max_bad_share, item_of(config))
     if engine.is_main:
         # Not before now: a mistake in the settings must not leave a folder that looks like a run.
+        for place in (folder, folder / "checkpoints", folder / "samples"):
+            sweep(place)
+        if start is not None:  # a full disk may have kept it at an older one
+            point_last(start.path)
         _write_config(config, folder)
         say(_summary(config, settings, images, engine))
     run_folder = folder if engine.is_main else None

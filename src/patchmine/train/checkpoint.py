@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.disk import remedy, replacing
+from patchmine.disk import remedy, replacing, sweep
 from patchmine.errors import UserError, foreign_parser, reason_of
 
 FORMAT = 2  # of the head; 1 had no checksum over itself, over shapes and over types
@@ -103,9 +103,21 @@ def save(
             f"checkpoint {path} could not be written ({reason.strerror or reason_of(error)}); {remedy(reason)}, then"
             f" go on with `patchmine resume {folder.parent}`; earlier checkpoints are intact"
         ) from error
-    _point(folder / "last", path.name)
+    point_last(path)
     _forget(folder, step, keep)
     return path
+
+
+def point_last(path: Path) -> None:
+    """Make ``last`` beside a checkpoint a link to it, or a small file with its name where there are no links."""
+    last = path.with_name("last")
+    # Nobody here reads it and the checkpoint stands already, so that failing at it must not end the run.
+    try:
+        with replacing(last) as new:
+            new.symlink_to(path.name)
+    except OSError:
+        with suppress(OSError), replacing(last) as new:
+            new.write_text(path.name + "\n", encoding="utf-8")
 
 
 def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
@@ -285,24 +297,9 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
 
 def _make_way(path: Path) -> None:
     """Remove what killed processes left half written, and move aside a folder that has the checkpoint's name."""
-    for left in path.parent.glob(".*.new*"):
-        with suppress(OSError):
-            left.unlink()
-    for left in path.parent.glob(f"{SCRATCH}*"):
-        shutil.rmtree(left, ignore_errors=True)
+    sweep(path.parent)
     if path.is_dir():
         path.rename(path.with_name(f"{path.name}.{os.getpid()}.folder"))
-
-
-def _point(last: Path, name: str) -> None:
-    """Make ``last`` a link to the newest file, or a small file with its name where there are no links."""
-    # Nobody here reads it and the checkpoint stands already, so that failing at it must not end the run.
-    try:
-        with replacing(last) as new:
-            new.symlink_to(name)
-    except OSError:
-        with suppress(OSError), replacing(last) as new:
-            new.write_text(name + "\n", encoding="utf-8")
 
 
 def _followed(path: Path) -> Path:
@@ -321,7 +318,7 @@ def _system_error(error: Exception) -> OSError:
     """The operating system's error; safetensors only quotes its number."""
     if isinstance(error, OSError):
         return error
-    number = re.search(r"code: (\d+)", str(error))
+    number = re.search(r"(?:code: |os error )(\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(reason_of(error))
 
 
