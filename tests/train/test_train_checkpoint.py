@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 
 from patchmine.errors import UserError
@@ -362,3 +363,17 @@ def test_one_tensor_under_two_names_is_refused_early() -> None:
     with pytest.raises(ValueError, match="'x' and 'y' are one tensor"):
         refuse_shared({"x": shared, "y": shared.view(3)})
     refuse_shared({"x": shared, "z": torch.ones(3), "empty": torch.ones(0), "empty2": torch.ones(0)})
+
+
+@pytest.mark.parametrize(
+    "text", ["I/O error: No space left on device (os error 28)", "Os { code: 28, kind: StorageFull }"]
+)
+def test_the_remedy_for_a_full_disk_also_when_safetensors_tells_it(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError(f"Error while serializing: {text}")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(UserError, match=r"\(No space left on device\); make room there, then"):
+        checkpoints.save(tmp_path, 1, {"a": torch.zeros(1)}, {}, {}, keep=1)
