@@ -57,6 +57,7 @@ def test_mask(golden: Golden, mask: Mask) -> None:
     assert mask.visible.shape[1] == count_visible(count, golden.config["mask_ratio"])
     assert torch.equal(mask.as_bool(), golden["mask"].bool())
     assert torch.equal(mask.visible, golden["ids_keep"].sort(dim=1).values)
+    assert torch.equal(golden["ids_restore"], golden["noise"].argsort(dim=1).argsort(dim=1))
 
 
 def test_fixed_positions(golden: Golden) -> None:
