@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from golden_vectors import IMAGENET, tiny_resnet
-from second import reference as slow
-from second.drawing import Drawing, save
+from second_folder import reference as slow
+from second_folder.drawing import Drawing, save
 from torch import Tensor, nn
 
 from patchmine.methods.mokd import MOKD, look

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from second import reference as slow
-from second.drawing import RATIO, SOURCE, Drawing, gradients, learning, named, run_decoder, run_encoder, save
+from second_folder import reference as slow
+from second_folder.drawing import RATIO, SOURCE, Drawing, gradients, learning, named, run_decoder, run_encoder, save
 
 
 def mae(folder: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from second import reference as slow
-from second.drawing import SOURCE, Drawing, gradients, learning, named, run_encoder, save
+from second_folder import reference as slow
+from second_folder.drawing import SOURCE, Drawing, gradients, learning, named, run_encoder, save
 from torch import Tensor
 
 EPS, ROWS, COLUMNS, HEADS = 1e-6, 4, 6, 2

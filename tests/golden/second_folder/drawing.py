@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from second import reference as slow
+from second_folder import reference as slow
 from torch import Tensor
 
 SOURCE = "plain loops in float64, stored in float32"

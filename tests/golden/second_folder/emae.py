@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from second import reference as slow
-from second.drawing import RATIO, SOURCE, Drawing, gradients, learning, named, run_decoder, run_encoder, save
+from second_folder import reference as slow
+from second_folder.drawing import RATIO, SOURCE, Drawing, gradients, learning, named, run_decoder, run_encoder, save
 from torch import Tensor
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from second import reference as slow
-from second.drawing import RATIO, SOURCE, Drawing, gradients, learning, named, run_encoder, save
+from second_folder import reference as slow
+from second_folder.drawing import RATIO, SOURCE, Drawing, gradients, learning, named, run_encoder, save
 from torch import Tensor
 
 EPS, LENGTH, VISIBLE, KEPT = 1e-5, 32, 12, 4  # int(32 * 0.375), int(12 * 0.4)
