@@ -66,7 +66,7 @@ class Monitor:
         assert self.config.std is not None
         sheet = draw_panels(panels, self.config.mean, self.config.std)
         target = self.folder / "samples" / f"step-{progress.step:08d}.png"
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as new:
             sheet.save(new)
 

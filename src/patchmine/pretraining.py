@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from patchmine.config import RunConfig, changed_results, parse, resolve_size, silent
@@ -20,8 +21,9 @@ from patchmine.data.loader import plain_batches, train_batches
 from patchmine.data.source import Spec
 from patchmine.data.views import View
 from patchmine.disk import replacing, sweep
-from patchmine.errors import UserError
+from patchmine.errors import UserError, reason_of
 from patchmine.lock import HeldLock, is_first_process, lock
+from patchmine.method import Method
 from patchmine.models.resnet import has_cifar_stem
 from patchmine.models.video import VideoTransformer, is_video
 from patchmine.monitor import Monitor
@@ -164,7 +166,7 @@ def _write_config(config: RunConfig, folder: Path) -> None:
 
 
 def _put_back(config: RunConfig, folder: Path, held: HeldLock | None) -> None:
-    """Before a checkpoint: what somebody removed from the folder meanwhile, without which it could not be resumed."""
+    """What somebody removed from the folder meanwhile, without which it could not be resumed."""
     if held is not None:
         held.renew()
     if not (folder / "config.yaml").exists():
@@ -229,13 +231,25 @@ def _train(
             on_stop=held.stopping if held is not None else lambda: None,
         )
     if engine.is_main:
-        write_export(config, method.encoder, Run(folder).export_dir)
-        if (partner := partner_config(config)) is not None:
-            write_export(partner, method.get_submodule("partner"), Run(folder).partner_export_dir)
+        _put_back(config, folder, held)
+        _export(config, folder, method)
         say(_last_words(folder, method.encoder, bad))
     engine.barrier()
     engine.close()
     return Run(folder)
+
+
+def _export(config: RunConfig, folder: Path, method: Method) -> None:
+    run = Run(folder)
+    try:
+        write_export(config, method.encoder, run.export_dir)
+        if (partner := partner_config(config)) is not None:
+            write_export(partner, method.get_submodule("partner"), run.partner_export_dir)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is trained to its end, but its export could not be written ({reason_of(error)}); make room"
+            f" there, then run `patchmine resume {folder}`, which has only that left to do"
+        ) from error
 
 
 def _settings(config: RunConfig, images: Source) -> TrainSettings:

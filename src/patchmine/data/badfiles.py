@@ -75,13 +75,17 @@ class BadFiles:
         if self.path is None or name in self._listed:
             return
         self._listed.add(name)
-        with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"{name}\t{reason}\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(f"{name}\t{reason}\n")
+        except OSError as error:  # a list is not worth a run
+            _log.warning("%s could not be written (%s): %s is not in it", self.path, error.strerror, name)
 
 
 def _names_in(path: Path | None) -> set[str]:
     """What an earlier part of the run has listed."""
-    if path is None or not path.exists():
+    if path is None or not path.is_file():
         return set()
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     return {line.split("\t")[0] for line in text.split("\n") if line}
