@@ -27,9 +27,8 @@ pytestmark = pytest.mark.golden
 START = Progress(0, 1, 1)
 
 # The reference's names of orders -> ours; its zigzag is plain row-major (spec, section 8).
-ORDERS = {"attention_center": "attention_center", "attention": "similarity", "stochastic": "stochastic"} | {
-    "zigzag": "rowmajor"
-}
+ORDERS = {"attention_center": "attention_center", "attention": "similarity", "stochastic": "stochastic"}
+ORDERS |= {"zigzag": "rowmajor", "raster": "serpentine", "center2out": "center2out", "out2center": "out2center"}
 CASES: dict[str, dict[str, Any]] = described("semaim").get("cases", {})
 FEATURES = [name for name, case in CASES.items() if case["target"].startswith("feature")]
 BY_CONTENT = [name for name, case in CASES.items() if case["permutation_type"] in ("attention_center", "attention")]

@@ -28,6 +28,7 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "both, sure ones left out": (dict(multi_task=True, attn_guide=True, conf_ignore=True), "epoch"),
     "others' places": (dict(mask_token_type="wrong_pos", attn_guide=True), "sigma0"),
     "nothing instead": (dict(mask_token_type="zeros"), "epoch"),
+    "seen in another order": (dict(shuffle=True), "sigma0"),
 }
 
 
@@ -40,9 +41,10 @@ def droppos(folder: Path) -> None:
     c |= dict(mlp_ratio=RATIO)
     weights, images = drawn(draw, c), draw.normal(2, 3, *c["img_size"])
     first, second = draw.uniform(2, LENGTH), draw.uniform(2, VISIBLE)
-    masking = both_masks(first, second)
-    tensors = named("weights/", weights) | named("masking/", masking)
-    tensors |= dict(images=images, noise_patch=first, noise_pos=second, noise_shuffle=draw.uniform(2, VISIBLE))
+    shuffle = draw.uniform(2, VISIBLE)
+    masking = both_masks(first, second) | dict(seen=shuffle.argsort(dim=1))
+    tensors = named("weights/", weights) | named("masking/", {name: t for name, t in masking.items() if name != "seen"})
+    tensors |= dict(images=images, noise_patch=first, noise_pos=second, noise_shuffle=shuffle)
 
     at_epoch = 1.5 * (1 - 2 / 8)
     maps = {"zero": slow.smoothing(4, 8, 0), "sigma0": slow.smoothing(4, 8, 1.5)}
@@ -131,6 +133,8 @@ class Case:
         own = torch.where(self.lost[..., None], self.instead(table), table)
         tokens = slow.rows_of(slow.embed(self.images, self.state, 4), self.keep) + own
         start = (self.state["cls_token"] + self.state["pos_embed"][:, :1]).expand(2, -1, -1)
+        order = self.masking["seen"] if self.options.get("shuffle") else torch.arange(VISIBLE).expand(2, -1)
+        tokens = slow.rows_of(tokens, order)
         latent = run_encoder(tokens, self.state, 4, EPS)
         narrow = slow.linear(latent, self.state, "decoder_embed")
         if self.options.get("conf_ignore"):  # one token is made sure of its place
@@ -140,8 +144,8 @@ class Case:
         seen, logits = run_head(narrow, self.state, "", 4)
         entered = torch.cat([start, tokens], dim=1)
         self.found |= dict(enc_in=entered, latent=latent, decoder_embed_out=narrow, decoder_norm_out=seen)
-        self.found["logits"] = logits[:, 1:]
-        return logits[:, 1:]
+        self.found["logits"] = slow.rows_of(logits[:, 1:], order.argsort(dim=1))
+        return self.found["logits"]
 
     def instead(self, table: Tensor) -> Tensor:
         """What tokens get that lose their position."""
