@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from patchmine.data.bounds import install_command
 from patchmine.data.contract import Source
 from patchmine.errors import UserError
 from patchmine.names import shown_name, whole_name
@@ -33,6 +35,7 @@ class BadFiles:
         self.item = item
         self._bad: set[int] = set()
         self._tried = 0
+        self._missing: Counter[str] = Counter()  # commands that would install what broken items lack
         self._listed = _names_in(path)
 
     def __len__(self) -> int:
@@ -48,6 +51,9 @@ class BadFiles:
                 first = shown_name(source.path(index))
                 _log.warning("broken %ss are skipped%s; the first is %s: %s", self.item, where, first, reason)
             self._bad.add(index)
+            command = install_command(reason)
+            if command is not None:
+                self._missing[command] += 1
             self._write(source.path(index), reason)
         if fresh and self._too_many(len(source)):
             raise UserError(self._verdict(source, *fresh[-1]))
@@ -56,6 +62,12 @@ class BadFiles:
         seen = max(1, min(self._tried, len(source)))
         share = len(self._bad) / seen
         where = f"see {self.path}" if self.path else "no list was kept"
+        command, number = self._missing.most_common(1)[0] if self._missing else ("", 0)
+        if 2 * number > len(self._bad):  # these files are sound: it is the installation that is to be mended
+            return (
+                f"{number} of the {seen} {self.item}s of {shown_name(source.name)} tried so far need a package that is "
+                f"not installed ({where}): {command}"
+            )
         name, last = shown_name(source.name), shown_name(source.path(index))
         return (
             f"{len(self._bad)} of the {seen} {self.item}s of {name} tried so far ({share:.1%}) cannot be used, "

@@ -7,22 +7,18 @@ epoch), the randomness of a sample one of (seed, epoch, index), so nothing has t
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from patchmine.data.badfiles import BadFiles, Failure
+from patchmine.data.bounds import reading_item
 from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
 from patchmine.data.decode import DecodeError, decode
@@ -30,7 +26,9 @@ from patchmine.data.normalise import as_float
 from patchmine.data.sampling import spread_indices
 from patchmine.data.video import open_video
 from patchmine.data.views import View
-from patchmine.errors import UserError
+from patchmine.data.workers import READ_TIMEOUT, Desk, Workers
+from patchmine.errors import UserError, reason_of
+from patchmine.names import shown_name
 from patchmine.types import Batch
 
 __all__ = ["BadFiles", "data_statistics", "plain_batches", "train_batches"]
@@ -86,6 +84,7 @@ def train_batches(
     accumulate: int = 1,
     repeats: int = 1,
     workers: int = 0,
+    read_timeout: float = READ_TIMEOUT,
     pin: bool = False,
     bad: BadFiles,
 ) -> Iterator[Batch]:
@@ -94,14 +93,15 @@ def train_batches(
     ``batch_size`` is global.  A step's rows are cut into ``accumulate * world_size`` equal parts; micro-batch m of
     process ``rank`` is part ``m * world_size + rank``.  A broken item is replaced by another, chosen by (seed, epoch,
     index).  An epoch takes every item ``repeats`` times in a row, differently each time; a part holds all of these, and
-    the item is read and opened once.  UserError when sizes do not fit, or (while iterating) when too many items are
-    broken.
+    the item is read and opened once.  ``read_timeout``: seconds that a worker may spend on one item; 0 is for ever.
+    UserError when sizes do not fit, or (while iterating) when too many items are broken or a worker is lost.
     """
     _check_sizes(len(source) * repeats, source.name, batch_size, steps_per_epoch, world_size, accumulate * repeats)
     steps = range(start_step, total_steps)
     order = _TrainOrder(seed, len(source), batch_size, steps_per_epoch, steps, rank, world_size, accumulate, repeats)
-    samples = _TrainSamples(source, view, channels, seed, repeats)
-    return _drain(_start(samples, order, workers, pin), source, bad)
+    desk = Desk(workers)
+    samples = _TrainSamples(source, view, channels, seed, desk, repeats)
+    return _drain(Workers(samples, order, desk, workers, pin, _names(source)), source, bad, read_timeout)
 
 
 def plain_batches(
@@ -112,6 +112,7 @@ def plain_batches(
     batch_size: int,
     indices: Sequence[int] | NDArray[np.int64] | None = None,
     workers: int = 0,
+    read_timeout: float = READ_TIMEOUT,
     bad: BadFiles | None = None,
 ) -> Iterator[Batch]:
     """The items in order (or those of ``indices``), the last batch may be partial; ``batch.index`` says which they are.
@@ -119,7 +120,9 @@ def plain_batches(
     Broken items are left out and noted in ``bad``; without it the first one is a UserError that names it.
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    return _drain(_start(_PlainSamples(source, view, channels), _PlainOrder(chosen, batch_size), workers), source, bad)
+    desk, order = Desk(workers), _PlainOrder(chosen, batch_size)
+    samples = _PlainSamples(source, view, channels, desk)
+    return _drain(Workers(samples, order, desk, workers, False, _names(source)), source, bad, read_timeout)
 
 
 def data_statistics(
@@ -135,7 +138,8 @@ def data_statistics(
     failures: list[Failure] = []
     for index in chosen.tolist():
         try:
-            pixels = _thin(look(source.read(index), channels)).double().flatten(1)
+            with reading_item():
+                pixels = _thin(look(source.read(index), channels)).double().flatten(1)
         except (OSError, DecodeError) as error:
             failures.append((index, _reason(error)))
             continue
@@ -153,8 +157,11 @@ def data_statistics(
 
 
 class _TrainSamples(Dataset[_Loaded]):
-    def __init__(self, source: Source, view: View | MultiCropView, channels: int, seed: int, repeats: int = 1) -> None:
+    def __init__(
+        self, source: Source, view: View | MultiCropView, channels: int, seed: int, desk: Desk, repeats: int = 1
+    ) -> None:
         self.source, self.view, self.channels, self.seed, self.repeats = source, view, channels, seed, repeats
+        self.desk = desk
 
     def __getitem__(self, key: _Key) -> _Loaded:
         epoch, indices = key
@@ -173,28 +180,33 @@ class _TrainSamples(Dataset[_Loaded]):
             generator = sample_generator(self.seed, epoch, index, attempt)
             chosen = index if attempt == 0 else int(generator.integers(len(self.source)))
             try:
-                raw = self.source.read(chosen)
-                if self.repeats > 1:  # which is for videos only
-                    raw = open_video(raw)
-                samples += [(chosen, *self.view(raw, self.channels, generator)) for _ in range(self.repeats)]
+                with self.desk.reading(chosen), reading_item():
+                    samples += self._samples(chosen, generator)
             except (OSError, DecodeError) as error:
                 failures.append((chosen, _reason(error)))
             else:
                 return
         raise UserError(_nothing_readable(self.source, failures[-1 - _REPLACEMENTS :]))
 
+    def _samples(self, index: int, generator: np.random.Generator) -> list[_Sample]:
+        raw = self.source.read(index)
+        if self.repeats > 1:  # which is for videos only
+            raw = open_video(raw, self.view.max_pixels)
+        return [(index, *self.view(raw, self.channels, generator)) for _ in range(self.repeats)]
+
 
 class _PlainSamples(Dataset[_Loaded]):
-    def __init__(self, source: Source, view: View, channels: int) -> None:
-        self.source, self.view, self.channels = source, view, channels
+    def __init__(self, source: Source, view: View, channels: int, desk: Desk) -> None:
+        self.source, self.view, self.channels, self.desk = source, view, channels, desk
 
     def __getitem__(self, key: _Key) -> _Loaded:
         samples: list[_Sample] = []
         failures: list[Failure] = []
         for index in key[1].tolist():
             try:
-                pixels, box, flip = self.view(self.source.read(index), self.channels, sample_generator(0, 0, index))
-                samples.append((index, pixels, box, flip))
+                with self.desk.reading(index), reading_item():
+                    raw, generator = self.source.read(index), sample_generator(0, 0, index)
+                    samples.append((index, *self.view(raw, self.channels, generator)))
             except (OSError, DecodeError) as error:
                 failures.append((index, _reason(error)))
             except UserError as error:
@@ -225,18 +237,11 @@ def _reason(error: Exception) -> str:
     """What is wrong, as the end of a sentence that begins with the file's name."""
     if isinstance(error, DecodeError):
         return str(error)
-    return f"cannot be read ({' '.join(str(error).split())[:200] or type(error).__name__})"
+    return f"cannot be read ({reason_of(error)})"
 
 
-def _prepare_worker(_: int) -> None:
-    """Ctrl-C is for the main process, which then ends its workers; a process group of its own keeps group signals out.
-
-    Torch's loader has already set one thread per worker, and watches for the death of the main process.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform != "win32":
-        os.setpgrp()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+def _names(source: Source) -> Callable[[int], str]:
+    return lambda index: shown_name(source.path(index))
 
 
 # Inside the main process ----------------------------------------------------------------------------------------------
@@ -277,70 +282,43 @@ class _PlainOrder(Sampler[_Key]):
             yield 0, self.indices[start : start + self.batch_size]
 
 
-def _as_is(loaded: Any) -> Any:
-    return loaded
-
-
-def _start(samples: Dataset[_Loaded], order: Sampler[_Key], workers: int, pin: bool = False) -> Iterator[_Loaded]:
-    """A running loader.
-
-    Workers are forked where that is safe (Linux): they start in milliseconds instead of seconds, a data set need not be
-    picklable, a script needs no main guard, and they use neither CUDA nor a pool of threads, which a fork breaks.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")  # how many is the user's choice
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        loader = DataLoader(
-            samples,
-            sampler=order,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_is,
-            pin_memory=pin and torch.cuda.is_available(),
-            worker_init_fn=_prepare_worker if workers else None,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # or else starting a loader would draw from the global random state
-        )
-        with _hold_ctrl_c():
-            return cast(Iterator[_Loaded], iter(loader))
-
-
-@contextmanager
-def _hold_ctrl_c() -> Iterator[None]:
-    """Blocked here means blocked in workers that are born meanwhile, until they ignore it themselves."""
-    if sys.platform == "win32":
-        yield
-        return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _drain(workers: Workers, source: Source, bad: BadFiles | None, read_timeout: float) -> Iterator[Batch]:
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-def _drain(loaded: Iterator[_Loaded], source: Source, bad: BadFiles | None) -> Iterator[Batch]:
-    try:
-        for part in loaded:
-            if bad is not None:
-                bad.note(source, part.tried, part.failures)
-            elif part.failures:
-                index, reason = part.failures[0]
-                raise UserError(f"{source.path(index)} {reason}")
-            if part.mistake is not None:
-                raise UserError(part.mistake)
-            if part.batch is not None:
-                yield part.batch
+        while True:
+            trouble = None
+            try:
+                part: _Loaded | None = next(workers.parts)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError) as error:
+                part, trouble = None, workers.trouble(error, read_timeout)
+            if trouble is not None:  # raised here, since the error above holds on to the loader
+                raise UserError(trouble)
+            if part is not None:
+                yield from _checked(part, source, bad)
     finally:
         # Workers end with the last reference to their loader.  Left to a traceback, and so to the garbage collector,
         # they would miss the message that ends them and be waited for, 5 seconds each.
-        del loaded
+        del workers
+
+
+def _checked(part: _Loaded, source: Source, bad: BadFiles | None) -> Iterator[Batch]:
+    if bad is not None:
+        bad.note(source, part.tried, part.failures)
+    elif part.failures:
+        index, reason = part.failures[0]
+        raise UserError(f"{shown_name(source.path(index))} {reason}")
+    if part.mistake is not None:
+        raise UserError(part.mistake)
+    if part.batch is not None:
+        yield part.batch
 
 
 def _nothing_readable(source: Source, failures: Sequence[Failure]) -> str:
     index, reason = failures[0]
     return (
         f"none of the {len(dict(failures))} items of {source.name} that were tried can be used; "
-        f"the first is {source.path(index)}, which {reason}"
+        f"the first is {shown_name(source.path(index))}, which {reason}"
     )
 
 

@@ -24,7 +24,10 @@ _FAST_CHANNELS = 4  # torch's vectorised antialiased resize of bytes handles up 
 
 
 class View(Protocol):
-    """What turns a raw item into pixels."""
+    """What turns a raw item of at most ``max_pixels`` into pixels."""
+
+    @property
+    def max_pixels(self) -> int: ...
 
     def __call__(self, raw: Any, channels: int, generator: np.random.Generator) -> tuple[Tensor, Tensor, bool]:
         """Pixels (C, H, W), box (4,), flip; of a raw video as `data.clips` says.  Raises DecodeError."""

@@ -1,0 +1,197 @@
+"""The processes that read data: how they start, what each of them is reading, and what is said when one is lost.
+
+Torch's loader tells that a worker died or did not answer; it knows neither why nor at which item.  Every worker notes
+the item that it begins in memory shared with the main process, so that both can be said.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from patchmine.errors import UserError, reason_of
+
+READ_TIMEOUT = 600.0
+"""Default of ``read_timeout``: seconds that reading one item may take; network disks have been seen to need minutes."""
+
+MOST_WORKERS = 1024
+_POLL = 5.0  # seconds of silence after which the workers are looked at
+_RESUME = "then `patchmine resume` goes on from the last checkpoint"
+_SHORT_OF = ("shared memory", "ancdata", "open files", "Cannot allocate memory")  # in what torch says of it
+
+
+class Desk:
+    """What each worker is reading: (worker, index, since when, process) in shared memory, empty where it waits."""
+
+    def __init__(self, workers: int) -> None:
+        self._notes: Tensor = torch.zeros(workers, 3, dtype=torch.float64)
+        self._notes.share_memory_()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def reading(self, index: int) -> Iterator[None]:
+        """Around reading one item, in a worker; takes a few microseconds."""
+        worker = get_worker_info()
+        if worker is None:
+            yield
+            return
+        note = self._notes.numpy()[worker.id]
+        note[:] = (index, time.monotonic(), os.getpid())
+        try:
+            yield
+        finally:
+            note[1] = 0
+
+    def since(self) -> list[tuple[int, float, int]]:
+        """(index, seconds that it is being read, process) of every worker that reads."""
+        now = time.monotonic()
+        return [(int(index), now - start, int(pid)) for index, start, pid in self._notes.tolist() if start]
+
+
+class Workers:
+    """A started loader, and the processes that belong to it.  ``path`` gives the name of an item.
+
+    Raises UserError where so many processes cannot be started.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset[Part],
+        order: Sampler[Any],
+        desk: Desk,
+        number: int,
+        pin: bool,
+        path: Callable[[int], str],
+    ) -> None:
+        if number > MOST_WORKERS:
+            raise UserError(f"workers={number} is more than the {MOST_WORKERS} that can be useful; set a lower number")
+        before = active_children()
+        self.desk, self.number, self.path = desk, number, path
+        self.parts: Iterator[Any] = _start(samples, order, number, pin)
+        self.processes: list[BaseProcess] = [child for child in active_children() if child not in before]
+
+    def trouble(self, error: Exception, read_timeout: float) -> str | None:
+        """Why the run must end, in a sentence; None where the workers are merely slow."""
+        text = str(error)
+        if "exited unexpectedly" in text:
+            return self._death()
+        if "timed out" in text:
+            return self._silence(read_timeout)
+        if any(word in text for word in _SHORT_OF):
+            return (
+                f"a batch could not be handed over by workers={self.number} ({reason_of(error)}): give the machine more "
+                f"shared memory (docker: --shm-size=8g) or open files (ulimit -n), or set lower workers; {_RESUME}"
+            )
+        raise error
+
+    def _silence(self, read_timeout: float) -> str | None:
+        late = sorted((note for note in self.desk.since() if note[1] > read_timeout > 0), key=lambda note: -note[1])
+        if not late:
+            return None
+        names = " and ".join(self.path(index) for index, *_ in late[:3])
+        return (
+            f"reading {names} has taken more than read_timeout={read_timeout:g} seconds; see whether the disk answers, "
+            f"remove what cannot be read or raise read_timeout, {_RESUME}"
+        )
+
+    def _death(self) -> str:
+        reading = {pid: index for index, _, pid in self.desk.since()}
+        dead = next((child for child in self.processes if child.exitcode), None)
+        number = dead.exitcode or 0 if dead is not None else 0
+        where = f" while it read {self.path(reading[dead.pid])}" if dead is not None and dead.pid in reading else ""
+        if number == -signal.SIGKILL:
+            why = f"was killed{where}, most likely because the memory ran out: set lower workers than {self.number}"
+        elif number == -signal.SIGBUS:
+            why = f"ran out of shared memory{where}: give more (docker: --shm-size=8g), or set lower workers"
+        elif number < 0:
+            why = f"ended by {_signal_name(-number)}{where}: a decoder may have failed on it, remove it if that repeats"
+        else:
+            why = f"ended{where} with exit code {number}: see what it printed"
+        return f"a process that reads data {why}; {_RESUME}"
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in {known.value for known in signal.Signals} else f"signal {number}"
+
+
+def _start(samples: Dataset[Any], order: Sampler[Any], number: int, pin: bool) -> Iterator[Any]:
+    """A running loader.
+
+    Workers are forked where that is safe (Linux): they start in milliseconds instead of seconds, a data set need not be
+    picklable, a script needs no main guard, and they use neither CUDA nor a pool of threads, which a fork breaks.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # how many is the user's choice
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        loader = DataLoader(
+            samples,
+            sampler=order,
+            batch_size=None,
+            num_workers=number,
+            collate_fn=_as_is,
+            pin_memory=pin and torch.cuda.is_available(),
+            timeout=_POLL if number else 0,
+            worker_init_fn=_prepare_worker if number else None,
+            multiprocessing_context="fork" if number and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # or else starting a loader would draw from the global random state
+        )
+        try:
+            with _hold_ctrl_c(), _keep_child_handler():
+                return iter(loader)
+        except OSError as error:
+            raise UserError(f"workers={number} cannot be started ({reason_of(error)}); set lower workers") from error
+
+
+def _as_is(part: Any) -> Any:
+    return part
+
+
+def _prepare_worker(_: int) -> None:
+    """Ctrl-C is for the main process, which then ends its workers; a process group of its own keeps group signals out.
+
+    Torch's loader has already set one thread per worker, and watches for the death of the main process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        os.setpgrp()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _hold_ctrl_c() -> Iterator[None]:
+    """Blocked here means blocked in workers that are born meanwhile, until they ignore it themselves."""
+    if sys.platform == "win32":
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+@contextmanager
+def _keep_child_handler() -> Iterator[None]:
+    """Torch's loader asks to hear of dead children by a signal, whose handler raises wherever the main process happens
+    to be, in the midst of writing a checkpoint for instance.  We ask for them when a batch is missing.
+    """
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, previous if previous is not None else signal.SIG_DFL)
