@@ -13,6 +13,7 @@ from patchmine.config import RunConfig
 from patchmine.data.clips import PlainClips, TrainClips, middle_frame
 from patchmine.data.contract import Source, notes_of
 from patchmine.data.crops import MultiCropView
+from patchmine.data.decode import decode
 from patchmine.data.loader import data_statistics
 from patchmine.data.normalise import normalise
 from patchmine.data.source import Spec, default_cache_dir, open_source
@@ -61,9 +62,10 @@ def with_statistics(config: RunConfig, source: Source, say: Say) -> RunConfig:
     if config.mean is not None:
         return config
     if is_video(config.model):
-        mean, std = data_statistics(source, config.channels, look=middle_frame)
+        look = partial(middle_frame, max_pixels=config.max_pixels)
     else:
-        mean, std = data_statistics(source, config.channels)
+        look = partial(decode, max_pixels=config.max_pixels)
+    mean, std = data_statistics(source, config.channels, look=look)
     rounded = [[round(float(value), 4) for value in values] for values in (mean, std)]
     say(f"Normalising with the data's own mean {rounded[0]} and std {rounded[1]}.")
     return config.model_copy(update={"mean": rounded[0], "std": rounded[1]})
@@ -73,12 +75,13 @@ def train_view(config: RunConfig, method: Method) -> TrainView | MultiCropView |
     """What becomes of an item in training.  Raises UserError for local crops that patches do not fill."""
     patches = [smallest_side(part) for part in method.modules() if isinstance(part, Encoder)]  # of all backbones
     size, ratio, flip, interpolation = config.image_size, config.crop_ratio, config.flip, config.interpolation
+    bound = config.max_pixels
     if is_video(config.model):
         clip = config.clip
         window = (clip.frames, clip.stride, clip.short)
-        return TrainClips(size, *window, tuple(clip.scales), flip, interpolation, max(patches))
+        return TrainClips(size, *window, tuple(clip.scales), flip, interpolation, max(patches), bound)
     if not method.multi_crop:
-        return TrainView(size, config.crop_scale, ratio, flip, interpolation, max(patches))
+        return TrainView(size, config.crop_scale, ratio, flip, interpolation, max(patches), bound)
     crops = config.crops
     step = math.lcm(*patches)
     if crops.num_local and crops.local_size % step:
@@ -89,7 +92,7 @@ def train_view(config: RunConfig, method: Method) -> TrainView | MultiCropView |
         )
     local = (crops.num_local, crops.local_size)
     scales = (crops.global_scale, crops.local_scale)
-    return MultiCropView(size, *local, *scales, ratio, flip, interpolation, max(patches))
+    return MultiCropView(size, *local, *scales, ratio, flip, interpolation, max(patches), bound)
 
 
 def lr_schedule(config: RunConfig) -> LrSchedule:
@@ -112,9 +115,10 @@ def plain_view(config: RunConfig, crop_pct: float | None) -> View:
     main_pretrain.py).
     """
     if not is_video(config.model):
-        return PlainView(config.image_size, crop_pct, "bilinear" if crop_pct is None else "bicubic")
-    clip = config.clip
-    return PlainClips(config.image_size, clip.frames, clip.stride, clip.short, crop_pct)
+        interpolation = "bilinear" if crop_pct is None else "bicubic"
+        return PlainView(config.image_size, crop_pct, interpolation, max_pixels=config.max_pixels)
+    window = (config.clip.frames, config.clip.stride, config.clip.short)
+    return PlainClips(config.image_size, *window, crop_pct, max_pixels=config.max_pixels)
 
 
 def num_workers(config: RunConfig, engine: Engine) -> int:

@@ -297,6 +297,7 @@ def _batches(
         accumulate=config.accumulate,
         repeats=samples_per_epoch(config, 1),
         workers=num_workers(config, engine),
+        read_timeout=config.read_timeout,
         pin=engine.device.type == "cuda",
         bad=bad,
     )
@@ -325,6 +326,7 @@ class _PlainData:
             batch_size=256,
             indices=share,
             workers=num_workers(self.config, self.engine),
+            read_timeout=self.config.read_timeout,
             bad=BadFiles(None, self.config.max_bad_share, item_of(self.config)),
         )
         return self._told(map(normaliser(self.config, self.engine), loaded), len(share))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from patchmine.data.bounds import MAX_PIXELS
+from patchmine.data.workers import READ_TIMEOUT
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import CrossMistakesError, Mistake
@@ -153,6 +155,9 @@ class Results(_Settings):
     crops: Crops = Field(Crops(), description="of methods with several crops of each image")
     clip: Clip = Field(Clip(), description="of video models, which take clips instead of images")
     max_bad_share: Fraction = Field(0.05, description="share of broken images above which the run stops")
+    max_pixels: Positive = Field(
+        MAX_PIXELS, description="pixels of an image or frame above which it counts as broken, undecoded"
+    )
     init: Text | None = Field(None, description="checkpoint, run or export to start from")
 
     @field_validator("mean", "std")
@@ -171,6 +176,9 @@ class Running(_Settings):
     devices: Count = Field(1, description="processes on each node, one for each GPU")
     num_nodes: Count = Field(1, description="machines")
     workers: Workers = Field("auto", description="processes that read images")
+    read_timeout: float = Field(
+        READ_TIMEOUT, ge=0, le=LARGEST_RUN, description="seconds after which reading one image is given up; 0: never"
+    )
     compile: bool = Field(False, description="compile the model's blocks")
     checkpoint_every: Positive | None = Field(None, description="steps; null: once an epoch, 100 steps apart or more")
     keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")

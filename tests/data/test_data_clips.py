@@ -152,7 +152,7 @@ def batches(source: Videos, repeats: int, *, start: int = 0, rank: int = 0, worl
 
 def test_several_clips_come_of_one_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    monkeypatch.setattr(loader, "open_video", lambda raw: opened.append(raw) or open_video(raw))
+    monkeypatch.setattr(loader, "open_video", lambda raw, *rest: opened.append(raw) or open_video(raw, *rest))
     source = Videos(6)
     made = batches(source, repeats=2)
     assert len(made) == 6

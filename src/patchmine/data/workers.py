@@ -68,7 +68,7 @@ class Workers:
 
     def __init__(
         self,
-        samples: Dataset[Part],
+        samples: Dataset[Any],
         order: Sampler[Any],
         desk: Desk,
         number: int,
@@ -91,8 +91,8 @@ class Workers:
             return self._silence(read_timeout)
         if any(word in text for word in _SHORT_OF):
             return (
-                f"a batch could not be handed over by workers={self.number} ({reason_of(error)}): give the machine more "
-                f"shared memory (docker: --shm-size=8g) or open files (ulimit -n), or set lower workers; {_RESUME}"
+                f"a batch could not be handed over by workers={self.number} ({reason_of(error)}): give the machine "
+                f"more shared memory (docker: --shm-size=8g) or open files (ulimit -n), or set lower workers; {_RESUME}"
             )
         raise error
 
@@ -100,6 +100,9 @@ class Workers:
         late = sorted((note for note in self.desk.since() if note[1] > read_timeout > 0), key=lambda note: -note[1])
         if not late:
             return None
+        for child in self.processes:
+            if child.pid in {pid for *_, pid in late}:
+                child.kill()  # or its end would be waited for
         names = " and ".join(self.path(index) for index, *_ in late[:3])
         return (
             f"reading {names} has taken more than read_timeout={read_timeout:g} seconds; see whether the disk answers, "

@@ -205,8 +205,9 @@ def plain_view(target: Target) -> View:
     """How items are prepared: shorter side to size / crop_pct, centre crop; of a video one clip from its middle."""
     clip = target.clip
     if clip is None:
-        return PlainView(target.image_size, crop_pct=target.crop_pct)
-    return PlainClips(target.image_size, clip.frames, clip.stride, clip.short, target.crop_pct)
+        return PlainView(target.image_size, crop_pct=target.crop_pct, max_pixels=target.max_pixels)
+    window = (clip.frames, clip.stride, clip.short)
+    return PlainClips(target.image_size, *window, target.crop_pct, max_pixels=target.max_pixels)
 
 
 def stream(

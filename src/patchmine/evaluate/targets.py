@@ -19,6 +19,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from patchmine.data.bounds import MAX_PIXELS
 from patchmine.errors import UserError
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 from patchmine.models.video import VideoTransformer, is_video
@@ -39,8 +40,8 @@ class Target:
     """A frozen encoder and how its images are prepared.  ``encoder`` None: the pixels themselves.
 
     ``mean`` and ``std`` in [0, 1] units, one per channel.  ``clip``: how clips are taken, of an encoder of videos;
-    None: it takes images.  ``folder``: the run that results are filed in.  ``note``:
-    what a reader of the numbers must know.
+    None: it takes images.  ``max_pixels``: images of more count as broken.  ``folder``: the run that results are filed
+    in.  ``note``: what a reader of the numbers must know.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     std: tuple[float, ...]
     crop_pct: float | None = CROP_PCT
     clip: Clip | None = None
+    max_pixels: int = MAX_PIXELS
     folder: Path | None = None
     note: str = ""
 
@@ -179,6 +181,7 @@ def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
         tuple(config.std),
         config.crop_pct,
         config.clip if is_video(config.model) else None,
+        max_pixels=config.max_pixels,
     )
 
 

@@ -115,7 +115,9 @@ def _opened(settings: VideoSettings) -> Target:
 def _test_view(target: Target, settings: VideoSettings) -> TestClips:
     clip = target.clip
     assert clip is not None, "an encoder of videos"
-    return TestClips(target.image_size, clip.frames, clip.stride, clip.short, settings.segments, settings.crops)
+    window = (clip.frames, clip.stride, clip.short)
+    tests = (settings.segments, settings.crops)
+    return TestClips(target.image_size, *window, *tests, max_pixels=target.max_pixels)
 
 
 def _said_of_image(settings: VideoSettings) -> list[str]:

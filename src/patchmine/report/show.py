@@ -94,14 +94,16 @@ def _read(path: Path, config: RunConfig) -> Tensor:
 
 
 def _read_image(path: Path, config: RunConfig) -> Tensor:
-    view = PlainView(config.image_size, crop_pct=1.0)
+    view = PlainView(config.image_size, crop_pct=1.0, max_pixels=config.max_pixels)
     return view(path.read_bytes(), config.channels, np.random.default_rng(0))[0]  # a plain view draws nothing
 
 
 def _read_clip(path: Path, config: RunConfig) -> Tensor:
     """The clip in the middle of a video file, or of a folder of frames."""
     clip = config.clip
-    view = PlainClips(config.image_size, clip.frames, clip.stride, clip.short, crop_pct=1.0)
+    view = PlainClips(
+        config.image_size, clip.frames, clip.stride, clip.short, crop_pct=1.0, max_pixels=config.max_pixels
+    )
     return view(VIDEOS.read(str(path)), config.channels, np.random.default_rng(0))[0]  # nor does this one
 
 

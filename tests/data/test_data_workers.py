@@ -1,0 +1,163 @@
+"""A process that reads data and dies, hangs or fails on one item: what is said, and that the rest goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from patchmine.data import workers as workers_module
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.bounds import DecodeError, missing
+from patchmine.data.contract import IMAGES, Labels
+from patchmine.data.loader import data_statistics, plain_batches, train_batches
+from patchmine.data.views import PlainView, TrainView
+from patchmine.errors import UserError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+
+
+class Images:
+    """Sixteen grey images; number 5 does what a test asks for when it is read."""
+
+    name = fingerprint = "images"
+
+    def __init__(self, number_5: Any) -> None:
+        self.number_5 = number_5
+
+    def __len__(self) -> int:
+        return 16
+
+    def read(self, index: int) -> Any:
+        if index == 5:
+            self.number_5()
+        return np.full((16, 20, 3), index, np.uint8)
+
+    def path(self, index: int) -> str:
+        return f"folder/{index}\n.png"
+
+    def labels(self) -> Labels | None:
+        return None
+
+
+def train(source: Images, workers: int = 2, bad: BadFiles | None = None, **settings: Any) -> int:
+    """How many batches come."""
+    batches = train_batches(
+        source, TrainView((8, 8)), channels=3, seed=0, batch_size=4, steps_per_epoch=4, start_step=0, total_steps=8,
+        workers=workers, bad=BadFiles(None, 0.5) if bad is None else bad, **settings,
+    )  # fmt: skip
+    return sum(1 for _ in batches)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are looked at after 0.2 seconds of silence."""
+    monkeypatch.setattr(workers_module, "_POLL", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (
+            signal.SIGKILL,
+            r"was killed while it read folder/5\\n.png, most likely because the memory ran out: set lower",
+        ),
+        (signal.SIGBUS, r"ran out of shared memory while it read folder/5\\n.png: give more"),
+        (signal.SIGABRT, r"ended by SIGABRT while it read folder/5\\n.png"),
+    ],
+)
+def test_a_worker_that_dies_is_one_sentence(number: signal.Signals, words: str) -> None:
+    def die() -> None:
+        signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(UserError, match=words) as caught:
+        train(Images(die))
+    assert "patchmine resume" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__context__ is None
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    with pytest.raises(UserError, match=words):
+        list(plain_batches(Images(die), PlainView((8, 8)), channels=3, batch_size=4, workers=2))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_worker_that_does_not_answer_is_given_up_and_its_item_named() -> None:
+    with pytest.raises(UserError, match=r"reading folder/5\\n.png has taken more than read_timeout=0\.5 seconds"):
+        train(Images(lambda: time.sleep(60)), read_timeout=0.5)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("read_timeout", [0.0, 60.0])
+def test_a_slow_item_is_waited_for(read_timeout: float) -> None:
+    assert train(Images(lambda: time.sleep(0.7)), read_timeout=read_timeout) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "cannot be read (MemoryError)"),
+        (KeyError("image"), "cannot be read ('image')"),
+        (AssertionError("line\nline"), "cannot be read (line line)"),
+        (DecodeError("is no image"), "is no image"),
+        (OSError(5, "Input/output error"), "cannot be read ([Errno 5] Input/output error)"),
+    ],
+)
+def test_whatever_one_item_raises_is_that_items_failure(
+    error: Exception, reason: str, workers: int, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise error
+
+    bad = BadFiles(tmp_path / "bad_files.txt", 0.5)
+    assert train(Images(fail), workers=workers, bad=bad) == 8
+    assert (tmp_path / "bad_files.txt").read_text() == f"folder/5\\n.png\t{reason}\n"
+    assert data_statistics(Images(fail), 3)[0].shape == (3,)
+
+
+def test_a_missing_package_is_said_once_not_as_broken_files(tmp_path: Path) -> None:
+    class Telephone(Images):
+        def read(self, index: int) -> Any:
+            if index % 4:
+                raise missing("an HEIF image (HEIC)", "pillow-heif", "pip install pillow-heif")
+            raise DecodeError("is no image")
+
+    bad = BadFiles(tmp_path / "bad_files.txt", 0.1)
+    with pytest.raises(UserError, match=r"images tried so far need a package .*: pip install pillow-heif$"):
+        train(Telephone(None), workers=0, bad=bad)
+    with pytest.raises(UserError, match=r"none of the 16 items"):
+        data_statistics(Telephone(None), 3)
+
+
+def test_too_many_workers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"workers=100000 is more than the 1024"):
+        train(Images(None), workers=100_000)
+
+
+def test_a_bad_list_that_cannot_be_written_does_not_end_a_run(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise DecodeError("is no image")
+
+    assert train(Images(fail), workers=0, bad=BadFiles(tmp_path / "gone" / "bad_files.txt", 0.5)) == 8
+
+
+def test_pipes_devices_and_files_that_shrink_or_vanish_are_items_that_failed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (str(tmp_path / "pipe.png"), "/dev/zero", str(tmp_path)):
+        with pytest.raises(OSError, match=r"not a file|directory"):
+            IMAGES.read(name)
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OSError, match=r"1,099\.5 GB, more than a file of one image may have"):
+        IMAGES.read(str(tmp_path / "sparse.png"))
+    (tmp_path / "short.png").write_bytes(b"")
+    assert IMAGES.read(str(tmp_path / "short.png")) == b""
