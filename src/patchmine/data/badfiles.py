@@ -63,12 +63,12 @@ class BadFiles:
         share = len(self._bad) / seen
         where = f"see {self.path}" if self.path else "no list was kept"
         command, number = self._missing.most_common(1)[0] if self._missing else ("", 0)
+        name, last = shown_name(source.name), shown_name(source.path(index))
         if 2 * number > len(self._bad):  # these files are sound: it is the installation that is to be mended
             return (
-                f"{number} of the {seen} {self.item}s of {shown_name(source.name)} tried so far need a package that is "
-                f"not installed ({where}): {command}"
+                f"{number} of the {seen} {self.item}s of {name} tried so far need a package that is not installed "
+                f"({where}): {command}"
             )
-        name, last = shown_name(source.name), shown_name(source.path(index))
         return (
             f"{len(self._bad)} of the {seen} {self.item}s of {name} tried so far ({share:.1%}) cannot be used, "
             f"more than max_bad_share={self.max_share} allows ({where}); the last is {last}, which "
