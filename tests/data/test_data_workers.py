@@ -147,7 +147,8 @@ def test_a_bad_list_that_cannot_be_written_does_not_end_a_run(tmp_path: Path) ->
     def fail() -> None:
         raise DecodeError("is no image")
 
-    assert train(Images(fail), workers=0, bad=BadFiles(tmp_path / "gone" / "bad_files.txt", 0.5)) == 8
+    (tmp_path / "file").touch()
+    assert train(Images(fail), workers=0, bad=BadFiles(tmp_path / "file" / "bad_files.txt", 0.5)) == 8
 
 
 def test_pipes_devices_and_files_that_shrink_or_vanish_are_items_that_failed(tmp_path: Path) -> None:
