@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +172,76 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(folder, "list_folder", refuse)
     with pytest.raises(UserError, match=r"secret cannot be listed \(Permission denied\)"):
         open_folder(tmp_path, "x", None)
+
+
+def test_folders_linked_to_each_other_are_visited_once(tmp_path: Path) -> None:
+    for number in range(12):
+        make(tmp_path / "in" / f"d{number}", "x.jpg")
+        make(tmp_path / "out" / f"o{number}", "y.jpg")
+    for root, letter in ((tmp_path / "in", "d"), (tmp_path / "out", "o")):
+        for one in range(12):
+            for other in range(12):
+                (root / f"{letter}{one}" / f"to{other}").symlink_to(root / f"{letter}{other}")
+    (tmp_path / "in" / "z").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "a").symlink_to(tmp_path / "out" / "o3")
+    source = open_folder(tmp_path / "in", "x", None)
+    names = keys(source)
+    assert names == sorted(names)
+    assert [name for name in names if name.startswith("d")] == sorted(f"d{number}/x.jpg" for number in range(12))
+    outside = [os.path.realpath(source.path(index)) for index in range(len(source)) if names[index][0] in "az"]
+    assert sorted(outside) == sorted(str(tmp_path / "out" / f"o{number}" / "y.jpg") for number in range(12))
+    assert "link to a folder that is listed anyway: " in source.notes[0]
+
+
+def test_links_upwards_do_not_leave_the_folder(tmp_path: Path) -> None:
+    make(tmp_path / "up" / "in", "1.jpg", "sub/2.jpg")
+    make(tmp_path / "up", "stranger.jpg")
+    (tmp_path / "up" / "in" / "parent").symlink_to("..")
+    (tmp_path / "up" / "in" / "root").symlink_to("/")
+    (tmp_path / "up" / "in" / "sub" / "self").symlink_to(".")
+    source = open_folder(tmp_path / "up" / "in", "x", None)
+    assert keys(source) == ["1.jpg", "sub/2.jpg"]
+    assert "link to a folder that it lies in: 2, as " in source.notes[0]
+
+
+def test_links_into_hidden_folders_are_followed(tmp_path: Path) -> None:
+    make(tmp_path, ".store/cats/1.jpg", ".store/2.jpg")
+    (tmp_path / "cats").symlink_to(tmp_path / ".store/cats")
+    (tmp_path / "2.jpg").symlink_to(tmp_path / ".store/2.jpg")
+    assert keys(open_folder(tmp_path, "x", None)) == ["2.jpg", "cats/1.jpg"]
+
+
+def test_a_folder_reached_by_a_link_is_listed_as_such(tmp_path: Path) -> None:
+    make(tmp_path / "real", "1.jpg", "sub/2.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "link")
+    assert keys(open_folder(tmp_path / "link", "x", None)) == ["1.jpg", "sub/2.jpg"]
+
+
+def test_folders_nested_deeper_than_calls_may_be(tmp_path: Path) -> None:
+    make(tmp_path, "/".join(["d"] * 500 + ["x.jpg"]))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(400)
+    try:
+        source = open_folder(tmp_path, "x", None)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert len(source.key(0)) == 2 * 500 + 5
+
+
+def test_folders_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a/1.jpg", "secret/2.jpg")
+    real = os.scandir
+
+    def scandir(place: bytes) -> Iterator[os.DirEntry[bytes]]:
+        if place.endswith(b"secret/"):
+            raise PermissionError(13, "Permission denied", os.fsdecode(place))
+        return real(place)
+
+    monkeypatch.setattr(folder, "os", SimpleNamespace(**{**vars(os), "scandir": scandir}))
+    source = open_folder(tmp_path, "x", tmp_path / "cache")
+    assert keys(source) == ["a/1.jpg"]
+    assert "folder that may not be read: 1, as secret/" in source.notes[0]
 
 
 class Entry:

@@ -28,14 +28,15 @@ class Kind:
     """What a source is of.  ``name``: "image" or "video", for messages and for the names of kept indices.
 
     ``suffixes``: endings (in any case) by which a file counts; ``read``: from a file's path to the raw item;
-    ``folders``: whether a folder that a list names can be one item; ``chosen``: whether the user named the endings, so
-    that a file without one does not count.
+    ``folders``: looks at a folder that a list names as one item, and tells reason and name of what it passes over
+    there; None where a folder is no item.  ``chosen``: whether the user named the endings, so that a file without one
+    does not count.
     """
 
     name: str
     suffixes: tuple[str, ...]
     read: Callable[[str], Any]
-    folders: bool = False
+    folders: Callable[[str, Callable[[str, str], None]], Any] | None = None
     chosen: bool = False
 
 

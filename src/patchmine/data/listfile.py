@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from patchmine.data.contract import IMAGES, ClassNames, Kind, fingerprint_of
+from patchmine.data.decode import DecodeError
 from patchmine.data.folder import FileSource
 from patchmine.data.index import Index, PathList, index_file, is_recent, load, mark_of, save
 from patchmine.data.members import (
@@ -76,8 +77,8 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
     known, repeated = set[int](), 0
     for line in _text_lines(file, kind) if file.suffix.lower() == ".txt" else _table_lines(file, kind):
         try:
-            reason = _reason_against(file.parent, line.path, kind)
-        except OSError as error:
+            reason = _reason_against(file.parent, line.path, kind, passed_over)
+        except (OSError, DecodeError) as error:
             missing += 1
             first_missing = first_missing or f"line {line.number} names '{shown_name(line.path)}', {_why(error)}"
             continue
@@ -115,11 +116,11 @@ def _repeats_note(name: str, repeated: int, kind: Kind) -> list[str]:
     if not repeated:
         return []
     lines = f"{repeated:,} lines name" if repeated > 1 else "1 line names"
-    return [f"data={shown_name(name)}: {lines} a {kind.name} that stands above already; it counts each time."]
+    return [f"data={shown_name(name)}: {lines} what another {kind.name}'s line names already; it counts each time."]
 
 
-def _reason_against(folder: Path, path: str, kind: Kind) -> str | None:
-    """Why a listed path does not count; OSError where there is nothing of that name."""
+def _reason_against(folder: Path, path: str, kind: Kind, passed_over: PassedOver) -> str | None:
+    """Why a listed path does not count; OSError where there is nothing of that name, DecodeError of a wrong folder."""
     place = os.path.join(folder, path)  # noqa: PTH118, once a line
     try:
         mode = os.stat(place).st_mode  # noqa: PTH116, likewise
@@ -129,15 +130,20 @@ def _reason_against(folder: Path, path: str, kind: Kind) -> str | None:
     if inside.startswith("../"):
         inside = outside_of_root(path)
     if stat.S_ISDIR(mode):
-        if not kind.folders:
+        if kind.folders is None:
             raise IsADirectoryError("a folder")
-        return HIDDEN if is_hidden(inside) else None
+        if is_hidden(inside):
+            return HIDDEN
+        kind.folders(place, lambda reason, name: passed_over.add(reason, f"{path}/{name}"))
+        return None
     if not stat.S_ISREG(mode):
         return NO_FILE
     return reason_against(inside, kind, partial(head_of, place), listed=True)
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError | DecodeError) -> str:
+    if isinstance(error, DecodeError):
+        return f"which {error}"
     if isinstance(error, IsADirectoryError):
         return "which is a folder"
     return (

@@ -80,10 +80,11 @@ def default_cache_dir() -> Path | None:
 def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
     if name.startswith("embedded:"):
         return open_photos(name) if kind is IMAGES else open_moving_photos(name)
-    path, kind = _chosen_endings(name, kind)
+    path, endings = _chosen_endings(name, kind)
+    frames, kind = (_only(IMAGES, endings), _only(kind, endings)) if endings else (IMAGES, kind)
     mode = _mode(path, name)
     if stat.S_ISDIR(mode):
-        return _open_directory(path, name, cache_dir, kind)
+        return _open_directory(path, name, cache_dir, kind, frames)
     if stat.S_ISREG(mode):
         return _open_file(path, name, cache_dir, kind)
     if mode:
@@ -101,19 +102,25 @@ def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
     return open_shards(shards, name, cache_dir, kind)
 
 
-def _chosen_endings(name: str, kind: Kind) -> tuple[Path, Kind]:
-    """The path of ``photos/::jpg,left.png``, and the kind of which only files with these endings count."""
+def _chosen_endings(name: str, kind: Kind) -> tuple[Path, tuple[str, ...]]:
+    """The path of ``photos/::jpg,left.png``, and the endings; none where a name has no such part."""
     place, separator, endings = name.rpartition("::")
     if not separator or not place or "/" in endings or os.path.lexists(name):
-        return _expanded(name), kind
+        return _expanded(name), ()
     chosen = tuple("." + ending.strip().lower().lstrip(".") for ending in endings.split(","))
-    stranger = next((ending for ending in chosen if not ending.endswith(kind.suffixes)), None)
+    known = (*kind.suffixes, *(IMAGES.suffixes if kind.folders else ()))
+    stranger = next((ending for ending in chosen if not ending.endswith(known)), None)
     if stranger is not None:
         raise UserError(
             f"data={shown_name(name)}: {shown_name(stranger)} is no ending of {kind.name}s; behind :: stand the "
-            f"endings that count, with commas between them: of {', '.join(kind.suffixes)}, also as in left.png"
+            f"endings that count, with commas between them: of {', '.join(known)}, also as in left.png"
         )
-    return _expanded(place), replace(kind, suffixes=chosen, chosen=True)
+    return _expanded(place), chosen
+
+
+def _only(kind: Kind, endings: tuple[str, ...]) -> Kind:
+    """A kind of which only files with these endings count."""
+    return replace(kind, suffixes=tuple(ending for ending in endings if ending.endswith(kind.suffixes)), chosen=True)
 
 
 def _expanded(name: str) -> Path:
@@ -133,12 +140,14 @@ def _mode(path: Path, name: str) -> int:
         raise UserError(f"data={shown_name(name)}: this cannot be opened ({reason_of(error)})") from error
 
 
-def _open_directory(folder: Path, name: str, cache_dir: Path | None, kind: Kind) -> Source:
+def _open_directory(folder: Path, name: str, cache_dir: Path | None, kind: Kind, frames: Kind) -> Source:
     files = open_folder(folder, name, cache_dir, kind)
     if len(files):
         return files
-    if kind.name != IMAGES.name and not kind.chosen and len(frames := open_frame_folders(folder, name, cache_dir)):
-        return frames
+    if kind.folders is not None:
+        in_folders = open_frame_folders(folder, name, cache_dir, frames)
+        if len(in_folders):
+            return in_folders
     archives = open_folder(folder, name, None, _ARCHIVES)
     if not len(archives):
         hint = "; videos are for video models, such as model=video_vit_small_patch16" if kind.name == "image" else ""

@@ -21,8 +21,8 @@ from torch import Tensor
 from patchmine.data import video_pyav, video_torchcodec
 from patchmine.data.contract import IMAGES, Kind, contents, open_regular
 from patchmine.data.decode import MAX_PIXELS, DecodeError, decode, fit_channels
-from patchmine.data.members import head_of, reason_against
-from patchmine.data.series import frames_of
+from patchmine.data.members import NO_FILE, head_of, reason_against
+from patchmine.data.series import OTHER_SERIES, frames_of
 from patchmine.data.video_matrix import of_file
 from patchmine.data.video_torchcodec import check_frames
 from patchmine.errors import UserError
@@ -57,19 +57,32 @@ class FrameFiles:
     paths: tuple[str, ...]
 
 
-def frames_in(folder: str) -> FrameFiles:
+def frames_in(folder: str, note: Callable[[str, str], None] = lambda reason, name: None) -> FrameFiles:
     """The frames in a folder: ``2.jpg`` comes before ``10.jpg``.
+
+    Args:
+        folder: its path.
+        note: is told reason and name of what is passed over.
 
     Raises:
         DecodeError: where there is no image, or where there are the frames of several videos (`data.series`).
         OSError: where the folder cannot be read.
     """
+    names = []
     with os.scandir(folder) as entries:
-        files = [entry.name for entry in entries if entry.is_file()]
-    names = [name for name in files if not reason_against(name, IMAGES, partial(head_of, f"{folder}/{name}"))]
+        for entry in entries:
+            head = partial(head_of, entry.path)
+            reason = reason_against(entry.name, IMAGES, head) if entry.is_file() else NO_FILE
+            if reason is None:
+                names.append(entry.name)
+            elif not entry.is_dir():
+                note(reason, entry.name)
     if not names:
         raise DecodeError("is a folder without images; a video in single frames has them in it")
-    return FrameFiles(tuple(f"{folder}/{name}" for name in sorted(frames_of(names)[0], key=in_counting_order)))
+    frames, others = frames_of(sorted(names, key=in_counting_order))
+    for name in others:
+        note(OTHER_SERIES, name)
+    return FrameFiles(tuple(f"{folder}/{name}" for name in frames))
 
 
 def in_counting_order(name: str) -> list[tuple[int, str]]:
@@ -81,7 +94,7 @@ def _raw(path: str) -> VideoFile | FrameFiles:
     return frames_in(path) if os.path.isdir(path) else VideoFile(path)  # noqa: PTH112, once per clip
 
 
-VIDEOS = Kind("video", VIDEO_SUFFIXES, _raw, folders=True)
+VIDEOS = Kind("video", VIDEO_SUFFIXES, _raw, folders=frames_in)
 
 
 RawVideo = VideoFile | FrameFiles | bytes | Sequence[bytes] | np.ndarray | Tensor
