@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_files import JPEG, add, write_files
 from PIL import Image
 from torch.utils.data import Dataset
 
 from patchmine.data import sharding
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.contract import key_of
+from patchmine.data.contract import Source, key_of, notes_of
 from patchmine.data.decode import decode
 from patchmine.data.loader import train_batches
 from patchmine.data.sharding import write_shards
@@ -185,3 +186,107 @@ def test_training_sees_the_same_batches_from_shards_as_from_the_folder(image_fol
     for ours, theirs in zip(batches(image_folder), batches(tmp_path / "out"), strict=True):
         assert torch.equal(ours.views[0], theirs.views[0])
         assert torch.equal(ours.index, theirs.index)
+
+
+AWKWARD = (
+    *("a.jpg", "a.png", "a.JPG", "scan.0001.jpg", "scan.0002.jpg", "b/k.left.jpg", "b/k.right.jpg", "b/k_left.jpg"),
+    *(
+        "caf\udce9.jpg",
+        "line\nbreak.png",
+        'it\'s "x"\t.png',
+        "bare",
+        "n" * 240 + ".jpg",
+        "d/" * 150 + "deep.jpg",
+        "scan_0001.png",
+    ),
+)
+
+
+def names_and_contents(source: Source) -> list[tuple[str, bytes]]:
+    return sorted((key_of(source, index), source.read(index)) for index in range(len(source)))
+
+
+def test_a_round_trip_keeps_every_item_name_and_class(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", *(f"{part}/{name}" for part in ("cr\udce8me", "tea") for name in AWKWARD))
+    source = open_source(folder)
+    done = write_shards(source, tmp_path / "out", shard_size=20_000)
+    again = open_source(tmp_path / "out")
+    assert done.items == len(source) == 2 * len(AWKWARD)
+    assert names_and_contents(again) == names_and_contents(source)
+    assert again.labels().names == source.labels().names == ["cr\udce8me", "tea"]
+    assert (again.labels().ids == source.labels().ids).all()
+    assert notes_of(again) == ()
+    members = []
+    for shard in (tmp_path / "out").iterdir():
+        with tarfile.open(shard) as archive:
+            members += archive.getnames()
+    assert len(set(members)) == len(members)  # which other programs unpack without overwriting
+    assert not any(part.startswith(".") for name in members for part in name.split("/"))
+
+
+def test_repeated_hidden_and_outside_names_survive_too(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere/.cache", "x.jpg", "y.jpg")
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for number in range(3):
+            add(archive, "same.jpg", JPEG + b"%d" % number)
+    listed = [f"{tmp_path}/elsewhere/.cache/x.jpg", "../elsewhere/.cache/y.jpg", "../elsewhere/.cache/y.jpg"]
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "l.txt").write_text("\n".join(listed))
+    source = open_source([tmp_path / "lists" / "l.txt", tmp_path / "twice.tar"])
+    write_shards(source, tmp_path / "out")
+    again = open_source(tmp_path / "out")
+    assert names_and_contents(again) == names_and_contents(source)
+    assert len(again) == 6
+
+
+class Odd(Dataset[Any]):
+    """Images that PNG cannot hold, and what is none."""
+
+    items = (
+        Image.new("F", (4, 4), 0.5),
+        Image.new("CMYK", (4, 4), (1, 2, 3, 4)),
+        torch.full((3, 4, 4), 0.5, dtype=torch.bfloat16),
+        np.array([object()]),
+    )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+def test_what_no_image_file_can_hold_is_left_out_and_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    done = write_shards(open_source(Odd()), tmp_path / "out", say=said.append)
+    assert (done.items, done.skipped) == (3, 1)
+    assert said[0].startswith("Odd[3] is left out: it cannot be read (")
+    again = open_source(tmp_path / "out")
+    for index, channels in enumerate((1, 3, 3)):
+        item = Odd()[index].float() if index == 2 else Odd()[index]
+        assert torch.equal(decode(again.read(index), channels), decode(item, channels))
+
+
+def test_a_folder_that_stands_beside_is_never_removed(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    write_shards(open_source(image_folder), tmp_path / "out")
+    assert (tmp_path / "out.partial" / "mine").exists()
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["out", "out.partial"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "link"])
+def test_a_place_that_cannot_take_shards_is_explained(image_folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"out=.*(there is something already|cannot be written .*)"):
+        write_shards(open_source(image_folder), tmp_path / name)
+
+
+def test_labels_that_cannot_be_read_are_not_blamed_on_the_disk(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        add(archive, "1.jpg", JPEG)
+        add(archive, "1.json", b"{")
+    with pytest.raises(UserError, match=r"the \.json member of .*1\.jpg is not JSON"):
+        write_shards(open_source(tmp_path / "x.tar"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

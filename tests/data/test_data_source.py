@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from patchmine.data.contract import ClassNames, Labels, Source, key_of
+from patchmine.data.contract import IMAGES, ClassNames, Labels, Source, key_of
 from patchmine.data.sharding import write_shards
 from patchmine.data.source import default_cache_dir, open_source
+from patchmine.data.video import VIDEOS
 from patchmine.errors import UserError
 
 
@@ -148,3 +150,46 @@ def test_no_classes_at_all() -> None:
     labels = ClassNames().finish()
     assert labels.names == []
     assert labels.ids.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("x-{0..99999999999}.tar", r"stands for more than 100,000 shards"),
+        ("x-{0..999}-{0..999}.tar", r"stands for more than 100,000 shards"),
+        ("x-{0.." + "9" * 5_000 + "}.tar", r"stands for more than 100,000 shards"),
+        ("x-{5..3}.tar", r"the range \{5\.\.3\} runs backwards; write \{3\.\.5\}"),
+        ("n" * 300, r"there is no such file or folder"),
+        ("a/" * 3_000, r"there is no such file or folder"),
+        ("nul\0byte", r"data=nul\\x00byte: this cannot be opened"),
+        ("pipe", r"this is a pipe, a socket or a device"),
+        ("/dev/null", r"this is a pipe, a socket or a device"),
+        ("1.jpg/inside", r"there is no such file or folder"),
+        ("~nobody-of-this-name/x", r"there is no such file or folder"),
+        ("caf\udce9", r"data=caf\\xe9: there is no such file or folder"),
+        ("loop", r"cannot be opened"),
+        ("x.parquet", r"a file that ends in \.parquet is no source of images"),
+    ],
+    ids=lambda text: text[:20].encode("ascii", "backslashreplace").decode() if isinstance(text, str) else None,
+)
+def test_what_cannot_be_a_source_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str
+) -> None:
+    for name in ("1.jpg", "x.parquet"):
+        (tmp_path / name).touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    for kind in (IMAGES, VIDEOS):
+        with pytest.raises(UserError, match=message if kind is IMAGES else "data=") as told:
+            open_source(spec, kind=kind)
+        str(told.value).encode()
+
+
+def test_a_user_without_a_home_keeps_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", refuse)
+    assert default_cache_dir() is None

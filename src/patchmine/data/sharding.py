@@ -89,7 +89,7 @@ def _write_all(
     shard_size: int,
     say: Callable[[str], None],
 ) -> Written:
-    done = Written()
+    done, keys = Written(), set[int]()
     shard: _Shard | None = None
     try:
         for index in range(len(source)):
@@ -102,7 +102,7 @@ def _write_all(
             if shard is None or shard.size > shard_size:
                 if shard is not None:
                     shard.close()
-                shard = _Shard(room / f"shard-{done.shards:06d}.tar")
+                shard = _Shard(room / f"shard-{done.shards:06d}.tar", keys)
                 done.shards += 1
             shard.add(path, index, data, suffix, labels.names[labels.ids[index]] if labels else None)
             done.items += 1
@@ -125,12 +125,12 @@ def _item(source: Source, index: int, max_side: int | None, done: Written) -> tu
 
 
 class _Shard:
-    """One archive that is being written."""
+    """One archive that is being written.  ``keys``: the hashes of those in it and in the archives before it."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, keys: set[int]) -> None:
         self._handle = file.open("wb")
         self._archive = tarfile.open(fileobj=self._handle, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        self._keys: set[str] = set()
+        self._keys = keys
 
     @property
     def size(self) -> int:
@@ -139,11 +139,11 @@ class _Shard:
     def add(self, path: str, index: int, data: bytes, suffix: str, label: str | None) -> None:
         """An image and its note under a key of their own; equal ones would be one sample, or one file when unpacked."""
         key = _key(path)
-        if key in self._keys:
+        if hash(key) in self._keys:
             key = f"{key}_{index}"
-        while key in self._keys:
+        while hash(key) in self._keys:
             key += "_"
-        self._keys.add(key)
+        self._keys.add(hash(key))
         note = {"path": path} if label is None else {"path": path, "label": label}
         self._put(key + suffix, data)
         self._put(f"{key}.json", json.dumps(note).encode())

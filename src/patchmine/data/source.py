@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import glob
 import os
 import re
@@ -136,7 +137,9 @@ def _mode(path: Path, name: str) -> int:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return 0
-    except (OSError, ValueError) as error:  # no permission, a name too long, a NUL
+    except (OSError, ValueError) as error:  # no permission, links in a circle, a NUL
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return 0  # a pattern may be longer than the names that it stands for
         raise UserError(f"data={shown_name(name)}: this cannot be opened ({reason_of(error)})") from error
 
 
@@ -211,6 +214,8 @@ def _refuse_many(ranges: list[tuple[str, str]], name: str) -> None:
 
 def _nearest(path: Path) -> str:
     """A hint at what lies beside a missing path."""
+    if len(path.name) > 255:
+        return ""
     try:
         beside = list(islice((entry.name for entry in os.scandir(path.parent)), MOST_BESIDE))
     except OSError:
