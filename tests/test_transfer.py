@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchmine.config import parse
 from patchmine.errors import UserError
+from patchmine.lock import lock
 from patchmine.method import Method
 from patchmine.models.official import to_reference_names
 from patchmine.run import Run, build_method
@@ -178,3 +179,12 @@ def test_a_decoder_that_predicts_features_is_left_to_the_user(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"predicts 512 numbers a patch, not its 192 pixel values.*what=encoder"):
         import_file(str(tmp_path / "clip.pth"), str(tmp_path / "imported"))
     assert import_file(str(tmp_path / "clip.pth"), str(tmp_path / "imported"), what="encoder").checkpoints == []
+
+
+def test_an_import_has_its_folder_for_itself_and_leaves_none_behind_a_mistake(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "imported"
+    with lock(out), pytest.raises(UserError, match=f"{out} is being written by process"):
+        import_file(str(tmp_path / "mae.pth"), str(out))
+    with pytest.raises(UserError, match=r"mae\.pth does not exist"):
+        import_file(str(tmp_path / "mae.pth"), str(out))
+    assert list(tmp_path.iterdir()) == []

@@ -5,10 +5,12 @@ These are MAE's and HPM's, and on clips VideoMAE's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, ParamSpec, cast
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ from torch import Tensor
 from patchmine.config import RunConfig, from_settings, silent
 from patchmine.disk import settle
 from patchmine.errors import UserError
+from patchmine.lock import lock
 from patchmine.method import Method
 from patchmine.models.loading import LoadReport, load_tensors
 from patchmine.models.official import (
@@ -37,6 +40,7 @@ from patchmine.words import shown
 
 Say = Callable[[str], None]
 What = Literal["auto", "encoder", "full"]
+P = ParamSpec("P")
 
 _TEACHER = "teacher."
 _FULL = ("mae", "hpm")  # the methods whose whole files we write and read
@@ -84,6 +88,19 @@ def _export_full(run: Run, out: str | None, weights: Which) -> Path:
     return target
 
 
+def _alone(import_to: Callable[P, Run]) -> Callable[P, Run]:
+    """Hold the lock of the folder ``out`` from the first check to the end."""
+    arguments = inspect.signature(import_to)
+
+    @wraps(import_to)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> Run:
+        with lock(Path(arguments.bind(*args, **kwargs).arguments["out"])):
+            return import_to(*args, **kwargs)
+
+    return locked
+
+
+@_alone
 def import_file(
     file: str,
     out: str,
