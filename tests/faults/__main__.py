@@ -84,19 +84,19 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
     import mutants
     import together
 
-    images = scenes.make_images(room / "images")
-    took = kills.whole_run(images, room / "whole", room / "whole.log")
-    took = kills.whole_run(images, room / "again", room / "again.log")
-    scene = kills.Scene(images, room / "whole", took, room, sizes.seed)
+    runs = scenes.scenes_of(room, sizes.seed)
+    scene = runs[0]
     processes = sizes.processes or len(os.sched_getaffinity(0))
     share = 60 * sizes.minutes
+    kills_each = -(-sizes.kills // len(runs))
     groups: dict[str, Callable[[], list[table.Row]]] = {
-        "mutants": lambda: mutants.rows(room, sizes, processes, 0.45 * share),
+        "mutants": lambda: mutants.rows(scene, sizes, processes, 0.45 * share),
         "kills": lambda: [
             table.row(
-                "killed at a random moment",
-                kills.kill_runs(scene, kills=sizes.kills, processes=processes, seconds=0.2 * share),
+                f"killed: {each.name}",
+                kills.kill_runs(each, kills=kills_each, processes=processes, seconds=0.2 * share / len(runs)),
             )
+            for each in runs
         ],
         "crashes": lambda: [
             table.row(
@@ -106,7 +106,7 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
         ],
         "full-disk": lambda: [
             table.row(
-                "disk full at a call",
+                "disk full from a call on",
                 crashes.full_disk_runs(scene, processes=processes, seconds=0.12 * share, most=sizes.full_disk or None),
             )
         ],
@@ -118,7 +118,8 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
         ],
         "killed-rank": lambda: [
             table.row(
-                "one of two ranks killed", together.killed_rank_runs(scene, count=sizes.ranks, seconds=0.15 * share)
+                "one of two ranks killed",
+                together.killed_rank_runs(scene, count=sizes.ranks, seconds=0.15 * share),
             )
         ],
     }

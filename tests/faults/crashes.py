@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from filesystem import CRASHED, NEEDS_ROOM, Action, FileSystem, calls
-from kills import Scene
-from scene import Child, pretrain_words
+from scene import WAIT, Child, Scene
 from spread import Outcome, spread
-from verdict import WAIT, differences, ended_badly, go_on, torn
+from verdict import differences, ended_badly, torn
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ def parts(scene: Scene) -> list[Part]:
     half, log = scene.scratch / "half", scene.scratch / "half.log"
     shutil.rmtree(half, ignore_errors=True)
     log.unlink(missing_ok=True)
-    words = pretrain_words(scene.images, half / "run", "workers=0")
+    words = scene.pretrain(half / "run", "workers=0")
     ended = Child(words, log, prepare=_crash_after_checkpoint).wait(WAIT)
     if ended.code != CRASHED:
         raise RuntimeError(f"the first half of a run ended with {ended.code}: {ended.output[-2000:]}")
@@ -70,7 +69,7 @@ def _start(scene: Scene, base: Path, prepare: Callable[[], None], log: Path) -> 
 
     words = ["resume", str(base / "run"), "workers=0"]
     if not (base / "run" / "config.yaml").exists():
-        words = pretrain_words(scene.images, base / "run", "workers=0")
+        words = scene.pretrain(base / "run", "workers=0")
     return Child(words, log, prepare=begin)
 
 
@@ -109,7 +108,7 @@ def _crash(scene: Scene, part: Part, number: int, call: str, action: Action) -> 
     ended = _start(scene, base, FileSystem(base, action, number).install, log).wait(WAIT)
     faults = ended_badly(ended, CRASHED) or torn(out)
     if not faults:
-        ended = go_on(scene.images, out, log, "workers=0").wait(WAIT)
+        ended = scene.go_on(out, log, "workers=0").wait(WAIT)
         faults = ended_badly(ended, 0) or differences(out, scene.whole, pictures=False)
     shutil.rmtree(base, ignore_errors=True)
     return 1, [f"{part.name}, crashed {action} call {number} ({call}): {fault}" for fault in faults]
@@ -141,7 +140,7 @@ def _full(scene: Scene, part: Part, number: int, call: str) -> tuple[int, list[s
     if ended.code == 2 and not ended.output.strip():
         faults.append("exit code 2 without a word")
     if not faults and ended.code == 2:
-        ended = go_on(scene.images, out, log, "workers=0").wait(WAIT)
+        ended = scene.go_on(out, log, "workers=0").wait(WAIT)
         faults = ended_badly(ended, 0) or differences(out, scene.whole, pictures=False)
     elif not faults:
         faults = differences(out, scene.whole, pictures=False)

@@ -6,26 +6,13 @@ import random
 import shutil
 import signal
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
-from scene import Child, pretrain_words
+from scene import WAIT, Scene
 from spread import Outcome, spread
-from verdict import WAIT, differences, ended_badly, go_on, processes_of
+from verdict import differences, ended_badly, processes_of
 
 SIGNALS = (*(signal.SIGKILL,) * 12, *(signal.SIGTERM,) * 3, *(signal.SIGINT,) * 3, signal.SIGHUP, signal.SIGUSR1)
 GRACE = 12.0  # seconds in which data workers see that their process is gone; torch's look every 5
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What a killed run is made of and compared with; ``seconds``: how long the whole run takes."""
-
-    images: Path
-    whole: Path
-    seconds: float
-    scratch: Path
-    seed: int
 
 
 def kill_runs(scene: Scene, *, kills: int, processes: int, seconds: float) -> Outcome:
@@ -46,7 +33,7 @@ def _one_run(scene: Scene, number: int, kills: int) -> tuple[int, list[str]]:
     while done < kills and not faults:
         log.unlink(missing_ok=True)
         workers = f"workers={chance.choice((0, 0, 1, 2))}"
-        child = go_on(scene.images, out, log, workers)
+        child = scene.go_on(out, log, workers)
         sessions.add(child.pid)
         time.sleep(scene.seconds * chance.random() * (0.8 if told else 1.0))
         sent = chance.choice(SIGNALS)
@@ -61,7 +48,7 @@ def _one_run(scene: Scene, number: int, kills: int) -> tuple[int, list[str]]:
             shutil.rmtree(out, ignore_errors=True)
     if not faults:
         log.unlink(missing_ok=True)
-        child = go_on(scene.images, out, log, f"workers={chance.choice((0, 1, 2))}")
+        child = scene.go_on(out, log, f"workers={chance.choice((0, 1, 2))}")
         sessions.add(child.pid)
         faults = ended_badly(child.wait(WAIT), 0) or differences(out, scene.whole)
     faults += _left(sessions)
@@ -76,12 +63,3 @@ def _left(sessions: set[int]) -> list[str]:
             return [f"{len(found)} processes still live {GRACE:.0f} s after the run"]
         time.sleep(0.2)
     return []
-
-
-def whole_run(images: Path, out: Path, log: Path) -> float:
-    """The uninterrupted run; returns the seconds that it took."""
-    began = time.monotonic()
-    ended = Child(pretrain_words(images, out, "workers=0"), log).wait(WAIT)
-    if ended.code != 0:
-        raise RuntimeError(f"the uninterrupted run failed: {ended.output[-2000:]}")
-    return time.monotonic() - began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,17 @@ import campaign
 import formats
 import seeds
 import table
+from scene import Scene
 
 
-def rows(room: Path, sizes: Any, processes: int, seconds: float) -> list[table.Row]:
+def rows(scene: Scene, sizes: Any, processes: int, seconds: float) -> list[table.Row]:
     """One row a format; mutants with faults are written to ``sizes.keep``."""
-    run = room / "whole"
+    run = scene.scratch / "damaged"
+    shutil.copytree(scene.whole, run, symlinks=True)
     (run / "eval").mkdir(exist_ok=True)
     (run / "eval" / "knn.json").write_bytes(seeds.EVALUATION)
     every = formats.all_formats(run)
-    (run / "eval" / "knn.json").unlink()
-    (run / "eval").rmdir()
-    scratch = room / "mutants"
+    scratch = scene.scratch / "mutants"
     tallies = campaign.run(
         every, count=sizes.mutants, seed=sizes.seed, processes=processes, seconds=seconds, scratch=scratch
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import tarfile
 import time
 import traceback
 import warnings
@@ -25,6 +27,7 @@ SETTINGS = (
     *("device=cpu", "sample_every=4"),
 )
 IMAGES = 12
+WAIT = 120.0  # seconds for a command that takes one
 
 
 def preload() -> None:
@@ -54,11 +57,6 @@ def make_images(folder: Path) -> Path:
         pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02d}.png")
     return folder
-
-
-def pretrain_words(images: Path, out: Path, *more: str) -> list[str]:
-    """The command that makes the run."""
-    return ["pretrain", f"data={images}", f"out={out}", *SETTINGS, *more]
 
 
 @dataclass(frozen=True)
@@ -134,6 +132,77 @@ def _run(words: Sequence[str], log: Path, prepare: Callable[[], None]) -> int:
         with suppress(Exception):
             sys.stdout.flush()
     return code
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A run that is to be interrupted and what it is compared with.
+
+    ``words``: data and settings; ``whole``: the folder of the uninterrupted run; ``seconds``: how long that took;
+    ``scratch``: where others are made.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    whole: Path
+    seconds: float
+    scratch: Path
+    seed: int
+
+    def pretrain(self, out: Path, *more: str) -> list[str]:
+        """The command that makes the run in another folder."""
+        return ["pretrain", *self.words, f"out={out}", *more]
+
+    def go_on(self, out: Path, log: Path, *more: str) -> Child:
+        """What a person types after an interruption: resume, or the first command where no run was made yet."""
+        if (out / "config.yaml").exists():
+            return Child(["resume", str(out), *more], log)
+        return Child(self.pretrain(out, *more), log)
+
+
+def make_scene(name: str, words: Sequence[str], room: Path, seed: int) -> Scene:
+    """Make the uninterrupted run, twice, so that its time is that of a machine which has read everything once."""
+    whole, log, seconds = room / f"whole-{name}", room / f"whole-{name}.log", 0.0
+    for _ in range(2):
+        shutil.rmtree(whole, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        began = time.monotonic()
+        ended = Child(["pretrain", *words, f"out={whole}", "workers=0"], log).wait(WAIT)
+        seconds = time.monotonic() - began
+        if ended.code != 0:
+            raise RuntimeError(f"the uninterrupted run {name} failed: {last_lines(ended.output)}")
+    return Scene(name, tuple(words), whole, seconds, room, seed)
+
+
+def scenes_of(room: Path, seed: int) -> list[Scene]:
+    """Runs of different kinds; the first is the simplest."""
+    images = make_images(room / "images")
+    shards = make_shards(images, room / "shards")
+    video = ("model=video_vit_tiny_patch16", "clip.frames=4", "clip.stride=1", "clip.tubelet=2", "clip.repeats=2")
+    crops = ("crops.num_local=2", "crops.local_size=8")
+    kinds = {
+        "mae": (f"data={images}", *SETTINGS),
+        "hpm-on-shards": (f"data={shards}", "method=hpm", "accumulate=2", *SETTINGS),
+        "scfs": (f"data={images}", "method=scfs", *crops, *(word for word in SETTINGS if "decoder" not in word)),
+        "clips": (f"data={make_frames(room / 'frames')}", *SETTINGS, *video),
+    }
+    return [make_scene(name, words, room, seed) for name, words in kinds.items()]
+
+
+def make_shards(images: Path, folder: Path) -> Path:
+    """The same images in a tar archive."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "shard-000000.tar", "w") as archive:
+        for path in sorted(images.iterdir()):
+            archive.add(path, path.name)
+    return folder
+
+
+def make_frames(folder: Path) -> Path:
+    """Videos as folders of frames."""
+    for number in range(IMAGES):
+        make_images(folder / f"{number:02d}")
+    return folder
 
 
 def last_lines(text: str, count: int = 3) -> str:

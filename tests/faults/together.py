@@ -11,10 +11,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from kills import Scene
-from scene import Child, Ended, last_lines, pretrain_words
+from scene import WAIT, Child, Ended, Scene, last_lines
 from spread import Outcome, spread
-from verdict import WAIT, differences, ended_badly, go_on, torn
+from verdict import differences, ended_badly, torn
 
 ALONE = 60.0  # seconds in which a process whose partner died must end
 RANK_STEPS = 60  # of the runs on two processes, which are killed meanwhile
@@ -30,7 +29,7 @@ def shared_folder_runs(scene: Scene, *, count: int, processes: int, seconds: flo
 def _shared_folder(scene: Scene, way: str, number: int) -> tuple[int, list[str]]:
     out = scene.scratch / f"shared-{way.replace(' ', '-')}-{number}"
     logs = [out.with_suffix(f".{place}.log") for place in (1, 2)]
-    first = pretrain_words(scene.images, out, "workers=0")
+    first = scene.pretrain(out, "workers=0")
     second, delay = first, 0.02 if way == "20 ms apart" else 0.0
     if way == "other settings":
         second = [*first, "seed=1"]
@@ -80,7 +79,7 @@ def _killed_rank(scene: Scene, number: int) -> tuple[int, list[str]]:
     chance = random.Random(f"{scene.seed}/ranks/{number}")
     out = scene.scratch / f"ranks-{number}"
     shutil.rmtree(out, ignore_errors=True)
-    words = pretrain_words(scene.images, out, "workers=0", f"steps={RANK_STEPS}")
+    words = scene.pretrain(out, "workers=0", f"steps={RANK_STEPS}")
     ranks = _two(words, scene.scratch, f"ranks-{number}")
     victim, step = number % 2, chance.randrange(3, RANK_STEPS - 20)
     _until(
@@ -109,7 +108,7 @@ def _goes_on(scene: Scene, out: Path, number: int) -> list[str]:
     else:
         log = scene.scratch / f"again-{number}.log"
         log.unlink(missing_ok=True)
-        ends = [go_on(scene.images, out, log).wait(WAIT)]
+        ends = [scene.go_on(out, log).wait(WAIT)]
     faults = [fault for end in ends for fault in ended_badly(end, 0)]
     steps = [text for text in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in text]
     return (

@@ -8,19 +8,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from scene import Child, Ended, last_lines, pretrain_words
+from scene import Ended, last_lines
 
 from patchmine.train.checkpoint import DamagedCheckpointError, list_checkpoints, load
 
 EXACT = ("step", "epoch", "samples", "loss", "grad_norm", "lr", "skipped")  # of a metrics line; the rest are times
-WAIT = 120.0  # seconds for a command that takes one
-
-
-def go_on(images: Path, out: Path, log: Path, *more: str) -> Child:
-    """What a person types after an interruption: resume, or the first command where no run was made yet."""
-    if (out / "config.yaml").exists():
-        return Child(["resume", str(out), *more], log)
-    return Child(pretrain_words(images, out, *more), log)
 
 
 def torn(out: Path) -> list[str]:
