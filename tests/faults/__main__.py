@@ -90,7 +90,7 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
     share = 60 * sizes.minutes
     kills_each = -(-sizes.kills // len(runs))
     groups: dict[str, Callable[[], list[table.Row]]] = {
-        "mutants": lambda: mutants.rows(scene, sizes, processes, 0.45 * share),
+        "mutants": lambda: mutants.rows(scene, sizes, processes, 0.3 * share),
         "kills": lambda: [
             table.row(
                 f"killed: {each.name}",
@@ -101,7 +101,7 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
         "crashes": lambda: [
             table.row(
                 "crash at a file-system call",
-                crashes.crash_runs(scene, processes=processes, seconds=0.25 * share, most=sizes.crashes or None),
+                crashes.crash_runs(scene, processes=processes, seconds=0.35 * share, most=sizes.crashes or None),
             )
         ],
         "full-disk": lambda: [
@@ -113,13 +113,13 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
         "shared-folder": lambda: [
             table.row(
                 "two processes in one folder",
-                together.shared_folder_runs(scene, count=sizes.shared, processes=1, seconds=0.1 * share),
+                together.shared_folder_runs(scene, count=sizes.shared, processes=1, seconds=0.05 * share),
             )
         ],
         "killed-rank": lambda: [
             table.row(
                 "one of two ranks killed",
-                together.killed_rank_runs(scene, count=sizes.ranks, seconds=0.15 * share),
+                together.killed_rank_runs(scene, count=sizes.ranks, seconds=0.08 * share),
             )
         ],
     }

@@ -138,6 +138,39 @@ def inspect_images(data: bytes, folder: Path) -> object:
     return render(inspect(open_source(room), full=True))
 
 
+def load_images(data: bytes, folder: Path) -> object:
+    """What training does: statistics, and batches of crops, whose numbers must be finite."""
+    from patchmine.data.badfiles import BadFiles
+    from patchmine.data.loader import data_statistics, train_batches
+    from patchmine.data.source import open_source
+    from patchmine.data.views import TrainView
+
+    room = folder / "images"
+    room.mkdir(exist_ok=True)
+    for ending in (".jpg", ".tif"):
+        (room / f"x{ending}").write_bytes(data)
+    source = open_source(room)
+    numbers = list(data_statistics(source, 3))
+    view = TrainView((16, 16), (0.2, 1.0), (0.75, 1.33), 0.5, "bicubic", 8)
+    steps = {"steps_per_epoch": 1, "start_step": 0, "total_steps": 2}
+    batches = train_batches(source, view, channels=3, seed=0, batch_size=2, bad=BadFiles(None, 1.0), **steps)
+    numbers += [batch.views[0].float() for batch in batches]
+    if not all(bool(each.isfinite().all()) for each in numbers):
+        raise AssertionError("numbers that are not finite come out of the loader")
+    return len(numbers)
+
+
+def read_frames(data: bytes, folder: Path) -> object:
+    """A video as a folder of frames, of which one is damaged."""
+    from patchmine.data.video import frames_in, open_video
+
+    room = folder / "frames"
+    room.mkdir(exist_ok=True)
+    for number in range(3):
+        (room / f"{number}.png").write_bytes(data)
+    return open_video(frames_in(str(room))).frames([0, 1, 2]).shape
+
+
 def read_video(suffix: str, data: bytes, folder: Path) -> object:
     from patchmine.data.video import VideoFile, open_video
 

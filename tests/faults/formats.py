@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +74,7 @@ def all_formats(run: Path) -> list[Format]:
         *_settings(run),
         *_run_files(run),
         *_weights(run),
-        *_videos(run.parent),
+        *_videos(run.parent, pictures),
     ]
 
 
@@ -121,6 +123,7 @@ def _sources(pictures: Mapping[str, list[bytes]], room: Path) -> list[Format]:
         Format("tar under a kept index", tars, tar_damage, data_readers.read_swapped_tar, named="x.tar"),
         *indices,
         Format("folder, inspected", mixed, BYTES, data_readers.inspect_images),
+        Format("folder, loaded", mixed, BYTES, data_readers.load_images),
     ]
 
 
@@ -163,7 +166,17 @@ def _run_files(run: Path) -> list[Format]:
             partial(read, "samples/step-00000004.png"),
         ),
         Format("bad_files.txt", [bad], TEXT, run_readers.read_bad_files),
+        Format(
+            "checkpoints/last", [checkpoints[-1].name.encode()], TEXT, partial(run_readers.follow_last, checkpoints)
+        ),
+        Format(".lock", [_holder()], TEXT, partial(run_readers.take_lock, ".lock")),
+        Format(".lock.owner", [_holder()], TEXT, partial(run_readers.take_lock, ".lock.owner")),
     ]
+
+
+def _holder() -> bytes:
+    """What a lock file says, of a process that has ended."""
+    return json.dumps({"pid": 2**22 + 1, "host": socket.gethostname(), "since": 1.7e9, "stopping": False}).encode()
 
 
 def _weights(run: Path) -> list[Format]:
@@ -179,18 +192,18 @@ def _weights(run: Path) -> list[Format]:
             [export],
             header,
             partial(run_readers.read_export, run, "model.safetensors"),
-            named="model.safetensors",
+            named="export",
         ),
         Format(
             "export: config.json",
             [described],
             TEXT,
             partial(run_readers.read_export, run, "config.json"),
-            named="config.json",
+            named="export",
         ),
         Format(
             "weights .safetensors",
-            plain,
+            [*plain, *seeds.safetensors(seeds.other_weights())],
             header,
             partial(run_readers.read_weights, "x.safetensors"),
             named="x.safetensors",
@@ -215,8 +228,12 @@ def _weights(run: Path) -> list[Format]:
     ]
 
 
-def _videos(folder: Path) -> list[Format]:
+def _videos(folder: Path, pictures: Mapping[str, list[bytes]]) -> list[Format]:
+    files = {**seeds.videos(folder), ".gif": pictures["gif"]}
     return [
-        Format(f"video {suffix}", files, BYTES, partial(data_readers.read_video, suffix), refusals=ITEM_ERRORS)
-        for suffix, files in seeds.videos(folder).items()
+        *(
+            Format(f"video {suffix}", found, BYTES, partial(data_readers.read_video, suffix), refusals=ITEM_ERRORS)
+            for suffix, found in files.items()
+        ),
+        Format("video in frames", pictures["png"][:3], BYTES, data_readers.read_frames, refusals=ITEM_ERRORS),
     ]

@@ -105,6 +105,29 @@ def read_bad_files(data: bytes, folder: Path) -> object:
     return path.read_bytes()
 
 
+def follow_last(checkpoints: Sequence[Path], data: bytes, folder: Path) -> object:
+    """``last`` as a small file, which stands for a link where there are none; it need not lead anywhere."""
+    from patchmine.train.checkpoint import DamagedCheckpointError, load
+
+    for path in checkpoints:
+        if not (folder / path.name).exists():
+            shutil.copy(path, folder / path.name)
+    (folder / "last").write_bytes(data)
+    try:
+        return load(folder / "last").step
+    except DamagedCheckpointError as error:
+        return str(error)
+
+
+def take_lock(name: str, data: bytes, folder: Path) -> object:
+    """What a process that has ended says of itself does not keep others out."""
+    from patchmine.lock import lock
+
+    (folder / name).write_bytes(data)
+    with lock(folder):
+        return None
+
+
 def read_export(run: Path, name: str, data: bytes, folder: Path) -> object:
     from patchmine.evaluate.targets import open_target
 

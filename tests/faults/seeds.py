@@ -174,6 +174,14 @@ def official_weights() -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
+def other_weights() -> dict[str, Tensor]:
+    """A tiny ResNet under torchvision's names, as from a wrapper that puts a prefix before them."""
+    import timm
+
+    network = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(4, 4, 8, 8), num_classes=0)
+    return {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+
+
 def pickles(tensors: dict[str, Tensor], *, zipped: bool) -> list[bytes]:
     """Checkpoints by torch.save, and such that execute something."""
     contents: list[Any] = [
