@@ -56,7 +56,7 @@ def test_tiny_recipes_can_be_built(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "batch"), [(n, 1600, 4096) if "mae" in n else (n, 800, 2048) for n in PUBLISHED]
+    ("name", "epochs", "batch"), [(n, 1600, 4096) if "mae" in n else (n, 800, 2048) for n in sorted(PUBLISHED)]
 )
 def test_published_recipes_hold_the_published_numbers(name: str, epochs: int, batch: int) -> None:
     config = parse(name, ["data=x"])
