@@ -1,7 +1,8 @@
 # make install   patchmine in .venv, ready to use (.venv/bin/patchmine)
 # make demo      pre-train HPM on photographs, evaluate, write a report: about ten minutes on two cores
 # make check     ruff, mypy --strict, documentation and its links
-# make test      the test suite; `make test-all` adds the slow tests
+# make test      the test suite; `make test-all` adds the slow tests, `make test-bits` repeats those that ask for equal bits
+#                with the vectors of older processors
 # make faults    damaged files, kills, crashes, full disks: tried, survived, faults (MUTANTS=10000 KILLS=100 SEED=0)
 #
 # Each makes or updates .venv by itself.  Another interpreter: make PYTHON=python3.12 install
@@ -12,11 +13,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 USER_READY := $(VENV)/.ready-user
 DEV_READY := $(VENV)/.ready-dev
+# Some processes side by side; the tests of one file stay together, since they share what they train.
+PYTEST := $(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev demo test test-all faults check check-code check-docs format clean
+.PHONY: help install install-dev demo test test-all test-bits faults check check-code check-docs format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -51,10 +54,15 @@ demo: $(USER_READY)
 	@echo "The report is in $(DEMO)/report.html: open it in a browser."
 
 test: $(DEV_READY)
-	@$(BIN)/python -m pytest --quiet
+	@$(PYTEST)
 
 test-all: $(DEV_READY)
-	@$(BIN)/python -m pytest --quiet -m "slow or not slow" --timeout 3600
+	@$(PYTEST) -m "slow or not slow" --timeout 3600
+
+# The whole-run tests among them too: sums run in another order there, and what must be equal is equal all the same.
+test-bits: $(DEV_READY)
+	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m bitwise --timeout 900
+	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(PYTEST) -m bitwise --timeout 900
 
 # Sizes come from the environment or the command line, as in make faults MUTANTS=500 KILLS=5 ONLY=mutants,kills
 faults: $(DEV_READY)

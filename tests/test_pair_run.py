@@ -20,6 +20,8 @@ from patchmine.errors import UserError
 from patchmine.evaluate.targets import open_target
 from patchmine.run import Run
 
+pytestmark = pytest.mark.bitwise
+
 WORDS = [
     *("method=mokd", "model=vit_tiny_patch16_224", "model_args={embed_dim: 32, depth: 2, num_heads: 2}"),
     *("image_size=32", "patch_size=4", "crops.local_size=16", "crops.num_local=2", "batch_size=8", "warmup_epochs=0"),
@@ -95,7 +97,10 @@ def test_a_run_of_one_network_has_no_partner(image_folder: Path, tmp_path: Path)
     small = ("method.decoder_embed_dim=16", "method.decoder_depth=1", "method.decoder_num_heads=2")
     patchmine_says("pretrain", f"data={image_folder}", f"out={tmp_path / 'r'}", *words, *small, "method=mae", "steps=1")
     assert not (tmp_path / "r" / "export-partner").exists()
-    for command in (("export", str(tmp_path / "r")), ("embed", str(tmp_path / "r"), f"data={image_folder}", "out=x")):
+    for command in (
+        ("export", str(tmp_path / "r")),
+        ("embed", str(tmp_path / "r"), f"data={image_folder}", "out=x.parquet"),
+    ):
         said = patchmine_says(*command, "weights=partner", code=2)
         assert "holds no partner: method=mae keeps none; use weights=student" in said
 

@@ -24,6 +24,8 @@ from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.run import Run
 
+pytestmark = pytest.mark.bitwise
+
 # The smallest run that still has epochs (of 4 steps), masks to mine and checkpoints in the middle of an epoch.
 TINY = {
     "model": "vit_tiny_patch16_224",
@@ -113,6 +115,7 @@ def test_one_seed_one_result_whatever_the_workers(image_folder: Path, tmp_path: 
     assert not torch.equal(weights(first)["model.encoder.cls_token"], weights(other)["model.encoder.cls_token"])
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_resumed_is_as_if_nothing_had_happened(
     image_folder: Path, tmp_path: Path, weights: Any
 ) -> None:
@@ -203,6 +206,7 @@ def test_statistics_of_other_channels_come_from_the_data(tmp_path: Path) -> None
     assert run.encoder().patch_embed.proj.in_channels == 5
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(image_folder: Path, tmp_path: Path, weights: Any) -> None:
     whole = pretrain(image_folder, tmp_path / "one", method="hpm", steps=5)
     settings = tiny("hpm") | dict(method="hpm", steps=5, devices=2, data=str(image_folder), out=str(tmp_path / "two"))

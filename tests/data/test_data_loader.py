@@ -22,6 +22,8 @@ from patchmine.data.views import PlainView, TrainView
 from patchmine.errors import UserError
 from patchmine.types import Batch
 
+pytestmark = pytest.mark.bitwise
+
 VIEW = TrainView((8, 8))
 PLAIN = PlainView((8, 8), crop_pct=None)
 

@@ -24,6 +24,8 @@ from patchmine.data.views import TrainView
 from patchmine.errors import UserError
 from patchmine.types import Batch
 
+pytestmark = pytest.mark.bitwise
+
 
 def test_shards_hold_what_the_folder_holds(image_folder: Path, tmp_path: Path) -> None:
     source = open_source(image_folder)

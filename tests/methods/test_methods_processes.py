@@ -39,6 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", distilled.CASES)
 def test_two_processes_equal_one_with_the_whole_batch(folders: Folders, name: str) -> None:
     alone, together = (load_file(folder / name / "weights.safetensors") for folder in folders)
@@ -61,6 +62,7 @@ def test_two_processes_equal_one_with_the_whole_batch(folders: Folders, name: st
         assert torch.linalg.vector_norm((together[key] - value).double()) <= 1e-2 * moved + 1e-6, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", distilled.CASES)
 def test_losses_and_gradients_are_those_of_the_whole_batch(folders: Folders, name: str) -> None:
     alone, together = (
@@ -71,6 +73,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(folders: Folders, nam
         assert [line[key] for line in together] == pytest.approx([line[key] for line in alone], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", distilled.NORMS)
 def test_a_batch_norm_of_unequal_shares_is_that_of_all_rows(folders: Folders, name: str) -> None:
     whole = torch.load(folders.alone / f"{name}-0.pt")

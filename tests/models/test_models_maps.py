@@ -72,6 +72,7 @@ def test_loading_takes_any_number_of_items_but_no_other_grid() -> None:
         ItemMaps(4).load_state_dict(other.state_dict())
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_table_of_one(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [

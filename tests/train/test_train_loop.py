@@ -26,6 +26,8 @@ from patchmine.train.signals import Interrupted, StopSignals
 from patchmine.train.step import TrainSettings
 from patchmine.types import Batch, Progress
 
+pytestmark = pytest.mark.bitwise
+
 Run = Callable[..., Any]
 
 

@@ -17,6 +17,8 @@ from toy import Toy
 
 from patchmine.train.checkpoint import load
 
+pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
+
 SCRIPT = Path(__file__).with_name("processes.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
@@ -74,7 +76,6 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(both: Any) -> No
         assert noise not in done.stdout + done.stderr
 
 
-@pytest.mark.slow
 def test_torchrun_gives_the_same(both: Any, tmp_path: Path) -> None:
     done = start(*TORCHRUN, str(SCRIPT), str(tmp_path))
     assert "exitcode  : 143" in done.stderr
