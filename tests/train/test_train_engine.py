@@ -1,4 +1,4 @@
-"""What the engine refuses, whom it lets start processes, what it compiles, and that no step waits for a GPU."""
+"""What the engine refuses, which GPU it takes, what it compiles, and that no step waits for a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from toy import Toy, toy_batches
 from patchmine.errors import UserError
 from patchmine.train import engine as engines
 from patchmine.train.engine import Engine
+from patchmine.train.launch import Launch
 from patchmine.train.step import Stepper, TrainSettings
 
 
@@ -25,30 +26,15 @@ def test_settings_that_this_machine_cannot_follow_are_named(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="devices=4, but this machine has 2 GPUs"):
         Engine(device="cuda", devices=4)
+    assert [engines._choose_gpu(Launch(by="SLURM", local_rank=rank, local_size=2)) for rank in (0, 1)] == [0, 1]
+    with pytest.raises(UserError, match="devices=3, but this machine has 2 GPUs"):
+        engines._choose_gpu(Launch(by="torchrun", local_rank=2, local_size=3))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # srun --gpus-per-task=1 hides the others
+    assert engines._choose_gpu(Launch(by="SLURM", local_rank=1, local_size=2)) == 0
 
 
 def test_processors_compute_in_fp32_unless_told(engine: Engine) -> None:
     assert (engine.precision, engine.device.type, engine.rank, engine.world_size) == ("fp32", "cpu", 0, 1)
-
-
-LAUNCHERS = {
-    "torchrun": {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
-    "SLURM": {"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NAME": "train"},
-}
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_decides_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
-    for name in [name for environment in LAUNCHERS.values() for name in environment]:
-        monkeypatch.delenv(name, raising=False)
-    assert engines._launched_by(3, 2) == (3, 2)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
-    for name, value in LAUNCHERS[launcher].items():
-        monkeypatch.setenv(name, value)
-    assert engines._launched_by(1, 1) == (4, 2)
-    assert engines._launched_by(4, 1) == (4, 2)
-    with pytest.raises(UserError, match=f"devices=3, but {launcher} started 4 processes on this node"):
-        engines._launched_by(3, 1)
 
 
 def test_blocks_are_compiled_in_place_and_keep_their_names() -> None:

@@ -1,5 +1,6 @@
-"""A thin door on Lightning Fabric: devices, processes, precision, wrapping.  Importing Fabric takes seconds, so it is
-done late.
+"""Devices, processes and precision of a run, and a thin door on Lightning Fabric, which wraps the method.
+
+Importing Fabric takes seconds, so it is done late: mistakes in settings and data are told before.
 
 Everything that the loop needs from "many processes" is here and small; sharding (FSDP2) would be another ``strategy``
 in ``_strategy``, and full tensors gathered where the loop saves.
@@ -11,9 +12,9 @@ import atexit
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
@@ -23,13 +24,13 @@ from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.ops.batch_norm import synchronise_batch_norms
 from patchmine.ops.linear import fast_linear
+from patchmine.train.group import LONGEST, Group
+from patchmine.train.launch import Launch, read_launch
 from patchmine.types import Batch, Losses, Progress
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.strategy import Strategy
-
-T = TypeVar("T")
 
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
@@ -68,40 +69,102 @@ class Forward:
 
 
 class Engine:
-    """Where and in what precision a run computes.  Making one starts the other processes, where there are any.
+    """Where and in what precision a run computes.  Making one brings its processes together, where there are several.
 
-    ``device``: "auto", "cpu" or "cuda".  ``devices`` per node and ``num_nodes`` are taken from torchrun or SLURM where
-    one of them started us.  ``precision``: "fp32", "bf16" (autocast) or "auto" = bf16 on GPUs that have it.  Raises
-    UserError for what this machine cannot do.
+    Args:
+        device: "auto", "cpu" or "cuda".
+        devices: processes on this machine; a launcher (torchrun, srun) that started them has said so already.
+        num_nodes: machines; likewise.
+        precision: "fp32", "bf16" (autocast) or "auto" = bf16 on GPUs that have it.
+        say: hears, in one process on each machine, for whom we wait.
+
+    Raises:
+        UserError: for what this machine cannot do, for a launcher's variables that do not fit together, and naming the
+            processes that did not come in time.
     """
 
-    def __init__(self, device: str = "auto", devices: int = 1, num_nodes: int = 1, precision: str = "auto") -> None:
+    def __init__(
+        self,
+        device: str = "auto",
+        devices: int = 1,
+        num_nodes: int = 1,
+        precision: str = "auto",
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         kind = _choose_device(device)
-        devices, num_nodes = _launched_by(devices, num_nodes)
-        if kind == "cuda" and devices > torch.cuda.device_count():
-            raise UserError(f"devices={devices}, but this machine has {torch.cuda.device_count()} GPUs")
+        launch = read_launch(os.environ, devices, num_nodes)
+        self.device = torch.device("cuda", _choose_gpu(launch)) if kind == "cuda" else torch.device("cpu")
         self.precision = _choose_precision(precision, kind)
-        fabric_class = _import_fabric()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._fabric: Fabric = fabric_class(
-                accelerator=kind,
-                devices=devices,
-                num_nodes=num_nodes,
-                strategy=_strategy(devices * num_nodes),
-                precision="bf16-mixed" if self.precision == "bf16" else "32-true",
-            )
-            self._fabric.launch()
-        self.device = self._fabric.device
-        self.rank = self._fabric.global_rank
-        self.world_size = self._fabric.world_size
-        self._host_group: Any = torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None
-        atexit.register(self.close)  # threads of an open group end the interpreter with "terminate called"
+        self.rank, self.world_size, self.local_size = launch.rank, launch.world_size, launch.local_size
+        if launch.note is not None:
+            say(launch.note)
+        self._fabric_made: Fabric | None = None
+        self._host_group: Any = None
+        self._group: Group | None = None
+        if self.world_size > 1:
+            self._group = Group(launch, self.device, say if launch.speaks else lambda text: None)
+            self._host_group = torch.distributed.new_group(backend="gloo", timeout=LONGEST)
+            atexit.register(self.close)  # threads of an open group end the interpreter with "terminate called"
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a run: whatever ends it in one process ends it in all, with one sentence and one exit code.
+
+        Raises:
+            UserError: a mistake met here, or in another process, or naming a process that ended without a word.
+            EndedElsewhereError: a SystemExit where another process on this machine says so.
+        """
+        if self._group is None:
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            shown = self._group.peers.ending(error)
+            if shown is error:
+                raise
+            raise shown from error
+        self.close()
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Compare what each process found with what the first one did.
+
+        Raises:
+            UserError: in all of them, naming a process, its host, and what differs there.
+        """
+        if self._group is None:
+            return
+        every: list[dict[str, str]] = [{} for _ in range(self.world_size)]
+        own = {what: str(value) for what, value in facts.items()}
+        torch.distributed.all_gather_object(every, own, group=self._host_group)
+        for rank, theirs in enumerate(every):
+            for what, value in every[0].items():
+                if theirs[what] != value:
+                    hosts = self._group.hosts
+                    raise UserError(
+                        f"the processes of this run differ: {what} is {value} on {hosts[0]} (rank 0) and {theirs[what]}"
+                        f" on {hosts[rank]} (rank {rank}); give all of them the same"
+                    )
+
+    def advise(self, advice: str) -> None:
+        """What to tell the user to do when a process ends without a word."""
+        if self._group is not None:
+            self._group.peers.advice = advice
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Around the writing of a file: the end of another process does not cut it off."""
+        return nullcontext() if self._group is None else self._group.peers.undisturbed()
+
+    @property
+    def _fabric(self) -> Fabric:
+        if self._fabric_made is None:
+            self._fabric_made = _make_fabric(self.device, self.rank, self.world_size, self.precision)
+        return self._fabric_made
 
     def wrap(self, method: Method, *, compile_blocks: bool = False) -> Forward:
         """Move a method to the device and return its forward, autocast and synchronised."""
@@ -134,7 +197,11 @@ class Engine:
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over processes."""
-        return cast(Tensor, self._fabric.all_reduce(tensor, reduce_op="mean"))
+        if self.world_size == 1:
+            return tensor
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total / self.world_size
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers.  Goes from host to host, so that no GPU is waited for."""
@@ -144,18 +211,16 @@ class Engine:
         torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX, group=self._host_group)
         return int(held)
 
-    def broadcast(self, thing: T) -> T:
-        """The main process's ``thing``, everywhere (pickled)."""
-        return self._fabric.broadcast(thing)
-
     def barrier(self) -> None:
         """Wait for the other processes."""
-        self._fabric.barrier()
+        self.largest(0)
 
     def close(self) -> None:
         """Part from the other processes."""
-        if self.world_size > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+            self._host_group = None
 
 
 def _choose_device(device: str) -> str:
@@ -178,22 +243,56 @@ def _choose_precision(precision: str, kind: str) -> str:
     return "bf16" if kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
 
 
-def _launched_by(devices: int, num_nodes: int) -> tuple[int, int]:
-    """(devices per node, nodes) as the launcher says, or as asked for when there is none."""
-    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-        launcher, local = "torchrun", int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // local
-    elif "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        launcher, nodes = "SLURM", int(os.environ.get("SLURM_NNODES", "1"))
-        local = int(os.environ["SLURM_NTASKS"]) // nodes
-        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(local))  # Fabric refuses to start without it
-    else:
-        return devices, num_nodes
-    if devices not in (1, local):
-        raise UserError(
-            f"devices={devices}, but {launcher} started {local} processes on this node; leave the setting out"
+def _choose_gpu(launch: Launch) -> int:
+    """The GPU of this process; one that is alone to be seen was chosen by the launcher."""
+    count = torch.cuda.device_count()
+    if launch.local_rank < count and launch.starts < count:
+        return launch.local_rank
+    if count == 1 and launch.by != "patchmine":
+        return 0
+    raise UserError(f"devices={launch.local_size}, but this machine has {count} GPUs")
+
+
+def _make_fabric(device: torch.device, rank: int, world_size: int, precision: str) -> Fabric:
+    """Fabric for one process and its device; that there are others is not its concern."""
+    fabric_class = _import_fabric()
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+    class Environment(LightningEnvironment):
+        """Everything is started and connected already."""
+
+        creates_processes_externally = True
+
+        def world_size(self) -> int:
+            return world_size
+
+        def global_rank(self) -> int:
+            return rank
+
+        def local_rank(self) -> int:
+            return 0
+
+        def node_rank(self) -> int:
+            return rank
+
+        def set_world_size(self, size: int) -> None:
+            pass
+
+        def set_global_rank(self, rank: int) -> None:
+            pass
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fabric = fabric_class(
+            accelerator=device.type,
+            devices=[device.index] if device.type == "cuda" else 1,
+            num_nodes=world_size,
+            strategy=_strategy(world_size),
+            precision="bf16-mixed" if precision == "bf16" else "32-true",
+            plugins=[Environment()],
         )
-    return local, nodes
+        fabric.launch()
+    return fabric
 
 
 def _strategy(processes: int) -> Strategy | str:
