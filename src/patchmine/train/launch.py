@@ -1,7 +1,7 @@
-"""Who started this process, and which of how many it is: read from the environment, before anything is opened.
+"""Who started this process, and which of how many it is: read from what launchers export, before anything is opened.
 
 torchrun and srun start all processes of a run.  A process that nobody else accompanies starts those that ``devices``
-asks for itself (`start_others`).  What they leave in the environment of a shell in which nothing was started is told
+asks for itself (`start_others`).  What they leave in a shell in which nothing was started is told
 apart from that and left aside.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from patchmine.errors import UserError
 
-STARTED_BY = "PATCHMINE_STARTED_BY"  # in the environment of processes that `start_others` started
+STARTED_BY = "PATCHMINE_STARTED_BY"  # set for processes that `start_others` started
 PORT = 29500  # torchrun's
 
 # SLURM's numbers for steps that srun did not start: the batch script, `salloc`'s shell and their like.
