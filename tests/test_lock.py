@@ -17,7 +17,7 @@ import pytest
 
 from patchmine import lock as locks
 from patchmine.errors import UserError
-from patchmine.lock import NAME, OWNER, is_first_process, lock
+from patchmine.lock import NAME, OWNER, lock
 
 FORK = multiprocessing.get_context("fork")
 
@@ -195,33 +195,6 @@ def test_a_garbled_lock_file_is_no_obstacle_and_no_traceback(folder: Path, conte
         (folder / NAME).write_bytes(content)
         with pytest.raises(UserError, match="is being written by another process"), lock(folder):
             pass
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    return monkeypatch
-
-
-@pytest.mark.parametrize(
-    ("variables", "first"),
-    [
-        ({}, True),
-        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
-        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
-        ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
-        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
-        ({"SLURM_PROCID": "0"}, True),
-        ({"SLURM_PROCID": "3"}, False),
-    ],
-)
-def test_the_first_of_several_processes_holds_it(
-    environment: pytest.MonkeyPatch, variables: dict[str, str], first: bool
-) -> None:
-    for name, value in variables.items():
-        environment.setenv(name, value)
-    assert is_first_process() is first
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -118,23 +118,6 @@ def lock(folder: Path, say: Callable[[str], None] = lambda text: None) -> Iterat
                 path.rmdir()
 
 
-def is_first_process() -> bool:
-    """Whether this is the only process of a run or the first of several, which alone holds its lock.
-
-    Launchers tell it in the environment, before the processes have found each other.
-    """
-    ranks = (
-        "RANK",
-        "LOCAL_RANK",
-        "NODE_RANK",
-        "SLURM_PROCID",
-        "OMPI_COMM_WORLD_RANK",
-        "PMI_RANK",
-        "JSM_NAMESPACE_RANK",
-    )
-    return all(os.environ.get(name, "0") in ("0", "") for name in ranks)
-
-
 def _wait_for(folder: Path, say: Callable[[str], None]) -> HeldLock:
     """The lock, at once or when a holder that is stopping has ended.  Raises BusyError, OSError."""
     end = time.monotonic() + STOPPING_SECONDS

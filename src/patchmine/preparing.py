@@ -128,7 +128,7 @@ def num_workers(config: RunConfig, engine: Engine) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if engine.device.type == "cpu":
         return min(1, cores - 1)  # the cores are needed for arithmetic; one worker overlaps reading with it
-    return max(1, min(16, cores // config.devices))
+    return max(1, min(16, cores // engine.local_size))
 
 
 def normaliser(config: RunConfig, engine: Engine) -> Callable[[Batch], Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from patchmine.data.source import Spec
 from patchmine.data.views import View
 from patchmine.disk import replacing, sweep
 from patchmine.errors import UserError, reason_of
-from patchmine.lock import HeldLock, is_first_process, lock
+from patchmine.lock import HeldLock, lock
 from patchmine.method import Method
 from patchmine.models.resnet import has_cifar_stem
 from patchmine.models.video import VideoTransformer, is_video
@@ -48,6 +48,9 @@ from patchmine.types import Batch
 
 Say = Callable[[str], None]
 
+OF_A_MACHINE = {"data", "out", "device", "devices", "num_nodes", "workers", "eval_data", "eval_test", "init"}
+"""Settings that may differ between the processes of a run."""
+
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 
 
@@ -58,9 +61,10 @@ def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent
     data or folders, and `train.signals.Interrupted`, a SystemExit with the stated code, when it was asked to stop.
     """
     folder = _folder_of(config)
-    with _lock_of(folder, say) as held:
+    with _processes(config, say) as engine, _lock_of(folder, engine, say) as held:
+        say = say if engine.is_main else silent
         _refuse_run(folder)
-        engine, images, config = _open(config, source, say)
+        images, config = _open(config, engine, source, say)
         return _train(config, folder, engine, images, None, say, held)
 
 
@@ -74,12 +78,12 @@ def resume(
     for other settings or images.
     """
     run = Run(path)
-    with _lock_of(run.path, say) as held:
-        return _resume(run, overrides, source, say, held)
-
-
-def _resume(run: Run, overrides: Sequence[str], source: Spec | None, say: Say, held: HeldLock | None) -> Run:
     config = parse(run.config_file, list(overrides), say)
+    with _processes(config, say) as engine, _lock_of(run.path, engine, say) as held:
+        return _resume(run, config, engine, source, say if engine.is_main else silent, held)
+
+
+def _resume(run: Run, config: RunConfig, engine: Engine, source: Spec | None, say: Say, held: HeldLock | None) -> Run:
     changed = changed_results(run.config, config.model_copy(update={"data": run.config.data}))
     if changed:
         raise UserError(
@@ -87,15 +91,23 @@ def _resume(run: Run, overrides: Sequence[str], source: Spec | None, say: Say, h
             "leave them out, or start a new run with `patchmine pretrain` and another out"
         )
     start = load_newest_finite(run.checkpoint_dir, say) if run.checkpoints else None
-    engine, images, config = _open(config, source, say)
+    images, config = _open(config, engine, source, say)
     _agree_on_start(engine, 0 if start is None else start.step, run)
     say(f"{run.path}: going on from step {start.step}." if start else f"{run.path} has no checkpoint: from the start.")
     return _train(config, run.path, engine, images, start, say, held)
 
 
-def _lock_of(folder: Path, say: Say) -> AbstractContextManager[HeldLock | None]:
+@contextmanager
+def _processes(config: RunConfig, say: Say) -> Iterator[Engine]:
+    """The processes of a run; what ends one of them ends all."""
+    engine = Engine(config.device, config.devices, config.num_nodes, config.precision, say)
+    with engine.together():
+        yield engine
+
+
+def _lock_of(folder: Path, engine: Engine, say: Say) -> AbstractContextManager[HeldLock | None]:
     """The lock of a run folder in the first process; the others of the run stand under it."""
-    return lock(folder, say) if is_first_process() else nullcontext()
+    return lock(folder, say) if engine.is_main else nullcontext()
 
 
 def _agree_on_start(engine: Engine, step: int, run: Run) -> None:
@@ -125,8 +137,8 @@ def _refuse_run(folder: Path) -> None:
         )
 
 
-def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Source, RunConfig]:
-    """Processes, images, and the settings that had to wait for both."""
+def _open(config: RunConfig, engine: Engine, source: Spec | None, say: Say) -> tuple[Source, RunConfig]:
+    """Images, and the settings that had to wait for them, alike in all processes."""
     if source is None and str(config.data).startswith("python:"):
         raise UserError(
             f"data={config.data}: this run was made on a torch dataset; go on from Python, with "
@@ -136,8 +148,9 @@ def _open(config: RunConfig, source: Spec | None, say: Say) -> tuple[Engine, Sou
     config = resolve_size(config, len(images), say)
     config = with_statistics(config, images, say)
     config = _fit_to_length(config, len(images), say)
-    engine = Engine(config.device, config.devices, config.num_nodes, config.precision)
-    return engine, images, config
+    settings = config.model_dump(mode="json", exclude=OF_A_MACHINE)
+    engine.agree({"data": f"{len(images):,} items with fingerprint {images.fingerprint}"} | settings)
+    return images, config
 
 
 def _fit_to_length(config: RunConfig, num_images: int, say: Say) -> RunConfig:
@@ -182,9 +195,6 @@ def _train(
     say: Say,
     held: HeldLock | None,
 ) -> Run:
-    if engine.is_main and held is None:  # a rank in the environment that no launcher stands behind
-        with lock(folder, say) as held:
-            return _train(config, folder, engine, images, start, say, held)
     settings = _settings(config, images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -204,6 +214,7 @@ def _train(
             point_last(start.path)
         _write_config(config, folder)
         say(_summary(config, settings, images, engine))
+    engine.advise(f"go on with `patchmine resume {folder}`")
     run_folder = folder if engine.is_main else None
     log = Log(
         run_folder,
@@ -235,7 +246,6 @@ def _train(
         _export(config, folder, method)
         say(_last_words(folder, method.encoder, bad))
     engine.barrier()
-    engine.close()
     return Run(folder)
 
 

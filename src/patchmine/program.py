@@ -40,6 +40,8 @@ def command(group: typer.Typer, name: str, usage: str) -> Callable[[Callable[...
 
 def say(text: str) -> None:
     """For a person, apart from what a command gives.  A run goes on when nobody is there to hear it any more."""
+    if "PATCHMINE_STARTED_BY" in os.environ:
+        return  # the process that started this one says it
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 

@@ -19,6 +19,7 @@ from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import CrossMistakesError, Mistake
 from patchmine.strict import LARGEST_COUNT, LARGEST_RUN, Arguments, BatchSize, Count, Positive, Side, Strict, Workers
+from patchmine.train.step import fitting_counts
 from patchmine.words import did_you_mean, expanded, shown
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -291,6 +292,9 @@ def _check_batch(config: RunConfig) -> list[Mistake]:
     near = max(parts, round(config.batch_size / parts) * parts)
     shares = f"accumulate={config.accumulate} * devices={config.devices} * num_nodes={config.num_nodes}"
     text = f"given {config.batch_size}; must be a multiple of {parts} ({shares}): try batch_size={near}"
+    fits = fitting_counts(config.batch_size, config.accumulate * config.num_nodes, config.devices)
+    if config.devices > 1 and fits:  # before the batch size, which a resumed run must keep
+        text = text.replace("try ", f"try devices={fits}, or in a new run ")
     return [Mistake("batch_size", text)]
 
 

@@ -44,7 +44,7 @@ def test_everyone_learns_of_everyone() -> None:
 
 def test_missing_ranks_are_said_and_then_named() -> None:
     said: list[str] = []
-    first = Meeting(Launch(world_size=4), 0.4, said.append)
+    first = Meeting(launch(0, 4, 0), 0.4, said.append)
     with ThreadPoolExecutor() as pool:
         other = pool.submit(lambda: Meeting(launch(2, 4, first.port), 0.4, silent).sign_in({}))
         with pytest.raises(

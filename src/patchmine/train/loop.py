@@ -74,9 +74,10 @@ def train(
                     method.train()
                 asked = engine.largest(stop.received)
                 if engine.is_main and (asked or _due(done, settings.checkpoint_every)):
-                    before_save()
                     facts = {"identity": dict(identity or {}), "skipped": skipped_before + stepper.total_skipped()}
-                    _save(stepper, done, folder, facts)
+                    with engine.undisturbed():
+                        before_save()
+                        _save(stepper, done, folder, facts)
             if asked and done.step < settings.total_steps:
                 raise _stopped(asked, done, folder, log, engine)
     _say_skipped(skipped_before + stepper.total_skipped(), settings, log)

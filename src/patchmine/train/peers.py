@@ -84,8 +84,7 @@ class Peers:
 
     def lost(self, seconds: float = 0.0) -> Lost | None:
         """The first process that is known to have ended, after waiting for such news for at most ``seconds``."""
-        self._news.wait(seconds)
-        return self._lost
+        return self._lost if self._news.wait(seconds) else None
 
     def leave(self, sentence: str | None = None) -> None:
         """Say that this process ends: in order, or for the reason that ``sentence`` gives."""
@@ -141,9 +140,9 @@ class Peers:
         if self._lost is not None or self._ending:
             return
         self._lost = lost
-        self._news.set()
-        if self.launch.rank == 0:
+        if self.launch.rank == 0:  # before this process can leave by itself
             self._tell({"rank": lost.rank, "sentence": lost.sentence, "torn": True})
+        self._news.set()
         timer = threading.Timer(GRACE_SECONDS, self._end)
         timer.daemon = True
         timer.start()

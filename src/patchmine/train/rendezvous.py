@@ -22,6 +22,7 @@ from patchmine.train.launch import Launch
 WAIT_SETTING = "PATCHMINE_JOIN_TIMEOUT"
 WAIT_SECONDS = 60.0
 _FIRST_WORD_SECONDS = 5.0
+_OWN_FACTOR = 4  # for processes that we started ourselves: they are watched, and busy importing torch
 _LOOK_SECONDS = 0.2
 
 
@@ -50,11 +51,13 @@ class Meeting:
     """
 
     def __init__(self, launch: Launch, seconds: float, say: Callable[[str], None]) -> None:
-        self.launch, self.seconds, self._say = launch, seconds, say
+        own = _OWN_FACTOR if launch.by == "patchmine" and launch.world_size == launch.local_size else 1
+        self.launch, self.seconds, self._say = launch, seconds * own, say
+        self._quiet = _FIRST_WORD_SECONDS * own
         self._began = time.monotonic()
         self._spoke = False
         if launch.rank == 0 and not launch.agent:
-            server = _listen(launch, seconds)
+            server = _listen(launch, self.seconds)
             self.port = server.port
         else:
             server = self._reach()
@@ -112,7 +115,7 @@ class Meeting:
                 f"{missing()} of {self.launch.world_size} did not come within {self.seconds:g} seconds: see what they"
                 f" said, that every machine can reach {self._place()}, or set {WAIT_SETTING} to more seconds"
             )
-        if waited > _FIRST_WORD_SECONDS and not self._spoke:
+        if waited > self._quiet and not self._spoke:
             self._spoke = True
             self._say(f"waiting for {missing()} of {self.launch.world_size}, {self.seconds:g} seconds at most ...")
         time.sleep(_LOOK_SECONDS)

@@ -41,15 +41,24 @@ class TrainSettings:
         return Progress(step, self.total_steps, self.steps_per_epoch)
 
 
+def fitting_counts(batch_size: int, accumulate: int, near: int) -> str:
+    """The numbers of processes next to ``near`` that a batch can be shared out to, as "2 or 4"; "" where none can."""
+    fits = [count for count in range(1, 2 * near + 1) if batch_size % (count * accumulate) == 0]
+    below, above = [count for count in fits if count < near][-1:], [count for count in fits if count > near][:1]
+    return " or ".join(map(str, below + above))
+
+
 class Stepper:
     """A method on its device with its optimizers.  Raises UserError for a batch that cannot be shared out."""
 
     def __init__(self, method: Method, engine: Engine, settings: TrainSettings) -> None:
         parts = engine.world_size * settings.accumulate
         if settings.batch_size % parts:
+            fits = fitting_counts(settings.batch_size, settings.accumulate, engine.world_size)
             raise UserError(
                 f"batch_size={settings.batch_size} cannot be shared out to {engine.world_size} processes x"
-                f" accumulate={settings.accumulate}; use a multiple of {parts}"
+                f" accumulate={settings.accumulate}: start {fits or 'fewer'} processes (devices x num_nodes; a resumed"
+                f" run may change it), or in a new run use a multiple of {parts}"
             )
         self.rows = settings.batch_size // parts
         self.method, self.engine, self.settings = method, engine, settings
