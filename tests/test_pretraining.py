@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor
 
 import patchmine
@@ -144,6 +146,21 @@ def kill_at_step(start: list[str], folder: Path, step: int) -> None:
     assert process.poll() is None, "the run ended before it could be killed"
     process.kill()
     process.wait()
+
+
+def test_a_resume_says_that_images_were_replaced_under_equal_names(image_folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    whole = pretrain(data, tmp_path / "out", steps=2)
+    for moved in (data, shutil.copytree(data, tmp_path / "moved")):  # other inodes and times, the same images
+        heard: list[str] = []
+        patchmine.resume(whole.path, data=moved, say=heard.append)
+        assert not any("other contents" in line for line in heard)
+    for file in data.rglob("*.*"):
+        Image.new("RGB", (40, 48), (len(file.name), 7, 9)).save(file)
+    heard = []
+    patchmine.resume(whole.path, data=data, say=heard.append)
+    (line,) = (line for line in heard if "other contents" in line)
+    assert line.startswith(f"Beware: 36 of the 36 items looked at in {data} have other contents than when ")
 
 
 def test_resume_before_the_first_checkpoint_starts_again(image_folder: Path, tmp_path: Path, weights: Any) -> None:

@@ -18,6 +18,7 @@ from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
 from patchmine.data.loader import plain_batches, train_batches
+from patchmine.data.sampling import changed_stamps, content_stamps
 from patchmine.data.source import Spec
 from patchmine.data.views import View
 from patchmine.disk import replacing, sweep
@@ -27,6 +28,7 @@ from patchmine.method import Method
 from patchmine.models.resnet import has_cifar_stem
 from patchmine.models.video import VideoTransformer, is_video
 from patchmine.monitor import Monitor
+from patchmine.names import shown_name
 from patchmine.preparing import (
     item_of,
     lr_schedule,
@@ -206,6 +208,9 @@ def _train(
         refuse_stranger(start, identity)  # before anything in the folder changes
     first_step = 0 if start is None else start.step
     bad = BadFiles(folder / "bad_files.txt" if engine.is_main else None, config.max_bad_share, item_of(config))
+    stamps = content_stamps(images) if engine.is_main else []
+    if start is not None:
+        _tell_replaced(start, stamps, images, say)
     if engine.is_main:
         # Not before now: a mistake in the settings must not leave a folder that looks like a run.
         for place in (folder, folder / "checkpoints", folder / "samples"):
@@ -235,6 +240,7 @@ def _train(
             log=log,
             start=start,
             identity=identity,
+            remembered={"contents": stamps},
             plain_data=_PlainData(config, images, engine, log.say),
             on_epoch=monitor.evaluate if config.eval_every else None,
             on_sample=monitor.draw,
@@ -247,6 +253,16 @@ def _train(
         say(_last_words(folder, method.encoder, bad))
     engine.barrier()
     return Run(folder)
+
+
+def _tell_replaced(start: Checkpoint, stamps: list[str], images: Source, say: Say) -> None:
+    """A resume goes on with images of equal names whose contents were replaced, but not without a word."""
+    changed = changed_stamps(start.facts.get("contents"), stamps)
+    if changed:
+        say(
+            f"Beware: {changed} of the {len(stamps)} items looked at in {shown_name(images.name)} have other contents "
+            f"than when {start.path} was written, under the same names; the run goes on with them."
+        )
 
 
 def _export(config: RunConfig, folder: Path, method: Method) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from made_files import PNG, write_files
 from torch.utils.data import Dataset
 
 from patchmine.data.combine import DatasetSource
 from patchmine.data.inspect import inspect
 from patchmine.data.loader import data_statistics
-from patchmine.data.sampling import spread_indices
+from patchmine.data.sampling import changed_stamps, content_stamps, spread_indices
+from patchmine.data.source import open_source
 
 
 class BlackAndWhiteInTurn(Dataset[torch.Tensor]):
@@ -51,6 +55,27 @@ def test_the_choice_is_ascending_without_repeats_and_repeatable() -> None:
 
 def test_more_wanted_items_hold_the_fewer_ones() -> None:
     assert set(spread_indices(500, 20)) < set(spread_indices(500, 60))
+
+
+def test_stamps_tell_contents_and_nothing_else(tmp_path: Path) -> None:
+    write_files(tmp_path, *(f"{number}.jpg" for number in range(100)))
+    before = content_stamps(open_source(tmp_path))
+    assert len(before) == 64
+    for number in range(100):
+        (tmp_path / f"{number}.jpg").touch()
+    assert changed_stamps(before, content_stamps(open_source(tmp_path))) == 0
+    write_files(tmp_path, *(f"{number}.jpg" for number in range(0, 100, 2)), data=PNG)
+    assert 20 < changed_stamps(before, content_stamps(open_source(tmp_path))) < 44
+    source = open_source(tmp_path)
+    for number in range(100):
+        (tmp_path / f"{number}.jpg").unlink()
+    assert changed_stamps(before, content_stamps(source)) == 0  # unreadable ones are told elsewhere
+    assert content_stamps(DatasetSource(BlackAndWhiteInTurn())) == []
+
+
+@pytest.mark.parametrize("before", [None, 7, [], ["a"], "ab", [1, 2], [None, None], [["x"], {}]])
+def test_stamps_that_are_none_tell_nothing(before: object) -> None:
+    assert changed_stamps(before, ["", ""]) == 0
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(0, 5), (3, 3), (3, 10), (7, 0)])

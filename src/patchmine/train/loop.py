@@ -35,6 +35,7 @@ def train(
     log: Log,
     start: Checkpoint | None = None,
     identity: Mapping[str, str] | None = None,
+    remembered: Mapping[str, Any] | None = None,
     plain_data: Iterable[Batch] = (),
     on_epoch: Callable[[Progress], None] | None = None,
     on_sample: Callable[[Progress, Batch], None] | None = None,
@@ -45,10 +46,11 @@ def train(
 
     ``batches`` yields this process's micro-batches from the first step to be made, normalised and on the device.
     ``folder`` is the run's checkpoint folder.  ``identity``: fingerprints that are stored and must be equal on resume,
-    by the name of what they stand for ("settings", "data").  ``on_epoch`` is called after each epoch and after the
-    last step, before the checkpoint; ``on_sample`` every ``sample_every`` steps and after the last, with the batch
-    just used; both in the first process only, with the count of finished steps.  ``before_save`` is called there before
-    each checkpoint, ``on_stop`` as soon as a signal asks to stop.
+    by the name of what they stand for ("settings", "data"); ``remembered``: other JSON that is stored with them.
+    ``on_epoch`` is called after each epoch and after the last step, before the checkpoint; ``on_sample`` every
+    ``sample_every`` steps and after the last, with the batch just used; both in the first process only, with the count
+    of finished steps.  ``before_save`` is called there before each checkpoint, ``on_stop`` as soon as a signal asks to
+    stop.
 
     Raises:
         UserError: a full disk, no finite loss, a state that is not finite, another identity.
@@ -77,7 +79,7 @@ def train(
                     facts = {"identity": dict(identity or {}), "skipped": skipped_before + stepper.total_skipped()}
                     with engine.undisturbed():
                         before_save()
-                        _save(stepper, done, folder, facts)
+                        _save(stepper, done, folder, {**(remembered or {}), **facts})
             if asked and done.step < settings.total_steps:
                 raise _stopped(asked, done, folder, log, engine)
     _say_skipped(skipped_before + stepper.total_skipped(), settings, log)
