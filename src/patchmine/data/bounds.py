@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from PIL import Image
 
 from patchmine.errors import foreign_parser
@@ -18,14 +19,26 @@ MAX_PIXELS = 1 << 27
 PLAIN_WORK = 8
 """Bytes that decoding holds at its peak for a pixel of an 8-bit image: PIL keeps four, the array three or four."""
 
-_EXPANSION = 100  # decoded bytes for one of the file beyond which a file is suspected of being made to fill the memory
+EXPANSION, DOUBTED = 100, 1 << 29
+"""A file of which one byte becomes more than so many may have been made to fill the memory, and gets so many bytes."""
+
+_STRIP_PIXELS = 1 << 22
 
 
 class DecodeError(ValueError):
     """An item that is no image, a damaged one, or one whose channels do not fit the run."""
 
 
-def check_pixels(height: int, width: int, max_pixels: int, *, stored: int, work: float = PLAIN_WORK) -> None:
+def check_pixels(
+    height: int,
+    width: int,
+    max_pixels: int,
+    *,
+    stored: int,
+    work: float = PLAIN_WORK,
+    expansion: int = EXPANSION,
+    doubted: int = DOUBTED,
+) -> None:
     """Whether an image may be decoded, judged by its header.
 
     Args:
@@ -33,7 +46,8 @@ def check_pixels(height: int, width: int, max_pixels: int, *, stored: int, work:
         max_pixels: the setting.
         stored: bytes of the file.
         work: bytes for each pixel that decoding holds at its peak.  A file of under a hundredth of what it would take
-            is not believed beyond a gigabyte, unless ``max_pixels`` was raised above its default.
+            (of an ``expansion``-th) is not believed beyond ``doubted`` bytes, half a gigabyte, unless ``max_pixels``
+            was raised above its default.
 
     Raises:
         DecodeError: for no pixels at all, or too many.
@@ -47,7 +61,7 @@ def check_pixels(height: int, width: int, max_pixels: int, *, stored: int, work:
             "or remove it"
         )
     peak = pixels * work
-    if peak > PLAIN_WORK * MAX_PIXELS and peak > _EXPANSION * stored and max_pixels <= MAX_PIXELS:
+    if peak > max(doubted, expansion * stored) and max_pixels <= MAX_PIXELS:
         raise DecodeError(
             f"has {width}x{height} pixels that would take {peak / 1e6:,.0f} MB to decode from a file of "
             f"{stored / 1e6:.2g} MB; if it is sound set max_pixels={MAX_PIXELS + 1} or more, else remove it"
@@ -74,6 +88,23 @@ def decoding(what: str, clean: Callable[[str], str] = str) -> Iterator[None]:
         finally:
             Image.MAX_IMAGE_PIXELS = bomb
             tifffile_log.setLevel(level)
+
+
+def pixels_of(image: Image.Image, mode: str) -> np.ndarray:
+    """(H, W) or (H, W, C) of a loaded image in a mode of PIL's, strip by strip: PIL would copy all of it twice."""
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // max(1, width))
+    strips = (image.crop((0, top, width, min(top + rows, height))) for top in range(0, height, rows))
+    if rows >= height:
+        return np.array(image if image.mode == mode else image.convert(mode))
+    array, top = np.empty(0), 0
+    for strip in strips:
+        part = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+        if not top:
+            array = np.empty((height, *part.shape[1:]), part.dtype)
+        array[top : top + len(part)] = part
+        top += len(part)
+    return array
 
 
 @contextmanager

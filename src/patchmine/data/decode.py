@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchmine.data import npy
-from patchmine.data.bounds import MAX_PIXELS, PLAIN_WORK, DecodeError, check_pixels, decoding
+from patchmine.data.bounds import MAX_PIXELS, PLAIN_WORK, DecodeError, check_pixels, decoding, pixels_of
 from patchmine.data.headers import (
     JPEG,
     PNG,
@@ -266,7 +266,7 @@ def _pil_array(image: Image.Image) -> tuple[np.ndarray, str]:
     with decoding("is a truncated or damaged image"):
         image.load()
         mode = _pil_mode(image)[0]
-        return np.array(image if image.mode == mode else image.convert(mode)), mode
+        return pixels_of(image, mode), mode
 
 
 def _pil_mode(image: Image.Image) -> tuple[str, int, str]:

@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from patchmine.data.bounds import PLAIN_WORK, DecodeError, decoding, missing
+from patchmine.data.bounds import PLAIN_WORK, DecodeError, decoding, missing, pixels_of
 from patchmine.data.orientation import TURNED, upright
 from patchmine.data.tiff_pages import Page, TiffFile
 
@@ -142,8 +142,8 @@ def _by_pil(data: bytes, layout: Layout) -> np.ndarray | None:
     channels = layout.channels if len(layout.pages) == 1 else 1
     with decoding("is a truncated or damaged TIFF"):
         if layout.dtype == "uint8":
-            mode = _MODES[channels]
-            return np.array(image if image.mode == mode else image.convert(mode))
+            image.load()
+            return pixels_of(image, _MODES[channels])
         if image.mode != "F" and not image.mode.startswith("I;16"):
             return None
         return np.array(image).astype(layout.dtype, copy=False)

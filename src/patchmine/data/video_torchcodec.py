@@ -22,6 +22,7 @@ from patchmine.data.orientation import upright_tensor
 from patchmine.data.video_matrix import of_file, remainder
 
 _FRAME_WORK = 6  # bytes for each pixel of a frame: the frame and its place among the others
+_EXPANSION, _DOUBTED = 1000, 1 << 30  # as in `check_pixels`: frames are alike, so videos are smaller than images
 
 MISSING, SLACK = 0.02, 0.5
 """Share of the time that a file's header states, and seconds, that may be missing: headers are not exact."""
@@ -85,7 +86,8 @@ def check_frames(height: int | None, width: int | None, frames: int, max_pixels:
     DecodeError as of `check_pixels`.
     """
     if height and width:
-        check_pixels(height, width, max_pixels, stored=stored, work=_FRAME_WORK * frames)
+        work = _FRAME_WORK * frames
+        check_pixels(height, width, max_pixels, stored=stored, work=work, expansion=_EXPANSION, doubted=_DOUBTED)
 
 
 def check_complete(num_frames: int, seconds: float, stated: float | None) -> None:
