@@ -241,7 +241,7 @@ def import_weights(context: typer.Context) -> None:
     print(import_file(**given.model_dump(), say=say).path)
 
 
-@command(data, "inspect", "IMAGES [sample=1000] [full=false] [video=false]")
+@command(data, "inspect", "IMAGES [sample=1000] [full=false] [video=false] [max_pixels=N]")
 def data_inspect(context: typer.Context) -> None:
     """Count images and decode a sample of them.
 
@@ -253,13 +253,15 @@ def data_inspect(context: typer.Context) -> None:
       patchmine data inspect clips/ video=true
     """
     from patchmine.commands import Inspect, read_words
+    from patchmine.data.bounds import MAX_PIXELS
     from patchmine.data.inspect import inspect, render
     from patchmine.data.source import default_cache_dir, open_source
     from patchmine.data.video_sources import open_videos
 
     given = read_words(Inspect, context.args, command="data inspect", first=["data"], say=say)
     source = (open_videos if given.video else open_source)(given.data, cache_dir=default_cache_dir())
-    print(render(inspect(source, sample=given.sample, full=given.full, video=given.video)))
+    bound = given.max_pixels or MAX_PIXELS
+    print(render(inspect(source, sample=given.sample, full=given.full, video=given.video, max_pixels=bound)))
 
 
 @command(data, "shard", "IMAGES out=FOLDER [max_side=PIXELS] [shard_mb=256]")

@@ -119,6 +119,7 @@ class Inspect(_Arguments):
     sample: Positive = Field(1000, description="images that are decoded")
     full: bool = Field(False, description="decode all images")
     video: bool = Field(False, description="these are videos; one frame of each is looked at")
+    max_pixels: Positive | None = Field(None, description="as in a run; null: its default")
 
 
 class Shard(_Arguments):

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from patchmine.data import inspect as inspect_module
 from patchmine.data.inspect import inspect, render
 from patchmine.data.source import open_source
 
@@ -84,3 +87,44 @@ def test_nothing_readable(tmp_path: Path) -> None:
     report = inspect(open_source(tmp_path))
     assert report.mean == ()
     assert "1 of 1 (100.0%)" in render(report)
+
+
+def test_channels_that_are_pages_are_seen(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    stack = np.random.default_rng(0).integers(0, 256, (5, 20, 30), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "stack.tif", stack, photometric="minisblack")
+    report = inspect(open_source(tmp_path))
+    assert (report.channels, report.sizes) == ({5: 1}, {(20, 30): 1})
+    np.testing.assert_allclose(report.mean, stack.mean((1, 2)) / 255, rtol=1e-6)
+
+
+def test_files_that_need_a_package_are_told_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image = Image.new("RGB", (30, 20))
+    for number in range(3):
+        pillow_heif.from_pillow(image).save(tmp_path / f"{number}.heic")
+        image.save(tmp_path / f"{number}.png")
+    files = tmp_path / "list.txt"
+    files.write_text("\n".join(path.name for path in sorted(tmp_path.iterdir())))
+    assert len(inspect(open_source(files)).broken) == 0
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    report = inspect(open_source(files))
+    assert len(report.broken) == 3
+    assert "3 of them need a package that is not installed: pip install pillow-heif" in render(report)
+
+
+def test_pipes_and_large_images_are_broken_items(mixed: Path) -> None:
+    (mixed / "text.jpg").unlink()
+    source = open_source(mixed)
+    (mixed / "truncated.jpg").unlink()
+    os.mkfifo(mixed / "truncated.jpg")
+    report = inspect(source, max_pixels=20 * 30)
+    reasons = {Path(path).name: reason for path, reason in report.broken}
+    assert "not a file" in reasons["truncated.jpg"]
+    assert "max_pixels=640 or more" in reasons["3.png"]
+
+
+def test_sums_in_blocks_are_those_of_the_whole(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = inspect(open_source(mixed))
+    monkeypatch.setattr(inspect_module, "_BLOCK", 100)
+    np.testing.assert_allclose(inspect(open_source(mixed)).std, whole.std, rtol=1e-9)

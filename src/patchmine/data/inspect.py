@@ -7,7 +7,6 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from patchmine.data.contract import Labels, Source, notes_of
-from patchmine.data.decode import DecodeError, decode, probe
+from patchmine.data.bounds import install_command, reading_item
+from patchmine.data.contract import Labels, Source, notes_of, open_regular
+from patchmine.data.decode import MAX_PIXELS, DecodeError, decode, probe
 from patchmine.data.sampling import spread_indices
 from patchmine.data.video import FrameFiles, VideoFile, open_video
 from patchmine.errors import reason_of
@@ -25,6 +25,8 @@ from patchmine.names import shown_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+_BLOCK = 1 << 20  # pixels that are summed at once
 
 SHOWN = 10
 """Lines of a list that the rendered report shows."""
@@ -61,11 +63,12 @@ def inspect(
     sample: int = 1000,
     full: bool = False,
     video: bool = False,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> InspectReport:
     """Reads and decodes a seeded choice of ``sample`` items, or all of them; of a ``video`` its middle.
 
-    ``progress`` is told (items done, items to do).
+    Items of more than ``max_pixels`` count as broken.  ``progress`` is told (items done, items to do).
     """
     count = len(source)
     chosen = spread_indices(count, count if full else sample)
@@ -77,13 +80,18 @@ def inspect(
     readable = np.zeros(len(chosen), bool)
     for number, index in enumerate(chosen.tolist()):
         try:
-            raw = source.read(index)
-            digests[number], readable[number] = _digest(raw), True
-            _look(_middle_frame(raw, report) if video else raw, report, moments)
+            with reading_item():
+                raw = source.read(index)
+                digests[number], readable[number] = _digest(raw), True
+                _look(_middle_frame(raw, report, max_pixels) if video else raw, report, moments, max_pixels)
         except (OSError, DecodeError) as error:
             report.broken.append((shown_name(source.path(index)), reason_of(error)))
         if progress is not None:
             progress(number + 1, len(chosen))
+    commands = Counter(filter(None, (install_command(reason) for _, reason in report.broken)))
+    report.notes += tuple(
+        f"{number:,} of them need a package that is not installed: {command}" for command, number in commands.items()
+    )
     if report.channels:
         common = report.channels.most_common(1)[0][0]
         report.mean, report.std = moments[common].finish()
@@ -101,27 +109,28 @@ class _Moments:
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
 
     def add(self, image: Tensor) -> None:
-        values = image.flatten(1).double() / (255 if image.dtype == torch.uint8 else 1)  # (C, H * W)
-        self.pixels += values.shape[1]
-        self.sums += torch.stack([values.sum(1), values.square().sum(1)])
+        for rows in image.split(max(1, _BLOCK // image.shape[2]), dim=1):  # as doubles, a large image takes eightfold
+            values = rows.flatten(1).double() / (255 if image.dtype == torch.uint8 else 1)  # (C, rows * W)
+            self.pixels += values.shape[1]
+            self.sums += torch.stack([values.sum(1), values.square().sum(1)])
 
     def finish(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         mean, square = self.sums / self.pixels
         return tuple(mean.tolist()), tuple((square - mean.square()).clamp(min=0).sqrt().tolist())
 
 
-def _look(raw: Any, report: InspectReport, moments: dict[int, _Moments]) -> None:
+def _look(raw: Any, report: InspectReport, moments: dict[int, _Moments], max_pixels: int) -> None:
     height, width, channels, dtype = probe(raw)
-    image = decode(raw, channels)  # before anything is counted, because a truncated file has a sound header
+    image = decode(raw, channels, max_pixels)  # before anything is counted, because a truncated file has a sound header
     moments.setdefault(channels, _Moments(channels)).add(image)
     report.sizes[height, width] += 1
     report.channels[channels] += 1
     report.dtypes[dtype] += 1
 
 
-def _middle_frame(raw: Any, report: InspectReport) -> Tensor:
+def _middle_frame(raw: Any, report: InspectReport, max_pixels: int) -> Tensor:
     """(C, H, W) uint8; the length is noted when the frame could be decoded."""
-    reader = open_video(raw)
+    reader = open_video(raw, max_pixels)
     frame = reader.frames([reader.num_frames // 2])[0]
     report.frames[reader.num_frames] += 1
     return frame
@@ -146,7 +155,7 @@ def _contents(raw: Any) -> Iterator[bytes | memoryview]:
     """A raw item in blocks; files in small ones, since a video may be larger than the memory."""
     if isinstance(raw, VideoFile | FrameFiles):
         for path in [raw.path] if isinstance(raw, VideoFile) else raw.paths:
-            with Path(path).open("rb") as handle:
+            with open_regular(path) as handle:
                 while block := handle.read(1 << 20):
                     yield block
         return
