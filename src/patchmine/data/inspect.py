@@ -109,8 +109,11 @@ class _Moments:
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
 
     def add(self, image: Tensor) -> None:
-        for rows in image.split(max(1, _BLOCK // image.shape[2]), dim=1):  # as doubles, a large image takes eightfold
-            values = rows.flatten(1).double() / (255 if image.dtype == torch.uint8 else 1)  # (C, rows * W)
+        rows = max(1, _BLOCK // image.shape[2])
+        for top in range(0, image.shape[1], rows):  # as doubles, a large image would take eight times its memory
+            values = image[:, top : top + rows].flatten(1).double() / (
+                255 if image.dtype == torch.uint8 else 1
+            )  # (C, rows * W)
             self.pixels += values.shape[1]
             self.sums += torch.stack([values.sum(1), values.square().sum(1)])
 

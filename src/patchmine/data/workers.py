@@ -92,7 +92,7 @@ class Workers:
         if any(word in text for word in _SHORT_OF):
             return (
                 f"a batch could not be handed over by workers={self.number} ({reason_of(error)}): give the machine "
-                f"more shared memory (docker: --shm-size=8g) or open files (ulimit -n), or set lower workers; {_RESUME}"
+                f"more shared memory (docker: --shm-size=8g) or open files (ulimit -n), or lower workers; {_RESUME}"
             )
         raise error
 
@@ -115,9 +115,9 @@ class Workers:
         number = dead.exitcode or 0 if dead is not None else 0
         where = f" while it read {self.path(reading[dead.pid])}" if dead is not None and dead.pid in reading else ""
         if number == -signal.SIGKILL:
-            why = f"was killed{where}, most likely because the memory ran out: set lower workers than {self.number}"
+            why = f"was killed{where}, most likely because the memory ran out: lower workers={self.number}"
         elif number == -signal.SIGBUS:
-            why = f"ran out of shared memory{where}: give more (docker: --shm-size=8g), or set lower workers"
+            why = f"ran out of shared memory{where}: give more (docker: --shm-size=8g), or lower workers={self.number}"
         elif number < 0:
             why = f"ended by {_signal_name(-number)}{where}: a decoder may have failed on it, remove it if that repeats"
         else:
@@ -154,7 +154,7 @@ def _start(samples: Dataset[Any], order: Sampler[Any], number: int, pin: bool) -
             with _hold_ctrl_c(), _keep_child_handler():
                 return iter(loader)
         except OSError as error:
-            raise UserError(f"workers={number} cannot be started ({reason_of(error)}); set lower workers") from error
+            raise UserError(f"workers={number} cannot be started ({reason_of(error)}); lower it") from error
 
 
 def _as_is(part: Any) -> Any:
