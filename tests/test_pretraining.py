@@ -148,6 +148,16 @@ def kill_at_step(start: list[str], folder: Path, step: int) -> None:
     process.wait()
 
 
+@pytest.mark.parametrize("name", ["run\udce9", "run\n2", "run\x1b[31m"])
+def test_a_run_folder_whose_checkpoints_could_not_be_opened_is_refused(
+    image_folder: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UserError, match=r"name the run's folder by letters that can be printed") as told:
+        pretrain(image_folder, tmp_path / name, steps=1)
+    str(told.value).encode()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_resume_says_that_images_were_replaced_under_equal_names(image_folder: Path, tmp_path: Path) -> None:
     data = shutil.copytree(image_folder, tmp_path / "data")
     whole = pretrain(data, tmp_path / "out", steps=2)

@@ -126,6 +126,8 @@ def _folder_of(config: RunConfig) -> Path:
     if config.out is None:
         raise UserError("out is not set: name a new folder for the run, as in out=runs/first")
     folder = Path(config.out)
+    if not str(folder).isprintable():  # safetensors opens no path that is not UTF-8, and no checkpoint could be read
+        raise UserError(f"out={shown_name(folder)}: name the run's folder by letters that can be printed")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out={folder} is a file: name a new folder for the run")
     return folder
@@ -373,7 +375,7 @@ def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine:
     epochs = settings.total_steps / settings.steps_per_epoch
     clips = f"{config.clip.frames} frames of " if is_video(config.model) else ""
     return (
-        f"{config.method.name} on {len(images):,} {item_of(config)}s of {images.name}: {config.model} at "
+        f"{config.method.name} on {len(images):,} {item_of(config)}s of {shown_name(images.name)}: {config.model} at "
         f"{clips}{height}x{width}, "
         f"{settings.total_steps:,} steps ({epochs:g} epochs) of {config.batch_size}, lr {config.blr:g} x "
         f"{config.batch_size}/256, {engine.precision} on {engine.world_size} x {engine.device.type}"

@@ -47,7 +47,7 @@ class BadFiles:
         fresh = [(index, reason) for index, reason in dict(failures).items() if index not in self._bad]
         for index, reason in fresh:
             if not self._bad:
-                where = f", listed in {self.path}" if self.path else ""
+                where = f", listed in {shown_name(self.path)}" if self.path else ""
                 first = shown_name(source.path(index))
                 _log.warning("broken %ss are skipped%s; the first is %s: %s", self.item, where, first, reason)
             self._bad.add(index)
@@ -61,7 +61,7 @@ class BadFiles:
     def _verdict(self, source: Source, index: int, reason: str) -> str:
         seen = max(1, min(self._tried, len(source)))
         share = len(self._bad) / seen
-        where = f"see {self.path}" if self.path else "no list was kept"
+        where = f"see {shown_name(self.path)}" if self.path else "no list was kept"
         command, number = self._missing.most_common(1)[0] if self._missing else ("", 0)
         name, last = shown_name(source.name), shown_name(source.path(index))
         if 2 * number > len(self._bad):  # these files are sound: it is the installation that is to be mended

@@ -317,7 +317,7 @@ def _checked(part: _Loaded, source: Source, bad: BadFiles | None) -> Iterator[Ba
 def _nothing_readable(source: Source, failures: Sequence[Failure]) -> str:
     index, reason = failures[0]
     return (
-        f"none of the {len(dict(failures))} items of {source.name} that were tried can be used; "
+        f"none of the {len(dict(failures))} items of {shown_name(source.name)} that were tried can be used; "
         f"the first is {shown_name(source.path(index))}, which {reason}"
     )
 

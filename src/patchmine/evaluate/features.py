@@ -313,9 +313,9 @@ def kind_of(readers: Mapping[str, Reader]) -> str:
 def judge_broken(part: Part, done: int, reading: Reading, title: str, kind: str, say: Say) -> None:
     """After a pass that read ``done`` items: UserError where too few were whole, a sentence where some were broken."""
     if done == 0:
-        raise UserError(f"{part.source.name} has no {kind} that can be read")
+        raise UserError(f"{shown_name(part.source.name)} has no {kind} that can be read")
     if broken := len(part) - done:
-        found = f"{broken:,} of {len(part):,} {kind}s of {part.source.name} are broken"
+        found = f"{broken:,} of {len(part):,} {kind}s of {shown_name(part.source.name)} are broken"
         if broken > reading.max_bad_share * len(part):
             raise UserError(f"{found}, more than max_bad_share={reading.max_bad_share} allows: mend them, or raise it")
         say(f"{title}: {found} and were skipped")

@@ -16,6 +16,7 @@ from patchmine.data.contract import Labels, Source
 from patchmine.data.source import open_source
 from patchmine.data.video_sources import open_videos
 from patchmine.errors import UserError
+from patchmine.names import shown_name
 
 Index = NDArray[np.int64]
 
@@ -168,7 +169,7 @@ def _open(data: Any, kind: str, setting: str = "data") -> tuple[Source, Labels]:
 
 def _named(data: Any) -> str:
     if isinstance(data, str | Path):
-        return str(data)
+        return shown_name(data)
     if isinstance(data, Sequence):
         return ", ".join(map(_named, data))
     return type(data).__name__
