@@ -207,7 +207,7 @@ def test_an_unknown_name_that_resembles_nothing_says_where_all_are() -> None:
         (["image_size=225"], "image_size: given 225x225; must be a multiple of 16"),
         (["image_size=[224,30]", "patch_size=8"], "must be a multiple of 8, the patch of patch_size: try image_size="),
         (["batch_size=30", "accumulate=4"], "batch_size: given 30; must be a multiple of 4"),
-        (["batch_size=32", "devices=3"], "try batch_size=33"),
+        (["batch_size=32", "devices=3"], "try devices=2 or 4, or in a new run batch_size=33"),
         (["epochs=null"], "epochs: given null, and no steps either"),
         (["channels=4", "mean=[1,2]"], "std: given null while mean is set"),
         (["channels=2", "mean=[1,2]", "std=[1,2,3]"], "std: given 3 numbers; must be one for each of channels=2"),
