@@ -22,17 +22,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import scene as scenes
 import table
 
-GROUPS = ("mutants", "kills", "crashes", "full-disk", "shared-folder", "killed-rank")
+GROUPS = ("mutants", "kills", "crashes", "full-disk", "outputs", "shared-folder", "killed-rank")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is tried; ``crashes`` and ``full_disk`` 0: at every call."""
+    """How much is tried; ``crashes``, ``full_disk`` and ``outputs`` 0: at every call."""
 
     mutants: int = 10_000
     kills: int = 100
     crashes: int = 0
     full_disk: int = 0
+    outputs: int = 0
     shared: int = 4
     ranks: int = 4
     seed: int = 0
@@ -82,6 +83,7 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
     import crashes
     import kills
     import mutants
+    import outputs
     import together
 
     runs = scenes.scenes_of(room, sizes.seed)
@@ -108,6 +110,12 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
             table.row(
                 "disk full from a call on",
                 crashes.full_disk_runs(scene, processes=processes, seconds=0.12 * share, most=sizes.full_disk or None),
+            )
+        ],
+        "outputs": lambda: [
+            table.row(
+                "other commands, crashed or full",
+                outputs.output_runs(scene, processes=processes, seconds=0.15 * share, most=sizes.outputs or None),
             )
         ],
         "shared-folder": lambda: [

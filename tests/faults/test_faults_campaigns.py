@@ -14,6 +14,7 @@ SIZES = {
     "kills": "KILLS=12",
     "crashes": "CRASHES=40",
     "full-disk": "FULL_DISK=30",
+    "outputs": "OUTPUTS=40",
     "shared-folder": "SHARED=1",
     "killed-rank": "RANKS=2",
 }
