@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from patchmine.errors import UserError
+from patchmine.errors import UserError, reason_of
 from patchmine.names import shown_name
 
 _REMEDIES = {
@@ -46,6 +46,19 @@ def refusal(error: OSError, doing: str = "cannot be read or written") -> str:
     name = error.filename2 or error.filename
     what = shown_name(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else "a file or stream"
     return f"{what} {doing} ({error.strerror or error}); {remedy(error)}"
+
+
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Around safetensors' ``save_file``, which only quotes the system's error: the OSError that it was, of ``path``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        quoted = re.search(r"(?:code: |os error )(\d+)", str(error))
+        number = int(quoted[1]) if quoted else 0
+        raise OSError(number, os.strerror(number) if number else reason_of(error), str(path)) from error
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.disk import remedy, replacing, sweep
+from patchmine.disk import remedy, replacing, sweep, system_errors
 from patchmine.errors import UserError, foreign_parser, reason_of
 
 FORMAT = 2  # of the head; 1 had no checksum over itself, over shapes and over types
@@ -97,10 +97,9 @@ def save(
         with replacing(path) as new, _scratch_folder(folder) as scratch:
             _write(scratch / path.name, step, parts, facts)
             (scratch / path.name).rename(new)
-    except (OSError, SafetensorError) as error:
-        reason = _system_error(error)
+    except OSError as error:
         raise UserError(
-            f"checkpoint {path} could not be written ({reason.strerror or reason_of(error)}); {remedy(reason)}, then"
+            f"checkpoint {path} could not be written ({error.strerror or reason_of(error)}); {remedy(error)}, then"
             f" go on with `patchmine resume {folder.parent}`; earlier checkpoints are intact"
         ) from error
     point_last(path)
@@ -239,7 +238,8 @@ def _write(path: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -> Non
     head = {"format": FORMAT, "step": step, "versions": versions(), "crc32": crc32, "facts": dict(facts)}
     text = json.dumps(head)
     flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-    save_file(flat, path, metadata={"patchmine": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
+    with system_errors(path):
+        save_file(flat, path, metadata={"patchmine": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
 
 
 def _read_head(kept: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
@@ -312,14 +312,6 @@ def _followed(path: Path) -> Path:
         name = path.read_text(encoding="utf-8", errors="replace").strip()
         return path.with_name(name) if _NAME.fullmatch(name) else path
     return path
-
-
-def _system_error(error: Exception) -> OSError:
-    """The operating system's error; safetensors only quotes its number."""
-    if isinstance(error, OSError):
-        return error
-    number = re.search(r"(?:code: |os error )(\d+)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(reason_of(error))
 
 
 def _forget(folder: Path, step: int, keep: int) -> None:
