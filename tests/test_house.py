@@ -21,7 +21,7 @@ PARTS = BELOW_METHODS | {"methods", "data", "train"}
 # What users type: values and messages (words, mistakes), recipes, the typed settings, and the run made of them.
 TYPED = {"words", "mistakes"}
 SETTINGS = TYPED | {"recipes", "settings", "config"}
-TOP = PARTS | SETTINGS | {"run", "pretraining", "evaluate", "report", "bench", "recipes"}
+TOP = PARTS | SETTINGS | {"run", "checking", "pretraining", "evaluate", "report", "bench", "recipes"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "preparing": PARTS | SETTINGS,
     "monitor": PARTS | SETTINGS | {"evaluate", "report", "preparing"},
     "pretraining": PARTS | SETTINGS | {"run", "evaluate", "report", "preparing", "monitor"},
+    "checking": PARTS | SETTINGS | {"run", "preparing"},
     "bench": PARTS | SETTINGS | {"run"},
     "commands": {"errors", "names", "strict"} | TYPED,
     "transfer": PARTS | SETTINGS | {"run"},

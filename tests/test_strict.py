@@ -83,7 +83,7 @@ def test_true_is_no_number(table: type[BaseModel], name: str) -> None:
         (["method.mask_ratio=.nan"], "method.mask_ratio: given nan; must be a finite number"),
         (["crops.global_scale=[.nan,1]"], "crops.global_scale[0]: given nan; must be a finite number"),
         (["model_args.drop_path_rate=.inf"], "model_args: given {'drop_path_rate': inf}; must be numbers of at most"),
-        (["model_args.depth=1000000"], "numbers of at most 1,024, which depth is not"),
+        (["model_args.depth=1000000"], "numbers of at most 256, which depth is not"),
         (["model_args={embed_dim: [1, .nan]}"], "numbers of at most 65,536, which embed_dim is not"),
         (["workers=100000"], "workers: given 100000; must be at least 0 and at most 1024"),
         (["workers=-1"], "workers: given -1; must be at least 0 and at most 1024"),
@@ -96,7 +96,7 @@ def test_true_is_no_number(table: type[BaseModel], name: str) -> None:
         ([f"blr={10**400}"], "; must be a number of at most 18 digits"),
         (["flip=true"], "flip: given true; must be a number"),
         (["epochs=true"], "epochs: given true; must be a whole number"),
-        (["method.decoder_depth=100000"], "method.decoder_depth: given 100000; must be above 0 and at most 1024"),
+        (["method.decoder_depth=100000"], "method.decoder_depth: given 100000; must be above 0 and at most 256"),
     ],
 )
 def test_what_is_said_of_a_run(words: list[str], part: str) -> None:

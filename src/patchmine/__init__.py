@@ -25,13 +25,14 @@ def pretrain(*, data: Any = None, say: Callable[[str], None] = print, **settings
     or a file to start from.  ``data`` is what the command line takes, or any torch dataset of images; ``say`` hears
     what a person should know.  Raises UserError with every mistake in the settings.
     """
+    from patchmine.checking import misfits
     from patchmine.config import from_settings
     from patchmine.pretraining import pretrain as start
 
     source = None if data is None or _is_named(data) else data
     if data is not None:
         settings["data"] = data if source is None else f"python:{type(data).__name__}"
-    return start(from_settings(say=say, **settings), source=source, say=say)
+    return start(from_settings(say=say, also=misfits, **settings), source=source, say=say)
 
 
 def resume(path: str | PathLike[str], *, data: Any = None, say: Callable[[str], None] = print, **settings: Any) -> Run:

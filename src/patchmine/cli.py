@@ -114,10 +114,11 @@ def pretrain(context: typer.Context) -> None:
     Ctrl-C finishes the step and saves; `patchmine resume RUN` goes on.
     `patchmine config schema` lists all settings.
     """
+    from patchmine.checking import misfits
     from patchmine.config import parse
     from patchmine.pretraining import pretrain as start
 
-    start(parse(*_recipe_and_settings(context.args), say), say=say)
+    start(parse(*_recipe_and_settings(context.args), say, also=misfits), say=say)
 
 
 def _recipe_and_settings(words: list[str]) -> tuple[str | None, list[str]]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import Mistake, refusal, validate
+from patchmine.models.video import is_video
 from patchmine.names import shown_name
 from patchmine.recipes import Recipe, load_recipe
 from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, Size, SizeRow, changed_results
@@ -24,36 +25,48 @@ __all__ = [
     "Running",
     "Size",
     "changed_results",
+    "fit_batch",
     "from_settings",
     "parse",
     "resolve_size",
 ]
 
 Say = Callable[[str], None]
+Check = Callable[[RunConfig], list[Mistake]]
 
 # Absolute learning rates, as others call them.
 RATES = ("lr", "learning_rate", "peak_lr", "max_lr")
+
+
+def no_more(_: RunConfig) -> list[Mistake]:
+    """Finds no mistakes."""
+    return []
 
 
 def silent(_: str) -> None:
     """Says nothing."""
 
 
-def parse(recipe: str | Path | None, overrides: Sequence[str], say: Say = silent) -> RunConfig:
+def parse(
+    recipe: str | Path | None, overrides: Sequence[str], say: Say = silent, *, also: Check = no_more
+) -> RunConfig:
     """The run that a recipe (name, file or none) and ``key=value`` words describe.
 
-    Raises UserError with every mistake.  ``say`` hears what was decided for the user.
+    Raises UserError with every mistake, those that ``also`` finds in the settings included (`checking.misfits`).
+    ``say`` hears what was decided for the user.
     """
     pairs, complaints, others = read_settings(overrides)
     mistakes = [*(Mistake(*complaint) for complaint in complaints), *map(_not_a_setting, others)]
     for sentence in repeated(pairs):
         say(sentence)
-    return _assemble(None if recipe is None else load_recipe(recipe), pairs, mistakes, say)
+    return _assemble(None if recipe is None else load_recipe(recipe), pairs, mistakes, say, also)
 
 
-def from_settings(recipe: str | Path | None = None, say: Say = silent, **settings: Any) -> RunConfig:
+def from_settings(
+    recipe: str | Path | None = None, say: Say = silent, also: Check = no_more, **settings: Any
+) -> RunConfig:
     """The same from Python: ``from_settings(data="photos", method="hpm", **{"method.mask_ratio": 0.8})``."""
-    return _assemble(None if recipe is None else load_recipe(recipe), list(settings.items()), [], say)
+    return _assemble(None if recipe is None else load_recipe(recipe), list(settings.items()), [], say, also)
 
 
 def _not_a_setting(word: str) -> Mistake:
@@ -61,13 +74,17 @@ def _not_a_setting(word: str) -> Mistake:
     return Mistake(shown_name(word), f"is no setting; settings are written key=value, as in {shown_name(example)}")
 
 
-def _assemble(recipe: Recipe | None, pairs: Sequence[tuple[str, Any]], mistakes: list[Mistake], say: Say) -> RunConfig:
+def _assemble(
+    recipe: Recipe | None, pairs: Sequence[tuple[str, Any]], mistakes: list[Mistake], say: Say, also: Check
+) -> RunConfig:
     wanted = _tree(pairs, mistakes)
     settings = wanted if recipe is None else merge(_recipe_settings(recipe, wanted, say), wanted)
     where = "the settings" if recipe is None else f"the settings (with {recipe.name})"
-    config = _validate(settings, where, mistakes)
+    config = _validate(settings, where, mistakes, also)
     for row in config.by_size:
-        _with_row(config, row, f"{where} for data sets up to {row.up_to or 'any'} images")
+        _with_row(config, row, f"{where} for data sets up to {row.up_to or 'any'} images", also)
+    if recipe is not None and recipe.ours and "batch_size" not in wanted:
+        _advise(config, "batch_size")
     shortened = "epochs" in wanted or "warmup_epochs" not in settings
     return _fit_warmup(config, shortened and "warmup_epochs" not in wanted, say)
 
@@ -102,11 +119,18 @@ def _conversion(rate: Any, settings: Mapping[str, Any]) -> str:
     return f"the rate for 256 images: with batch_size={batch_size} give blr={rate * 256 / batch_size:.6g}"
 
 
-def _validate(settings: Mapping[str, Any], where: str, mistakes: Sequence[Mistake] = ()) -> RunConfig:
+def _advise(config: RunConfig, name: str) -> None:
+    """Marks a setting as one that the user did not choose, so that it may be fitted to the data."""
+    config.model_fields_set.discard(name)
+
+
+def _validate(
+    settings: Mapping[str, Any], where: str, mistakes: Sequence[Mistake] = (), also: Check = no_more
+) -> RunConfig:
     hint = "; `patchmine config schema` lists all"
     known = dict(settings)
     mistakes = [*mistakes, *_rates(known)]
-    return validate(RunConfig, known, where=where, before=mistakes, placeholders={"data": "data"}, hint=hint)
+    return validate(RunConfig, known, where=where, before=mistakes, placeholders={"data": "data"}, hint=hint, also=also)
 
 
 def _recipe_settings(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[str, Any]:
@@ -176,9 +200,37 @@ def resolve_size(config: RunConfig, num_images: int, say: Say = silent) -> RunCo
     chosen = ", ".join(f"{key}={shown(value)}" for key, value in fitting[0].use.items())
     say(f"{num_images:,} images: {chosen or 'nothing to choose'}.")
     sized = _with_row(config, fitting[0], f"the settings for {num_images:,} images")
+    if "batch_size" in fitting[0].use or "batch_size" not in config.model_fields_set:
+        _advise(sized, "batch_size")
     # A row no longer holds what the user set: where it has no warm-up, that is the user's.
     return _fit_warmup(sized, "warmup_epochs" in fitting[0].use, say)
 
 
-def _with_row(config: RunConfig, row: SizeRow, where: str) -> RunConfig:
-    return _validate(merge(config.model_dump(exclude={"by_size"}), row.use), where)
+def _with_row(config: RunConfig, row: SizeRow, where: str, also: Check = no_more) -> RunConfig:
+    return _validate(merge(config.model_dump(exclude={"by_size"}), row.use), where, also=also)
+
+
+def fit_batch(config: RunConfig, samples: int, items: str, say: Say = silent) -> RunConfig:
+    """The settings for ``samples`` samples in an epoch, called ``items`` in messages.
+
+    A larger batch that the user did not choose is lowered to what divides among the parts that a batch is cut into;
+    UserError for one that was chosen, and where there are fewer samples than parts.
+    """
+    if config.batch_size <= samples:
+        return config
+    repeats = config.clip.repeats if is_video(config.model) else 1
+    parts = config.accumulate * config.devices * config.num_nodes * repeats
+    fitting = samples // parts * parts
+    told = f"batch_size={config.batch_size} is more than the {samples:,} {items}"
+    if fitting == 0:
+        raise UserError(f"{told}, which are fewer than the {parts} parts of a batch ({_parts(config)}): lower these")
+    if "batch_size" in config.model_fields_set:
+        raise UserError(f"{told}: set batch_size={fitting} or lower")
+    say(f"{told}: it is lowered to {fitting}.")
+    return config.model_copy(update={"batch_size": fitting})
+
+
+def _parts(config: RunConfig) -> str:
+    names = ("accumulate", "devices", "num_nodes")
+    factors = [f"{name}={getattr(config, name)}" for name in names]
+    return " * ".join([*factors, *([f"clip.repeats={config.clip.repeats}"] if is_video(config.model) else [])])

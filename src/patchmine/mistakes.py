@@ -93,11 +93,13 @@ def validate(
     before: Sequence[Mistake] = (),
     placeholders: Mapping[str, Any] | None = None,
     hint: str = "",
+    also: Callable[[Model], list[Mistake]] = lambda _: [],
 ) -> Model:
     """``model(**values)``, or one UserError with every mistake, those found ``before`` included.
 
     A wrong setting hides others (those of a misspelt method) and what does not fit together; so the wrong ones are
-    mended or taken out (required ones get their ``placeholders``) and the rest is checked once more.
+    mended or taken out (required ones get their ``placeholders``) and the rest is checked once more.  ``also`` looks
+    at what came of it for mistakes that the model itself cannot know.
     """
     try:
         checked = model.model_validate(dict(values))
@@ -106,19 +108,21 @@ def validate(
         rest = _without(values, [m.path for m in mistakes]) | _missing(model, values, mistakes, placeholders or {})
         rest |= _nearest_branches(error, values)
         wrong = {mistake.path for mistake in mistakes}
-        mistakes += [m for m in _crosswise(model, rest, hint) if m.path not in wrong]
+        mistakes += [m for m in _crosswise(model, rest, hint, also) if m.path not in wrong]
         raise refusal([*before, *mistakes], where) from None
-    if before:
-        raise refusal(before, where)
+    mistakes = [*before, *also(checked)]
+    if mistakes:
+        raise refusal(mistakes, where)
     return checked
 
 
-def _crosswise(model: type[BaseModel], values: Mapping[str, Any], hint: str) -> list[Mistake]:
+def _crosswise(
+    model: type[Model], values: Mapping[str, Any], hint: str, also: Callable[[Model], list[Mistake]]
+) -> list[Mistake]:
     try:
-        model.model_validate(values)
+        return also(model.model_validate(values))
     except ValidationError as error:
         return explain(error, model, hint)
-    return []
 
 
 def _nearest_branches(error: ValidationError, values: Mapping[str, Any]) -> dict[str, Any]:

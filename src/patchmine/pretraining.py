@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from patchmine.config import RunConfig, changed_results, parse, resolve_size, silent
+from patchmine.config import RunConfig, changed_results, fit_batch, parse, resolve_size, silent
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
@@ -158,14 +158,10 @@ def _open(config: RunConfig, engine: Engine, source: Spec | None, say: Say) -> t
 
 
 def _fit_to_length(config: RunConfig, num_images: int, say: Say) -> RunConfig:
-    """Refuses a batch larger than the data, and shortens a warm-up that would outlast half of a run given in steps."""
+    """Fits the batch to the data, and shortens a warm-up that would outlast half of a run given in steps."""
     samples = samples_per_epoch(config, num_images)
-    if config.batch_size > samples:
-        times = f" (clip.repeats={config.clip.repeats} times {num_images:,})" if samples > num_images else ""
-        what = f"{item_of(config)}s of data={config.data}{times}"
-        raise UserError(
-            f"batch_size={config.batch_size} is more than the {samples} {what}: set batch_size={samples} or lower"
-        )
+    times = f" (clip.repeats={config.clip.repeats} times {num_images:,})" if samples > num_images else ""
+    config = fit_batch(config, samples, f"{item_of(config)}s of data={shown_name(str(config.data))}{times}", say)
     if config.steps is None:
         return config
     epochs = config.steps / (samples // config.batch_size)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 LARGEST_SIDE = 8_192  # pixels: a position table for patches of 16 then has 262,144 rows
 LARGEST_COUNT = 65_536
-LARGEST_DEPTH = 1_024
+LARGEST_DEPTH = 256
 LARGEST_BATCH = 2**20
 LARGEST_RUN = 10**9
 MOST_WORKERS = 1_024

@@ -21,13 +21,14 @@ ABOUT = ("title", "command", "data", "hardware", "time", "expected")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe as it was read; nothing in ``settings`` is checked yet."""
+    """One recipe as it was read; nothing in ``settings`` is checked yet.  ``ours``: it comes with patchmine."""
 
     name: str
     about: Mapping[str, str]
     settings: Mapping[str, Any]
     methods: Mapping[str, Mapping[str, Any]]
     by_size: list[dict[str, Any]]
+    ours: bool = False
 
     @property
     def method_names(self) -> list[str]:
@@ -64,8 +65,9 @@ def load_recipe(name: str | Path) -> Recipe:
         raise UserError(
             f"{shown_name(path)}: by_size must be a list of rows such as '- {{up_to: 5000, use: {{epochs: 400}}}}'"
         )
-    known_as = path.stem if path.parent == _FOLDER else shown_name(name)
-    return Recipe(known_as, {key: str(text) for key, text in about.items()}, content, methods, by_size)
+    ours = path.parent == _FOLDER
+    known_as = path.stem if ours else shown_name(name)
+    return Recipe(known_as, {key: str(text) for key, text in about.items()}, content, methods, by_size, ours)
 
 
 def _find(name: str) -> Path:
