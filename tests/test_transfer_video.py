@@ -51,7 +51,7 @@ def test_a_full_export_is_a_file_of_videomae_and_is_read_back(name: str, tmp_pat
     again = import_file(
         str(path), str(tmp_path / "imported"), image_size=32, num_heads=3, decoder_num_heads=3, say=said.append
     )
-    assert "does not tell: clips of 16x32x32" in said[-1]
+    assert "clips of" not in said[-1]  # our files tell their size
     assert again.config.method.name == name
     assert again.config.clip.frames == 16
     state, expected = again.method().state_dict(), built.state_dict()

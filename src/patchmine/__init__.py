@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from patchmine.models.vit import Encoder
@@ -54,11 +54,40 @@ def _is_named(data: Any) -> bool:
     return all(isinstance(part, str | PathLike) for part in (data if isinstance(data, list | tuple) else [data]))
 
 
-def load_encoder(path: str | PathLike[str]) -> Encoder:
-    """The encoder of a run, an export or a weights file, in eval mode.  Raises UserError where there is none."""
+def load_encoder(
+    path: str | PathLike[str],
+    model: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    source_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    weights: Literal["auto", "student", "raw", "teacher", "ema"] = "auto",
+    prefix: str | None = None,
+) -> Encoder:
+    """The encoder of a run, an export or a weights file, in eval mode.
+
+    Args:
+        path: the folder of a run or export, a folder of timm or transformers, or a .safetensors, .pth, .pt or .bin file
+            with the names of timm, MAE, HPM, VideoMAE, DINO, transformers, mmpretrain or torchvision.
+        model: timm's name, where neither the tensors nor a config.json tell it.
+        image_size: the size that it is wanted at, in pixels, one number or (height, width); positions are resampled
+            from the grid that they were trained at.  None: that one.
+        source_size: the size that a file was trained at, where nothing tells it.
+        num_heads: attention heads, where the width is an unusual one and nothing tells them.
+        weights: the trained network (student, raw) or its average (teacher, ema), where there are both.
+        prefix: of the encoder's names, where a file holds several encoders.
+
+    Returns:
+        A ``VisionTransformer``, ``Beit`` or ``ResNet`` of timm's, or a `VideoTransformer`, without classifier.
+
+    Raises:
+        UserError: there is no encoder, or it does not fit.
+    """
     from patchmine.run import open_encoder
 
-    return open_encoder(path)
+    return open_encoder(
+        path, model, image_size, which=weights, source_size=source_size, num_heads=num_heads, prefix=prefix
+    )
 
 
 def __getattr__(name: str) -> Any:

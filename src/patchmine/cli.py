@@ -220,15 +220,17 @@ def export(context: typer.Context) -> None:
 
 @command(app, "import", "FILE out=FOLDER [KEY=VALUE...]")
 def import_weights(context: typer.Context) -> None:
-    """Turn a checkpoint of the official MAE or HPM code into a run.
+    """Turn a checkpoint of the official code, timm, transformers or mmpretrain into a run.
 
     A report tells what became of every tensor; nothing missing or unexpected is passed over.
 
     \b
       out=runs/mae       new folder for the run
       what=encoder       leave the decoder out; without it, all that the file has
-      weights=teacher    HPM's slow copy in place of the student
+      weights=ema        the average in place of the trained network (HPM's teacher, timm's model_ema)
       image_size=384     another image size; positions are resampled
+      source_size=224    the size that it was trained at, where nothing tells it; [height,width] of rectangles
+      prefix=student.    which of several encoders in one file
       num_heads=3        attention heads of an unusual model; also decoder_num_heads
       allow=[head.*]     tensors that may be missing or unexpected
     \b

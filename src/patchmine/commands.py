@@ -100,12 +100,18 @@ class Import(_Arguments):
         description="name the file first, as in `patchmine import mae_pretrain_vit_base.pth out=runs/mae`"
     )
     out: FolderName = Field(description="name the folder to write, as in out=runs/mae")
-    weights: Literal["student", "teacher"] = Field("student", description="which of HPM's two models")
+    weights: Literal["auto", "student", "raw", "teacher", "ema"] = Field(
+        "auto", description="student (or raw): the trained network; teacher (or ema): its average; auto: DINO's teacher"
+    )
+    prefix: str | None = Field(None, description="of the encoder's names, where the file holds several encoders")
     what: Literal["auto", "encoder", "full"] = Field(
         "auto", description="auto: the decoder too, where the file has one"
     )
     image_size: Side | tuple[Side, Side] | None = Field(
         None, description="pixels, one number or [height, width]; positions are resampled to it"
+    )
+    source_size: Side | tuple[Side, Side] | None = Field(
+        None, description="the image size that the file was trained at, where nothing tells it"
     )
     num_heads: Count | None = Field(None, description="attention heads, where the width does not tell")
     decoder_num_heads: Count | None = Field(None, description="the same of the decoder")

@@ -198,7 +198,11 @@ def _train(
     settings = _settings(config, images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        method = build_method(config, start_from=config.init if start is None else None)
+        method = build_method(
+            config,
+            start_from=config.init if start is None else None,
+            say=say if engine.is_main else silent,
+        )
     method.noise.seed = config.seed
     view = train_view(config, method)
     identity = {"data": images.fingerprint}

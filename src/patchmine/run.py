@@ -9,13 +9,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from patchmine.config import RunConfig, parse
+from timm.models.beit import Beit
+
+from patchmine.config import RunConfig, parse, silent
 from patchmine.errors import UserError
 from patchmine.method import Method
 from patchmine.methods import METHODS
 from patchmine.models import weights
+from patchmine.models.loading import LoadReport
+from patchmine.models.naming import Weights
 from patchmine.models.video import is_video
 from patchmine.models.vit import Encoder, build_encoder
+from patchmine.names import shown_name
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
 from patchmine.train.log import read_line
 
@@ -30,19 +35,42 @@ _PLACES: dict[Which, str] = {  # of an encoder's tensors in a checkpoint
 _log = logging.getLogger("patchmine")
 
 
-def build_method(config: RunConfig, *, start_from: str | None = None) -> Method:
+def build_method(config: RunConfig, *, start_from: str | None = None, say: Callable[[str], None] = silent) -> Method:
     """The method that the settings describe, freshly initialised (seed torch first).
 
-    ``start_from``: a run, export or weights file whose encoder is taken instead of a random one.  Raises UserError
-    where the settings do not fit together.
+    ``start_from``: a run, export or weights file whose encoder is taken instead of a random one; ``say`` hears what
+    became of its tensors.  Raises UserError where the settings do not fit together.
     """
     kind = METHODS[config.method.name]
     make: Callable[..., Method] = kind
     encoder = _bare_encoder(config)
     kind.draw_weights(encoder)
-    if start_from is not None:
-        weights.fill(encoder, open_encoder(start_from).state_dict(), f"init={start_from}")
-    return make(config.method, encoder)
+    if start_from is None:
+        return make(config.method, encoder)
+    report = _initialise(encoder, start_from, config)
+    method = make(config.method, encoder)
+    told_elsewhere = ("encoder.", "teacher.", "foreign.", "partner_teacher.")  # teachers start as their students
+    report.random = [name for name in method.state_dict() if not name.startswith(told_elsewhere)]
+    say(report.render())
+    return method
+
+
+def _initialise(encoder: Encoder, start_from: str, config: RunConfig) -> LoadReport:
+    """Take over the weights of another encoder (init=)."""
+    source = f"init={shown_name(start_from)}"
+    if is_run(start_from):
+        return weights.fill(encoder, Run(start_from).encoder(), source)
+    # Tensors with relative positions do not tell which network they are of; the settings do.
+    named: dict[str, Any] = {}
+    if isinstance(encoder, Beit):
+        arguments = {**config.model_args, "patch_size": encoder.patch_embed.patch_size, "in_chans": config.channels}
+        named = dict(model=config.model, model_args=arguments, image_size=config.image_size)
+    other, found = weights.open_weights(start_from, **named)
+    report = weights.fill(encoder, other, source)
+    report.dropped, report.notes = found.dropped, found.notes
+    report.resized = found.resized + report.resized
+    report.assumed = found.assumed + report.assumed
+    return report
 
 
 def _bare_encoder(config: RunConfig) -> Encoder:
@@ -236,6 +264,37 @@ def is_run(path: str | PathLike[str]) -> bool:
     return (Path(path) / "config.yaml").is_file()
 
 
-def open_encoder(path: str | PathLike[str]) -> Encoder:
-    """The encoder of a run folder, an export folder or a weights file, on the CPU, in eval mode."""
-    return Run(path).encoder() if is_run(path) else weights.load_encoder(Path(path)).eval()
+def open_encoder(
+    path: str | PathLike[str],
+    model: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    which: Weights = "auto",
+    source_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    prefix: str | None = None,
+) -> Encoder:
+    """The encoder of a run folder, an export folder or a weights file, on the CPU, in eval mode.
+
+    Arguments and errors are those of `patchmine.load_encoder`, whose ``weights`` is ``which``.
+    """
+    size = weights.as_size(image_size, "image_size")
+    if not is_run(path):
+        encoder = weights.load_encoder(
+            Path(path),
+            model=model,
+            image_size=size,
+            source_size=weights.as_size(source_size, "source_size"),
+            num_heads=num_heads,
+            weights=which,
+            prefix=prefix,
+        )
+        return encoder.eval()
+    given = dict(model=model, source_size=source_size, num_heads=num_heads, prefix=prefix)
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: leave it out")
+    encoder = Run(path).encoder("teacher" if which in ("teacher", "ema") else "student")
+    if size is not None:
+        weights.resize_encoder(encoder, size)
+    return encoder

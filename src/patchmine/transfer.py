@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchmine.config import RunConfig, from_settings, silent
-from patchmine.disk import settle
+from patchmine.disk import replacing
 from patchmine.errors import UserError
 from patchmine.lock import lock
 from patchmine.method import Method
+from patchmine.models.description import note
 from patchmine.models.loading import LoadReport, load_tensors
+from patchmine.models.naming import Weights
 from patchmine.models.official import (
     Checkpoint,
     DecoderShape,
@@ -34,6 +36,7 @@ from patchmine.models.official import (
 from patchmine.models.video import is_video
 from patchmine.models.videomae import TEACHER, to_videomae_names
 from patchmine.models.vit import Encoder
+from patchmine.models.weights import as_size
 from patchmine.run import Run, Which, build_method, is_run, write_export
 from patchmine.train import checkpoint as checkpoints
 from patchmine.words import shown
@@ -44,7 +47,7 @@ P = ParamSpec("P")
 
 _TEACHER = "teacher."
 _FULL = ("mae", "hpm")  # the methods whose whole files we write and read
-_TOLD = ("mask_ratio", "norm_pix_loss")  # arguments of the official scripts that a file may have kept
+_TOLD = ("mask_ratio", "norm_pix_loss")  # settings of the method that a file may tell
 
 
 def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: Which) -> Path:
@@ -83,9 +86,21 @@ def _export_full(run: Run, out: str | None, weights: Which) -> Path:
         table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
         tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata={"format": "pt"})
-    settle(target)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(target) as new:
+        save_file(contiguous, new, metadata=_note(run.config, method))
     return target
+
+
+def _note(config: RunConfig, method: Method) -> dict[str, str]:
+    """What the file says of itself, because its tensors do not."""
+    encoder = cast(Encoder, method.encoder)
+    clip = {"clip": (config.clip.frames, config.clip.tubelet)} if is_video(config.model) else {}
+    values = config.method.model_dump()
+    told = {name: values[name] for name in ("decoder_num_heads", "decoder_norm_eps", *_TOLD)}
+    if "norm_eps" in config.model_args:
+        told["norm_eps"] = config.model_args["norm_eps"]
+    return note(config.image_size, encoder.blocks[0].attn.num_heads, **told, **clip)
 
 
 def _alone(import_to: Callable[P, Run]) -> Callable[P, Run]:
@@ -105,22 +120,34 @@ def import_file(
     file: str,
     out: str,
     *,
-    weights: Literal["student", "teacher"] = "student",
+    weights: Weights = "auto",
+    prefix: str | None = None,
     what: What = "auto",
     image_size: int | tuple[int, int] | None = None,
+    source_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     allow: Sequence[str] = (),
     say: Say = silent,
 ) -> Run:
-    """Turn an official MAE, VideoMAE or HPM checkpoint into a run in the new folder ``out``, with an encoder's export.
+    """Turn a checkpoint of others into a run in the new folder ``out``, with an encoder's export.
 
-    ``what``: encoder only, or the full method, by default as much as the file has.  Positions are resampled to
-    ``image_size`` where it is given; a file of VideoMAE tells no size, and clips of 16 frames of 224x224 pixels, or of
-    ``image_size``, are assumed.  ``num_heads`` and ``decoder_num_heads`` are needed for models of unusual width,
-    whose tensors do not show them.  ``allow``: patterns of tensors that may be missing or unexpected.  ``say`` hears
-    what became of every tensor.  Raises UserError for a file of another kind, and for tensors that are missing,
-    unexpected or of another shape.
+    Args:
+        file: in any layout that `models.naming` knows, or a folder of it with a config.json.
+        out: the new folder.
+        weights: the trained network of a file or its average; auto is the trained one, but DINO's teacher.
+        prefix: of the encoder's names, where the file holds several.
+        what: the encoder only, or the full method, by default as much as the file has.
+        image_size: pixels on a side, or (height, width); positions are moved to it.  A file of VideoMAE tells no size,
+            and clips of 16 frames of 224x224 pixels, or of ``image_size``, are assumed.
+        source_size: the size that the file was trained at, where nothing tells it.
+        num_heads: needed for models of unusual width, whose tensors do not show it, as ``decoder_num_heads``.
+        decoder_num_heads: the same of the decoder.
+        allow: patterns of tensors that may be missing or unexpected.
+        say: hears what became of every tensor.
+
+    Raises:
+        UserError: a file of another kind, and tensors that are missing, unexpected, of another shape or not finite.
     """
     folder = Path(out)
     if is_run(folder):
@@ -128,7 +155,9 @@ def import_file(
     found = read_official(
         file,
         weights=weights,
-        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
+        prefix=prefix,
+        image_size=as_size(image_size, "image_size"),
+        source_size=as_size(source_size, "source_size"),
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
         with_decoder=what != "encoder",
@@ -138,7 +167,8 @@ def import_file(
         raise UserError(f"{file} holds an encoder only: use what=encoder")
     full = found.decoder is not None
     config = _settings(found, out)
-    report = LoadReport(file, resized=found.resized, dropped=dropped_names(found, full=full))
+    dropped = [*dropped_names(found, full=full), *found.dropped]
+    report = LoadReport(file, resized=found.resized, dropped=dropped, notes=found.notes)
     if full:
         method = build_method(config)
         load_tensors(method, _method_tensors(found, method), report, allow=allow)
@@ -151,9 +181,6 @@ def import_file(
         timm = "init= and timm" if found.architecture.clip is None else "and init="
         report.notes.append(f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume")
         write_export(config, encoder, folder / "export")
-    if found.architecture.clip is not None:
-        size = "x".join(map(str, (found.architecture.clip[0], *found.architecture.image_size)))
-        report.notes.append(f"assumed in config.yaml, because the file does not tell: clips of {size}")
     say(report.render())
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return Run(folder)
@@ -201,15 +228,16 @@ def _decoder_settings(found: Checkpoint, decoder: DecoderShape) -> dict[str, Any
         "decoder_embed_dim": decoder.width,
         "decoder_depth": decoder.depth,
         "decoder_num_heads": decoder.num_heads,
-        **{name: found.settings[name] for name in _TOLD if name in found.settings},
+        "decoder_mlp_ratio": decoder.mlp_ratio,
+        "decoder_qkv_bias": decoder.qkv_bias,
+        **found.settings,
     }
 
 
 def _method_tensors(found: Checkpoint, method: Method) -> dict[str, Tensor]:
     """Every tensor of the method from the file; a teacher that the file lacks is the student."""
     unwanted = set(dropped_names(found, full=True))
-    table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
-    check_decoder_positions(found.tensors, table, found.source)
+    check_decoder_positions(found.tensors, found.architecture.table_grid, found.source)
     ours = from_reference_names({name: t for name, t in found.tensors.items() if name not in unwanted})
     names = [name for name in method.state_dict() if name.startswith(_TEACHER)]
     taught = {name: ours[name.removeprefix(_TEACHER)] for name in names if name.removeprefix(_TEACHER) in ours}

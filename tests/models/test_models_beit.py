@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
@@ -93,7 +95,8 @@ def test_weights_of_another_grid_are_resampled(extra: dict[str, bool]) -> None:
     for name, parameter in small.named_parameters():
         if name.endswith(("bias_table", "pos_embed")):
             parameter.data = torch.linspace(-1, 1, parameter.shape[0])[:, None].expand_as(parameter).clone()
-    fill(large, small.state_dict(), "elsewhere")
+    report = fill(large, small, "elsewhere")
+    assert len(report.resized) == (1 if extra != {} else TINY["depth"])
     tables = {name: table for name, table in large.named_parameters() if name.endswith("bias_table")}
     assert len(tables) == (0 if extra == ABSOLUTE else 1 if extra == SHARED else TINY["depth"])
     for name, table in tables.items():
@@ -102,6 +105,10 @@ def test_weights_of_another_grid_are_resampled(extra: dict[str, bool]) -> None:
         assert torch.equal(table[-3:], before[-3:])  # the class token's
         middle, centre = table[11 * 7 // 2], before[7 * 7 // 2]  # distance 0 stays distance 0
         torch.testing.assert_close(middle, centre, atol=1e-4, rtol=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about timm's own indexing
+            expected = resize_rel_pos_bias_table(before, (6, 4), table.shape)  # from a square
+        assert torch.equal(table, expected)
     assert encode(large, torch.randn(1, 3, 24, 16)).isfinite().all()
 
 

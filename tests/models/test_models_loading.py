@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
-from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, resample_positions, tensors_only
+from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 
 
 class Trap:
@@ -152,16 +152,3 @@ def test_the_report_folds_block_numbers() -> None:
     assert "note: look here" in report.render()
     many = [f"decoder_blocks.{i}.part{k}.weight" for i in range(2) for k in range(20)]
     assert "40  decoder_blocks (40)" in LoadReport("a.pth", loaded=many).render()
-
-
-def test_positions_are_resampled_around_the_prefix() -> None:
-    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
-    table = torch.cat([torch.full((1, 1, 2), 9.0), torch.stack([rows, columns], -1).reshape(1, 16, 2)], dim=1)
-    larger = resample_positions(table, (4, 8), 1)
-    assert larger.shape == (1, 33, 2)
-    assert torch.equal(larger[:, :1], table[:, :1])
-    grid = larger[0, 1:].reshape(4, 8, 2)
-    torch.testing.assert_close(grid[..., 0], rows[:, :1].expand(4, 8))  # rows stay, columns are spread
-    assert torch.all(grid[..., 1].diff(dim=1) > 0)
-    with pytest.raises(UserError, match="no square grid"):
-        resample_positions(torch.zeros(1, 8, 2), (4, 4), 1)

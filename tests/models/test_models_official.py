@@ -257,16 +257,19 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_learned_decoder_positions_are_refused() -> None:
-    tensors, table = small(), sincos_table(512, (4, 4))
-    check_decoder_positions(tensors, table, "file")
-    check_decoder_positions(tensors, sincos_table(512, (4, 6)), "file")  # another grid: nothing to compare
+    tensors = small()
+    check_decoder_positions(tensors, (4, 4), "file")
+    with pytest.raises(UserError, match="not that of 4x6 patches"):
+        check_decoder_positions(tensors, (4, 6), "file")
+    with pytest.raises(UserError, match="differs"):  # as many patches, other places
+        check_decoder_positions(tensors, (2, 8), "file")
     tensors["decoder_pos_embed"] = tensors["decoder_pos_embed"] + 0.01
     with pytest.raises(UserError, match=r"decoder_pos_embed differs from the fixed sine-cosine table by up to 0\.01"):
-        check_decoder_positions(tensors, table, "file")
+        check_decoder_positions(tensors, (4, 4), "file")
     transposed = sincos_table(512, (4, 4)).reshape(4, 4, 512).transpose(0, 1).reshape(16, 512)
     tensors["decoder_pos_embed"] = torch.cat([torch.zeros(1, 512), transposed])[None]
     with pytest.raises(UserError, match="differs"):
-        check_decoder_positions(tensors, table, "file")
+        check_decoder_positions(tensors, (4, 4), "file")
 
 
 def test_only_the_encoder_is_taken_from_any_layout(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("patchmine.models.weights.save_file", full_disk)
+    monkeypatch.setattr("patchmine.models.export.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         make_export(folder, "rectangle")
     assert torch.equal(load_encoder(folder).pos_embed, before.pos_embed)

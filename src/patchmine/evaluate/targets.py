@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,11 @@ from torch import nn
 
 from patchmine.data.bounds import MAX_PIXELS
 from patchmine.errors import UserError
+from patchmine.models.description import CONFIG, read_json
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 from patchmine.models.video import VideoTransformer, is_video
 from patchmine.models.vit import build_encoder, initialise_encoder
-from patchmine.models.weights import CONFIG, is_export, load_encoder
+from patchmine.models.weights import is_export, load_encoder, resize_encoder
 from patchmine.run import Run, Which, is_run
 from patchmine.settings import Clip, RunConfig
 
@@ -186,7 +186,7 @@ def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
 
 
 def _of_export(path: Path) -> Target:
-    cfg = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("pretrained_cfg") or {}
+    cfg = read_json(path / CONFIG).get("pretrained_cfg") or {}
     return _of_timm_model(str(path), load_encoder(path), cfg)
 
 
@@ -268,10 +268,5 @@ def _resized(target: Target, size: tuple[int, int] | None, channels: int | None)
     if size is None or size == target.image_size:
         return target
     if isinstance(target.encoder, VisionTransformer | Beit):
-        patch = target.encoder.patch_embed.patch_size[-2:]
-        if any(side % step for side, step in zip(size, patch, strict=True)):
-            raise UserError(
-                f"image_size={size[0]}x{size[1]} is not a multiple of {target.name}'s patch {patch[0]}x{patch[1]}"
-            )
-        target.encoder.set_input_size(size)
+        resize_encoder(target.encoder, size)
     return _sized(target, size)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from timm.models.beit import Beit
-from torch import Tensor, nn
+from torch import nn
+
+from patchmine.models.positions import RELATIVE
 
 _STD = 0.02
-_TABLE = "relative_position_bias_table"
-_ZEROS = ("bias", "q_bias", "v_bias", _TABLE)
+_ZEROS = ("bias", "q_bias", "v_bias", RELATIVE)
 
 
 @torch.no_grad()
@@ -42,23 +41,3 @@ def has_relative_positions(encoder: nn.Module) -> bool:
         return False
     own = any(block.attn.relative_position_bias_table is not None for block in encoder.blocks)
     return own or encoder.rel_pos_bias is not None
-
-
-def resample_tables(encoder: Beit, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` with the relative positions of another, square grid resampled to the encoder's; the rest as it is.
-
-    Bicubic, distance 0 and the farthest stay in place; the three rows of the class token are kept.  The reference, for
-    fine-tuning, spaces distances geometrically instead (spec simmim.md, section 6).
-    """
-    rows, columns = encoder.patch_embed.grid_size
-    fitted = dict(tensors)
-    for name, wanted in encoder.state_dict().items():
-        table = tensors.get(name)
-        if not name.endswith(_TABLE) or table is None or table.shape == wanted.shape or table.ndim != 2:
-            continue
-        side = math.isqrt(max(0, len(table) - 3))
-        if side**2 == len(table) - 3 and table.shape[1] == wanted.shape[1]:
-            square = table[:-3].float().T.reshape(1, -1, side, side)  # (1, H, 2 G - 1, 2 G - 1)
-            square = F.interpolate(square, (2 * rows - 1, 2 * columns - 1), mode="bicubic", align_corners=True)
-            fitted[name] = torch.cat([square.flatten(2)[0].T, table[-3:].float()])
-    return fitted

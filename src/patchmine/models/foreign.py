@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from patchmine.errors import UserError
-from patchmine.models.architecture import count_blocks, infer_architecture, known_heads
+from patchmine.errors import UserError, foreign_parser
+from patchmine.models.architecture import count_blocks, known_heads
+from patchmine.models.description import describe, find_weights
+from patchmine.models.grids import source_grid
 from patchmine.models.loading import (
     LoadReport,
     Tensors,
     load_tensors,
     read_checkpoint,
-    resample_positions,
+    refuse_non_finite,
     tensors_only,
 )
-from patchmine.models.official import encoder_tensors
-from patchmine.models.weights import is_export, load_encoder
+from patchmine.models.naming import flatten
+from patchmine.models.positions import move_all_positions
+from patchmine.models.video import VideoTransformer
+from patchmine.models.weights import load_encoder
 from patchmine.types import Grid
 
 SETTING = "method.target_file"
@@ -117,36 +123,32 @@ def _image_size(grid: Grid) -> tuple[int, int]:
 
 
 def _plain_tower(file: Path, grid: Grid) -> VisionTransformer:
-    if is_export(file):
-        tower = load_encoder(file)
-        _check_patch(tower.patch_embed.patch_size[0], grid, file)
-        tower.set_input_size(_image_size(grid))
-        return tower
-    tensors = encoder_tensors(read_checkpoint(file, SETTING), f"{SETTING}={file}")
-    if "visual.conv1.weight" in tensors or "vision_model.embeddings.class_embedding" in tensors:
-        raise UserError(f"{SETTING}={file} is a CLIP network: set method.target=clip")
-    if "patch_embed.proj.weight" in tensors:
-        _check_patch(tensors["patch_embed.proj.weight"].shape[-1], grid, file)
-    architecture = infer_architecture(tensors, f"{SETTING}={file}", image_size=_image_size(grid))
-    return _filled(architecture.build(), tensors, file)
+    tower = load_encoder(file, image_size=_image_size(grid))
+    if not isinstance(tower, VisionTransformer | Beit) or isinstance(tower, VideoTransformer):
+        raise UserError(f"{SETTING}={file} holds a {type(tower).__name__}, no plain vision transformer for images")
+    _check_patch(tower.patch_embed.patch_size[0], grid, file)
+    return tower
 
 
-def _filled(tower: VisionTransformer, tensors: Tensors, file: Path) -> VisionTransformer:
-    """The tower with the tensors in it, every one of them used, positions resampled where the grid differs."""
-    if tensors["pos_embed"].shape != tower.pos_embed.shape:
-        grid = tower.patch_embed.grid_size
-        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid, tower.num_prefix_tokens)
-    load_tensors(tower, tensors, LoadReport(f"{SETTING}={file}"))
+def _filled(tower: VisionTransformer, tensors: Tensors, file: Path, content: Mapping[str, Any]) -> VisionTransformer:
+    """The tower with the tensors in it, every one of them used, positions moved from the grid that they are of."""
+    source, embed, prefix = f"{SETTING}={file}", tower.patch_embed, tower.num_prefix_tokens
+    found = source_grid(tensors["pos_embed"], (prefix,), embed.patch_size, source, describe(file, content))
+    tensors, _ = move_all_positions(tensors, found.grid, embed.grid_size, prefix)
+    load_tensors(tower, tensors, LoadReport(source))
     return tower
 
 
 def _clip_tower(file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor]:
     """CLIP's image tower as a timm ViT, and its projection (D, width)."""
-    tensors = _clip_names(tensors_only(read_checkpoint(file, SETTING)), file)
-    projection = tensors.pop("projection")
-    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    file = find_weights(file, SETTING)
+    content = read_checkpoint(file, SETTING)
+    with foreign_parser(lambda reason: UserError(f"{SETTING}={file} holds no CLIP image tower ({reason})")):
+        tensors = _clip_names(tensors_only(flatten(content)), file)
+        projection = tensors.pop("projection")
+        width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     _check_patch(patch, grid, file)
-    if projection.shape[0] != width:
+    if projection.ndim != 2 or projection.shape[0] != width:
         raise UserError(
             f"{SETTING}={file} projects tokens of width {projection.shape[0]}, but its network gives {width}: "
             "it was put together from two, give the original file"
@@ -160,10 +162,11 @@ def _clip_tower(file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor]:
         img_size=_image_size(grid),
         patch_size=patch,
         embed_dim=width,
-        depth=count_blocks(tensors),
+        depth=count_blocks(tensors, str(file)),
         num_heads=heads,
     )
-    return _filled(tower, tensors, file), projection
+    refuse_non_finite({"its projection": projection}, f"{SETTING}={file}")
+    return _filled(tower, tensors, file, content), projection
 
 
 def _clip_names(tensors: Tensors, file: Path) -> Tensors:

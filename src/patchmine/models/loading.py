@@ -6,7 +6,7 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,36 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from patchmine.errors import UserError
-from patchmine.models.torchscript import is_torchscript, read_torchscript
+from patchmine.errors import UserError, foreign_parser, reason_of
+from patchmine.models.description import find_weights
+from patchmine.models.torchscript import check_archive, is_torchscript, read_torchscript
+from patchmine.names import shown_name
 
 Tensors = dict[str, Tensor]
 
 COUNTER = "num_batches_tracked"  # of a batch norm: older files lack it, and nothing is computed from it
-
-# What the readers raise for files that are cut, garbled or of another kind.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    SafetensorError,
-)
+_DEEPEST = 8  # dictionaries in dictionaries that are looked through for tensors
+_MOST_ENTRIES = 2**20
+_SMALL = 2**12  # bytes; so much may be written as one number with strides of zero
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor of a file.  ``dropped``: known, and not needed here; ``unexpected``: not known."""
+    """What became of every tensor of a file.
+
+    ``dropped``: known, and not needed here; ``unexpected``: not known; ``random``: in the network that is made, and not
+    in the file, so that it starts as it was drawn.
+    """
 
     source: str
     loaded: list[str] = field(default_factory=list)
@@ -51,7 +44,9 @@ class LoadReport:
     dropped: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)  # notes about what the file does not tell
 
     def render(self) -> str:
         """The report as lines for a person; many tensors are told by their block or kind, few by their names."""
@@ -59,10 +54,19 @@ class LoadReport:
         for title in ("loaded", "resized", "dropped", "missing", "unexpected"):
             names: list[str] = getattr(self, title)
             lines.append(f"  {title:<11}{len(names):>4}  {_folded(names)}".rstrip())
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        if self.random:
+            lines.append(f"  left random{len(self.random):>4}  {_folded(self.random)}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in (*self.notes, *self.assumed))])
 
     def __str__(self) -> str:
         return self.render()
+
+
+def _remedy(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> str:
+    """How patches of another size are told, which nothing could turn into those of the model."""
+    if name.endswith("patch_embed.proj.weight") and len(have) == len(want) == 4 and have[:2] == want[:2]:
+        return f", set patch_size={have[-1]}"
+    return ""
 
 
 def _folded(names: Sequence[str]) -> str:
@@ -79,40 +83,104 @@ def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
     """The dictionary in a .safetensors file, a torch pickle or a TorchScript archive, on the CPU; nothing is executed.
 
     Besides tensors and plain containers only `argparse.Namespace` (official files keep their settings in one) is
-    rebuilt.  Raises UserError, naming ``setting``, for a file that is missing, broken, or holds other objects.
+    rebuilt.  No tensor is larger than what the file holds of it.  Raises UserError, naming ``setting``, for a file that
+    is missing, broken, or holds other objects.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file of weights" if path.is_dir() else "does not exist"
-        raise UserError(f"{setting}={path} {what}: give a .safetensors, .pth or .pt file")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        if is_torchscript(path):
-            return dict(read_torchscript(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except _UNREADABLE as error:
-        refused = re.search(r"GLOBAL (\S+\.\S+)", str(error))
-        if refused is None:
-            raise UserError(
-                f"{setting}={path} cannot be read as weights ({_reason(error)}): is the file complete?"
-            ) from error
-        raise UserError(
-            f"{setting}={path} holds a {refused[1]}, which patchmine does not unpickle because that can run code: "
-            "save the bare state dict as .safetensors and give that"
-        ) from error
+    shown = f"{setting}={shown_name(path)}"
+    if path.is_dir():
+        raise UserError(f"{shown} is a folder, not a file of weights: give a .safetensors, .pth or .pt file")
+    path = find_weights(path, setting)
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{shown} cannot be read as weights ({reason}): is the file complete?")
+
+    with foreign_parser(refuse):
+        content = _parse_or_name(path, shown)
     if not isinstance(content, dict):
-        raise UserError(
-            f"{setting}={path} holds a {type(content).__name__}, not a dictionary of tensors: give a state dict"
-        )
+        raise UserError(f"{shown} holds a {type(content).__name__}, not a dictionary of tensors: give a state dict")
+    with foreign_parser(refuse):
+        tensors = nested_tensors(content)
+        for name, tensor in tensors.items():
+            _check_tensor(tensor, name, shown)
+        # Views of one storage under many names are a way to make a small file large in memory.
+        if sum(map(_num_bytes, tensors.values())) > _SMALL * len(tensors) + 4 * path.stat().st_size:
+            raise ValueError("its tensors are many times larger than the file")
     return content
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        return "not a file of tensors"  # torch's own text is about its default settings
-    return str(error).split("\n", 1)[0].strip(". ")[:120] or type(error).__name__
+def _parse_or_name(path: Path, shown: str) -> Any:
+    """What the file holds; a class that is not let in is named, and torch's text about its settings is left out."""
+    try:
+        return _parse(path)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        refused = re.search(r"GLOBAL (\S+\.\S+)", str(error))
+        if refused is not None:
+            raise UserError(
+                f"{shown} holds a {shown_name(refused[1])}, which patchmine does not unpickle because that can run "
+                "code: save the bare state dict as .safetensors and give that"
+            ) from error
+        raise ValueError(_own_reason(error)) from error
+
+
+def _own_reason(error: Exception) -> str:
+    return "not a file of tensors" if isinstance(error, pickle.UnpicklingError) else reason_of(error)
+
+
+def _parse(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    if not zipfile.is_zipfile(path):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    check_archive(path)
+    if is_torchscript(path):
+        return dict(read_torchscript(path))
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def nested_tensors(content: Mapping[Any, Any]) -> Tensors:
+    """Every tensor of a dictionary of dictionaries under its dotted name.
+
+    Raises ValueError where there is no end to it: dictionaries may hold each other, and one of them many times over.
+    """
+    found: Tensors = {}
+    waiting = deque([("", content, 1)])
+    entries = 0
+    while waiting:
+        before, mapping, depth = waiting.popleft()
+        entries += len(mapping)
+        if entries > _MOST_ENTRIES:
+            raise ValueError(f"it has more than {_MOST_ENTRIES:,} entries")
+        for key, value in mapping.items():
+            if isinstance(value, Tensor):
+                found[f"{before}{key}"] = value
+            elif isinstance(value, Mapping) and depth < _DEEPEST:
+                waiting.append((f"{before}{key}.", value, depth + 1))
+    return found
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _check_tensor(tensor: Tensor, name: str, shown: str) -> None:
+    """Refuse what is no plain array in memory, or pretends to be larger than its storage (strides of zero)."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.is_nested:
+        raise UserError(f"{shown}: {shown_name(name)} is no plain tensor (sparse, quantised or without data)")
+    if _num_bytes(tensor) > max(_SMALL, tensor.untyped_storage().nbytes()):
+        raise UserError(
+            f"{shown}: {shown_name(name)} has shape {tuple(tensor.shape)}, more numbers than the file holds of it"
+        )
+
+
+def plain_tensor(tensor: Tensor, name: str) -> Tensor | None:
+    """A weight in float32, the counter of a batch norm as it is; None for other numbers, which are no weights."""
+    if tensor.is_floating_point():
+        return tensor.float()
+    return tensor if name.endswith(COUNTER) else None
 
 
 def tensors_only(mapping: Mapping[str, Any]) -> Tensors:
@@ -122,44 +190,39 @@ def tensors_only(mapping: Mapping[str, Any]) -> Tensors:
     """
     plain: Tensors = {}
     for name, value in mapping.items():
-        if isinstance(value, Tensor) and (value.is_floating_point() or name.endswith(COUNTER)):
-            plain_name = name.removeprefix("module.").replace("_orig_mod.", "")
-            plain[plain_name] = value.float() if value.is_floating_point() else value
+        tensor = plain_tensor(value, name) if isinstance(value, Tensor) and isinstance(name, str) else None
+        if tensor is not None:
+            plain[name.removeprefix("module.").replace("_orig_mod.", "")] = tensor
     return plain
 
 
-def resample_positions(table: Tensor, grid: tuple[int, int], num_prefix: int, setting: str = "image_size") -> Tensor:
-    """(1, P + L, D) of a square grid -> (1, P + L', D) for ``grid`` by bicubic interpolation; the P prefix rows stay.
-
-    Raises UserError when the table is not square, because its rows and columns cannot be told apart.
-    """
-    side = round((table.shape[1] - num_prefix) ** 0.5)
-    if side * side + num_prefix != table.shape[1]:
-        raise UserError(
-            f"the position table has {table.shape[1]} rows, which is no square grid, and cannot be resampled "
-            f"to {grid[0]}x{grid[1]} patches: give the {setting} that it was trained at"
-        )
-    return resample_abs_pos_embed(
-        table, list(grid), [side, side], num_prefix_tokens=num_prefix, interpolation="bicubic"
-    )
+def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError, naming the first tensor, where weights hold NaN or infinity: nothing made of them is of use."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{source}: {shown_name(name)} has {bad} of {tensor.numel()} numbers that are NaN or infinite: the "
+                "training diverged before it was saved, take an earlier file"
+            )
 
 
-def load_tensors(
+def check_fit(
     module: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, *, allow: Sequence[str] = ()
 ) -> None:
-    """Copy ``tensors`` into ``module`` and write down in ``report`` where each went.
+    """Compare names and shapes with those of ``module`` and write missing and unexpected ones into ``report``.
 
     Raises UserError for a tensor of another shape, and for a missing or unexpected one that no pattern of ``allow``
-    matches; the module is then unchanged.
+    matches.
     """
     own = module.state_dict()
-    for name in own.keys() & tensors.keys():
+    for name in sorted(own.keys() & tensors.keys()):
         have, want = tuple(tensors[name].shape), tuple(own[name].shape)
         if have != want:
             raise UserError(
-                f"{report.source}: {name} has shape {have}, the model wants {want}: the architectures differ"
+                f"{report.source}: {shown_name(name)} has shape {have}, the model wants {want}: "
+                f"the architectures differ{_remedy(name, have, want)}"
             )
-    known = [name for name in own if name in tensors]
     report.missing += [name for name in own if name not in tensors]
     report.unexpected += [name for name in tensors if name not in own]
     for kind, names in (("missing", report.missing), ("unexpected", report.unexpected)):
@@ -167,7 +230,20 @@ def load_tensors(
         if refused:
             raise UserError(
                 f"{report.source}: {len(refused)} {kind} tensor(s): {_folded(refused)}.  Does the file belong to this "
-                f"model?  If so, `patchmine import` passes over what it is told to, as in allow=[{refused[0]}]"
+                f"model?  If so, `patchmine import` passes over what it is told to, as in "
+                f"allow=[{shown_name(refused[0])}]"
             )
-    module.load_state_dict({name: tensors[name] for name in known}, strict=False)
+
+
+def load_tensors(
+    module: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport, *, allow: Sequence[str] = ()
+) -> None:
+    """Copy ``tensors`` into ``module`` and write down in ``report`` where each went.
+
+    Raises what `check_fit` raises, and UserError for numbers that are not finite; the module is then unchanged.
+    """
+    check_fit(module, tensors, report, allow=allow)
+    known = {name: tensors[name] for name in module.state_dict() if name in tensors}
+    refuse_non_finite(known, report.source)
+    module.load_state_dict(known, strict=False)
     report.loaded += known

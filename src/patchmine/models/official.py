@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
 
-from patchmine.errors import UserError
+from patchmine.errors import UserError, foreign_parser
 from patchmine.models.architecture import (
     DECODER_HEADS,
     VIDEO_DECODER_HEADS,
@@ -26,11 +25,21 @@ from patchmine.models.architecture import (
     infer_architecture,
     known_heads,
 )
-from patchmine.models.loading import Tensors, read_checkpoint, resample_positions, tensors_only
-from patchmine.models.videomae import from_videomae_names, is_videomae, teacher_of
+from patchmine.models.description import Description, describe, find_weights
+from patchmine.models.loading import Tensors, read_checkpoint
+from patchmine.models.naming import Network, Weights, find_network, flatten
+from patchmine.models.positions import fixed_table, move_all_positions
+from patchmine.names import shown_name
 
 T = TypeVar("T")
-Weights = Literal["student", "teacher"]
+
+# Beginnings of names that are no encoder's: classifiers, projections and other things that are trained and thrown away.
+_HEADS = (
+    *("head.", "heads.", "head_dist.", "fc.", "classifier.", "pooler."),
+    *("neck.", "predictor.", "projector.", "projection_head.", "queue", "vis_mask_token"),
+)
+_TRANSFORMERS_EPS = 1e-12
+_CLIP = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
 
 # Reference prefix -> ours; the encoder's names are timm's and only get `encoder.` in front.
 _NAMES = {
@@ -44,8 +53,6 @@ _NAMES = {
     "decoder_pred_losspred.": "predictor.head.",
 }
 _POSITIONS = "decoder_pos_embed"
-# HPM's secondary mask token, off in all its recipes (spec hpm.md, section 3.1).
-_UNUSED = ("vis_mask_token",)
 
 
 def from_reference_names(tensors: Mapping[str, T], *, teacher: bool = False) -> dict[str, T]:
@@ -89,63 +96,62 @@ def _reference_name(name: str) -> str:
     return name.removeprefix("encoder.")
 
 
-def encoder_tensors(content: Mapping[str, Any], source: str, weights: Weights = "student") -> Tensors:
+def encoder_tensors(content: Mapping[str, Any], source: str, weights: Weights = "auto") -> Tensors:
     """The encoder's tensors of a checkpoint in any known layout, under timm's names; decoders and heads left out."""
-    tensors, _ = _networks(content, source, weights)
+    return encoder_of(require_network(content, source, weights).tensors)
+
+
+def encoder_of(tensors: Tensors) -> Tensors:
+    """A network's tensors without its decoder, classifier and projection heads."""
     return {name: tensor for name, tensor in tensors.items() if not _beside_encoder(name)}
 
 
 def _beside_encoder(name: str) -> bool:
-    return name.startswith(("mask_token", "decoder_", "head.", *_UNUSED))
+    return name.startswith(("mask_token", "decoder", *_HEADS))
 
 
-def _networks(content: Mapping[str, Any], source: str, weights: Weights) -> tuple[Tensors, Tensors | None]:
-    """The wanted weights of a checkpoint, and HPM's EMA weights where there are any, under MAE's names."""
-    stored = content.get("ema_state_dict")
-    teacher = tensors_only(stored) if isinstance(stored, Mapping) else None
-    if weights == "teacher" and _has_teacher(content):
-        return _state_dict(content, source, weights), teacher
-    tensors = _state_dict(content, source, "student")
-    if is_videomae(tensors):  # student and teacher lie in one dictionary
-        taught = teacher_of(tensors)
-        teacher = None if taught is None else from_videomae_names(taught)
-        tensors = from_videomae_names(tensors)
-    if weights == "student":
-        return tensors, teacher
-    if teacher is None:
-        raise UserError(f"{source} holds no teacher weights (no ema_state_dict): use weights=student")
-    return teacher, teacher
-
-
-def _has_teacher(content: Mapping[str, Any]) -> bool:
-    return any(isinstance(content.get(key), Mapping) for key in ("ema_state_dict", "teacher"))
-
-
-def _state_dict(content: Mapping[str, Any], source: str, weights: Weights) -> Tensors:
-    """The one state dict of a checkpoint that is wanted, without prefixes."""
-    # Of DINO's two networks the teacher is the one to use, as its authors say.
-    order = ("ema_state_dict", "teacher") if weights == "teacher" else ("state_dict", "model", "module", "teacher")
-    inner = next((content[key] for key in order if isinstance(content.get(key), Mapping)), content)
-    tensors = tensors_only(inner)
-    for prefix in ("teacher.backbone.", "backbone."):
-        if any(name.startswith(prefix) for name in tensors):
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    if not tensors:
+def require_network(
+    content: Mapping[str, Any], source: str, weights: Weights = "auto", prefix: str | None = None
+) -> Network:
+    """The network of a file that is wanted (`find_network`).  Raises UserError where the file holds none."""
+    with foreign_parser(lambda reason: UserError(f"{source} cannot be understood as an encoder's weights ({reason})")):
+        network = find_network(content, source, weights=weights, prefix=prefix)
+    if network is not None:
+        return network
+    names = list(flatten(content))
+    if not names:
         raise UserError(
             f"{source} holds no tensors under a known name (model, module, state_dict, ema_state_dict, teacher): "
             "give a state dict"
         )
-    return tensors
+    if any(name.endswith(_CLIP) for name in names):
+        raise UserError(f"{source} is a CLIP network: to learn from it set method.target=clip")
+    lacking = "patch_embed.proj.weight, or what mmpretrain, transformers and torchvision call it, no pos_embed"
+    held = ", ".join(shown_name(name) for name in names[:3])
+    raise UserError(f"{source} holds no plain vision transformer (no {lacking}); it holds {held}, ...")
+
+
+def with_usual_eps(known: Description, network: Network) -> Description:
+    """What is known, with the eps of transformers' ViT and ViTMAE, whose files do not tell it without a config.json."""
+    if (
+        known.norm_eps is None
+        and network.place.naming == "transformers"
+        and "blocks.0.ls1.gamma" not in network.tensors
+    ):
+        return replace(known, norm_eps=_TRANSFORMERS_EPS)
+    return known
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Width, blocks, heads and output values of a reference decoder."""
+    """Width, blocks, heads, output values, MLP ratio and biases of a reference decoder."""
 
     width: int
     depth: int
     num_heads: int
     values: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -163,13 +169,15 @@ class Checkpoint:
     tensors: Tensors
     teacher: Tensors | None
     decoder: DecoderShape | None
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # of the method, as far as the file tells
     resized: list[str]
+    dropped: list[str] = field(default_factory=list)  # names in the file that are no part of the network
+    notes: list[str] = field(default_factory=list)
 
     @property
     def encoder(self) -> Tensors:
         """The encoder's tensors under timm's names."""
-        return {name: tensor for name, tensor in self.tensors.items() if not _beside_encoder(name)}
+        return encoder_of(self.tensors)
 
     def describe(self) -> str:
         """File, method and sizes in one line."""
@@ -184,65 +192,113 @@ class Checkpoint:
 def read_official(
     file: str | Path,
     *,
-    weights: Weights = "student",
+    weights: Weights = "auto",
+    prefix: str | None = None,
     image_size: tuple[int, int] | None = None,
+    source_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     with_decoder: bool = True,
 ) -> Checkpoint:
-    """Take an official MAE, VideoMAE or HPM checkpoint apart; sizes are read off the tensors.
+    """Open the checkpoint ``file``, which may also be a folder with a config.json; sizes are read off the tensors.
 
-    ``image_size`` is the size that the model is wanted at; positions of another one are resampled.  ``num_heads`` and
-    ``decoder_num_heads`` are needed for unusual widths only.  Raises UserError for a file that is missing, broken or of
-    another kind.
+    Args:
+        file: any layout that `naming` knows.
+        weights: the trained network or its average.
+        prefix: of the encoder's tensors, where the file holds several encoders.
+        image_size: the size that the model is wanted at; positions of another one are moved.
+        source_size: the size that it was trained at, where nothing else tells.
+        num_heads: needed for unusual widths only, as ``decoder_num_heads``.
+        decoder_num_heads: of the decoder.
+        with_decoder: read the decoder too, where there is one.
+
+    Raises:
+        UserError: the file is missing, broken or of another kind.
     """
-    content = read_checkpoint(file)
+    path = find_weights(Path(file)) if Path(file).is_dir() else Path(file)
+    content = read_checkpoint(path)
     source = str(file)
-    tensors, teacher = _networks(content, source, weights)
-    encoder = {name: tensor for name, tensor in tensors.items() if not _beside_encoder(name)}
-    architecture = infer_architecture(encoder, source, num_heads=num_heads, image_size=image_size)
-    is_hpm = teacher is not None or any(name.startswith("decoder_pred_losspred.") for name in tensors)
-    resized = _fit_positions(tensors, architecture.grid)
-    if teacher is not None and _fit_positions(teacher, architecture.grid):
-        resized.append("teacher's pos_embed likewise")
+    network = require_network(content, source, weights, prefix)
+    known = with_usual_eps(describe(path, content), network)
+    tensors, teacher = network.tensors, network.average
+    is_hpm = any(name.startswith("decoder_pred_losspred.") for name in tensors)
+    architecture = infer_architecture(
+        encoder_of(tensors),
+        source,
+        num_heads=num_heads,
+        image_size=image_size,
+        source_size=source_size,
+        known=known,
+    )
+    teacher = teacher if is_hpm else None
+    tensors, resized = _fit_positions(tensors, architecture)
+    if teacher is not None:
+        teacher, likewise = _fit_positions(teacher, architecture)
+        resized += ["teacher's pos_embed likewise"] if likewise else []
     usual = DECODER_HEADS if architecture.clip is None else VIDEO_DECODER_HEADS
-    args = content.get("args")
+    heads = decoder_num_heads or known.decoder_num_heads
     return Checkpoint(
         source=source,
         method="hpm" if is_hpm else "mae",
         architecture=architecture,
         tensors=tensors,
         teacher=teacher,
-        decoder=_decoder_shape(tensors, source, usual, decoder_num_heads) if with_decoder else None,
-        settings=vars(args) if isinstance(args, argparse.Namespace) else {},
+        decoder=_decoder_shape(tensors, source, usual, heads) if with_decoder else None,
+        settings=_method_settings(content.get("args"), known),
         resized=resized,
+        dropped=network.outside,
+        notes=[note for note in (network.told, architecture.note) if note],
     )
 
 
-def _fit_positions(tensors: Tensors, grid: tuple[int, int]) -> list[str]:
-    """Resample ``pos_embed`` in place where it has another number of patches; says so in a list of one."""
-    prefix = 1 if "cls_token" in tensors else 0
-    count = tensors["pos_embed"].shape[1] - prefix if "pos_embed" in tensors else grid[0] * grid[1]
-    if count == grid[0] * grid[1]:
-        return []
-    tensors["pos_embed"] = resample_positions(tensors["pos_embed"], grid, prefix)
-    side = math.isqrt(count)
-    return [f"pos_embed from {side}x{side} to {grid[0]}x{grid[1]} patches"]
+def _method_settings(args: Any, known: Description) -> dict[str, Any]:
+    """Settings of the method that the file or its config.json tells; of another script's arguments only these count."""
+    stated = {**known.method, **(vars(args) if isinstance(args, argparse.Namespace) else {})}
+    ratio, normalised = stated.get("mask_ratio"), stated.get("norm_pix_loss")
+    found: dict[str, Any] = {}
+    if isinstance(ratio, float) and 0 < ratio < 1:
+        found["mask_ratio"] = ratio
+    if isinstance(normalised, bool):
+        found["norm_pix_loss"] = normalised
+    eps = stated.get("decoder_norm_eps", known.norm_eps)  # transformers gives both parts the same
+    if isinstance(eps, float) and 0 < eps < 1:
+        found["decoder_norm_eps"] = eps
+    return found
+
+
+def _fit_positions(tensors: Tensors, architecture: Architecture) -> tuple[Tensors, list[str]]:
+    """The tensors with their positions moved to the grid that is wanted, and a list that says so."""
+    if "pos_embed" not in tensors:
+        return tensors, []
+    num_prefix = tensors["pos_embed"].shape[1] - math.prod(architecture.table_grid)
+    return move_all_positions(tensors, architecture.table_grid, architecture.grid, num_prefix)
 
 
 def _decoder_shape(
     tensors: Tensors, source: str, usual: Mapping[int, int], num_heads: int | None
 ) -> DecoderShape | None:
-    names = ("decoder_embed.weight", "decoder_pred.weight", "mask_token", "decoder_blocks.0.norm1.weight")
-    present = [name for name in names if name in tensors]
     if not any(name.startswith("decoder_") for name in tensors):
         return None
-    if len(present) < len(names):
-        lacking = ", ".join(name for name in names if name not in present)
-        raise UserError(f"{source} holds a part of a decoder only (no {lacking}): is the file complete?")
+    ranks = {
+        "decoder_embed.weight": 2,
+        "decoder_pred.weight": 2,
+        "mask_token": 3,
+        "decoder_blocks.0.norm1.weight": 1,
+        "decoder_blocks.0.mlp.fc1.weight": 2,
+    }
+    lacking = [name for name, rank in ranks.items() if name not in tensors or tensors[name].ndim != rank]
+    if lacking:
+        raise UserError(f"{source} holds a part of a decoder only (no {', '.join(lacking)}): is the file complete?")
     width = tensors["decoder_embed.weight"].shape[0]
     heads = known_heads(width, usual, "decoder_num_heads", num_heads)
-    return DecoderShape(width, count_blocks(tensors, "decoder_blocks."), heads, tensors["decoder_pred.weight"].shape[0])
+    return DecoderShape(
+        width,
+        count_blocks(tensors, source, "decoder_blocks."),
+        heads,
+        tensors["decoder_pred.weight"].shape[0],
+        tensors["decoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "decoder_blocks.0.attn.qkv.bias" in tensors,
+    )
 
 
 def dropped_names(checkpoint: Checkpoint, *, full: bool) -> list[str]:
@@ -252,22 +308,28 @@ def dropped_names(checkpoint: Checkpoint, *, full: bool) -> list[str]:
     """
     if not full:
         return [name for name in checkpoint.tensors if _beside_encoder(name)]
-    dropped = [name for name in checkpoint.tensors if name in (_POSITIONS, *_UNUSED) or name.startswith("head.")]
+    dropped = [name for name in checkpoint.tensors if name == _POSITIONS or name.startswith(_HEADS)]
     kept = to_reference_names(from_reference_names(checkpoint.teacher or {}, teacher=True), teacher=True)
     return dropped + [f"ema_state_dict.{name}" for name in checkpoint.teacher or {} if name not in kept]
 
 
-def check_decoder_positions(tensors: Tensors, table: Tensor, source: str) -> None:
-    """Compare the file's decoder positions with our fixed ``table`` (L, W), where both are of the same size.
+def check_decoder_positions(tensors: Tensors, size: tuple[int, int], source: str) -> None:
+    """Compare the file's decoder positions with the fixed table of its own grid, ``size`` in patches.
 
     Raises UserError when they differ, because the decoder would be fed positions that it was not trained with.
     """
     stored = tensors.get(_POSITIONS)
-    if stored is None or stored.shape[1] != table.shape[0] + 1:
+    if stored is None:
         return
+    if stored.ndim != 3 or stored.shape[1] != math.prod(size) + 1:
+        raise UserError(
+            f"{source}: {_POSITIONS} has shape {tuple(stored.shape)}, not that of {size[0]}x{size[1]} patches: import "
+            "the encoder only, with what=encoder"
+        )
+    table = fixed_table(stored.shape[2], size)
     difference = float((stored[0, 1:] - table).abs().max())
-    if difference > 1e-4 or not torch.all(stored[0, 0] == 0):
+    if not difference <= 1e-4 or not torch.all(stored[0, 0] == 0):
         raise UserError(
             f"{source}: {_POSITIONS} differs from the fixed sine-cosine table by up to {difference:.3g}, so it was "
-            "trained and cannot be used here: import the encoder only"
+            "trained and cannot be used here: import the encoder only, with what=encoder"
         )

@@ -29,14 +29,22 @@ def names_resnet(architecture: str) -> bool:
     return is_model_in_modules(architecture, {"resnet"})
 
 
-def create(architecture: str, *, cifar_stem: bool = False, **arguments: Any) -> nn.Module:
-    """timm's ``architecture`` without stored weights.  ``cifar_stem``, which timm does not know: `use_cifar_stem`.
+def create(
+    architecture: str, *, cifar_stem: bool = False, norm_eps: float | None = None, **arguments: Any
+) -> nn.Module:
+    """timm's ``architecture`` without stored weights.
+
+    Two arguments are not timm's: ``cifar_stem`` (`use_cifar_stem`), and ``norm_eps``, which every layer norm gets.
 
     Raises what timm raises for arguments that do not fit, and ValueError for a stem that cannot be exchanged.
     """
     encoder = timm.create_model(architecture, pretrained=False, **arguments)
     if cifar_stem:
         use_cifar_stem(encoder)
+    if norm_eps is not None:
+        for norm in encoder.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.eps = norm_eps
     return encoder
 
 

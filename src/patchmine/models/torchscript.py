@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,10 +23,11 @@ _DTYPES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
 }
+_MOST_MODULES = 10**5
 
 
 class _Module:
-    """Stands for any module class of the archive: holds attributes, has no behaviour."""
+    """Stands for any module class of an archive: holds attributes, has no behaviour."""
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -34,12 +36,15 @@ class _TensorUnpickler(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
         self._archive, self._root = archive, root
+        self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
+        # Of this archive alone: a pickle can set attributes of the classes and functions that it is given.
+        self._module = type("Module", (_Module,), {})
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "__torch__":
-            return _Module
+            return self._module
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
+            return partial(_rebuild)
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in _DTYPES:
@@ -50,11 +55,25 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
-        return torch.frombuffer(bytearray(self._archive.read(f"{self._root}/data/{key}")), dtype=dtype)
+        if (key, dtype) not in self._storages:
+            data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+            self._storages[key, dtype] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self._storages[key, dtype]
 
 
 def _rebuild(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
     return storage.as_strided(size, stride, offset)
+
+
+def check_archive(path: Path) -> None:
+    """Raise `zipfile.BadZipFile` for an archive whose members claim more bytes than the file has.
+
+    torch packs nothing, so that such an archive was not written by it, and unpacking it could fill the memory.
+    """
+    with zipfile.ZipFile(path) as archive:
+        claimed = sum(member.file_size for member in archive.infolist())
+    if claimed > path.stat().st_size:
+        raise zipfile.BadZipFile(f"its parts claim {claimed:,} bytes and the file has {path.stat().st_size:,}")
 
 
 def is_torchscript(path: Path) -> bool:
@@ -77,12 +96,20 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     if root is None:
         raise ValueError(f"{path} is no TorchScript archive")
     with zipfile.ZipFile(path) as archive:
-        return dict(_named_tensors(_TensorUnpickler(archive, root).load(), ""))
+        return dict(_named_tensors(_TensorUnpickler(archive, root).load()))
 
 
-def _named_tensors(module: _Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _named_tensors(value, f"{prefix}{name}.")
+def _named_tensors(module: _Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by dotted names.  Raises ValueError for modules that hold each other, or one many times over."""
+    waiting = deque([("", module)])
+    num_modules = 0
+    while waiting:
+        prefix, inner = waiting.popleft()
+        num_modules += 1
+        if num_modules > _MOST_MODULES:
+            raise ValueError(f"it has more than {_MOST_MODULES:,} modules")
+        for name, value in vars(inner).items():
+            if isinstance(value, Tensor):
+                yield f"{prefix}{name}", value
+            elif isinstance(value, _Module):
+                waiting.append((f"{prefix}{name}.", value))

@@ -1,327 +1,251 @@
-"""The encoder on disk: a folder that timm and transformers open, and the way back from there or from a file."""
+"""Encoders out of files: our exports, timm's and transformers' folders, checkpoints in other people's layouts."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import logging
+import math
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save_file
+from timm.models import is_model_in_modules
 from timm.models.beit import Beit
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
 
-from patchmine.disk import settle
 from patchmine.errors import UserError
-from patchmine.models.architecture import infer_architecture
-from patchmine.models.beit import resample_tables
-from patchmine.models.loading import (
-    COUNTER,
-    LoadReport,
-    Tensors,
-    load_tensors,
-    read_checkpoint,
-    resample_positions,
-    tensors_only,
-)
-from patchmine.models.official import encoder_tensors
-from patchmine.models.resnet import create, has_cifar_stem, infer_resnet, is_resnet, names_resnet
-from patchmine.models.video import VideoTransformer, create_video, is_video
+from patchmine.models.architecture import TIMM_EPS, infer_architecture
+from patchmine.models.build import create_encoder
+from patchmine.models.description import LARGEST_SIDE, Description, describe, find_weights
+from patchmine.models.export import export_encoder, is_export
+from patchmine.models.grids import source_grid
+from patchmine.models.loading import COUNTER, LoadReport, Tensors, check_fit, load_tensors, read_checkpoint
+from patchmine.models.naming import Weights
+from patchmine.models.official import encoder_of, require_network, with_usual_eps
+from patchmine.models.positions import RELATIVE, move_all_positions
+from patchmine.models.resnet import infer_resnet, is_resnet, names_resnet
+from patchmine.models.video import VideoTransformer, is_video
 from patchmine.models.vit import Encoder, embedded_prefix
+from patchmine.names import shown_name
 
-CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
+__all__ = ["as_size", "export_encoder", "fill", "is_export", "load_encoder", "open_weights", "resize_encoder"]
+
+_MOST_POSITIONS = 2**28  # numbers of a position table, one gibibyte
+_log = logging.getLogger("patchmine")
 
 
-def export_encoder(
-    encoder: Encoder,
-    folder: str | Path,
-    *,
-    model: str,
-    model_args: Mapping[str, Any],
-    image_size: tuple[int, int],
-    channels: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
-    stride: int | None = None,
-) -> Path:
-    """Write a folder that `timm.create_model("local-dir:FOLDER")` and `transformers.AutoModel` open.
+def as_size(value: int | Sequence[int] | None, setting: str) -> tuple[int, int] | None:
+    """(height, width) from a number or a pair.  Raises UserError, naming ``setting``, for anything else."""
+    if value is None:
+        return None
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
+        raise UserError(f"{setting}={value!r} is no size: give pixels, one number or (height, width)")
+    return sides[0], sides[1]
 
-    Only `load_encoder` opens that of a video model or of a ResNet with a stem for small images, which timm cannot
-    build; the README in the folder says so.  ``model`` and ``model_args`` are what the encoder was built from; ``mean``
-    and ``std`` are in [0, 1] units, one for each channel; ``stride`` is the distance of a clip's frames, noted for who
-    opens the folder.  The folder appears complete or not at all; an older export is replaced.  Raises UserError when
-    ``folder`` holds anything else, ValueError when the encoder is not what ``model`` and ``model_args`` describe.
+
+def load_encoder(path: str | Path, **how: Any) -> Encoder:
+    """The encoder in a file or folder of weights; ``how`` and errors are those of `open_weights`.
+
+    What had to be assumed about the file goes to the log.
     """
-    folder = Path(folder)
-    _refuse_other_content(folder)
-    architecture = model.removeprefix("timm/").split(".")[0]
-    arguments: dict[str, Any] = {**model_args, "in_chans": channels}
-    size = [channels, *image_size]
-    pool = encoder.global_pool
-    if isinstance(encoder, ResNet):
-        pool = arguments["global_pool"] = encoder.global_pool.pool_type
-        places = {name: encoder.pretrained_cfg[name] for name in ("first_conv", "classifier")}
-    else:
-        arguments["img_size"] = list(image_size)
-        arguments["patch_size"] = encoder.patch_embed.patch_size[-1]
-        places = {"first_conv": "patch_embed.proj", "classifier": "head"}
-        if isinstance(encoder, VideoTransformer):
-            arguments["num_frames"] = encoder.patch_embed.num_frames
-            arguments["tubelet_size"] = encoder.patch_embed.patch_size[0]
-            size = [channels, encoder.patch_embed.num_frames, *image_size]
-        else:
-            arguments["global_pool"] = pool
-    if isinstance(encoder, VisionTransformer):
-        arguments["fc_norm"] = not isinstance(encoder.fc_norm, nn.Identity)
-    arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
-    any_size = isinstance(encoder, ResNet) or arguments.get("dynamic_img_size", False)
-    _check_description(encoder, architecture, arguments)
-    config = {
-        "architecture": architecture,
-        "num_classes": 0,
-        "num_features": encoder.num_features,
-        "global_pool": pool,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "custom_load": False,
-            "input_size": size,
-            "fixed_input_size": not any_size,
-            "interpolation": interpolation,
-            "crop_pct": crop_pct,
-            "crop_mode": "center",
-            "mean": list(mean),
-            "std": list(std),
-            "num_classes": 0,
-            "pool_size": None,
-            **({} if stride is None else {"stride": stride}),
-            **places,
-        },
-    }
-    _write(encoder, config, folder)
-    return folder
+    encoder, report = open_weights(path, **how)
+    for note in report.assumed:
+        _log.warning("%s: %s", report.source, note)
+    return encoder
 
 
-def _check_description(encoder: Encoder, architecture: str, arguments: dict[str, Any]) -> None:
-    """Build the described model without memory and compare, so that no folder is written that nobody can open."""
-    rebuilt = _network(architecture, {**arguments, "device": "meta"})
-    wanted = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
-    heads = [None if isinstance(m, ResNet) else m.blocks[0].attn.num_heads for m in (rebuilt, encoder)]
-    if wanted != given or heads[0] != heads[1]:
-        differing = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        raise ValueError(
-            f"model={architecture} with {arguments} is not the encoder to be exported: {differing or 'heads'}"
-        )
-
-
-def _network(architecture: str, arguments: Mapping[str, Any]) -> Any:
-    """What the name and the arguments describe, without classifier: timm's, or ours for clips."""
-    if is_video(architecture):
-        return create_video(architecture, **arguments)
-    return create(architecture, **{**arguments, "num_classes": 0})
-
-
-def _refuse_other_content(folder: Path) -> None:
-    if folder.is_symlink() or folder.is_file():
-        raise UserError(
-            f"out={folder} is a {'link' if folder.is_symlink() else 'file'}: choose another folder for the export"
-        )
-    content = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if not content or (is_export(folder) and set(content) <= {CONFIG, WEIGHTS, README}):
-        return
-    other = next(name for name in content if not is_export(folder) or name not in (CONFIG, WEIGHTS, README))
-    raise UserError(f"out={folder} holds other things than an export (such as {other}): choose an empty or new folder")
-
-
-def _write(encoder: Encoder, config: dict[str, Any], folder: Path) -> None:
-    """Fill a folder beside the final one, then rename it into place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    new.mkdir()
-    try:
-        tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (new / README).write_text(_readme(encoder, config), encoding="utf-8")
-        for path in (new / WEIGHTS, new / CONFIG, new):
-            settle(path)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, in float32 unless it is a counter."""
-    plain = tensor.detach().cpu()
-    return (plain.float() if plain.is_floating_point() else plain).contiguous().clone()
-
-
-_OPEN_ANYWHERE = """```python
-import timm
-encoder = timm.create_model("local-dir:FOLDER", pretrained=True)
-features = encoder.forward_features(images)  # {shape}
-```
-
-```python
-from transformers import AutoModel
-features = AutoModel.from_pretrained("FOLDER")(images).last_hidden_state
-```"""
-
-_OPEN_HERE = """```python
-import patchmine
-encoder = patchmine.load_encoder("FOLDER").eval()
-features = encoder.forward_features(images)  # {shape}
-```
-
-timm and transformers cannot open this folder: the network begins with a 3x3 convolution of stride 1 and no max-pooling
-(`cifar_stem` in config.json), which timm's ResNets cannot be asked for.  The tensors have timm's names: build timm's
-`{architecture}`, put `Conv2d({channels}, 64, 3, padding=1, bias=False)` in the place of `conv1` and `Identity()`
-in the place of `maxpool`, and load `model.safetensors`."""
-
-
-_OPEN_CLIPS = """```python
-import patchmine
-encoder = patchmine.load_encoder("FOLDER").eval()
-features = encoder.forward_features(clips)  # {shape}
-```
-
-timm and transformers cannot open this folder: the first layer looks at cubes of several frames and the positions are a
-table over time, rows and columns (VideoMAE, arXiv 2203.12602), which timm's vision transformers do not have.
-The other tensors have timm's names."""
-
-
-def _readme(encoder: Encoder, config: dict[str, Any]) -> str:
-    """A model card: what this is and how to open it."""
-    cfg = config["pretrained_cfg"]
-    width = config["num_features"]
-    video = isinstance(encoder, VideoTransformer)
-    how = (_OPEN_CLIPS if video else _OPEN_HERE if has_cifar_stem(encoder) else _OPEN_ANYWHERE).format(
-        shape=f"(batch, {width}, rows, columns)" if isinstance(encoder, ResNet) else f"(batch, tokens, {width})",
-        architecture=config["architecture"],
-        channels=cfg["input_size"][0],
-    )
-    axes = "channels, frames, height, width" if video else "channels, height, width"
-    tags = "library_name: timm\ntags: [image-feature-extraction, timm]"
-    return f"""---
-{"tags: [video-feature-extraction]" if video else tags}
----
-# {config["architecture"]}, pre-trained without labels by patchmine
-
-Give the path of this folder in place of FOLDER.
-
-{how}
-
-Input: {"x".join(map(str, cfg["input_size"]))} ({axes}), values in [0, 1], then `(x - mean) / std` with
-mean {cfg["mean"]} and std {cfg["std"]}.
-"""
-
-
-def is_export(path: str | Path) -> bool:
-    """Whether ``path`` is a folder with an encoder under timm's names and the configuration to build it."""
-    return (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file()
-
-
-def load_encoder(
+def open_weights(
     path: str | Path,
     *,
     model: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
-) -> Encoder:
-    """The encoder in an export folder, in a run folder's export, or in a .safetensors, .pth or .pt file.
+    source_size: tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    weights: Weights = "auto",
+    prefix: str | None = None,
+) -> tuple[Encoder, LoadReport]:
+    """The encoder in an export folder, in a run's export, or in a .safetensors, .pth, .pt or .bin file, and a report.
 
-    A file may be a timm or torchvision state dict or an official MAE, VideoMAE, HPM or DINO checkpoint; its
-    architecture is read off the tensors, or is ``model`` with ``model_args`` where given.  ``image_size`` (height,
-    width) resamples the positions of a file or folder to another size; a ResNet has none, and those of a video model
-    are computed anew.
+    Args:
+        path: a file in any layout that `naming` knows, or a folder of it with timm's or transformers' config.json.
+        model: timm's name, where neither the tensors nor a config.json tell it.
+        model_args: its arguments.
+        image_size: (height, width) in pixels that it is wanted at; positions are moved there (`move_positions`).  None:
+            the size that it was trained at.
+        source_size: that size, where nothing tells it.
+        num_heads: attention heads, where the width is an unusual one.
+        weights: the trained network or its average, where the file has both.
+        prefix: of the encoder's names, where the file holds several.
 
-    Raises UserError for a path that holds no encoder and for weights that do not fit.
+    Raises:
+        UserError: the path holds no encoder, or weights that do not fit, or numbers that are not finite.
     """
-    path = Path(path)
-    folder = next((candidate for candidate in (path, path / "export") if is_export(candidate)), None)
-    if folder is not None:
-        encoder = _from_export(folder)
-    elif path.is_dir():
-        raise UserError(
-            f"{path} holds no {CONFIG} and {WEIGHTS}, neither itself nor in export/: "
-            "give an export, or run `patchmine export` first"
+    file = find_weights(Path(path))
+    source = shown_name(path)
+    content = read_checkpoint(file)
+    network = require_network(content, source, weights, prefix)
+    tensors = encoder_of(network.tensors)
+    known = with_usual_eps(describe(file, content), network)
+    if "partner" in network.place.prefix:
+        known = known.without_model()  # config.yaml names the first network of a pair
+    if model is not None:
+        known = _named(known, model, model_args or {}, source)
+    report = LoadReport(source, dropped=network.outside)
+    report.notes.append(network.told)
+    heads = num_heads or (model_args or {}).get("num_heads")
+    if known.model is None and is_resnet(tensors):
+        name, arguments = infer_resnet(tensors, source)
+    elif known.model is None:
+        architecture = infer_architecture(
+            tensors, source, num_heads=heads, image_size=image_size, source_size=source_size, known=known
         )
+        name, arguments = architecture.model, architecture.arguments()
     else:
-        encoder = _from_file(path, model, model_args or {}, image_size)
-    if image_size is None or isinstance(encoder, ResNet) or encoder.patch_embed.img_size == tuple(image_size):
-        return encoder
-    encoder.set_input_size(image_size)
-    return encoder
+        name, arguments = known.model, _arguments(known, image_size, tensors, source)
+    _refuse_giants(arguments, tensors, source)
+    empty = create_encoder(name, {**arguments, "device": "meta"}, source)
+    if isinstance(empty, VideoTransformer):
+        report.assumed += _clip_notes(empty, source_size or known.image_size)
+    elif not isinstance(empty, ResNet):
+        tensors = _fitted(empty, tensors, report, known, source_size, image_size)
+    allow = [f"*.{COUNTER}"]
+    check_fit(empty, tensors, LoadReport(source), allow=allow)  # before there is memory for what a small file claims
+    encoder = create_encoder(name, arguments, source)
+    load_tensors(encoder, tensors, report, allow=allow)
+    return encoder, report
 
 
-def _from_export(folder: Path) -> Encoder:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        architecture, arguments = config["architecture"], dict(config.get("model_args") or {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG} is no configuration of an export ({error!r}): export again") from error
-    tensors = tensors_only(read_checkpoint(folder / WEIGHTS))
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("head.", "fc."))}
-    encoder = _create(architecture, arguments, folder / CONFIG)
-    load_tensors(encoder, tensors, LoadReport(str(folder / WEIGHTS)))
-    return encoder
+def _named(known: Description, model: str, model_args: Mapping[str, Any], source: str) -> Description:
+    """What is known, with a name from the user; a config.json beside the file that names another one contradicts."""
+    name = model.removeprefix("timm/").split(".")[0]
+    if known.model is None:
+        return replace(known, model=name, model_args=dict(model_args))
+    if known.model.removeprefix("timm/").split(".")[0] != name:
+        raise UserError(f"model={model}, but {known.source} says that {source} is a {known.model}: leave model out")
+    return known
 
 
-def _create(model: str, arguments: dict[str, Any], source: Path) -> Encoder:
-    """A plain or BEiT-style ViT, one of clips, or a ResNet of timm's.  Nothing is downloaded."""
-    if not is_video(model) and not timm.is_model(model):
-        raise UserError(f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may")
-    try:
-        encoder = _network(model, arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{source}: timm cannot build {model} with {arguments} ({error})") from error
-    if not isinstance(encoder, VisionTransformer | Beit | ResNet):
-        raise UserError(f"{source}: {model} is a {type(encoder).__name__}, not a plain vision transformer or ResNet")
-    return encoder
+def _arguments(known: Description, image_size: tuple[int, int] | None, tensors: Tensors, source: str) -> dict[str, Any]:
+    """Of the described network, at the size that is wanted."""
+    arguments = dict(known.model_args)
+    assert known.model is not None
+    if not is_video(known.model) and not timm.is_model(known.model):
+        raise UserError(f"{source}: timm {timm.__version__} knows no architecture {known.model!r}; a newer timm may")
+    if names_resnet(known.model):
+        return arguments
+    size = image_size or arguments.get("img_size") or known.image_size
+    if size is not None:
+        arguments["img_size"] = size
+    if is_model_in_modules(known.model, {"beit"}) and "fc_norm.weight" not in tensors:
+        arguments.setdefault("global_pool", "token")  # timm's default normalises after pooling
+    if is_video(known.model) and known.clip is not None:
+        arguments |= dict(zip(("num_frames", "tubelet_size"), known.clip, strict=True))
+    if not is_video(known.model) and known.norm_eps not in (None, TIMM_EPS):
+        arguments["norm_eps"] = known.norm_eps
+    return arguments
 
 
-def _from_file(
-    path: Path, model: str | None, model_args: Mapping[str, Any], image_size: tuple[int, int] | None
-) -> Encoder:
-    tensors = encoder_tensors(read_checkpoint(path), str(path))
-    if is_resnet(tensors):
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")}
-    if model is None and is_resnet(tensors):
-        architecture, arguments = infer_resnet(tensors, str(path))
-        encoder = _create(architecture, arguments, path)
-    elif model is None:
-        encoder = infer_architecture(
-            tensors, str(path), num_heads=model_args.get("num_heads"), image_size=image_size
-        ).build()
-    else:
-        name = model.removeprefix("timm/").split(".")[0]
-        size = {} if image_size is None or names_resnet(name) else {"img_size": image_size}
-        encoder = _create(name, {**size, **model_args}, path)
-    fill(encoder, tensors, str(path))
-    return encoder
+def _refuse_giants(arguments: Mapping[str, Any], tensors: Tensors, source: str) -> None:
+    """Bounds before work: a description of a few bytes can ask for any number of blocks, pixels and channels."""
+    layers = arguments.get("layers", ())
+    counts = [arguments.get("depth", 0), *(layers if isinstance(layers, list | tuple) else ())]
+    if any(isinstance(count, int) and count > len(tensors) for count in counts):
+        raise UserError(f"{source}: its description asks for {max(counts)} blocks and the file has fewer tensors")
+    first = tensors.get("patch_embed.proj.weight")
+    if first is None or first.ndim < 4 or 0 in first.shape:
+        return
+    width, patch = first.shape[0], first.shape[-1]
+    size = arguments.get("img_size", 0)
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    times = arguments.get("num_frames", 1)
+    tokens = math.prod(side // patch for side in sides) * times
+    if tokens * max(width, arguments.get("embed_dim", width)) > _MOST_POSITIONS:
+        shown = "x".join(map(str, sides))
+        raise UserError(
+            f"{source}: at {shown} pixels it has {tokens:,} patches, more than can be held: choose a lower size"
+        )
 
 
-def fill(encoder: Encoder, tensors: Tensors, source: str) -> None:
-    """Load an encoder's weights; positions, absolute and relative, are resampled where the grid differs.
+def _fitted(
+    encoder: VisionTransformer | Beit,
+    tensors: Tensors,
+    report: LoadReport,
+    known: Description,
+    source_size: tuple[int, int] | None,
+    image_size: tuple[int, int] | None,
+) -> Tensors:
+    """The file's tensors with positions of the encoder's grid."""
+    _check_filled(encoder, encoder.patch_embed.img_size, report.source)
+    table = next((t for name, t in tensors.items() if name == "pos_embed" or name.endswith(RELATIVE)), None)
+    if table is None or table.ndim not in (2, 3):
+        return tensors
+    patch, rows = encoder.patch_embed.patch_size, embedded_prefix(encoder)
+    found = source_grid(table, (rows,), patch, report.source, known, source_size, image_size)
+    report.assumed += [found.note] if found.note else []
+    tensors, moved = move_all_positions(tensors, found.grid, encoder.patch_embed.grid_size, rows)
+    report.resized += moved
+    return tensors
 
-    Raises UserError, naming ``source``, for tensors that do not fit.
+
+def _clip_notes(encoder: VideoTransformer, trained_at: tuple[int, int] | None) -> list[str]:
+    """What is to be known about the positions of a video model, which no file stores."""
+    embed = encoder.patch_embed
+    size = "x".join(map(str, (embed.num_frames, *embed.img_size)))
+    if trained_at is None:
+        return [f"clips of {size} are assumed, because the file does not tell; image_size=[height,width] says another"]
+    if trained_at == embed.img_size:
+        return []
+    before = "x".join(map(str, trained_at))
+    return [
+        f"trained at {before} pixels: its positions are VideoMAE's fixed table over all cubes, computed anew for clips "
+        f"of {size}, where a number stands for another place"
+    ]
+
+
+def _check_filled(encoder: VisionTransformer | Beit, image_size: tuple[int, int], source: str) -> None:
+    patch = encoder.patch_embed.patch_size[-2:]
+    if any(side % step for side, step in zip(image_size, patch, strict=True)):
+        size, step = "x".join(map(str, image_size)), patch[0] if patch[0] == patch[1] else "x".join(map(str, patch))
+        raise UserError(f"image_size={size} is not a multiple of the patch size {step} of {source}")
+
+
+def resize_encoder(encoder: Encoder, image_size: tuple[int, int]) -> None:
+    """Make an encoder expect images of ``image_size`` (height, width), in place; its positions are moved there.
+
+    A ResNet takes any.  Raises UserError for a size that its patches do not fill.
     """
-    if isinstance(encoder, VisionTransformer | Beit) and encoder.pos_embed is not None and "pos_embed" in tensors:
-        positions = tensors["pos_embed"]
-        if positions.shape != encoder.pos_embed.shape:
-            positions = resample_positions(positions, encoder.patch_embed.grid_size, embedded_prefix(encoder))
-        tensors = {**tensors, "pos_embed": positions}
-    if isinstance(encoder, Beit):
-        tensors = resample_tables(encoder, tensors)
-    load_tensors(encoder, tensors, LoadReport(source), allow=[f"*.{COUNTER}"])
+    if isinstance(encoder, ResNet) or tuple(encoder.patch_embed.img_size) == tuple(image_size):
+        return
+    _check_filled(encoder, image_size, "the weights")
+    source = encoder.patch_embed.grid_size
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about how timm indexes relative tables
+        encoder.set_input_size(image_size)
+    if isinstance(encoder, VideoTransformer):
+        return
+    # Written anew, because not every timm that we allow knows that a table may be of a rectangle.
+    moved, _ = move_all_positions(before, source, encoder.patch_embed.grid_size, embedded_prefix(encoder))
+    encoder.load_state_dict(moved)
+
+
+def fill(encoder: Encoder, other: Encoder, source: str) -> LoadReport:
+    """Load the weights of ``other``; positions, absolute and relative, are moved from its grid.
+
+    Returns what became of every tensor.  Raises UserError, naming ``source``, for tensors that do not fit.
+    """
+    report = LoadReport(source)
+    tensors = other.state_dict()
+    videos = [isinstance(each, VideoTransformer) for each in (other, encoder)]
+    if all(videos):
+        report.assumed += _clip_notes(encoder, other.patch_embed.img_size)
+    elif not any(videos) and not isinstance(other, ResNet) and not isinstance(encoder, ResNet):
+        grids = [tuple(each.patch_embed.grid_size) for each in (other, encoder)]
+        tensors, report.resized = move_all_positions(tensors, grids[0], grids[1], embedded_prefix(other))
+    load_tensors(encoder, tensors, report, allow=[f"*.{COUNTER}"])
+    return report
