@@ -220,7 +220,7 @@ def export(context: typer.Context) -> None:
 
 @command(app, "import", "FILE out=FOLDER [KEY=VALUE...]")
 def import_weights(context: typer.Context) -> None:
-    """Turn a checkpoint of the official code, timm, transformers or mmpretrain into a run.
+    """Turn a checkpoint of somebody else into a run.
 
     A report tells what became of every tensor; nothing missing or unexpected is passed over.
 
