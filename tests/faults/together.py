@@ -11,6 +11,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import seeds
+from safetensors.torch import save_file
 from scene import WAIT, Child, Ended, Scene, last_lines
 from spread import Outcome, spread
 from verdict import differences, ended_badly, torn
@@ -21,18 +23,43 @@ RANK_STEPS = 60  # of the runs on two processes, which are killed meanwhile
 
 def shared_folder_runs(scene: Scene, *, count: int, processes: int, seconds: float) -> Outcome:
     """``count`` times each: two that start together, 20 ms apart, and a resume beside a run that goes on."""
-    ways = ("at once", "20 ms apart", "other settings", "resume beside a run", "two resumes")
+    ways = ("at once", "20 ms apart", "other settings", "import", "resume beside a run", "two resumes", "readers")
     cases = [(way, number) for number in range(count) for way in ways]
     return spread(lambda case: _shared_folder(scene, *case), cases, processes=processes, seconds=seconds)
 
 
 def _shared_folder(scene: Scene, way: str, number: int) -> tuple[int, list[str]]:
+    faults = _readers(scene, number) if way == "readers" else _writers(scene, way, number)
+    return 1, [f"{way}: {fault}" for fault in faults]
+
+
+def _readers(scene: Scene, number: int) -> list[str]:
+    """What only reads a run succeeds or says what is not there yet, and does not disturb it."""
+    out = scene.scratch / f"read-{number}"
+    run = Child(scene.pretrain(out, "workers=0"), out.with_suffix(".log"))
+    _until((out / "config.yaml").exists, run)
+    commands = [
+        ["report", str(out), f"out={out}.html"],
+        ["export", str(out), f"out={out}-export"],
+        ["show", str(out), str(scene.scratch / "images" / "00.png"), f"out={out}.png"],
+        ["embed", str(out), f"data={scene.scratch / 'images'}", f"out={out}.parquet", "workers=0"],
+    ]
+    readers = [Child(words, scene.scratch / f"reader-{number}-{words[0]}.log") for words in commands]
+    faults = [fault for reader in readers for fault in ended_badly(reader.wait(WAIT), 0, 2)]
+    return faults + (ended_badly(run.wait(WAIT), 0) or differences(out, scene.whole))
+
+
+def _writers(scene: Scene, way: str, number: int) -> list[str]:
     out = scene.scratch / f"shared-{way.replace(' ', '-')}-{number}"
     logs = [out.with_suffix(f".{place}.log") for place in (1, 2)]
     first = scene.pretrain(out, "workers=0")
     second, delay = first, 0.02 if way == "20 ms apart" else 0.0
     if way == "other settings":
         second = [*first, "seed=1"]
+    elif way == "import":
+        weights = scene.scratch / f"official-{number}.safetensors"
+        save_file(seeds.official_weights(), weights)
+        second = ["import", str(weights), f"out={out}", "num_heads=2", "decoder_num_heads=2"]
     elif way in ("resume beside a run", "two resumes"):
         second = ["resume", str(out), "workers=0"]
     if way == "two resumes":
@@ -49,10 +76,10 @@ def _shared_folder(scene: Scene, way: str, number: int) -> tuple[int, list[str]]
     other = Child(second, logs[1])
     ends = [one.wait(WAIT), other.wait(WAIT)]
     faults = _one_wins(ends, way)
-    if not faults and not (way == "other settings" and ends[1].code == 0):
+    if not faults and not (way in ("other settings", "import") and ends[1].code == 0):
         faults = differences(out, scene.whole)
     shutil.rmtree(out, ignore_errors=True)
-    return 1, [f"{way}: {fault}" for fault in faults]
+    return faults
 
 
 def _until(ready: object, child: Child) -> None:
