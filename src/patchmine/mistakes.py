@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from patchmine.errors import UserError
+from patchmine.names import shown_name
 from patchmine.words import did_you_mean, nearest, shown
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -67,7 +68,8 @@ class Mistake:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.text}" if self.path else self.text
+        path = shown_name(self.path)  # of a file that may hold any letter
+        return f"{path}: {self.text}" if self.path else self.text
 
 
 class CrossMistakesError(ValueError):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchmine.config import RunConfig, from_settings, silent
-from patchmine.disk import replacing
+from patchmine.disk import output, replacing, system_errors
 from patchmine.errors import UserError
 from patchmine.lock import lock
 from patchmine.method import Method
@@ -85,9 +85,8 @@ def _export_full(run: Run, out: str | None, weights: Which) -> Path:
     else:
         table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
         tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
-    target.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(target) as new:
+    with output(target) as new, system_errors(target):
         save_file(contiguous, new, metadata=_note(run.config, method))
     return target
 
@@ -182,7 +181,8 @@ def import_file(
         report.notes.append(f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume")
         write_export(config, encoder, folder / "export")
     say(report.render())
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    with replacing(folder / "config.yaml") as new:
+        new.write_text(config.to_yaml(), encoding="utf-8")
     return Run(folder)
 
 

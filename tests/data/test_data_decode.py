@@ -332,3 +332,12 @@ def test_photographs_decode_as_pil_reads_them(shared: Path) -> None:
     for data in contents:
         image = Image.open(io.BytesIO(data))
         assert np.array_equal(as_pil(decode(data, 3)), np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+
+
+def test_what_our_own_readers_of_headers_stumble_over_is_a_damaged_image() -> None:
+    cut = b"\xff\xd8\xff\xe0\x00\x04ab\xff\xc0\x00\x11\x08\x00"  # a frame whose description ends with the file
+    far = b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(8)  # a BigTIFF whose first directory lies at 2**64 - 1
+    for data in (cut, far):
+        for read in (probe, lambda raw: decode(raw, 3)):
+            with pytest.raises(DecodeError, match="damaged"):
+                read(data)

@@ -40,6 +40,7 @@ from patchmine.data.orientation import TAG, TURNED, exif_orientation, upright, u
 from patchmine.data.tiff import read_layout, read_tiff
 from patchmine.data.tiff_pages import MAGIC as TIFF
 from patchmine.data.tiff_pages import TiffFile
+from patchmine.errors import foreign_parser
 
 __all__ = ["MAX_PIXELS", "DecodeError", "Raw", "decode", "fit_channels", "probe"]
 
@@ -73,6 +74,11 @@ _MODES = {
 }
 
 
+def _damaged(reason: str) -> DecodeError:
+    return DecodeError(f"is a truncated or damaged image ({reason})")
+
+
+@foreign_parser(_damaged, DecodeError)
 def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The pixels of a raw item, upright, with the channels that a run asks for.
 
@@ -95,6 +101,7 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     return fit_channels(image, channels, has_alpha)
 
 
+@foreign_parser(_damaged, DecodeError)
 def probe(raw: Raw) -> tuple[int, int, int, str]:
     """(height, width, channels, dtype name) as stored, but upright; reads no more than needed; raises DecodeError."""
     if isinstance(raw, (bytes, bytearray, memoryview)):

@@ -37,7 +37,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
     """
     frame, orientation = None, 1
     for marker, start, end in _segments(data):
-        if marker in _FRAMES and frame is None and end - start >= 6:
+        if marker in _FRAMES and frame is None and min(end, len(data)) - start >= 6:
             frame = (*struct.unpack_from(">HHB", data, start + 1), marker in _PROGRESSIVE)
         elif marker == _APP1 and orientation == 1 and data.startswith(b"Exif\0", start):
             orientation = exif_orientation(data[start + 6 : end])

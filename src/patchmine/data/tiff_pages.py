@@ -99,7 +99,7 @@ class TiffFile:
     def _whole(self, letter: str, place: int) -> int:
         try:
             value: int = struct.unpack_from(self.order + letter, self.data, place)[0]
-        except struct.error as error:
+        except (struct.error, OverflowError) as error:
             raise DecodeError("is a truncated or damaged TIFF (a directory lies outside of the file)") from error
         return value
 

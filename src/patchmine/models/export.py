@@ -14,7 +14,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from patchmine.disk import settle
+from patchmine.disk import settle, system_errors
 from patchmine.errors import UserError
 from patchmine.models.build import network
 from patchmine.models.description import CONFIG, WEIGHTS, note
@@ -134,7 +134,8 @@ def _write(encoder: Encoder, config: dict[str, Any], folder: Path) -> None:
     new.mkdir()
     try:
         tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
-        save_file(tensors, new / WEIGHTS, metadata=_note(encoder, config))
+        with system_errors(new / WEIGHTS):
+            save_file(tensors, new / WEIGHTS, metadata=_note(encoder, config))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (new / README).write_text(model_card(encoder, config), encoding="utf-8")
         for path in (new / WEIGHTS, new / CONFIG, new):
