@@ -134,6 +134,24 @@ def test_a_batch_that_nobody_chose_is_lowered_to_the_data() -> None:
     assert fit_batch(parse(None, video), 5 * 4, "clips").batch_size == 16
 
 
+def test_a_batch_that_nobody_chose_is_shared_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = parse(None, ["data=x", "devices=3", "accumulate=2"], said.append)
+    assert config.batch_size == 252
+    assert said == ["batch_size=256 is changed to 252, a multiple of the 6 parts that a batch is cut into."]
+    assert fit_batch(config, 13, "images").batch_size == 12
+    assert parse(None, ["data=x", "accumulate=300"]).batch_size == 300
+    assert resolve_size(parse("my-images", ["data=x", "devices=3"]), 500).batch_size == 63
+    assert parse("cifar10-tiny", ["data=x", "devices=3"]).batch_size % 3 == 0
+    video = parse(None, ["data=x", "model=video_vit_small_patch16", "clip.repeats=3"])
+    assert video.batch_size == 255
+    (tmp_path / "mine.yaml").write_text("data: x\nbatch_size: 64\n", encoding="utf-8")
+    with pytest.raises(UserError, match="must be a multiple of 3"):
+        parse(tmp_path / "mine.yaml", ["devices=3"])
+    with pytest.raises(UserError, match="must be a multiple of 3"):
+        parse("my-images", ["data=x", "devices=3", "batch_size=64"])
+
+
 def test_a_batch_that_was_chosen_is_refused_with_one_that_fits(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"batch_size=64 is more than the 10 images: set batch_size=8 or lower"):
         fit_batch(parse(None, ["data=x", "batch_size=64", "accumulate=4"]), 10, "images")

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from patchmine.errors import UserError
 from patchmine.evaluation_commands import evaluate
+from patchmine.names import shown_name
 from patchmine.program import command, ended_in_words, last_words, say, typer_group
 
 _HELP = """Pre-train vision backbones on your own unlabelled images: MAE and Hard Patches Mining.
@@ -180,7 +181,7 @@ def show(context: typer.Context) -> None:
     from patchmine.report.show import show as draw
 
     given = read_words(Show, context.args, command="show", first=["run"], rest="images", say=say)
-    print(draw(given.run, given.images, given.out, seed=given.seed))
+    print(shown_name(str(draw(given.run, given.images, given.out, seed=given.seed))))
 
 
 @command(app, "report", "RUN... [out=report.html]")
@@ -195,7 +196,7 @@ def report(context: typer.Context) -> None:
     from patchmine.report.html import write_report
 
     given = read_words(Report, context.args, command="report", rest="runs", say=say)
-    print(write_report(given.runs, given.out))
+    print(shown_name(str(write_report(given.runs, given.out))))
 
 
 @command(app, "export", "RUN [out=FOLDER] [KEY=VALUE...]")
@@ -215,7 +216,7 @@ def export(context: typer.Context) -> None:
     from patchmine.transfer import export_run
 
     given = read_words(Export, context.args, command="export", first=["run"], say=say)
-    print(export_run(given.run, given.out, what=given.what, weights=given.weights))
+    print(shown_name(str(export_run(given.run, given.out, what=given.what, weights=given.weights))))
 
 
 @command(app, "import", "FILE out=FOLDER [KEY=VALUE...]")
@@ -241,7 +242,7 @@ def import_weights(context: typer.Context) -> None:
     from patchmine.transfer import import_file
 
     given = read_words(Import, context.args, command="import", first=["file"], say=say)
-    print(import_file(**given.model_dump(), say=say).path)
+    print(shown_name(import_file(**given.model_dump(), say=say).path))
 
 
 @command(data, "inspect", "IMAGES [sample=1000] [full=false] [video=false] [max_pixels=N]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from patchmine.models.video import is_video
 from patchmine.names import shown_name
 from patchmine.recipes import Recipe, load_recipe
 from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, Size, SizeRow, changed_results
+from patchmine.strict import LARGEST_COUNT
 from patchmine.words import exists, merge, put, read_settings, repeated, shown
 
 __all__ = [
@@ -80,10 +82,11 @@ def _assemble(
     wanted = _tree(pairs, mistakes)
     settings = wanted if recipe is None else merge(_recipe_settings(recipe, wanted, say), wanted)
     where = "the settings" if recipe is None else f"the settings (with {recipe.name})"
-    config = _validate(settings, where, mistakes, also)
+    advised = "batch_size" not in (wanted if recipe is None or recipe.ours else settings)
+    config = _validate(_shared_out(settings, say) if advised else settings, where, mistakes, also)
     for row in config.by_size:
-        _with_row(config, row, f"{where} for data sets up to {row.up_to or 'any'} images", also)
-    if recipe is not None and recipe.ours and "batch_size" not in wanted:
+        _with_row(config, row, f"{where} for data sets up to {row.up_to or 'any'} images", also=also)
+    if advised:
         _advise(config, "batch_size")
     shortened = "epochs" in wanted or "warmup_epochs" not in settings
     return _fit_warmup(config, shortened and "warmup_epochs" not in wanted, say)
@@ -143,7 +146,7 @@ def _recipe_settings(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dic
     if not isinstance(name, str | None):
         return settings  # and let the mistake be told
     settings["method"] = default if name == default.get("name") else {"name": name}
-    if name in recipe.methods:
+    if name is not None and name in recipe.methods:
         settings = merge(settings, recipe.methods[name])
     elif name in METHODS and (recipe.methods or name != default.get("name")):
         say(f"Recipe {recipe.name} has no settings for method={name}: the method's own defaults are used.")
@@ -199,15 +202,36 @@ def resolve_size(config: RunConfig, num_images: int, say: Say = silent) -> RunCo
         raise UserError(f"by_size has no row for {num_images:,} images: end it with a row 'up_to: null'")
     chosen = ", ".join(f"{key}={shown(value)}" for key, value in fitting[0].use.items())
     say(f"{num_images:,} images: {chosen or 'nothing to choose'}.")
-    sized = _with_row(config, fitting[0], f"the settings for {num_images:,} images")
+    sized = _with_row(config, fitting[0], f"the settings for {num_images:,} images", say)
     if "batch_size" in fitting[0].use or "batch_size" not in config.model_fields_set:
         _advise(sized, "batch_size")
     # A row no longer holds what the user set: where it has no warm-up, that is the user's.
     return _fit_warmup(sized, "warmup_epochs" in fitting[0].use, say)
 
 
-def _with_row(config: RunConfig, row: SizeRow, where: str, also: Check = no_more) -> RunConfig:
-    return _validate(merge(config.model_dump(exclude={"by_size"}), row.use), where, also=also)
+def _with_row(config: RunConfig, row: SizeRow, where: str, say: Say = silent, *, also: Check = no_more) -> RunConfig:
+    settings = merge(config.model_dump(exclude={"by_size"}), row.use)
+    advised = "batch_size" in row.use or "batch_size" not in config.model_fields_set
+    return _validate(_shared_out(settings, say) if advised else settings, where, also=also)
+
+
+def _shared_out(settings: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """The settings with a batch that nobody chose lowered to what divides among the parts that it is cut into."""
+    fields = Results.model_fields | Running.model_fields
+    batch, *counts = (
+        settings.get(name, fields[name].default) for name in ("batch_size", "accumulate", "devices", "num_nodes")
+    )
+    clip = settings.get("clip")
+    if is_video(str(settings.get("model"))) and isinstance(clip, Mapping):
+        counts.append(clip.get("repeats", 1))
+    if not all(type(count) is int and 0 < count <= LARGEST_COUNT for count in (batch, *counts)):
+        return dict(settings)  # whose mistakes are told
+    parts = math.prod(counts)
+    if batch % parts == 0:
+        return dict(settings)
+    fitting = max(1, batch // parts) * parts
+    say(f"batch_size={batch} is changed to {fitting}, a multiple of the {parts} parts that a batch is cut into.")
+    return {**settings, "batch_size": fitting}
 
 
 def fit_batch(config: RunConfig, samples: int, items: str, say: Say = silent) -> RunConfig:

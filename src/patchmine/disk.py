@@ -77,7 +77,9 @@ def output(path: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, FileExistsError):  # of making a folder where a file is
             error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        raise UserError(f"out={path} cannot be written ({error.strerror or error}); {remedy(error)}") from error
+        raise UserError(
+            f"out={shown_name(path)} cannot be written ({error.strerror or error}); {remedy(error)}"
+        ) from error
 
 
 @contextmanager

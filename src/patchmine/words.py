@@ -35,24 +35,26 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}  # nodes below each finished one, aliases written out
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
         self._depth += 1
         if self._depth > _DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"nested more than {_DEEPEST} deep", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"nested more than {_DEEPEST} deep", problem_mark=mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
-            raise yaml.MarkedYAMLError(problem="an alias within what it stands for", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem="an alias within what it stands for", problem_mark=mark)
         if node is not None and id(node) not in self._sizes:
             self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in _children(node))
             if self._sizes[id(node)] > _MOST_NODES:
                 problem = "aliases make this larger than any settings are"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         return node
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        keys: list[Any] = [key for key, _ in node.value]
+        for key in keys:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 problem = f"{shown(key.value)} stands here twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
@@ -61,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: Any) -> Any:
         try:
-            return super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
+            return super().construct_yaml_int(node)
         except ValueError:
             return node.value  # of more digits than Python reads; whether text is allowed is for the setting to say
 

@@ -67,7 +67,7 @@ def test_a_failure_leaves_the_earlier_file_alone(run_folder, image_folder, tmp_p
     assert out.read_bytes() == b"earlier work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["e.parquet", "flat", "run"]
     (tmp_path / "f.csv").mkdir()
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="a folder has that name"):
         embed(settings(run_folder, image_folder, tmp_path / "f.csv"))
 
 

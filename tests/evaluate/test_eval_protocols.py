@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 
@@ -168,3 +169,29 @@ def test_the_table_shows_target_floors_and_where_the_test_images_come_from(run_f
 
 def test_features_know_their_length():
     assert len(Features(torch.zeros(3, 2), None, torch.arange(3))) == 3
+
+
+def test_a_result_that_cannot_be_filed_is_still_told(run_folder, image_folder, monkeypatch):
+    def full(*_args, **_more):
+        raise OSError(errno.ENOSPC, "No space left on device", str(run_folder / "eval"))
+
+    monkeypatch.setattr("patchmine.evaluate.measure.write_result", full)
+    with pytest.raises(
+        UserError, match=r"eval cannot be written \(No space left on device\); make room.*top-1 \d+\.\d\d"
+    ):
+        evaluate_knn(KnnSettings(target=str(run_folder), data=str(image_folder), workers=0))
+
+
+def test_a_table_prints_names_with_brackets_as_they_are():
+    console = Console(file=io.StringIO(), width=100)
+    result = {
+        "protocol": "knn",
+        "target": {"name": "runs/[red]x[/nothing]"},
+        "top1": 1.0,
+        "top5": 2.0,
+        "images": {"train": 1, "test": 1, "classes": 2, "how": "learns from [/a]"},
+        "notes": ["[b]"],
+    }
+    show_result(result, console)
+    text = console.file.getvalue()
+    assert all(part in text for part in ("runs/[red]x[/nothing]", "learns from [/a]", "[b]"))

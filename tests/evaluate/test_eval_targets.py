@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import timm
 import torch
@@ -121,3 +123,46 @@ def test_mistakes_are_explained(run_folder, tmp_path, spec, settings, words):
     spec = {"RUN": run_folder, "EMPTY": tmp_path / "empty"}.get(spec, spec)
     with pytest.raises(UserError, match=words):
         open_target(spec, **settings)
+
+
+def test_weights_of_a_target_that_holds_one_encoder_are_refused(run_folder, tmp_path):
+    """`weights=teacher` of an export was the student, in silence."""
+    with pytest.raises(UserError, match=r"weights=teacher: .*export is an export, which holds one encoder"):
+        open_target(run_folder / "export", weights="teacher")
+    save_file(
+        timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict(), tmp_path / "w.safetensors"
+    )
+    with pytest.raises(UserError, match=r"weights=partner: .* is a file, which holds one encoder"):
+        open_target(tmp_path / "w.safetensors", weights="partner")
+    with pytest.raises(UserError, match=r"channels=5, but .* was made for 3"):
+        open_target(tmp_path / "w.safetensors", channels=5)
+    assert open_target("test_vit", channels=5).channels == 5
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "a\0b", "caf\udce9", "nowhere/x"])
+def test_a_name_that_no_target_has_is_one_printable_sentence(name):
+    with pytest.raises(UserError) as caught:
+        open_target(name)
+    assert str(caught.value).isprintable()
+    assert "is no run, export or file that exists" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": "text"},
+        {"mean": [0.5, float("nan"), 0.5]},
+        {"std": [0, 1, 1]},
+        {"std": {"a": 1}},
+        {"crop_pct": -1},
+        {"crop_pct": "wide"},
+    ],
+)
+def test_an_export_that_tells_no_preparation_is_refused(change, run_folder):
+    file = run_folder / "export" / "config.json"
+    config = json.loads(file.read_text())
+    config["pretrained_cfg"] |= change
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="export"):
+        open_target(run_folder / "export")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from patchmine.data.loader import BadFiles
-from patchmine.disk import remedy, replacing
-from patchmine.errors import UserError
+from patchmine.disk import output
 from patchmine.evaluate.features import Reader, judge_broken, stream
 from patchmine.evaluate.labelled import everything, open_items
 from patchmine.evaluate.measure import ReadSettings
@@ -42,7 +37,7 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
     written.
     """
     out = Path(settings.out)
-    with _output(out) as new:  # a place that cannot be written is told before an hour of work
+    with output(out) as new:  # a place that cannot be written is told before an hour of work
         target = settings.open()
         if target.note:
             say(target.note)
@@ -50,21 +45,6 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
         rows = _write(new, out.suffix.lower(), Reader(target), source, settings, say)
     say(f"{rows:,} embeddings of {len(source):,} {target.kind}s in {shown_name(out)}")
     return out
-
-
-@contextmanager
-def _output(out: Path) -> Iterator[Path]:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise UserError(f"out={shown_name(out)} is a folder: give the name of a file in it")
-        with replacing(out) as new:
-            yield new
-    except OSError as error:
-        if isinstance(error, FileExistsError):
-            error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        reason = error.strerror or str(error)
-        raise UserError(f"out={shown_name(out)} cannot be written ({reason}); {remedy(error)}") from error
 
 
 def _write(path: Path, ending: str, reader: Reader, source: Any, settings: EmbedSettings, say: Say) -> int:

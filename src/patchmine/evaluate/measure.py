@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
 from patchmine.evaluate.labelled import LabelledData, open_labelled
@@ -80,7 +82,9 @@ class EvalSettings(ReadSettings):
 
     test: str | list[str] | None = Field(None, description="images to test on; null: a part of data")
     floors: bool = Field(False, description="also measure a random twin of the encoder and the raw pixels")
-    name: str | None = Field(None, pattern=r"^[\w.-]+$", description="of the result's file; null: the protocol's")
+    name: str | None = Field(
+        None, pattern=r"^[\w.-]+$", max_length=100, description="of the result's file; null: the protocol's"
+    )
 
 
 def measure(
@@ -168,23 +172,33 @@ def notes_of(target: Target, data: LabelledData) -> list[str]:
 
 
 def file_result(result: Result, target: Target) -> Result:
-    """The same result, written to eval/NAME.json where the target is a run."""
-    if target.folder is not None:
+    """The same result, written to eval/NAME.json where the target is a run.
+
+    Raises UserError where it cannot be written, with the accuracy, which took its time.
+    """
+    if target.folder is None:
+        return result
+    try:
         write_result(Run(target.folder).eval_dir / f"{result['name']}.json", result)
+    except OSError as error:
+        raise UserError(
+            f"{refusal(error, 'cannot be written')}.  What was measured: top-1 {result['top1']:.2f}, "
+            f"top-5 {result['top5']:.2f}"
+        ) from error
     return result
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result as JSON; the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new-{os.getpid()}")
-    new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    with replacing(path) as new:
+        new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def show_result(result: Mapping[str, Any], console: Console) -> None:
     """A small table for people: the target first, then the floors."""
-    table = Table(title=f"{result['protocol']}: {result['target']['name']}")
+    print_line = partial(console.print, markup=False)  # names may hold brackets
+    table = Table(title=Text(f"{result['protocol']}: {result['target']['name']}"))
     for column in ("", "top-1", "top-5"):
         table.add_column(column, justify="right" if column else "left")
     rows = {"this target": result, **{k.replace("_", " "): v for k, v in result.get("floors", {}).items()}}
@@ -193,21 +207,19 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     images = result["images"]
     kind = "videos" if "clip" in images else "images"
-    console.print(
+    print_line(
         f"{images['train']:,} training and {images['test']:,} test {kind}, {images['classes']} classes: {images['how']}"
     )
     if "one_view" in result:
         views = result["settings"]
-        console.print(
+        print_line(
             f"scores averaged over {views['segments']} x {views['crops']} clips of each video; "
             f"the middle one alone: top-1 {result['one_view']['top1']:.2f}"
         )
     if "by_k" in result:
-        console.print("top-1 by k: " + ", ".join(f"{k}: {scores['top1']:.2f}" for k, scores in result["by_k"].items()))
+        print_line("top-1 by k: " + ", ".join(f"{k}: {scores['top1']:.2f}" for k, scores in result["by_k"].items()))
     if "chosen" in result:
         best = result["chosen"]
-        console.print(
-            f"chosen: {best['pooling']}, rate {best['rate']:g} ({best['held_out_top1']:.2f} on held-out images)"
-        )
+        print_line(f"chosen: {best['pooling']}, rate {best['rate']:g} ({best['held_out_top1']:.2f} on held-out images)")
     for note in result["notes"]:
-        console.print(note)
+        print_line(note)

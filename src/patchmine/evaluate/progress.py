@@ -27,7 +27,7 @@ def progress(title: str, total: int, say: Say) -> Iterator[Tick]:
         yield lambda _: None
     elif console.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -90,7 +90,7 @@ def _npz(path: Path) -> Iterator[Add]:
     parts: list[Rows] = []
     with path.open("wb") as handle:  # now, so that it fails early; savez would also add an ending to a name
         yield parts.append
-        arrays: dict[str, NDArray[Any]] = {
+        arrays: dict[str, Any] = {
             "path": np.array([name for part in parts for name in part.paths]),
             "index": np.concatenate([part.index for part in parts]),
             "embedding": np.concatenate([part.x for part in parts]),

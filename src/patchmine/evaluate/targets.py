@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -19,14 +21,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from patchmine.data.bounds import MAX_PIXELS
-from patchmine.errors import UserError
+from patchmine.errors import UserError, foreign_parser
 from patchmine.models.description import CONFIG, read_json
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 from patchmine.models.video import VideoTransformer, is_video
 from patchmine.models.vit import build_encoder, initialise_encoder
 from patchmine.models.weights import is_export, load_encoder, resize_encoder
+from patchmine.names import shown_name
 from patchmine.run import Run, Which, is_run
 from patchmine.settings import Clip, RunConfig
+from patchmine.words import exists
 
 RAW_PIXELS = "raw-pixels"
 RANDOM_INIT = "random-init"
@@ -80,6 +84,8 @@ def open_target(
     Raises UserError for anything else, and for weights that hold NaN or infinity.
     """
     target = _open(spec, image_size, channels, weights, seed)
+    if channels is not None and channels != target.channels:
+        raise UserError(f"channels={channels}, but {target.name} was made for {target.channels}: leave the setting out")
     if target.encoder is not None:
         _refuse_infinite(target.name, target.encoder)
     return target
@@ -106,19 +112,36 @@ def _open(
         return _raw(image_size or (32, 32), channels or 3)
     if kind == RANDOM_INIT:
         raise UserError(f"{RANDOM_INIT} needs the run or architecture to copy: write {RANDOM_INIT}:RUN")
-    path = Path(text)
+    if exists(text):
+        return _of_path(Path(text), image_size, weights)
+    return _of_timm(text, image_size, channels, weights, seed)
+
+
+def _of_path(path: Path, image_size: tuple[int, int] | None, weights: str) -> Target:
+    name = shown_name(path)
     if is_run(path):
-        return _resized(_of_run(path, weights), image_size, channels)
+        return _resized(_of_run(path, weights), image_size)
     if is_export(path):
-        return _resized(_of_export(path), image_size, channels)
+        _refuse_choice(name, "an export", weights)
+        return _resized(_of_export(path), image_size)
     if path.is_dir():
         raise UserError(
-            f"{text} is neither a run (a folder with config.yaml) nor an export (config.json and model.safetensors): "
+            f"{name} is neither a run (a folder with config.yaml) nor an export (config.json and model.safetensors): "
             "give one of these, a file of weights, or the name of a timm architecture"
         )
-    if path.is_file():
-        return _sized(_of_timm_model(text, load_encoder(path, image_size=image_size)), image_size)
-    return _of_timm(text, image_size, channels, weights, seed)
+    if not path.is_file():
+        raise UserError(f"{name} is a pipe, a socket or a device: give a run, an export or a file of weights")
+    _refuse_choice(name, "a file", weights)
+    return _sized(_of_timm_model(name, load_encoder(path, image_size=image_size)), image_size)
+
+
+def _refuse_choice(name: str, kind: str, weights: str) -> None:
+    """UserError for ``weights`` of a target that holds one encoder only: the other one would be measured in silence."""
+    if weights != "student":
+        raise UserError(
+            f"weights={shown_name(weights)}: {name} is {kind}, which holds one encoder; leave the setting "
+            "out, or name the run that it is from"
+        )
 
 
 def random_twin(target: Target, seed: int = 0) -> Target:
@@ -162,10 +185,12 @@ def _of_run(path: Path, weights: str) -> Target:
         )
     known = get_args(Which)
     if weights not in known:
-        raise UserError(f"weights={weights!r}: of the run {path} either {' or '.join(known)} can be measured")
+        raise UserError(
+            f"weights={shown_name(weights)}: of the run {shown_name(path)} either {' or '.join(known)} can be measured"
+        )
     encoder = run.encoder(cast(Which, weights))
     note = "" if weights == "student" else f"weights: {weights}"
-    return replace(target_of(config, encoder, str(path)), folder=path, note=note)
+    return replace(target_of(config, encoder, shown_name(path)), folder=path, note=note)
 
 
 def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
@@ -187,25 +212,27 @@ def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
 
 def _of_export(path: Path) -> Target:
     cfg = read_json(path / CONFIG).get("pretrained_cfg") or {}
-    return _of_timm_model(str(path), load_encoder(path), cfg)
+    return _of_timm_model(shown_name(path), load_encoder(path), cfg)
 
 
 def _of_timm_model(name: str, encoder: nn.Module, cfg: Mapping[str, Any] | None = None) -> Target:
     """A target whose images are prepared as timm's description of the model says."""
     if cfg is None:
         cfg = getattr(encoder, "pretrained_cfg", {})
-    patch_embed = getattr(encoder, "patch_embed", None)
-    prepared = resolve_data_config(pretrained_cfg={"crop_pct": CROP_PCT, **cfg})
-    size = getattr(patch_embed, "img_size", None) or prepared["input_size"][1:]
     channels = next(p for p in encoder.parameters() if p.ndim >= 4).shape[1]
-    mean, std = tuple(prepared["mean"]), tuple(prepared["std"])
+    with foreign_parser(lambda reason: UserError(f"{name}: how it takes images cannot be read ({reason})")):
+        prepared = resolve_data_config(pretrained_cfg={"crop_pct": CROP_PCT, **cfg})
+        size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or prepared["input_size"][1:]
+        mean, std = (tuple(map(float, prepared[key])) for key in ("mean", "std"))
+        crop_pct, clip = float(prepared["crop_pct"]), None
+        if isinstance(encoder, VideoTransformer):
+            embed = encoder.patch_embed
+            clip = Clip(frames=embed.num_frames, tubelet=embed.patch_size[0], stride=cfg.get("stride", Clip().stride))
     if len(mean) != channels:
         mean, std = _imagenet(channels)
-    clip = None
-    if isinstance(encoder, VideoTransformer):
-        embed = encoder.patch_embed
-        clip = Clip(frames=embed.num_frames, tubelet=embed.patch_size[0], stride=cfg.get("stride", Clip().stride))
-    return Target(name, encoder, tuple(size), channels, mean, std, prepared["crop_pct"], clip)
+    if not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std) or not 0 < crop_pct <= 1:
+        raise UserError(f"{name}: no images can be prepared with mean {mean}, std {std} and crop_pct {crop_pct}")
+    return Target(name, encoder, tuple(size), channels, mean, std, crop_pct, clip)
 
 
 def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weights: str, seed: int) -> Target:
@@ -215,13 +242,15 @@ def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weig
     if not timm.is_model(bare.split(".")[0]):
         near = difflib.get_close_matches(bare.split(".")[0], timm.list_models(), n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
-        raise UserError(f"{name!r} is no run, export or file that exists, and no architecture of timm's{hint}")
+        raise UserError(
+            f"'{shown_name(name)}' is no run, export or file that exists, and no architecture of timm's{hint}"
+        )
     settings: dict[str, Any] = dict(pretrained=False, num_classes=0, in_chans=channels or 3)
     if weights == "student":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             encoder = _create(bare, settings, size)
-        note = f"no weights were loaded: {name} is measured with random ones (give weights=FILE for others)"
+        note = f"no weights were loaded: {shown_name(name)} is measured with random ones (give weights=FILE for others)"
         return replace(_sized(_of_timm_model(name, encoder), size), note=note)
     encoder = _create(bare, settings, size)
     if isinstance(encoder, VisionTransformer | Beit):
@@ -230,7 +259,7 @@ def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weig
         content = read_checkpoint(weights, "weights")
         tensors = tensors_only(content.get("state_dict", content.get("model", content)))
         load_tensors(encoder, tensors, LoadReport(str(weights)), allow=_NOT_WANTED)
-    return replace(_sized(_of_timm_model(name, encoder), size), name=f"{name} ({weights})")
+    return replace(_sized(_of_timm_model(name, encoder), size), name=shown_name(f"{name} ({weights})"))
 
 
 def _of_video(name: str, size: tuple[int, int], channels: int, seed: int) -> Target:
@@ -244,27 +273,24 @@ def _of_video(name: str, size: tuple[int, int], channels: int, seed: int) -> Tar
 
 def _create(name: str, settings: dict[str, Any], size: tuple[int, int] | None) -> nn.Module:
     """timm's model; convolutional networks take any size and know no ``img_size``."""
-    try:
+
+    def refuse(reason: str) -> UserError:
+        given = f"image_size={'x'.join(map(str, size))}, " if size is not None else ""
+        return UserError(f"timm cannot build {name} with {given}channels={settings['in_chans']} ({reason})")
+
+    with foreign_parser(refuse):
         if size is not None:
-            try:
+            with suppress(TypeError):
                 return timm.create_model(name, img_size=size, **settings)
-            except TypeError:
-                pass
         return timm.create_model(name, **settings)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"timm cannot build {name} with image_size={size}, channels={settings['in_chans']} ({error})"
-        ) from error
 
 
 def _sized(target: Target, size: tuple[int, int] | None) -> Target:
     return target if size is None else replace(target, image_size=size)
 
 
-def _resized(target: Target, size: tuple[int, int] | None, channels: int | None) -> Target:
+def _resized(target: Target, size: tuple[int, int] | None) -> Target:
     """The target for images of another size: a plain ViT's positions are resampled."""
-    if channels is not None and channels != target.channels:
-        raise UserError(f"channels={channels}, but {target.name} was made for {target.channels}: leave the setting out")
     if size is None or size == target.image_size:
         return target
     if isinstance(target.encoder, VisionTransformer | Beit):
