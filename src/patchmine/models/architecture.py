@@ -160,6 +160,7 @@ def _check_ranks(tensors: Tensors, source: str) -> None:
     if first is not None and first.ndim == 5:
         del ranks["pos_embed"]  # computed, not stored
     lacking = [name for name in ranks if name not in tensors]
+    ranks |= {name: (3,) for name in ("cls_token", "reg_token") if name in tensors}
     odd = [name for name, allowed in ranks.items() if name in tensors and tensors[name].ndim not in allowed]
     if lacking or odd or any(0 in tensors[name].shape for name in ranks):
         why = f"no {', '.join(lacking)}" if lacking else f"{', '.join(odd) or 'its patch projection'} of another shape"

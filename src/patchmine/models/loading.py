@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 COUNTER = "num_batches_tracked"  # of a batch norm: older files lack it, and nothing is computed from it
 _DEEPEST = 8  # dictionaries in dictionaries that are looked through for tensors
-_MOST_ENTRIES = 2**20
+_MOST_ENTRIES = 2**18
 _SMALL = 2**12  # bytes; so much may be written as one number with strides of zero
 
 
@@ -70,6 +71,7 @@ def _remedy(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> str:
 
 
 def _folded(names: Sequence[str]) -> str:
+    names = [shown_name(name) for name in names]
     if len(names) <= 4:
         return ", ".join(names)
     kinds = [re.sub(r"\.\d+\.", ".*.", re.sub(r"\.(weight|bias)$", "", name)) for name in names]
@@ -112,7 +114,9 @@ def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
 def _parse_or_name(path: Path, shown: str) -> Any:
     """What the file holds; a class that is not let in is named, and torch's text about its settings is left out."""
     try:
-        return _parse(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about sparse tensors, which are refused below
+            return _parse(path)
     except (pickle.UnpicklingError, RuntimeError) as error:
         refused = re.search(r"GLOBAL (\S+\.\S+)", str(error))
         if refused is not None:

@@ -23,7 +23,7 @@ _DTYPES = {
     "IntStorage": torch.int32,
     "BoolStorage": torch.bool,
 }
-_MOST_MODULES = 10**5
+_MOST_MODULES = 2**15
 
 
 class _Module:

@@ -41,7 +41,7 @@ def as_size(value: int | Sequence[int] | None, setting: str) -> tuple[int, int] 
     """(height, width) from a number or a pair.  Raises UserError, naming ``setting``, for anything else."""
     if value is None:
         return None
-    sides = (value, value) if isinstance(value, int) else tuple(value)
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
         raise UserError(f"{setting}={value!r} is no size: give pixels, one number or (height, width)")
     return sides[0], sides[1]
