@@ -54,6 +54,8 @@ def test_looking_at_a_method_takes_no_memory_and_draws_nothing(method: str) -> N
         (["model_args.num_heads=7"], ["model_args"]),
         (["model_args.num_heads=0"], ["model_args"]),
         (["model_args.act_layer=foo"], ["model_args"]),
+        (["model_args.checkpoint_path=x.pth"], ["checkpoint_path would make timm read or download other weights"]),
+        (["model_args.pretrained=true"], ["pretrained would make timm read or download other weights"]),
         (["model_args.nonsense=1"], ["nonsense", "model_args"]),
         (["patch_size=32", "image_size=32"], ["method.mask_ratio=0.75 leaves no patch visible"]),
         (["method.decoder_num_heads=7"], ["method.decoder_num_heads=7", "try method.decoder_embed_dim="]),
@@ -73,6 +75,12 @@ def test_what_does_not_fit_is_one_message(words: list[str], parts: list[str], tm
     text = complaint(f"data={tmp_path}", *words)
     assert all(part in text for part in parts), text
     assert len(text.splitlines()) == 1
+
+
+def test_the_model_that_was_refused_is_not_proposed(tmp_path: Path) -> None:
+    data = f"data={tmp_path}"
+    assert complaint(data, "model_args.num_heads=7").endswith("check model_args")
+    assert complaint(data, "model_args.num_heads=7", "model=vit_tiny_patch16_224").endswith("vit_small_patch16_224")
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_weights_of_a_target_that_holds_one_encoder_are_refused(run_folder, tmp_
     save_file(
         timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict(), tmp_path / "w.safetensors"
     )
-    with pytest.raises(UserError, match=r"weights=partner: .* is a file, which holds one encoder"):
+    with pytest.raises(UserError, match=r"weights=partner: of the file .* auto or student or raw"):
         open_target(tmp_path / "w.safetensors", weights="partner")
     with pytest.raises(UserError, match=r"channels=5, but .* was made for 3"):
         open_target(tmp_path / "w.safetensors", channels=5)
@@ -166,3 +166,23 @@ def test_an_export_that_tells_no_preparation_is_refused(change, run_folder):
     file.write_text(json.dumps(config))
     with pytest.raises(UserError, match="export"):
         open_target(run_folder / "export")
+
+
+def test_an_export_cannot_make_timm_read_other_files(run_folder, tmp_path):
+    file = run_folder / "export" / "config.json"
+    config = json.loads(file.read_text())
+    config["model_args"]["checkpoint_path"] = str(tmp_path / "pickle.pth")
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="checkpoint_path would make timm read"):
+        open_target(run_folder / "export")
+
+
+def test_of_a_file_with_two_networks_the_wanted_one_is_measured(tmp_path):
+    def tensors(value):
+        state = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict()
+        return {name: torch.full_like(tensor, value) for name, tensor in state.items()}
+
+    torch.save({"model": tensors(0.25), "model_ema": tensors(0.5)}, tmp_path / "two.pth")
+    for weights, value in (("raw", 0.25), ("ema", 0.5)):
+        target = open_target(tmp_path / "two.pth", weights=weights)
+        assert target.encoder.cls_token.flatten()[0] == value

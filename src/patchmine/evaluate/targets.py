@@ -24,9 +24,10 @@ from patchmine.data.bounds import MAX_PIXELS
 from patchmine.errors import UserError, foreign_parser
 from patchmine.models.description import CONFIG, read_json
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
+from patchmine.models.naming import Weights
 from patchmine.models.video import VideoTransformer, is_video
 from patchmine.models.vit import build_encoder, initialise_encoder
-from patchmine.models.weights import is_export, load_encoder, resize_encoder
+from patchmine.models.weights import is_export, load_encoder, open_weights, resize_encoder
 from patchmine.names import shown_name
 from patchmine.run import Run, Which, is_run
 from patchmine.settings import Clip, RunConfig
@@ -122,7 +123,11 @@ def _of_path(path: Path, image_size: tuple[int, int] | None, weights: str) -> Ta
     if is_run(path):
         return _resized(_of_run(path, weights), image_size)
     if is_export(path):
-        _refuse_choice(name, "an export", weights)
+        if weights != "student":  # which would be measured in silence
+            raise UserError(
+                f"weights={shown_name(weights)}: {name} is an export, which holds one encoder; leave the setting out, "
+                "or name the run that it is from"
+            )
         return _resized(_of_export(path), image_size)
     if path.is_dir():
         raise UserError(
@@ -131,17 +136,15 @@ def _of_path(path: Path, image_size: tuple[int, int] | None, weights: str) -> Ta
         )
     if not path.is_file():
         raise UserError(f"{name} is a pipe, a socket or a device: give a run, an export or a file of weights")
-    _refuse_choice(name, "a file", weights)
-    return _sized(_of_timm_model(name, load_encoder(path, image_size=image_size)), image_size)
-
-
-def _refuse_choice(name: str, kind: str, weights: str) -> None:
-    """UserError for ``weights`` of a target that holds one encoder only: the other one would be measured in silence."""
-    if weights != "student":
+    if weights not in get_args(Weights):
         raise UserError(
-            f"weights={shown_name(weights)}: {name} is {kind}, which holds one encoder; leave the setting "
-            "out, or name the run that it is from"
+            f"weights={shown_name(weights)}: of the file {name} {' or '.join(get_args(Weights))} can be taken"
         )
+    # What is measured must be what was asked for: "student" is the default, of files with one network too.
+    wanted = cast(Weights, "auto" if weights == "student" else weights)
+    encoder, report = open_weights(path, image_size=image_size, weights=wanted)
+    target = _of_timm_model(name, encoder)
+    return replace(_sized(target, image_size), note="; ".join(report.assumed))
 
 
 def random_twin(target: Target, seed: int = 0) -> Target:

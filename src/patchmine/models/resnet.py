@@ -10,8 +10,10 @@ from timm.models import is_model_in_modules
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from patchmine.errors import UserError
+from patchmine.errors import UserError, foreign_parser
 
+# Arguments of timm's create_model that a description of a network, which may be a stranger's, has no business with.
+_READING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 # By blocks in each stage, and whether they are bottlenecks (three convolutions).
 _PLAIN: dict[tuple[tuple[int, ...], bool], str] = {
@@ -36,9 +38,13 @@ def create(
 
     Two arguments are not timm's: ``cifar_stem`` (`use_cifar_stem`), and ``norm_eps``, which every layer norm gets.
 
-    Raises what timm raises for arguments that do not fit, and ValueError for a stem that cannot be exchanged.
+    Raises ValueError with what timm says of arguments that do not fit, for those that would make it read or download
+    files, and for a stem that cannot be exchanged.
     """
-    encoder = timm.create_model(architecture, pretrained=False, **arguments)
+    if reading := _READING & arguments.keys():
+        raise ValueError(f"{', '.join(sorted(reading))} would make timm read or download other weights")
+    with foreign_parser(ValueError):
+        encoder = timm.create_model(architecture, pretrained=False, **arguments)
     if cifar_stem:
         use_cifar_stem(encoder)
     if norm_eps is not None:

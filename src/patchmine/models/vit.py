@@ -24,6 +24,7 @@ from patchmine.models.video import VideoTransformer, build_video, is_video
 from patchmine.ops.patches import all_patches, gather_patches
 from patchmine.types import Grid
 
+_USUAL = "vit_small_patch16_224"
 Encoder: TypeAlias = VisionTransformer | Beit | ResNet
 """What is trained: a plain ViT (of clips: a `VideoTransformer`), a BEiT-style one (layer scale, relative positions), or
 a ResNet.
@@ -119,8 +120,8 @@ def _create(model: str, settings: dict[str, Any]) -> Encoder:
         encoder: Any = create(architecture, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(
-            f"timm cannot build model={model!r} as a plain vision transformer ({error}): check model_args, "
-            "or choose a model such as vit_small_patch16_224"
+            f"timm cannot build model={model!r} as a plain vision transformer ({error}): check model_args"
+            f"{'' if architecture == _USUAL else f', or choose a model such as {_USUAL}'}"
         ) from error
     plain = type(encoder) is VisionTransformer and encoder.pos_embed is not None
     if not plain and type(encoder) is not Beit:
