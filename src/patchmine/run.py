@@ -65,7 +65,7 @@ def _initialise(encoder: Encoder, start_from: str, config: RunConfig) -> LoadRep
     if isinstance(encoder, Beit):
         arguments = {**config.model_args, "patch_size": encoder.patch_embed.patch_size, "in_chans": config.channels}
         named = dict(model=config.model, model_args=arguments, image_size=config.image_size)
-    other, found = weights.open_weights(start_from, **named)
+    other, found = weights.open_weights(start_from, setting="init", **named)
     report = weights.fill(encoder, other, source)
     report.dropped, report.notes = found.dropped, found.notes
     report.resized = found.resized + report.resized

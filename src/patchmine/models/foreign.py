@@ -123,7 +123,7 @@ def _image_size(grid: Grid) -> tuple[int, int]:
 
 
 def _plain_tower(file: Path, grid: Grid) -> VisionTransformer:
-    tower = load_encoder(file, image_size=_image_size(grid))
+    tower = load_encoder(file, image_size=_image_size(grid), setting=SETTING)
     if not isinstance(tower, VisionTransformer | Beit) or isinstance(tower, VideoTransformer):
         raise UserError(f"{SETTING}={file} holds a {type(tower).__name__}, no plain vision transformer for images")
     _check_patch(tower.patch_embed.patch_size[0], grid, file)

@@ -68,6 +68,7 @@ def open_weights(
     num_heads: int | None = None,
     weights: Weights = "auto",
     prefix: str | None = None,
+    setting: str | None = None,
 ) -> tuple[Encoder, LoadReport]:
     """The encoder in an export folder, in a run's export, or in a .safetensors, .pth, .pt or .bin file, and a report.
 
@@ -81,13 +82,14 @@ def open_weights(
         num_heads: attention heads, where the width is an unusual one.
         weights: the trained network or its average, where the file has both.
         prefix: of the encoder's names, where the file holds several.
+        setting: that named the path, for messages.
 
     Raises:
         UserError: the path holds no encoder, or weights that do not fit, or numbers that are not finite.
     """
-    file = find_weights(Path(path))
-    source = shown_name(path)
-    content = read_checkpoint(file)
+    file = find_weights(Path(path), setting or "file")
+    source = shown_name(path) if setting is None else f"{setting}={shown_name(path)}"
+    content = read_checkpoint(file, setting or "file")
     network = require_network(content, source, weights, prefix)
     tensors = encoder_of(network.tensors)
     known = with_usual_eps(describe(file, content), network)
