@@ -119,6 +119,7 @@ class UnderstoodError(Exception):
 @pytest.fixture
 def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Commands read their words and then stop; the folder they run in holds the recipe that the documentation shows."""
+    import patchmine.checking
     import patchmine.commands
     import patchmine.config
 
@@ -131,6 +132,7 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr(patchmine.commands, "read_words", stops(patchmine.commands.read_words))
     monkeypatch.setattr(patchmine.config, "parse", stops(patchmine.config.parse))
+    monkeypatch.setattr(patchmine.checking, "misfits", patchmine.config.no_more)  # the files shown are not there
     pretrain = importlib.import_module("patchmine.pretraining")
     monkeypatch.setattr(pretrain, "resume", stops(lambda *_, **__: None))
     monkeypatch.chdir(tmp_path)

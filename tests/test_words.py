@@ -38,6 +38,7 @@ def write(folder: Path, content: str | bytes) -> Path:
     [
         (["epochs", "=", "100"], "epochs: settings are written without spaces, as in epochs=100"),
         (["epochs", "=100"], "epochs: settings are written without spaces, as in epochs=100"),
+        (["epochs = 100"], "epochs: settings are written without spaces, as in epochs=100"),
         (["epochs", "="], "epochs: settings are written without spaces, as in epochs=VALUE"),
         (["epochs=", "100"], "epochs: nothing stands behind its equals sign: write a value there, as in epochs=100"),
         (["wandb="], "wandb: nothing stands behind its equals sign: write a value there, or null for none"),

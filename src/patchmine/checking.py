@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import torch
@@ -27,6 +28,9 @@ def misfits(config: RunConfig) -> list[Mistake]:
     suit, files that are not there, a device that this machine lacks.
     """
     found = [*_misbuilt(config), *_missing_files(config)]
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        text = f"given '{shown_name(config.wandb)}', but wandb is not installed; run `pip install patchmine[wandb]`"
+        found.append(Mistake("wandb", text))
     if config.device == "cuda" and not torch.cuda.is_available():
         found.append(Mistake("", "device=cuda, but torch sees no GPU: give device=cpu"))
     # Data that are not there are refused by who opens them, who knows more; but not beside other mistakes.

@@ -318,7 +318,7 @@ def list_models(context: typer.Context) -> None:
     if not found:
         part = " ".join(context.args)
         parts = {part for name in names for part in name.split("_")}
-        raise UserError(f"No model has {part!r} in its name{did_you_mean(part, [*parts, *names])}")
+        raise UserError(f"No model has '{shown_name(part)}' in its name{did_you_mean(part, [*parts, *names])}")
     print("\n".join(found))
 
 

@@ -30,6 +30,13 @@ _PLAINER = {
 }
 
 
+_DEMANDS = {
+    "int_parsing_size": "a number of at most 18 digits",
+    "string_pattern_mismatch": "letters, digits and the signs . - _ only",
+    "string_too_long": "at most {max_length} letters",
+    "too_short": "a list with at least {min_length} of them",
+}
+
 # What other programs call our settings, where the nearest names do not lead to them.
 OTHER_NAMES = {
     **dict.fromkeys(("bs", "batch", "batchsize", "train_batch_size", "global_batch_size"), "batch_size"),
@@ -171,7 +178,10 @@ def _without(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
 def explain(error: ValidationError, model: type[BaseModel], hint: str = "") -> list[Mistake]:
     """Pydantic's complaints in plain words, one a setting.  ``hint`` follows a name that resembles no setting."""
     texts: dict[str, list[str]] = {}
-    for details in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for details in found:
+        if details["type"] == "too_short" and _has_wrong_elements(details, found):
+            continue  # which did not count as elements
         crosswise = details.get("ctx", {}).get("error")
         if isinstance(crosswise, CrossMistakesError):
             for mistake in crosswise.mistakes:
@@ -185,6 +195,11 @@ def explain(error: ValidationError, model: type[BaseModel], hint: str = "") -> l
         text = _describe(details, path, field, owner, model, hint)
         texts.setdefault(path, []).append(text)
     return _once([Mistake(path, _join(found)) for path, found in texts.items()])
+
+
+def _has_wrong_elements(details: ErrorDetails, found: Sequence[ErrorDetails]) -> bool:
+    length = len(details["loc"])
+    return any(len(each["loc"]) > length and each["loc"][:length] == details["loc"] for each in found)
 
 
 def _once(mistakes: Sequence[Mistake]) -> list[Mistake]:
@@ -257,8 +272,6 @@ def _describe(
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         one_of_several = isinstance(details["loc"][-1], int)  # whose bounds the field does not tell apart
         return f"given {given}; must be {_must(details) if one_of_several else _bounds(field) or _must(details)}"
-    if kind == "int_parsing_size" or (kind == "float_type" and isinstance(details["input"], int)):
-        return f"given {given}; must be a number of at most 18 digits"
     if kind == "literal_error":
         return f"given {given}; must be {str(context['expected']).replace(chr(39), '')}"
     example = f" such as {_example(field)}" if kind == "tuple_type" else ""
@@ -314,6 +327,10 @@ def _describe_name(details: ErrorDetails) -> str:
 
 def _must(details: ErrorDetails) -> str:
     """Pydantic's demand without its preamble: "Input should be a valid integer, unable to..." -> "a whole number"."""
+    if details["type"] == "float_type" and isinstance(details["input"], int):
+        return _DEMANDS["int_parsing_size"]  # an infinite number of Python's
+    if details["type"] in _DEMANDS:
+        return _DEMANDS[details["type"]].format(**details.get("ctx", {}))
     text = details["msg"].split(", unable to", 1)[0].split(", got a", 1)[0].split(", exceeded", 1)[0]
     for start in ("Input should be ", "Value error, ", "Input should have ", "Value should have "):
         text = text.removeprefix(start)

@@ -46,7 +46,12 @@ class Monitor:
         self._failed: set[str] = set()
         self._labelled: LabelledData | None = None
         if config.eval_every and engine.is_main:
-            self._labelled = open_labelled(config.eval_data, config.eval_test, video=is_video(config.model))
+            self._labelled = open_labelled(
+                config.eval_data,
+                config.eval_test,
+                video=is_video(config.model),
+                settings=("eval_data", "eval_test"),
+            )
 
     def draw(self, progress: Progress, batch: Batch) -> None:
         """samples/step-N.png."""

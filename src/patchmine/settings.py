@@ -18,6 +18,7 @@ from patchmine.data.workers import READ_TIMEOUT
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.mistakes import CrossMistakesError, Mistake
+from patchmine.names import shown_name
 from patchmine.strict import LARGEST_COUNT, LARGEST_RUN, Arguments, BatchSize, Count, Positive, Side, Strict, Workers
 from patchmine.train.step import fitting_counts
 from patchmine.words import did_you_mean, expanded, shown
@@ -376,7 +377,7 @@ def describe_method(name: str) -> list[str]:
     """The settings of one method.  Raises UserError for a name that is none."""
     if name not in METHODS:
         near = did_you_mean(name, METHODS) or f"; there are {', '.join(METHODS)}"
-        raise UserError(f"No method {name!r}{near}")
+        raise UserError(f"No method '{shown_name(name)}'{near}")
     model: type[BaseModel] = getattr(METHODS[name], "Config")  # noqa: B009 - each method has its own
     return [line for line in _describe(model, "method.") if not line.startswith("method.name=")]
 

@@ -16,6 +16,7 @@ from patchmine.errors import UserError, foreign_parser
 from patchmine.names import shown_name
 
 _SETTING = re.compile(r"^([A-Za-z_][\w.-]*)=(.*)$", re.DOTALL)
+_SPACED = re.compile(r"([A-Za-z_][\w.-]*)\s+=\s*(.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 LARGEST_YAML = 2**20  # bytes; settings have some thousand
@@ -171,7 +172,7 @@ def read_settings(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[tup
     pairs: list[tuple[str, Any]] = []
     complaints: list[tuple[str, str]] = []
     others: list[str] = []
-    left = list(words)
+    left = [part for word in words for part in _torn(word)]
     while left:
         word = left.pop(0)
         if word.startswith("-") and not exists(word):
@@ -204,6 +205,12 @@ def repeated(pairs: Iterable[tuple[str, Any]]) -> list[str]:
             sentences.append(f"{path} is given twice: {shown(value)} is used, not {shown(found[path])}.")
         found[path] = value
     return sentences
+
+
+def _torn(word: str) -> list[str]:
+    """``"epochs = 3"`` in one word as the words that it would be without its quotes."""
+    spaced = None if exists(word) else _SPACED.fullmatch(word)
+    return [spaced[1], f"={spaced[2]}"] if spaced is not None else [word]
 
 
 def _is_setting(word: str) -> bool:

@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 
 from patchmine.data.source import open_source
 from patchmine.errors import UserError
-from patchmine.evaluate.features import Reader, at_rest, extract
-from patchmine.evaluate.targets import Target, open_target
+from patchmine.evaluate.features import Reader, extract
+from patchmine.evaluate.targets import Target, at_rest, open_target
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from patchmine.commands import read_words
 from patchmine.data.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reading, extract
@@ -195,3 +196,45 @@ def test_a_table_prints_names_with_brackets_as_they_are():
     show_result(result, console)
     text = console.file.getvalue()
     assert all(part in text for part in ("runs/[red]x[/nothing]", "learns from [/a]", "[b]"))
+
+
+def test_few_images_are_an_answer_or_a_sentence(run_folder, tmp_path):
+    for name in "ab":
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(tmp_path / "few" / name / f"{number}.png")
+    given = dict(target=str(run_folder), data=str(tmp_path / "few"), workers=0, iterations=2)
+    assert evaluate_linear(LinearSettings(**given, held_out=0.999))["top1"] >= 0
+    for name in "ab":
+        (tmp_path / "few" / name / "2.png").unlink()
+    with pytest.raises(UserError, match="one training image"):
+        evaluate_linear(LinearSettings(**given))
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["test=nowhere"], "test=nowhere: there is no such file or folder"),
+        (["name=../x"], "name: given '../x'; must be letters, digits and the signs . - _ only"),
+        ([f"name={'n' * 200}"], "must be at most 100 letters"),
+        (["neighbours=[]"], "neighbours: given []; must be a list with at least 1 of them"),
+        (["neighbours=[0]"], "Mistake in `patchmine eval knn`: neighbours[0]: given 0; must be greater than 0"),
+    ],
+)
+def test_mistakes_name_the_setting_that_they_are_in(words, part, image_folder):
+    def evaluate():
+        given = ["raw-pixels", f"data={image_folder}", *words]
+        return evaluate_knn(read_words(KnnSettings, given, command="eval knn", first=["target"]))
+
+    with pytest.raises(UserError) as caught:
+        evaluate()
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["vit_tiny_patch16_224", "run"])
+def test_a_size_that_the_encoder_cannot_take_is_told_before_images_are_read(target, run_folder):
+    target = str(run_folder) if target == "run" else target
+    with pytest.raises(UserError, match="image_size=7x7"):
+        open_target(target, image_size=(7, 7))
+    with pytest.raises(UserError, match="behind raw-pixels: stands"):
+        open_target("raw-pixels:" * 3000 + "x")

@@ -159,7 +159,7 @@ def _methods(config: StepBench) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Names of the methods in order, and for each the given settings that it has."""
     given = dict(config.method) if isinstance(config.method, dict) else {"name": config.method}
     names = given.pop("name", "mae")
-    names = list(names.split(",") if isinstance(names, str) else names)
+    names = names.split(",") if isinstance(names, str) else [str(name) for name in names]
     if config.against not in (None, *OTHERS):
         names.append(config.against)
     names = list(dict.fromkeys(name.strip() for name in names))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchmine.data.clips import PlainClips
 from patchmine.data.contract import Source
@@ -20,7 +19,7 @@ from patchmine.data.views import PlainView, View
 from patchmine.errors import UserError
 from patchmine.evaluate.labelled import Part, everything
 from patchmine.evaluate.progress import Say, progress, silent
-from patchmine.evaluate.targets import Target
+from patchmine.evaluate.targets import Target, at_rest
 from patchmine.models.vit import embed_patches
 from patchmine.names import shown_name
 from patchmine.types import Batch
@@ -186,19 +185,6 @@ def _shrunk(images: Tensor) -> Tensor:
         return images.float()
     size = (max(1, round(height * share)), max(1, round(width * share)))
     return F.interpolate(images.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-
-
-@contextmanager
-def at_rest(encoder: nn.Module | None) -> Iterator[None]:
-    """The encoder in eval mode; afterwards every one of its parts is in the mode it was in."""
-    modes = [(module, module.training) for module in encoder.modules()] if encoder is not None else []
-    if encoder is not None:
-        encoder.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def plain_view(target: Target) -> View:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,28 +70,30 @@ def open_items(data: Any, *, video: bool) -> Source:
     return open_videos(data) if video else open_source(data)
 
 
-def open_labelled(data: Any, test: Any = None, *, video: bool = False) -> LabelledData:
+def open_labelled(
+    data: Any, test: Any = None, *, video: bool = False, settings: tuple[str, str] = ("data", "test")
+) -> LabelledData:
     """Labelled data from one or two sources (anything that ``open_source`` takes, or ``open_videos`` with ``video``).
 
     ``test`` given: learn from ``data``, test on it.  Else ``data`` with the folders train and test (or val), or
     embedded:photos and embedded:moving-photos, is used as it is divided; of anything else the last fifth of each class,
-    in the source's order, is the test.  Raises UserError where there are no labels, fewer than two classes, or nothing
-    to test on.
+    in the source's order, is the test.  ``settings``: what the two are called in messages.  Raises UserError where
+    there are no labels, fewer than two classes, or nothing to test on.
     """
     kind = "video" if video else "image"
     if test is not None:
-        return _of_two(data, test, kind, f"learns from {_named(data)}, is tested on {_named(test)}")
+        return _of_two(data, test, kind, settings, f"learns from {_named(data)}, is tested on {_named(test)}")
     if isinstance(data, str | Path):
         if str(data) in _IN_HALVES:
-            return _of_two(f"{data}/train", f"{data}/test", kind, f"the two disjoint halves of {data}")
+            return _of_two(f"{data}/train", f"{data}/test", kind, settings, f"the two disjoint halves of {data}")
         inner = _folders(Path(data))
         if inner:
-            return _of_two(*inner, kind, f"learns from {inner[0]}, is tested on {inner[1]}")
-    source, labels = _open(data, kind)
+            return _of_two(*inner, kind, settings, f"learns from {inner[0]}, is tested on {inner[1]}")
+    source, labels = _open(data, kind, settings[0])
     kept, held_out = split_by_class(labels.ids, TEST_SHARE)
     if len(held_out) == 0:
         raise UserError(
-            f"data={_named(data)} has one {kind} per class, so none can be tested on: give more, or test=..."
+            f"{settings[0]}={_named(data)} has one {kind} per class, so none can be tested on: give more, or test=..."
         )
     how = (
         f"{_named(data)} has no part for testing: the last fifth of each class, in the order of the list, is tested on "
@@ -100,8 +103,8 @@ def open_labelled(data: Any, test: Any = None, *, video: bool = False) -> Labell
 
 
 def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
-    """Places of the first items of each class and of its last ``share`` (at least one, unless the class has but one),
-    both ascending.
+    """Places of the first items of each class and of its last ``share`` (of each at least one, unless the class has but
+    one), both ascending.
 
     The end of the list rather than a random draw, because neighbours in a list are often near-duplicates.
     """
@@ -109,7 +112,7 @@ def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
     for number in np.unique(labels):
         places = np.flatnonzero(labels == number)
         if len(places) > 1:
-            last[places[-max(1, round(share * len(places))) :]] = True
+            last[places[-min(len(places) - 1, max(1, round(share * len(places)))) :]] = True
     return np.flatnonzero(~last), np.flatnonzero(last)
 
 
@@ -146,15 +149,18 @@ def _folders(path: Path) -> tuple[Path, Path] | None:
     return (path / division[0], path / division[1]) if division else None
 
 
-def _of_two(data: Any, test: Any, kind: str, how: str) -> LabelledData:
-    (source, labels), (test_source, test_labels) = _open(data, kind), _open(test, kind, "test")
+def _of_two(data: Any, test: Any, kind: str, settings: tuple[str, str], how: str) -> LabelledData:
+    (source, labels), (test_source, test_labels) = _open(data, kind, settings[0]), _open(test, kind, settings[1])
     ids = test_labels.numbered_as(labels.names)
     every, every_test = np.arange(len(source)), np.arange(len(test_source))
     return LabelledData(Part(source, every, labels.ids), Part(test_source, every_test, ids), labels.names, how)
 
 
-def _open(data: Any, kind: str, setting: str = "data") -> tuple[Source, Labels]:
-    source = open_items(data, video=kind == "video")
+def _open(data: Any, kind: str, setting: str) -> tuple[Source, Labels]:
+    try:
+        source = open_items(data, video=kind == "video")
+    except UserError as error:  # which calls every source data=
+        raise UserError(re.sub("^data=", f"{setting}=", str(error))) from error
     labels = source.labels()
     if labels is None:
         raise UserError(
@@ -162,8 +168,9 @@ def _open(data: Any, kind: str, setting: str = "data") -> tuple[Source, Labels]:
             "give a folder with one folder per class, "
             "or a list file with 'path label' lines"
         )
-    if setting == "data" and len(labels.names) < 2:
-        raise UserError(f"data={_named(data)} has only one class ({labels.names[0]}): an evaluation needs two or more")
+    if setting in ("data", "eval_data") and len(labels.names) < 2:
+        only = shown_name(labels.names[0])
+        raise UserError(f"{setting}={_named(data)} has only one class ({only}): an evaluation needs two or more")
     return source, labels
 
 

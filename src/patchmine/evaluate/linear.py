@@ -27,7 +27,7 @@ MAX_ITERATIONS, MIN_ITERATIONS, EPOCHS = 12_500, 2_000, 100
 # their start.
 _LARS_GROWTH = 90 * 0.1 * 1.28e6
 
-_Rate = Annotated[float, Field(gt=0)]
+_Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class GridSettings(EvalSettings):
@@ -51,7 +51,7 @@ class LinearSettings(GridSettings):
     )
     epochs: Positive = Field(90, description="passes over the training images (mae)")
     warmup_epochs: int = Field(10, ge=0, le=LARGEST_RUN, description="of these, with a rising rate (mae)")
-    blr: float = Field(0.1, gt=0, description="learning rate for 256 images (mae)")
+    blr: _Rate = Field(0.1, description="learning rate for 256 images (mae)")
 
 
 def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
@@ -103,6 +103,8 @@ def best_of_grid(
     device = settings.reading().place()
     labels = _known(train)
     fit, choice = (torch.from_numpy(part) for part in split_by_class(labels.numpy(), settings.held_out))
+    if len(choice) == 0:
+        raise UserError("every class has but one training image, so that no classifier can be chosen: give more")
     # DINOv2 has 1,024 for ImageNet; on 20,000 small images 256 gained 3 points over that for the same work.
     batch = min(len(fit), settings.train_batch or batch_for(len(fit), steps=128, least=64, most=1_024))
     iterations = settings.iterations or iterations_for(len(fit), batch)

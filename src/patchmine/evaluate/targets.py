@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -89,7 +89,22 @@ def open_target(
         raise UserError(f"channels={channels}, but {target.name} was made for {target.channels}: leave the setting out")
     if target.encoder is not None:
         _refuse_infinite(target.name, target.encoder)
+        if image_size is not None:
+            _refuse_size(target)
     return target
+
+
+def _refuse_size(target: Target) -> None:
+    """UserError for images of a size that the encoder cannot take: it is shown a grey one."""
+    height, width = target.image_size
+    frames = () if target.clip is None else (target.clip.frames,)
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"image_size={height}x{width} is nothing that {target.name} can take ({reason})")
+
+    encoder: Any = target.encoder
+    with at_rest(encoder), torch.inference_mode(), foreign_parser(refuse):
+        encoder.forward_features(torch.zeros(1, target.channels, *frames, height, width))
 
 
 def _refuse_infinite(name: str, encoder: nn.Module) -> None:
@@ -107,6 +122,8 @@ def _open(
     text = str(spec)
     kind, _, inner = text.partition(":")
     if kind in (RAW_PIXELS, RANDOM_INIT) and inner:
+        if inner.partition(":")[0] in (RAW_PIXELS, RANDOM_INIT) and ":" in inner:
+            raise UserError(f"'{shown_name(text)}': behind {kind}: stands a run, an export, a file or an architecture")
         base = _open(inner, image_size, channels, weights, seed)
         return replace(raw_pixels(base) if kind == RAW_PIXELS else random_twin(base, seed), name=text)
     if kind == RAW_PIXELS:
@@ -145,6 +162,19 @@ def _of_path(path: Path, image_size: tuple[int, int] | None, weights: str) -> Ta
     encoder, report = open_weights(path, image_size=image_size, weights=wanted)
     target = _of_timm_model(name, encoder)
     return replace(_sized(target, image_size), note="; ".join(report.assumed))
+
+
+@contextmanager
+def at_rest(encoder: nn.Module | None) -> Iterator[None]:
+    """The encoder in eval mode; afterwards every one of its parts is in the mode it was in."""
+    modes = [(module, module.training) for module in encoder.modules()] if encoder is not None else []
+    if encoder is not None:
+        encoder.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def random_twin(target: Target, seed: int = 0) -> Target:

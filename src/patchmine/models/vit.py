@@ -21,6 +21,7 @@ from patchmine.models.beit import has_relative_positions, initialise_beit
 from patchmine.models.positions import sincos_table
 from patchmine.models.resnet import create, initialise_resnet, names_resnet
 from patchmine.models.video import VideoTransformer, build_video, is_video
+from patchmine.names import shown_name
 from patchmine.ops.patches import all_patches, gather_patches
 from patchmine.types import Grid
 
@@ -90,7 +91,7 @@ def _build_resnet(
     try:
         encoder: Any = create(_architecture(model), **{**settings, **model_args})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"timm cannot build model={model!r} ({error}): check model_args") from error
+        raise UserError(f"timm cannot build model='{shown_name(model)}' ({error}): check model_args") from error
     encoder.reset_classifier(0, "avg")
     # No tensor of a ResNet tells the size that it is trained at; timm's own description of a model does.
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (channels, *image_size)}
@@ -107,12 +108,12 @@ def _architecture(model: str) -> str:
 
 
 def _create(model: str, settings: dict[str, Any]) -> Encoder:
-    architecture = _architecture(model)
+    architecture, name = _architecture(model), shown_name(model)
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise UserError(
-            f"model={model!r} is no architecture of timm {timm.__version__}{hint} (`patchmine list models` lists them)"
+            f"model='{name}' is no architecture of timm {timm.__version__}{hint} (`patchmine list models` lists them)"
         )
     if not is_model_in_modules(architecture, {"beit", "eva"}):
         settings = {"fc_norm": False, **settings}
@@ -120,18 +121,18 @@ def _create(model: str, settings: dict[str, Any]) -> Encoder:
         encoder: Any = create(architecture, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(
-            f"timm cannot build model={model!r} as a plain vision transformer ({error}): check model_args"
+            f"timm cannot build model='{name}' as a plain vision transformer ({error}): check model_args"
             f"{'' if architecture == _USUAL else f', or choose a model such as {_USUAL}'}"
         ) from error
     plain = type(encoder) is VisionTransformer and encoder.pos_embed is not None
     if not plain and type(encoder) is not Beit:
         raise UserError(
-            f"model={model!r} is a {type(encoder).__name__}, not a plain vision transformer with absolute positions"
+            f"model='{name}' is a {type(encoder).__name__}, not a plain vision transformer with absolute positions"
             f"{_known_otherwise(encoder)}: choose one such as vit_small_patch16_224 or vit_base_patch16_224"
         )
     if not isinstance(encoder.patch_embed, PatchEmbed):
         raise UserError(
-            f"model={model!r} looks at its images through a convolutional stem, so that patches are not cut apart and "
+            f"model='{name}' looks at its images through a convolutional stem, so that patches are not cut apart and "
             "the image's border gives their places away: choose one such as vit_small_patch16_224, whose patches do "
             "not overlap"
         )

@@ -64,9 +64,8 @@ def _check_ending(out: Path, moves: bool) -> None:
     if out.suffix.lower() in (*Image.registered_extensions(), *(MOVING if moves else ())):
         return
     moving = ", or .gif or .mp4 for what moves" if moves else ""
-    raise UserError(
-        f"out={out} does not end like the name of a picture; write for example out={out.with_suffix('.png')}{moving}"
-    )
+    picture = out.parent / f"{out.stem or 'panel'}.png"
+    raise UserError(f"out={out} does not end like the name of a picture; write for example out={picture}{moving}")
 
 
 def run_progress(run: Run) -> Progress:
