@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import patchmine
 from patchmine.config import parse
 from patchmine.errors import UserError
+from patchmine.evaluate.targets import open_target
 from patchmine.models.foreign import ForeignTeacher
 from patchmine.models.naming import find_network
 from patchmine.models.weights import load_encoder
@@ -352,3 +353,12 @@ def test_weights_that_are_not_finite_are_refused(raw: nn.Module, tmp_path: Path,
         with pytest.raises(UserError, match=message):
             opened()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_transformers_is_measured_as_it_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(transformers_model("ViTModel", image_size=[16, 64]), tmp_path / "hf", monkeypatch)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}')
+    target = open_target(folder)
+    assert (target.image_size, target.mean, target.std) == ((16, 64), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,22 @@ def test_a_full_file_is_whole_or_absent(tmp_path: Path) -> None:
     path = export_run(run.path, str(tmp_path / "full.safetensors"), what="full", weights="student")
     assert load_file(path)
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_the_newest_checkpoint_opens_by_its_pointer(tmp_path: Path) -> None:
+    run, built = made_run(tmp_path / "run", WIDE)
+    last = run.checkpoint_dir / "last"
+    for is_link in (True, False):
+        if not is_link:
+            last.unlink()
+            last.write_text(run.checkpoints[-1].name + "\n", encoding="utf-8")
+        opened = patchmine.load_encoder(last)
+        assert torch.equal(opened.pos_embed, built.encoder.pos_embed)
+        assert opened.patch_embed.grid_size == (4, 16)
+
+
+def test_arguments_of_a_script_count_where_they_fit(tmp_path: Path) -> None:
+    encoder = learned(SQUARE)
+    for size in (64, 224, 31, 65):
+        torch.save({"model": encoder.state_dict(), "args": Namespace(input_size=size)}, tmp_path / "mae.pth")
+        assert patchmine.load_encoder(tmp_path / "mae.pth").patch_embed.grid_size == (8, 8)

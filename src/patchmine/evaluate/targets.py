@@ -22,12 +22,12 @@ from torch import nn
 
 from patchmine.data.bounds import MAX_PIXELS
 from patchmine.errors import UserError, foreign_parser
-from patchmine.models.description import CONFIG, read_json
+from patchmine.models.description import CONFIG, read_json, weights_in
 from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 from patchmine.models.naming import Weights
 from patchmine.models.video import VideoTransformer, is_video
 from patchmine.models.vit import build_encoder, initialise_encoder
-from patchmine.models.weights import is_export, load_encoder, open_weights, resize_encoder
+from patchmine.models.weights import load_encoder, open_weights, resize_encoder
 from patchmine.names import shown_name
 from patchmine.run import Run, Which, is_run
 from patchmine.settings import Clip, RunConfig
@@ -139,7 +139,7 @@ def _of_path(path: Path, image_size: tuple[int, int] | None, weights: str) -> Ta
     name = shown_name(path)
     if is_run(path):
         return _resized(_of_run(path, weights), image_size)
-    if is_export(path):
+    if weights_in(path) is not None:
         if weights != "student":  # which would be measured in silence
             raise UserError(
                 f"weights={shown_name(weights)}: {name} is an export, which holds one encoder; leave the setting out, "
@@ -244,8 +244,17 @@ def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
 
 
 def _of_export(path: Path) -> Target:
-    cfg = read_json(path / CONFIG).get("pretrained_cfg") or {}
+    cfg = read_json(path / CONFIG).get("pretrained_cfg") or _of_transformers(path)
     return _of_timm_model(shown_name(path), load_encoder(path), cfg)
+
+
+def _of_transformers(path: Path) -> dict[str, Any]:
+    """How transformers prepares images for the network in a folder, in the words of timm."""
+    file = path / "preprocessor_config.json"
+    prepared = read_json(file) if file.is_file() else {}
+    names = {"mean": "image_mean", "std": "image_std"}
+    found = {ours: prepared.get(theirs) for ours, theirs in names.items()}
+    return {name: value for name, value in found.items() if isinstance(value, list) and len(value) == 3}
 
 
 def _of_timm_model(name: str, encoder: nn.Module, cfg: Mapping[str, Any] | None = None) -> Target:

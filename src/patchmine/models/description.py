@@ -33,7 +33,7 @@ class Description:
 
     ``image_size`` is the (height, width) in pixels that they were trained at.  ``model`` and ``model_args`` are names
     of timm's or ours.  ``norm_eps`` belongs to the norms of a network whose own code has another than timm's 1e-6.
-    ``source`` names what says it all, for messages.
+    ``source`` names what says it all, for messages; it is not ``certain`` where these are arguments of a script.
     """
 
     source: str = ""
@@ -45,6 +45,7 @@ class Description:
     decoder_num_heads: int | None = None
     norm_eps: float | None = None
     method: Mapping[str, Any] = field(default_factory=dict)  # settings of the method that trained it
+    certain: bool = True
 
     def without_model(self) -> Description:
         """The same for other tensors of that network than the encoder that ``model`` is."""
@@ -57,10 +58,9 @@ def find_weights(path: Path, setting: str = "file") -> Path:
     Raises UserError where there is none, and for what is no regular file: reading from a pipe would wait for ever.
     """
     if path.is_dir():
-        for folder in (path, path / "export"):
-            for name in _WEIGHTS_NAMES:
-                if (folder / CONFIG).is_file() and (folder / name).is_file():
-                    return folder / name
+        found = weights_in(path) or weights_in(path / "export")
+        if found is not None:
+            return found
         raise UserError(
             f"{setting}={shown_name(path)} is a folder, not a file of weights, and holds no {CONFIG} and {WEIGHTS}, "
             "neither itself nor in export/: give an export or a file, or run `patchmine export` first"
@@ -69,7 +69,30 @@ def find_weights(path: Path, setting: str = "file") -> Path:
         exists = path.exists() or path.is_symlink()
         what = "is no regular file" if exists else "does not exist"
         raise UserError(f"{setting}={shown_name(path)} {what}: give a .safetensors, .pth or .pt file")
+    return _followed(path)
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The file of weights beside a config.json."""
+    named = [folder / name for name in _WEIGHTS_NAMES]
+    return next((path for path in named if path.is_file() and (folder / CONFIG).is_file()), None)
+
+
+def _followed(path: Path) -> Path:
+    """The checkpoint that a run's ``last`` points to, which is a small file where there are no links."""
+    if path.name == "last" and path.stat().st_size < 100:
+        named = path.with_name(path.read_text(encoding="utf-8", errors="replace").strip())
+        return named if named.parent == path.parent and named.is_file() else path
     return path
+
+
+def is_safetensors(path: Path) -> bool:
+    """By the name, or by the first bytes: the file that a link leads to may have any name."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
 def describe(file: Path, content: Mapping[str, Any] | None = None) -> Description:
@@ -98,7 +121,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _by_note(file: Path) -> Description | None:
     """Our own note in a safetensors file (`note`)."""
-    if file.suffix != ".safetensors":
+    if not is_safetensors(file):
         return None
     try:
         with safe_open(file, framework="pt") as opened:
@@ -207,7 +230,7 @@ def _by_arguments(arguments: Any, file: Path) -> Description | None:
     if size is None or size > LARGEST_SIDE:
         return None
     clip = (frames, tubelet) if frames and tubelet else None
-    return Description(f"args in {shown_name(file)}", (size, size), clip)
+    return Description(f"args in {shown_name(file)}", (size, size), clip, certain=False)
 
 
 def _size(value: Any, file: Path) -> tuple[int, int] | None:

@@ -49,7 +49,8 @@ def source_grid(
     """
     sides = (patch, patch) if isinstance(patch, int) else patch
     for size, who in ((source_size, "source_size"), (known.image_size, known.source)):
-        if size is not None:
+        doubtful = who == known.source and not known.certain
+        if size is not None and (not doubtful or _fits(table, prefix_rows, sides, size)):
             return _stated(table, prefix_rows, sides, size, f"{source}: {who} says")
     for prefix in prefix_rows if table.ndim == 3 else ():
         grid = grid_of_fixed_table(table[0, prefix:])
@@ -96,6 +97,14 @@ def _num_places(table: Tensor, num_prefix: int) -> int:
 
 def _rows_of(table: Tensor, grid: tuple[int, int], num_prefix: int) -> int:
     return math.prod(grid) + num_prefix if table.ndim == 3 else (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+
+
+def _fits(table: Tensor, prefix_rows: Sequence[int], sides: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether images of that size have as many patches as the table."""
+    if any(pixels % side for pixels, side in zip(size, sides, strict=True)):
+        return False
+    grid = (size[0] // sides[0], size[1] // sides[1])
+    return any(_rows_of(table, grid, prefix) == table.shape[-2] for prefix in prefix_rows)
 
 
 def _stated(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from patchmine.errors import UserError, foreign_parser, reason_of
-from patchmine.models.description import find_weights
+from patchmine.models.description import find_weights, is_safetensors
 from patchmine.models.torchscript import check_archive, is_torchscript, read_torchscript
 from patchmine.names import shown_name
 
@@ -132,7 +132,7 @@ def _own_reason(error: Exception) -> str:
 
 
 def _parse(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return dict(load_file(path))
     if not zipfile.is_zipfile(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
