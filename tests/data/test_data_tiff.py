@@ -235,3 +235,23 @@ def test_stacks_are_turned_too(pages: int, orientation: int) -> None:
     expected = np.concatenate([decode(one, 1).numpy() for one in single])
     assert np.array_equal(decode(data, pages), expected)
     assert probe(data)[:2] == expected.shape[1:]
+
+
+def test_four_grey_samples_are_bands_and_no_alpha() -> None:
+    bands = values(4).transpose(1, 2, 0)  # as GDAL writes blue, green, red and infrared
+    data = written(bands, photometric="minisblack", planarconfig="contig")
+    assert holds(data, bands.transpose(2, 0, 1))
+    with pytest.raises(DecodeError, match="set channels=4"):
+        decode(data, 3)
+    data = written(bands, photometric="rgb", extrasamples=["unassalpha"])
+    assert np.array_equal(decode(data, 3), bands.transpose(2, 0, 1)[:3])
+
+
+@pytest.mark.parametrize("compression", ["webp", "zstd", "lzma"])
+def test_codecs_that_pil_may_lack_are_read_by_tifffile(compression: str, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("imagecodecs")
+    image = values(3).transpose(1, 2, 0)
+    options = {"level": 101} if compression == "webp" else {}  # lossless
+    data = written(image, photometric="rgb", compression=compression, compressionargs=options)
+    assert np.array_equal(decode(data, 3), image.transpose(2, 0, 1))
+    assert capfd.readouterr().err == ""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 from PIL import Image
@@ -69,25 +68,28 @@ def check_pixels(
 
 
 @contextmanager
-def decoding(what: str, clean: Callable[[str], str] = str) -> Iterator[None]:
-    """Around a foreign decoder: whatever it raises is a DecodeError that says ``what`` and why; its warnings are not
-    shown, because they do not name the file; and the limit of pixels is ours, not PIL's.  ``clean`` shortens the why.
+def decoding(what: str) -> Iterator[None]:
+    """Around a foreign decoder: `damage`, and its warnings are not shown, because they do not name the file; the limit
+    of pixels is ours, not PIL's.
     """
-
-    tifffile_log = logging.getLogger("tifffile")
-    level, bomb = tifffile_log.level, Image.MAX_IMAGE_PIXELS
-    with (
-        foreign_parser(lambda reason: DecodeError(f"{what} ({clean(reason)})"), DecodeError),
-        warnings.catch_warnings(),
-    ):
+    bomb = Image.MAX_IMAGE_PIXELS
+    with damage(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             Image.MAX_IMAGE_PIXELS = None
-            tifffile_log.setLevel(logging.CRITICAL + 1)
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = bomb
-            tifffile_log.setLevel(level)
+
+
+def damage(what: str) -> AbstractContextManager[None]:
+    """Around a foreign decoder that does not warn: whatever it raises is a DecodeError that says ``what`` and why."""
+    return foreign_parser(lambda reason: DecodeError(f"{what} ({_without_place(reason)})"), DecodeError)
+
+
+def _without_place(reason: str) -> str:
+    """A reason without the place in a library's source that torchvision, torchcodec and FFmpeg name first or last."""
+    return re.sub(r"^\S+, \S+\.cpp:\d+, |: '\w+\(\)'$|^\[Errno -?\d+\] ", "", reason)
 
 
 def pixels_of(image: Image.Image, mode: str) -> np.ndarray:

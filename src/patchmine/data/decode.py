@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchmine.data import npy
-from patchmine.data.bounds import MAX_PIXELS, PLAIN_WORK, DecodeError, check_pixels, decoding, pixels_of
+from patchmine.data.bounds import MAX_PIXELS, PLAIN_WORK, DecodeError, check_pixels, damage, decoding, pixels_of
 from patchmine.data.headers import (
     JPEG,
     PNG,
@@ -47,7 +47,7 @@ __all__ = ["MAX_PIXELS", "DecodeError", "Raw", "decode", "fit_channels", "probe"
 Raw = bytes | bytearray | memoryview | np.ndarray | Tensor | Image.Image
 
 # What PIL may take a file for: pictures, and no formats for which it starts other programs.
-_FORMATS = ["PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "JPEG", "MPO", "TGA", "PCX", "SGI", "QOI"]
+_FORMATS = ["PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "JPEG", "TGA", "PCX", "SGI", "QOI"]
 # Bytes for each pixel that decoding holds at its peak, where these are more than PIL's usual ones.
 _WORK = {"WEBP": 20, "AVIF": 16, "JPEG2000": 24}
 _JPEG_WORK, _PROGRESSIVE_WORK, _DEEP_PNG_WORK = 6, 9, 8  # the last for each channel
@@ -109,10 +109,12 @@ def probe(raw: Raw) -> tuple[int, int, int, str]:
     if isinstance(raw, Image.Image):
         return _probe_pil(raw, _orientation_of(raw))
     if isinstance(raw, Tensor):
-        image = raw[None] if raw.ndim == 2 else raw
-        return image.shape[-2], image.shape[-1], image.shape[0], str(raw.dtype).removeprefix("torch.")
-    image_array = _channels_first(raw, channels=0)
-    return image_array.shape[1], image_array.shape[2], image_array.shape[0], raw.dtype.name
+        channels, height, width = _tensor_channels_first(raw).shape
+        return height, width, channels, str(raw.dtype).removeprefix("torch.")
+    if not isinstance(raw, np.ndarray):
+        raise _no_image(raw)
+    array = _channels_first(raw, channels=0)
+    return array.shape[1], array.shape[2], array.shape[0], raw.dtype.name
 
 
 def _probe_bytes(data: bytes) -> tuple[int, int, int, str]:
@@ -155,7 +157,11 @@ def _read(raw: Raw, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
         return _from_tensor(raw)
     if isinstance(raw, np.ndarray):
         return _from_array(raw, channels)
-    raise DecodeError(f"is a {type(raw).__name__}; an image is bytes, an array, a tensor or a PIL image")
+    raise _no_image(raw)
+
+
+def _no_image(raw: object) -> DecodeError:
+    return DecodeError(f"is a {type(raw).__name__}; an image is bytes, an array, a tensor or a PIL image")
 
 
 def _read_bytes(data: bytes, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
@@ -181,7 +187,7 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> Tensor:
     check_pixels(header.height, header.width, max_pixels, stored=len(data), work=work + header.components // 4 * 4)
     operator = _torchvision_jpeg()
     if operator is not None:
-        with decoding("is a truncated or damaged JPEG"):
+        with damage("is a truncated or damaged JPEG"):
             image = operator(_buffer(data), _GREY if channels == 1 else _COLOUR, False)
         return upright_tensor(image, header.orientation)
     # PIL hands out a missing part as grey where zeros pad the file: after the last scan there must be an end marker.
@@ -288,16 +294,19 @@ def _from_array(array: np.ndarray, channels: int) -> tuple[Tensor, bool]:
 
 
 def _from_tensor(image: Tensor) -> tuple[Tensor, bool]:
-    image = image.detach()
-    if image.ndim == 2:
-        image = image[None]
-    if image.ndim != 3:
-        raise DecodeError(
-            f"has shape {tuple(image.shape)}; a tensor must be (height, width) or (channels, height, width)"
-        )
+    image = _tensor_channels_first(image.detach())
     if image.is_floating_point():
         return _require_finite(image.float()), image.shape[0] == 4
     return (image if image.dtype == torch.uint8 else _scale(image.numpy())), image.shape[0] == 4
+
+
+def _tensor_channels_first(image: Tensor) -> Tensor:
+    """(C, H, W) of (H, W) or (C, H, W)."""
+    if image.ndim not in (2, 3):
+        raise DecodeError(
+            f"has shape {tuple(image.shape)}; a tensor must be (height, width) or (channels, height, width)"
+        )
+    return image[None] if image.ndim == 2 else image
 
 
 def _channels_first(array: np.ndarray, channels: int) -> np.ndarray:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -31,6 +33,7 @@ _BYTES_BY_PIL = {(0, 1): 1, (1, 1): 1, (1, 2): 2, (2, 3): 3, (2, 4): 4, (3, 1): 
 _GREY_BY_PIL = {"u12": "uint16", "u16": "uint16", "f32": "float32"}
 _RAW_COLOURS = (_RGB, 32803, 34892)  # that can be taken as they are stored: RGB, and a sensor's
 _ALPHA = (1, 2)  # kinds of extra samples
+_RARE_CODECS = (34887, 34925, 50000, 50001)  # LERC, LZMA, Zstandard, WebP
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
@@ -66,7 +69,9 @@ def read_layout(file: TiffFile) -> Layout:
     samples, dtype, by_pil = _kind_of(main)
     channels = len(chosen) * samples
     height, width = (main.width, main.height) if main.orientation in TURNED else (main.height, main.width)
-    alpha = len(chosen) == 1 and channels in (2, 4) and (channels == 4 or any(e in _ALPHA for e in main.extra))
+    # Of four samples in colour the last one is taken for alpha whatever it is called; four grey ones are four bands.
+    may_be_alpha = main.photometric not in _GREY or any(meaning in _ALPHA for meaning in main.extra)
+    alpha = len(chosen) == 1 and (channels == 4 or (channels == 2 and bool(main.extra))) and may_be_alpha
     return Layout(chosen, height, width, channels, dtype, by_pil, alpha)
 
 
@@ -91,7 +96,7 @@ def _kind_of(page: Page) -> tuple[int, str, bool]:
     """(channels, dtype name, whether PIL reads it) of one page."""
     bits, number = page.bits[0], f"{page.number_kind}{page.bits[0]}"
     if len(set(page.bits)) > 1 or not page.number_kind:
-        raise DecodeError(f"is a TIFF with samples of {page.bits[:5]} bits and of different or complex types")
+        raise DecodeError(f"is a TIFF with samples of {', '.join(map(str, page.bits[:5]))} bits and of different or complex types")
     channels = _BYTES_BY_PIL.get((page.photometric, page.samples))
     if channels is not None and (number == "u8" or (page.samples == 1 and number in {"u1", "u2", "u4"})):
         return channels, "uint8", True
@@ -109,7 +114,9 @@ def _kind_of(page: Page) -> tuple[int, str, bool]:
 def _read_page(file: TiffFile, page: Page, layout: Layout) -> Iterator[np.ndarray]:
     """The channels of one page, each (H, W) as stored."""
     alone = file.alone(page)
-    array = _by_pil(alone, layout) if layout.by_pil else None
+    # libtiff, behind PIL, is often built without these codecs, and then writes to the terminal and fails.
+    avoid_pil = page.compression in _RARE_CODECS and page.photometric in (*_GREY, _RGB) and _has_imagecodecs()
+    array = _by_pil(alone, layout) if layout.by_pil and not avoid_pil else None
     if array is None and page.photometric not in (*_GREY, *_RAW_COLOURS):
         raise DecodeError(f"is a TIFF whose compression (number {page.compression}) PIL cannot read in this colour")
     by_tifffile = array is None
@@ -156,12 +163,16 @@ def _by_tifffile(data: bytes, compression: int) -> np.ndarray:
     except ImportError as error:
         raise missing("a TIFF of a kind", "tifffile", "pip install tifffile") from error
     try:
-        with decoding("is a TIFF that cannot be read"), tifffile.TiffFile(io.BytesIO(data)) as file:
+        with (
+            decoding("is a TIFF that cannot be read"),
+            _without_log("tifffile"),
+            tifffile.TiffFile(io.BytesIO(data)) as file,
+        ):
             page = cast(Any, file.pages[0])
             array, axes = np.asarray(page.asarray(maxworkers=1)), page.axes
     except DecodeError as error:
         wants = "imagecodecs" in str(error) or isinstance(error.__cause__, ImportError)
-        if wants and importlib.util.find_spec("imagecodecs") is None:
+        if wants and not _has_imagecodecs():
             kind = f"a TIFF of a kind (compression {compression})"
             raise missing(kind, "imagecodecs", "pip install 'patchmine[tiff]'") from error
         raise
@@ -170,6 +181,22 @@ def _by_tifffile(data: bytes, compression: int) -> np.ndarray:
     if array.ndim == 3:
         array = np.moveaxis(array, next(number for number, name in enumerate(axes) if name not in "YX"), 2)
     return array
+
+
+def _has_imagecodecs() -> bool:
+    return importlib.util.find_spec("imagecodecs") is not None
+
+
+@contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    """A library's log is not shown meanwhile, because it does not name the file."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 # What a file states about its pages -----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch import Tensor
 from patchmine.data.bounds import MAX_PIXELS, DecodeError, decoding
 from patchmine.data.orientation import upright
 from patchmine.data.video_matrix import of_frame
-from patchmine.data.video_torchcodec import check_complete, check_frames, check_range, short, size_of
+from patchmine.data.video_torchcodec import check_complete, check_frames, check_range, size_of
 
 MOST_FRAMES = 5_000_000
 """Frames whose times a process remembers, 9 bytes each; beyond that the file used longest ago is forgotten."""
@@ -75,7 +75,7 @@ class PyAVReader:
         self._open()
         index = _indices.get(key) if key is not None else None
         if index is None:
-            with decoding("cannot be read as a video", short):
+            with decoding("cannot be read as a video"):
                 index = _make_index(self._container, self._stream)
             _remember(key, index)
             self._open()  # at the start again, also where nothing can be sought
@@ -96,7 +96,7 @@ class PyAVReader:
         found: dict[int, NDArray[np.uint8]] = {}
         trouble = ""
         try:
-            with decoding("", short):
+            with decoding(""):
                 self._decode(wanted, found)
         except DecodeError as error:
             trouble = str(error)
@@ -116,7 +116,7 @@ class PyAVReader:
             found |= self._from_start([number for number in wanted if number not in found])
 
     def _open(self) -> None:
-        with decoding("cannot be opened as a video", short):
+        with decoding("cannot be opened as a video"):
             import av
 
             file = self._source if isinstance(self._source, str) else io.BytesIO(self._source)
@@ -198,7 +198,7 @@ def _make_index(container: Any, stream: Any) -> FrameIndex:
     times, keys, lengths = list[int](), list[bool](), list[int]()
     timed = not (container.format.name in _UNTIMED and stream.codec_context.has_b_frames)
     # As far as it can be read; whether that is all is asked next.
-    with suppress(DecodeError), decoding("stops", short):
+    with suppress(DecodeError), decoding("stops"):
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard and not packet.is_corrupt:
                 timed = timed and packet.pts is not None

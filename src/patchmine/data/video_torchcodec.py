@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -53,7 +52,7 @@ class TorchcodecReader:
 
     def __init__(self, source: str | bytes, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels, self._stored = max_pixels, size_of(source)
-        with decoding("cannot be opened as a video", short):
+        with decoding("cannot be opened as a video"):
             from torchcodec.decoders import VideoDecoder
 
             self._decoder: Any = VideoDecoder(source, num_ffmpeg_threads=1)
@@ -70,7 +69,7 @@ class TorchcodecReader:
         """(n, 3, H, W) uint8; DecodeError where one of them cannot be decoded."""
         check_range(indices, self.num_frames)
         check_frames(self._height, self._width, len(indices), self._max_pixels, self._stored)
-        with decoding(f"stops decoding before frame {max(indices, default=0)} of {self.num_frames}", short):
+        with decoding(f"stops decoding before frame {max(indices, default=0)} of {self.num_frames}"):
             frames: Tensor = self._decoder.get_frames_at([int(index) for index in indices]).data
         return upright_tensor(frames, self._remainder)
 
@@ -105,11 +104,6 @@ def check_range(indices: Sequence[int], num_frames: int) -> None:
     """IndexError for a frame that there is not."""
     if indices and not 0 <= min(indices) <= max(indices) < num_frames:
         raise IndexError(f"frames {min(indices)} to {max(indices)} of {num_frames}")
-
-
-def short(reason: str) -> str:
-    """A reason without the place in torchcodec's or FFmpeg's source that it names first or last."""
-    return re.sub(r"^\S+, \S+\.cpp:\d+, |: '\w+\(\)'$|^\[Errno -?\d+\] ", "", reason)
 
 
 def _animation(levels: Sequence[int]) -> bytes:
