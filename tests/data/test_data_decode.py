@@ -345,13 +345,13 @@ def test_what_our_own_readers_of_headers_stumble_over_is_a_damaged_image() -> No
 
 def test_every_format_that_counts_by_its_ending_is_opened() -> None:
     assert np.array_equal(as_pil(decode(encoded(IMAGE, "TGA"), 3)), PIXELS)
-    with pytest.raises(DecodeError, match="^is no readable image \\(cannot identify image file\\)$"):
+    with pytest.raises(DecodeError, match=r"^is no readable image \(cannot identify image file\)$"):
         decode(b"some text", 3)
 
 
 def test_the_reason_of_a_damaged_jpeg_names_no_place_in_a_library() -> None:
     data = encoded(IMAGE, "JPEG")
-    with pytest.raises(DecodeError, match="^is a truncated or damaged JPEG") as caught:
+    with pytest.raises(DecodeError, match=r"^is a truncated or damaged JPEG") as caught:
         decode(data[:-200], 3)
     assert ".cpp" not in str(caught.value)
 

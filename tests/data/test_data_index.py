@@ -18,6 +18,7 @@ from patchmine.data import folder, index, listfile, shards
 from patchmine.data.contract import Source, key_of
 from patchmine.data.index import Index, PathList, load, save
 from patchmine.data.source import open_source
+from patchmine.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,43 @@ def test_a_folder_that_was_changed_behind_equal_times_is_listed_again(
     assert keys(after) == keys(open_source(place))
     assert keys(after) != before
     assert all(Path(after.path(number)).is_file() for number in range(len(after)))
+
+
+def test_what_was_passed_over_for_its_contents_is_looked_at_again(tmp_path: Path) -> None:
+    place, target = write_files(tmp_path / "in", "1.jpg"), tmp_path / "later"
+    (place / "empty").write_bytes(b"")
+    (place / "file.jpg").symlink_to(target / "x.jpg")
+    (place / "folder").symlink_to(target)
+    write_files(tmp_path, "LICENSE", data=b"some text")
+    (place / "LICENSE").symlink_to(tmp_path / "LICENSE")
+    (tmp_path / "list.txt").write_text("in/1.jpg\nin/empty\n")
+
+    def both() -> list[list[str]]:
+        return [keys(open_source(source, cache_dir=tmp_path / "cache")) for source in (place, tmp_path / "list.txt")]
+
+    assert both() == both() == [["1.jpg"], ["in/1.jpg"]]
+    write_files(target, "x.jpg")  # a disk is mounted, a download comes to its end: the folder itself stays as it was
+    (place / "empty").write_bytes(JPEG)
+    assert both() == [["1.jpg", "empty", "file.jpg", "folder/x.jpg"], ["in/1.jpg", "in/empty"]]
+
+
+def test_a_folder_with_files_that_are_no_images_is_not_listed_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(write_files(tmp_path / "in", "1.jpg"), "README", data=b"some text")
+    open_source(tmp_path / "in", cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(folder, "list_folder", None)
+    assert keys(open_source(tmp_path / "in", cache_dir=tmp_path / "cache")) == ["1.jpg"]
+
+
+def test_a_list_reached_through_a_link_has_paths_of_its_own(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.jpg")
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    open_source(tmp_path / "list.txt", cache_dir=tmp_path / "cache")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/list.txt").symlink_to(tmp_path / "list.txt")
+    with pytest.raises(UserError, match=r"line 1 names 'a.jpg', which does not exist"):
+        open_source(tmp_path / "other/list.txt", cache_dir=tmp_path / "cache")
 
 
 def test_an_archive_swapped_at_equal_size_and_time_is_read_again(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ import io
 import os
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from made_files import add
 from PIL import Image
 
 from patchmine.data import inspect as inspect_module
+from patchmine.data.contract import key_of
 from patchmine.data.inspect import inspect, render
 from patchmine.data.source import open_source
 
@@ -128,3 +131,16 @@ def test_sums_in_blocks_are_those_of_the_whole(mixed: Path, monkeypatch: pytest.
     whole = inspect(open_source(mixed))
     monkeypatch.setattr(inspect_module, "_BLOCK", 100)
     np.testing.assert_allclose(inspect(open_source(mixed)).std, whole.std, rtol=1e-9)
+
+
+def test_labels_that_cannot_be_read_are_a_note(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        picture = io.BytesIO()
+        Image.new("RGB", (20, 10)).save(picture, "PNG")
+        for name, data in (("1.png", picture.getvalue()), ("1.json", b"{"), ("2.png", picture.getvalue())):
+            add(archive, name, data)
+    source = open_source(tmp_path / "x.tar")
+    report = inspect(source)
+    assert (report.read, report.classes, len(report.broken)) == (2, None, 0)
+    assert "the .json member of" in report.notes[-1]
+    assert [key_of(source, index) for index in range(2)] == ["1.png", "2.png"]

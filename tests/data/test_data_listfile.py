@@ -140,6 +140,8 @@ def test_names_and_classes_that_are_no_text_keep_their_bytes(images: Path) -> No
         ("tab\there.jpg\tcat", "tab\there.jpg", "cat"),
         ("two words", "two words", None),  # a file without an ending, as the disk tells
         ("odd cat", "odd", "cat"),
+        ('"a b.jpg"', "a b.jpg", None),
+        ('"a b.jpg" black cat', "a b.jpg", "black cat"),
     ],
 )
 def test_blanks_quotes_and_tabs(images: Path, line: str, path: str, label: str | None) -> None:
@@ -202,3 +204,19 @@ def test_lines_that_repeat_are_told_and_count(images: Path) -> None:
     source = open_list(write(images, "l.txt", "b.jpg\na b.jpg\nb.jpg\nb.jpg\n"), "x", None)
     assert len(source) == 4
     assert source.notes == ("data=x: 2 lines name what another image's line names already; it counts each time.",)
+
+
+@pytest.mark.parametrize("head", ["image_path,class", "label_id,file_name", "n,filepath,category"])
+def test_heads_that_tables_have(images: Path, head: str) -> None:
+    columns = head.split(",")
+    row = ["b.jpg" if "path" in name or "file" in name else "7" for name in columns]
+    source = open_list(write(images, "l.csv", f"# made by hand\n{head}\n{','.join(row)}\n"), "x", None)
+    assert [source.key(index) for index in range(len(source))] == ["b.jpg"]
+    labels = source.labels()
+    assert labels is not None
+    assert labels.names == ["7"]
+
+
+def test_an_unknown_head_is_told_what_heads_there_are(images: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1 names 'where', .*a head line names its columns path and label"):
+        open_list(write(images, "l.csv", "where,species\nb.jpg,cat\n"), "x", None)

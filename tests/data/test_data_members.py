@@ -147,6 +147,8 @@ def test_frames_are_chosen_by_the_same_rule(tmp_path: Path) -> None:
     [
         *((name, True) for name in HIDDEN),
         *((name, False) for name in COUNT),
+        *((name, True) for name in ("a.jpg~", "b/#a.jpg#", "~$a.jpg", "x~/a.jpg")),
+        *((name, False) for name in ("a~1.jpg", "#1.jpg", "x.jpg.1", "x (1).jpg", "x.tar.jpg")),
         ("./a.jpg", False),
         ("../a.jpg", False),
         ("/abs/a.jpg", False),

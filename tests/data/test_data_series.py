@@ -27,6 +27,7 @@ def numbered(*patterns: str, count: int = 4) -> list[str]:
         (numbered("{:04d}.jpg", "{:04d}_mask.png"), "#.jpg"),
         (numbered("{:04d}.jpg", "seg-{:04d}.jpg"), "#.jpg"),
         (numbered("rgb.{:d}.jpg", "depth.{:d}.png", "normals.{:d}.png"), "rgb"),
+        ([*numbered("img_{:d}.jpg"), "cover.jpg", "poster.png"], "img_"),
     ],
 )
 def test_what_was_worked_out_from_the_frames_is_left_out(names: list[str], kept: str) -> None:
@@ -34,7 +35,7 @@ def test_what_was_worked_out_from_the_frames_is_left_out(names: list[str], kept:
     assert len(frames) == 4
     assert len(others) == len(names) - 4
     assert sorted(frames + others) == sorted(names)
-    assert not any(word in name for name in frames for word in ("flow", "depth", "mask", "seg", "normals")), kept
+    assert not any(word in name for name in frames for word in ("flow", "depth", "mask", "seg", "normals", "er.")), kept
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_files import write_tar
 from torch.utils.data import Dataset, IterableDataset
 
 from patchmine.data.contract import IMAGES, ClassNames, Labels, Source, key_of
@@ -193,3 +195,27 @@ def test_a_user_without_a_home_keeps_no_index(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", refuse)
     assert default_cache_dir() is None
+
+
+def test_patterns_of_shards(tmp_path: Path) -> None:
+    for name in ("train-00", "train-01", "val-00"):
+        write_tar(tmp_path / f"{name}.tar", f"{name}.jpg")
+
+    def found(pattern: str) -> list[str]:
+        source = open_source(f"{tmp_path}/{pattern}")
+        return [key_of(source, index) for index in range(len(source))]
+
+    assert found("{val,train}-00.tar") == ["val-00.jpg", "train-00.jpg"]
+    assert found("train-{00..01}.tar") == ["train-00.jpg", "train-01.jpg"]
+    assert found("{val,train}-*.tar") == ["val-00.jpg", "train-00.jpg", "train-01.jpg"]
+    with pytest.raises(UserError, match="stands for more than 100,000 shards"):
+        found("{a,b}-{00000..99999}.tar")
+
+
+@pytest.mark.parametrize("pattern", ["", "*.tar.gz", "s-{0..0}.tar.gz", "s-0.tar.gz"])
+def test_packed_archives_are_refused_with_what_unpacks_them(tmp_path: Path, pattern: str) -> None:
+    write_tar(tmp_path / "s-0.tar", "1.jpg")
+    (tmp_path / "s-0.tar.gz").write_bytes(gzip.compress((tmp_path / "s-0.tar").read_bytes()))
+    (tmp_path / "s-0.tar").unlink()
+    with pytest.raises(UserError, match=r"s-0.tar.gz is packed with gzip, .*: unpack it with gunzip"):
+        open_source(f"{tmp_path}/{pattern}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -146,7 +147,7 @@ def _member(info: tarfile.TarInfo) -> Member:
 
 def _plain(name: str) -> str:
     """A member's name below the archive's root."""
-    return name.lstrip("/").removeprefix("./")
+    return re.sub(r"^(\.?/)+", "", name)
 
 
 def _linked(info: tarfile.TarInfo) -> str:

@@ -23,6 +23,7 @@ from patchmine.data.members import (
     PassedOver,
     head_of,
     is_hidden,
+    may_change,
     passed_over_note,
     reason_against,
     rule_of,
@@ -85,16 +86,18 @@ def open_folder(root: Path, name: str, cache_dir: Path | None, kind: Kind = IMAG
 
 
 def list_folder(root: Path, kind: Kind = IMAGES) -> Index:
-    """The index of a folder, which also remembers the mark of each folder in it."""
+    """The index of a folder, which also remembers the marks of what it depends on: each folder in it, and what was
+    passed over for its contents or for a link that led nowhere.
+    """
     paths, listing = PathList(), _Listing(os.fsencode(root), kind)
     for path in listing.paths():
         paths.add(path)
     columns = paths.columns()
-    folders = {f"folder_{key}": values for key, values in listing.folders.columns().items()}
-    marks = {"folder_marks": np.frombuffer(listing.marks, np.int64)}
+    marked = {f"marked_{key}": values for key, values in listing.marked.columns().items()}
+    marks = {"marks": np.frombuffer(listing.marks, np.int64)}
     fingerprint = fingerprint_of([columns["offsets"], columns["blob"]])
     stamp = {"kind": "folder", "rule": rule_of(kind), "fingerprint": fingerprint}
-    return Index({**columns, **folders, **marks}, {**stamp, "passed_over": listing.passed_over.facts()})
+    return Index({**columns, **marked, **marks}, {**stamp, "passed_over": listing.passed_over.facts()})
 
 
 class _Listing:
@@ -102,7 +105,7 @@ class _Listing:
 
     def __init__(self, root: bytes, kind: Kind) -> None:
         self.root, self.kind = root, kind
-        self.folders, self.marks, self.passed_over = PathList(), array("q"), PassedOver()
+        self.marked, self.marks, self.passed_over = PathList(), array("q"), PassedOver()
         self._real_root = os.path.realpath(root)
         self._started = time.time_ns()
         self._linked: set[bytes] = set()  # names (with a slash) that are links to folders outside
@@ -145,8 +148,7 @@ class _Listing:
         folder = self.root + b"/" + prefix if prefix else self.root
         names = []
         try:
-            info = os.stat(folder)  # noqa: PTH116
-            self._note(prefix, info)
+            self._note(prefix, os.stat(folder))  # noqa: PTH116
             with os.scandir(folder) as entries:
                 for entry in entries:
                     name = self._counted(entry, folder, prefix)
@@ -159,10 +161,11 @@ class _Listing:
         names.sort(reverse=True)
         return names
 
-    def _note(self, prefix: bytes, info: os.stat_result) -> None:
-        self.folders.add(prefix)
-        mark = mark_of(info)
-        self.marks.extend([-1] * len(mark) if is_recent(info, self._started) else mark)
+    def _note(self, path: bytes, info: os.stat_result | None) -> None:
+        """The listing stands as long as this path bears this mark; one that is too young is none that could be met."""
+        self.marked.add(path)
+        recent = info is not None and is_recent(info, self._started)
+        self.marks.extend([-1] * len(_NOTHING) if recent else mark_of(info) if info else _NOTHING)
 
     def _counted(self, entry: os.DirEntry[bytes], folder: bytes, prefix: bytes) -> bytes | None:
         """The entry's name where it counts."""
@@ -178,9 +181,11 @@ class _Listing:
         elif is_file or is_hidden(text):
             reason = reason_against(text, self.kind, partial(head_of, folder + b"/" + entry.name))
         else:
-            reason = NO_LINK if entry.is_symlink() and not _is_something(folder + b"/" + entry.name) else NO_FILE
+            reason = NO_LINK if entry.is_symlink() and _stat(folder + b"/" + entry.name) is None else NO_FILE
         if reason is not None:
             self.passed_over.add(reason, os.fsdecode(prefix) + text)
+            if may_change(reason):
+                self._note(prefix + entry.name, _stat(folder + b"/" + entry.name))
             return None
         return entry.name + b"/" if is_folder else entry.name
 
@@ -198,16 +203,25 @@ class _Listing:
         return None
 
 
-def _is_something(path: bytes) -> bool:
-    return os.path.exists(path)  # noqa: PTH110
+def _stat(path: str | bytes) -> os.stat_result | None:
+    """None where there is nothing of that name, or a link leads nowhere."""
+    try:
+        return os.stat(path)  # noqa: PTH116, bytes paths
+    except OSError:
+        return None
+
+
+_NOTHING = [0, 0, 0, 0]
+"""The mark of what is not there."""
 
 
 def _is_fresh(kept: Index, root: Path) -> bool:
-    """Whether every folder of the listing still bears the mark that it had."""
+    """Whether everything that the listing depends on still bears the mark that it had."""
     columns = kept.columns
-    folders = Index({"blob": columns["folder_blob"], "offsets": columns["folder_offsets"]}, {})
-    marks = columns["folder_marks"].reshape(len(folders), -1)
-    try:
-        return all(mark_of((root / folders.path(number)).stat()) == mark for number, mark in enumerate(marks.tolist()))
-    except OSError:
-        return False
+    marked = Index({"blob": columns["marked_blob"], "offsets": columns["marked_offsets"]}, {})
+    marks = columns["marks"].reshape(len(marked), -1)
+    for number, mark in enumerate(marks.tolist()):
+        info = _stat(os.path.join(root, marked.path(number)))  # noqa: PTH118, once per folder
+        if (mark_of(info) if info else _NOTHING) != mark:
+            return False
+    return True

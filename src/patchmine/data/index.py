@@ -27,7 +27,7 @@ from patchmine.names import shown_name
 
 log = logging.getLogger(__name__)
 
-VERSION = b"patchmine index 2\n"
+VERSION = b"patchmine index 3\n"
 """The first bytes of the file.  Raised whenever an index written before would be read wrongly."""
 
 RECENT = 2_000_000_000
@@ -114,7 +114,9 @@ def save(index: Index, file: Path) -> Index:
         with replacing(file) as temporary, temporary.open("wb+") as out:
             _write(out, index)
     except OSError as error:
-        log.warning("the index %s could not be kept (%s); it will be made again next time", shown_name(file), error)
+        log.warning(
+            "the index %s could not be kept (%s); it will be made again next time", shown_name(file), error.strerror
+        )
         return index
     return load(file) or index
 

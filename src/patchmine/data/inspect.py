@@ -20,7 +20,7 @@ from patchmine.data.contract import Labels, Source, notes_of, open_regular
 from patchmine.data.decode import MAX_PIXELS, DecodeError, decode, probe
 from patchmine.data.sampling import spread_indices
 from patchmine.data.video import FrameFiles, VideoFile, open_video
-from patchmine.errors import reason_of
+from patchmine.errors import UserError, reason_of
 from patchmine.names import shown_name
 
 if TYPE_CHECKING:
@@ -72,9 +72,11 @@ def inspect(
     """
     count = len(source)
     chosen = spread_indices(count, count if full else sample)
-    report = InspectReport(
-        source.name, count, len(chosen), notes=notes_of(source), classes=_class_sizes(source.labels())
-    )
+    report = InspectReport(source.name, count, len(chosen), notes=notes_of(source))
+    try:
+        report.classes = _class_sizes(source.labels())
+    except UserError as error:  # of damaged or missing labels, without which everything else can be told
+        report.notes += (str(error),)
     moments: dict[int, _Moments] = {}
     digests = np.zeros(len(chosen), np.uint64)
     readable = np.zeros(len(chosen), bool)

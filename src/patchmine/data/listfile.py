@@ -1,8 +1,8 @@
 """List files: one image (or video) a line, with a label where there is one.
 
-``.txt``: ``path`` or ``path label``, where the label is the last word behind the image's own ending; lines that start
-with ``#`` are remarks.  ``.csv`` and ``.tsv``: columns ``path`` and ``label``, by a head line of these names or in
-this order.
+``.txt``: ``path`` or ``path label``, where the label is the last word behind the image's own ending, or what stands
+behind a path in quotation marks.  ``.csv`` and ``.tsv``: columns ``path`` and ``label``, by a head line of these (or
+similar) names or in this order.  Lines that start with ``#`` are remarks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -38,8 +39,13 @@ from patchmine.names import shown_name
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 
-PATH_HEADS = ("path", "file", "filename", "image", "video")
-LABEL_HEADS = ("label", "class", "target")
+PATH_HEADS = (
+    *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file", "img"),
+    *("img_path", "video", "video_path", "video_file"),
+)
+LABEL_HEADS = ("label", "class", "target", "category", "labels", "class_name", "label_name", "class_id", "label_id")
+
+_QUOTED = re.compile(r'"([^"]+)"\s*([^"]*)')
 
 LONGEST_LINE = 65_536
 """Letters.  Paths have 4,096 bytes at most, so what is longer is no list."""
@@ -62,12 +68,17 @@ def open_list(file: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES
     root, started = file.parent, time.time_ns()
     with foreign_parser(lambda reason: UserError(f"data={shown_name(name)}: the list cannot be read ({reason})")):
         info = file.stat()
-        kept_in = index_file(cache_dir, f"list-{kind.name}", os.fspath(file.resolve())) if cache_dir else None
+        kept_in = (
+            index_file(cache_dir, f"list-{kind.name}", os.fspath(file.parent.resolve() / file.name))
+            if cache_dir
+            else None
+        )
         kept = load(kept_in) if kept_in else None
         if kept is not None and kept.stamp["rule"] == rule_of(kind) and kept.stamp["mark"] == mark_of(info):
             return FileSource(root, kept, name, kind)
         index = _index(file, name, kind)
-    index.stamp |= {"rule": rule_of(kind), "mark": None if is_recent(info, started) else mark_of(info)}
+    is_kept = index.stamp["settled"] and not is_recent(info, started)
+    index.stamp |= {"rule": rule_of(kind), "mark": mark_of(info) if is_kept else None}
     return FileSource(root, save(index, kept_in) if kept_in else index, name, kind)
 
 
@@ -98,11 +109,7 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
         repeated += number in known
         known.add(number)
     if missing:
-        such = f"{missing:,} such line{'s' * (missing > 1)}"
-        raise UserError(
-            f"data={shown_name(name)}: {first_missing} ({such}); paths count from the list's folder, "
-            f"{shown_name(file.parent)}"
-        )
+        raise _missing_error(file, name, missing, first_missing)
     if not len(paths):
         found = "; ".join(f"{reason}: {count:,}, as {first}" for reason, count, first in passed_over.facts()[:4])
         raise UserError(
@@ -110,6 +117,15 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
             "line, and a label behind it if you like"
         )
     return _finish(paths, classes, passed_over, _repeats_note(name, repeated, kind))
+
+
+def _missing_error(file: Path, name: str, missing: int, first: str) -> UserError:
+    such = f"{missing:,} such line{'s' * (missing > 1)}"
+    if file.suffix.lower() != ".txt" and re.match("line [12] ", first):
+        such += "; a head line names its columns path and label"
+    return UserError(
+        f"data={shown_name(name)}: {first} ({such}); paths count from the list's folder, {shown_name(file.parent)}"
+    )
 
 
 def _repeats_note(name: str, repeated: int, kind: Kind) -> list[str]:
@@ -155,7 +171,7 @@ def _finish(paths: PathList, classes: ClassNames, passed_over: PassedOver, notes
     columns = paths.columns()
     fingerprint = fingerprint_of([columns["offsets"], columns["blob"]])
     stamp: dict[str, Any] = {"kind": "list", "fingerprint": fingerprint}
-    stamp |= {"passed_over": passed_over.facts(), "notes": notes}
+    stamp |= {"passed_over": passed_over.facts(), "settled": passed_over.is_final(), "notes": notes}
     if len(classes):
         labels = classes.finish()
         columns["label"], stamp["names"] = labels.ids.astype(np.int32), labels.names
@@ -189,6 +205,10 @@ def _text_lines(file: Path, kind: Kind) -> Iterator[Line]:
             line = raw.strip()
             if not line or line.startswith("#"):
                 continue
+            quoted = _QUOTED.fullmatch(line)
+            if quoted:
+                yield Line(number, quoted[1], quoted[2] or None)
+                continue
             # A path may hold blanks, so a line that ends like an image is all path.
             head, blank, label = line.rpartition("\t" if "\t" in line else " ")
             if blank and not line.lower().endswith(kind.suffixes) and not _is_one_path(file.parent, line, head, kind):
@@ -210,7 +230,7 @@ def _table_lines(file: Path, kind: Kind) -> Iterator[Line]:
         path_column, label_column, first = 0, 1, True
         for row in rows:
             cells = [cell.strip() for cell in row]
-            if not any(cells):
+            if not any(cells) or (cells[0].startswith("#") and not cells[0].lower().endswith(kind.suffixes)):
                 continue
             heads = [cell.lower() for cell in cells]
             if first and not cells[0].lower().endswith(kind.suffixes) and set(heads) & set(PATH_HEADS):

@@ -33,9 +33,11 @@ _SYSTEM = {
     *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "#recycle"),
     *("thumbs.db", "desktop.ini", "ehthumbs.db", "__pycache__"),
 }
+_BACKUP = re.compile(r"~\$.*|.+~|#.+#", re.DOTALL)  # by which editors keep what they changed
 _HEIF = (".heic", ".heif", ".hif")
 _ENDING = re.compile(r"\.([a-z0-9_+-]*[a-z][a-z0-9_+-]*)$")  # `scan.0001` and `2024.06.01` have none
 _REASONS_SHOWN = 8
+_INSIDE = " inside"
 
 # Where in a file, which bytes, what ending such files have, which kinds they are of.
 _MAGIC = (
@@ -76,6 +78,10 @@ class PassedOver:
         """One more name."""
         count, first = self._found.get(reason, (0, name))
         self._found[reason] = count + 1, first
+
+    def is_final(self) -> bool:
+        """Whether no such name may come to count by itself."""
+        return not any(map(may_change, self._found))
 
     def facts(self) -> Facts:
         """The counts, largest first."""
@@ -118,13 +124,18 @@ def reason_against(name: str, kind: Kind, head: Callable[[], bytes], *, listed: 
         return NOT_OPENED
     if kind.name in kinds:
         return _codec_missing(found)
-    return f"ending {ending}, and no {kind.name} inside" if ending else f"no ending, and no {kind.name} inside"
+    return f"{f'ending {ending}' if ending else 'no ending'}, and no {kind.name}{_INSIDE}"
+
+
+def may_change(reason: str) -> bool:
+    """Whether a name that was passed over may come to count while its folder, or the list, stays as it is."""
+    return reason in (NO_LINK, NO_FILE, NOT_OPENED) or reason.endswith(_INSIDE)
 
 
 def is_hidden(path: str) -> bool:
     """Whether a part of a path is hidden or one that an operating system, a viewer or an editor made for itself."""
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    return any(part.startswith(".") or part.lower() in _SYSTEM for part in parts)
+    return any(part.startswith(".") or part.lower() in _SYSTEM or _BACKUP.fullmatch(part) for part in parts)
 
 
 def outside_of_root(path: str) -> str:
@@ -155,7 +166,8 @@ def head_of(path: str | bytes) -> bytes:
 
 def rule_of(kind: Kind) -> str:
     """Changes when a listing that was made before would come out differently by this rule."""
-    facts = (kind.name, kind.suffixes, kind.chosen, has_heif(), sorted(_SYSTEM), [magic[:3] for magic in _MAGIC])
+    names = (sorted(_SYSTEM), _BACKUP.pattern)
+    facts = (kind.name, kind.suffixes, kind.chosen, has_heif(), names, [magic[:3] for magic in _MAGIC])
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

@@ -28,8 +28,9 @@ _NUMBER = re.compile(r"\d+")
 def frames_of(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The names of the frames, and those of other series, each in the order given.
 
-    Names that differ in their numbers alone are one series.  Several series are one video as long as no number comes
-    twice.  Else the series without a word of `AUXILIARY` in its name is the video.
+    Names that differ in their numbers alone are one series, beside which names without a number do not count.  Several
+    series are one video as long as no number comes twice.  Else the series without a word of `AUXILIARY` in its name is
+    the video.
 
     Raises:
         DecodeError: where that leaves several series, or none.
@@ -40,11 +41,13 @@ def frames_of(names: Sequence[str]) -> tuple[list[str], list[str]]:
         pattern, number = _pattern(name)
         series.setdefault(pattern, []).append(name)
         numbers.setdefault(pattern, set()).add(number)
-    if len(series) == 1 or not _collide(list(numbers.values())):
-        return list(names), []
-    chosen = [pattern for pattern in series if not AUXILIARY & {*re.split(r"[^a-z]+", pattern)}]
-    if not chosen or _collide([numbers[pattern] for pattern in chosen]):
-        found = sorted(chosen or series)
+    if any(pattern and len(found) > 1 for pattern, found in numbers.items()):
+        numbers.pop("", None)  # beside numbered frames, a name without a number is a cover or a poster
+    chosen = list(numbers)
+    if _collide(list(numbers.values())):
+        chosen = [pattern for pattern in numbers if not AUXILIARY & {*re.split(r"[^a-z]+", pattern)}]
+    if (numbers and not chosen) or _collide([numbers[pattern] for pattern in chosen]):
+        found = sorted(chosen or numbers)
         more = f" and {len(found) - 4:,} more" if len(found) > 4 else ""
         raise DecodeError(
             f"holds several series of frames ({', '.join(found[:4])}{more}): keep those of one video in a folder"

@@ -16,6 +16,7 @@ import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,9 @@ class ShardSource:
 
     def key(self, index: int) -> str:
         """The path that the image had before it came into the shard, where its JSON tells; else its member's name."""
-        note = self._note(index)
+        note: dict[str, Any] | str | None = None
+        with suppress(UserError):  # a damaged note gives no path; where it should give a label, `labels` tells
+            note = self._note(index)
         return str(note["path"]) if isinstance(note, dict) and "path" in note else self.index.path(index)
 
     def labels(self) -> Labels | None:
@@ -259,10 +262,8 @@ def index_shards(shards: Sequence[Path], name: str, kind: Kind = IMAGES) -> Inde
         before, trouble = len(table.paths), list[str]()
         _index_shard(shard, number, table, passed_over, trouble, kind)
         if trouble:
-            usable = f"its {len(table.paths) - before:,} whole {kind.name}s are used"
-            cut.append(
-                f"the shard {shown_name(shard)} {trouble[0]}; {usable}; fetch or write it again to have the rest"
-            )
+            used = f"its {len(table.paths) - before:,} whole {kind.name}s are used"
+            cut.append(f"the shard {shown_name(shard)} {trouble[0]}; {used}; fetch or write it again to have the rest")
     if not len(table.paths):
         found = passed_over_note(name, passed_over.facts())
         why = f": {cut[0]}" if cut else f"; {kind.name}s end in {', '.join(kind.suffixes)}"

@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ Spec = str | Path | Dataset[Any] | Sequence["Spec"]
 MOST_SHARDS = 100_000
 MOST_DIGITS = 12
 """Of what ``{first..last}`` may stand for."""
+
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 MOST_BESIDE = 10_000
 """Names that are looked through for one that is meant."""
@@ -90,11 +92,13 @@ def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
         return _open_file(path, name, cache_dir, kind)
     if mode:
         raise UserError(f"data={shown_name(name)}: this is a pipe, a socket or a device; give {FORMS[kind.name]}")
-    shards = _expand_ranges(path, name) or sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207, absolute patterns
+    shards = _expand(path, name)
     if not shards:
         what = f"there is no such file or folder{_nearest(path)}"
         raise UserError(f"data={shown_name(name)}: {what}; give {FORMS[kind.name]}")
     other = next((shard for shard in shards if shard.suffix.lower() != ".tar"), None)
+    if other is not None and other.suffix.lower() in PACKED_SUFFIXES and other.is_file():
+        refuse_packed(other)
     if other is not None:
         raise UserError(
             f"data={shown_name(name)}: a pattern may name tar shards only, but {shown_name(other)} is none; "
@@ -153,6 +157,7 @@ def _open_directory(folder: Path, name: str, cache_dir: Path | None, kind: Kind,
             return in_folders
     archives = open_folder(folder, name, None, _ARCHIVES)
     if not len(archives):
+        _refuse_packed_in(folder, name)
         hint = "; videos are for video models, such as model=video_vit_small_patch16" if kind.name == "image" else ""
         found = "".join(f". {note}" for note in files.notes)
         raise UserError(
@@ -180,24 +185,39 @@ def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Sou
     raise UserError(f"data={shown_name(name)}: {what}; give {FORMS[kind.name]}")
 
 
-def _expand_ranges(path: Path, name: str) -> list[Path]:
-    """Every name that ``{first..last}`` stands for, with the zeros of the first; nothing where there is no range."""
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", str(path))
-    if len(parts) == 1:
-        return []
-    ranges = list(zip(parts[1::3], parts[2::3], strict=True))
-    _refuse_many(ranges, name)
-    choices = [[f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)] for first, last in ranges]
-    texts = parts[0::3]
-    return [
-        Path(texts[0] + "".join(n + text for n, text in zip(chosen, texts[1:], strict=True)))
-        for chosen in product(*choices)
-    ]
+def _refuse_packed_in(folder: Path, name: str) -> None:
+    """UserError where what a folder holds are packed archives."""
+    packed = open_folder(folder, name, None, Kind("archive", PACKED_SUFFIXES, str, chosen=True))
+    if len(packed):
+        refuse_packed(Path(packed.path(0)))
 
 
-def _refuse_many(ranges: list[tuple[str, str]], name: str) -> None:
+def _expand(path: Path, name: str) -> list[Path]:
+    """Every name that a pattern stands for: ``{first..last}`` with the zeros of the first, ``{train,val}``, ``*``."""
+    first, *others = _BRACES.split(str(path))[:: _BRACES.groups + 1]
+    choices = [found.groups() for found in _BRACES.finditer(str(path))]
+    _refuse_many(choices, name)
+    names = [first]
+    for chosen, text in zip(choices, others, strict=True):
+        names = [before + choice + text for before in names for choice in _choices(*chosen)]
+    if not choices:
+        return sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207, absolute patterns
+    found = [sorted(glob.glob(each)) if glob.has_magic(each) else [each] for each in names]  # noqa: PTH207
+    return [Path(each) for group in found for each in group]
+
+
+def _choices(first: str | None, last: str | None, listed: str | None) -> list[str]:
+    if first is None or last is None:
+        return str(listed).split(",")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+
+
+def _refuse_many(choices: Sequence[tuple[str | None, ...]], name: str) -> None:
     count = 1
-    for first, last in ranges:
+    for first, last, listed in choices:
+        if first is None or last is None:
+            count *= str(listed).count(",") + 1
+            continue
         if max(len(first), len(last)) > MOST_DIGITS:
             count = MOST_SHARDS + 1
             break

@@ -96,7 +96,9 @@ def _kind_of(page: Page) -> tuple[int, str, bool]:
     """(channels, dtype name, whether PIL reads it) of one page."""
     bits, number = page.bits[0], f"{page.number_kind}{page.bits[0]}"
     if len(set(page.bits)) > 1 or not page.number_kind:
-        raise DecodeError(f"is a TIFF with samples of {', '.join(map(str, page.bits[:5]))} bits and of different or complex types")
+        raise DecodeError(
+            f"is a TIFF with samples of {', '.join(map(str, page.bits[:5]))} bits and of different or complex types"
+        )
     channels = _BYTES_BY_PIL.get((page.photometric, page.samples))
     if channels is not None and (number == "u8" or (page.samples == 1 and number in {"u1", "u2", "u4"})):
         return channels, "uint8", True
