@@ -17,9 +17,9 @@ from torch import Tensor
 from patchmine.run import Run
 from patchmine.train.checkpoint import list_checkpoints
 
-# Tiny tensors gain nothing from threads, and processes that a test starts inherit this.
+# Tiny tensors gain nothing from threads, and processes that a test starts inherit this; results must not depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 settings.register_profile("patchmine", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("patchmine")
