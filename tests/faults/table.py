@@ -56,7 +56,7 @@ def as_text(rows: Sequence[Row], faults: Sequence[str], sizes: Any, seconds: flo
 
 def as_markdown(rows: Sequence[Row], sizes: Any, seconds: float) -> str:
     """For docs/faults.md."""
-    words = f"make faults MUTANTS={sizes.mutants} KILLS={sizes.kills} SEED={sizes.seed}"
+    words = f"make faults MUTANTS={sizes.mutants} KILLS={sizes.kills} SEED={sizes.seed} MINUTES={sizes.minutes:g}"
     lines = [
         f"`{words}`, {len(os.sched_getaffinity(0))} cores, {seconds / 60:.0f} minutes, {datetime.now(UTC):%Y-%m-%d}:",
         "",
