@@ -1,6 +1,6 @@
 """`make faults`: all campaigns, and one table of what was tried, what survived and what did not.
 
-    python tests/faults [MUTANTS=10000] [KILLS=100] [SEED=0] [MINUTES=15] [ONLY=mutants,kills,...] [MARKDOWN=file] [KEEP=folder]
+    python tests/faults [MUTANTS=10000] [KILLS=100] [SEED=0] [MINUTES=15] [ONLY=mutants,...] [MARKDOWN=file] [KEEP=dir]
 
 Exit code 1 when anything did what nothing may.  docs/faults.md says what that is.
 """
