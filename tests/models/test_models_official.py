@@ -279,3 +279,12 @@ def test_only_the_encoder_is_taken_from_any_layout(tmp_path: Path) -> None:
     layouts = [content, {"model": small()}, small(), {"state_dict": {"module." + k: t for k, t in small().items()}}]
     for layout in layouts:
         assert encoder_tensors(layout, "file").keys() == expected
+
+
+def test_every_tensor_of_a_file_is_accounted_for(tmp_path: Path) -> None:
+    save_hpm(tmp_path / "hpm.pth")
+    both = read_official(tmp_path / "hpm.pth")
+    assert both.dropped == []
+    alone = read_official(tmp_path / "hpm.pth", with_decoder=False)
+    assert len(alone.dropped) == len(small("hpm"))
+    assert all(name.startswith("ema_state_dict.") for name in alone.dropped)

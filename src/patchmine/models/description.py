@@ -121,7 +121,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _by_note(file: Path) -> Description | None:
     """Our own note in a safetensors file (`note`)."""
-    if not is_safetensors(file):
+    if not file.is_file() or not is_safetensors(file):
         return None
     try:
         with safe_open(file, framework="pt") as opened:

@@ -108,13 +108,14 @@ class Place:
 class Network:
     """One network of a file under MAE's names (the encoder's are timm's), in float32.
 
-    ``average``: its EMA weights, where the file has both; ``outside``: names of tensors that are no part of it;
-    ``told``: in a few words, where it was found.
+    ``average``: its EMA weights, where the file has both, and ``average_names`` theirs in the file; ``outside``: names
+    of all tensors in the file that are no part of it, these among them; ``told``: in a few words, where it was found.
     """
 
     place: Place
     tensors: Tensors
     average: Tensors | None
+    average_names: list[str]
     outside: list[str]
     told: str
 
@@ -163,11 +164,12 @@ def find_network(
     place = _choose(places, flat, source, weights, prefix)
     tensors = _below(place, places, flat)
     average = _counterpart(place, places)
-    inside = {*_names_below(place, places, flat), *(_names_below(average, places, flat) if average else ())}
+    inside = set(_names_below(place, places, flat))
     return Network(
         place,
         tensors,
         _below(average, places, flat) if average else None,
+        _names_below(average, places, flat) if average else [],
         [name for name in flat if name not in inside],
         _told(place, places),
     )

@@ -237,16 +237,18 @@ def read_official(
         resized += ["teacher's pos_embed likewise"] if likewise else []
     usual = DECODER_HEADS if architecture.clip is None else VIDEO_DECODER_HEADS
     heads = decoder_num_heads or known.decoder_num_heads
+    decoder = _decoder_shape(tensors, source, usual, heads) if with_decoder else None
+    used = set(network.average_names) if teacher is not None and decoder is not None else set()
     return Checkpoint(
         source=source,
         method="hpm" if is_hpm else "mae",
         architecture=architecture,
         tensors=tensors,
         teacher=teacher,
-        decoder=_decoder_shape(tensors, source, usual, heads) if with_decoder else None,
+        decoder=decoder,
         settings=_method_settings(content.get("args"), known),
         resized=resized,
-        dropped=network.outside,
+        dropped=[name for name in network.outside if name not in used],
         notes=[note for note in (network.told, architecture.note) if note],
     )
 
