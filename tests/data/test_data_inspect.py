@@ -6,11 +6,13 @@ import shutil
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from made_files import add
 from PIL import Image
+from torch.utils.data import Dataset
 
 from patchmine.data import inspect as inspect_module
 from patchmine.data.contract import key_of
@@ -144,3 +146,18 @@ def test_labels_that_cannot_be_read_are_a_note(tmp_path: Path) -> None:
     assert (report.read, report.classes, len(report.broken)) == (2, None, 0)
     assert "the .json member of" in report.notes[-1]
     assert [key_of(source, index) for index in range(2)] == ["1.png", "2.png"]
+
+
+def test_items_of_a_dataset_that_are_no_images_are_said_to_be_what_they_are() -> None:
+    class Rows(Dataset[Any]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            return {"image": index}
+
+    report = inspect(open_source(Rows()))
+    assert [reason for _, reason in report.broken] == [
+        "is a dict; an image is bytes, an array, a tensor or a PIL image"
+    ] * 2
+    assert report.duplicates == []

@@ -219,3 +219,39 @@ def test_packed_archives_are_refused_with_what_unpacks_them(tmp_path: Path, patt
     (tmp_path / "s-0.tar").unlink()
     with pytest.raises(UserError, match=r"s-0.tar.gz is packed with gzip, .*: unpack it with gunzip"):
         open_source(f"{tmp_path}/{pattern}")
+
+
+class Wrong(Bare):
+    """A dataset of the user's with a mistake in it: what it gives for its length, its items, its classes."""
+
+    def __init__(self, length: Any = 3, item: Any = (b"", 0), **facts: Any) -> None:
+        self.length, self.item = length, item
+        self.__dict__.update(facts)
+
+    def __len__(self) -> int:
+        if isinstance(self.length, Exception):
+            raise self.length
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(self.item, Exception):
+            raise self.item
+        return self.item
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Wrong(0), "data=Wrong: the dataset has no items"),
+        (Wrong(-1), "data=Wrong: its length cannot be read"),
+        (Wrong(RuntimeError("not downloaded")), r"data=Wrong: its length cannot be read \(not downloaded\)"),
+        (Wrong(item=KeyError("3.jpg")), r"data=Wrong: the classes cannot be read \('3.jpg'\)"),
+        (Wrong(targets=[0, 1]), "data=Wrong: the classes must be 3 whole numbers"),
+        (Wrong(targets=[[0], [1, 2], []]), "data=Wrong: the classes cannot be read"),
+        (Wrong(targets=[0, 1, 7], classes=["a", "b"]), "data=Wrong: the classes are 0 to 7, and there are 2 names"),
+        (Wrong(targets=[0, 1, -1], classes=["a", "b"]), "data=Wrong: the classes are -1 to 1, and there are 2 names"),
+    ],
+)
+def test_a_mistake_in_a_dataset_is_one_sentence(dataset: Wrong, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_source(dataset).labels()

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from patchmine.data.contract import ClassNames, Labels, Source, fingerprint_of, key_of, notes_of
-from patchmine.errors import UserError
+from patchmine.errors import UserError, foreign_parser
 
 
 class Joined:
@@ -78,7 +78,11 @@ class DatasetSource:
             )
         self.dataset = dataset
         self.name = type(dataset).__name__
-        self.fingerprint = fingerprint_of([self.name.encode(), str(len(dataset)).encode()])
+        with foreign_parser(lambda reason: UserError(f"data={self.name}: its length cannot be read ({reason})")):
+            length = len(dataset)
+        if not length:
+            raise UserError(f"data={self.name}: the dataset has no items; give one that has some")
+        self.fingerprint = fingerprint_of([self.name.encode(), str(length).encode()])
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -93,16 +97,26 @@ class DatasetSource:
         return f"{self.name}[{index}]"
 
     def labels(self) -> Labels | None:
-        """From ``dataset.targets``, as torchvision has it, else from every item; None where items are no pairs."""
+        """From ``dataset.targets``, as torchvision has it, else from every item; None where items are no pairs.
+
+        UserError where they are no whole numbers, or cannot be read.
+        """
+        with foreign_parser(lambda reason: UserError(f"data={self.name}: the classes cannot be read ({reason})")):
+            return self._labels()
+
+    def _labels(self) -> Labels | None:
         targets = getattr(self.dataset, "targets", None)
         if targets is None:
-            if not len(self) or not isinstance(self.dataset[0], tuple | list):
+            if not isinstance(self.dataset[0], tuple | list):
                 return None
             targets = [self.dataset[index][1] for index in range(len(self))]
         numbers = np.asarray(targets)
         if numbers.shape != (len(self),) or not np.issubdtype(numbers.dtype, np.integer):
             raise UserError(f"data={self.name}: the classes must be {len(self)} whole numbers, one an item")
         names = getattr(self.dataset, "classes", None)
+        if names and not 0 <= numbers.min() <= numbers.max() < len(names):
+            span = f"{numbers.min()} to {numbers.max()}"
+            raise UserError(f"data={self.name}: the classes are {span}, and there are {len(names)} names of classes")
         classes = ClassNames()
         for number in numbers.tolist():
             classes.add(str(names[number]) if names else str(number))

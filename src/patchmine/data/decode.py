@@ -42,7 +42,7 @@ from patchmine.data.tiff_pages import MAGIC as TIFF
 from patchmine.data.tiff_pages import TiffFile
 from patchmine.errors import foreign_parser
 
-__all__ = ["MAX_PIXELS", "DecodeError", "Raw", "decode", "fit_channels", "probe"]
+__all__ = ["MAX_PIXELS", "DecodeError", "Raw", "decode", "fit_channels", "no_image", "probe"]
 
 Raw = bytes | bytearray | memoryview | np.ndarray | Tensor | Image.Image
 
@@ -112,7 +112,7 @@ def probe(raw: Raw) -> tuple[int, int, int, str]:
         channels, height, width = _tensor_channels_first(raw).shape
         return height, width, channels, str(raw.dtype).removeprefix("torch.")
     if not isinstance(raw, np.ndarray):
-        raise _no_image(raw)
+        raise no_image(raw)
     array = _channels_first(raw, channels=0)
     return array.shape[1], array.shape[2], array.shape[0], raw.dtype.name
 
@@ -157,10 +157,11 @@ def _read(raw: Raw, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
         return _from_tensor(raw)
     if isinstance(raw, np.ndarray):
         return _from_array(raw, channels)
-    raise _no_image(raw)
+    raise no_image(raw)
 
 
-def _no_image(raw: object) -> DecodeError:
+def no_image(raw: object) -> DecodeError:
+    """The error for an item of a type that images do not have."""
     return DecodeError(f"is a {type(raw).__name__}; an image is bytes, an array, a tensor or a PIL image")
 
 

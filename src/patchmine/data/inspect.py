@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patchmine.data.bounds import install_command, reading_item
 from patchmine.data.contract import Labels, Source, notes_of, open_regular
-from patchmine.data.decode import MAX_PIXELS, DecodeError, decode, probe
+from patchmine.data.decode import MAX_PIXELS, DecodeError, decode, no_image, probe
 from patchmine.data.sampling import spread_indices
 from patchmine.data.video import FrameFiles, VideoFile, open_video
 from patchmine.errors import UserError, reason_of
@@ -164,6 +164,13 @@ def _contents(raw: Any) -> Iterator[bytes | memoryview]:
                 while block := handle.read(1 << 20):
                     yield block
         return
+    if isinstance(raw, list | tuple):  # encoded frames
+        yield from raw
+    else:
+        yield _as_bytes(raw)
+
+
+def _as_bytes(raw: Any) -> bytes | memoryview:
     if isinstance(raw, Image.Image):
         raw = np.asarray(raw)
     if isinstance(raw, Tensor):
@@ -171,8 +178,10 @@ def _contents(raw: Any) -> Iterator[bytes | memoryview]:
     if isinstance(raw, np.ndarray):
         content = io.BytesIO()
         np.save(content, raw, allow_pickle=False)
-        raw = content.getbuffer()
-    yield raw
+        return content.getbuffer()
+    if not isinstance(raw, bytes | bytearray | memoryview):
+        raise no_image(raw)
+    return memoryview(raw)
 
 
 def _equal(digests: NDArray[np.uint64], indices: NDArray[np.int64]) -> list[list[int]]:

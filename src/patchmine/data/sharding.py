@@ -63,10 +63,7 @@ def write_shards(
         raise UserError(f"max_side={max_side}: give the longest side in pixels, at least 1")
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"out={shown_name(out)}: there is something already; give a new folder, or delete this one")
-    with foreign_parser(
-        lambda reason: UserError(f"data={shown_name(source.name)}: the labels cannot be read ({reason})")
-    ):
-        labels = source.labels()
+    labels = source.labels()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as room:
