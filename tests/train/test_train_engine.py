@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,9 @@ def test_settings_that_this_machine_cannot_follow_are_named(monkeypatch: pytest.
         Engine(device="tpu")
     with pytest.raises(UserError, match="precision=fp8 is not known; use auto, fp32 or bf16"):
         Engine(device="cpu", precision="fp8")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(UserError, match="devices=65536 would start .* this machine has 2 cores .* set devices=2"):
+        Engine(device="cpu", devices=65536)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="devices=4, but this machine has 2 GPUs"):

@@ -93,6 +93,8 @@ class Engine:
     ) -> None:
         kind = _choose_device(device)
         launch = read_launch(os.environ, devices, num_nodes)
+        if kind == "cpu":
+            _refuse_crowding(launch)
         self.device = torch.device("cuda", _choose_gpu(launch)) if kind == "cuda" else torch.device("cpu")
         self.precision = _choose_precision(precision, kind)
         self.rank, self.world_size, self.local_size = launch.rank, launch.world_size, launch.local_size
@@ -251,6 +253,16 @@ def _choose_gpu(launch: Launch) -> int:
     if count == 1 and launch.by != "patchmine":
         return 0
     raise UserError(f"devices={launch.local_size}, but this machine has {count} GPUs")
+
+
+def _refuse_crowding(launch: Launch) -> None:
+    """Raise UserError for many more processes than this machine has cores; a few more are how a small one tries it."""
+    cores = os.cpu_count() or 1
+    if launch.starts >= max(8, cores):
+        raise UserError(
+            f"devices={launch.local_size} would start as many processes, but this machine has {cores} cores and no GPU"
+            f" is used: set devices={cores} or fewer"
+        )
 
 
 def _make_fabric(device: torch.device, rank: int, world_size: int, precision: str) -> Fabric:
