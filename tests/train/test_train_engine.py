@@ -25,7 +25,7 @@ def test_settings_that_this_machine_cannot_follow_are_named(monkeypatch: pytest.
     with pytest.raises(UserError, match="precision=fp8 is not known; use auto, fp32 or bf16"):
         Engine(device="cpu", precision="fp8")
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(UserError, match="devices=65536 would start .* this machine has 2 cores .* set devices=2"):
+    with pytest.raises(UserError, match=r"devices=65536 would start .* this machine has 2 cores .* set devices=2"):
         Engine(device="cpu", devices=65536)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
