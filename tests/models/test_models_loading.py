@@ -6,8 +6,10 @@ import argparse
 import os
 import warnings
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -56,6 +58,22 @@ def test_a_pickle_with_settings_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
+def test_what_scripts_leave_beside_their_weights_is_passed_over(tmp_path: Path, zipped: bool) -> None:
+    content = {
+        "model": {"a": torch.ones(2)},
+        "args": argparse.Namespace(output_dir=Path("out"), input_size=224, betas=(0.9, 0.95)),
+        "best": np.float64(0.7),
+        "history": np.arange(6).reshape(2, 3),
+        "when": datetime(2026, 11, 28, tzinfo=UTC),
+    }
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(tmp_path / "a.pth")
+    assert torch.equal(read["model"]["a"], torch.ones(2))
+    assert read["args"].input_size == 224
+    assert not isinstance(read["args"].output_dir, Path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
 def test_both_of_torchs_formats_are_read(tmp_path: Path, zipped: bool) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     assert read_checkpoint(tmp_path / "a.pt")["a"].tolist() == [1, 1]
@@ -86,6 +104,20 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad.pt holds a posix.system"):
         read_checkpoint(tmp_path / "bad.pt")
     assert not touched.exists()
+
+
+class Getting:
+    """Gets an attribute when it is unpickled, as a way to any function."""
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, (np.dtype("f4"), "newbyteorder")
+
+
+def test_values_that_are_passed_over_do_nothing(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": Getting()}, tmp_path / "a.pth")
+    read = read_checkpoint(tmp_path / "a.pth")
+    assert not callable(read["b"])
+    assert torch.equal(read["a"], torch.ones(2))
 
 
 def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:

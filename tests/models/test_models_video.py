@@ -128,7 +128,7 @@ def perturb(encoder: VideoTransformer) -> VideoTransformer:
     return encoder
 
 
-def test_an_export_is_opened_again_and_says_who_cannot(tmp_path: Path) -> None:
+def test_an_export_is_opened_again_and_says_who_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder = perturb(build())
     sizes: dict[str, Any] = dict(image_size=(16, 24), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
     export_encoder(encoder, tmp_path / "export", model=NAME, model_args=SMALL, **sizes)
@@ -146,6 +146,7 @@ def test_an_export_is_opened_again_and_says_who_cannot(tmp_path: Path) -> None:
     assert "timm and transformers cannot open this folder" in readme
     assert "library_name" not in readme
     assert encoder_grid(load_encoder(tmp_path / "export", image_size=(32, 32))).size == (3, 4, 4)
+    assert "trained at 16x24 pixels: its positions are VideoMAE's fixed table" in caplog.text
     with pytest.raises(ValueError, match="is not the encoder to be exported"):
         export_encoder(encoder, tmp_path / "other", model=NAME, model_args=SMALL | {"depth": 3}, **sizes)
 

@@ -31,6 +31,29 @@ _MOST_ENTRIES = 2**18
 _SMALL = 2**12  # bytes; so much may be written as one number with strides of zero
 
 
+class _Inert:
+    """Stands for a value in a pickle that is no weight: takes whatever it is made of and does nothing with it."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, _: Any, __: Any) -> None:
+        pass
+
+
+# What training scripts leave beside their weights: paths among their arguments, metrics as numpy's numbers, logs.
+_BESIDE_WEIGHTS = (
+    *(f"pathlib{local}.{kind}" for local in ("", "._local") for kind in ("PosixPath", "WindowsPath", "PurePosixPath")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "datetime.datetime", "datetime.timedelta", "datetime.timezone"),
+    *("lightning.fabric.utilities.data.AttributeDict", "pytorch_lightning.utilities.parsing.AttributeDict"),
+    *("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr"),
+)
+
+
 @dataclass
 class LoadReport:
     """What became of every tensor of a file.
@@ -135,13 +158,18 @@ def _parse(path: Path) -> Any:
     if is_safetensors(path):
         return dict(load_file(path))
     if not zipfile.is_zipfile(path):
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_let_in()):
             return torch.load(path, map_location="cpu", weights_only=True)
     check_archive(path)
     if is_torchscript(path):
         return dict(read_torchscript(path))
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals(_let_in()):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _let_in() -> list[Any]:
+    """Names that may stand in a pickle beside those that torch allows: settings are read, other values are left out."""
+    return [argparse.Namespace, *((_Inert, name) for name in _BESIDE_WEIGHTS)]
 
 
 def nested_tensors(content: Mapping[Any, Any]) -> Tensors:

@@ -225,12 +225,16 @@ def resize_encoder(encoder: Encoder, image_size: tuple[int, int]) -> None:
         return
     _check_filled(encoder, image_size, "the weights")
     source = encoder.patch_embed.grid_size
+    if isinstance(encoder, VideoTransformer):
+        trained_at = encoder.patch_embed.img_size
+        encoder.set_input_size(image_size)
+        for note in _clip_notes(encoder, trained_at):
+            _log.warning(note)
+        return
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about how timm indexes relative tables
         encoder.set_input_size(image_size)
-    if isinstance(encoder, VideoTransformer):
-        return
     # Written anew, because not every timm that we allow knows that a table may be of a rectangle.
     moved, _ = move_all_positions(before, source, encoder.patch_embed.grid_size, embedded_prefix(encoder))
     encoder.load_state_dict(moved)
