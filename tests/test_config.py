@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchmine.config import RunConfig, changed_results, from_settings, parse, resolve_size
+from patchmine.config import RunConfig, changed_results, from_settings, parse, resolve_size, results_of
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.settings import Results, Running, describe_method, describe_run
@@ -370,11 +370,15 @@ def test_a_count_that_no_row_covers_is_an_error(tmp_path: Path) -> None:
 # What a resumed run must keep
 
 
+def changed(old: RunConfig, new: RunConfig) -> list[str]:
+    return changed_results(results_of(old), results_of(new))
+
+
 def test_changed_results_names_what_decides_weights_and_nothing_else() -> None:
     old = parse(None, ["data=x", "method=hpm"])
     new = parse(None, ["data=x", "method=hpm", "method.mask_ratio=0.8", "batch_size=64", "workers=3", "out=y"])
-    assert changed_results(old, new) == ["method.mask_ratio (was 0.75, now 0.8)", "batch_size (was 256, now 64)"]
-    assert changed_results(old, parse(None, ["data=x", "method=hpm", "compile=true", "device=cpu"])) == []
-    other = changed_results(old, parse(None, ["data=x", "method=mae"]))
+    assert changed(old, new) == ["method.mask_ratio (was 0.75, now 0.8)", "batch_size (was 256, now 64)"]
+    assert changed(old, parse(None, ["data=x", "method=hpm", "compile=true", "device=cpu"])) == []
+    other = changed(old, parse(None, ["data=x", "method=mae"]))
     assert "method.name (was 'hpm', now 'mae')" in other
     assert "method.alpha_end (was 0.5, now not set)" in other

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "names": set(),
     "strict": set(),
     "disk": {"errors", "names"},
-    "lock": {"errors", "disk"},
+    "lock": {"errors", "disk", "names"},
     "ops": {"types"},
     "models": FLOOR | {"ops"},
     "method": FLOOR | {"ops"},

@@ -187,7 +187,36 @@ def test_without_locks_a_dead_process_is_known_on_its_own_host_only(folder: Path
             pass
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b'{"pid": 1}', b"3"])
+def held_by(**changes: object) -> bytes:
+    return json.dumps({"pid": 1, "host": "h", "since": 0.0} | changes).encode()
+
+
+GARBLED = [
+    *(b"", b"{", b"\xff\xfe", b"[1]", b'{"pid": 1}', b"3", b"[" * 9000),
+    *(held_by(pid="x"), held_by(pid=2**70), held_by(pid=-1), held_by(host=None), held_by(since="y")),
+    *(held_by(since=1e30), held_by(since=float("nan"))),
+]
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.parametrize("content", GARBLED)
+def test_a_garbled_file_in_place_of_a_lock_is_told(folder: Path, content: bytes) -> None:
+    folder.mkdir(parents=True)
+    (folder / OWNER).write_bytes(content)
+    with pytest.raises(UserError, match=rf"being written by another process.*remove {folder / OWNER}"), lock(folder):
+        pass
+
+
+def test_a_lock_file_that_is_a_link_is_not_written_through(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("a: 1")
+    (folder / NAME).symlink_to("config.yaml")
+    with pytest.raises(UserError, match="a link stands there"), lock(folder):
+        pass
+    assert (folder / "config.yaml").read_text() == "a: 1"
+
+
+@pytest.mark.parametrize("content", GARBLED)
 def test_a_garbled_lock_file_is_no_obstacle_and_no_traceback(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
     (folder / NAME).write_bytes(content)

@@ -295,6 +295,72 @@ def test_skipped_steps_are_summed_up(image_folder: Path, out: Path, monkeypatch:
     assert "2 of 6 steps were skipped because loss or gradient was not finite" in result.stderr
 
 
+def test_the_remedy_of_a_diverged_run_names_no_precision_that_it_has(image_folder: Path, out: Path) -> None:
+    told = refused(start(image_folder, out, "blr=1e300"))
+    assert "a smaller blr (now 1e+300) or longer warmup_epochs (now 0)" in told
+    assert "fp32" not in told.split("not saved")[1]
+    assert "precision=fp32" in refused(start(image_folder, out.with_name("bf16"), "blr=1e300", "precision=bf16"))
+
+
+# Edited, mixed up
+
+
+def test_settings_that_were_edited_since_a_checkpoint_are_refused(image_folder: Path, out: Path) -> None:
+    """Or a run would go on with weights that no settings describe; where and how it runs may be edited."""
+    assert start(image_folder, out).exit_code == 0
+    Run(out).checkpoints[-1].unlink()
+    config = out / "config.yaml"
+    whole = config.read_text()
+    config.write_text(whole.replace("blr: 0.00015", "blr: 0.001").replace("log_every: 1", "log_every: 3"))
+    told = refused(patchmine("resume", str(out)))
+    assert "step-00000004.safetensors was written with other settings" in told
+    assert "blr (was 0.00015, now 0.001)." in told
+    assert "log_every" not in told
+    config.write_text(whole.replace("log_every: 1", "log_every: 3"))
+    assert patchmine("resume", str(out)).exit_code == 0
+    assert Run(out).config.log_every == 3
+
+
+def test_a_checkpoint_of_another_run_is_refused(image_folder: Path, out: Path) -> None:
+    assert start(image_folder, out).exit_code == 0
+    assert start(image_folder, out.with_name("other"), "seed=5", "steps=8").exit_code == 0
+    stranger = Run(out.with_name("other")).checkpoints[-1]
+    shutil.copy(stranger, out / "checkpoints")
+    told = refused(patchmine("resume", str(out)))
+    assert stranger.name in told
+    assert "seed (was 5, now 0)" in told
+    assert "remove that file if it is of another run" in told
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step-00000001.safetensors", "metrics.jsonl", "export/mine", "samples"])
+def test_files_that_are_no_runs_are_not_written_over(image_folder: Path, out: Path, name: str) -> None:
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    (out / "notes.txt").write_text("mine too")
+    assert f"holds no run, but {Path(name).parts[0]}," in refused(start(image_folder, out))
+    assert (out / name).read_text() == "mine"
+    assert not (out / "config.yaml").exists()
+
+
+def test_empty_folders_and_files_of_other_names_may_wait_for_a_run(image_folder: Path, out: Path) -> None:
+    (out.parent / "large disk").mkdir(parents=True)
+    out.mkdir()
+    (out / "checkpoints").symlink_to("../large disk")
+    (out / "notes.txt").write_text("mine")
+    assert start(image_folder, out).exit_code == 0
+    assert len(list((out.parent / "large disk").glob("step-*"))) == 3
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", [".", "run", "../images/run", "a/b"])
+def test_a_run_among_its_own_data_is_refused(image_folder: Path, place: str) -> None:
+    """Its pictures would be images of the data: a resume would find other data than it began with."""
+    before = sorted(image_folder.rglob("*"))
+    place = place.replace("images", image_folder.name)
+    assert "where the run's pictures would be taken for images" in refused(start(image_folder, image_folder / place))
+    assert sorted(image_folder.rglob("*")) == before
+
+
 # Progress for `show`
 
 

@@ -15,7 +15,7 @@ from patchmine.mistakes import Mistake, refusal, validate
 from patchmine.models.video import is_video
 from patchmine.names import shown_name
 from patchmine.recipes import Recipe, load_recipe
-from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, Size, SizeRow, changed_results
+from patchmine.settings import IMAGENET_MEAN, IMAGENET_STD, Results, RunConfig, Running, Size, SizeRow
 from patchmine.strict import LARGEST_COUNT
 from patchmine.words import exists, merge, put, read_settings, repeated, shown
 
@@ -31,6 +31,7 @@ __all__ = [
     "from_settings",
     "parse",
     "resolve_size",
+    "results_of",
 ]
 
 Say = Callable[[str], None]
@@ -258,3 +259,29 @@ def _parts(config: RunConfig) -> str:
     names = ("accumulate", "devices", "num_nodes")
     factors = [f"{name}={getattr(config, name)}" for name in names]
     return " * ".join([*factors, *([f"clip.repeats={config.clip.repeats}"] if is_video(config.model) else [])])
+
+
+def results_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide the weights as JSON, by dotted names."""
+    return _flat(config.model_dump(mode="json", include=set(Results.model_fields)))
+
+
+def changed_results(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The settings that differ between two `results_of`, as "batch_size (was 256, now 512)"."""
+    absent = object()
+    return [
+        f"{name} (was {_told(before, name)}, now {_told(after, name)})"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name, absent) != after.get(name, absent)
+    ]
+
+
+def _told(flat: Mapping[str, Any], name: str) -> str:
+    return shown(flat[name]) if name in flat else "not set"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

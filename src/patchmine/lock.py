@@ -21,6 +21,7 @@ from pathlib import Path
 
 from patchmine.disk import remedy
 from patchmine.errors import UserError
+from patchmine.names import shown_name
 
 NAME, OWNER = ".lock", ".lock.owner"
 STOPPING_SECONDS = 300.0  # how long a holder that was asked to stop is waited for: it finishes its step and saves
@@ -30,17 +31,25 @@ _HANDLES: set[int] = set()  # open lock files of this process, which forked chil
 
 @dataclass(frozen=True)
 class Holder:
-    """Who writes to a run folder, as its lock file says; ``since`` in seconds since 1970."""
+    """Who writes to a run folder, as its lock file says; ``since`` in seconds since 1970.
+
+    Making one of other things raises ValueError.
+    """
 
     pid: int
     host: str
     since: float
     stopping: bool = False
 
+    def __post_init__(self) -> None:
+        numbers = type(self.pid) is int and isinstance(self.since, int | float)
+        if not numbers or not isinstance(self.host, str) or not 0 < self.pid < 2**31 or not 0 <= self.since < 2**32:
+            raise ValueError(f"{self.pid!r}, {self.host!r}, {self.since!r} name no process")
+
     def __str__(self) -> str:
         moment, now = datetime.fromtimestamp(self.since), datetime.now()
         day = "" if moment.date() == now.date() else f"{moment:%Y-%m-%d} "
-        return f"process {self.pid} on host {self.host} since {day}{moment:%H:%M}"
+        return f"process {self.pid} on host {shown_name(self.host)} since {day}{moment:%H:%M}"
 
 
 class BusyError(Exception):
@@ -155,7 +164,7 @@ def _acquire(folder: Path, me: Holder) -> int:
     for _ in range(100):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
             continue  # the holder before us has just removed the folder that it had made
         try:
@@ -241,8 +250,8 @@ def _write(handle: int, holder: Holder) -> None:
 
 def _read(path: Path) -> Holder | None:
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Holder(**json.loads(path.read_bytes())) if path.is_file() else None
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -13,7 +13,7 @@ from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import Source
 from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
-from patchmine.disk import replacing
+from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError, foreign_parser
 from patchmine.evaluate.features import Reading
 from patchmine.evaluate.knn import online_knn
@@ -108,11 +108,10 @@ class Monitor:
     @contextmanager
     def _beside_training(self, what: str, progress: Progress) -> Iterator[None]:
         try:
-            with foreign_parser(UserError):
+            with foreign_parser(UserError, OSError):
                 yield
-        except UserError as error:
+        except (UserError, OSError) as error:
             if what not in self._failed:
-                self.log.say(
-                    f"warning: {what} after step {progress.step} failed ({error}); training goes on without it"
-                )
+                why = refusal(error) if isinstance(error, OSError) else error
+                self.log.say(f"warning: {what} after step {progress.step} failed ({why}); training goes on without it")
             self._failed.add(what)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from patchmine.config import RunConfig, changed_results, fit_batch, parse, resolve_size, silent
+from patchmine.config import RunConfig, changed_results, fit_batch, parse, resolve_size, results_of, silent
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.contract import Source
 from patchmine.data.crops import MultiCropView
@@ -40,7 +40,7 @@ from patchmine.preparing import (
     train_view,
     with_statistics,
 )
-from patchmine.run import Run, build_method, partner_config, write_export
+from patchmine.run import Run, build_method, new_folder, partner_config, refuse_used_folder, write_export
 from patchmine.train.checkpoint import Checkpoint, load_newest_finite, point_last
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
@@ -62,10 +62,10 @@ def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent
     ``source`` takes the place of ``config.data``: any torch Dataset, say.  Raises UserError for mistakes in settings,
     data or folders, and `train.signals.Interrupted`, a SystemExit with the stated code, when it was asked to stop.
     """
-    folder = _folder_of(config)
+    folder = new_folder(config)
     with _processes(config, say) as engine, _lock_of(folder, engine, say) as held:
         say = say if engine.is_main else silent
-        _refuse_run(folder)
+        refuse_used_folder(folder)
         images, config = _open(config, engine, source, say)
         return _train(config, folder, engine, images, None, say, held)
 
@@ -86,7 +86,7 @@ def resume(
 
 
 def _resume(run: Run, config: RunConfig, engine: Engine, source: Spec | None, say: Say, held: HeldLock | None) -> Run:
-    changed = changed_results(run.config, config.model_copy(update={"data": run.config.data}))
+    changed = changed_results(results_of(run.config), results_of(config) | {"data": results_of(run.config)["data"]})
     if changed:
         raise UserError(
             f"a resumed run must keep the settings that decide its weights, but {'; '.join(changed)}: "
@@ -94,6 +94,8 @@ def _resume(run: Run, config: RunConfig, engine: Engine, source: Spec | None, sa
         )
     start = load_newest_finite(run.checkpoint_dir, say) if run.checkpoints else None
     images, config = _open(config, engine, source, say)
+    if start is not None:
+        _refuse_other_settings(start, config)
     _agree_on_start(engine, 0 if start is None else start.step, run)
     say(f"{run.path}: going on from step {start.step}." if start else f"{run.path} has no checkpoint: from the start.")
     return _train(config, run.path, engine, images, start, say, held)
@@ -112,6 +114,19 @@ def _lock_of(folder: Path, engine: Engine, say: Say) -> AbstractContextManager[H
     return lock(folder, say) if engine.is_main else nullcontext()
 
 
+def _refuse_other_settings(start: Checkpoint, config: RunConfig) -> None:
+    """Raise UserError where config.yaml was edited or the checkpoint is another run's: the weights would differ."""
+    now, then = results_of(config), start.facts.get("settings")
+    if not isinstance(then, dict):
+        return  # earlier versions kept none
+    common = [name for name in then if name in now and name != "data"]  # data are known by their fingerprint
+    if changed := changed_results({name: then[name] for name in common}, {name: now[name] for name in common}):
+        raise UserError(
+            f"{start.path} was written with other settings than config.yaml beside it has now: {'; '.join(changed)}."
+            " Put these back to go on, remove that file if it is of another run, or start a new run in another out"
+        )
+
+
 def _agree_on_start(engine: Engine, step: int, run: Run) -> None:
     """Raise UserError where processes would go on from different steps: a stale list of files on another machine."""
     steps = engine.largest(step), -engine.largest(-step)
@@ -119,25 +134,6 @@ def _agree_on_start(engine: Engine, step: int, run: Run) -> None:
         raise UserError(
             f"{run.checkpoint_dir} looks different from the machines of this run (steps {steps[1]} and {steps[0]}):"
             " wait until its file system has caught up, then resume again"
-        )
-
-
-def _folder_of(config: RunConfig) -> Path:
-    if config.out is None:
-        raise UserError("out is not set: name a new folder for the run, as in out=runs/first")
-    folder = Path(config.out)
-    if not str(folder).isprintable():  # safetensors opens no path that is not UTF-8, and no checkpoint could be read
-        raise UserError(f"out={shown_name(folder)}: name the run's folder by letters that can be printed")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out={folder} is a file: name a new folder for the run")
-    return folder
-
-
-def _refuse_run(folder: Path) -> None:
-    if (folder / "config.yaml").exists():
-        raise UserError(
-            f"out={folder} already holds a run, which is left as it is: go on with it by `patchmine resume {folder}`, "
-            "or choose another out"
         )
 
 
@@ -242,7 +238,7 @@ def _train(
             log=log,
             start=start,
             identity=identity,
-            remembered={"contents": stamps},
+            remembered={"contents": stamps, "settings": results_of(config)},
             plain_data=_PlainData(config, images, engine, log.say),
             on_epoch=monitor.evaluate if config.eval_every else None,
             on_sample=monitor.draw,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
@@ -257,6 +258,38 @@ def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str
         interpolation=config.interpolation,
         stride=config.clip.stride if is_video(config.model) else None,
     )
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The folder of a run to be made.  Raises UserError for a place where no run can be."""
+    if config.out is None:
+        raise UserError("out is not set: name a new folder for the run, as in out=runs/first")
+    folder = Path(config.out)
+    if not str(folder).isprintable():  # safetensors opens no path that is not UTF-8, and no checkpoint could be read
+        raise UserError(f"out={shown_name(folder)}: name the run's folder by letters that can be printed")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out={folder} is a file: name a new folder for the run")
+    for name in [config.data] if isinstance(config.data, str) else config.data:
+        data = os.path.expanduser(name.split("::")[0])  # noqa: PTH111, Path refuses users that are unknown
+        if os.path.isdir(data) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data)):  # noqa: PTH112
+            raise UserError(
+                f"out={folder} lies in data={shown_name(name)}, where the run's pictures would be taken for images:"
+                " name a folder beside it"
+            )
+    return folder
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Raise UserError where a new run in ``folder`` would write over another one, or over files of somebody's own."""
+    if os.path.lexists(folder / "config.yaml"):
+        raise UserError(
+            f"out={folder} already holds a run, which is left as it is: go on with it by `patchmine resume {folder}`, "
+            "or choose another out"
+        )
+    for name in ("checkpoints", "metrics.jsonl", "samples", "export", "export-partner", "bad_files.txt"):
+        place = folder / name
+        if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
+            raise UserError(f"out={folder} holds no run, but {name}, which a run writes itself: choose a new folder")
 
 
 def is_run(path: str | PathLike[str]) -> bool:

@@ -21,7 +21,7 @@ from patchmine.mistakes import CrossMistakesError, Mistake
 from patchmine.names import shown_name
 from patchmine.strict import LARGEST_COUNT, LARGEST_RUN, Arguments, BatchSize, Count, Positive, Side, Strict, Workers
 from patchmine.train.step import fitting_counts
-from patchmine.words import did_you_mean, expanded, shown
+from patchmine.words import did_you_mean, expanded
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
@@ -341,28 +341,6 @@ def _check_evaluation(config: RunConfig) -> list[Mistake]:
         text = f"given {config.eval_every}, but eval_data is not set; name a folder of labelled images"
         return [Mistake("eval_every", text)]
     return []
-
-
-def changed_results(old: RunConfig, new: RunConfig) -> list[str]:
-    """The settings that decide the weights and differ, as "batch_size (was 256, now 512)"."""
-    before, after = (_flat(config.model_dump(mode="json", include=set(Results.model_fields))) for config in (old, new))
-    absent = object()
-    return [
-        f"{name} (was {_told(before, name)}, now {_told(after, name)})"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name, absent) != after.get(name, absent)
-    ]
-
-
-def _told(flat: Mapping[str, Any], name: str) -> str:
-    return shown(flat[name]) if name in flat else "not set"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def describe_run() -> list[str]:

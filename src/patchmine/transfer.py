@@ -37,7 +37,7 @@ from patchmine.models.video import is_video
 from patchmine.models.videomae import TEACHER, to_videomae_names
 from patchmine.models.vit import Encoder
 from patchmine.models.weights import as_size
-from patchmine.run import Run, Which, build_method, is_run, write_export
+from patchmine.run import Run, Which, build_method, refuse_used_folder, write_export
 from patchmine.train import checkpoint as checkpoints
 from patchmine.words import shown
 
@@ -149,8 +149,7 @@ def import_file(
         UserError: a file of another kind, and tensors that are missing, unexpected, of another shape or not finite.
     """
     folder = Path(out)
-    if is_run(folder):
-        raise UserError(f"out={folder} already holds a run, which is left as it is: choose another out")
+    refuse_used_folder(folder)
     found = read_official(
         file,
         weights=weights,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -190,6 +191,12 @@ def test_a_damaged_line_is_set_aside_and_said(tmp_path: Path, line: bytes) -> No
     assert path.read_bytes() == b'{"step": 5}\n{"step": 10}\n'
     assert (tmp_path / logs.DAMAGED).read_bytes() == line + b"\n"
     assert f"{path}: 1 damaged line moved to {tmp_path / logs.DAMAGED}." in said
+
+
+def test_a_pipe_in_place_of_the_metrics_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl could not be written .*something else"):
+        Log(tmp_path, total_steps=40, first_step=10, say=lambda text: None, tensorboard=False)
 
 
 @pytest.mark.parametrize("seed", range(40))

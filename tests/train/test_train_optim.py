@@ -295,3 +295,11 @@ def test_mistakes_of_a_method_are_named() -> None:
         build_optimizers([], **settings)
     with pytest.raises(ValueError, match="'gone', which is not trained"):
         load_optimizer_tensors(build(module), {"gone.exp_avg": torch.zeros(1)})
+    optimizers = build(module)
+    module(torch.ones(1, 4)).sum().backward()
+    set_rates(optimizers, START, batch_size=256, schedule=LrSchedule())
+    update(optimizers, torch.zeros(()))
+    state = optimizer_tensors(optimizers)
+    del state["0.weight.exp_avg"]
+    with pytest.raises(ValueError, match="optimizer state of some parameters is incomplete"):
+        load_optimizer_tensors(build(module), state)

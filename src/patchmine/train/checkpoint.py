@@ -42,6 +42,10 @@ class DamagedCheckpointError(Exception):
     """A checkpoint file that cannot be read to its end or whose contents were altered."""
 
 
+class NotFiniteError(UserError):
+    """A state that is not saved because it holds NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What was read from ``path``: tensors on the CPU, and ``facts`` as they were given to ``save``."""
@@ -84,13 +88,13 @@ def save(
     ``facts`` must be JSON.
 
     Raises:
-        UserError: the state is not finite, or the file cannot be written (a full disk, say); the checkpoints that were
-            there before are then untouched.
+        NotFiniteError: the state is not finite; like below, the checkpoints that were there before are untouched.
+        UserError: the file cannot be written (a full disk, say).
     """
     path = folder / f"step-{step:08d}.safetensors"
     parts = {"model": _on_cpu(model), "optimizer": _on_cpu(optimizer)}
     if bad := not_finite(parts):
-        raise UserError(_diverged(folder, step, bad, sum(map(len, parts.values()))))
+        raise NotFiniteError(_diverged(folder, step, bad, sum(map(len, parts.values()))))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _make_way(path)
@@ -219,13 +223,12 @@ def _fault_of(found: Checkpoint) -> str:
 
 
 def _diverged(folder: Path, step: int, bad: list[str], total: int) -> str:
-    """Why a state is not saved, and from where one can go on."""
+    """Why a state is not saved, and which was the last one that was."""
     good = newest_finite(folder)
     kept = f"the last good state is {good}" if good else "there is no earlier good state"
     return (
         f"after step {step} {bad[0]} holds values that are not finite ({len(bad)} of {total} tensors do), so this state"
-        f" was not saved and training stopped; {kept}; start a new run with a smaller blr, a longer warmup_epochs or"
-        " precision=fp32"
+        f" was not saved; {kept}"
     )
 
 

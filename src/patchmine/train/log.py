@@ -276,6 +276,8 @@ def trim_metrics(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     kept, damaged = [], []
     *whole, cut = path.read_bytes().split(b"\n")
     for text in [*whole, cut] if read_line(cut) else whole:

@@ -14,7 +14,7 @@ from typing import Any
 
 from patchmine.errors import UserError
 from patchmine.method import Method
-from patchmine.train.checkpoint import Checkpoint, newest_finite, save
+from patchmine.train.checkpoint import Checkpoint, NotFiniteError, newest_finite, save
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
@@ -82,7 +82,7 @@ def train(
                         _save(stepper, done, folder, {**(remembered or {}), **facts})
             if asked and done.step < settings.total_steps:
                 raise _stopped(asked, done, folder, log, engine)
-    _say_skipped(skipped_before + stepper.total_skipped(), settings, log)
+    _say_skipped(skipped_before + stepper.total_skipped(), stepper, log)
     return settings.progress(settings.total_steps)
 
 
@@ -114,15 +114,28 @@ def _count(number: object) -> int:
 
 
 def _save(stepper: Stepper, done: Progress, folder: Path, facts: Mapping[str, Any]) -> None:
-    state = optimizer_tensors(stepper.optimizers)
-    save(folder, done.step, stepper.method.state_dict(), state, facts, keep=stepper.settings.keep_checkpoints)
+    model, state = stepper.method.state_dict(), optimizer_tensors(stepper.optimizers)
+    try:
+        save(folder, done.step, model, state, facts, keep=stepper.settings.keep_checkpoints)
+    except NotFiniteError as error:
+        raise UserError(f"{error}; training stopped: start a new run with {_calmer(stepper)}") from error
 
 
-def _say_skipped(skipped: int, settings: TrainSettings, log: Log) -> None:
+def _calmer(stepper: Stepper) -> str:
+    """Settings with which a run is less likely to diverge."""
+    settings = stepper.settings
+    rate, warmup = (
+        f"a smaller blr (now {settings.blr:g})",
+        f"longer warmup_epochs (now {settings.schedule.warmup_epochs:g})",
+    )
+    return f"{rate} or {warmup}" if stepper.engine.precision == "fp32" else f"{rate}, {warmup} or precision=fp32"
+
+
+def _say_skipped(skipped: int, stepper: Stepper, log: Log) -> None:
     if skipped:
         log.say(
-            f"{skipped} of {settings.total_steps} steps were skipped because loss or gradient was not finite; if these"
-            " are more than a few, use a smaller blr or precision=fp32"
+            f"{skipped} of {stepper.settings.total_steps} steps were skipped because loss or gradient was not finite;"
+            f" if these are more than a few, make the run again with {_calmer(stepper)}"
         )
 
 
@@ -162,16 +175,15 @@ def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:
         }
     )
     if in_a_row >= min(MAX_SKIPPED, done.total_steps):
-        raise UserError(_divergence(in_a_row, done, stepper.settings, folder))
+        raise UserError(_divergence(in_a_row, done, stepper, folder))
 
 
-def _divergence(in_a_row: int, done: Progress, settings: TrainSettings, folder: Path) -> str:
+def _divergence(in_a_row: int, done: Progress, stepper: Stepper, folder: Path) -> str:
     good = newest_finite(folder)
     kept = f"; the last good state is {good}" if good else ""
     return (
         f"loss or gradient was not finite in {in_a_row} steps in a row (to step {done.step} of {done.total_steps})"
-        f", so training stopped{kept}; start a new run with a smaller blr (now {settings.blr:g}), a longer"
-        f" warmup_epochs (now {settings.schedule.warmup_epochs:g}) or precision=fp32"
+        f", so training stopped{kept}; start a new run with {_calmer(stepper)}"
     )
 
 

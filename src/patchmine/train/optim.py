@@ -220,7 +220,7 @@ def optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizers: Optimizers, tensors: Mapping[str, Tensor]) -> None:
-    """Undo ``optimizer_tensors``.  Raises ValueError for state of a parameter that is not trained."""
+    """Undo ``optimizer_tensors``.  Raises ValueError for state that is not whole, or of what is not trained."""
     by_parameter: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter_name, key = name.rsplit(".", 1)
@@ -230,5 +230,7 @@ def load_optimizer_tensors(optimizers: Optimizers, tensors: Mapping[str, Tensor]
     for optimizer in optimizers.by_name.values():
         state = optimizer.state_dict()
         members = [p for group in optimizer.param_groups for p in group["params"]]
+        if len({frozenset(by_parameter[p]) for p in members if p in by_parameter}) > 1:
+            raise ValueError("optimizer state of some parameters is incomplete")
         state["state"] = {i: by_parameter[p] for i, p in enumerate(members) if p in by_parameter}
         optimizer.load_state_dict(state)
