@@ -305,3 +305,24 @@ def test_a_folder_of_shards_passes_over_what_systems_leave_there(tmp_path: Path)
         open_source(tmp_path / "x.tar")
     with pytest.raises(UserError, match=r"the shard .*pipe\.tar is no regular file"):
         open_source(f"{tmp_path}/s/p*.tar")
+
+
+def test_a_hard_link_keeps_what_stood_under_its_name_before(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:  # as tar -r appends a file that has changed
+        add(archive, "a.jpg", JPEG + b"old")
+        add(archive, "hard.jpg", kind=tarfile.LNKTYPE, link="a.jpg")
+        add(archive, "symbolic.jpg", kind=tarfile.SYMTYPE, link="a.jpg")
+        add(archive, "a.jpg", kind=tarfile.LNKTYPE, link="a.jpg")  # as GNU tar writes a file that is named twice
+        add(archive, "a.jpg", JPEG + b"new")
+        add(archive, "later.jpg", kind=tarfile.LNKTYPE, link="a.jpg")
+        add(archive, "itself.jpg", kind=tarfile.LNKTYPE, link="itself.jpg")
+    source = opened(tmp_path / "x.tar")
+    contents = [(source.key(index), source.read(index).removeprefix(JPEG)) for index in range(len(source))]
+    assert contents == [
+        ("a.jpg", b"old"),
+        ("hard.jpg", b"old"),
+        ("symbolic.jpg", b"new"),
+        ("a.jpg", b"old"),
+        ("a.jpg", b"new"),
+        ("later.jpg", b"new"),
+    ]

@@ -129,6 +129,8 @@ def test_torch_datasets() -> None:
         ("images/s-{00..02}.tar", r"the shard images/s-00\.tar cannot be read \(No such file or directory\)"),
         ("images/*.tar", r"there is no such file or folder"),
         ([], r"name at least one source"),
+        ("", r"data= is empty; give a folder of images, .*\(data=\. is the current folder\)"),
+        ("https://host/x.tar", r"data=https://host/x\.tar: this is no place on a disk; fetch or mount"),
         (7, r"data=7: a int is no source of images"),
     ],
 )

@@ -58,7 +58,7 @@ def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterato
         trouble.append(f"was cut within its first header (it has {size} bytes)")
         return
     refuse_packed(shard)
-    targets: dict[str, Member | str] | None = None
+    targets: _Targets | None = None
     for info in _headers(shard, trouble):
         name = _plain(info.name)
         if info.islnk() or info.issym():
@@ -74,6 +74,16 @@ def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterato
             yield _member(info)
         elif not info.isdir():
             passed_over.add(NO_FILE, name)
+
+
+class _Link(NamedTuple):
+    """What a link leads to: the last file of that name, of a hard link the last one before its own place."""
+
+    name: str
+    before: int | None = None
+
+
+_Targets = dict[str, list[tuple[int, Member | _Link]]]
 
 
 class _DamagedError(Exception):
@@ -150,33 +160,34 @@ def _plain(name: str) -> str:
     return re.sub(r"^(\.?/)+", "", name)
 
 
-def _linked(info: tarfile.TarInfo) -> str:
-    """The name that a link leads to: a hard link's counts from the root, a symbolic one's from the link's folder."""
+def _linked(info: tarfile.TarInfo) -> _Link:
+    """Where a link leads to: a hard link's name counts from the root, a symbolic one's from the link's folder."""
     if info.islnk():
-        return posixpath.normpath(_plain(info.linkname))
+        return _Link(posixpath.normpath(_plain(info.linkname)), info.offset)
     if info.linkname.startswith("/"):
-        return ""  # out of the archive
-    return posixpath.normpath(posixpath.join(posixpath.dirname(_plain(info.name)), info.linkname))
+        return _Link("")  # out of the archive
+    return _Link(posixpath.normpath(posixpath.join(posixpath.dirname(_plain(info.name)), info.linkname)))
 
 
-def _targets(shard: Path) -> dict[str, Member | str]:
-    """Every file of an archive by its name, the last one of equal names; for a link the name that it leads to."""
-    found: dict[str, Member | str] = {}
+def _targets(shard: Path) -> _Targets:
+    """The files and links of an archive by their names, those of equal names in order, with the places of headers."""
+    found: _Targets = {}
     for info in _headers(shard, []):
-        name = posixpath.normpath(_plain(info.name))
-        if info.isreg():
-            found[name] = _member(info)
-        elif info.issym() or (info.islnk() and name not in found):
-            found[name] = _linked(info)
+        if info.isreg() or info.issym() or info.islnk():
+            what = _member(info) if info.isreg() else _linked(info)
+            found.setdefault(posixpath.normpath(_plain(info.name)), []).append((info.offset, what))
     return found
 
 
-def _resolve(name: str, targets: dict[str, Member | str]) -> Member | None:
+def _resolve(link: _Link, targets: _Targets) -> Member | None:
     for _ in range(_MOST_LINKS):
-        found = targets.get(name)
-        if not isinstance(found, str):
+        named = targets.get(link.name, [])
+        # A file that comes again under its name is a new one: hard links that were made before keep the old one.
+        earlier = [what for place, what in named if link.before is None or place < link.before]
+        found = earlier[-1] if earlier else named[0][1] if named else None
+        if not isinstance(found, _Link):
             return found
-        name = found
+        link = found
     return None
 
 

@@ -59,6 +59,8 @@ def open_source(spec: Spec | Source, *, cache_dir: Path | None = None, kind: Kin
     """
     if isinstance(spec, Dataset):
         return DatasetSource(spec)
+    if isinstance(spec, str) and not spec.strip():
+        raise UserError(f"data= is empty; give {FORMS[kind.name]} (data=. is the current folder)")
     if isinstance(spec, str | Path):
         return _open_named(os.fspath(spec), cache_dir, kind)
     if isinstance(spec, Sequence):
@@ -95,7 +97,15 @@ def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
     shards = _expand(path, name)
     if not shards:
         what = f"there is no such file or folder{_nearest(path)}"
+        if "://" in name or name.startswith("pipe:"):
+            what = "this is no place on a disk; fetch or mount the data first"
         raise UserError(f"data={shown_name(name)}: {what}; give {FORMS[kind.name]}")
+    _refuse_others(shards, name)
+    return open_shards(shards, name, cache_dir, kind)
+
+
+def _refuse_others(shards: Sequence[Path], name: str) -> None:
+    """UserError where a pattern stands for files that are no tar archives, or packed ones."""
     other = next((shard for shard in shards if shard.suffix.lower() != ".tar"), None)
     if other is not None and other.suffix.lower() in PACKED_SUFFIXES and other.is_file():
         refuse_packed(other)
@@ -104,7 +114,6 @@ def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
             f"data={shown_name(name)}: a pattern may name tar shards only, but {shown_name(other)} is none; "
             "give its folder"
         )
-    return open_shards(shards, name, cache_dir, kind)
 
 
 def _chosen_endings(name: str, kind: Kind) -> tuple[Path, tuple[str, ...]]:
