@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from patchmine import __version__
 from patchmine.cli import app
 from patchmine.errors import UserError
-from patchmine.program import say
+from patchmine.program import last_words, say
 from patchmine.recipes import recipe_names
 
 COMMANDS = [
@@ -377,3 +377,10 @@ def test_a_lost_terminal_silences_what_is_said_and_nothing_else(monkeypatch: pyt
 
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=gone, flush=gone))
     say("step 3")
+
+
+def test_ctrl_c_while_the_program_begins_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending, last_words():
+        raise KeyboardInterrupt
+    assert ending.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"

@@ -76,6 +76,9 @@ def last_words() -> Iterator[None]:
         if ending.code == INTERRUPTED:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # an impatient third Ctrl-C leaves no traceback
         raise
+    except KeyboardInterrupt:  # while the commands were still being made
+        say("Interrupted.")
+        raise SystemExit(INTERRUPTED) from None
     finally:
         _flush()
 
