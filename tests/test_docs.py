@@ -123,6 +123,8 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     import patchmine.commands
     import patchmine.config
 
+    pretrain = importlib.import_module("patchmine.pretraining")  # before its names are replaced, or it keeps those
+
     def stops(function: Callable[..., Any]) -> Callable[..., Any]:
         def read(*arguments: Any, **options: Any) -> None:
             function(*arguments, **options)
@@ -133,7 +135,6 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(patchmine.commands, "read_words", stops(patchmine.commands.read_words))
     monkeypatch.setattr(patchmine.config, "parse", stops(patchmine.config.parse))
     monkeypatch.setattr(patchmine.checking, "misfits", patchmine.config.no_more)  # the files shown are not there
-    pretrain = importlib.import_module("patchmine.pretraining")
     monkeypatch.setattr(pretrain, "resume", stops(lambda *_, **__: None))
     monkeypatch.chdir(tmp_path)
     return tmp_path
