@@ -100,8 +100,8 @@ class HPM(Method):
         self.num_units = self.grid.num_positions if tube else self.grid.num_patches
         self.visible_units = places if tube else places * self.grid.num_slots
         self.num_masked = self.grid.num_patches - places * self.grid.num_slots
-        check_decoder(config.decoder_embed_dim, config.decoder_num_heads, places, config.mask_ratio)
         width, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
+        check_decoder(width, heads, places, config.mask_ratio, self.grid.num_positions)
         blocks: dict[str, Any] = dict(
             mlp_ratio=config.decoder_mlp_ratio, norm_eps=config.decoder_norm_eps, qkv_bias=config.decoder_qkv_bias
         )

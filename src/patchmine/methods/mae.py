@@ -60,15 +60,15 @@ class MAE(Method):
         self.config = config
         self.grid = encoder_grid(encoder)
         self.num_visible = count_positions(self.grid, config.mask_ratio)  # places, at all times of a clip
-        check_decoder(config.decoder_embed_dim, config.decoder_num_heads, self.num_visible, config.mask_ratio)
+        width, heads = config.decoder_embed_dim, config.decoder_num_heads
+        check_decoder(width, heads, self.num_visible, config.mask_ratio, self.grid.num_positions)
         channels = encoder.patch_embed.proj.in_channels
-        width = config.decoder_embed_dim
         self.encoder = encoder
         self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
         self.decoder = Decoder(
             width,
             config.decoder_depth,
-            config.decoder_num_heads,
+            heads,
             self.grid.values_per_patch(channels),
             mlp_ratio=config.decoder_mlp_ratio,
             norm_eps=config.decoder_norm_eps,

@@ -103,8 +103,13 @@ class Decoder(nn.Module):
         return self.norm(_block_on_last(self.blocks[-1], tokens, num_last))
 
 
-def check_decoder(width: int, num_heads: int, num_visible: int, mask_ratio: float) -> None:
-    """UserError for settings of a masked autoencoder that no network can be built from."""
+def check_decoder(
+    width: int, num_heads: int, num_visible: int, mask_ratio: float, num_patches: int | None = None
+) -> None:
+    """UserError for settings of a masked autoencoder that no network can be built from.
+
+    ``num_visible`` of ``num_patches`` are left; None where some are always hidden.
+    """
     if width % num_heads or width % 4:
         raise UserError(
             f"method.decoder_embed_dim={width} must be a multiple of 4 and of method.decoder_num_heads={num_heads}: "
@@ -112,6 +117,8 @@ def check_decoder(width: int, num_heads: int, num_visible: int, mask_ratio: floa
         )
     if num_visible == 0:
         raise UserError(f"method.mask_ratio={mask_ratio} leaves no patch visible: lower it, or use smaller patches")
+    if num_visible == num_patches:
+        raise UserError(f"method.mask_ratio={mask_ratio} hides none of {num_patches} patches: raise it")
 
 
 def _block_on_last(block: Block, tokens: Tensor, num_last: int) -> Tensor:
