@@ -71,8 +71,8 @@ def test_a_first_process_that_starts_late_is_waited_for() -> None:
     with ThreadPoolExecutor() as pool:
         other = pool.submit(lambda: Meeting(launch(1, 2, port), 20.0, silent).sign_in({}))
         assert not other.done()
-        mine = Meeting(launch(0, 2, port), 20.0, silent).sign_in({})
-        assert other.result() == mine
+        first = Meeting(launch(0, 2, port), 20.0, silent)  # whose store serves the other until it has read all
+        assert first.sign_in({}) == other.result()
 
 
 def test_a_port_in_use_is_named() -> None:
