@@ -162,3 +162,11 @@ def test_pipes_devices_and_files_that_shrink_or_vanish_are_items_that_failed(tmp
         IMAGES.read(str(tmp_path / "sparse.png"))
     (tmp_path / "short.png").write_bytes(b"")
     assert IMAGES.read(str(tmp_path / "short.png")) == b""
+
+
+def test_a_worker_whose_main_process_was_killed_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for error in (ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(), EOFError()):
+        workers_module._quiet_of_lost_connections(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    workers_module._quiet_of_lost_connections(ValueError, ValueError("a fault"), None)
+    assert "a fault" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -167,9 +168,16 @@ def _prepare_worker(_: int) -> None:
     Torch's loader has already set one thread per worker, and watches for the death of the main process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _quiet_of_lost_connections
     if sys.platform != "win32":
         os.setpgrp()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _quiet_of_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """When the main process is killed while it fetches a batch, the thread that hands it over would print this."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 @contextmanager
