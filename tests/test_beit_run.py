@@ -17,7 +17,7 @@ from patchmine.cli import app
 from patchmine.evaluate.targets import open_target
 from patchmine.run import Run
 
-pytestmark = pytest.mark.bitwise
+pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 
 SHARED = "use_abs_pos_emb: false, use_rel_pos_bias: false, use_shared_rel_pos_bias: true"
 SIZES = "embed_dim: 32, depth: 2, num_heads: 2"

@@ -20,7 +20,7 @@ from patchmine.errors import UserError
 from patchmine.evaluate.targets import open_target
 from patchmine.run import Run
 
-pytestmark = pytest.mark.bitwise
+pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 
 WORDS = [
     *("method=mokd", "model=vit_tiny_patch16_224", "model_args={embed_dim: 32, depth: 2, num_heads: 2}"),

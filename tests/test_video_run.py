@@ -18,7 +18,7 @@ from patchmine.data import video_pyav, video_torchcodec
 from patchmine.errors import UserError
 from patchmine.run import Run
 
-pytestmark = pytest.mark.bitwise
+pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 
 TINY = {
     "model": "video_vit_tiny_patch16",
@@ -107,7 +107,6 @@ def test_clips_that_tubelets_do_not_fill_are_refused_with_what_fits(tmp_path: Pa
         pretrain(Clips(), tmp_path / "run", batch_size=32)
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one_on_clips(tmp_path: Path, weights: Any) -> None:
     folder = tmp_path / "frames"
     generator = np.random.default_rng(0)

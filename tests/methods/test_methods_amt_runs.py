@@ -28,7 +28,7 @@ from patchmine.run import Run
 from patchmine.settings import RunConfig
 from patchmine.types import Batch, Progress
 
-pytestmark = pytest.mark.bitwise
+pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 
 # Epochs of 4 steps; maps are renewed before the epochs 1, 2 and 3.
 TINY = {
@@ -118,7 +118,6 @@ def test_shares_are_the_whole_set_once(processes: int, image_folder: Path) -> No
     assert seen == list(range(36))
 
 
-@pytest.mark.slow
 def test_two_processes_and_a_broken_image_give_the_maps_of_one(
     image_folder: Path, tmp_path: Path, weights: Any
 ) -> None:
