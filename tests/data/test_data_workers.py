@@ -170,3 +170,12 @@ def test_a_worker_whose_main_process_was_killed_prints_nothing(capsys: pytest.Ca
     assert capsys.readouterr().err == ""
     workers_module._quiet_of_lost_connections(ValueError, ValueError("a fault"), None)
     assert "a fault" in capsys.readouterr().err
+
+
+def test_a_worker_whose_main_process_was_killed_before_it_began_ends_by_itself() -> None:
+    pid = os.fork()
+    if pid == 0:  # a worker that is told of another main process than its parent, which is gone
+        workers_module._prepare_worker(os.getppid() + 1, 0)
+        time.sleep(60)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1

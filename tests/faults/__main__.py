@@ -81,7 +81,6 @@ def _sizes(words: list[str]) -> Sizes:
 
 def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
     import crashes
-    import kills
     import mutants
     import outputs
     import together
@@ -90,16 +89,9 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
     scene = runs[0]
     processes = sizes.processes or len(os.sched_getaffinity(0))
     share = 60 * sizes.minutes
-    kills_each = -(-sizes.kills // len(runs))
     groups: dict[str, Callable[[], list[table.Row]]] = {
         "mutants": lambda: mutants.rows(scene, sizes, processes, 0.3 * share),
-        "kills": lambda: [
-            table.row(
-                f"killed: {each.name}",
-                kills.kill_runs(each, kills=kills_each, processes=processes, seconds=0.2 * share / len(runs)),
-            )
-            for each in runs
-        ],
+        "kills": lambda: _kills(runs, sizes.kills, processes, 0.2 * share),
         "crashes": lambda: [
             table.row(
                 "crash at a file-system call",
@@ -140,6 +132,19 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
             rows.append(table.Row(name, 1, 1, [f"{name} could not be tried: {' '.join(str(error).split())[-300:]}"]))
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     return rows, [fault for row in rows for fault in row.faults]
+
+
+def _kills(runs: list[scenes.Scene], count: int, processes: int, seconds: float) -> list[table.Row]:
+    """A row a kind of run; what one leaves of its time goes to the next."""
+    import kills
+
+    rows, end = list[table.Row](), time.monotonic() + seconds
+    for place, each in enumerate(runs):
+        time_left = (end - time.monotonic()) / (len(runs) - place)
+        number = -(-count // len(runs))
+        outcome = kills.kill_runs(each, kills=number, processes=processes, seconds=time_left)
+        rows.append(table.row(f"killed: {each.name}", outcome))
+    return rows
 
 
 if __name__ == "__main__":

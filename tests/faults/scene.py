@@ -30,6 +30,10 @@ IMAGES = 12
 WAIT = 120.0  # seconds for a command that takes one
 
 
+PIPES: list[int] = []
+"""Handles that a child must not keep: who reads from a pipe waits until all who could write to it have ended."""
+
+
 def preload() -> None:
     """Import, before anything is forked, what every child would import by itself; no threads are started."""
     torch.set_num_threads(1)
@@ -111,6 +115,8 @@ def _run(words: Sequence[str], log: Path, prepare: Callable[[], None]) -> int:
     code = 70
     try:
         os.setsid()
+        for number in PIPES:
+            os.close(number)
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         null = os.open(os.devnull, os.O_RDONLY)
         for number, target in ((null, 0), (handle, 1), (handle, 2)):
@@ -180,10 +186,14 @@ def scenes_of(room: Path, seed: int) -> list[Scene]:
     shards = make_shards(images, room / "shards")
     video = ("model=video_vit_tiny_patch16", "clip.frames=4", "clip.stride=1", "clip.tubelet=2", "clip.repeats=2")
     crops = ("crops.num_local=2", "crops.local_size=8")
+    heads = (
+        *("method.out_dim=16", "method.head_hidden=16", "method.head_bottleneck=8", "method.stage_out_dim=8"),
+        *("method.stage_hidden=16", "method.stage_bottleneck=8"),
+    )
     kinds = {
         "mae": (f"data={images}", *SETTINGS),
         "hpm-on-shards": (f"data={shards}", "method=hpm", "accumulate=2", *SETTINGS),
-        "scfs": (f"data={images}", "method=scfs", *crops, *(word for word in SETTINGS if "decoder" not in word)),
+        "scfs": (f"data={images}", "method=scfs", *crops, *heads, *(w for w in SETTINGS if "decoder" not in w)),
         "clips": (f"data={make_frames(room / 'frames')}", *SETTINGS, *video),
     }
     return [make_scene(name, words, room, seed) for name, words in kinds.items()]

@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import scene
+
 
 @dataclass
 class Outcome:
@@ -71,6 +73,7 @@ def _fork(work: Work, cases: Sequence[Any], end: float) -> tuple[int, int]:
     code = 1
     try:
         os.close(read)
+        scene.PIPES.append(write)
         for case in cases:
             if time.monotonic() > end:
                 break

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -147,7 +148,7 @@ def _start(samples: Dataset[Any], order: Sampler[Any], number: int, pin: bool) -
             collate_fn=_as_is,
             pin_memory=pin and torch.cuda.is_available(),
             timeout=_POLL if number else 0,
-            worker_init_fn=_prepare_worker if number else None,
+            worker_init_fn=partial(_prepare_worker, os.getpid()) if number else None,
             multiprocessing_context="fork" if number and sys.platform == "linux" else None,
             generator=torch.Generator(),  # or else starting a loader would draw from the global random state
         )
@@ -162,16 +163,26 @@ def _as_is(part: Any) -> Any:
     return part
 
 
-def _prepare_worker(_: int) -> None:
+def _prepare_worker(main: int, _: int) -> None:
     """Ctrl-C is for the main process, which then ends its workers; a process group of its own keeps group signals out.
 
-    Torch's loader has already set one thread per worker, and watches for the death of the main process.
+    Torch's loader has already set one thread per worker.
     """
+    threading.Thread(target=_end_with, args=(main,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _quiet_of_lost_connections
     if sys.platform != "win32":
         os.setpgrp()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _end_with(main: int) -> None:
+    """Torch's workers look for the death of the process that was their parent when they first looked: where it was
+    killed before that, they would wait for it for ever.
+    """
+    while os.getppid() == main:
+        time.sleep(_POLL)
+    os._exit(1)
 
 
 def _quiet_of_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
