@@ -189,6 +189,7 @@ def test_a_recipes_batch_is_advice_and_the_users_is_not() -> None:
         fit_batch(mine, 7, "images")
 
 
+@pytest.mark.slow
 def test_my_images_trains_on_seven_and_resumes(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "seven").mkdir()
     for path in sorted(image_folder.rglob("*.jpg"))[:7]:

@@ -68,6 +68,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[MAE], Non
 # One writer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.02])
 def test_of_two_starts_at_once_one_wins_and_its_run_is_whole(
     image_folder: Path, out: Path, tmp_path: Path, weights: Weights, delay: float

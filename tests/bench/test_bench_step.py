@@ -151,6 +151,7 @@ def test_steps_on_clips() -> None:
         run(method="mae", tubelet=3, **clips)
 
 
+@pytest.mark.slow
 def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks() -> None:
     heads = {"out_dim": 64, "head_hidden": 16, "head_bottleneck": 8, "stage_out_dim": 16, "stage_hidden": 16}
     own = {"thead_depth": 1, "thead_heads": 2, "partner_model": "resnet18", "stage_bottleneck": 8}

@@ -362,6 +362,7 @@ print("finished cleanly")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_to_the_group_reaches_the_main_process_only(number: str) -> None:

@@ -152,6 +152,7 @@ for mine, theirs in (("tokens", output.last_hidden_state), ("pooled", output.poo
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_transformers_opens_an_export_and_sees_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -310,6 +310,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_the_operating_system_refusing_to_write_is_the_users_to_know(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert "UserError: checkpoint" in done.stderr
@@ -352,6 +353,7 @@ assert left == [], left
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 0)
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
