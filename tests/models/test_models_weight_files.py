@@ -83,6 +83,7 @@ def test_expanded_tensors_are_refused(tmp_path: Path) -> None:
     assert "a has shape (1000000, 1000000), more numbers than the file holds" in refused(tmp_path / "expanded.pth")
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 def test_sparse_quantised_and_empty_tensors_are_refused(tmp_path: Path) -> None:
     index = torch.zeros(2, 1, dtype=torch.long)
     sparse = torch.sparse_coo_tensor(index, torch.ones(1), (10**6, 10**6), check_invariants=True)
