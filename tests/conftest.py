@@ -1,4 +1,6 @@
-"""What every test may ask for: a folder of images, the shared data where it is at hand, one thread per process."""
+"""What every test may ask for: a folder of images, the shared data where it is at hand, one thread
+per process.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import Tensor
 
-from patchmine.run import Run
+from patchmine.runs.run import Run
 from patchmine.train.checkpoint import list_checkpoints
 
-# Tiny tensors gain nothing from threads, and processes that a test starts inherit this; results must not depend on it.
+# Tiny tensors gain nothing from threads, and processes that a test starts inherit this; results
+# must not depend on it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -50,7 +53,9 @@ def shared(repository: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def weights() -> Callable[[Path | Run], dict[str, Tensor]]:
-    """Reads the newest checkpoint of a run.  Copied, because safetensors maps the file and some tests damage it."""
+    """Reads the newest checkpoint of a run.  Copied, because safetensors maps the file and some
+    tests damage it.
+    """
 
     def read(run: Path | Run) -> dict[str, Tensor]:
         folder = run.path if isinstance(run, Run) else run
@@ -62,7 +67,9 @@ def weights() -> Callable[[Path | Run], dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 images of 40x48 in `circle/`, `square/`, `stripes/`, half PNG, half JPEG.  Read only: all tests share it."""
+    """36 images of 40x48 in `circle/`, `square/`, `stripes/`, half PNG, half JPEG.  Read only: all
+    tests share it.
+    """
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for shape in ("circle", "square", "stripes"):

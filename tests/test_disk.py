@@ -49,7 +49,13 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "word"), [(errno.ENOSPC, "room"), (errno.EROFS, "read-only"), (errno.EISDIR, "folder"), (999, "written")]
+    ("number", "word"),
+    [
+        (errno.ENOSPC, "room"),
+        (errno.EROFS, "read-only"),
+        (errno.EISDIR, "folder"),
+        (999, "written"),
+    ],
 )
 def test_advice_follows_the_errno(number: int, word: str) -> None:
     assert word in remedy(OSError(number, "x"))
@@ -64,9 +70,19 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) ->
         ".export.old-33",
         ".writing",
     )
-    others = ("config.yaml", ".lock", ".lock.owner", ".gitignore", ".new", "a.12.new.yaml", ".notes.new.txt")
+    others = (
+        "config.yaml",
+        ".lock",
+        ".lock.owner",
+        ".gitignore",
+        ".new",
+        "a.12.new.yaml",
+        ".notes.new.txt",
+    )
     for name in (*ours, *others):
-        (tmp_path / name).mkdir() if name.startswith(".export") else (tmp_path / name).write_text("x")
+        (tmp_path / name).mkdir() if name.startswith(".export") else (tmp_path / name).write_text(
+            "x"
+        )
     (tmp_path / ".export.new-33" / "README.md").write_text("x")
     sweep(tmp_path)
     sweep(tmp_path / "absent")

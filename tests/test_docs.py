@@ -1,4 +1,6 @@
-"""What the documentation names exists: links, headings, commands, settings, Python names, make targets."""
+"""What the documentation names exists: links, headings, commands, settings, Python names, make
+targets.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def blocks(*languages: str) -> list[Block]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         fences = [match for match in FENCE.finditer(text) if match[1] in languages]
-        found += [Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2]) for match in fences]
+        found += [
+            Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+            for match in fences
+        ]
     return found
 
 
@@ -67,7 +72,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), f"{named(page)} links to {target}, which does not exist"
         if anchor:
-            assert anchor in anchors(linked), f"{named(page)} links to {target}; its headings are {anchors(linked)}"
+            assert anchor in anchors(linked), (
+                f"{named(page)} links to {target}; its headings are {anchors(linked)}"
+            )
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=named)
@@ -77,21 +84,36 @@ def test_python_blocks_name_what_exists(block: Block) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("patchmine"):
             module = importlib.import_module(str(node.module))
             for alias in node.names:
-                assert hasattr(module, alias.name), f"{named(block)}: {node.module} has no {alias.name}"
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "patchmine":
-            assert hasattr(importlib.import_module("patchmine"), node.attr), f"{named(block)}: patchmine.{node.attr}"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("patchmine.pretrain", "from_settings"):
+                assert hasattr(module, alias.name), (
+                    f"{named(block)}: {node.module} has no {alias.name}"
+                )
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "patchmine"
+        ):
+            assert hasattr(importlib.import_module("patchmine"), node.attr), (
+                f"{named(block)}: patchmine.{node.attr}"
+            )
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "patchmine.pretrain",
+            "from_settings",
+        ):
             check_settings(node)
 
 
 def check_settings(call: ast.Call) -> None:
     """The settings in a call that is shown are settings."""
-    from patchmine.config import from_settings
+    from patchmine.config.resolve import from_settings
 
     settings: dict[str, Any] = {}
     for keyword in call.keywords:
         # A data set made in place is no setting that could be checked; any name stands for it.
-        value = "made in place" if isinstance(keyword.value, ast.Call) else ast.literal_eval(keyword.value)
+        value = (
+            "made in place"
+            if isinstance(keyword.value, ast.Call)
+            else ast.literal_eval(keyword.value)
+        )
         settings |= value if keyword.arg is None else {keyword.arg: value}
     from_settings(**settings)
 
@@ -101,15 +123,22 @@ def commands(text: str) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         starts = [
-            place for place, word in enumerate(words) if word.rsplit("/", 1)[-1] in ("patchmine", "patchmine.cli")
+            place
+            for place, word in enumerate(words)
+            if word.rsplit("/", 1)[-1] in ("patchmine", "patchmine.cli.app")
         ]
         if starts:
             rest = words[starts[0] + 1 :]
-            end = next((place for place, word in enumerate(rest) if word in ("|", ">", "&&", ";")), len(rest))
+            end = next(
+                (place for place, word in enumerate(rest) if word in ("|", ">", "&&", ";")),
+                len(rest),
+            )
             yield rest[:end]
 
 
-COMMANDS = [(block, words) for block in blocks("bash", "console", "sh") for words in commands(block.text)]
+COMMANDS = [
+    (block, words) for block in blocks("bash", "console", "sh") for words in commands(block.text)
+]
 
 
 class UnderstoodError(Exception):
@@ -118,12 +147,16 @@ class UnderstoodError(Exception):
 
 @pytest.fixture
 def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Commands read their words and then stop; the folder they run in holds the recipe that the documentation shows."""
-    import patchmine.checking
-    import patchmine.commands
-    import patchmine.config
+    """Commands read their words and then stop; the folder they run in holds the recipe that the
+    documentation shows.
+    """
+    import patchmine.cli.commands
+    import patchmine.config.resolve
+    import patchmine.runs.checking
 
-    pretrain = importlib.import_module("patchmine.pretraining")  # before its names are replaced, or it keeps those
+    pretrain = importlib.import_module(
+        "patchmine.training"
+    )  # before its names are replaced, or it keeps those
 
     def stops(function: Callable[..., Any]) -> Callable[..., Any]:
         def read(*arguments: Any, **options: Any) -> None:
@@ -132,31 +165,41 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
         return read
 
-    monkeypatch.setattr(patchmine.commands, "read_words", stops(patchmine.commands.read_words))
-    monkeypatch.setattr(patchmine.config, "parse", stops(patchmine.config.parse))
-    monkeypatch.setattr(patchmine.checking, "misfits", patchmine.config.no_more)  # the files shown are not there
+    monkeypatch.setattr(
+        patchmine.cli.commands, "read_words", stops(patchmine.cli.commands.read_words)
+    )
+    monkeypatch.setattr(patchmine.config.resolve, "parse", stops(patchmine.config.resolve.parse))
+    monkeypatch.setattr(
+        patchmine.runs.checking, "misfits", patchmine.config.resolve.no_more
+    )  # the files shown are not there
     monkeypatch.setattr(pretrain, "resume", stops(lambda *_, **__: None))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize(("block", "words"), COMMANDS, ids=[f"{named(b)} {' '.join(w[:3])}" for b, w in COMMANDS])
-def test_commands_and_their_settings_exist(block: Block, words: list[str], only_reading: Path) -> None:
-    from patchmine.cli import app
+@pytest.mark.parametrize(
+    ("block", "words"), COMMANDS, ids=[f"{named(b)} {' '.join(w[:3])}" for b, w in COMMANDS]
+)
+def test_commands_and_their_settings_exist(
+    block: Block, words: list[str], only_reading: Path
+) -> None:
+    from patchmine.cli.app import app
 
     for word in words:
         if word.endswith(".yaml") and "=" not in word:
             (only_reading / word).write_text(blocks("yaml")[0].text, encoding="utf-8")
     result = CliRunner().invoke(app, words)
     if not isinstance(result.exception, UnderstoodError):
-        assert result.exit_code == 0, f"{named(block)}: patchmine {' '.join(words)}\n{result.output}"
+        assert result.exit_code == 0, (
+            f"{named(block)}: patchmine {' '.join(words)}\n{result.output}"
+        )
 
 
 def command_names() -> set[str]:
     """Every command and group: "eval", "eval knn", ..."""
     import typer
 
-    from patchmine.cli import app
+    from patchmine.cli.app import app
 
     top: Any = typer.main.get_command(app)
     groups = {name: set(getattr(command, "commands", ())) for name, command in top.commands.items()}
@@ -169,8 +212,14 @@ def test_commands_in_sentences_exist(page: Path) -> None:
     for text in re.findall(r"`patchmine ([^`]+)`", prose(page)):
         words = [word for word in text.split() if re.fullmatch(r"[a-z]+", word)]
         if words and text.split()[0] == words[0]:
-            found = " ".join(words[:2]) if any(name.startswith(f"{words[0]} ") for name in known) else words[0]
-            assert found in known or (found.split()[0] in known and len(words) == 1), f"{named(page)}: patchmine {text}"
+            found = (
+                " ".join(words[:2])
+                if any(name.startswith(f"{words[0]} ") for name in known)
+                else words[0]
+            )
+            assert found in known or (found.split()[0] in known and len(words) == 1), (
+                f"{named(page)}: patchmine {text}"
+            )
 
 
 def test_make_targets_exist() -> None:
@@ -179,15 +228,21 @@ def test_make_targets_exist() -> None:
         for line in block.text.splitlines():
             words = line.split("#")[0].split()
             if words[:1] == ["make"]:
-                unknown = {word for word in words[1:] if "=" not in word and not word.startswith("-")} - set(rules)
+                unknown = {
+                    word for word in words[1:] if "=" not in word and not word.startswith("-")
+                } - set(rules)
                 assert not unknown, f"{named(block)}: make {unknown}"
 
 
 def test_every_recipe_and_method_has_its_place() -> None:
+    from patchmine.config.recipes import recipe_names
     from patchmine.methods import METHODS
-    from patchmine.recipes import recipe_names
 
     for name in METHODS:
-        assert (ROOT / "docs" / "methods" / f"{name}.md").is_file(), f"docs/methods/{name}.md is missing"
+        assert (ROOT / "docs" / "methods" / f"{name}.md").is_file(), (
+            f"docs/methods/{name}.md is missing"
+        )
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert not [name for name in recipe_names() if f"`{name}`" not in text], "docs/recipes.md lists all recipes"
+    assert not [name for name in recipe_names() if f"`{name}`" not in text], (
+        "docs/recipes.md lists all recipes"
+    )

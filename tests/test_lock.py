@@ -1,4 +1,6 @@
-"""One writer for a run folder: who is told what, and that nothing is left when the writer ends or dies."""
+"""One writer for a run folder: who is told what, and that nothing is left when the writer ends or
+dies.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,10 @@ def test_the_second_is_told_who_holds_it(folder: Path) -> None:
             pass
         assert in_child(lambda: take(folder)) == 2
     text = str(told.value)
-    assert f"{folder} is being written by process {os.getpid()} on host {socket.gethostname()} since " in text
+    assert (
+        f"{folder} is being written by process {os.getpid()} on host {socket.gethostname()} since "
+        in text
+    )
     assert text.endswith("wait for it, stop it, or choose another out")
     with lock(folder):
         pass
@@ -120,7 +125,9 @@ def test_of_many_at_once_one_wins(folder: Path) -> None:
     assert [child.exitcode for child in children] == [0] * 6
 
 
-def test_a_holder_that_is_stopping_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_that_is_stopping_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     may_end = threading.Event()
 
@@ -153,7 +160,10 @@ def test_a_lock_file_that_was_removed_is_taken_again_or_told(folder: Path) -> No
         with pytest.raises(UserError, match="is being written by"), lock(folder):
             pass
         (folder / NAME).unlink()
-        with lock(folder), pytest.raises(UserError, match=f"is being written by process {os.getpid()}"):
+        with (
+            lock(folder),
+            pytest.raises(UserError, match=f"is being written by process {os.getpid()}"),
+        ):
             held.renew()
 
 
@@ -162,7 +172,12 @@ def test_without_locks_a_file_stands_for_one(folder: Path) -> None:
     with lock(folder) as held:
         assert (folder / OWNER).exists()
         held.renew()
-        with pytest.raises(UserError, match=rf"this file system has no locks.*remove {folder / OWNER}"), lock(folder):
+        with (
+            pytest.raises(
+                UserError, match=rf"this file system has no locks.*remove {folder / OWNER}"
+            ),
+            lock(folder),
+        ):
             pass
         assert in_child(lambda: take(folder)) == 2
         (folder / "config.yaml").write_text("a: 1")
@@ -171,7 +186,9 @@ def test_without_locks_a_file_stands_for_one(folder: Path) -> None:
 
 @pytest.mark.usefixtures("no_locks")
 @pytest.mark.parametrize(("host", "taken"), [("here", True), ("elsewhere", False)])
-def test_without_locks_a_dead_process_is_known_on_its_own_host_only(folder: Path, host: str, taken: bool) -> None:
+def test_without_locks_a_dead_process_is_known_on_its_own_host_only(
+    folder: Path, host: str, taken: bool
+) -> None:
     folder.mkdir(parents=True)
     pid = os.fork()
     if pid == 0:
@@ -193,7 +210,13 @@ def held_by(**changes: object) -> bytes:
 
 GARBLED = [
     *(b"", b"{", b"\xff\xfe", b"[1]", b'{"pid": 1}', b"3", b"[" * 9000),
-    *(held_by(pid="x"), held_by(pid=2**70), held_by(pid=-1), held_by(host=None), held_by(since="y")),
+    *(
+        held_by(pid="x"),
+        held_by(pid=2**70),
+        held_by(pid=-1),
+        held_by(host=None),
+        held_by(since="y"),
+    ),
     *(held_by(since=1e30), held_by(since=float("nan"))),
 ]
 
@@ -203,7 +226,12 @@ GARBLED = [
 def test_a_garbled_file_in_place_of_a_lock_is_told(folder: Path, content: bytes) -> None:
     folder.mkdir(parents=True)
     (folder / OWNER).write_bytes(content)
-    with pytest.raises(UserError, match=rf"being written by another process.*remove {folder / OWNER}"), lock(folder):
+    with (
+        pytest.raises(
+            UserError, match=rf"being written by another process.*remove {folder / OWNER}"
+        ),
+        lock(folder),
+    ):
         pass
 
 

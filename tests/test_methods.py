@@ -1,4 +1,6 @@
-"""What every method promises.  No branch on a method's name: a new method is tested by being in METHODS."""
+"""What every method promises.  No branch on a method's name: a new method is tested by being in
+METHODS.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from patchmine.backbones.vit import build_encoder
 from patchmine.errors import UserError
-from patchmine.method import Method
 from patchmine.methods import METHODS
-from patchmine.models.vit import build_encoder
+from patchmine.task import Method
 from patchmine.train.checkpoint import refuse_shared
 from patchmine.types import Batch, Losses, Progress
 
@@ -25,7 +27,14 @@ EARLY, LATE = Progress(0, 400, 2), Progress(350, 400, 2)
 TINY = dict(embed_dim=32, depth=2, num_heads=2)
 NARROW = {
     **dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2),
-    **dict(out_dim=32, head_hidden=16, head_bottleneck=8, stage_out_dim=12, stage_hidden=16, stage_bottleneck=8),
+    **dict(
+        out_dim=32,
+        head_hidden=16,
+        head_bottleneck=8,
+        stage_out_dim=12,
+        stage_hidden=16,
+        stage_bottleneck=8,
+    ),
     **dict(thead_depth=1, thead_heads=2, partner_model="resnet18"),
     "partner_args": dict(layers=[1, 1, 1, 1], channels=[8, 8, 12, 12]),
 }
@@ -41,19 +50,31 @@ def kind_of(name: str) -> type[Method]:
     return METHODS[name.removesuffix(CLIPS)]
 
 
-def build(name: str, *, size: tuple[int, int] = (16, 16), channels: int = 3, seed: int = 0, **options: Any) -> Method:
+def build(
+    name: str, *, size: tuple[int, int] = (16, 16), channels: int = 3, seed: int = 0, **options: Any
+) -> Method:
     torch.manual_seed(seed)
     kind = kind_of(name)
     model = "video_vit_tiny_patch16" if name.endswith(CLIPS) else "vit_tiny_patch16_224"
-    encoder = build_encoder(model, image_size=size, patch_size=4, channels=channels, model_args=TINY, clip=CLIP)
+    encoder = build_encoder(
+        model, image_size=size, patch_size=4, channels=channels, model_args=TINY, clip=CLIP
+    )
     known = {key: value for key, value in NARROW.items() if key in kind.Config.model_fields}
     method = kind(kind.Config(**known, **options), encoder)
     method.noise.begin(0)
     return method.train()
 
 
-def images(method: Method, size: tuple[int, int] = (16, 16), channels: int = 3, count: int = 4, seed: int = 1) -> Batch:
-    """A training batch as the method is given one: one view of each image, or two global and two local crops."""
+def images(
+    method: Method,
+    size: tuple[int, int] = (16, 16),
+    channels: int = 3,
+    count: int = 4,
+    seed: int = 1,
+) -> Batch:
+    """A training batch as the method is given one: one view of each image, or two global and two
+    local crops.
+    """
     sizes: list[tuple[int, ...]] = [size, size, (8, 8), (8, 8)] if method.multi_crop else [size]
     if len(encoder_size(method)) == 3:
         sizes = [(CLIP[0], *side) for side in sizes]
@@ -73,7 +94,9 @@ def encoder_size(method: Method) -> tuple[int, ...]:
 def plain_images(method: Method, count: int) -> Batch:
     """One whole view of each image, as pictures are made of whatever the method is trained on."""
     batch = images(method, count=count)
-    return Batch(batch.views[:1], batch.index, torch.zeros(count, 4), torch.zeros(count, dtype=torch.bool))
+    return Batch(
+        batch.views[:1], batch.index, torch.zeros(count, 4), torch.zeros(count, dtype=torch.bool)
+    )
 
 
 def run(method: Method, batch: Batch, progress: Progress) -> Losses:
@@ -81,7 +104,9 @@ def run(method: Method, batch: Batch, progress: Progress) -> Losses:
     return method(batch, progress)
 
 
-@pytest.fixture(params=sorted(METHODS) + sorted(name + CLIPS for name, kind in METHODS.items() if kind.video))
+@pytest.fixture(
+    params=sorted(METHODS) + sorted(name + CLIPS for name, kind in METHODS.items() if kind.video)
+)
 def name(request: pytest.FixtureRequest) -> str:
     """Every method, and once more on clips if it takes them."""
     return request.param
@@ -106,7 +131,9 @@ def test_name_is_the_key_and_the_docstring_names_its_source(image_name: str) -> 
 def test_a_method_for_images_refuses_clips_by_name(image_name: str) -> None:
     if METHODS[image_name].video:
         pytest.skip(f"{image_name} trains on clips")
-    with pytest.raises(UserError, match=f"method={image_name} does not train on videos: choose method="):
+    with pytest.raises(
+        UserError, match=f"method={image_name} does not train on videos: choose method="
+    ):
         build(image_name + CLIPS)
 
 
@@ -115,7 +142,9 @@ def test_every_setting_is_explained(image_name: str) -> None:
     assert all(field.description for key, field in fields.items() if key != "name")
 
 
-def test_losses_are_scalars_with_a_gradient_for_everything_that_learns(name: str, progress: Progress) -> None:
+def test_losses_are_scalars_with_a_gradient_for_everything_that_learns(
+    name: str, progress: Progress
+) -> None:
     method = build(name)
     losses = run(method, images(method), progress)
     assert all(value.shape == () and value.dtype == torch.float32 for value in losses.values())
@@ -134,7 +163,9 @@ def test_groups_hold_each_trained_parameter_once(name: str) -> None:
 
 def test_a_step_repeats_itself(name: str, progress: Progress) -> None:
     first, second = (run(method, images(method), progress) for method in (build(name), build(name)))
-    assert {key: value.item() for key, value in first.items()} == {key: value.item() for key, value in second.items()}
+    assert {key: value.item() for key, value in first.items()} == {
+        key: value.item() for key, value in second.items()
+    }
 
 
 def test_another_step_draws_otherwise(name: str) -> None:
@@ -157,7 +188,12 @@ def test_rows_of_a_batch_do_not_meet(name: str, progress: Progress) -> None:
     parts = []
     for first in (0, 2):
         rows = slice(first, first + 2)
-        half = Batch([view[rows] for view in batch.views], batch.index[rows], batch.box[rows], batch.flip[rows])
+        half = Batch(
+            [view[rows] for view in batch.views],
+            batch.index[rows],
+            batch.box[rows],
+            batch.flip[rows],
+        )
         method.noise.begin(progress.step, first, 4)
         parts.append(method(half, progress)["loss"])
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-4, atol=1e-5)
@@ -201,7 +237,9 @@ def test_training_lowers_the_loss_and_leaves_what_is_fixed(name: str) -> None:
 def test_what_is_frozen_changes_in_after_step_only(name: str) -> None:
     method = build(name)
     trained = {key for group in method.param_groups() for key, _ in group.params}
-    frozen = {key: value.clone() for key, value in method.state_dict().items() if key not in trained}
+    frozen = {
+        key: value.clone() for key, value in method.state_dict().items() if key not in trained
+    }
     frozen = {key: value for key, value in frozen.items() if not key.endswith(STATISTICS)}
     run(method, images(method), LATE)["loss"].backward()
     for key, value in frozen.items():
@@ -209,11 +247,15 @@ def test_what_is_frozen_changes_in_after_step_only(name: str) -> None:
 
 
 def test_encoder_keeps_timms_names(image_name: str) -> None:
-    fresh = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0, **TINY)
+    fresh = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0, **TINY
+    )
     method = build(image_name).eval()
     fresh.load_state_dict(method.encoder.state_dict())
     pixels = plain_images(method, 4).views[0]
-    assert torch.equal(fresh.eval().forward_features(pixels), method.encoder.forward_features(pixels))
+    assert torch.equal(
+        fresh.eval().forward_features(pixels), method.encoder.forward_features(pixels)
+    )
 
 
 @pytest.mark.parametrize(("size", "channels"), [((16, 32), 3), ((24, 16), 1), ((16, 16), 5)])
@@ -236,8 +278,18 @@ class NoReading(TorchDispatchMode):
     """Refuses whatever would make the host wait for the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        waiting = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "is_nonzero", "unique")
-        assert not str(func).removeprefix("aten.").startswith(waiting), f"{func} waits for the device"
+        waiting = (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "item",
+            "equal",
+            "is_nonzero",
+            "unique",
+        )
+        assert not str(func).removeprefix("aten.").startswith(waiting), (
+            f"{func} waits for the device"
+        )
         return func(*args, **(kwargs or {}))
 
 

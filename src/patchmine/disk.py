@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from patchmine.errors import UserError, reason_of
-from patchmine.names import shown_name
+from patchmine.errors import UserError, reason_of, shown_name
 
 _REMEDIES = {
     errno.ENOSPC: "make room there",
@@ -30,8 +29,17 @@ _REMEDIES = {
     errno.EIO: "that disk reports errors: name another place",
 }
 
-# What file systems say that have no modes, no flushing of folders, no links, no replacing (FAT, SMB, FUSE).
-_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EBADF}
+# What file systems say that have no modes, no flushing of folders, no links, no replacing (FAT,
+# SMB, FUSE).
+_UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENOSYS,
+    errno.EBADF,
+}
 
 # Names of what is being written: those of `replacing`, and of folders that replace a whole one.
 _TEMPORARY = re.compile(r"\..+\.\d+\.new(\.[^.]+)?|\..+\.(new|old)-\d+|\.writing(\.\d+)?")
@@ -39,19 +47,27 @@ _TEMPORARY = re.compile(r"\..+\.\d+\.new(\.[^.]+)?|\..+\.(new|old)-\d+|\.writing
 
 def remedy(error: OSError) -> str:
     """What a person can do about a failed write, by its errno."""
-    return _REMEDIES.get(error.errno or 0, "see that the place can be written to, or name another one")
+    return _REMEDIES.get(
+        error.errno or 0, "see that the place can be written to, or name another one"
+    )
 
 
 def refusal(error: OSError, doing: str = "cannot be read or written") -> str:
     """One sentence about a failed access: the file, what it failed with, and what can be done."""
     name = error.filename2 or error.filename
-    what = shown_name(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else "a file or stream"
+    what = (
+        shown_name(os.fsdecode(name))
+        if isinstance(name, str | bytes | os.PathLike)
+        else "a file or stream"
+    )
     return f"{what} {doing} ({error.strerror or error}); {remedy(error)}"
 
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Around safetensors' ``save_file``, which only quotes the system's error: the OSError that it was, of ``path``."""
+    """Around safetensors' ``save_file``, which only quotes the system's error: the OSError that it
+    was, of ``path``.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -59,7 +75,9 @@ def system_errors(path: Path) -> Iterator[None]:
     except SafetensorError as error:
         quoted = re.search(r"(?:code: |os error )(\d+)", str(error))
         number = int(quoted[1]) if quoted else 0
-        raise OSError(number, os.strerror(number) if number else reason_of(error), str(path)) from error
+        raise OSError(
+            number, os.strerror(number) if number else reason_of(error), str(path)
+        ) from error
 
 
 @contextmanager
@@ -67,7 +85,8 @@ def output(path: Path) -> Iterator[Path]:
     """A name to write the file of ``out=path`` to, which takes its place whole; its folder is made.
 
     Raises:
-        UserError: ``path`` cannot be written (a folder, below a file, a full disk), with the remedy.
+        UserError: ``path`` cannot be written (a folder, below a file, a full disk), with the
+        remedy.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,11 +104,13 @@ def output(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write a file or folder to, which takes the place of ``path`` when the block ends.
+    """A name beside ``path`` to write a file or folder to, which takes the place of ``path`` when
+    the block ends.
 
-    The temporary name carries the process's number, so that two processes never write to one, and ends as ``path``
-    does, because some writers choose the format by it.  When the block raises, ``path`` is as it was and nothing is
-    left beside it.  A folder replaces nothing but an absent or empty folder.
+    The temporary name carries the process's number, so that two processes never write to one, and
+    ends as ``path`` does, because some writers choose the format by it.  When the block raises,
+    ``path`` is as it was and nothing is left beside it.  A folder replaces nothing but an absent or
+    empty folder.
 
     Raises:
         OSError: what writing or renaming raises.
@@ -133,8 +154,9 @@ def _rename(temporary: Path, path: Path) -> None:
 def settle(path: Path) -> None:
     """Flush a file, or the list of a folder's files (which makes a rename last), to the disk.
 
-    A file also gets the mode that the umask asks for: safetensors leaves its files readable by their owner alone.
-    What a file system does not support is left out; what it fails at (a full disk, a broken one) is raised.
+    A file also gets the mode that the umask asks for: safetensors leaves its files readable by
+    their owner alone. What a file system does not support is left out; what it fails at (a full
+    disk, a broken one) is raised.
     """
     if path.is_file():
         mask = os.umask(0)

@@ -1,7 +1,10 @@
-"""The one exception that means: the user can mend this.  The command line prints its sentence and exits with 2."""
+"""The one exception that means: the user can mend this.  The command line prints its sentence and
+exits with 2.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,27 +12,35 @@ REASON_LENGTH = 160  # characters of a foreign message that one of our sentences
 
 
 class UserError(Exception):
-    """A mistake in settings, files or folders.  The message names the setting or file and the remedy."""
+    """A mistake in settings, files or folders.  The message names the setting or file and the
+    remedy.
+    """
 
 
 def reason_of(error: BaseException) -> str:
     """What an exception of another library says, as one printable line for use inside a sentence."""
-    text = " ".join(str(error).split(" <_io.BytesIO")[0].split())  # PIL adds the address of its buffer
-    text = "".join(letter if letter.isprintable() else "?" for letter in text) or type(error).__name__
+    text = " ".join(
+        str(error).split(" <_io.BytesIO")[0].split()
+    )  # PIL adds the address of its buffer
+    text = (
+        "".join(letter if letter.isprintable() else "?" for letter in text) or type(error).__name__
+    )
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."
 
 
 @contextmanager
 def foreign_parser(refuse: Callable[[str], Exception], *own: type[Exception]) -> Iterator[None]:
-    """The boundary around a parser of another library: whatever it raises becomes the one error of the caller's room.
+    """The boundary around a parser of another library: whatever it raises becomes the one error of
+    the caller's room.
 
-    A parser that is fed a damaged file raises what it likes (struct.error, AssertionError, RecursionError,
-    ModuleNotFoundError for a codec), so no list of exceptions is ever complete.  This is the one place where a broad
-    ``except`` is right.
+    A parser that is fed a damaged file raises what it likes (struct.error, AssertionError,
+    RecursionError, ModuleNotFoundError for a codec), so no list of exceptions is ever complete.
+    This is the one place where a broad ``except`` is right.
 
     Args:
         refuse: makes that error from the reason, a line of text.
-        own: exceptions that already are sentences of the caller's, and pass as they are; UserError always does.
+        own: exceptions that already are sentences of the caller's, and pass as they are; UserError
+        always does.
 
     Raises:
         Exception: what ``refuse`` makes, chained to the parser's own.
@@ -41,3 +52,34 @@ def foreign_parser(refuse: Callable[[str], Exception], *own: type[Exception]) ->
         raise
     except Exception as error:
         raise refuse(reason_of(error)) from error
+
+
+NAME_LENGTH = 200  # characters; a longer name keeps its beginning and its end
+
+
+def shown_name(name: str | os.PathLike[str]) -> str:
+    r"""A file's name as text that any terminal, file and page can hold, in one line.
+
+    Bytes that are no UTF-8 (which Python keeps as lone surrogates) and control characters are
+    written as ``\xe9`` and ``\n``; a name beyond ``NAME_LENGTH`` characters loses its middle.
+    Names without such letters stay as they are.
+    """
+    text = whole_name(name)
+    if len(text) > NAME_LENGTH:
+        end = (NAME_LENGTH - 3) // 2
+        text = text[: NAME_LENGTH - 3 - end] + "..." + text[-end:]
+    return text
+
+
+def whole_name(name: str | os.PathLike[str]) -> str:
+    """The same at any length, for tables that other programs read."""
+    return "".join(
+        letter if letter.isprintable() else _escaped(letter) for letter in os.fspath(name)
+    )
+
+
+def _escaped(letter: str) -> str:
+    code = ord(letter)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that os.fsdecode could not read
+        return f"\\x{code - 0xDC00:02x}"
+    return letter.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -1,8 +1,8 @@
 """One writer for a run folder: a file lock that the operating system releases when its holder dies.
 
-``.lock`` in the folder is locked from a run's first check to its end and says who holds it.  What only reads a run
-(report, show, eval, export) needs no lock.  On file systems without locks a file ``.lock.owner`` stands for it, and
-whether its process still runs is looked up where that can be.
+``.lock`` in the folder is locked from a run's first check to its end and says who holds it.  What
+only reads a run (report, show, eval, export) needs no lock.  On file systems without locks a file
+``.lock.owner`` stands for it, and whether its process still runs is looked up where that can be.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from functools import cache
 from pathlib import Path
 
 from patchmine.disk import remedy
-from patchmine.errors import UserError
-from patchmine.names import shown_name
+from patchmine.errors import UserError, shown_name
 
 NAME, OWNER = ".lock", ".lock.owner"
-STOPPING_SECONDS = 300.0  # how long a holder that was asked to stop is waited for: it finishes its step and saves
+STOPPING_SECONDS = (
+    300.0  # how long a holder that was asked to stop is waited for: it finishes its step and saves
+)
 
-_HANDLES: set[int] = set()  # open lock files of this process, which forked children (data workers) must not keep locked
+_HANDLES: set[int] = (
+    set()
+)  # open lock files of this process, which forked children (data workers) must not keep locked
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,12 @@ class Holder:
 
     def __post_init__(self) -> None:
         numbers = type(self.pid) is int and isinstance(self.since, int | float)
-        if not numbers or not isinstance(self.host, str) or not 0 < self.pid < 2**31 or not 0 <= self.since < 2**32:
+        if (
+            not numbers
+            or not isinstance(self.host, str)
+            or not 0 < self.pid < 2**31
+            or not 0 <= self.since < 2**32
+        ):
             raise ValueError(f"{self.pid!r}, {self.host!r}, {self.since!r} name no process")
 
     def __str__(self) -> str:
@@ -94,7 +102,9 @@ class HeldLock:
                 (self.folder / OWNER).write_text(json.dumps(asdict(self._me)), encoding="utf-8")
 
     def release(self) -> None:
-        """Let others write.  The files go while they are still locked, so that nobody's new ones are removed."""
+        """Let others write.  The files go while they are still locked, so that nobody's new ones
+        are removed.
+        """
         if _stands_for(self._handle, self.folder / NAME):
             for name in (OWNER, NAME):
                 with suppress(OSError):
@@ -104,7 +114,8 @@ class HeldLock:
 
 @contextmanager
 def lock(folder: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[HeldLock]:
-    """Hold the lock of a run folder, which is made where it is missing and removed where nothing was put into it.
+    """Hold the lock of a run folder, which is made where it is missing and removed where nothing
+    was put into it.
 
     A holder that was asked to stop is waited for, up to `STOPPING_SECONDS`; ``say`` hears so.
 
@@ -138,7 +149,9 @@ def _wait_for(folder: Path, say: Callable[[str], None]) -> HeldLock:
             if error.holder is None or not error.holder.stopping or time.monotonic() > end:
                 raise
             if not told:
-                say(f"{folder} is still being written by {error.holder}, which was asked to stop: waiting for it.")
+                say(
+                    f"{folder} is still being written by {error.holder}, which was asked to stop: waiting for it."
+                )
         told = True
         time.sleep(0.1)
 
@@ -175,7 +188,9 @@ def _acquire(folder: Path, me: Holder) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # the holder before us removed this file when it ended: there may be a new one
+        os.close(
+            handle
+        )  # the holder before us removed this file when it ended: there may be a new one
     raise BusyError(None)
 
 
@@ -188,14 +203,22 @@ def _lock_file(handle: int, folder: Path, me: Holder) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
             raise BusyError(_read_patiently(folder / NAME)) from None
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+        if error.errno not in (
+            errno.ENOSYS,
+            errno.ENOTSUP,
+            errno.EOPNOTSUPP,
+            errno.ENOLCK,
+            errno.EINVAL,
+        ):
             raise
         _claim(folder / OWNER, me)
     return True
 
 
 def _claim(owner: Path, me: Holder) -> None:
-    """Make the file that stands for a lock.  Raises BusyError unless its process is known to have ended."""
+    """Make the file that stands for a lock.  Raises BusyError unless its process is known to have
+    ended.
+    """
     other = _read(owner)
     if other is not None and (other.pid, other.host, other.since) == (me.pid, me.host, me.since):
         return

@@ -32,7 +32,9 @@ Workers = Annotated[int, Field(ge=0, le=MOST_WORKERS)] | Literal["auto"]
 
 
 class Strict(BaseModel):
-    """Settings without unknown names, NaN, infinity, numbers beyond 64 bits, or true in the place of a number."""
+    """Settings without unknown names, NaN, infinity, numbers beyond 64 bits, or true in the place
+    of a number.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -42,8 +44,12 @@ class Strict(BaseModel):
         """Python counts true as 1, so that flip=true would mirror every image."""
         if not isinstance(values, Mapping):
             return values
-        numeric = {name for name, field in cls.model_fields.items() if _is_numeric(field.annotation)}
-        return {name: _no_truth(value) if name in numeric else value for name, value in values.items()}
+        numeric = {
+            name for name, field in cls.model_fields.items() if _is_numeric(field.annotation)
+        }
+        return {
+            name: _no_truth(value) if name in numeric else value for name, value in values.items()
+        }
 
     @field_validator("*", mode="after")
     @classmethod
@@ -55,12 +61,16 @@ class Strict(BaseModel):
 
 def _flat(value: Any) -> list[Any]:
     """A value, or those of a list of any depth; tables check their own."""
-    return [v for part in value for v in _flat(part)] if isinstance(value, list | tuple) else [value]
+    return (
+        [v for part in value for v in _flat(part)] if isinstance(value, list | tuple) else [value]
+    )
 
 
 @dataclass(frozen=True)
 class _Truth:
-    """In the place of true or false, so that what wants a number refuses it and quotes it as it was typed."""
+    """In the place of true or false, so that what wants a number refuses it and quotes it as it was
+    typed.
+    """
 
     value: bool
 
@@ -109,14 +119,29 @@ def ends_in(*endings: str) -> Callable[[str], str]:
     return check
 
 
-_FILES = (".onnx", ".pt", ".pth", ".ckpt", ".bin", ".h5", ".safetensors", ".npz", ".zip", ".tar", ".json", ".yaml")
+_FILES = (
+    ".onnx",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".bin",
+    ".h5",
+    ".safetensors",
+    ".npz",
+    ".zip",
+    ".tar",
+    ".json",
+    ".yaml",
+)
 
 
 def is_folder_name(name: str) -> str:
     """A check of the name of a folder that is to be written: it does not look like that of a file."""
     ending = PurePath(name).suffix.lower()
     if ending == ".onnx":
-        raise ValueError("the name of a folder: ONNX is not written yet, but timm and transformers open the folder")
+        raise ValueError(
+            "the name of a folder: ONNX is not written yet, but timm and transformers open the folder"
+        )
     if ending in _FILES:
         raise ValueError(f"the name of a folder, which does not end in {ending}")
     return name

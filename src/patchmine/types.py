@@ -1,7 +1,8 @@
-"""What travels between the rooms: batches, masks, grids, progress, losses, pictures.  Nothing here computes.
+"""What travels between the rooms: batches, masks, grids, progress, losses, pictures.  Nothing here
+computes.
 
-The one convention to remember: patches are numbered in raster order from 0, the class token is no patch, and every
-mask says what is in it by name (``visible``, ``masked``) instead of by a 0 or a 1.
+The one convention to remember: patches are numbered in raster order from 0, the class token is no
+patch, and every mask says what is in it by name (``visible``, ``masked``) instead of by a 0 or a 1.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ import torch
 from torch import Tensor, nn
 
 Losses = dict[str, Tensor]
-"""``"loss"`` is minimised, the rest is logged.  0-d tensors that stay on the device until the log reads them."""
+"""``"loss"`` is minimised, the rest is logged.  0-d tensors that stay on the device until the log
+reads them.
+"""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One batch of views, with what a method needs to find its way back to the original images.
 
-    ``views``: tensors of shape (B, C, H, W) or (B, C, T, H, W); uint8 as they leave a worker, normalised float on the
-    device.  ``index`` (B,) int64: number of the item in its source.  ``box`` (B, 4) float32: the crop as fractions of
-    the original, (top, left, height, width).  ``flip`` (B,) bool: mirrored left to right *after* the crop.
+    ``views``: tensors of shape (B, C, H, W) or (B, C, T, H, W); uint8 as they leave a worker,
+    normalised float on the device.  ``index`` (B,) int64: number of the item in its source.
+    ``box`` (B, 4) float32: the crop as fractions of the original, (top, left, height, width).
+    ``flip`` (B,) bool: mirrored left to right *after* the crop.
 
-    Where a sample gives V crops, ``views`` has V tensors (the two global crops, then the local ones), ``box`` is
-    (B, V, 4) and ``flip`` (B, V).  ``photometric`` (B, V, P) float32 then says how the colours of each crop change,
-    which the device does together with mirroring (`data.photometric` names the P numbers).
+    Where a sample gives V crops, ``views`` has V tensors (the two global crops, then the local
+    ones), ``box`` is (B, V, 4) and ``flip`` (B, V).  ``photometric`` (B, V, P) float32 then says
+    how the colours of each crop change, which the device does together with mirroring
+    (`data.photometric` names the P numbers).
     """
 
     views: list[Tensor]
@@ -64,7 +69,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the run is.  Whatever moves with time is a function of this, so a restart restores one integer.
+    """How far the run is.  Whatever moves with time is a function of this, so a restart restores
+    one integer.
 
     ``step`` counts optimizer steps that are finished; during step k (0-based) it is k.
     """
@@ -91,7 +97,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Grid:
-    """``size`` patches along each axis, each of ``patch`` pixels: (rows, columns) or (time, rows, columns)."""
+    """``size`` patches along each axis, each of ``patch`` pixels: (rows, columns) or (time, rows,
+    columns).
+    """
 
     size: tuple[int, ...]
     patch: tuple[int, ...]
@@ -120,8 +128,8 @@ class Grid:
 class Mask:
     """Which patches a model sees and which it must predict, as index tensors with fixed counts.
 
-    ``visible`` (B, V) and ``masked`` (B, M) int64, raster order within each row; ``num_patches`` is L.  A patch in
-    neither was thrown away (AMT).
+    ``visible`` (B, V) and ``masked`` (B, M) int64, raster order within each row; ``num_patches`` is
+    L.  A patch in neither was thrown away (AMT).
     """
 
     visible: Tensor
@@ -130,7 +138,9 @@ class Mask:
 
     def as_bool(self) -> Tensor:
         """(B, L) bool, True = masked, here as everywhere."""
-        full = torch.zeros(self.masked.shape[0], self.num_patches, dtype=torch.bool, device=self.masked.device)
+        full = torch.zeros(
+            self.masked.shape[0], self.num_patches, dtype=torch.bool, device=self.masked.device
+        )
         return full.scatter(1, self.masked, True)
 
 
@@ -138,13 +148,14 @@ class Mask:
 class ParamGroup:
     """Parameters that are updated alike.  ``None`` means: as the run's settings say.
 
-    ``optimizer``: "adamw", "sgd" or "lars".  ``name``: groups of the same one share an optimizer, its clipping and its
-    line in the log; by default that of the optimizer, so it keeps apart two of a kind.  ``blr``: base rate per 256
-    images; ``min_lr``: rate at the end, as it is.  ``weight_decay`` applies to parameters of two and more dimensions,
-    with ``decay_all`` to biases and norms too, and moves along half a cosine to ``weight_decay_end`` where that is set.
-    ``clip_norm``: largest gradient norm of all the optimizer's groups that say so together (or of each parameter by
-    itself with ``clip_each``).  ``frozen_until``: epochs during which the group has no gradient, so that nothing moves
-    it, weight decay included.
+    ``optimizer``: "adamw", "sgd" or "lars".  ``name``: groups of the same one share an optimizer,
+    its clipping and its line in the log; by default that of the optimizer, so it keeps apart two of
+    a kind.  ``blr``: base rate per 256 images; ``min_lr``: rate at the end, as it is.
+    ``weight_decay`` applies to parameters of two and more dimensions, with ``decay_all`` to biases
+    and norms too, and moves along half a cosine to ``weight_decay_end`` where that is set.
+    ``clip_norm``: largest gradient norm of all the optimizer's groups that say so together (or of
+    each parameter by itself with ``clip_each``).  ``frozen_until``: epochs during which the group
+    has no gradient, so that nothing moves it, weight decay included.
     """
 
     params: Sequence[tuple[str, nn.Parameter]]
@@ -164,9 +175,10 @@ class ParamGroup:
 class Panel:
     """One named picture per image of a batch, or one per frame of its clips.
 
-    ``kind="image"``: ``data`` (B, C, H, W) or (B, C, T, H, W) in the batch's normalised units.  ``kind="heat"``:
-    ``data`` (B, rows, columns) or (B, slots, rows, columns), one number per patch, drawn as a colour map.
-    ``kind="colour"``: ``data`` (B, 3, H, W) in [0, 1], drawn as it is.  NaN is nothing there, and drawn hatched.
+    ``kind="image"``: ``data`` (B, C, H, W) or (B, C, T, H, W) in the batch's normalised units.
+    ``kind="heat"``: ``data`` (B, rows, columns) or (B, slots, rows, columns), one number per patch,
+    drawn as a colour map. ``kind="colour"``: ``data`` (B, 3, H, W) in [0, 1], drawn as it is.  NaN
+    is nothing there, and drawn hatched.
     """
 
     title: str

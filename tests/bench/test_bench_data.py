@@ -30,7 +30,10 @@ def test_it_reports_times_ratios_and_what_is_left_to_the_device(photos: Path) ->
     result = bench.bench_data(photos, image_size=32, repeats=2, say=said.append)
     assert result["images"] == 12
     assert set(result["milliseconds"]) == {"ours", "ours_float", "torchvision"}
-    assert all(value > 0 for value in [*result["milliseconds"].values(), result["ratio"], result["ratio_float"]])
+    assert all(
+        value > 0
+        for value in [*result["milliseconds"].values(), result["ratio"], result["ratio_float"]]
+    )
     crops = result["crops"]
     assert (crops["images"], crops["local_size"]) == (12, 14)
     for name, milliseconds in crops["milliseconds"].items():
@@ -45,13 +48,17 @@ def test_it_reports_times_ratios_and_what_is_left_to_the_device(photos: Path) ->
 def test_the_chains_end_with_the_same_kind_of_picture() -> None:
     file = io.BytesIO()
     Image.new("RGB", (80, 60), (200, 100, 50)).save(file, "JPEG", quality=95)
-    theirs, ours = (chain(file.getvalue()) for chain in (bench._torchvision(32), bench._ours_float(32)))
+    theirs, ours = (
+        chain(file.getvalue()) for chain in (bench._torchvision(32), bench._ours_float(32))
+    )
     assert theirs.shape == ours.shape == (3, 32, 32)
     assert torch.allclose(theirs, ours, atol=0.02)
 
 
 def test_the_chains_of_crops_end_with_the_same_kind_of_pictures() -> None:
-    """One grey level stays grey through hue and saturation; the other changes of colour are the same in the mean."""
+    """One grey level stays grey through hue and saturation; the other changes of colour are the
+    same in the mean.
+    """
     torch.manual_seed(0)
     random.seed(0)
     file = io.BytesIO()
@@ -61,7 +68,9 @@ def test_the_chains_of_crops_end_with_the_same_kind_of_pictures() -> None:
     shapes = [(3, 32, 32)] * 2 + [(3, 16, 16)] * 8
     assert [view.shape for view in theirs[0]] == [view.shape for view in ours[0]] == shapes
     for place in (0, 1, 2):
-        means, spreads = zip(*(_level([crops[place] for crops in chain]) for chain in (theirs, ours)), strict=True)
+        means, spreads = zip(
+            *(_level([crops[place] for crops in chain]) for chain in (theirs, ours)), strict=True
+        )
         assert means[0] == pytest.approx(means[1], abs=0.12)
         assert spreads[0] == pytest.approx(spreads[1], abs=0.1)
 

@@ -11,9 +11,9 @@ import torch
 
 from patchmine.bench.measure import count_flops, peak_bytes
 from patchmine.bench.step import StepBench, bench_step
-from patchmine.commands import read_words
+from patchmine.cli.commands import read_words
 from patchmine.errors import UserError
-from patchmine.ops.linear import onednn_linear, onednn_usable
+from patchmine.models.onednn import onednn_linear, onednn_usable
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = dict(
@@ -84,7 +84,10 @@ def test_transformers_competes_at_the_same_size() -> None:
     ("settings", "words"),
     [
         ({"method": "hmp"}, ["method=hmp", "hpm"]),
-        ({"method": {"name": "mae", "decoder_dept": 3}}, ["method.decoder_dept=3", "decoder_depth"]),
+        (
+            {"method": {"name": "mae", "decoder_dept": 3}},
+            ["method.decoder_dept=3", "decoder_depth"],
+        ),
         ({"method": {"name": "mae", "mask_ratio": 1.2}}, ["mask_ratio", "1.2"]),
         ({"batch_sise": 3}, ["batch_sise", "batch_size"]),
         ({"against": "tranformers"}, ["tranformers", "transformers"]),
@@ -137,7 +140,9 @@ def test_words_of_the_command_line_reach_every_method() -> None:
     words = ["method=mae,hpm", "method.decoder_depth=1", "against=transformers", "rounds=3"]
     given = read_words(StepBench, words, command="bench step")
     assert given.method == {"name": "mae,hpm", "decoder_depth": 1}
-    assert read_words(StepBench, ["method=[mae,hpm]"], command="bench step").method == {"name": ["mae", "hpm"]}
+    assert read_words(StepBench, ["method=[mae,hpm]"], command="bench step").method == {
+        "name": ["mae", "hpm"]
+    }
 
 
 def test_steps_on_clips() -> None:
@@ -153,7 +158,13 @@ def test_steps_on_clips() -> None:
 
 @pytest.mark.slow
 def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks() -> None:
-    heads = {"out_dim": 64, "head_hidden": 16, "head_bottleneck": 8, "stage_out_dim": 16, "stage_hidden": 16}
+    heads = {
+        "out_dim": 64,
+        "head_hidden": 16,
+        "head_bottleneck": 8,
+        "stage_out_dim": 16,
+        "stage_hidden": 16,
+    }
     own = {"thead_depth": 1, "thead_heads": 2, "partner_model": "resnet18", "stage_bottleneck": 8}
     own["partner_args"] = {"cifar_stem": True, "layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}
     crops = {"num_local": 3, "local_size": 16}
@@ -164,5 +175,7 @@ def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks() 
     assert work["dino"] < work["mokd"]
     assert result["ratios"].keys() == {"mokd / scfs", "scfs / dino", "mokd / dino"}
     assert any("times as long as dino" in line for line in lines)
-    fewer, _ = run(method={"name": "scfs", **heads, "stage_bottleneck": 8}, crops={**crops, "num_local": 1})
+    fewer, _ = run(
+        method={"name": "scfs", **heads, "stage_bottleneck": 8}, crops={**crops, "num_local": 1}
+    )
     assert fewer["contestants"][0]["gflop_per_step"] < work["scfs"]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from patchmine.bench import video as bench
-from patchmine.data import video_pyav, video_torchcodec
+from patchmine.data.decoding import video_pyav, video_torchcodec
 from patchmine.errors import UserError
 
 
@@ -18,7 +18,9 @@ from patchmine.errors import UserError
 def clips(tmp_path: Path) -> Path:
     pytest.importorskip("av")
     for number in range(3):
-        first, *rest = (Image.new("RGB", (40, 32), (9 * time, 60 * number, 0)) for time in range(12))
+        first, *rest = (
+            Image.new("RGB", (40, 32), (9 * time, 60 * number, 0)) for time in range(12)
+        )
         first.save(tmp_path / f"{number}.gif", save_all=True, append_images=rest)
     (tmp_path / "broken.gif").write_bytes(b"GIF89a")
     return tmp_path
@@ -40,7 +42,10 @@ def test_it_reports_times_and_how_many_times_as_fast(clips: Path) -> None:
 
 
 def test_a_ratio_is_of_one_video_at_a_time() -> None:
-    repeats = [{"a": [10.0, 6.0, 8.0], "b": [1.0, 3.0, 2.0]}, {"a": [20.0, 6.0, 8.0], "b": [1.0, 3.0, 2.0]}]
+    repeats = [
+        {"a": [10.0, 6.0, 8.0], "b": [1.0, 3.0, 2.0]},
+        {"a": [20.0, 6.0, 8.0], "b": [1.0, 3.0, 2.0]},
+    ]
     assert bench._ratio(repeats, "a", "b") == {"median": 4.0, "least": 2.0, "most": 15.0}
 
 
@@ -53,7 +58,9 @@ def test_all_readers_give_the_same_frames(clips: Path) -> None:
         assert torch.equal(bench._torchcodec(file, wanted).permute(0, 2, 3, 1), expected)
 
 
-def test_what_cannot_be_timed_is_refused(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_timed_is_refused(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frames = tmp_path / "frames" / "a"
     frames.mkdir(parents=True)
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(frames / "0.png")

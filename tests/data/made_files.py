@@ -28,7 +28,13 @@ def write_tar(file: Path, *names: str, data: bytes = JPEG, **settings: object) -
     return file
 
 
-def add(archive: tarfile.TarFile, name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+def add(
+    archive: tarfile.TarFile,
+    name: str,
+    data: bytes = b"",
+    kind: bytes = tarfile.REGTYPE,
+    link: str = "",
+) -> None:
     """One member."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, len(data)

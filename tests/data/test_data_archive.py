@@ -1,4 +1,6 @@
-"""A tar archive gives what it holds: repeated names, links, sparse members, notes, and damage that is told."""
+"""A tar archive gives what it holds: repeated names, links, sparse members, notes, and damage that
+is told.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from pathlib import Path
 import pytest
 from made_files import JPEG, add, write_files, write_tar
 
-from patchmine.data.contract import key_of
-from patchmine.data.shards import ShardSource, open_shards
-from patchmine.data.source import open_source
+from patchmine.data.sources.contract import key_of
+from patchmine.data.sources.shards import ShardSource, open_shards
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 
 
@@ -46,7 +48,9 @@ def classes(source: ShardSource) -> list[str] | None:
 def test_every_image_is_an_item(tmp_path: Path, names: list[str]) -> None:
     source = opened(write_tar(tmp_path / "x.tar", *names))
     assert keys(source) == names
-    assert [source.read(index) for index in range(len(source))] == [JPEG + name.encode() for name in names]
+    assert [source.read(index) for index in range(len(source))] == [
+        JPEG + name.encode() for name in names
+    ]
 
 
 def test_repeated_names_are_told(tmp_path: Path) -> None:
@@ -111,9 +115,14 @@ class TestNotes:
         with tarfile.open(tmp_path / "x.tar", "w") as archive:
             add(archive, "meta.json", b"{}")
             add(archive, "1.jpg", JPEG)
-        assert "note (.cls or .json) of no item: 1, as meta.json" in opened(tmp_path / "x.tar").notes[0]
+        assert (
+            "note (.cls or .json) of no item: 1, as meta.json"
+            in opened(tmp_path / "x.tar").notes[0]
+        )
 
-    @pytest.mark.parametrize("note", [b"{", b"[" * 100_000, b'{"label": ' + b"9" * 5_000 + b"}", b"\xff\xfe\0"])
+    @pytest.mark.parametrize(
+        "note", [b"{", b"[" * 100_000, b'{"label": ' + b"9" * 5_000 + b"}", b"\xff\xfe\0"]
+    )
     def test_a_note_that_is_no_json_is_one_sentence(self, tmp_path: Path, note: bytes) -> None:
         with tarfile.open(tmp_path / "x.tar", "w") as archive:
             add(archive, "1.jpg", JPEG)
@@ -122,7 +131,10 @@ class TestNotes:
             opened(tmp_path / "x.tar").labels()
 
     def test_class_folders_are_classes_where_no_note_says_otherwise(self, tmp_path: Path) -> None:
-        assert classes(opened(write_tar(tmp_path / "x.tar", "./cat/1.jpg", "dog/1.jpg"))) == ["cat", "dog"]
+        assert classes(opened(write_tar(tmp_path / "x.tar", "./cat/1.jpg", "dog/1.jpg"))) == [
+            "cat",
+            "dog",
+        ]
         assert classes(opened(write_tar(tmp_path / "x.tar", "cat/1.jpg", "1.jpg"))) is None
 
 
@@ -138,7 +150,16 @@ class TestLinks:
             add(archive, "cat/bare", kind=tarfile.SYMTYPE, link="../all/1.jpg")
             add(archive, "all/2.jpg", JPEG + b"2")
         source = opened(tmp_path / "x.tar")
-        assert [source.read(i)[-1:] for i in range(len(source))] == [b"1", b"1", b"1", b"1", b"1", b"2", b"1", b"2"]
+        assert [source.read(i)[-1:] for i in range(len(source))] == [
+            b"1",
+            b"1",
+            b"1",
+            b"1",
+            b"1",
+            b"2",
+            b"1",
+            b"2",
+        ]
         assert source.notes == ()
 
     def test_links_to_nothing_are_told(self, tmp_path: Path) -> None:
@@ -188,7 +209,11 @@ def test_sparse_members_have_their_holes(tmp_path: Path, version: str) -> None:
         info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
     else:
         info.pax_headers = {"GNU.sparse.map": "0,512,4608,512"}
-    info.pax_headers |= {"GNU.sparse.name": "x.jpg", "GNU.sparse.realsize": "5120", "GNU.sparse.size": "5120"}
+    info.pax_headers |= {
+        "GNU.sparse.name": "x.jpg",
+        "GNU.sparse.realsize": "5120",
+        "GNU.sparse.size": "5120",
+    }
     if version == "1.0":
         del info.pax_headers["GNU.sparse.size"]
     info.size = len(stored)
@@ -211,7 +236,8 @@ class TestDamage:
         assert source.notes == ()
 
     @pytest.mark.parametrize(
-        "size", [b"\xff" * 12, b"\x80" + b"\xff" * 11, b"77777777777\0", b"-0000000001\0", b"\0" * 12]
+        "size",
+        [b"\xff" * 12, b"\x80" + b"\xff" * 11, b"77777777777\0", b"-0000000001\0", b"\0" * 12],
     )
     def test_false_sizes_end_in_a_sentence(self, tmp_path: Path, size: bytes) -> None:
         file = write_tar(tmp_path / "x.tar", "1.jpg", "2.jpg", "3.jpg")
@@ -224,7 +250,10 @@ class TestDamage:
         source = opened(file)
         assert keys(source)[0] == "1.jpg"
         assert len(source) < 3
-        assert "its 1 whole images are used" in source.notes[0] or "its 2 whole images are used" in source.notes[0]
+        assert (
+            "its 1 whole images are used" in source.notes[0]
+            or "its 2 whole images are used" in source.notes[0]
+        )
 
     def test_a_false_checksum_in_the_middle_is_told(self, tmp_path: Path) -> None:
         file = write_tar(tmp_path / "x.tar", "1.jpg", "2.jpg", "3.jpg")
@@ -245,7 +274,9 @@ class TestDamage:
         assert "was damaged at byte 1,024" in source.notes[0]
 
     @pytest.mark.parametrize("step", [97])
-    def test_no_cut_and_no_flipped_byte_ends_in_anything_but_a_sentence(self, tmp_path: Path, step: int) -> None:
+    def test_no_cut_and_no_flipped_byte_ends_in_anything_but_a_sentence(
+        self, tmp_path: Path, step: int
+    ) -> None:
         with tarfile.open(tmp_path / "whole.tar", "w", format=tarfile.PAX_FORMAT) as archive:
             add(archive, "1.jpg", JPEG)
             add(archive, "caf\udce9" * 50 + ".jpg", JPEG)
@@ -277,7 +308,9 @@ class TestDamage:
 def test_packed_archives_are_one_sentence(tmp_path: Path, name: str, pack: object) -> None:
     whole = write_tar(tmp_path / "whole.tar", "1.jpg").read_bytes()
     (tmp_path / name).write_bytes(pack(whole).ljust(1024, b"\0"))  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"is packed with (gzip|zip), .*unpack it with (gunzip|unzip)"):
+    with pytest.raises(
+        UserError, match=r"is packed with (gzip|zip), .*unpack it with (gunzip|unzip)"
+    ):
         open_source(tmp_path / name)
 
 
@@ -295,7 +328,9 @@ def test_a_shard_that_is_swapped_in_use_is_a_read_error(tmp_path: Path) -> None:
 def test_a_folder_of_shards_passes_over_what_systems_leave_there(tmp_path: Path) -> None:
     for number in range(2):
         write_tar(tmp_path / "s" / f"shard-{number}.tar", f"{number}.jpg")
-    write_files(tmp_path / "s", "._shard-0.tar", "__MACOSX/._shard-1.tar", "_index.json", data=b"\0\5\x16\7")
+    write_files(
+        tmp_path / "s", "._shard-0.tar", "__MACOSX/._shard-1.tar", "_index.json", data=b"\0\5\x16\7"
+    )
     os.mkfifo(tmp_path / "s" / "pipe.tar")
     source = open_source(tmp_path / "s")
     assert len(source) == 2
@@ -308,16 +343,22 @@ def test_a_folder_of_shards_passes_over_what_systems_leave_there(tmp_path: Path)
 
 
 def test_a_hard_link_keeps_what_stood_under_its_name_before(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:  # as tar -r appends a file that has changed
+    with tarfile.open(
+        tmp_path / "x.tar", "w"
+    ) as archive:  # as tar -r appends a file that has changed
         add(archive, "a.jpg", JPEG + b"old")
         add(archive, "hard.jpg", kind=tarfile.LNKTYPE, link="a.jpg")
         add(archive, "symbolic.jpg", kind=tarfile.SYMTYPE, link="a.jpg")
-        add(archive, "a.jpg", kind=tarfile.LNKTYPE, link="a.jpg")  # as GNU tar writes a file that is named twice
+        add(
+            archive, "a.jpg", kind=tarfile.LNKTYPE, link="a.jpg"
+        )  # as GNU tar writes a file that is named twice
         add(archive, "a.jpg", JPEG + b"new")
         add(archive, "later.jpg", kind=tarfile.LNKTYPE, link="a.jpg")
         add(archive, "itself.jpg", kind=tarfile.LNKTYPE, link="itself.jpg")
     source = opened(tmp_path / "x.tar")
-    contents = [(source.key(index), source.read(index).removeprefix(JPEG)) for index in range(len(source))]
+    contents = [
+        (source.key(index), source.read(index).removeprefix(JPEG)) for index in range(len(source))
+    ]
     assert contents == [
         ("a.jpg", b"old"),
         ("hard.jpg", b"old"),

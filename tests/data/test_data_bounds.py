@@ -1,4 +1,6 @@
-"""Headers are believed only as far as the file and `max_pixels` go, and what lies beside the pixels does not matter."""
+"""Headers are believed only as far as the file and `max_pixels` go, and what lies beside the pixels
+does not matter.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from patchmine.data.bounds import MAX_PIXELS, check_pixels, install_command
-from patchmine.data.decode import DecodeError, decode, probe
-from patchmine.data.orientation import TURNED, of_matrix, upright, upright_tensor
+from patchmine.data.decoding.bounds import MAX_PIXELS, check_pixels, install_command
+from patchmine.data.decoding.decode import DecodeError, decode, probe
+from patchmine.data.decoding.orientation import TURNED, of_matrix, upright, upright_tensor
 
 HEIGHT, WIDTH = 40, 56
 
@@ -63,7 +65,8 @@ def exif(orientation: int) -> bytes:
     return block.tobytes()
 
 
-# Orientation ----------------------------------------------------------------------------------------------------------
+# Orientation
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -80,7 +83,10 @@ def test_both_ways_of_turning_agree_with_the_matrix(orientation: int) -> None:
     assert of_matrix(a, b, c, d) == orientation
     for row, column in ((0, 0), (3, 50), (39, 7)):
         x, y = a * column + c * row, b * column + d * row
-        x, y = (x if a + c > 0 else x + turned.shape[2] - 1), (y if b + d > 0 else y + turned.shape[1] - 1)
+        x, y = (
+            (x if a + c > 0 else x + turned.shape[2] - 1),
+            (y if b + d > 0 else y + turned.shape[1] - 1),
+        )
         assert np.array_equal(turned[:, y, x], PIXELS[:, row, column])
 
 
@@ -90,18 +96,25 @@ def test_orientation_is_found_beside_damage(
     orientation: int, torchvision: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not torchvision:
-        monkeypatch.setattr("patchmine.data.decode._torchvision_jpeg", lambda: None)
+        monkeypatch.setattr("patchmine.data.decoding.decode._torchvision_jpeg", lambda: None)
     block = exif(orientation)[6:]
     order = "<" if block[:2] == b"II" else ">"
     entries = [
         struct.pack(order + "HHI", 0x0112, 3, 1) + struct.pack(order + "HH", orientation, 0),
-        struct.pack(order + "HHI", 0x011A, 2, 500) + b"\xff\xff\xff\x00",  # XResolution as text, outside of the block
+        struct.pack(order + "HHI", 0x011A, 2, 500)
+        + b"\xff\xff\xff\x00",  # XResolution as text, outside of the block
         struct.pack(order + "HHII", 0x8769, 4, 1, 1 << 30),  # details that are elsewhere
     ]
     head = block[:4] + struct.pack(order + "IH", 8, len(entries))
-    odd = b"Exif\0\0" + head + b"".join(entries) + struct.pack(order + "I", 77777)  # and a thumbnail that is nowhere
+    odd = (
+        b"Exif\0\0" + head + b"".join(entries) + struct.pack(order + "I", 77777)
+    )  # and a thumbnail that is nowhere
     segment = b"\xff\xe1" + struct.pack(">H", len(odd) + 2) + odd
-    text = b"\xff\xe1" + struct.pack(">H", 40) + b"http://ns.adobe.com/xap/1.0/\0<broken".ljust(38, b"<")
+    text = (
+        b"\xff\xe1"
+        + struct.pack(">H", 40)
+        + b"http://ns.adobe.com/xap/1.0/\0<broken".ljust(38, b"<")
+    )
     jpeg = JPEG[:2] + text + segment + JPEG[2:]
     png = PNG[:33] + chunk(b"eXIf", odd[6:], checksum=3) + PNG[33:]
     plain = decode(JPEG, 3).numpy()
@@ -116,7 +129,11 @@ def test_orientation_is_found_beside_damage(
 def test_orientation_in_imagemagicks_profile(orientation: int, zipped: bool) -> None:
     text = b"\nexif\n    %d\n%s\n" % (len(exif(orientation)), exif(orientation).hex().encode())
     name = b"Raw profile type exif\0"
-    part = chunk(b"zTXt", name + b"\0" + zlib.compress(text)) if zipped else chunk(b"tEXt", name + text)
+    part = (
+        chunk(b"zTXt", name + b"\0" + zlib.compress(text))
+        if zipped
+        else chunk(b"tEXt", name + text)
+    )
     assert np.array_equal(decode(PNG[:33] + part + PNG[33:], 3), upright(PIXELS, orientation))
 
 
@@ -137,7 +154,8 @@ def test_exif_that_is_none_means_upright(block: bytes) -> None:
     assert np.array_equal(decode(webp, 3), PIXELS)
 
 
-# Sound pixels beside other things -------------------------------------------------------------------------------------
+# Sound pixels beside other things
+# -------------------------------------------------------------------------------------
 
 
 def with_text(size: int) -> bytes:
@@ -154,11 +172,19 @@ def with_text(size: int) -> bytes:
         lambda: with_text(80_000_000),
         lambda: encoded(picture(), "PNG", icc_profile=bytes(2_000_000)),
         lambda: PNG[:33] + chunk(b"iCCP", b"icc\0\0" + b"no zlib") + PNG[33:],
-        lambda: PNG[:33] + chunk(b"tEXt", b"", checksum=1) + chunk(b"pHYs", b"\0") + chunk(b"acTL", b"") + PNG[33:],
+        lambda: (
+            PNG[:33]
+            + chunk(b"tEXt", b"", checksum=1)
+            + chunk(b"pHYs", b"\0")
+            + chunk(b"acTL", b"")
+            + PNG[33:]
+        ),
         lambda: PNG + b"behind" * 1000,
         lambda: encoded(picture(), "WEBP", lossless=True, icc_profile=b"none", xmp=b"<" * 100),
         lambda: encoded(picture(), "TIFF", icc_profile=b"none"),
-        lambda: encoded(picture(), "TIFF", tiffinfo={270: "a" * 2_000_000, 700: b"<" * 99, 34377: b"8BIM"}),
+        lambda: encoded(
+            picture(), "TIFF", tiffinfo={270: "a" * 2_000_000, 700: b"<" * 99, 34377: b"8BIM"}
+        ),
         lambda: damaged_tags(compression=None),
         lambda: damaged_tags(compression="tiff_lzw"),
     ],
@@ -172,10 +198,14 @@ def test_what_lies_beside_the_pixels_does_not_matter(beside: Callable[[], bytes]
 def damaged_tags(compression: str | None) -> bytes:
     """A TIFF whose resolution is text, and whose EXIF and GPS blocks lie outside of the file."""
     tags = {282: 72.0, 283: 72.0, 34665: 8, 34853: 8}
-    options: dict[str, Any] = {"tiffinfo": tags} | ({"compression": compression} if compression else {})
+    options: dict[str, Any] = {"tiffinfo": tags} | (
+        {"compression": compression} if compression else {}
+    )
     data = bytearray(encoded(picture(), "TIFF", **options))
     place = int.from_bytes(data[4:8], "little")
-    for at in range(place + 2, place + 2 + 12 * int.from_bytes(data[place : place + 2], "little"), 12):
+    for at in range(
+        place + 2, place + 2 + 12 * int.from_bytes(data[place : place + 2], "little"), 12
+    ):
         tag = int.from_bytes(data[at : at + 2], "little")
         if tag in (282, 283):
             data[at + 2 : at + 4] = b"\2\0"
@@ -187,7 +217,7 @@ def damaged_tags(compression: str | None) -> bytes:
 @pytest.mark.parametrize("torchvision", [True, False])
 def test_jpegs_with_broken_segments(torchvision: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torchvision:
-        monkeypatch.setattr("patchmine.data.decode._torchvision_jpeg", lambda: None)
+        monkeypatch.setattr("patchmine.data.decoding.decode._torchvision_jpeg", lambda: None)
     expected = decode(JPEG, 3)
     for marker, content in (
         (0xE1, b"Exif"),
@@ -200,7 +230,8 @@ def test_jpegs_with_broken_segments(torchvision: bool, monkeypatch: pytest.Monke
         assert probe(JPEG[:2] + b"\xff\xff" + segment + JPEG[2:]) == (HEIGHT, WIDTH, 3, "uint8")
 
 
-# Sizes ----------------------------------------------------------------------------------------------------------------
+# Sizes
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def claiming(file_format: str, height: int, width: int) -> bytes:
@@ -232,7 +263,9 @@ def claiming(file_format: str, height: int, width: int) -> bytes:
 def test_a_header_that_claims_too_much_is_refused_before_any_work(file_format: str) -> None:
     data = claiming(file_format, 16_000, 16_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DecodeError, match="truncated" if file_format == "npy" else f"max_pixels={MAX_PIXELS}"):
+    with pytest.raises(
+        DecodeError, match="truncated" if file_format == "npy" else f"max_pixels={MAX_PIXELS}"
+    ):
         decode(data, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
@@ -260,8 +293,13 @@ def test_pils_own_limit_does_not_interfere(monkeypatch: pytest.MonkeyPatch) -> N
 def test_wide_pixels_count_for_more_where_a_file_is_suspiciously_small() -> None:
     check_pixels(8_000, 8_000, MAX_PIXELS, stored=1000)
     check_pixels(8_000, 8_000, MAX_PIXELS, stored=60_000_000, work=52)
-    check_pixels(8_000, 8_000, MAX_PIXELS + 1, stored=1000, work=52)  # whoever raises it is believed
-    with pytest.raises(DecodeError, match=r"would take 3,328 MB to decode from a file of 0.001 MB; .* max_pixels=\d+"):
+    check_pixels(
+        8_000, 8_000, MAX_PIXELS + 1, stored=1000, work=52
+    )  # whoever raises it is believed
+    with pytest.raises(
+        DecodeError,
+        match=r"would take 3,328 MB to decode from a file of 0.001 MB; .* max_pixels=\d+",
+    ):
         check_pixels(8_000, 8_000, MAX_PIXELS, stored=1000, work=52)
     for height, width in ((0, 5), (5, 0), (-3, 4)):
         with pytest.raises(DecodeError, match="no pixels"):
@@ -303,7 +341,8 @@ def test_npy_in_either_order() -> None:
     assert np.array_equal(decode(npy(np.asfortranarray(values)), 1), decode(npy(values), 1))
 
 
-# HEIF -----------------------------------------------------------------------------------------------------------------
+# HEIF
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def heic(image: Image.Image, **options: Any) -> bytes:
@@ -330,7 +369,9 @@ def test_heic_keeps_alpha_grey_and_depth() -> None:
     file = io.BytesIO()
     pillow_heif.from_bytes("RGB;16", (WIDTH, HEIGHT), values.tobytes()).save(file, quality=-1)
     assert probe(file.getvalue())[3] == "uint16"
-    assert np.abs(decode(file.getvalue(), 3).numpy() - values.transpose(2, 0, 1) / 65535).mean() < 0.01
+    assert (
+        np.abs(decode(file.getvalue(), 3).numpy() - values.transpose(2, 0, 1) / 65535).mean() < 0.01
+    )
 
 
 def test_heic_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,20 +387,27 @@ def test_heic_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> N
         assert install_command(str(error.value)) == "pip install pillow-heif"
 
 
-# Mutants --------------------------------------------------------------------------------------------------------------
+# Mutants
+# --------------------------------------------------------------------------------------------------------------
 
 
 def spoiled(data: bytes, rng: np.random.Generator) -> bytes:
-    """Bytes changed, most of them near the beginning where headers are; cut out, doubled, or cut off."""
+    """Bytes changed, most of them near the beginning where headers are; cut out, doubled, or cut
+    off.
+    """
     changed = bytearray(data)
     for _ in range(int(rng.integers(1, 6))):
         reach = len(changed) if rng.random() < 0.3 else min(len(changed), 200)
         place = int(rng.integers(4, max(5, reach)))
         kind = rng.random()
         if kind < 0.6:
-            changed[place : place + 1] = rng.choice([b"\0", b"\xff", b"\x7f", b"\x80", bytes([int(rng.integers(256))])])
+            changed[place : place + 1] = rng.choice(
+                [b"\0", b"\xff", b"\x7f", b"\x80", bytes([int(rng.integers(256))])]
+            )
         elif kind < 0.75:
-            changed[place : place + 4] = rng.choice([b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\1"])
+            changed[place : place + 4] = rng.choice(
+                [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\1"]
+            )
         elif kind < 0.85:
             del changed[place : place + int(rng.integers(1, 20))]
         elif kind < 0.95:

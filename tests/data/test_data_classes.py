@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from made_files import write_files, write_tar
 
-from patchmine.data.classes import division_of, folder_classes, is_divided
 from patchmine.data.inspect import inspect
-from patchmine.data.source import open_source
-from patchmine.data.video_sources import open_videos
+from patchmine.data.sources.classes import division_of, folder_classes, is_divided
+from patchmine.data.sources.source import open_source
+from patchmine.data.sources.video_sources import open_videos
 from patchmine.evaluate.labelled import everything, open_labelled
 
 
@@ -50,7 +50,10 @@ def test_divisions() -> None:
 
 def test_every_command_takes_the_same_classes_from_a_divided_set(tmp_path: Path) -> None:
     files = [
-        f"{part}/{name}/{number}.jpg" for part in ("train", "val") for name in ("cat", "dog") for number in range(3)
+        f"{part}/{name}/{number}.jpg"
+        for part in ("train", "val")
+        for name in ("cat", "dog")
+        for number in range(3)
     ]
     folder = write_files(tmp_path / "in", *files)
     archive = write_tar(tmp_path / "x.tar", *files)

@@ -11,11 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from patchmine.data import loader
-from patchmine.data.clips import PlainClips, TestClips, TrainClips, even_crops, even_windows, scaled_crop, window
-from patchmine.data.contract import Labels
-from patchmine.data.decode import DecodeError
+from patchmine.data.decoding.decode import DecodeError
+from patchmine.data.decoding.video import open_video
 from patchmine.data.loader import BadFiles, plain_batches, train_batches
-from patchmine.data.video import open_video
+from patchmine.data.sources.contract import Labels
+from patchmine.data.views.clips import (
+    PlainClips,
+    TestClips,
+    TrainClips,
+    even_crops,
+    even_windows,
+    scaled_crop,
+    window,
+)
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 
@@ -38,7 +46,9 @@ def test_what_becomes_of_a_video_that_is_shorter_than_the_clip() -> None:
     assert window(10, 0, 6, 3, "hold") == [0, 3, 6, 9, 9, 9]
     assert window(10, 0, 6, 3, "loop") == [0, 3, 6, 9, 2, 5]
     assert window(1, 0, 3, 4, "hold") == [0, 0, 0]
-    with pytest.raises(DecodeError, match=r"has 10 frames where a clip of 6, 3 apart, needs 16; .*clip\.short=hold"):
+    with pytest.raises(
+        DecodeError, match=r"has 10 frames where a clip of 6, 3 apart, needs 16; .*clip\.short=hold"
+    ):
         window(10, 0, 6, 3, "refuse")
 
 
@@ -76,7 +86,9 @@ def test_crops_have_neighbouring_scales_at_thirteen_places() -> None:
     sides = {(height, width) for _, _, height, width in crops}
     # 0.875 of 256 is 224 already; 0.66 of it is 168.
     scaled = [256, 224, 192, 168]
-    assert sides == {(a, b) for i, a in enumerate(scaled) for j, b in enumerate(scaled) if abs(i - j) <= 1}
+    assert sides == {
+        (a, b) for i, a in enumerate(scaled) for j, b in enumerate(scaled) if abs(i - j) <= 1
+    }
     corners = {(top, left) for top, left, height, width in crops if (height, width) == (192, 192)}
     assert corners == {
         (16 * row, 37 * column)
@@ -91,7 +103,10 @@ def test_a_side_that_nearly_fits_is_taken_as_it_is_wanted() -> None:
     generator = np.random.default_rng(0)
     assert scaled_crop(226, 300, (224, 224), (1.0,), generator)[2:] == (224, 224)
     assert scaled_crop(227, 300, (224, 224), (1.0,), generator)[2:] == (227, 227)
-    assert scaled_crop(223, 300, (224, 224), (1.0,), generator)[2:] == (223, 224)  # no pixel is made up
+    assert scaled_crop(223, 300, (224, 224), (1.0,), generator)[2:] == (
+        223,
+        224,
+    )  # no pixel is made up
 
 
 def test_the_plain_clip_lies_in_the_middle() -> None:
@@ -100,18 +115,28 @@ def test_the_plain_clip_lies_in_the_middle() -> None:
     assert pixels[2, 0, 0].tolist() == list(range(4, 28))
     assert torch.equal(box, torch.tensor([0.0, 0.125, 1.0, 0.75]))
     assert not flip
-    whole, box, _ = PlainClips((12, 12), 4, 5, crop_pct=None)(numbered(40), 1, np.random.default_rng(0))
+    whole, box, _ = PlainClips((12, 12), 4, 5, crop_pct=None)(
+        numbered(40), 1, np.random.default_rng(0)
+    )
     assert whole.shape == (1, 4, 12, 12)
     assert box.tolist() == [0, 0, 1, 1]
 
 
 def test_test_clips_cover_the_video_from_end_to_end() -> None:
-    assert [w[0] for w in even_windows(300, 16, 4, 5, "hold")] == [0, 56, 116, 176, 236]  # of 75 listed frames
+    assert [w[0] for w in even_windows(300, 16, 4, 5, "hold")] == [
+        0,
+        56,
+        116,
+        176,
+        236,
+    ]  # of 75 listed frames
     assert [w[0] for w in even_windows(30, 16, 4, 5, "hold")] == [0] * 5
     assert even_crops(24, 32, (24, 24), 3) == [(0, 0), (0, 4), (0, 8)]
     assert even_crops(32, 24, (24, 24), 1) == [(4, 0)]
     video = numbered(60)
-    pixels, boxes, _ = TestClips((24, 24), 4, 5, segments=3, crops=2)(video, 3, np.random.default_rng(0))
+    pixels, boxes, _ = TestClips((24, 24), 4, 5, segments=3, crops=2)(
+        video, 3, np.random.default_rng(0)
+    )
     assert pixels.shape == (6, 3, 4, 24, 24)
     assert pixels[:, 0, 0, 0, 0].tolist() == [0, 0, 20, 20, 40, 40]  # segments outermost
     assert pixels[:, 2, 0, 0, 0].tolist() == [0, 8] * 3
@@ -143,7 +168,9 @@ class Videos:
         return None
 
 
-def batches(source: Videos, repeats: int, *, start: int = 0, rank: int = 0, world: int = 1) -> list[loader.Batch]:
+def batches(
+    source: Videos, repeats: int, *, start: int = 0, rank: int = 0, world: int = 1
+) -> list[loader.Batch]:
     view = TrainClips((24, 24), 8, 1, short="refuse", flip=0.5)
     options = dict(channels=3, seed=3, batch_size=4, steps_per_epoch=len(source) * repeats // 4)
     parts = dict(start_step=start, total_steps=6, rank=rank, world_size=world, repeats=repeats)
@@ -152,7 +179,9 @@ def batches(source: Videos, repeats: int, *, start: int = 0, rank: int = 0, worl
 
 def test_several_clips_come_of_one_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
-    monkeypatch.setattr(loader, "open_video", lambda raw, *rest: opened.append(raw) or open_video(raw, *rest))
+    monkeypatch.setattr(
+        loader, "open_video", lambda raw, *rest: opened.append(raw) or open_video(raw, *rest)
+    )
     source = Videos(6)
     made = batches(source, repeats=2)
     assert len(made) == 6
@@ -161,7 +190,9 @@ def test_several_clips_come_of_one_opening(monkeypatch: pytest.MonkeyPatch) -> N
     for batch in made:
         assert batch.views[0].shape == (4, 3, 8, 24, 24)
         assert torch.equal(batch.index[0::2], batch.index[1::2])
-        assert not torch.equal(batch.views[0][0::2], batch.views[0][1::2])  # other windows, other crops
+        assert not torch.equal(
+            batch.views[0][0::2], batch.views[0][1::2]
+        )  # other windows, other crops
     epoch = torch.cat([batch.index for batch in made[:3]])
     assert Counter(epoch.tolist()) == dict.fromkeys(range(6), 2)
 
@@ -179,7 +210,9 @@ def test_batches_of_clips_resume_and_divide_exactly() -> None:
 def test_a_video_that_is_refused_is_listed_and_replaced(tmp_path: Path) -> None:
     source, bad = Videos(8, broken=(5,)), BadFiles(tmp_path / "bad.txt", 0.5, "video")
     view = TrainClips((24, 24), 8, 1, short="refuse")
-    options = dict(channels=3, seed=0, batch_size=4, steps_per_epoch=4, start_step=0, total_steps=4, repeats=2)
+    options = dict(
+        channels=3, seed=0, batch_size=4, steps_per_epoch=4, start_step=0, total_steps=4, repeats=2
+    )
     made = list(train_batches(source, view, **options, bad=bad))
     assert len(made) == 4
     assert all(5 not in batch.index for batch in made)

@@ -1,4 +1,6 @@
-"""Several crops of one image: decoded once, drawn before anything is cut, the same whatever the workers."""
+"""Several crops of one image: decoded once, drawn before anything is cut, the same whatever the
+workers.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from patchmine.data import crops as crops_module
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.contract import Labels
-from patchmine.data.crops import MultiCropView
-from patchmine.data.decode import DecodeError, decode
+from patchmine.data.decoding.decode import DecodeError, decode
 from patchmine.data.loader import sample_generator, train_batches
-from patchmine.data.normalise import normalise
-from patchmine.data.photometric import COLUMNS, change_colours
-from patchmine.data.views import resize
+from patchmine.data.sources.contract import Labels
+from patchmine.data.views import crops as crops_module
+from patchmine.data.views.crops import MultiCropView
+from patchmine.data.views.images import resize
+from patchmine.data.views.normalise import normalise
+from patchmine.data.views.photometric import COLUMNS, change_colours
 from patchmine.errors import UserError
 from patchmine.types import Batch
 
@@ -42,7 +44,9 @@ class Pictures:
         if index in self.broken:
             raise OSError("input/output error")
         dtype = np.uint16 if index in self.deep else np.uint8
-        return np.random.default_rng(index).integers(0, np.iinfo(dtype).max, (30 + index, 41, 3), dtype=dtype)
+        return np.random.default_rng(index).integers(
+            0, np.iinfo(dtype).max, (30 + index, 41, 3), dtype=dtype
+        )
 
     def path(self, index: int) -> str:
         return f"{index}.png"
@@ -51,9 +55,17 @@ class Pictures:
         return None
 
 
-def train(source: Pictures | None = None, view: MultiCropView = VIEW, **settings: Any) -> list[Batch]:
+def train(
+    source: Pictures | None = None, view: MultiCropView = VIEW, **settings: Any
+) -> list[Batch]:
     defaults: dict[str, Any] = dict(
-        channels=3, seed=0, batch_size=4, steps_per_epoch=4, start_step=0, total_steps=8, bad=BadFiles(None, 0.5)
+        channels=3,
+        seed=0,
+        batch_size=4,
+        steps_per_epoch=4,
+        start_step=0,
+        total_steps=8,
+        bad=BadFiles(None, 0.5),
     )
     return list(train_batches(source or Pictures(), view, **(defaults | settings)))
 
@@ -64,12 +76,17 @@ def tensors(batch: Batch) -> list[torch.Tensor]:
 
 
 def same(left: Batch, right: Batch) -> bool:
-    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tensors(left), tensors(right), strict=True))
+    return all(
+        torch.equal(a, b) and a.dtype == b.dtype
+        for a, b in zip(tensors(left), tensors(right), strict=True)
+    )
 
 
 def test_an_image_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(crops_module, "decode", lambda raw, *rest: calls.append(raw) or decode(raw, *rest))
+    monkeypatch.setattr(
+        crops_module, "decode", lambda raw, *rest: calls.append(raw) or decode(raw, *rest)
+    )
     file = io.BytesIO()
     Image.fromarray(Pictures().read(0)).save(file, "JPEG")
     views = VIEW(file.getvalue(), 3, sample_generator(0, 0, 0)).views
@@ -90,7 +107,9 @@ def test_boxes_say_which_pixels_were_taken() -> None:
         for view, (top, left, tall, wide) in zip(views, box.tolist(), strict=True):
             top, tall = round(top * height), round(tall * height)
             left, wide = round(left * width), round(wide * width)
-            crop = torch.from_numpy(pixels[top : top + tall, left : left + wide].copy()).permute(2, 0, 1)
+            crop = torch.from_numpy(pixels[top : top + tall, left : left + wide].copy()).permute(
+                2, 0, 1
+            )
             assert torch.equal(view, resize(crop, tuple(view.shape[-2:])))
 
 
@@ -104,12 +123,16 @@ def test_shares_of_the_image_are_those_asked_for() -> None:
     assert large.max() > 0.95
     assert 0.045 < small.min() < 0.06
     assert 0.38 < small.max() < 0.41
-    assert torch.stack([crops.flip for crops in found]).float().mean() == pytest.approx(0.25, abs=0.04)
+    assert torch.stack([crops.flip for crops in found]).float().mean() == pytest.approx(
+        0.25, abs=0.04
+    )
 
 
 def test_sizes_do_not_change_what_is_drawn() -> None:
     image = Pictures().read(3)
-    one, other = (MultiCropView((side, side), 4, side)(image, 3, np.random.default_rng(7)) for side in (8, 24))
+    one, other = (
+        MultiCropView((side, side), 4, side)(image, 3, np.random.default_rng(7)) for side in (8, 24)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
 
 
@@ -126,17 +149,25 @@ def test_mistakes_are_named_and_views_travel() -> None:
     assert pickle.loads(pickle.dumps(VIEW)) == VIEW
 
 
-# Batches --------------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_holds_all_crops_in_order() -> None:
     for step, batch in enumerate(train()):
-        assert [tuple(view.shape) for view in batch.views] == [(4, 3, 16, 24)] * 2 + [(4, 3, 8, 8)] * 3
+        assert [tuple(view.shape) for view in batch.views] == [(4, 3, 16, 24)] * 2 + [
+            (4, 3, 8, 8)
+        ] * 3
         assert len(batch) == 4
         for row, index in enumerate(batch.index.tolist()):
             alone = VIEW(Pictures().read(index), 3, sample_generator(0, step // 4, index))
-            found = [*(view[row] for view in batch.views), *(part[row] for part in tensors(batch)[-3:])]
-            assert all(torch.equal(a, b) for a, b in zip([*alone.views, *alone[1:]], found, strict=True))
+            found = [
+                *(view[row] for view in batch.views),
+                *(part[row] for part in tensors(batch)[-3:]),
+            ]
+            assert all(
+                torch.equal(a, b) for a, b in zip([*alone.views, *alone[1:]], found, strict=True)
+            )
 
 
 @pytest.mark.parametrize("broken", [(), (3, 9)])
@@ -170,7 +201,8 @@ def test_bytes_and_deeper_images_share_a_batch() -> None:
         assert all(view.max() <= 1.5 for view in batch.views if deep)
 
 
-# The device's part ----------------------------------------------------------------------------------------------------
+# The device's part
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coloured", [True, False])
@@ -192,7 +224,9 @@ def test_normalise_mirrors_changes_colours_and_scales_each_crop(coloured: bool) 
                 pixels = change_colours(pixels, batch.photometric[row, number][None]) * 255
             expected = (pixels[0] / 255 - mean[:, None, None]) / std[:, None, None]
             off = (got.views[number][row] - expected).abs()
-            assert off.max() < 1.01 / 255 / 0.5  # one level, where sums in another order are rounded otherwise
+            assert (
+                off.max() < 1.01 / 255 / 0.5
+            )  # one level, where sums in another order are rounded otherwise
             assert (off > 1e-4).float().mean() < 0.01
     assert all(torch.equal(a, b) for a, b in zip(kept, batch.views, strict=True))
 

@@ -15,13 +15,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from patchmine.data.decode import DecodeError, decode, probe
+from patchmine.data.decoding.decode import DecodeError, decode, probe
 
 
 def smooth_image(height: int = 40, width: int = 56) -> Image.Image:
     """Colour gradients: kind to JPEG, different in every corner and channel."""
     y, x = np.mgrid[0:height, 0:width]
-    planes = [255 * x / (width - 1), 255 * y / (height - 1), 255 * (x + y) / (height + width - 2) * 0.5]
+    planes = [
+        255 * x / (width - 1),
+        255 * y / (height - 1),
+        255 * (x + y) / (height + width - 2) * 0.5,
+    ]
     return Image.fromarray(np.stack(planes, -1).round().astype(np.uint8))
 
 
@@ -48,7 +52,9 @@ TRANSPARENT = IMAGE.quantize(32)
 TRANSPARENT.info["transparency"] = 0
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000"])
+@pytest.mark.parametrize(
+    "file_format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000"]
+)
 def test_formats_agree_with_pil(file_format: str) -> None:
     image = IMAGE.quantize(64) if file_format == "GIF" else IMAGE
     data = encoded(image, file_format)
@@ -69,7 +75,15 @@ def test_formats_agree_with_pil(file_format: str) -> None:
         (IMAGE.quantize(32), 3),
         (TRANSPARENT, 4),
     ],
-    ids=["1-bit", "grey", "grey+alpha", "colour", "colour+alpha", "palette", "palette with transparency"],
+    ids=[
+        "1-bit",
+        "grey",
+        "grey+alpha",
+        "colour",
+        "colour+alpha",
+        "palette",
+        "palette with transparency",
+    ],
 )
 @pytest.mark.parametrize("wrapped", [True, False], ids=["png", "pil"])
 def test_modes_become_colour_or_grey(image: Image.Image, stored: int, wrapped: bool) -> None:
@@ -77,9 +91,17 @@ def test_modes_become_colour_or_grey(image: Image.Image, stored: int, wrapped: b
     assert probe(raw) == (40, 56, stored, "uint8")
     colour, grey, natural = decode(raw, 3), decode(raw, 1), decode(raw, stored)
     assert np.array_equal(as_pil(colour), np.asarray(image.convert("RGB")))
-    assert np.abs(grey[0].int().numpy() - np.asarray(image.convert("RGB").convert("L")).astype(int)).max() <= 1
+    assert (
+        np.abs(
+            grey[0].int().numpy() - np.asarray(image.convert("RGB").convert("L")).astype(int)
+        ).max()
+        <= 1
+    )
     assert natural.shape == (stored, 40, 56)
-    with pytest.raises(DecodeError, match=rf"has {stored} channels? where the run expects 13; set channels={stored}$"):
+    with pytest.raises(
+        DecodeError,
+        match=rf"has {stored} channels? where the run expects 13; set channels={stored}$",
+    ):
         decode(raw, 13)
 
 
@@ -124,7 +146,9 @@ def deep_colour_png(channels: int) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", 24, 20, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
+    parts = [
+        struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -169,7 +193,9 @@ def test_many_channelled_tiff(planar: str, dtype: type) -> None:
     assert image.dtype == (torch.uint8 if dtype is np.uint8 else torch.float32)
     assert torch.equal(image, expected)
     assert probe(file.getvalue()) == (20, 24, 13, np.dtype(dtype).name)
-    with pytest.raises(DecodeError, match="has 13 channels where the run expects 3; set channels=13"):
+    with pytest.raises(
+        DecodeError, match="has 13 channels where the run expects 3; set channels=13"
+    ):
         decode(file.getvalue(), 3)
 
 
@@ -208,7 +234,9 @@ def test_arrays_find_their_channel_axis(wrap: Any) -> None:
     assert torch.equal(decode(wrap(values[..., 0]), 1), expected[:1])
     assert torch.equal(decode(wrap(values[..., :4]), 3), expected[:3])  # the fourth counts as alpha
     assert probe(wrap(values)) == probe(wrap(values.transpose(2, 0, 1))) == (20, 24, 13, "uint8")
-    with pytest.raises(DecodeError, match="set channels=2"):  # two channels of an array are no grey and alpha
+    with pytest.raises(
+        DecodeError, match="set channels=2"
+    ):  # two channels of an array are no grey and alpha
         decode(wrap(values[..., :2]), 3)
 
 
@@ -252,7 +280,7 @@ def test_a_file_cut_short_is_an_error(file_format: str, share: float) -> None:
 @pytest.fixture(params=[True, False], ids=["torchvision", "without torchvision"])
 def either_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
-        monkeypatch.setattr("patchmine.data.decode._torchvision_jpeg", lambda: None)
+        monkeypatch.setattr("patchmine.data.decoding.decode._torchvision_jpeg", lambda: None)
 
 
 @pytest.mark.usefixtures("either_decoder")
@@ -264,7 +292,12 @@ def test_both_jpeg_decoders_give_the_same() -> None:
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
         assert np.array_equal(as_pil(decode(data, 3)), np.asarray(expected))
         # Torchvision takes the luma that the file holds, PIL works it out from rounded colours.
-        assert np.abs(decode(data, 1)[0].int().numpy() - np.asarray(expected.convert("L")).astype(int)).max() <= 3
+        assert (
+            np.abs(
+                decode(data, 1)[0].int().numpy() - np.asarray(expected.convert("L")).astype(int)
+            ).max()
+            <= 3
+        )
         assert decode(data + b"something behind the picture", 3).shape == (3, 56, 40)
 
 
@@ -273,7 +306,10 @@ def test_both_jpeg_decoders_give_the_same() -> None:
 def test_a_truncated_jpeg_is_never_half_grey(options: dict[str, bool]) -> None:
     data = encoded(smooth_image(200, 300), "JPEG", quality=95, **options)
     for length in range(2, len(data) - 1, 97):
-        for padding in (b"", b"\0" * len(data)):  # zeros: an interrupted copy into a preallocated file
+        for padding in (
+            b"",
+            b"\0" * len(data),
+        ):  # zeros: an interrupted copy into a preallocated file
             with pytest.raises(DecodeError):
                 decode(data[:length] + padding, 3)
 
@@ -294,9 +330,13 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(spoiled)
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "deep PNG", "WEBP", "TIFF", "deep TIFF", "BMP", "GIF", "npy"])
+@pytest.mark.parametrize(
+    "file_format", ["JPEG", "PNG", "deep PNG", "WEBP", "TIFF", "deep TIFF", "BMP", "GIF", "npy"]
+)
 def test_damage_gives_an_image_or_a_decode_error(file_format: str) -> None:
-    """Nothing else: neither another exception, nor the end of the process, which torchvision's PNG decoder brings."""
+    """Nothing else: neither another exception, nor the end of the process, which torchvision's PNG
+    decoder brings.
+    """
     rng = np.random.default_rng(0)
     if file_format == "deep PNG":
         data = deep_colour_png(3)
@@ -331,12 +371,16 @@ def test_photographs_decode_as_pil_reads_them(shared: Path) -> None:
         contents = [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
     for data in contents:
         image = Image.open(io.BytesIO(data))
-        assert np.array_equal(as_pil(decode(data, 3)), np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+        assert np.array_equal(
+            as_pil(decode(data, 3)), np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        )
 
 
 def test_what_our_own_readers_of_headers_stumble_over_is_a_damaged_image() -> None:
     cut = b"\xff\xd8\xff\xe0\x00\x04ab\xff\xc0\x00\x11\x08\x00"  # a frame whose description ends with the file
-    far = b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(8)  # a BigTIFF whose first directory lies at 2**64 - 1
+    far = (
+        b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(8)
+    )  # a BigTIFF whose first directory lies at 2**64 - 1
     for data in (cut, far):
         for read in (probe, lambda raw: decode(raw, 3)):
             with pytest.raises(DecodeError, match="damaged"):
@@ -356,7 +400,9 @@ def test_the_reason_of_a_damaged_jpeg_names_no_place_in_a_library() -> None:
     assert ".cpp" not in str(caught.value)
 
 
-@pytest.mark.parametrize("item", [None, "1.jpg", {"image": 1}, np.float32(1), torch.tensor(1), torch.ones(3)])
+@pytest.mark.parametrize(
+    "item", [None, "1.jpg", {"image": 1}, np.float32(1), torch.tensor(1), torch.ones(3)]
+)
 def test_what_is_no_image_is_said_by_probe_and_decode_alike(item: Any) -> None:
     with pytest.raises(DecodeError) as decoded:
         decode(item, 3)

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from patchmine.data import folder, index
-from patchmine.data.contract import IMAGE_SUFFIXES, Kind
-from patchmine.data.folder import FileSource, open_folder
+from patchmine.data.sources import folder, index
+from patchmine.data.sources.contract import IMAGE_SUFFIXES, Kind
+from patchmine.data.sources.folder import FileSource, open_folder
 from patchmine.errors import UserError
 
 
@@ -50,8 +50,14 @@ NAMES = (
 def test_all_images_in_the_order_of_their_paths(tmp_path: Path) -> None:
     make(tmp_path, *NAMES, ".hidden.jpg", ".thumbs/1.jpg", "notes.txt")
     source = open_folder(tmp_path, "x", None)
-    found = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES]
-    obvious = sorted(os.fsencode(p) for p in found if not any(part.startswith(".") for part in Path(p).parts))
+    found = [
+        p.relative_to(tmp_path).as_posix()
+        for p in tmp_path.rglob("*")
+        if p.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    obvious = sorted(
+        os.fsencode(p) for p in found if not any(part.startswith(".") for part in Path(p).parts)
+    )
     assert [os.fsencode(key) for key in keys(source)] == obvious
     assert source.read(0) == obvious[0]
     assert source.path(0) == str(tmp_path / os.fsdecode(obvious[0]))
@@ -76,7 +82,12 @@ def test_labels_are_the_first_folders(tmp_path: Path) -> None:
     labels = open_folder(tmp_path, "x", None).labels()
     assert labels is not None
     assert labels.names == ["cat", "cat-like", "dog"]
-    assert [labels.names[i] for i in labels.ids] == ["cat-like", "cat", "cat", "dog"]  # in the order of the paths
+    assert [labels.names[i] for i in labels.ids] == [
+        "cat-like",
+        "cat",
+        "cat",
+        "dog",
+    ]  # in the order of the paths
     make(tmp_path, "stray.jpg")
     assert open_folder(tmp_path, "x", None).labels() is None
 
@@ -165,7 +176,9 @@ def test_a_kept_index_travels_by_name(tmp_path: Path) -> None:
         pickle.loads(sent)
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(root: Path, _: Kind) -> folder.Index:
         raise PermissionError(13, "Permission denied", str(root / "secret"))
 
@@ -187,9 +200,17 @@ def test_folders_linked_to_each_other_are_visited_once(tmp_path: Path) -> None:
     source = open_folder(tmp_path / "in", "x", None)
     names = keys(source)
     assert names == sorted(names)
-    assert [name for name in names if name.startswith("d")] == sorted(f"d{number}/x.jpg" for number in range(12))
-    outside = [os.path.realpath(source.path(index)) for index in range(len(source)) if names[index][0] in "az"]
-    assert sorted(outside) == sorted(str(tmp_path / "out" / f"o{number}" / "y.jpg") for number in range(12))
+    assert [name for name in names if name.startswith("d")] == sorted(
+        f"d{number}/x.jpg" for number in range(12)
+    )
+    outside = [
+        os.path.realpath(source.path(index))
+        for index in range(len(source))
+        if names[index][0] in "az"
+    ]
+    assert sorted(outside) == sorted(
+        str(tmp_path / "out" / f"o{number}" / "y.jpg") for number in range(12)
+    )
     assert "link to a folder that is listed anyway: " in source.notes[0]
 
 
@@ -229,7 +250,9 @@ def test_folders_nested_deeper_than_calls_may_be(tmp_path: Path) -> None:
     assert len(source.key(0)) == 2 * 500 + 5
 
 
-def test_folders_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_may_not_be_read_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path, "a/1.jpg", "secret/2.jpg")
     real = os.scandir
 
@@ -285,7 +308,10 @@ def test_a_million_files_are_indexed_in_little_memory(
         if place == root:
             return Scan(Entry(b"n%08d" % number, True) for number in range(classes))
         start = place.rpartition(b"/")[2]
-        return Scan(Entry(start + b"_%08d.JPEG" % (number * 7919 % per_class), False) for number in range(per_class))
+        return Scan(
+            Entry(start + b"_%08d.JPEG" % (number * 7919 % per_class), False)
+            for number in range(per_class)
+        )
 
     class Info:
         st_dev, st_ino, st_size, st_mtime_ns, st_ctime_ns = 0, 0, 0, 0, 0
@@ -296,7 +322,9 @@ def test_a_million_files_are_indexed_in_little_memory(
         return info
 
     # The room's own `os`, so that nobody else meets the made-up disk.
-    monkeypatch.setattr(folder, "os", SimpleNamespace(**{**vars(os), "scandir": scandir, "stat": stat}))
+    monkeypatch.setattr(
+        folder, "os", SimpleNamespace(**{**vars(os), "scandir": scandir, "stat": stat})
+    )
     tracemalloc.start()
     try:
         index = folder.list_folder(tmp_path)

@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 from made_files import JPEG, write_files, write_tar
 
-from patchmine.data import folder, index, listfile, shards
-from patchmine.data.contract import Source, key_of
-from patchmine.data.index import Index, PathList, load, save
-from patchmine.data.source import open_source
+from patchmine.data.sources import folder, index, listfile, shards
+from patchmine.data.sources.contract import Source, key_of
+from patchmine.data.sources.index import Index, PathList, load, save
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nothing had changed in the last seconds, so that indices are trusted as soon as they are written."""
+    """As if nothing had changed in the last seconds, so that indices are trusted as soon as they
+    are written.
+    """
     monkeypatch.setattr(index, "RECENT", -(10**18))
 
 
@@ -67,7 +69,9 @@ def retarget(room: Path, place: Path) -> None:
     same_times(place, info)
 
 
-@pytest.mark.parametrize("change", [swap_folder, swap_inner_folder, add_and_turn_back_time, retarget])
+@pytest.mark.parametrize(
+    "change", [swap_folder, swap_inner_folder, add_and_turn_back_time, retarget]
+)
 def test_a_folder_that_was_changed_behind_equal_times_is_listed_again(
     tmp_path: Path, change: Callable[[Path, Path], None]
 ) -> None:
@@ -93,10 +97,15 @@ def test_what_was_passed_over_for_its_contents_is_looked_at_again(tmp_path: Path
     (tmp_path / "list.txt").write_text("in/1.jpg\nin/empty\n")
 
     def both() -> list[list[str]]:
-        return [keys(open_source(source, cache_dir=tmp_path / "cache")) for source in (place, tmp_path / "list.txt")]
+        return [
+            keys(open_source(source, cache_dir=tmp_path / "cache"))
+            for source in (place, tmp_path / "list.txt")
+        ]
 
     assert both() == both() == [["1.jpg"], ["in/1.jpg"]]
-    write_files(target, "x.jpg")  # a disk is mounted, a download comes to its end: the folder itself stays as it was
+    write_files(
+        target, "x.jpg"
+    )  # a disk is mounted, a download comes to its end: the folder itself stays as it was
     (place / "empty").write_bytes(JPEG)
     assert both() == [["1.jpg", "empty", "file.jpg", "folder/x.jpg"], ["in/1.jpg", "in/empty"]]
 
@@ -147,10 +156,14 @@ def test_a_list_swapped_at_equal_size_and_time_is_read_again(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("form", ["folder", "tar", "list"])
-def test_what_has_just_changed_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+def test_what_has_just_changed_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
     monkeypatch.setattr(index, "RECENT", 2_000_000_000)
     write_files(tmp_path / "in", "1.jpg", "2.jpg")
-    place = {"folder": tmp_path / "in", "tar": tmp_path / "x.tar", "list": tmp_path / "list.txt"}[form]
+    place = {"folder": tmp_path / "in", "tar": tmp_path / "x.tar", "list": tmp_path / "list.txt"}[
+        form
+    ]
 
     def write(number: int) -> None:
         if form == "folder":
@@ -178,7 +191,9 @@ def kept(tmp_path: Path) -> tuple[Path, Path]:
     return place, file
 
 
-def test_every_flipped_byte_and_every_cut_makes_the_index_anew(kept: tuple[Path, Path], tmp_path: Path) -> None:
+def test_every_flipped_byte_and_every_cut_makes_the_index_anew(
+    kept: tuple[Path, Path], tmp_path: Path
+) -> None:
     place, file = kept
     whole = file.read_bytes()
     for spot in [*range(60), *range(60, len(whole), 53)]:
@@ -194,7 +209,9 @@ def test_every_flipped_byte_and_every_cut_makes_the_index_anew(kept: tuple[Path,
     [b"", b"\0" * 500, b"patchmine index 1\n" + bytes(200), b"\x93NUMPY" + bytes(200)],
     ids=lambda other: other[:9],
 )
-def test_what_is_no_index_of_this_version_is_no_index(kept: tuple[Path, Path], tmp_path: Path, other: bytes) -> None:
+def test_what_is_no_index_of_this_version_is_no_index(
+    kept: tuple[Path, Path], tmp_path: Path, other: bytes
+) -> None:
     place, file = kept
     file.write_bytes(other)
     assert keys(open_source(place, cache_dir=tmp_path / "cache")) == keys(open_source(place))
@@ -214,8 +231,14 @@ def test_the_columns_come_back_as_they_were(tmp_path: Path) -> None:
     paths = PathList()
     for name in (b"a", b"", b"caf\xe9", b"line\nbreak"):
         paths.add(name)
-    columns = {**paths.columns(), "label": np.arange(4, dtype=np.int32), "none": np.zeros(0, np.int64)}
-    saved = save(Index(columns, {"fingerprint": "f", "names": ["\udce9"]}), tmp_path / "deep/x.index")
+    columns = {
+        **paths.columns(),
+        "label": np.arange(4, dtype=np.int32),
+        "none": np.zeros(0, np.int64),
+    }
+    saved = save(
+        Index(columns, {"fingerprint": "f", "names": ["\udce9"]}), tmp_path / "deep/x.index"
+    )
     assert saved.file is not None
     assert [saved.path(number) for number in range(4)] == ["a", "", "caf\udce9", "line\nbreak"]
     assert saved.stamp == {"fingerprint": "f", "names": ["\udce9"]}
@@ -225,16 +248,20 @@ def test_the_columns_come_back_as_they_were(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["x.index"]
 
 
-def test_the_note_of_what_was_passed_over_is_kept_too(kept: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_note_of_what_was_passed_over_is_kept_too(
+    kept: tuple[Path, Path], tmp_path: Path
+) -> None:
     place, _ = kept
     again = open_source(place, cache_dir=tmp_path / "cache")
     assert "ending .txt: 1, as notes.txt" in again.notes[0]  # type: ignore[attr-defined]
 
 
-def test_writers_side_by_side_do_not_disturb_each_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_writers_side_by_side_do_not_disturb_each_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     place = write_files(tmp_path / "in", *(f"{number}.jpg" for number in range(50)))
     program = (
-        "import sys; from patchmine.data.folder import open_folder; from pathlib import Path\n"
+        "import sys; from patchmine.data.sources.folder import open_folder; from pathlib import Path\n"
         "for _ in range(20): assert len(open_folder(Path(sys.argv[1]), 'x', Path(sys.argv[2]))) == 50"
     )
     cache = tmp_path / "cache"
@@ -261,7 +288,9 @@ def test_a_cache_that_cannot_be_kept_is_one_line(
     assert "could not be kept" in caplog.messages[0]
 
 
-def test_contents_that_change_under_equal_names_do_not_make_a_listing_old(kept: tuple[Path, Path]) -> None:
+def test_contents_that_change_under_equal_names_do_not_make_a_listing_old(
+    kept: tuple[Path, Path],
+) -> None:
     """Folders are looked at, not files: a million files cost no million looks."""
     place, file = kept
     before = file.stat().st_ino

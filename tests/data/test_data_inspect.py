@@ -15,9 +15,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from patchmine.data import inspect as inspect_module
-from patchmine.data.contract import key_of
 from patchmine.data.inspect import inspect, render
-from patchmine.data.source import open_source
+from patchmine.data.sources.contract import key_of
+from patchmine.data.sources.source import open_source
 
 
 @pytest.fixture
@@ -26,7 +26,9 @@ def mixed(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     for number in range(5):
         shape = (20, 30, 3) if number < 3 else (40, 16, 3)
-        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(
+            tmp_path / f"{number}.png"
+        )
     shutil.copy(tmp_path / "1.png", tmp_path / "twin.png")
     Image.fromarray(np.full((20, 30), 51, np.uint8)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((20, 30), 13107, np.uint16)).save(tmp_path / "deep.png")
@@ -47,7 +49,11 @@ def test_everything_is_counted(mixed: Path) -> None:
     assert report.duplicates == [[str(mixed / "1.png"), str(mixed / "twin.png")]]
     assert [Path(path).name for path, _ in report.broken] == ["text.jpg", "truncated.jpg"]
     assert all(reason for _, reason in report.broken)
-    colour = [np.asarray(Image.open(f)) / 255 for f in sorted(mixed.glob("*.png")) if f.stem not in ("grey", "deep")]
+    colour = [
+        np.asarray(Image.open(f)) / 255
+        for f in sorted(mixed.glob("*.png"))
+        if f.stem not in ("grey", "deep")
+    ]
     pixels = np.concatenate([image.reshape(-1, 3) for image in colour])
     np.testing.assert_allclose(report.mean, pixels.mean(0), rtol=1e-6)
     np.testing.assert_allclose(report.std, pixels.std(0), rtol=1e-6)
@@ -103,7 +109,9 @@ def test_channels_that_are_pages_are_seen(tmp_path: Path) -> None:
     np.testing.assert_allclose(report.mean, stack.mean((1, 2)) / 255, rtol=1e-6)
 
 
-def test_files_that_need_a_package_are_told_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_need_a_package_are_told_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pillow_heif = pytest.importorskip("pillow_heif")
     image = Image.new("RGB", (30, 20))
     for number in range(3):
@@ -115,7 +123,9 @@ def test_files_that_need_a_package_are_told_together(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     report = inspect(open_source(files))
     assert len(report.broken) == 3
-    assert "3 of them need a package that is not installed: pip install pillow-heif" in render(report)
+    assert "3 of them need a package that is not installed: pip install pillow-heif" in render(
+        report
+    )
 
 
 def test_pipes_and_large_images_are_broken_items(mixed: Path) -> None:
@@ -129,7 +139,9 @@ def test_pipes_and_large_images_are_broken_items(mixed: Path) -> None:
     assert "max_pixels=640 or more" in reasons["3.png"]
 
 
-def test_sums_in_blocks_are_those_of_the_whole(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_in_blocks_are_those_of_the_whole(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = inspect(open_source(mixed))
     monkeypatch.setattr(inspect_module, "_BLOCK", 100)
     np.testing.assert_allclose(inspect(open_source(mixed)).std, whole.std, rtol=1e-9)
@@ -139,7 +151,11 @@ def test_labels_that_cannot_be_read_are_a_note(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         picture = io.BytesIO()
         Image.new("RGB", (20, 10)).save(picture, "PNG")
-        for name, data in (("1.png", picture.getvalue()), ("1.json", b"{"), ("2.png", picture.getvalue())):
+        for name, data in (
+            ("1.png", picture.getvalue()),
+            ("1.json", b"{"),
+            ("2.png", picture.getvalue()),
+        ):
             add(archive, name, data)
     source = open_source(tmp_path / "x.tar")
     report = inspect(source)

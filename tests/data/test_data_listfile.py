@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from patchmine.data import index, listfile
-from patchmine.data.listfile import open_list
+from patchmine.data.sources import index, listfile
+from patchmine.data.sources.listfile import open_list
 from patchmine.errors import UserError
 
 
@@ -46,14 +46,18 @@ def test_paths_and_labels_in_the_order_of_the_list(images: Path, name: str, text
 
 
 def test_a_list_without_labels(images: Path) -> None:
-    source = open_list(write(images, "list.txt", f"a b.jpg\n{images / 'sub/c.png'}\nodd\n"), "x", None)
+    source = open_list(
+        write(images, "list.txt", f"a b.jpg\n{images / 'sub/c.png'}\nodd\n"), "x", None
+    )
     assert source.labels() is None
     assert source.read(1) == b"sub/c.png"
     assert source.path(1) == str(images / "sub/c.png")
     assert source.read(2) == b"\xff\xd8\xff odd"  # an image by its first bytes
 
 
-def test_the_index_is_used_again_until_the_list_changes(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_used_again_until_the_list_changes(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = images / "cache"
     monkeypatch.setattr(index, "RECENT", -(10**18))
     list_file = write(images, "list.txt", "b.jpg cat\nsub/c.png dog\n")
@@ -72,8 +76,16 @@ def test_the_index_is_used_again_until_the_list_changes(images: Path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("l.txt", "b.jpg\nno.jpg\nnone.jpg\n", r"line 2 names 'no.jpg', which does not exist \(2 such lines\)"),
-        ("l.csv", "path\nb.jpg\nno.jpg\n", r"line 3 names 'no.jpg', which does not exist \(1 such line\)"),
+        (
+            "l.txt",
+            "b.jpg\nno.jpg\nnone.jpg\n",
+            r"line 2 names 'no.jpg', which does not exist \(2 such lines\)",
+        ),
+        (
+            "l.csv",
+            "path\nb.jpg\nno.jpg\n",
+            r"line 3 names 'no.jpg', which does not exist \(1 such line\)",
+        ),
         ("l.txt", "b.jpg 1\nsub/c.png\n", r"line 2 has no label, the lines before it have one"),
         ("l.txt", "b.jpg\nsub/c.png 1\n", r"line 2 has a label, the lines before it have none"),
         ("l.txt", "# nothing\n", r"the list names no image"),
@@ -125,7 +137,9 @@ def test_names_and_classes_that_are_no_text_keep_their_bytes(images: Path) -> No
         assert labels is not None
         assert labels.names == ["cr\udce8me"]
     (images / "l.txt").write_bytes(b"gon\xe9.jpg\n")
-    with pytest.raises(UserError, match=r"line 1 names 'gon\\xe9\.jpg', which does not exist") as told:
+    with pytest.raises(
+        UserError, match=r"line 1 names 'gon\\xe9\.jpg', which does not exist"
+    ) as told:
         open_list(images / "l.txt", "x", None)
     str(told.value).encode()
 
@@ -181,13 +195,22 @@ def test_a_list_that_names_itself_a_pipe_and_the_systems_files(images: Path) -> 
     for name in ("._b.jpg", ".ipynb_checkpoints/b-checkpoint.jpg"):
         (images / name).parent.mkdir(exist_ok=True)
         (images / name).write_bytes(b"x")
-    listed = ["l.txt", "b.jpg", "pipe.jpg", "._b.jpg", "./.ipynb_checkpoints/b-checkpoint.jpg", str(images / "._b.jpg")]
+    listed = [
+        "l.txt",
+        "b.jpg",
+        "pipe.jpg",
+        "._b.jpg",
+        "./.ipynb_checkpoints/b-checkpoint.jpg",
+        str(images / "._b.jpg"),
+    ]
     source = open_list(write(images, "l.txt", "\n".join(listed)), "x", None)
     assert [source.key(index) for index in range(len(source))] == ["b.jpg"]
     assert "hidden or of the system: 3, as ._b.jpg" in source.notes[0]
     assert "no regular file (pipe, socket or device): 1, as pipe.jpg" in source.notes[0]
     assert "ending .txt, and no image inside: 1, as l.txt" in source.notes[0]
-    with pytest.raises(UserError, match=r"the list names no image \(no regular file .*: 1, as pipe\.jpg\)"):
+    with pytest.raises(
+        UserError, match=r"the list names no image \(no regular file .*: 1, as pipe\.jpg\)"
+    ):
         open_list(write(images, "l.txt", "pipe.jpg\n"), "x", None)
 
 
@@ -203,14 +226,18 @@ def test_a_hidden_folder_that_a_list_names_from_outside_is_the_users_own(images:
 def test_lines_that_repeat_are_told_and_count(images: Path) -> None:
     source = open_list(write(images, "l.txt", "b.jpg\na b.jpg\nb.jpg\nb.jpg\n"), "x", None)
     assert len(source) == 4
-    assert source.notes == ("data=x: 2 lines name what another image's line names already; it counts each time.",)
+    assert source.notes == (
+        "data=x: 2 lines name what another image's line names already; it counts each time.",
+    )
 
 
 @pytest.mark.parametrize("head", ["image_path,class", "label_id,file_name", "n,filepath,category"])
 def test_heads_that_tables_have(images: Path, head: str) -> None:
     columns = head.split(",")
     row = ["b.jpg" if "path" in name or "file" in name else "7" for name in columns]
-    source = open_list(write(images, "l.csv", f"# made by hand\n{head}\n{','.join(row)}\n"), "x", None)
+    source = open_list(
+        write(images, "l.csv", f"# made by hand\n{head}\n{','.join(row)}\n"), "x", None
+    )
     assert [source.key(index) for index in range(len(source))] == ["b.jpg"]
     labels = source.labels()
     assert labels is not None
@@ -218,5 +245,7 @@ def test_heads_that_tables_have(images: Path, head: str) -> None:
 
 
 def test_an_unknown_head_is_told_what_heads_there_are(images: Path) -> None:
-    with pytest.raises(UserError, match=r"line 1 names 'where', .*a head line names its columns path and label"):
+    with pytest.raises(
+        UserError, match=r"line 1 names 'where', .*a head line names its columns path and label"
+    ):
         open_list(write(images, "l.csv", "where,species\nb.jpg,cat\n"), "x", None)

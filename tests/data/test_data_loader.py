@@ -15,10 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from patchmine.data.contract import Labels
-from patchmine.data.loader import BadFiles, data_statistics, epoch_order, plain_batches, train_batches
-from patchmine.data.normalise import normalise
-from patchmine.data.views import PlainView, TrainView
+from patchmine.data.loader import (
+    BadFiles,
+    data_statistics,
+    epoch_order,
+    plain_batches,
+    train_batches,
+)
+from patchmine.data.sources.contract import Labels
+from patchmine.data.views.images import PlainView, TrainView
+from patchmine.data.views.normalise import normalise
 from patchmine.errors import UserError
 from patchmine.types import Batch
 
@@ -29,7 +35,9 @@ PLAIN = PlainView((8, 8), crop_pct=None)
 
 
 class Images:
-    """Images of one grey level each: item number n is n everywhere, so pixels tell which item they came from."""
+    """Images of one grey level each: item number n is n everywhere, so pixels tell which item they
+    came from.
+    """
 
     name = "images"
     fingerprint = "images"
@@ -62,7 +70,13 @@ class Noise(Images):
 
 def train(source: Images, view: TrainView = VIEW, **settings: Any) -> list[Batch]:
     defaults: dict[str, Any] = dict(
-        channels=3, seed=0, batch_size=8, steps_per_epoch=4, start_step=0, total_steps=8, bad=BadFiles(None, 0.05)
+        channels=3,
+        seed=0,
+        batch_size=8,
+        steps_per_epoch=4,
+        start_step=0,
+        total_steps=8,
+        bad=BadFiles(None, 0.05),
     )
     return list(train_batches(source, view, **(defaults | settings)))
 
@@ -105,7 +119,10 @@ def test_workers_change_nothing(broken: tuple[int, ...]) -> None:
     alone, bad_alone = BadFiles(None, 0.5), BadFiles(None, 0.5)
     source = Noise(broken=broken)
     assert all(
-        same(a, b) for a, b in zip(train(source, bad=alone), train(source, workers=2, bad=bad_alone), strict=True)
+        same(a, b)
+        for a, b in zip(
+            train(source, bad=alone), train(source, workers=2, bad=bad_alone), strict=True
+        )
     )
     assert len(alone) == len(bad_alone) == len(broken)
 
@@ -114,7 +131,10 @@ def test_seeds_and_epochs_give_other_crops_of_the_same_item() -> None:
     def boxes(seed: int) -> dict[tuple[int, int], list[float]]:
         found = {}
         for step, batch in enumerate(train(Noise(), seed=seed)):
-            found |= {(step // 4, int(i)): box.tolist() for i, box in zip(batch.index, batch.box, strict=True)}
+            found |= {
+                (step // 4, int(i)): box.tolist()
+                for i, box in zip(batch.index, batch.box, strict=True)
+            }
         return found
 
     first, second = boxes(0), boxes(1)
@@ -124,12 +144,20 @@ def test_seeds_and_epochs_give_other_crops_of_the_same_item() -> None:
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 4), (2, 2)])
-def test_processes_and_micro_batches_share_the_rows_of_one_batch(world: int, accumulate: int) -> None:
+def test_processes_and_micro_batches_share_the_rows_of_one_batch(
+    world: int, accumulate: int
+) -> None:
     whole = train(Noise())
-    ranks = [train(Noise(), rank=rank, world_size=world, accumulate=accumulate) for rank in range(world)]
+    ranks = [
+        train(Noise(), rank=rank, world_size=world, accumulate=accumulate) for rank in range(world)
+    ]
     assert all(len(batches) == 8 * accumulate for batches in ranks)
     for step, batch in enumerate(whole):
-        parts = [ranks[rank][step * accumulate + micro] for micro in range(accumulate) for rank in range(world)]
+        parts = [
+            ranks[rank][step * accumulate + micro]
+            for micro in range(accumulate)
+            for rank in range(world)
+        ]
         assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
         assert torch.equal(torch.cat([part.views[0] for part in parts]), batch.views[0])
 
@@ -142,16 +170,30 @@ def test_starting_a_loader_leaves_the_global_random_state_alone() -> None:
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(UserError, match=r"batch_size=64 is more than the 32 images of images; set batch_size=32 or"):
-        train_batches(Images(), VIEW, channels=3, seed=0, batch_size=64, steps_per_epoch=1, start_step=0,
-                      total_steps=1, bad=BadFiles(None, 0))  # before anything is iterated  # fmt: skip
-    with pytest.raises(UserError, match=r"batch_size=8 .* 3 processes times accumulate=1; set batch_size=6"):
+    with pytest.raises(
+        UserError, match=r"batch_size=64 is more than the 32 images of images; set batch_size=32 or"
+    ):
+        train_batches(
+            Images(),
+            VIEW,
+            channels=3,
+            seed=0,
+            batch_size=64,
+            steps_per_epoch=1,
+            start_step=0,
+            total_steps=1,
+            bad=BadFiles(None, 0),
+        )
+    with pytest.raises(
+        UserError, match=r"batch_size=8 .* 3 processes times accumulate=1; set batch_size=6"
+    ):
         train(Images(), world_size=3)
     with pytest.raises(ValueError, match="5 steps of 8 images"):
         train(Images(), steps_per_epoch=5)
 
 
-# Broken items ---------------------------------------------------------------------------------------------------------
+# Broken items
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_broken_items_are_replaced_the_same_way_every_time(tmp_path: Path) -> None:
@@ -165,8 +207,12 @@ def test_broken_items_are_replaced_the_same_way_every_time(tmp_path: Path) -> No
     healthy = train(Images())
     kept = torch.cat([batch.index for batch in healthy]) == seen
     assert kept.sum() == 60  # the other rows are what they were
-    lines = (tmp_path / "bad_files.txt").read_text().splitlines()  # once each, although they are met in two epochs
-    assert sorted(lines) == [f"folder/{n}.png\tcannot be read (input/output error {n})" for n in (17, 3)]
+    lines = (
+        (tmp_path / "bad_files.txt").read_text().splitlines()
+    )  # once each, although they are met in two epochs
+    assert sorted(lines) == [
+        f"folder/{n}.png\tcannot be read (input/output error {n})" for n in (17, 3)
+    ]
 
 
 def test_a_resumed_run_lists_no_file_twice(tmp_path: Path) -> None:
@@ -200,7 +246,12 @@ def test_a_share_below_the_limit_never_stops_a_run() -> None:
 
 def test_the_limit_is_strict_in_the_end() -> None:
     with pytest.raises(UserError, match=r"21 of the \d+ images of images tried so far"):
-        train(Images(400, tuple(range(21))), steps_per_epoch=50, total_steps=50, bad=BadFiles(None, 0.05))
+        train(
+            Images(400, tuple(range(21))),
+            steps_per_epoch=50,
+            total_steps=50,
+            bad=BadFiles(None, 0.05),
+        )
     with pytest.raises(UserError, match=r"max_bad_share=0\.0 "):
         train(Images(400, (7,)), steps_per_epoch=50, total_steps=50, bad=BadFiles(None, 0.0))
 
@@ -208,7 +259,9 @@ def test_the_limit_is_strict_in_the_end() -> None:
 @pytest.mark.parametrize("share", [0.05, 1.0])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_when_everything_is_broken_it_stops_at_once(share: float, workers: int) -> None:
-    with pytest.raises(UserError, match=r"folder/\d+\.png, which cannot be read \(input/output error"):
+    with pytest.raises(
+        UserError, match=r"folder/\d+\.png, which cannot be read \(input/output error"
+    ):
         train(Images(broken=tuple(range(32))), bad=BadFiles(None, share), workers=workers)
 
 
@@ -239,20 +292,33 @@ def test_names_with_odd_characters_keep_one_line_each(tmp_path: Path) -> None:
     for _ in range(2):
         BadFiles(tmp_path / "bad.txt", 1.0).note(Odd(), 8, [(1, "is broken")])
     bad.note(Odd(), 8, [(1, "is broken")])
-    assert (tmp_path / "bad.txt").read_bytes().count(b"\n") == 2  # `bad` had read the list before it was written
+    assert (tmp_path / "bad.txt").read_bytes().count(
+        b"\n"
+    ) == 2  # `bad` had read the list before it was written
 
 
-# Evaluation -----------------------------------------------------------------------------------------------------------
+# Evaluation
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_plain_batches_come_in_order(workers: int) -> None:
     batches = list(plain_batches(Images(20), PLAIN, channels=3, batch_size=8, workers=workers))
-    assert [batch.index.tolist() for batch in batches] == [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
-    chosen = list(plain_batches(Images(20), PLAIN, channels=3, batch_size=2, indices=[7, 3, 3], workers=workers))
+    assert [batch.index.tolist() for batch in batches] == [
+        [*range(8)],
+        [*range(8, 16)],
+        [*range(16, 20)],
+    ]
+    chosen = list(
+        plain_batches(
+            Images(20), PLAIN, channels=3, batch_size=2, indices=[7, 3, 3], workers=workers
+        )
+    )
     assert [batch.index.tolist() for batch in chosen] == [[7, 3], [3]]
     assert torch.equal(chosen[0].views[0][:, 0, 0, 0], torch.tensor([7, 3], dtype=torch.uint8))
-    assert not list(plain_batches(Images(20), PLAIN, channels=3, batch_size=2, indices=[], workers=workers))
+    assert not list(
+        plain_batches(Images(20), PLAIN, channels=3, batch_size=2, indices=[], workers=workers)
+    )
 
 
 def test_plain_batches_leave_broken_items_out_or_name_them() -> None:
@@ -267,13 +333,16 @@ def test_plain_batches_leave_broken_items_out_or_name_them() -> None:
 def test_bytes_and_deeper_images_share_a_batch() -> None:
     class Mixed(Images):
         def read(self, index: int) -> Any:
-            return np.full((8, 8), 65535, np.uint16) if index % 2 else np.full((8, 8, 3), 51, np.uint8)
+            return (
+                np.full((8, 8), 65535, np.uint16) if index % 2 else np.full((8, 8, 3), 51, np.uint8)
+            )
 
     (batch,) = plain_batches(Mixed(4), PLAIN, channels=3, batch_size=4)
     assert batch.views[0][:, 0, 0, 0].tolist() == pytest.approx([0.2, 1, 0.2, 1])
 
 
-# The device's part ----------------------------------------------------------------------------------------------------
+# The device's part
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
@@ -300,12 +369,15 @@ def test_statistics_are_those_of_the_pixels() -> None:
     pixels = np.stack([source.read(n) for n in range(30) if n != 4]).reshape(-1, 3) / 255
     assert torch.allclose(mean.double(), torch.from_numpy(pixels.mean(0)), atol=1e-6)
     assert torch.allclose(std.double(), torch.from_numpy(pixels.std(0)), atol=1e-6)
-    assert data_statistics(Images(5, channels=13), 13, sample=1)[1].tolist() == [1.0] * 13  # constant
+    assert (
+        data_statistics(Images(5, channels=13), 13, sample=1)[1].tolist() == [1.0] * 13
+    )  # constant
     with pytest.raises(UserError, match=r"none of the 5 items .* set channels=13"):
         data_statistics(Images(5, channels=13), 3)
 
 
-# Processes ------------------------------------------------------------------------------------------------------------
+# Processes
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_abandoned_workers_end() -> None:
@@ -387,7 +459,9 @@ def test_batches_are_pinned_and_workers_start_beside_cuda() -> None:
     mean, std = torch.full((3,), 0.5, device="cuda"), torch.full((3,), 0.2, device="cuda")
     for ours, plain in zip(batches, train(Noise()), strict=True):
         on_device = normalise(ours, mean, std, "cuda").views[0]
-        assert torch.allclose(on_device.cpu(), normalise(plain, mean.cpu(), std.cpu(), "cpu").views[0], atol=1e-5)
+        assert torch.allclose(
+            on_device.cpu(), normalise(plain, mean.cpu(), std.cpu(), "cpu").views[0], atol=1e-5
+        )
 
 
 def test_memory_does_not_grow_with_the_length_of_a_run() -> None:

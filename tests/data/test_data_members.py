@@ -9,24 +9,62 @@ from pathlib import Path
 import pytest
 from made_files import JPEG, PNG, write_files, write_tar
 
-from patchmine.data import members
-from patchmine.data.contract import IMAGES, Source, key_of, notes_of
+from patchmine.data.decoding.video import VIDEOS, frames_in
 from patchmine.data.inspect import inspect, render
-from patchmine.data.members import ending_of, ending_told_by, is_hidden, reason_against
-from patchmine.data.source import open_source
-from patchmine.data.video import VIDEOS, frames_in
-from patchmine.data.video_sources import open_videos
+from patchmine.data.sources import members
+from patchmine.data.sources.contract import IMAGES, Source, key_of, notes_of
+from patchmine.data.sources.members import ending_of, ending_told_by, is_hidden, reason_against
+from patchmine.data.sources.source import open_source
+from patchmine.data.sources.video_sources import open_videos
 from patchmine.errors import UserError
 
 COUNT = (
-    *("a/scan.0001.jpg", "a/scan.0002.jpg", "b/IMG_2024.06.01.JPG", "b/x.jfif", "b/x.jpe", "b/x.Jpeg", "c/y.webp"),
-    *("c/y.avif", "c/y.bmp", "c/y.gif", "c/y.jp2", "c/y.pgm", "c/y.ppm", "c/y.tif", "c/y.tiff", "c/y.npy", "c/y.png"),
-    *("c/with blank.png", 'c/it\'s "odd".png', "c/tab\there.png", "c/line\nbreak.png", "c/caf\udce9.png", "c/noending"),
+    *(
+        "a/scan.0001.jpg",
+        "a/scan.0002.jpg",
+        "b/IMG_2024.06.01.JPG",
+        "b/x.jfif",
+        "b/x.jpe",
+        "b/x.Jpeg",
+        "c/y.webp",
+    ),
+    *(
+        "c/y.avif",
+        "c/y.bmp",
+        "c/y.gif",
+        "c/y.jp2",
+        "c/y.pgm",
+        "c/y.ppm",
+        "c/y.tif",
+        "c/y.tiff",
+        "c/y.npy",
+        "c/y.png",
+    ),
+    *(
+        "c/with blank.png",
+        'c/it\'s "odd".png',
+        "c/tab\there.png",
+        "c/line\nbreak.png",
+        "c/caf\udce9.png",
+        "c/noending",
+    ),
     *("c/k.left.jpg", "c/k.right.jpg", "c/0a3f", "c/2024.06.01", "c/" + "n" * 200 + ".png"),
 )
 HIDDEN = (
-    *(".DS_Store", "a/._scan.0001.jpg", "a/.ipynb_checkpoints/scan-checkpoint.jpg", "__MACOSX/a/._x.jpg", ".git/x.jpg"),
-    *("@eaDir/x.jpg/SYNOPHOTO_THUMB_M.jpg", "b/Thumbs.db", "b/.hidden.jpg", "lost+found/x.jpg", "__MACOSX/x.jpg"),
+    *(
+        ".DS_Store",
+        "a/._scan.0001.jpg",
+        "a/.ipynb_checkpoints/scan-checkpoint.jpg",
+        "__MACOSX/a/._x.jpg",
+        ".git/x.jpg",
+    ),
+    *(
+        "@eaDir/x.jpg/SYNOPHOTO_THUMB_M.jpg",
+        "b/Thumbs.db",
+        "b/.hidden.jpg",
+        "lost+found/x.jpg",
+        "__MACOSX/x.jpg",
+    ),
 )
 OTHERS = ("a/notes.txt", "a/labels.csv", "b/x.jpg.part", "b/x.xml")
 
@@ -43,7 +81,11 @@ def everything(tmp_path: Path) -> Path:
 
 def test_a_folder_a_list_and_a_tar_give_the_same_items(everything: Path, tmp_path: Path) -> None:
     archive = write_tar(tmp_path / "x.tar", *COUNT, *HIDDEN, *OTHERS)
-    listed = [name for name in (*COUNT, *HIDDEN, *OTHERS) if "\n" not in name and name != "c/tab\there.png"]
+    listed = [
+        name
+        for name in (*COUNT, *HIDDEN, *OTHERS)
+        if "\n" not in name and name != "c/tab\there.png"
+    ]
     list_file = everything / "list.txt"
     list_file.write_text("\n".join(listed), encoding="utf-8", errors="surrogateescape")
     assert names(open_source(everything)) == sorted(COUNT)
@@ -53,7 +95,9 @@ def test_a_folder_a_list_and_a_tar_give_the_same_items(everything: Path, tmp_pat
     )
 
 
-def test_what_a_list_names_counts_by_its_contents_where_its_ending_says_nothing(tmp_path: Path) -> None:
+def test_what_a_list_names_counts_by_its_contents_where_its_ending_says_nothing(
+    tmp_path: Path,
+) -> None:
     write_files(tmp_path, "a.dat", "b.0001", "c")
     write_files(tmp_path, "text.dat", "none", data=b"words ")
     (tmp_path / "list.txt").write_text("a.dat\nb.0001\nc\ntext.dat\nnone\n")
@@ -100,13 +144,17 @@ def test_clean_data_have_no_note(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [".heic", ".HEIF", ".hif"])
-def test_heic_counts_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+def test_heic_counts_where_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
     write_files(tmp_path / "in", "x.jpg", f"y{ending}")
     write_files(tmp_path / "in", "phone", data=b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     monkeypatch.setattr(members, "has_heif", lambda: True)
     assert len(open_source(tmp_path / "in", cache_dir=tmp_path / "cache")) == 3
     monkeypatch.setattr(members, "has_heif", lambda: False)
-    source = open_source(tmp_path / "in", cache_dir=tmp_path / "cache")  # a listing of other means is not used
+    source = open_source(
+        tmp_path / "in", cache_dir=tmp_path / "cache"
+    )  # a listing of other means is not used
     assert len(source) == 1
     assert "pip install pillow-heif" in notes_of(source)[0]
 
@@ -119,7 +167,9 @@ def test_chosen_endings_are_those_that_count(tmp_path: Path) -> None:
         assert names(open_source(f"{place}::jpg")) == ["1.jpg", "2.JPG"]
         assert names(open_source(f"{place}::.jpg, left.png")) == ["1.jpg", "1.left.png", "2.JPG"]
         assert "ending .png: 2" in notes_of(open_source(f"{place}::jpg"))[0]
-    with pytest.raises(UserError, match=r"\.txt is no ending of images; behind :: stand the endings that count"):
+    with pytest.raises(
+        UserError, match=r"\.txt is no ending of images; behind :: stand the endings that count"
+    ):
         open_source(f"{folder}::txt")
     odd = write_files(tmp_path / "odd::png", "1.jpg")
     assert len(open_source(odd)) == 1  # a folder may be called so
@@ -127,15 +177,29 @@ def test_chosen_endings_are_those_that_count(tmp_path: Path) -> None:
 
 def test_nothing_left_is_explained_by_what_there_was(tmp_path: Path) -> None:
     write_files(tmp_path, "a.tar.gz", "._x.jpg", "c.dcm")
-    with pytest.raises(UserError, match=r"no image and no tar shard .*ending \.dcm: 1, as c\.dcm") as told:
+    with pytest.raises(
+        UserError, match=r"no image and no tar shard .*ending \.dcm: 1, as c\.dcm"
+    ) as told:
         open_source(tmp_path)
     assert "hidden or of the system: 1, as ._x.jpg" in str(told.value)
 
 
 def test_frames_are_chosen_by_the_same_rule(tmp_path: Path) -> None:
-    write_files(tmp_path / "run" / "a", "1.jpg", "2.JFIF", "._1.jpg", "10", ".ipynb_checkpoints/1.jpg", "about.txt")
+    write_files(
+        tmp_path / "run" / "a",
+        "1.jpg",
+        "2.JFIF",
+        "._1.jpg",
+        "10",
+        ".ipynb_checkpoints/1.jpg",
+        "about.txt",
+    )
     os.mkfifo(tmp_path / "run" / "a" / "3.jpg")
-    assert [Path(path).name for path in frames_in(f"{tmp_path}/run/a").paths] == ["1.jpg", "2.JFIF", "10"]
+    assert [Path(path).name for path in frames_in(f"{tmp_path}/run/a").paths] == [
+        "1.jpg",
+        "2.JFIF",
+        "10",
+    ]
     source = open_videos(tmp_path)
     assert [key_of(source, index) for index in range(len(source))] == ["run/a"]
     assert [Path(path).name for path in source.read(0).paths] == ["1.jpg", "2.JFIF", "10"]
@@ -201,7 +265,9 @@ def test_endings(name: str, ending: str) -> None:
         (b"words", "", "none"),
     ],
 )
-def test_first_bytes_tell_what_a_file_without_an_ending_is(head: bytes, ending: str, kinds: str) -> None:
+def test_first_bytes_tell_what_a_file_without_an_ending_is(
+    head: bytes, ending: str, kinds: str
+) -> None:
     assert ending_told_by(head) == ending
     assert (reason_against("x", IMAGES, lambda: head) is None) == (kinds in ("image", "both"))
     assert (reason_against("x", VIDEOS, lambda: head) is None) == (kinds in ("video", "both"))

@@ -1,4 +1,6 @@
-"""The moving photographs: motions that are what they are called, from disjoint halves, the same every time."""
+"""The moving photographs: motions that are what they are called, from disjoint halves, the same
+every time.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchmine.data.moving import (
+from patchmine.data.sources.moving import (
     FRAMES,
     MOTIONS,
     SIDE,
@@ -25,11 +27,15 @@ from patchmine.errors import UserError
 def ramps() -> torch.Tensor:
     """(3, 400, 400): red grows to the right, green downwards, blue is 0."""
     ramp = torch.arange(400.0) * 0.6
-    return torch.stack([ramp.expand(400, 400), ramp[:, None].expand(400, 400), torch.zeros(400, 400)])
+    return torch.stack(
+        [ramp.expand(400, 400), ramp[:, None].expand(400, 400), torch.zeros(400, 400)]
+    )
 
 
 def shot(motion: str, amount: float) -> np.ndarray:
-    return film(levels_of(ramps()), Shot(0, MOTIONS.index(motion), amount, 200.0, 200.0, 64.0, 0.0)).astype(float)
+    return film(
+        levels_of(ramps()), Shot(0, MOTIONS.index(motion), amount, 200.0, 200.0, 64.0, 0.0)
+    ).astype(float)
 
 
 def test_pans_show_what_lies_in_their_direction() -> None:
@@ -49,7 +55,8 @@ def test_zooms_show_less_or_more() -> None:
 
 
 def test_a_camera_that_turns_left_sees_the_world_turn_right() -> None:
-    # Red grows to the right.  Turned to its left, the camera has the photograph's right below its own right.
+    # Red grows to the right.  Turned to its left, the camera has the photograph's right below its
+    # own right.
     left, right = shot("rotate-left", 60), shot("rotate-right", 60)
     downward = (left[:, -1, SIDE // 2] - left[:, 0, SIDE // 2])[:, 0]
     assert (np.diff(downward) > 0).all()
@@ -64,7 +71,9 @@ def test_all_that_a_shot_shows_lies_in_the_photograph() -> None:
         # A photograph of its own coordinates; beyond its border they would stop growing.
         rows = torch.arange(float(height))[:, None].expand(height, width)
         columns = torch.arange(float(width)).expand(height, width)
-        scaled = torch.stack([rows * 250 / height, columns * 250 / width, torch.zeros(height, width)])
+        scaled = torch.stack(
+            [rows * 250 / height, columns * 250 / width, torch.zeros(height, width)]
+        )
         if index % 8 >= 4 and index < 32:
             frames = film([scaled], one).astype(float)
             corners = frames[:, [0, 0, -1, -1], [0, -1, 0, -1]]

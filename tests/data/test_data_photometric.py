@@ -1,4 +1,6 @@
-"""Colours change as torchvision's transforms change those of a PIL image, for a whole batch at once."""
+"""Colours change as torchvision's transforms change those of a PIL image, for a whole batch at
+once.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as TF
 
-from patchmine.data import photometric
-from patchmine.data.photometric import COLUMNS, change_colours, draw
+from patchmine.data.views import photometric
+from patchmine.data.views.photometric import COLUMNS, change_colours, draw
 
 
 def pictures(count: int = 4, side: int = 40, channels: int = 3) -> Tensor:
-    """Bytes: slopes, noise, pure black, white and colours, so that every branch of a formula has its pixels."""
+    """Bytes: slopes, noise, pure black, white and colours, so that every branch of a formula has
+    its pixels.
+    """
     generator = np.random.default_rng(0)
     y, x = np.mgrid[0:side, 0:side]
     waves = [128 + 140 * np.sin(x / (5 + c)) * np.cos(y / (7 + c)) for c in range(channels)]
-    images = np.stack([np.stack(waves) + generator.normal(0, 15 * n, (channels, side, side)) for n in range(count)])
+    images = np.stack(
+        [
+            np.stack(waves) + generator.normal(0, 15 * n, (channels, side, side))
+            for n in range(count)
+        ]
+    )
     images[:, :, :4] = generator.integers(0, 2, (count, channels, 4, side)) * 255
     return torch.from_numpy(images.clip(0, 255).astype(np.uint8))
 
@@ -46,7 +55,9 @@ def levels(image: Image.Image) -> Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
 
-def difference(images: Tensor, changes: Tensor, reference: Callable[[Image.Image], Image.Image]) -> Tensor:
+def difference(
+    images: Tensor, changes: Tensor, reference: Callable[[Image.Image], Image.Image]
+) -> Tensor:
     """Levels of 255 between ours and PIL's."""
     expected = torch.stack([levels(reference(as_pil(image))) for image in images])
     ours = change_colours(images, changes) * 255
@@ -56,40 +67,60 @@ def difference(images: Tensor, changes: Tensor, reference: Callable[[Image.Image
 
 @pytest.mark.parametrize("factor", [0.6, 0.87, 1.0, 1.33])
 @pytest.mark.parametrize(
-    ("place", "reference"), list(enumerate([TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]))
+    ("place", "reference"),
+    list(enumerate([TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation])),
 )
-def test_blends_are_pils_bit_by_bit(place: int, reference: Callable[..., Any], factor: float) -> None:
+def test_blends_are_pils_bit_by_bit(
+    place: int, reference: Callable[..., Any], factor: float
+) -> None:
     factors = [1.0, 1.0, 1.0]
     factors[place] = factor
-    assert difference(pictures(), numbers(FACTORS=factors), lambda image: reference(image, factor)).max() == 0
+    assert (
+        difference(
+            pictures(), numbers(FACTORS=factors), lambda image: reference(image, factor)
+        ).max()
+        == 0
+    )
 
 
 @pytest.mark.parametrize("turn", [-0.1, -0.037, 0.0, 0.02, 0.1])
 def test_the_hue_is_pils(turn: float) -> None:
-    """PIL holds hue and saturation as bytes; one in a thousand falls on the other side of a rounding."""
-    off = difference(pictures(), numbers(JITTER=1, HUE=turn), lambda image: TF.adjust_hue(image, turn))
+    """PIL holds hue and saturation as bytes; one in a thousand falls on the other side of a
+    rounding.
+    """
+    off = difference(
+        pictures(), numbers(JITTER=1, HUE=turn), lambda image: TF.adjust_hue(image, turn)
+    )
     assert off.max() <= 6
     assert (off > 0).float().mean() < 2e-3
 
 
 def test_grey_and_solarized_are_pils_bit_by_bit() -> None:
-    assert difference(pictures(), numbers(GREY=1), lambda image: TF.to_grayscale(image, 3)).max() == 0
+    assert (
+        difference(pictures(), numbers(GREY=1), lambda image: TF.to_grayscale(image, 3)).max() == 0
+    )
     assert difference(pictures(), numbers(SOLARIZE=1), ImageOps.solarize).max() == 0
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.4, 0.9, 1.41, 1.42, 2.0])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_blur_is_pils(sigma: float, channels: int) -> None:
-    """At the edges too.  PIL rounds to bytes between its six passes, which is worth up to three levels."""
+    """At the edges too.  PIL rounds to bytes between its six passes, which is worth up to three
+    levels.
+    """
     images = pictures(channels=channels)
-    off = difference(images, numbers(SIGMA=sigma), lambda image: image.filter(ImageFilter.GaussianBlur(sigma)))
+    off = difference(
+        images, numbers(SIGMA=sigma), lambda image: image.filter(ImageFilter.GaussianBlur(sigma))
+    )
     assert off.max() <= 3
     assert off.mean() < 0.55
 
 
 def test_rectangles_are_blurred_along_both_sides() -> None:
     images = pictures(side=40)[:, :, :, :25]
-    off = difference(images, numbers(SIGMA=1.7), lambda image: image.filter(ImageFilter.GaussianBlur(1.7)))
+    off = difference(
+        images, numbers(SIGMA=1.7), lambda image: image.filter(ImageFilter.GaussianBlur(1.7))
+    )
     assert off.max() <= 2
 
 
@@ -107,10 +138,14 @@ def with_torchvision(image: Image.Image, change: Tensor) -> Image.Image:
 
 
 def test_whole_chains_in_any_order_are_torchvisions() -> None:
-    """A hue on the other side of a rounding may be stretched by what follows, hence the few larger differences."""
+    """A hue on the other side of a rounding may be stretched by what follows, hence the few larger
+    differences.
+    """
     changes = draw(64, np.random.default_rng(0))
     images = pictures(8).repeat(8, 1, 1, 1)
-    expected = torch.stack([levels(with_torchvision(as_pil(i), c)) for i, c in zip(images, changes, strict=True)])
+    expected = torch.stack(
+        [levels(with_torchvision(as_pil(i), c)) for i, c in zip(images, changes, strict=True)]
+    )
     off = (change_colours(images, changes) * 255 - expected).abs()
     assert off.mean() < 0.25
     assert (off > 2.5).float().mean() < 1e-3
@@ -125,7 +160,9 @@ def test_orders_change_each_image_by_itself() -> None:
     together = change_colours(images, changes)
     for row in range(24):
         alone = change_colours(images[row : row + 1], changes[row : row + 1])
-        assert ((together[row] - alone[0]).abs() * 255).max() < 1.01  # sums in another order, before rounding
+        assert (
+            (together[row] - alone[0]).abs() * 255
+        ).max() < 1.01  # sums in another order, before rounding
         assert ((together[row] - alone[0]).abs() > 1e-3).float().mean() < 1e-3
 
 
@@ -141,7 +178,9 @@ def test_without_three_channels_colours_stay(channels: int) -> None:
     changes = numbers(FACTORS=[0.6, 1.4, 1.2], HUE=0.1, JITTER=1, GREY=1)
     assert torch.equal(change_colours(images, changes), images / 255)
     changes = numbers(FACTORS=[0.6, 1.4, 1.2], HUE=0.1, JITTER=1, GREY=1, SIGMA=1.5, SOLARIZE=1)
-    assert torch.equal(change_colours(images, changes), change_colours(images, numbers(SIGMA=1.5, SOLARIZE=1)))
+    assert torch.equal(
+        change_colours(images, changes), change_colours(images, numbers(SIGMA=1.5, SOLARIZE=1))
+    )
     assert not torch.equal(change_colours(images, changes), images / 255)
 
 
@@ -151,7 +190,9 @@ def test_deeper_images_are_changed_alike_without_rounding_clipping_or_solarizing
     floats = change_colours(images / 255, changes)
     assert floats.max() > 1  # brighter than the brightest byte
     assert not torch.equal(floats * 255, (floats * 255).round())
-    torch.testing.assert_close(change_colours(images / 255 * 1000, changes), floats * 1000, rtol=1e-3, atol=0.5)
+    torch.testing.assert_close(
+        change_colours(images / 255 * 1000, changes), floats * 1000, rtol=1e-3, atol=0.5
+    )
     dark, gentle = pictures(8) // 2, draw(8, np.random.default_rng(3))  # too dark to be clipped
     gentle[:, photometric.SOLARIZE] = 0
     off = (change_colours(dark, gentle) - change_colours(dark / 255, gentle)).abs() * 255
@@ -161,7 +202,9 @@ def test_deeper_images_are_changed_alike_without_rounding_clipping_or_solarizing
 class NoReading(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")
-        assert not name.startswith(("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "unique"))
+        assert not name.startswith(
+            ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "unique")
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -171,7 +214,8 @@ def test_the_device_is_not_waited_for() -> None:
         change_colours(images, changes)
 
 
-# What is drawn --------------------------------------------------------------------------------------------------------
+# What is drawn
+# --------------------------------------------------------------------------------------------------------
 
 
 def drawn(rounds: int = 3000, crops: int = 5) -> Tensor:
@@ -188,8 +232,12 @@ def test_shares_are_dinos() -> None:
     assert share(found[..., photometric.JITTER]) == pytest.approx(0.8, abs=0.02)
     assert share(found[..., photometric.GREY]) == pytest.approx(0.2, abs=0.02)
     for crop, (blur, solarize) in enumerate([(1, 0), (0.1, 0.2), (0.5, 0), (0.5, 0), (0.5, 0)]):
-        assert share(found[:, crop, photometric.SIGMA]) == pytest.approx(blur, abs=0.03 * (blur < 1))
-        assert share(found[:, crop, photometric.SOLARIZE]) == pytest.approx(solarize, abs=0.03 * (solarize > 0))
+        assert share(found[:, crop, photometric.SIGMA]) == pytest.approx(
+            blur, abs=0.03 * (blur < 1)
+        )
+        assert share(found[:, crop, photometric.SOLARIZE]) == pytest.approx(
+            solarize, abs=0.03 * (solarize > 0)
+        )
 
 
 def test_values_are_uniform_in_dinos_ranges() -> None:
@@ -198,7 +246,9 @@ def test_values_are_uniform_in_dinos_ranges() -> None:
     ranges = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
     values = [*jittered[:, photometric.FACTORS].unbind(1), jittered[:, photometric.HUE]]
     sigmas = found[:, photometric.SIGMA]
-    for value, (low, high) in zip([*values, sigmas[sigmas > 0]], [*ranges, (0.1, 2.0)], strict=True):
+    for value, (low, high) in zip(
+        [*values, sigmas[sigmas > 0]], [*ranges, (0.1, 2.0)], strict=True
+    ):
         place = (value.double().sort().values - low) / (high - low)
         expected = torch.linspace(0, 1, len(place), dtype=torch.float64)
         assert (place - expected).abs().max() < 0.03  # Kolmogorov-Smirnov; 5000 values or more

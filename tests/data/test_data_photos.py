@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 
-from patchmine.data import photos
-from patchmine.data.photos import PhotoCrops, open_photos
-from patchmine.data.source import open_source
+from patchmine.data.sources import photos
+from patchmine.data.sources.photos import PhotoCrops, open_photos
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 
 
@@ -25,7 +25,10 @@ def area(source: PhotoCrops, photograph: int) -> np.ndarray:
     first, left, _, _ = photos._half_box((width, height), source.part)
     for cut in source._cuts:
         if cut.photograph == photograph:
-            seen[first + cut.top : first + cut.top + cut.side, left + cut.left : left + cut.left + cut.side] = True
+            seen[
+                first + cut.top : first + cut.top + cut.side,
+                left + cut.left : left + cut.left + cut.side,
+            ] = True
     return seen
 
 
@@ -73,8 +76,12 @@ def test_both_together() -> None:
     assert both.name == "embedded:photos"
 
 
-@pytest.mark.parametrize(("count", "size"), list(product((1, 20, 70), ((64, 64), (100, 300), (500, 64)))))
-def test_a_grid_has_as_many_squares_as_asked_for_all_inside(count: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("count", "size"), list(product((1, 20, 70), ((64, 64), (100, 300), (500, 64))))
+)
+def test_a_grid_has_as_many_squares_as_asked_for_all_inside(
+    count: int, size: tuple[int, int]
+) -> None:
     corners = photos._grid(*size, 64, count)
     assert len(corners) == count
     assert all(0 <= top <= size[0] - 64 and 0 <= left <= size[1] - 64 for top, left in corners)

@@ -10,11 +10,11 @@ import torch
 from made_files import PNG, write_files
 from torch.utils.data import Dataset
 
-from patchmine.data.combine import DatasetSource
 from patchmine.data.inspect import inspect
 from patchmine.data.loader import data_statistics
 from patchmine.data.sampling import changed_stamps, content_stamps, spread_indices
-from patchmine.data.source import open_source
+from patchmine.data.sources.combine import DatasetSource
+from patchmine.data.sources.source import open_source
 
 
 class BlackAndWhiteInTurn(Dataset[torch.Tensor]):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from made_files import write_files
 
-from patchmine.data.contract import key_of
-from patchmine.data.decode import DecodeError
-from patchmine.data.series import frames_of
-from patchmine.data.video import frames_in
-from patchmine.data.video_sources import open_videos
+from patchmine.data.decoding.decode import DecodeError
+from patchmine.data.decoding.video import frames_in
+from patchmine.data.sources.contract import key_of
+from patchmine.data.sources.series import frames_of
+from patchmine.data.sources.video_sources import open_videos
 from patchmine.errors import UserError
 
 
@@ -35,7 +35,11 @@ def test_what_was_worked_out_from_the_frames_is_left_out(names: list[str], kept:
     assert len(frames) == 4
     assert len(others) == len(names) - 4
     assert sorted(frames + others) == sorted(names)
-    assert not any(word in name for name in frames for word in ("flow", "depth", "mask", "seg", "normals", "er.")), kept
+    assert not any(
+        word in name
+        for name in frames
+        for word in ("flow", "depth", "mask", "seg", "normals", "er.")
+    ), kept
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,11 @@ def test_what_was_worked_out_from_the_frames_is_left_out(names: list[str], kept:
         ["0001.jpg", "0002.png", "0003.JPG"],
         ["a.jpg", "b.jpg", "cover.png"],
         ["3f2a.jpg", "bc91.jpg", "0d.jpg"],
-        [f"2024-01-01T10.{minute:02d}.{second:02d}.jpg" for minute in range(3) for second in range(3)],
+        [
+            f"2024-01-01T10.{minute:02d}.{second:02d}.jpg"
+            for minute in range(3)
+            for second in range(3)
+        ],
         [*numbered("part1_{:d}.jpg"), "part2_9.jpg"],
         numbered("flow_{:d}.jpg"),  # a folder of nothing but flow is what a person asked for
         ["only.jpg"],
@@ -69,14 +77,20 @@ def test_one_video_keeps_all_its_frames(names: list[str]) -> None:
     ids=lambda names: names[0],
 )
 def test_several_videos_in_a_folder_are_refused(names: list[str]) -> None:
-    with pytest.raises(DecodeError, match=r"holds several series of frames \(.*, .*\): keep those of one video"):
+    with pytest.raises(
+        DecodeError, match=r"holds several series of frames \(.*, .*\): keep those of one video"
+    ):
         frames_of(names)
 
 
 def test_a_frame_folder_beside_flow_is_a_video_of_its_frames(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "in/run/a", *numbered("img_{:d}.jpg", "flow_x_{:d}.jpg", "flow_y_{:d}.jpg"))
+    folder = write_files(
+        tmp_path / "in/run/a", *numbered("img_{:d}.jpg", "flow_x_{:d}.jpg", "flow_y_{:d}.jpg")
+    )
     source = open_videos(tmp_path / "in")
-    assert [Path(path).name for path in source.read(0).paths] == [f"img_{number}.jpg" for number in (1, 2, 3, 4)]
+    assert [Path(path).name for path in source.read(0).paths] == [
+        f"img_{number}.jpg" for number in (1, 2, 3, 4)
+    ]
     assert "images of another series than the frames': 8, as run/a/flow_x_1.jpg" in source.notes[0]  # type: ignore[attr-defined]
     assert frames_in(str(folder)).paths == source.read(0).paths
     (tmp_path / "list.txt").write_text("in/run/a\n")
@@ -99,4 +113,9 @@ def test_chosen_endings_choose_a_series(tmp_path: Path) -> None:
     write_files(tmp_path / "a", *numbered("{:d}.jpg", "{:d}.png"))
     source = open_videos(f"{tmp_path}::png")
     assert [key_of(source, index) for index in range(len(source))] == ["a"]
-    assert [Path(path).name for path in source.read(0).paths] == ["1.png", "2.png", "3.png", "4.png"]
+    assert [Path(path).name for path in source.read(0).paths] == [
+        "1.png",
+        "2.png",
+        "3.png",
+        "4.png",
+    ]

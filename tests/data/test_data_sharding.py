@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from patchmine.data import sharding
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.contract import Source, key_of, notes_of
-from patchmine.data.decode import decode
+from patchmine.data.decoding.decode import decode
 from patchmine.data.loader import train_batches
 from patchmine.data.sharding import write_shards
-from patchmine.data.source import open_source
-from patchmine.data.views import TrainView
+from patchmine.data.sources.contract import Source, key_of, notes_of
+from patchmine.data.sources.source import open_source
+from patchmine.data.views.images import TrainView
 from patchmine.errors import UserError
 from patchmine.types import Batch
 
@@ -52,7 +52,9 @@ def test_the_same_images_make_the_same_bytes(image_folder: Path, tmp_path: Path)
     assert first == second
 
 
-def test_names_that_tar_readers_would_confuse_stay_apart(image_folder: Path, tmp_path: Path) -> None:
+def test_names_that_tar_readers_would_confuse_stay_apart(
+    image_folder: Path, tmp_path: Path
+) -> None:
     jpeg, png = (image_folder / "circle" / name for name in ("0000.jpg", "0001.png"))
     (tmp_path / "in").mkdir()
     for number, name in enumerate(("a.jpg", "a.png", "a.v1.jpg", "a.v2.jpg", "b.c/d.png", "ü.png")):
@@ -64,8 +66,12 @@ def test_names_that_tar_readers_would_confuse_stay_apart(image_folder: Path, tmp
     source = open_source(tmp_path / "in")
     write_shards(source, tmp_path / "out")
     again = open_source(tmp_path / "out")
-    assert [key_of(again, i) for i in range(len(again))] == [key_of(source, i) for i in range(len(source))]
-    assert [again.read(i) for i in range(len(again))] == [source.read(i) for i in range(len(source))]
+    assert [key_of(again, i) for i in range(len(again))] == [
+        key_of(source, i) for i in range(len(source))
+    ]
+    assert [again.read(i) for i in range(len(again))] == [
+        source.read(i) for i in range(len(source))
+    ]
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as archive:
         stems = [Path(name).name.split(".")[0] for name in archive.getnames()]
     assert len(set(stems)) == len(source)
@@ -122,7 +128,12 @@ class Numbers(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         array = np.full((8, 10, 3), index, np.uint8)
-        kinds = [array, torch.from_numpy(array).permute(2, 0, 1), Image.fromarray(array), array[:, :, 0] / 4]
+        kinds = [
+            array,
+            torch.from_numpy(array).permute(2, 0, 1),
+            Image.fromarray(array),
+            array[:, :, 0] / 4,
+        ]
         return kinds[index], index % 2
 
 
@@ -130,7 +141,9 @@ def test_pixels_are_written_without_loss(tmp_path: Path) -> None:
     write_shards(open_source(Numbers()), tmp_path / "out")
     again = open_source(tmp_path / "out")
     for index, channels in enumerate((3, 3, 3, 1)):
-        assert torch.equal(decode(again.read(index), channels), decode(Numbers()[index][0], channels))
+        assert torch.equal(
+            decode(again.read(index), channels), decode(Numbers()[index][0], channels)
+        )
     labels = again.labels()
     assert labels is not None
     assert [labels.names[i] for i in labels.ids] == ["zero", "one", "zero", "one"]
@@ -167,7 +180,9 @@ def test_earlier_work_stays_and_half_work_never_appears(
     assert list(tmp_path.iterdir()) == [tmp_path / "full"]
 
 
-def test_training_sees_the_same_batches_from_shards_as_from_the_folder(image_folder: Path, tmp_path: Path) -> None:
+def test_training_sees_the_same_batches_from_shards_as_from_the_folder(
+    image_folder: Path, tmp_path: Path
+) -> None:
     write_shards(open_source(image_folder), tmp_path / "out", shard_size=40_000)
 
     def batches(spec: Path) -> list[Batch]:
@@ -191,7 +206,16 @@ def test_training_sees_the_same_batches_from_shards_as_from_the_folder(image_fol
 
 
 AWKWARD = (
-    *("a.jpg", "a.png", "a.JPG", "scan.0001.jpg", "scan.0002.jpg", "b/k.left.jpg", "b/k.right.jpg", "b/k_left.jpg"),
+    *(
+        "a.jpg",
+        "a.png",
+        "a.JPG",
+        "scan.0001.jpg",
+        "scan.0002.jpg",
+        "b/k.left.jpg",
+        "b/k.right.jpg",
+        "b/k_left.jpg",
+    ),
     *(
         "caf\udce9.jpg",
         "line\nbreak.png",
@@ -209,7 +233,9 @@ def names_and_contents(source: Source) -> list[tuple[str, bytes]]:
 
 
 def test_a_round_trip_keeps_every_item_name_and_class(tmp_path: Path) -> None:
-    folder = write_files(tmp_path / "in", *(f"{part}/{name}" for part in ("cr\udce8me", "tea") for name in AWKWARD))
+    folder = write_files(
+        tmp_path / "in", *(f"{part}/{name}" for part in ("cr\udce8me", "tea") for name in AWKWARD)
+    )
     source = open_source(folder)
     done = write_shards(source, tmp_path / "out", shard_size=20_000)
     again = open_source(tmp_path / "out")
@@ -231,7 +257,11 @@ def test_repeated_hidden_and_outside_names_survive_too(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
         for number in range(3):
             add(archive, "same.jpg", JPEG + b"%d" % number)
-    listed = [f"{tmp_path}/elsewhere/.cache/x.jpg", "../elsewhere/.cache/y.jpg", "../elsewhere/.cache/y.jpg"]
+    listed = [
+        f"{tmp_path}/elsewhere/.cache/x.jpg",
+        "../elsewhere/.cache/y.jpg",
+        "../elsewhere/.cache/y.jpg",
+    ]
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "l.txt").write_text("\n".join(listed))
     source = open_source([tmp_path / "lists" / "l.txt", tmp_path / "twice.tar"])
@@ -278,7 +308,9 @@ def test_a_folder_that_stands_beside_is_never_removed(image_folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "link"])
-def test_a_place_that_cannot_take_shards_is_explained(image_folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_place_that_cannot_take_shards_is_explained(
+    image_folder: Path, tmp_path: Path, name: str
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"out=.*(there is something already|cannot be written .*)"):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchmine.data import index, shards
-from patchmine.data.shards import ShardSource, open_shards
+from patchmine.data.sources import index, shards
+from patchmine.data.sources.shards import ShardSource, open_shards
 from patchmine.errors import UserError
 
 
@@ -39,9 +39,15 @@ def pair(tmp_path: Path) -> list[Path]:
     members = [
         part
         for number in range(7)
-        for part in [(f"{number:03d}.jpg", image(number)), (f"{number:03d}.cls", b"dog\n" if number % 2 else b"cat")]
+        for part in [
+            (f"{number:03d}.jpg", image(number)),
+            (f"{number:03d}.cls", b"dog\n" if number % 2 else b"cat"),
+        ]
     ]
-    return [write_tar(tmp_path / "a.tar", *members[:8]), write_tar(tmp_path / "b.tar", *members[8:])]
+    return [
+        write_tar(tmp_path / "a.tar", *members[:8]),
+        write_tar(tmp_path / "b.tar", *members[8:]),
+    ]
 
 
 def items(source: ShardSource) -> list[bytes]:
@@ -51,7 +57,12 @@ def items(source: ShardSource) -> list[bytes]:
 def test_images_and_labels_from_any_place(pair: list[Path]) -> None:
     source = open_shards(pair, "x", None)
     assert len(source) == 7
-    assert [source.read(index) for index in (5, 0, 6, 3)] == [image(5), image(0), image(6), image(3)]
+    assert [source.read(index) for index in (5, 0, 6, 3)] == [
+        image(5),
+        image(0),
+        image(6),
+        image(3),
+    ]
     assert source.path(5) == f"{pair[1]}:005.jpg"
     labels = source.labels()
     assert labels is not None
@@ -75,7 +86,12 @@ def test_what_belongs_together_and_what_does_not_count(tmp_path: Path) -> None:
     )
     source = open_shards([file], "x", None)
     assert items(source) == [b"mask", b"one", b"two", b"three"]
-    assert [source.key(index) for index in range(4)] == ["cat/1.mask.png", "cat/1.jpg", "dog.v1/1.JPEG", long_name]
+    assert [source.key(index) for index in range(4)] == [
+        "cat/1.mask.png",
+        "cat/1.jpg",
+        "dog.v1/1.JPEG",
+        long_name,
+    ]
     assert source.notes == (
         "data=x: 1 image is an item beside another of its key (cat/1.mask.png beside cat/1.jpg); to leave such out "
         "name the endings that count, as in data=x::jpg",
@@ -88,12 +104,18 @@ def test_what_belongs_together_and_what_does_not_count(tmp_path: Path) -> None:
 
 def test_labels_in_json(tmp_path: Path) -> None:
     file = write_tar(
-        tmp_path / "a.tar", ("1.json", b'{"label": 3}'), ("1.jpg", b"x"), ("2.jpg", b"y"), ("2.cls", b"20")
+        tmp_path / "a.tar",
+        ("1.json", b'{"label": 3}'),
+        ("1.jpg", b"x"),
+        ("2.jpg", b"y"),
+        ("2.cls", b"20"),
     )
     labels = open_shards([file], "x", None).labels()
     assert labels is not None
     assert labels.names == ["3", "20"]
-    bare = write_tar(tmp_path / "b.tar", ("1.jpg", b"x"), ("1.json", b'{"caption": "x"}'), ("2.jpg", b"y"))
+    bare = write_tar(
+        tmp_path / "b.tar", ("1.jpg", b"x"), ("1.json", b'{"caption": "x"}'), ("2.jpg", b"y")
+    )
     assert open_shards([bare], "x", None).labels() is None
     with pytest.raises(UserError, match=r"b.tar:1.jpg has no label, others have one"):
         open_shards([file, bare], "x", None).labels()
@@ -126,7 +148,9 @@ def test_open_files_do_not_travel(pair: list[Path], tmp_path: Path) -> None:
         assert items(pickle.loads(pickle.dumps(source))) == before
 
 
-def _read_back(source: ShardSource, order: list[int], answers: multiprocessing.SimpleQueue[list[bytes]]) -> None:
+def _read_back(
+    source: ShardSource, order: list[int], answers: multiprocessing.SimpleQueue[list[bytes]]
+) -> None:
     answers.put([source.read(index) for index in order])
 
 
@@ -151,7 +175,10 @@ def test_forked_processes_share_open_files_without_disturbing_each_other(pair: l
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MOST_OPEN", 2)
-    files = [write_tar(tmp_path / f"{number}.tar", (f"{number}.jpg", image(number))) for number in range(6)]
+    files = [
+        write_tar(tmp_path / f"{number}.tar", (f"{number}.jpg", image(number)))
+        for number in range(6)
+    ]
     source = open_shards(files, "x", None)
     assert items(source) == [image(number) for number in range(6)]
     links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
@@ -164,7 +191,12 @@ def test_a_cut_shard_is_named_and_its_whole_images_stay_usable(
 ) -> None:
     whole = open_shards(pair, "x", None)
     start = int(whole.index.columns["start"][kept_items])
-    for cut in (start - 512, start - 100, start, start + 50):  # before and in the header, before and in the data
+    for cut in (
+        start - 512,
+        start - 100,
+        start,
+        start + 50,
+    ):  # before and in the header, before and in the data
         data = pair[0].read_bytes()
         damaged = pair[0].with_name("cut.tar")
         damaged.write_bytes(data[:cut])
@@ -219,7 +251,9 @@ def test_wrong_shards_are_explained(tmp_path: Path) -> None:
         open_shards([text], "x", None)
     empty = tmp_path / "empty.tar"
     empty.touch()
-    with pytest.raises(UserError, match=rf"the shard {empty} was cut within its first header \(it has 0 bytes\)"):
+    with pytest.raises(
+        UserError, match=rf"the shard {empty} was cut within its first header \(it has 0 bytes\)"
+    ):
         open_shards([empty], "x", None)
     with pytest.raises(UserError, match=r"the shard .*gone\.tar cannot be read"):
         open_shards([tmp_path / "gone.tar"], "x", None)
@@ -229,6 +263,7 @@ def test_wrong_shards_are_explained(tmp_path: Path) -> None:
     whole = write_tar(tmp_path / "whole.tar", ("1.jpg", image(1)))
     whole.write_bytes(whole.read_bytes()[:700])
     with pytest.raises(
-        UserError, match=r"no whole image in 1 shard: the shard .*whole\.tar was cut in the middle of 1\.jpg"
+        UserError,
+        match=r"no whole image in 1 shard: the shard .*whole\.tar was cut in the middle of 1\.jpg",
     ):
         open_shards([whole], "x", None)

@@ -13,10 +13,10 @@ import torch
 from made_files import write_tar
 from torch.utils.data import Dataset, IterableDataset
 
-from patchmine.data.contract import IMAGES, ClassNames, Labels, Source, key_of
+from patchmine.data.decoding.video import VIDEOS
 from patchmine.data.sharding import write_shards
-from patchmine.data.source import default_cache_dir, open_source
-from patchmine.data.video import VIDEOS
+from patchmine.data.sources.contract import IMAGES, ClassNames, Labels, Source, key_of
+from patchmine.data.sources.source import default_cache_dir, open_source
 from patchmine.errors import UserError
 
 
@@ -24,7 +24,9 @@ def contents(source: Source) -> list[Any]:
     return [source.read(index) for index in range(len(source))]
 
 
-def test_one_set_of_images_in_every_form(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_set_of_images_in_every_form(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = open_source(str(image_folder))
     shards = tmp_path / "shards"
     write_shards(folder, shards, shard_size=40_000)
@@ -33,19 +35,32 @@ def test_one_set_of_images_in_every_form(image_folder: Path, tmp_path: Path, mon
     list_file = tmp_path / "list.txt"
     list_file.write_text("".join(f"{folder.path(i)}\n" for i in range(len(folder))))
     monkeypatch.chdir(tmp_path)
-    specs = [image_folder, list_file, shards, "shards", "shards/*.tar", f"shards/shard-{{000000..{count - 1:06d}}}.tar"]
+    specs = [
+        image_folder,
+        list_file,
+        shards,
+        "shards",
+        "shards/*.tar",
+        f"shards/shard-{{000000..{count - 1:06d}}}.tar",
+    ]
     for spec in [*specs, sorted(shards.iterdir()), [list_file]]:
         assert contents(open_source(spec)) == contents(folder), spec
     assert open_source("shards").name == "shards"
     assert open_source(folder) is folder
 
 
-def test_indices_of_every_form_are_kept_in_the_cache_folder(image_folder: Path, tmp_path: Path) -> None:
+def test_indices_of_every_form_are_kept_in_the_cache_folder(
+    image_folder: Path, tmp_path: Path
+) -> None:
     write_shards(open_source(image_folder), tmp_path / "shards")
     (tmp_path / "list.txt").write_text(f"{image_folder / 'circle' / '0000.jpg'}\n")
     for spec in (image_folder, tmp_path / "shards", tmp_path / "list.txt"):
         open_source(spec, cache_dir=tmp_path / "cache")
-    assert sorted(file.name.split("-")[0] for file in (tmp_path / "cache").iterdir()) == ["folder", "list", "shards"]
+    assert sorted(file.name.split("-")[0] for file in (tmp_path / "cache").iterdir()) == [
+        "folder",
+        "list",
+        "shards",
+    ]
 
 
 def test_the_cache_folder_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +133,10 @@ def test_torch_datasets() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("imagse", r"data=imagse: there is no such file or folder \(did you mean images\?\); give a folder of images"),
+        (
+            "imagse",
+            r"data=imagse: there is no such file or folder \(did you mean images\?\); give a folder of images",
+        ),
         (
             "images/nothing",
             r"no image and no tar shard in this folder; files that count end in \.jpg, .* or \.tar; videos",
@@ -126,15 +144,23 @@ def test_torch_datasets() -> None:
         ("images/1.jpg", r"this is a single image; give the folder"),
         ("images/x.zip", r"a file that ends in \.zip is no source of images; give a folder"),
         ("images/*.jpg", r"a pattern may name tar shards only, but images/1\.jpg is none"),
-        ("images/s-{00..02}.tar", r"the shard images/s-00\.tar cannot be read \(No such file or directory\)"),
+        (
+            "images/s-{00..02}.tar",
+            r"the shard images/s-00\.tar cannot be read \(No such file or directory\)",
+        ),
         ("images/*.tar", r"there is no such file or folder"),
         ([], r"name at least one source"),
         ("", r"data= is empty; give a folder of images, .*\(data=\. is the current folder\)"),
-        ("https://host/x.tar", r"data=https://host/x\.tar: this is no place on a disk; fetch or mount"),
+        (
+            "https://host/x.tar",
+            r"data=https://host/x\.tar: this is no place on a disk; fetch or mount",
+        ),
         (7, r"data=7: a int is no source of images"),
     ],
 )
-def test_a_wrong_source_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: Any, message: str) -> None:
+def test_a_wrong_source_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: Any, message: str
+) -> None:
     (tmp_path / "images" / "nothing").mkdir(parents=True)
     for name in ("1.jpg", "x.zip"):
         (tmp_path / "images" / name).touch()
@@ -146,7 +172,9 @@ def test_a_wrong_source_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_classes_are_numbered_as_another_set_has_them() -> None:
     labels = Labels(np.array([1, 0, 1]), ["bee", "cow"])
     assert labels.numbered_as(["ant", "bee", "cow"]).tolist() == [2, 1, 2]
-    with pytest.raises(UserError, match=r"the class 'bee' \(1 such\) is not among the 2 known ones"):
+    with pytest.raises(
+        UserError, match=r"the class 'bee' \(1 such\) is not among the 2 known ones"
+    ):
         labels.numbered_as(["ant", "cow"])
 
 
@@ -174,7 +202,9 @@ def test_no_classes_at_all() -> None:
         ("loop", r"cannot be opened"),
         ("x.parquet", r"a file that ends in \.parquet is no source of images"),
     ],
-    ids=lambda text: text[:20].encode("ascii", "backslashreplace").decode() if isinstance(text, str) else None,
+    ids=lambda text: (
+        text[:20].encode("ascii", "backslashreplace").decode() if isinstance(text, str) else None
+    ),
 )
 def test_what_cannot_be_a_source_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str
@@ -219,12 +249,16 @@ def test_packed_archives_are_refused_with_what_unpacks_them(tmp_path: Path, patt
     write_tar(tmp_path / "s-0.tar", "1.jpg")
     (tmp_path / "s-0.tar.gz").write_bytes(gzip.compress((tmp_path / "s-0.tar").read_bytes()))
     (tmp_path / "s-0.tar").unlink()
-    with pytest.raises(UserError, match=r"s-0.tar.gz is packed with gzip, .*: unpack it with gunzip"):
+    with pytest.raises(
+        UserError, match=r"s-0.tar.gz is packed with gzip, .*: unpack it with gunzip"
+    ):
         open_source(f"{tmp_path}/{pattern}")
 
 
 class Wrong(Bare):
-    """A dataset of the user's with a mistake in it: what it gives for its length, its items, its classes."""
+    """A dataset of the user's with a mistake in it: what it gives for its length, its items, its
+    classes.
+    """
 
     def __init__(self, length: Any = 3, item: Any = (b"", 0), **facts: Any) -> None:
         self.length, self.item = length, item
@@ -246,12 +280,21 @@ class Wrong(Bare):
     [
         (Wrong(0), "data=Wrong: the dataset has no items"),
         (Wrong(-1), "data=Wrong: its length cannot be read"),
-        (Wrong(RuntimeError("not downloaded")), r"data=Wrong: its length cannot be read \(not downloaded\)"),
+        (
+            Wrong(RuntimeError("not downloaded")),
+            r"data=Wrong: its length cannot be read \(not downloaded\)",
+        ),
         (Wrong(item=KeyError("3.jpg")), r"data=Wrong: the classes cannot be read \('3.jpg'\)"),
         (Wrong(targets=[0, 1]), "data=Wrong: the classes must be 3 whole numbers"),
         (Wrong(targets=[[0], [1, 2], []]), "data=Wrong: the classes cannot be read"),
-        (Wrong(targets=[0, 1, 7], classes=["a", "b"]), "data=Wrong: the classes are 0 to 7, and there are 2 names"),
-        (Wrong(targets=[0, 1, -1], classes=["a", "b"]), "data=Wrong: the classes are -1 to 1, and there are 2 names"),
+        (
+            Wrong(targets=[0, 1, 7], classes=["a", "b"]),
+            "data=Wrong: the classes are 0 to 7, and there are 2 names",
+        ),
+        (
+            Wrong(targets=[0, 1, -1], classes=["a", "b"]),
+            "data=Wrong: the classes are -1 to 1, and there are 2 names",
+        ),
     ],
 )
 def test_a_mistake_in_a_dataset_is_one_sentence(dataset: Wrong, message: str) -> None:

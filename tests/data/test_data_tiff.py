@@ -1,4 +1,6 @@
-"""Which pages of a TIFF are the image: `probe` and `decode` answer alike, by the table in docs/data.md."""
+"""Which pages of a TIFF are the image: `probe` and `decode` answer alike, by the table in
+docs/data.md.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from patchmine.data.decode import DecodeError, decode, probe
+from patchmine.data.decoding.decode import DecodeError, decode, probe
 
 tifffile = pytest.importorskip("tifffile")
 HEIGHT, WIDTH = 20, 24
@@ -46,13 +48,17 @@ def holds(data: bytes, expected: NDArray[Any]) -> bool:
     image = decode(data, channels)
     assert probe(data)[:3] == (height, width, channels) == (*image.shape[1:], image.shape[0])
     wrong = channels + 5
-    with pytest.raises(DecodeError, match=f"has {channels} channels? where .* {wrong}; set channels={channels}$"):
+    with pytest.raises(
+        DecodeError, match=f"has {channels} channels? where .* {wrong}; set channels={channels}$"
+    ):
         decode(data, wrong)
     return bool(np.array_equal(image, decode(np.ascontiguousarray(expected), channels)))
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int8, np.float32, np.float64, bool])
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.uint16, np.int16, np.int8, np.float32, np.float64, bool]
+)
 @pytest.mark.parametrize("pages", [2, 3, 5])
 def test_grey_pages_are_channels(pages: int, dtype: Any, compression: str | None) -> None:
     stack = values(pages, dtype=dtype)
@@ -65,7 +71,9 @@ def test_grey_pages_are_channels(pages: int, dtype: Any, compression: str | None
 def test_a_stack_is_refused_as_interleaved_channels_are() -> None:
     data = written(values(5))
     for wrong in (1, 3):
-        with pytest.raises(DecodeError, match=f"has 5 channels where the run expects {wrong}; set channels=5$"):
+        with pytest.raises(
+            DecodeError, match=f"has 5 channels where the run expects {wrong}; set channels=5$"
+        ):
             decode(data, wrong)
     with pytest.raises(DecodeError, match="set channels=4"):
         decode(written(values(4)), 3)  # the fourth of four pages is no alpha
@@ -98,7 +106,9 @@ def test_pages_of_several_samples_are_pictures_by_themselves() -> None:
     assert holds(file.getvalue(), np.asarray(first.convert("RGB")).transpose(2, 0, 1))
     with_alpha = Image.fromarray(palette[0]).convert("LA")
     file = io.BytesIO()
-    with_alpha.save(file, "TIFF", save_all=True, append_images=[Image.fromarray(page) for page in palette])
+    with_alpha.save(
+        file, "TIFF", save_all=True, append_images=[Image.fromarray(page) for page in palette]
+    )
     assert probe(file.getvalue())[2] == 2
     assert np.array_equal(decode(file.getvalue(), 1)[0], palette[0])
 
@@ -126,7 +136,10 @@ def test_reduced_pages_and_pages_of_other_sizes_are_no_channels() -> None:
         [(full, {"tile": (16, 16), "subifds": 1}), (small, reduced | {"tile": (16, 16)})],
     ):
         assert holds(paged(*pages), full[None])
-    assert holds(paged((full, {}), (small, reduced), (other, {}), (small // 2, reduced)), np.stack([full, other]))
+    assert holds(
+        paged((full, {}), (small, reduced), (other, {}), (small // 2, reduced)),
+        np.stack([full, other]),
+    )
 
 
 @pytest.mark.parametrize("axes", ["ZCYX", "TCYX", "TZCYX", "CYX", "ZYX", "TYX"])
@@ -159,13 +172,18 @@ def test_ome_and_tifffile_say_so_too(axes: str, ome: bool) -> None:
 )
 def test_a_description_that_lies_leaves_the_pages(description: str) -> None:
     stack = values(3)
-    pages = [(page, {"description": description if not number else None}) for number, page in enumerate(stack)]
+    pages = [
+        (page, {"description": description if not number else None})
+        for number, page in enumerate(stack)
+    ]
     assert holds(paged(*pages), stack)
 
 
 def test_white_that_is_zero_and_few_bits_fill_the_range() -> None:
     grey = values(dtype=np.uint16)
-    assert np.allclose(decode(written(grey, photometric="miniswhite"), 1)[0], 1 - grey / 65535, atol=1e-6)
+    assert np.allclose(
+        decode(written(grey, photometric="miniswhite"), 1)[0], 1 - grey / 65535, atol=1e-6
+    )
     few = values(dtype=np.uint16) * 16
     pytest.importorskip("imagecodecs")
     assert np.allclose(decode(written(few, bitspersample=12), 1)[0], few / 4095, atol=1e-4)
@@ -173,7 +191,9 @@ def test_white_that_is_zero_and_few_bits_fill_the_range() -> None:
 
 @pytest.mark.parametrize("compression", [5, 50000, 34712], ids=["LZW", "Zstandard", "JPEG 2000"])
 def test_a_missing_codec_is_a_sentence(compression: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = patched(written(values(3, dtype=np.uint16).transpose(1, 2, 0), photometric="rgb"), 259, compression)
+    data = patched(
+        written(values(3, dtype=np.uint16).transpose(1, 2, 0), photometric="rgb"), 259, compression
+    )
     for name in [name for name in sys.modules if name.split(".")[0] == "tifffile"]:
         monkeypatch.delitem(sys.modules, name)  # so that it is imported anew, without
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
@@ -198,13 +218,17 @@ def patched(data: bytes, tag: int, value: int) -> bytes:
 
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
-@pytest.mark.parametrize(("tag", "value"), [(257, 1 << 31), (257, 100_000), (256, 1 << 20), (278, 1), (273, 1 << 30)])
+@pytest.mark.parametrize(
+    ("tag", "value"), [(257, 1 << 31), (257, 100_000), (256, 1 << 20), (278, 1), (273, 1 << 30)]
+)
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_sizes_that_the_file_cannot_hold_are_refused_at_once(
     tag: int, value: int, dtype: Any, compression: str | None
 ) -> None:
     image = values(3, dtype=dtype).transpose(1, 2, 0)
-    data = patched(written(image, photometric="rgb", compression=compression, rowsperstrip=20), tag, value)
+    data = patched(
+        written(image, photometric="rgb", compression=compression, rowsperstrip=20), tag, value
+    )
     with pytest.raises(DecodeError, match=r"max_pixels|truncated|damaged|cannot be read"):
         decode(data, 3)
 
@@ -248,7 +272,9 @@ def test_four_grey_samples_are_bands_and_no_alpha() -> None:
 
 
 @pytest.mark.parametrize("compression", ["webp", "zstd", "lzma"])
-def test_codecs_that_pil_may_lack_are_read_by_tifffile(compression: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_codecs_that_pil_may_lack_are_read_by_tifffile(
+    compression: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("imagecodecs")
     image = values(3).transpose(1, 2, 0)
     options = {"level": 101} if compression == "webp" else {}  # lossless

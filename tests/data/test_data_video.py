@@ -1,4 +1,6 @@
-"""Videos are read frame by number, the same by either decoder; damaged ones are told in one sentence."""
+"""Videos are read frame by number, the same by either decoder; damaged ones are told in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,21 @@ import pytest
 import torch
 from PIL import Image
 
-from patchmine.data import video, video_pyav, video_torchcodec
-from patchmine.data.decode import MAX_PIXELS, DecodeError
-from patchmine.data.orientation import upright_tensor
-from patchmine.data.video import FrameFiles, VideoFile, VideoReader, backend_name, fit_frames, frames_in, open_video
-from patchmine.data.video_matrix import of_file
-from patchmine.data.video_pyav import PyAVReader
-from patchmine.data.video_torchcodec import TorchcodecReader, check_frames
+from patchmine.data.decoding import video, video_pyav, video_torchcodec
+from patchmine.data.decoding.decode import MAX_PIXELS, DecodeError
+from patchmine.data.decoding.orientation import upright_tensor
+from patchmine.data.decoding.video import (
+    FrameFiles,
+    VideoFile,
+    VideoReader,
+    backend_name,
+    fit_frames,
+    frames_in,
+    open_video,
+)
+from patchmine.data.decoding.video_matrix import of_file
+from patchmine.data.decoding.video_pyav import PyAVReader
+from patchmine.data.decoding.video_torchcodec import TorchcodecReader, check_frames
 from patchmine.errors import UserError
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64
@@ -48,7 +58,12 @@ def write(av: Any) -> Callable[..., Path]:
     """Encodes frames; ``times`` are their numbers on a clock of 25 a second."""
 
     def write(
-        path: Path, frames: np.ndarray, *, codec: str = "libx264", times: Sequence[int] | None = None, **options: str
+        path: Path,
+        frames: np.ndarray,
+        *,
+        codec: str = "libx264",
+        times: Sequence[int] | None = None,
+        **options: str,
     ) -> Path:
         with av.open(str(path), "w", options=options) as container:
             stream = container.add_stream(codec, rate=25, options={"g": "12", "bf": "2"})
@@ -65,7 +80,9 @@ def write(av: Any) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory, write: Callable[..., Path], pictures: np.ndarray) -> Path:
+def clip(
+    tmp_path_factory: pytest.TempPathFactory, write: Callable[..., Path], pictures: np.ndarray
+) -> Path:
     """40 frames in MP4, a key frame every 12, its table of contents in front."""
     return write(tmp_path_factory.mktemp("video") / "clip.mp4", pictures, movflags="faststart")
 
@@ -111,8 +128,13 @@ def test_uneven_times_leave_the_numbers_of_frames_as_they_are(
 def test_both_decoders_give_the_same_frames(clip: Path) -> None:
     needs_torchcodec()
     wanted = [39, 0, 14, 14, 27]
-    assert torch.equal(TorchcodecReader(str(clip)).frames(wanted), PyAVReader(str(clip)).frames(wanted))
-    assert torch.equal(TorchcodecReader(clip.read_bytes()).frames(wanted), PyAVReader(clip.read_bytes()).frames(wanted))
+    assert torch.equal(
+        TorchcodecReader(str(clip)).frames(wanted), PyAVReader(str(clip)).frames(wanted)
+    )
+    assert torch.equal(
+        TorchcodecReader(clip.read_bytes()).frames(wanted),
+        PyAVReader(clip.read_bytes()).frames(wanted),
+    )
 
 
 def test_the_shared_clips_decode_alike_with_both(shared: Path, tmp_path: Path, av: Any) -> None:
@@ -144,7 +166,9 @@ def with_matrix(data: bytes, orientation: int, *, of_film: bool = False) -> byte
     def matrix(a: int, b: int, c: int, d: int) -> bytes:
         return np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
 
-    place = (data.index if of_film else data.rindex)(matrix(1, 0, 0, 1))  # the film's header comes first
+    place = (data.index if of_film else data.rindex)(
+        matrix(1, 0, 0, 1)
+    )  # the film's header comes first
     return data[:place] + matrix(*MATRICES[orientation]) + data[place + 36 :]
 
 
@@ -191,7 +215,8 @@ def test_matroska_that_may_mirror_goes_to_pyav(
     assert of_file(data[:600] + b"\x76\x70" + data[600:]) is None
 
 
-# Bounds ---------------------------------------------------------------------------------------------------------------
+# Bounds
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
@@ -200,7 +225,8 @@ def test_frames_are_held_to_max_pixels(decoder: str, clip: Path) -> None:
         needs_torchcodec()
     kind: Any = TorchcodecReader if decoder == "torchcodec" else PyAVReader
     with pytest.raises(
-        DecodeError, match=f"max_pixels={HEIGHT * WIDTH - 1} allows; set max_pixels={HEIGHT * WIDTH} or"
+        DecodeError,
+        match=f"max_pixels={HEIGHT * WIDTH - 1} allows; set max_pixels={HEIGHT * WIDTH} or",
     ):
         kind(str(clip), max_pixels=HEIGHT * WIDTH - 1)
     assert kind(str(clip), max_pixels=HEIGHT * WIDTH).frames([0]).shape == (1, 3, HEIGHT, WIDTH)
@@ -208,8 +234,12 @@ def test_frames_are_held_to_max_pixels(decoder: str, clip: Path) -> None:
         open_video(VideoFile(str(clip)), max_pixels=5)
 
 
-def test_a_frame_larger_than_the_header_says_is_not_decoded(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_pyav, "check_frames", lambda *_: None)  # a header that says nothing or lies
+def test_a_frame_larger_than_the_header_says_is_not_decoded(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        video_pyav, "check_frames", lambda *_: None
+    )  # a header that says nothing or lies
     with pytest.raises(DecodeError, match="stops decoding before frame 0"):
         PyAVReader(str(clip), max_pixels=1000).frames([0])
 
@@ -258,7 +288,9 @@ def test_the_index_of_a_file_is_made_once(clip: Path, monkeypatch: pytest.Monkey
     assert torch.equal(first.frames([7]), again.frames([7]))
 
 
-def test_large_files_go_to_the_decoder_that_remembers_them(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_go_to_the_decoder_that_remembers_them(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs_torchcodec()
     expected = open_video(VideoFile(str(clip))).frames([30, 3])
     monkeypatch.setattr(video, "LARGE", 1)
@@ -267,7 +299,9 @@ def test_large_files_go_to_the_decoder_that_remembers_them(clip: Path, monkeypat
     assert torch.equal(reader.frames([30, 3]), expected)
 
 
-def test_the_file_used_longest_ago_is_forgotten_first(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_used_longest_ago_is_forgotten_first(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(video_pyav, "_indices", type(video_pyav._indices)())
     monkeypatch.setattr(video_pyav, "MOST_FRAMES", 2 * FRAMES)
     for key in ("a", "b", "a", "c"):
@@ -293,7 +327,9 @@ def test_damaged_files_are_told_in_a_sentence(
         return str(error.value)
 
     assert complaint("empty.mp4", b"") == "is empty (0 bytes); fetch it again or remove it"
-    assert complaint("text.mp4", b"no video at all" * 20).startswith("cannot be opened as a video (")
+    assert complaint("text.mp4", b"no video at all" * 20).startswith(
+        "cannot be opened as a video ("
+    )
     assert complaint("half.mp4", data[: len(data) * 6 // 10]).startswith("stops ")
     holed = bytearray(data)
     middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
@@ -313,14 +349,18 @@ def _sound(av: Any) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
 
 
-def test_a_video_that_torchcodec_refuses_goes_on_with_pyav(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_that_torchcodec_refuses_goes_on_with_pyav(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs_torchcodec()
 
     def refuse(*_: object) -> torch.Tensor:
@@ -331,7 +371,9 @@ def test_a_video_that_torchcodec_refuses_goes_on_with_pyav(clip: Path, monkeypat
     assert torch.equal(open_video(VideoFile(str(clip))).frames([4]), expected)
 
 
-def test_without_any_decoder_both_ways_out_are_named(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_decoder_both_ways_out_are_named(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(video_torchcodec, "works", lambda: False)
     monkeypatch.setattr(video_pyav, "is_installed", lambda: False)
     backend_name.cache_clear()
@@ -362,7 +404,11 @@ def test_frames_in_files_come_in_counting_order(tmp_path: Path) -> None:
 def test_arrays_are_read_with_channels_first_or_last(pictures: np.ndarray) -> None:
     frames: list[VideoReader] = [
         open_video(raw)
-        for raw in (pictures, torch.from_numpy(pictures), np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+        for raw in (
+            pictures,
+            torch.from_numpy(pictures),
+            np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)),
+        )
     ]
     expected = torch.from_numpy(pictures).permute(0, 3, 1, 2)[[5, 1]]
     assert all(torch.equal(reader.frames([5, 1]), expected) for reader in frames)

@@ -10,19 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
-from patchmine.data import video_pyav, video_torchcodec
-from patchmine.data.clips import middle_frame
+from patchmine.data.decoding import video_pyav, video_torchcodec
+from patchmine.data.decoding.video import FrameFiles, VideoFile, backend_name, open_video
 from patchmine.data.inspect import inspect, render
 from patchmine.data.loader import data_statistics
-from patchmine.data.source import open_source
-from patchmine.data.video import FrameFiles, VideoFile, backend_name, open_video
-from patchmine.data.video_sources import decoder_of, open_videos
+from patchmine.data.sources.source import open_source
+from patchmine.data.sources.video_sources import decoder_of, open_videos
+from patchmine.data.views.clips import middle_frame
 from patchmine.errors import UserError
 
 
 def gif(path: Path, level: int, frames: int = 5) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    first, *rest = (Image.new("RGB", (16, 12), (level + number, level, 0)) for number in range(frames))
+    first, *rest = (
+        Image.new("RGB", (16, 12), (level + number, level, 0)) for number in range(frames)
+    )
     first.save(path, save_all=True, append_images=rest, duration=40)
     return path
 
@@ -83,14 +85,19 @@ def test_shards_hold_videos_with_their_classes(clips: Path, tmp_path: Path) -> N
     source = open_videos(tmp_path / "shard.tar")
     assert len(source) == 6
     assert source.labels().names == ["run", "walk"]
-    assert torch.equal(open_video(source.read(0)).frames([4]), open_video(VideoFile(f"{clips}/run/0.gif")).frames([4]))
+    assert torch.equal(
+        open_video(source.read(0)).frames([4]),
+        open_video(VideoFile(f"{clips}/run/0.gif")).frames([4]),
+    )
 
 
 def test_folders_of_frames_are_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in (("run/a", 11), ("run/b", 3), ("walk/c", 2)):
         (tmp_path / name).mkdir(parents=True)
         for number in range(count):
-            Image.new("RGB", (16, 12), (10 * number, 0, 0)).save(tmp_path / name / f"frame{number}.png")
+            Image.new("RGB", (16, 12), (10 * number, 0, 0)).save(
+                tmp_path / name / f"frame{number}.png"
+            )
     source = open_videos(tmp_path)
     assert [source.key(i) for i in range(3)] == ["run/a", "run/b", "walk/c"]
     assert source.labels().ids.tolist() == [0, 0, 1]
@@ -105,7 +112,9 @@ def test_folders_of_frames_are_videos(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_what_is_no_source_of_videos_is_answered_with_what_is(clips: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no video and no tar shard in this folder; files that count end in \.mp4"):
+    with pytest.raises(
+        UserError, match=r"no video and no tar shard in this folder; files that count end in \.mp4"
+    ):
         open_videos(tmp_path / "empty")
     with pytest.raises(UserError, match="this is a single video"):
         open_videos(clips / "run" / "0.gif")
@@ -113,7 +122,9 @@ def test_what_is_no_source_of_videos_is_answered_with_what_is(clips: Path, tmp_p
         open_videos(tmp_path / "gone")
 
 
-def test_videos_that_nothing_decodes_are_refused_before_any_work(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videos_that_nothing_decodes_are_refused_before_any_work(
+    clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(video_torchcodec, "works", lambda: False)
     monkeypatch.setattr(video_pyav, "is_installed", lambda: False)
     backend_name.cache_clear()

@@ -1,4 +1,6 @@
-"""Crops are drawn as torchvision draws them, pixels are resized as PIL resizes them, boxes say where they came from."""
+"""Crops are drawn as torchvision draws them, pixels are resized as PIL resizes them, boxes say
+where they came from.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
 
-from patchmine.data.decode import DecodeError
-from patchmine.data.views import PlainView, TrainView, View, crop_box, resize
+from patchmine.data.decoding.decode import DecodeError
+from patchmine.data.views.images import PlainView, TrainView, View, crop_box, resize
 from patchmine.errors import UserError
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -51,7 +53,9 @@ def generator(seed: int = 0) -> np.random.Generator:
 def test_the_fallback_is_torchvisions(height: int, width: int) -> None:
     """Shares of 1 ask for more area than fits in ten tries, so both end with the centred crop."""
     greedy = cast(np.random.Generator, Sequence([1.0] * 100))
-    expected = transforms.RandomResizedCrop.get_params(torch.zeros(1, height, width), [5.0, 5.0], list(RATIO))
+    expected = transforms.RandomResizedCrop.get_params(
+        torch.zeros(1, height, width), [5.0, 5.0], list(RATIO)
+    )
     assert crop_box(height, width, (5.0, 5.0), RATIO, greedy) == tuple(expected)
 
 
@@ -59,10 +63,15 @@ def test_crops_have_torchvisions_distribution() -> None:
     torch.manual_seed(0)
     rng, image = generator(), torch.zeros(1, 90, 200)
     ours = np.array([crop_box(90, 200, SCALE, RATIO, rng) for _ in range(4000)])
-    theirs = np.array([transforms.RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(4000)])
+    theirs = np.array(
+        [transforms.RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(4000)]
+    )
     for column in range(4):
         shared = np.sort(np.concatenate([ours[:, column], theirs[:, column]]))
-        below = [np.searchsorted(np.sort(part[:, column]), shared, side="right") / 4000 for part in (ours, theirs)]
+        below = [
+            np.searchsorted(np.sort(part[:, column]), shared, side="right") / 4000
+            for part in (ours, theirs)
+        ]
         assert np.abs(below[0] - below[1]).max() < 0.043  # Kolmogorov-Smirnov, p = 0.001
 
 
@@ -81,21 +90,29 @@ def test_the_whole_image_is_a_possible_crop() -> None:
 @pytest.mark.parametrize("size", [(64, 64), (32, 48), (200, 230)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("channels", [1, 3, 4, 9])
-def test_bytes_are_resized_as_pil_resizes_them(size: tuple[int, int], interpolation: str, channels: int) -> None:
+def test_bytes_are_resized_as_pil_resizes_them(
+    size: tuple[int, int], interpolation: str, channels: int
+) -> None:
     pixels = photo(channels=channels)
-    resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
+    resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[
+        interpolation
+    ]
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
     got = resize(image, size, interpolation)
     assert got.is_contiguous()
     for channel in range(channels):
-        expected = np.asarray(Image.fromarray(pixels[..., channel]).resize(size[::-1], resample)).astype(int)
+        expected = np.asarray(
+            Image.fromarray(pixels[..., channel]).resize(size[::-1], resample)
+        ).astype(int)
         difference = np.abs(got[channel].numpy().astype(int) - expected)
         assert difference.max() <= 2  # torch keeps weights in 16 bits, PIL in 32
         assert difference.mean() < 0.1
 
 
 def test_memory_layout_does_not_change_pixels() -> None:
-    """Decoders hand out pixels side by side, planes, crops of either, or one plane seen three times."""
+    """Decoders hand out pixels side by side, planes, crops of either, or one plane seen three
+    times.
+    """
     pixels = torch.from_numpy(photo())
     side_by_side, planes = pixels.permute(2, 0, 1), pixels.permute(2, 0, 1).contiguous()
     crops = [image[:, 10:90, 5:140] for image in (side_by_side, planes)]
@@ -122,7 +139,9 @@ def test_the_box_says_which_pixels_were_taken() -> None:
         top, left, height, width = crop_box(120, 160, SCALE, RATIO, rng)
         assert flip == (rng.random() < 0.5)
         assert torch.allclose(box, torch.tensor([top / 120, left / 160, height / 120, width / 160]))
-        crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(2, 0, 1)
+        crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy()).permute(
+            2, 0, 1
+        )
         assert torch.equal(got, resize(crop, (24, 32)))  # not mirrored: the device does that
         assert got.shape == (3, 24, 32)
         assert got.dtype == torch.uint8
@@ -134,7 +153,9 @@ def test_flip_is_a_probability(flip: float, expected: int) -> None:
     assert sum(view(photo(20, 20), 3, generator(seed))[2] for seed in range(50)) == expected
 
 
-@pytest.mark.parametrize(("height", "width"), [(120, 160), (160, 120), (100, 100), (33, 47), (20, 300)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(120, 160), (160, 120), (100, 100), (33, 47), (20, 300)]
+)
 def test_the_plain_view_is_resize_and_centre_crop(height: int, width: int) -> None:
     pixels = photo(height, width)
     got, box, flip = PlainView((28, 28))(pixels, 3, generator())
@@ -161,9 +182,13 @@ def test_the_plain_view_can_squash() -> None:
     assert box.tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("view", [TrainView((32, 32), smallest_side=16), PlainView((32, 32), smallest_side=16)])
+@pytest.mark.parametrize(
+    "view", [TrainView((32, 32), smallest_side=16), PlainView((32, 32), smallest_side=16)]
+)
 def test_an_image_smaller_than_a_patch_is_refused(view: View) -> None:
-    with pytest.raises(DecodeError, match=r"is 40x15 pixels, smaller than a patch of 16x16; .* patch_size"):
+    with pytest.raises(
+        DecodeError, match=r"is 40x15 pixels, smaller than a patch of 16x16; .* patch_size"
+    ):
         view(photo(15, 40), 3, generator())
     assert view(photo(16, 16), 3, generator())[0].shape == (3, 32, 32)
     assert pickle.loads(pickle.dumps(view)) == view

@@ -1,4 +1,6 @@
-"""A process that reads data and dies, hangs or fails on one item: what is said, and that the rest goes on."""
+"""A process that reads data and dies, hangs or fails on one item: what is said, and that the rest
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ import pytest
 
 from patchmine.data import workers as workers_module
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.bounds import DecodeError, missing
-from patchmine.data.contract import IMAGES, Labels
+from patchmine.data.decoding.bounds import DecodeError, missing
 from patchmine.data.loader import data_statistics, plain_batches, train_batches
-from patchmine.data.views import PlainView, TrainView
+from patchmine.data.sources.contract import IMAGES, Labels
+from patchmine.data.views.images import PlainView, TrainView
 from patchmine.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
@@ -91,7 +93,9 @@ def test_a_worker_that_dies_is_one_sentence(number: signal.Signals, words: str) 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_worker_that_does_not_answer_is_given_up_and_its_item_named() -> None:
-    with pytest.raises(UserError, match=r"reading folder/5\\n.png has taken more than read_timeout=0\.5 seconds"):
+    with pytest.raises(
+        UserError, match=r"reading folder/5\\n.png has taken more than read_timeout=0\.5 seconds"
+    ):
         train(Images(lambda: time.sleep(60)), read_timeout=0.5)
 
 
@@ -132,7 +136,9 @@ def test_a_missing_package_is_said_once_not_as_broken_files(tmp_path: Path) -> N
             raise DecodeError("is no image")
 
     bad = BadFiles(tmp_path / "bad_files.txt", 0.1)
-    with pytest.raises(UserError, match=r"images tried so far need a package .*: pip install pillow-heif$"):
+    with pytest.raises(
+        UserError, match=r"images tried so far need a package .*: pip install pillow-heif$"
+    ):
         train(Telephone(None), workers=0, bad=bad)
     with pytest.raises(UserError, match=r"none of the 16 items"):
         data_statistics(Telephone(None), 3)
@@ -148,10 +154,14 @@ def test_a_bad_list_that_cannot_be_written_does_not_end_a_run(tmp_path: Path) ->
         raise DecodeError("is no image")
 
     (tmp_path / "file").touch()
-    assert train(Images(fail), workers=0, bad=BadFiles(tmp_path / "file" / "bad_files.txt", 0.5)) == 8
+    assert (
+        train(Images(fail), workers=0, bad=BadFiles(tmp_path / "file" / "bad_files.txt", 0.5)) == 8
+    )
 
 
-def test_pipes_devices_and_files_that_shrink_or_vanish_are_items_that_failed(tmp_path: Path) -> None:
+def test_pipes_devices_and_files_that_shrink_or_vanish_are_items_that_failed(
+    tmp_path: Path,
+) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for name in (str(tmp_path / "pipe.png"), "/dev/zero", str(tmp_path)):
         with pytest.raises(OSError, match=r"not a file|directory"):
@@ -164,8 +174,14 @@ def test_pipes_devices_and_files_that_shrink_or_vanish_are_items_that_failed(tmp
     assert IMAGES.read(str(tmp_path / "short.png")) == b""
 
 
-def test_a_worker_whose_main_process_was_killed_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    for error in (ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(), EOFError()):
+def test_a_worker_whose_main_process_was_killed_prints_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for error in (
+        ConnectionResetError(104, "Connection reset by peer"),
+        BrokenPipeError(),
+        EOFError(),
+    ):
         workers_module._quiet_of_lost_connections(type(error), error, None)
     assert capsys.readouterr().err == ""
     workers_module._quiet_of_lost_connections(ValueError, ValueError("a fault"), None)

@@ -9,20 +9,27 @@ import pytest
 import torch
 from PIL import Image
 
-from patchmine.config import RunConfig
-from patchmine.models.vit import build_encoder
-from patchmine.run import write_export
+from patchmine.backbones.vit import build_encoder
+from patchmine.config.resolve import RunConfig
+from patchmine.runs.run import write_export
 
 MODEL_ARGS = {"depth": 5, "embed_dim": 24, "num_heads": 3}
 
 
 def make_run(folder: Path, **changes) -> Path:
     """A run whose encoder has random weights; ``changes`` to its settings."""
-    settings = {"model": "vit_tiny_patch16_224", "model_args": MODEL_ARGS, "image_size": 16, "patch_size": 8} | changes
+    settings = {
+        "model": "vit_tiny_patch16_224",
+        "model_args": MODEL_ARGS,
+        "image_size": 16,
+        "patch_size": 8,
+    } | changes
     config = RunConfig(data="photos", **settings)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
-    args = dict(image_size=config.image_size, channels=config.channels, patch_size=config.patch_size)
+    args = dict(
+        image_size=config.image_size, channels=config.channels, patch_size=config.patch_size
+    )
     with torch.random.fork_rng():
         torch.manual_seed(3)
         clip = (config.clip.frames, config.clip.tubelet)
@@ -58,7 +65,9 @@ def video_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A square that goes left or right: 6 training and 3 test videos of each, folders of 10 frames of 20x26 pixels."""
+    """A square that goes left or right: 6 training and 3 test videos of each, folders of 10 frames
+    of 20x26 pixels.
+    """
     root = tmp_path_factory.mktemp("clips")
     generator = np.random.default_rng(0)
     for part, count in (("train", 6), ("test", 3)):

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from patchmine.commands import read_words
-from patchmine.data.source import open_source
+from patchmine.cli.commands import read_words
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.embed import EmbedSettings, embed
 from patchmine.evaluate.features import extract
@@ -21,7 +21,9 @@ from patchmine.evaluate.targets import open_target
 
 
 def settings(target, data, out, **more):
-    return EmbedSettings(target=str(target), data=str(data), out=str(out), workers=0, batch_size=10, **more)
+    return EmbedSettings(
+        target=str(target), data=str(data), out=str(out), workers=0, batch_size=10, **more
+    )
 
 
 def test_table_holds_path_index_label_and_the_features(run_folder, image_folder, tmp_path):
@@ -36,7 +38,9 @@ def test_table_holds_path_index_label_and_the_features(run_folder, image_folder,
     assert table["path"][0].as_py().endswith("circle/0000.jpg")
     assert pq.ParquetFile(out).num_row_groups == 4
     features = extract(open_target(run_folder), open_source(image_folder), workers=0)
-    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), features.x.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.array(table["embedding"].to_pylist()), features.x.numpy(), rtol=1e-4, atol=1e-5
+    )
     assert "36 embeddings" in said[-1]
 
 
@@ -44,10 +48,14 @@ def test_a_resnet_is_embedded_as_it_pools(resnet_folder, image_folder, tmp_path)
     embed(settings(resnet_folder, image_folder / "circle", tmp_path / "e.parquet"))
     table = pq.read_table(tmp_path / "e.parquet")
     features = extract(open_target(resnet_folder), open_source(image_folder / "circle"), workers=0)
-    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), features.x.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.array(table["embedding"].to_pylist()), features.x.numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
-def test_without_classes_there_is_no_label_and_broken_images_have_no_row(run_folder, image_folder, tmp_path):
+def test_without_classes_there_is_no_label_and_broken_images_have_no_row(
+    run_folder, image_folder, tmp_path
+):
     shutil.copytree(image_folder / "circle", tmp_path / "flat")
     (tmp_path / "flat" / "0002.jpg").write_bytes(b"")
     embed(settings(run_folder, tmp_path / "flat", tmp_path / "e.parquet", max_bad_share=0.5))
@@ -88,7 +96,12 @@ def test_every_format_holds_the_same_numbers(labelled, run_folder, image_folder,
     with (tmp_path / "e.csv").open(newline="", encoding="utf-8") as handle:
         head, *rows = list(csv.reader(handle))
     first = 3 if labelled else 2
-    assert head == ["path", "index", *(["label"] if labelled else []), *(f"f{i}" for i in range(24))]
+    assert head == [
+        "path",
+        "index",
+        *(["label"] if labelled else []),
+        *(f"f{i}" for i in range(24)),
+    ]
     assert np.array_equal(np.array([row[first:] for row in rows], np.float32), x)
     assert [row[0] for row in rows] == table["path"].to_pylist()
     assert not labelled or [row[2] for row in rows] == table["label"].to_pylist()
@@ -100,7 +113,9 @@ def test_features_that_are_not_finite_leave_no_file(ending, run_folder, image_fo
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     tensors["patch_embed.proj.weight"].fill_(3e38)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"not finite for 10 of 10 images, the first of them .*0000\.jpg"):
+    with pytest.raises(
+        UserError, match=r"not finite for 10 of 10 images, the first of them .*0000\.jpg"
+    ):
         embed(settings(run_folder, image_folder, tmp_path / f"e.{ending}"))
     tensors["patch_embed.proj.weight"].fill_(np.nan)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -130,13 +145,19 @@ def test_names_of_any_bytes_are_written(ending, run_folder, image_folder, tmp_pa
 
 @pytest.mark.parametrize("name", ["e", "e.txt", "e.parquet.gz", "e.onnx", "folder/", ".csv"])
 def test_an_ending_that_says_no_format_is_refused(name):
-    with pytest.raises(UserError, match=r"must be the name of a file that ends in \.parquet or \.csv or \.npz"):
-        read_words(EmbedSettings, ["run", "data=x", f"out={name}"], command="embed", first=["target"])
+    with pytest.raises(
+        UserError, match=r"must be the name of a file that ends in \.parquet or \.csv or \.npz"
+    ):
+        read_words(
+            EmbedSettings, ["run", "data=x", f"out={name}"], command="embed", first=["target"]
+        )
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(run_folder, image_folder, tmp_path):
     (tmp_path / "file").write_text("a file")
-    with pytest.raises(UserError, match=r"out=.*file/below/e\.csv cannot be written .*a part of its path is a file"):
+    with pytest.raises(
+        UserError, match=r"out=.*file/below/e\.csv cannot be written .*a part of its path is a file"
+    ):
         embed(settings(run_folder, image_folder, tmp_path / "file" / "below" / "e.csv"))
     with pytest.raises(UserError, match="choose a shorter name"):
         embed(settings(run_folder, image_folder, tmp_path / ("n" * 400 + ".csv")))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 
-from patchmine.data.source import open_source
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Reader, extract
 from patchmine.evaluate.targets import Target, at_rest, open_target
@@ -39,13 +39,17 @@ def test_features_equal_torchvision_and_timm_one_image_at_a_time(run_folder, ima
     it = open_target(run_folder)
     source = open_source(image_folder)
     found = extract(it, source, batch_size=7, workers=0)
-    chain = v2.Compose([v2.Resize(18, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(16)])
+    chain = v2.Compose(
+        [v2.Resize(18, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(16)]
+    )
     for i in range(0, 36, 5):
         pixels = v2.functional.pil_to_tensor(Image.open(io.BytesIO(source.read(i))).convert("RGB"))
         x = chain(pixels).float() / 255
         x = (x - torch.tensor(it.mean)[:, None, None]) / torch.tensor(it.std)[:, None, None]
         wanted = it.encoder.forward_features(x[None])[0, 0]
-        torch.testing.assert_close(found.x[i], wanted, rtol=0.05, atol=0.05)  # rounding of resized bytes
+        torch.testing.assert_close(
+            found.x[i], wanted, rtol=0.05, atol=0.05
+        )  # rounding of resized bytes
     assert found.index.tolist() == list(range(36))
     assert torch.equal(found.labels, torch.from_numpy(source.labels().ids))
 
@@ -69,7 +73,9 @@ def test_columns_of_the_last_blocks_equal_hooks():
     last, cls = seen[5], [tokens[:, 0] for tokens in seen[2:6]]
     torch.testing.assert_close(columns(reader, images, "cls"), last[:, 0])
     torch.testing.assert_close(columns(reader, images, "mean"), last[:, 1:].mean(1))
-    torch.testing.assert_close(columns(reader, images, "cls+mean"), torch.cat([last[:, 0], last[:, 1:].mean(1)], 1))
+    torch.testing.assert_close(
+        columns(reader, images, "cls+mean"), torch.cat([last[:, 0], last[:, 1:].mean(1)], 1)
+    )
     torch.testing.assert_close(columns(reader, images, "cls, last 4 blocks"), torch.cat(cls, 1))
     assert columns(reader, images, "cls+mean, last 4 blocks").shape == (2, 8 * encoder.embed_dim)
 
@@ -92,7 +98,9 @@ def test_without_a_class_token_the_mean_stands_in(blocks):
     images = torch.randn(2, 3, 32, 32)
     assert reader.choose("cls") == "mean"
     with torch.no_grad():
-        torch.testing.assert_close(columns(reader, images, "mean"), encoder.forward_features(images).mean(1))
+        torch.testing.assert_close(
+            columns(reader, images, "mean"), encoder.forward_features(images).mean(1)
+        )
     with pytest.raises(UserError, match="pooling='cls\\+mean'"):
         reader.choose("cls+mean")
 
@@ -118,11 +126,19 @@ def test_broken_images_are_skipped_and_too_many_are_refused(run_folder, image_fo
     broken = tmp_path / "images" / "circle" / "0003.png"
     broken.write_bytes(b"no image")
     said = []
-    found = extract(open_target(run_folder), open_source(tmp_path / "images"), batch_size=8, workers=0, say=said.append)
+    found = extract(
+        open_target(run_folder),
+        open_source(tmp_path / "images"),
+        batch_size=8,
+        workers=0,
+        say=said.append,
+    )
     assert found.index.tolist() == [i for i in range(36) if i != 3]
     assert any("1 of 36" in line for line in said)
     for number in range(4):
-        (tmp_path / "images" / "square" / f"{number:04d}.{'png' if number % 2 else 'jpg'}").write_bytes(b"")
+        (
+            tmp_path / "images" / "square" / f"{number:04d}.{'png' if number % 2 else 'jpg'}"
+        ).write_bytes(b"")
     with pytest.raises(UserError, match="5 of 36"):
         extract(open_target(run_folder), open_source(tmp_path / "images"), workers=0)
 
@@ -173,7 +189,10 @@ def test_features_that_overflow_name_the_first_image_and_the_count(run_folder, i
     it = open_target(run_folder)
     with torch.no_grad():
         it.encoder.patch_embed.proj.weight.fill_(3e38)  # finite, but no sum of such is
-    with pytest.raises(UserError, match=r"not finite for 36 of 36 images, the first of them .*circle/0000\.jpg.*blr"):
+    with pytest.raises(
+        UserError,
+        match=r"not finite for 36 of 36 images, the first of them .*circle/0000\.jpg.*blr",
+    ):
         extract(it, open_source(image_folder), workers=0)
 
 

@@ -10,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchmine.data.source import open_source
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.labelled import everything, open_labelled, split_by_class, stratified
 
 
 def paths(part):
-    return {part.source.path(i).split("/", maxsplit=part.source.path(i).count("/") - 1)[-1] for i in part.indices}
+    return {
+        part.source.path(i).split("/", maxsplit=part.source.path(i).count("/") - 1)[-1]
+        for i in part.indices
+    }
 
 
 def write(folder, classes, count=3):
@@ -87,7 +90,11 @@ def test_a_sample_of_classes_in_turn_keeps_all_classes():
 
 
 @settings(max_examples=40)
-@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=12), share=st.floats(0.01, 1), seed=st.integers(0, 99))
+@given(
+    sizes=st.lists(st.integers(1, 400), min_size=1, max_size=12),
+    share=st.floats(0.01, 1),
+    seed=st.integers(0, 99),
+)
 def test_each_class_keeps_its_share_and_at_least_one(sizes, share, seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
     count = max(1, round(share * len(labels)))

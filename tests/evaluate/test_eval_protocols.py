@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from patchmine.commands import read_words
-from patchmine.data.source import open_source
+from patchmine.cli.commands import read_words
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reading, extract
 from patchmine.evaluate.knn import KnnSettings, evaluate_knn, online_knn
@@ -32,11 +32,20 @@ def colours(tmp_path_factory):
     root = tmp_path_factory.mktemp("colours")
     generator = np.random.default_rng(0)
     for part, count in (("train", 12), ("test", 4)):
-        for name, colour in {"blue": (0, 0, 1), "green": (0, 1, 0), "red": (1, 0, 0), "yellow": (1, 1, 0)}.items():
+        for name, colour in {
+            "blue": (0, 0, 1),
+            "green": (0, 1, 0),
+            "red": (1, 0, 0),
+            "yellow": (1, 1, 0),
+        }.items():
             (root / part / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.array(colour) * generator.uniform(120, 250) + generator.uniform(0, 40, (20, 20, 3))
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / part / name / f"{i}.png")
+                pixels = np.array(colour) * generator.uniform(120, 250) + generator.uniform(
+                    0, 40, (20, 20, 3)
+                )
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                    root / part / name / f"{i}.png"
+                )
     return root
 
 
@@ -57,10 +66,13 @@ def test_knn_of_a_run_is_filed_with_its_floors(run_folder, colours):
 
 
 def test_knn_equals_features_and_vote_put_together_by_hand(run_folder, colours):
-    result = evaluate_knn(settings(KnnSettings, run_folder, colours, pooling="mean", k=5, neighbours=(5,)))
+    result = evaluate_knn(
+        settings(KnnSettings, run_folder, colours, pooling="mean", k=5, neighbours=(5,))
+    )
     target = open_target(run_folder)
     train, test = (
-        extract(target, open_source(colours / part), pooling="mean", workers=0) for part in ("train", "test")
+        extract(target, open_source(colours / part), pooling="mean", workers=0)
+        for part in ("train", "test")
     )
     wanted = knn_accuracy(train.x, train.labels, test.x, test.labels, 4, neighbours=(5,))[5]
     assert {key: result[key] for key in wanted} == pytest.approx(wanted)
@@ -70,7 +82,9 @@ def test_the_pooled_feature_of_a_resnet_is_measured(resnet_folder, colours):
     result = evaluate_knn(settings(KnnSettings, resnet_folder, colours, floors=True))
     assert result["settings"]["pooling"] == "pooled"
     target = open_target(resnet_folder)
-    train, test = (extract(target, open_source(colours / part), workers=0) for part in ("train", "test"))
+    train, test = (
+        extract(target, open_source(colours / part), workers=0) for part in ("train", "test")
+    )
     assert train.x.shape == (48, 16)
     wanted = knn_accuracy(train.x, train.labels, test.x, test.labels, 4, neighbours=(20,))[20]
     assert {key: result[key] for key in wanted} == pytest.approx(wanted)
@@ -100,11 +114,18 @@ def test_what_is_no_run_is_not_filed(run_folder, colours):
 
 def test_linear_probe_learns_and_chooses_on_held_out_training_images(run_folder, colours):
     said = []
-    kind = settings(LinearSettings, run_folder, colours, floors=True, rates=(1e-6, 0.1, 0.5), iterations=200)
+    kind = settings(
+        LinearSettings, run_folder, colours, floors=True, rates=(1e-6, 0.1, 0.5), iterations=200
+    )
     result = evaluate_linear(kind, said.append)
     assert result["top1"] > 90
     assert result["floors"]["raw_pixels"]["top1"] > 90
-    assert result["settings"] == {"iterations": 200, "train_batch": 44, "trained_on": 44, "chosen_on": 4}
+    assert result["settings"] == {
+        "iterations": 200,
+        "train_batch": 44,
+        "trained_on": 44,
+        "chosen_on": 4,
+    }
     assert result["chosen"]["rate"] > 1e-6
     best = max(max(scores.values()) for scores in result["held_out_top1"].values())
     assert result["chosen"]["held_out_top1"] == best
@@ -141,7 +162,13 @@ def test_mae_protocol(run_folder, colours):
 
 @pytest.mark.parametrize(
     ("images", "batch", "steps"),
-    [(1_153_051, 1024, 12_500), (45_000, 256, 12_500), (6_000, 64, 9_300), (400, 64, 2_000), (20, 20, 2_000)],
+    [
+        (1_153_051, 1024, 12_500),
+        (45_000, 256, 12_500),
+        (6_000, 64, 9_300),
+        (400, 64, 2_000),
+        (20, 20, 2_000),
+    ],
 )
 def test_length_of_training_by_the_number_of_images(images, batch, steps):
     assert batch_for(images, steps=128, least=64, most=1024) == batch
@@ -155,16 +182,27 @@ def test_online_knn_agrees_with_the_protocol_and_leaves_the_encoder_as_it_was(ru
     modes, state = [m.training for m in encoder.modules()], torch.get_rng_state()
     found = online_knn(target, open_labelled(colours), reading=Reading(workers=0))
     assert torch.equal(state, torch.get_rng_state())
-    assert found == {key: evaluate_knn(settings(KnnSettings, run_folder, colours))[key] for key in ("top1", "top5")}
+    assert found == {
+        key: evaluate_knn(settings(KnnSettings, run_folder, colours))[key]
+        for key in ("top1", "top5")
+    }
     assert [m.training for m in encoder.modules()] == modes
     assert all(p.grad is None for p in encoder.parameters())
 
 
-def test_the_table_shows_target_floors_and_where_the_test_images_come_from(run_folder, image_folder):
+def test_the_table_shows_target_floors_and_where_the_test_images_come_from(
+    run_folder, image_folder
+):
     result = evaluate_knn(settings(KnnSettings, run_folder, image_folder, floors=True))
     page = io.StringIO()
     show_result(result, Console(file=page, width=200))
-    for words in ("random init", "raw pixels", f"{result['top1']:.2f}", "last fifth of each class", "top-1 by k: 10:"):
+    for words in (
+        "random init",
+        "raw pixels",
+        f"{result['top1']:.2f}",
+        "last fifth of each class",
+        "top-1 by k: 10:",
+    ):
         assert words in page.getvalue()
 
 
@@ -178,7 +216,8 @@ def test_a_result_that_cannot_be_filed_is_still_told(run_folder, image_folder, m
 
     monkeypatch.setattr("patchmine.evaluate.measure.write_result", full)
     with pytest.raises(
-        UserError, match=r"eval cannot be written \(No space left on device\); make room.*top-1 \d+\.\d\d"
+        UserError,
+        match=r"eval cannot be written \(No space left on device\); make room.*top-1 \d+\.\d\d",
     ):
         evaluate_knn(KnnSettings(target=str(run_folder), data=str(image_folder), workers=0))
 
@@ -202,7 +241,9 @@ def test_few_images_are_an_answer_or_a_sentence(run_folder, tmp_path):
     for name in "ab":
         (tmp_path / "few" / name).mkdir(parents=True)
         for number in range(3):
-            Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(tmp_path / "few" / name / f"{number}.png")
+            Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(
+                tmp_path / "few" / name / f"{number}.png"
+            )
     given = dict(target=str(run_folder), data=str(tmp_path / "few"), workers=0, iterations=2)
     assert evaluate_linear(LinearSettings(**given, held_out=0.999))["top1"] >= 0
     for name in "ab":
@@ -218,7 +259,10 @@ def test_few_images_are_an_answer_or_a_sentence(run_folder, tmp_path):
         (["name=../x"], "name: given '../x'; must be letters, digits and the signs . - _ only"),
         ([f"name={'n' * 200}"], "must be at most 100 letters"),
         (["neighbours=[]"], "neighbours: given []; must be a list with at least 1 of them"),
-        (["neighbours=[0]"], "Mistake in `patchmine eval knn`: neighbours[0]: given 0; must be greater than 0"),
+        (
+            ["neighbours=[0]"],
+            "Mistake in `patchmine eval knn`: neighbours[0]: given 0; must be greater than 0",
+        ),
     ],
 )
 def test_mistakes_name_the_setting_that_they_are_in(words, part, image_folder):

@@ -9,23 +9,33 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from patchmine.backbones.vit import build_encoder
 from patchmine.errors import UserError
 from patchmine.evaluate.targets import open_target, random_twin
-from patchmine.models.vit import build_encoder
 
 
 def test_a_run_brings_its_own_preparation_and_weights(run_folder):
     target = open_target(run_folder)
     export = timm.create_model(f"local-dir:{run_folder / 'export'}", pretrained=True)
     images = torch.randn(2, 3, 16, 16)
-    assert (target.image_size, target.channels, target.crop_pct, target.folder) == ((16, 16), 3, 0.875, run_folder)
+    assert (target.image_size, target.channels, target.crop_pct, target.folder) == (
+        (16, 16),
+        3,
+        0.875,
+        run_folder,
+    )
     assert target.mean == pytest.approx((0.485, 0.456, 0.406))
     torch.testing.assert_close(target.encoder.eval()(images), export.eval()(images))
 
 
 def test_an_export_is_the_same_target_without_a_folder_for_results(run_folder):
     run, export = open_target(run_folder), open_target(run_folder / "export")
-    assert (export.image_size, export.mean, export.std, export.crop_pct) == (run.image_size, run.mean, run.std, 0.875)
+    assert (export.image_size, export.mean, export.std, export.crop_pct) == (
+        run.image_size,
+        run.mean,
+        run.std,
+        0.875,
+    )
     assert export.folder is None
 
 
@@ -48,7 +58,9 @@ def test_a_resnet_and_its_random_twin(resnet_folder):
     assert (export.image_size, export.mean, export.crop_pct) == ((16, 16), target.mean, 0.875)
     twin = random_twin(target)
     own, drawn = target.encoder.state_dict(), twin.encoder.state_dict()
-    assert {name for name in own if torch.equal(own[name], drawn[name])} == {name for name in own if own[name].ndim < 2}
+    assert {name for name in own if torch.equal(own[name], drawn[name])} == {
+        name for name in own if own[name].ndim < 2
+    }
     for name, value in own.items():
         if value.ndim == 4 and value.numel() > 500:  # both are drawn alike
             assert drawn[name].std().item() == pytest.approx(value.std().item(), rel=0.15), name
@@ -127,10 +139,13 @@ def test_mistakes_are_explained(run_folder, tmp_path, spec, settings, words):
 
 def test_weights_of_a_target_that_holds_one_encoder_are_refused(run_folder, tmp_path):
     """`weights=teacher` of an export was the student, in silence."""
-    with pytest.raises(UserError, match=r"weights=teacher: .*export is an export, which holds one encoder"):
+    with pytest.raises(
+        UserError, match=r"weights=teacher: .*export is an export, which holds one encoder"
+    ):
         open_target(run_folder / "export", weights="teacher")
     save_file(
-        timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict(), tmp_path / "w.safetensors"
+        timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict(),
+        tmp_path / "w.safetensors",
     )
     with pytest.raises(UserError, match=r"weights=partner: of the file .* auto or student or raw"):
         open_target(tmp_path / "w.safetensors", weights="partner")

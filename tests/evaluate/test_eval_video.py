@@ -1,4 +1,6 @@
-"""Videos: features of clips, scores of several clips of each, and frames that an encoder of images reads."""
+"""Videos: features of clips, scores of several clips of each, and frames that an encoder of images
+reads.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import save_file
 
-from patchmine.data.clips import PlainClips, TestClips
-from patchmine.data.video_sources import open_videos
+from patchmine.backbones.videomae import to_videomae_names
+from patchmine.backbones.vit import build_encoder
+from patchmine.data.sources.video_sources import open_videos
+from patchmine.data.views.clips import PlainClips, TestClips
 from patchmine.errors import UserError
 from patchmine.evaluate.embed import EmbedSettings, embed
 from patchmine.evaluate.features import FrameReader, Reader, Reading, extract
@@ -26,8 +30,6 @@ from patchmine.evaluate.measure import show_result
 from patchmine.evaluate.neighbours import knn_accuracy, vote_shares
 from patchmine.evaluate.targets import open_target, random_twin, raw_pixels
 from patchmine.evaluate.video import VideoSettings, ViewScores, evaluate_video
-from patchmine.models.videomae import to_videomae_names
-from patchmine.models.vit import build_encoder
 from patchmine.report.evaluations import read_result
 
 
@@ -41,7 +43,10 @@ def features_of(target, view, source):
     rows = []
     for number in range(len(source)):
         pixels = view(source.read(number), 3, generator)[0].float() / 255
-        channels = torch.tensor(target.mean)[:, None, None, None], torch.tensor(target.std)[:, None, None, None]
+        channels = (
+            torch.tensor(target.mean)[:, None, None, None],
+            torch.tensor(target.std)[:, None, None, None],
+        )
         clips = (pixels - channels[0]) / channels[1]
         with torch.no_grad():
             rows.append(target.encoder.eval()(clips if clips.ndim == 5 else clips[None]))
@@ -60,7 +65,10 @@ def test_features_of_videos_are_those_of_the_clip_in_the_middle(video_folder, cl
 def test_columns_of_the_last_blocks_equal_hooks(video_folder):
     target = open_target(video_folder)
     outputs = []
-    hooks = [block.register_forward_hook(lambda _m, _i, out: outputs.append(out)) for block in target.encoder.blocks]
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, out: outputs.append(out))
+        for block in target.encoder.blocks
+    ]
     images = torch.randn(2, 3, 4, 16, 16)
     reader = Reader(target, blocks=4)
     with torch.no_grad():
@@ -73,12 +81,18 @@ def test_columns_of_the_last_blocks_equal_hooks(video_folder):
     assert reader.poolings == {"mean": [3], "mean, last 4 blocks": [0, 1, 2, 3]}
 
 
-def test_an_encoder_of_images_reads_the_frames_one_by_one_in_any_order(video_folder, tmp_path, make_image_run):
-    run = make_image_run(tmp_path / "image", image_size=24, mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7])
+def test_an_encoder_of_images_reads_the_frames_one_by_one_in_any_order(
+    video_folder, tmp_path, make_image_run
+):
+    run = make_image_run(
+        tmp_path / "image", image_size=24, mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7]
+    )
     target, image = open_target(video_folder), open_target(run)
     pixels = torch.rand(2, 3, 4, 16, 16)
     channels = (1, 3, 1, 1, 1)
-    clips = (pixels - torch.tensor(target.mean).view(channels)) / torch.tensor(target.std).view(channels)
+    clips = (pixels - torch.tensor(target.mean).view(channels)) / torch.tensor(target.std).view(
+        channels
+    )
     reader = FrameReader(image, target)
     with torch.no_grad():
         found = reader(clips)
@@ -87,7 +101,9 @@ def test_an_encoder_of_images_reads_the_frames_one_by_one_in_any_order(video_fol
         for row, clip in enumerate(pixels):
             for frame in clip.unbind(1):
                 x = F.interpolate(frame[None], (24, 24), mode="bicubic", antialias=True)
-                x = (x - torch.tensor(image.mean).view(1, 3, 1, 1)) / torch.tensor(image.std).view(1, 3, 1, 1)
+                x = (x - torch.tensor(image.mean).view(1, 3, 1, 1)) / torch.tensor(image.std).view(
+                    1, 3, 1, 1
+                )
                 wanted[row] += Reader(image)(x)[0] / 4
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
@@ -126,16 +142,25 @@ def test_a_file_of_videomae_is_a_target_and_takes_the_stride_that_is_given(tmp_p
     args = dict(image_size=(32, 32), model_args={"embed_dim": 192, "depth": 1}, clip=(4, 2))
     encoder = build_encoder("video_vit_tiny_patch16", **args).eval()
     save_file(to_videomae_names(encoder.state_dict()), tmp_path / "w.safetensors")
-    how = KnnSettings(target=str(tmp_path / "w.safetensors"), data="unread", image_size=(32, 32), stride=3)
+    how = KnnSettings(
+        target=str(tmp_path / "w.safetensors"), data="unread", image_size=(32, 32), stride=3
+    )
     target = how.open()
-    assert (target.clip.stride, target.clip.tubelet, target.image_size, target.channels) == (3, 2, (32, 32), 3)
+    assert (target.clip.stride, target.clip.tubelet, target.image_size, target.channels) == (
+        3,
+        2,
+        (32, 32),
+        3,
+    )
     clips = torch.randn(1, 3, target.clip.frames, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(target.encoder.eval()(clips), encoder(clips))
 
 
 def slow_scores(rows, labels, classes):
-    """The protocol written out: (top1, top5) from (video, view, scores) in any order, repeated ones dropped."""
+    """The protocol written out: (top1, top5) from (video, view, scores) in any order, repeated ones
+    dropped.
+    """
     seen = {}
     for video, view, scores in rows:
         seen.setdefault((video, view), scores)
@@ -154,10 +179,18 @@ def slow_scores(rows, labels, classes):
 def test_views_are_averaged_per_video_and_repeated_ones_count_once(seed):
     generator = torch.Generator().manual_seed(seed)
     videos, views, classes = 9, 4, 7
-    pairs = [(video, view) for video in range(videos - 1) for view in range(views)]  # the last was never read
+    pairs = [
+        (video, view) for video in range(videos - 1) for view in range(views)
+    ]  # the last was never read
     rows = [(*pair, torch.rand(classes, generator=generator)) for pair in pairs]
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-    padded = [*shuffled, *((video, view, torch.rand(classes, generator=generator)) for video, view, _ in shuffled[:9])]
+    padded = [
+        *shuffled,
+        *(
+            (video, view, torch.rand(classes, generator=generator))
+            for video, view, _ in shuffled[:9]
+        ),
+    ]
     labels = torch.randint(classes, (videos,), generator=generator)
     scores = ViewScores(videos, views, classes)
     for part in (padded[:20], padded[20:31] + padded[25:27], padded[31:]):
@@ -172,7 +205,9 @@ def test_shares_of_the_vote_sum_to_one_and_rank_as_the_vote_does():
     shares = vote_shares(bank, labels, query, 5, k=7)
     torch.testing.assert_close(shares.sum(1), torch.ones(40))
     right = 100 * (shares.argmax(1) == truth).float().mean().item()
-    assert right == pytest.approx(knn_accuracy(bank, labels, query, truth, 5, neighbours=(7,))[7]["top1"])
+    assert right == pytest.approx(
+        knn_accuracy(bank, labels, query, truth, 5, neighbours=(7,))[7]["top1"]
+    )
     cosine = F.normalize(query, dim=1)[0] @ bank.T
     weight, place = (cosine / 0.07).exp().topk(7)
     wanted = torch.zeros(5).index_add_(0, labels[place], weight)
@@ -180,22 +215,34 @@ def test_shares_of_the_vote_sum_to_one_and_rank_as_the_vote_does():
 
 
 def test_several_clips_of_a_video_equal_the_protocol_done_by_hand(video_folder, clips):
-    results = evaluate_video(settings(VideoSettings, video_folder, clips, segments=2, crops=3, iterations=30, k=5))
+    results = evaluate_video(
+        settings(VideoSettings, video_folder, clips, segments=2, crops=3, iterations=30, k=5)
+    )
     knn, linear = results
-    assert [json.loads((video_folder / "eval" / f"video-{name}.json").read_text()) for name in ("knn", "linear")] == [
-        knn,
-        linear,
-    ]
+    assert [
+        json.loads((video_folder / "eval" / f"video-{name}.json").read_text())
+        for name in ("knn", "linear")
+    ] == [knn, linear]
     target = open_target(video_folder)
     train, test = open_videos(clips / "train"), open_videos(clips / "test")
     bank = F.normalize(features_of(target, PlainClips((16, 16), 4, 2), train)[:, 0], dim=1)
     labels, truth = torch.from_numpy(train.labels().ids), torch.from_numpy(test.labels().ids)
     views = features_of(target, TestClips((16, 16), 4, 2, segments=2, crops=3), test)  # (6, 6, D)
     shares = torch.stack([vote_shares(bank, labels, own, 2, k=5) for own in views])
-    assert knn["top1"] == pytest.approx(100 * (shares.mean(1).argmax(1) == truth).float().mean().item())
+    assert knn["top1"] == pytest.approx(
+        100 * (shares.mean(1).argmax(1) == truth).float().mean().item()
+    )
     middle = shares[:, 1 * 3 + 1]  # the second window, the crop in its middle
-    assert knn["one_view"]["top1"] == pytest.approx(100 * (middle.argmax(1) == truth).float().mean().item())
-    assert knn["settings"] == {"segments": 2, "crops": 3, "k": 5, "pooling": "mean", "temperature": 0.07}
+    assert knn["one_view"]["top1"] == pytest.approx(
+        100 * (middle.argmax(1) == truth).float().mean().item()
+    )
+    assert knn["settings"] == {
+        "segments": 2,
+        "crops": 3,
+        "k": 5,
+        "pooling": "mean",
+        "temperature": 0.07,
+    }
     assert linear["chosen"]["pooling"] in ("mean", "mean, last 4 blocks")
     assert linear["images"]["clip"] == {"frames": 4, "stride": 2, "short": "hold"}
     assert (linear["images"]["train"], linear["images"]["test_read"]) == (12, 6)
@@ -227,7 +274,10 @@ def test_the_protocols_of_images_take_one_clip_of_each_video(video_folder, clips
     wanted = knn_accuracy(train.x, train.labels, test.x, test.labels, 2, neighbours=(3,))[3]
     assert {key: result[key] for key in wanted} == pytest.approx(wanted)
     assert (
-        evaluate_linear(settings(LinearSettings, video_folder, clips, iterations=20))["images"]["clip"]["stride"] == 2
+        evaluate_linear(settings(LinearSettings, video_folder, clips, iterations=20))["images"][
+            "clip"
+        ]["stride"]
+        == 2
     )
     online = online_knn(target, data, reading=Reading(workers=0))
     twenty = evaluate_knn(settings(KnnSettings, video_folder, clips))
@@ -236,7 +286,9 @@ def test_the_protocols_of_images_take_one_clip_of_each_video(video_folder, clips
     said = []
     embed(settings(EmbedSettings, video_folder, clips / "test", out=str(out)), said.append)
     table = pq.read_table(out)
-    np.testing.assert_allclose(np.array(table["embedding"].to_pylist()), test.x.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.array(table["embedding"].to_pylist()), test.x.numpy(), rtol=1e-4, atol=1e-5
+    )
     assert table["label"].to_pylist() == ["left"] * 3 + ["right"] * 3
     assert "6 embeddings of 6 videos" in said[-1]
 
@@ -246,7 +298,9 @@ def test_a_broken_video_is_left_out_and_said(video_folder, clips, tmp_path):
     for frame in (tmp_path / "clips" / "test" / "left" / "1").iterdir():
         frame.write_bytes(b"")
     said = []
-    how = settings(VideoSettings, video_folder, tmp_path / "clips", segments=1, crops=1, iterations=5)
+    how = settings(
+        VideoSettings, video_folder, tmp_path / "clips", segments=1, crops=1, iterations=5
+    )
     with pytest.raises(UserError, match="1 of 6 videos"):
         evaluate_video(how)
     knn, _ = evaluate_video(how.model_copy(update={"max_bad_share": 0.5}), said.append)

@@ -7,7 +7,13 @@ import math
 import torch
 from torch import nn
 
-from patchmine.evaluate.heads import accuracy, grid_accuracy, shuffled_batches, train_grid, train_lars
+from patchmine.evaluate.heads import (
+    accuracy,
+    grid_accuracy,
+    shuffled_batches,
+    train_grid,
+    train_lars,
+)
 
 SLOTS = {"cls": [0], "cls+mean": [0, 2], "all": [0, 1, 2]}
 
@@ -26,7 +32,9 @@ def test_every_head_of_the_grid_equals_autograd_with_torch_sgd():
     for name, slots in SLOTS.items():
         for r, rate in enumerate(rates):
             linear = nn.Linear(4 * len(slots), 3)
-            start = torch.randn(4 * len(slots), 3, 1, generator=torch.Generator().manual_seed(5)) * 0.01
+            start = (
+                torch.randn(4 * len(slots), 3, 1, generator=torch.Generator().manual_seed(5)) * 0.01
+            )
             linear.weight.data, linear.bias.data = start[..., 0].T.clone(), torch.zeros(3)
             optimizer = torch.optim.SGD(linear.parameters(), lr=rate, momentum=0.9)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -36,8 +44,12 @@ def test_every_head_of_the_grid_equals_autograd_with_torch_sgd():
                 nn.functional.cross_entropy(linear(features), labels[index]).backward()
                 optimizer.step()
                 schedule.step()
-            torch.testing.assert_close(grid.weights[name][..., r].T, linear.weight.data, rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(grid.biases[name][:, r], linear.bias.data, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                grid.weights[name][..., r].T, linear.weight.data, rtol=1e-3, atol=1e-5
+            )
+            torch.testing.assert_close(
+                grid.biases[name][:, r], linear.bias.data, rtol=1e-3, atol=1e-5
+            )
 
 
 def test_training_on_some_rows_equals_training_on_a_copy_of_them():
@@ -68,18 +80,24 @@ def test_accuracy_counts_like_a_loop():
         order = scores[..., r].argsort(dim=1, descending=True)
         top1 = sum(int(o[0]) == int(y) for o, y in zip(order, labels, strict=True))
         top5 = sum(int(y) in o[:5].tolist() for o, y in zip(order, labels, strict=True))
-        torch.testing.assert_close(fast[r], torch.tensor([100 * top1 / 5000, 100 * top5 / 5000], dtype=torch.float64))
+        torch.testing.assert_close(
+            fast[r], torch.tensor([100 * top1 / 5000, 100 * top5 / 5000], dtype=torch.float64)
+        )
 
 
 def slow_lars(features, labels, num_classes, epochs, warmup, batch_size, blr, seed):
     """MAE's LARS written out for one matrix and one bias (util/lars.py of the specification)."""
     weight = nn.init.trunc_normal_(
-        torch.empty(num_classes, features.shape[1]), std=0.01, generator=torch.Generator().manual_seed(seed)
+        torch.empty(num_classes, features.shape[1]),
+        std=0.01,
+        generator=torch.Generator().manual_seed(seed),
     )
     weight, bias = weight.requires_grad_(), torch.zeros(num_classes, requires_grad=True)
     speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
     per_epoch = len(features) // batch_size
-    for step, index in enumerate(shuffled_batches(len(features), batch_size, epochs * per_epoch, seed)):
+    for step, index in enumerate(
+        shuffled_batches(len(features), batch_size, epochs * per_epoch, seed)
+    ):
         epoch = step / per_epoch
         peak = blr * batch_size / 256
         rate = (
@@ -89,10 +107,14 @@ def slow_lars(features, labels, num_classes, epochs, warmup, batch_size, blr, se
         )
         x = features[index]
         x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-6).sqrt()
-        gradients = torch.autograd.grad(nn.functional.cross_entropy(x @ weight.T + bias, labels[index]), [weight, bias])
+        gradients = torch.autograd.grad(
+            nn.functional.cross_entropy(x @ weight.T + bias, labels[index]), [weight, bias]
+        )
         with torch.no_grad():
             step_weight = gradients[0] * (0.001 * weight.norm() / gradients[0].norm())
-            for parameter, velocity, move in zip((weight, bias), speed, (step_weight, gradients[1]), strict=True):
+            for parameter, velocity, move in zip(
+                (weight, bias), speed, (step_weight, gradients[1]), strict=True
+            ):
                 velocity.mul_(0.9).add_(move)
                 parameter.sub_(rate * velocity)
     return weight.detach(), bias.detach()

@@ -13,7 +13,9 @@ from patchmine.evaluate.neighbours import class_votes, knn_accuracy, nearest, vo
 
 
 def slow_knn(bank, bank_labels, query, query_labels, num_classes, k, temperature=0.07):
-    """DINO's rule written out in float64: a softmax over the k nearest, added up one vote at a time."""
+    """DINO's rule written out in float64: a softmax over the k nearest, added up one vote at a
+    time.
+    """
     bank, query = bank.double(), query.double()
     top1 = top5 = 0
     for q, truth in zip(query, query_labels.tolist(), strict=True):
@@ -22,7 +24,11 @@ def slow_knn(bank, bank_labels, query, query_labels, num_classes, k, temperature
         votes = {}
         for c in range(num_classes):
             found = [cosine[i] / temperature for i in order if int(bank_labels[i]) == c]
-            votes[c] = max(found) + math.log(sum(math.exp(v - max(found)) for v in found)) if found else -math.inf
+            votes[c] = (
+                max(found) + math.log(sum(math.exp(v - max(found)) for v in found))
+                if found
+                else -math.inf
+            )
         ranking = sorted(range(num_classes), key=lambda c: -votes[c])
         top1 += ranking[0] == truth
         top5 += truth in ranking[:5]
@@ -34,7 +40,10 @@ def slow_knn(bank, bank_labels, query, query_labels, num_classes, k, temperature
 def test_vote_equals_slow_loop_for_every_k(seed, classes, size):
     g = torch.Generator().manual_seed(seed)
     bank, query = torch.randn(size, 6, generator=g), torch.randn(17, 6, generator=g)
-    labels, truth = torch.randint(classes, (size,), generator=g), torch.randint(classes, (17,), generator=g)
+    labels, truth = (
+        torch.randint(classes, (size,), generator=g),
+        torch.randint(classes, (17,), generator=g),
+    )
     fast = knn_accuracy(bank, labels, query, truth, classes, neighbours=(1, 10, 20))
     assert set(fast) == {min(k, size) for k in (1, 10, 20)}
     for k, accuracy in fast.items():
@@ -50,12 +59,16 @@ def test_slices_of_the_bank_do_not_change_the_neighbours():
 
 def test_length_of_a_feature_does_not_matter_and_half_precision_does_not_overflow():
     bank = torch.eye(4).half()
-    accuracy = knn_accuracy(bank * 300, torch.arange(4), bank * 0.01, torch.arange(4), 4, neighbours=(1, 4))
+    accuracy = knn_accuracy(
+        bank * 300, torch.arange(4), bank * 0.01, torch.arange(4), 4, neighbours=(1, 4)
+    )
     assert accuracy[4]["top1"] == 100.0  # exp(1 / 0.07) is beyond half precision
 
 
 def test_unknown_query_class_counts_as_wrong():
-    accuracy = knn_accuracy(torch.eye(2), torch.arange(2), torch.eye(2), torch.tensor([0, 7]), 2, neighbours=(1,))
+    accuracy = knn_accuracy(
+        torch.eye(2), torch.arange(2), torch.eye(2), torch.tensor([0, 7]), 2, neighbours=(1,)
+    )
     assert accuracy == {1: {"top1": 50.0, "top5": 50.0}}
 
 
@@ -67,7 +80,9 @@ def test_any_temperature_equals_the_slow_softmax(temperature, dtype):
     centres = torch.randn(8, 16, generator=g)
     bank = (centres[labels] + 0.9 * torch.randn(120, 16, generator=g)).to(dtype)
     query = (centres[truth] + 0.9 * torch.randn(40, 16, generator=g)).to(dtype)
-    fast = knn_accuracy(bank, labels, query, truth, 8, neighbours=(1, 5, 100, 500), temperature=temperature)
+    fast = knn_accuracy(
+        bank, labels, query, truth, 8, neighbours=(1, 5, 100, 500), temperature=temperature
+    )
     assert set(fast) == {1, 5, 100, 120}  # no more neighbours than there are images
     for k, accuracy in fast.items():
         assert accuracy == pytest.approx(slow_knn(bank, labels, query, truth, 8, k, temperature)), k
@@ -76,7 +91,9 @@ def test_any_temperature_equals_the_slow_softmax(temperature, dtype):
 def test_a_low_temperature_is_the_nearest_neighbour():
     """exp(1 / 0.01) is beyond float32: infinite weights once made every class alike."""
     bank = torch.eye(4).repeat(25, 1)
-    accuracy = knn_accuracy(bank, torch.arange(4).repeat(25), torch.eye(4), torch.arange(4), 4, temperature=0.01)
+    accuracy = knn_accuracy(
+        bank, torch.arange(4).repeat(25), torch.eye(4), torch.arange(4), 4, temperature=0.01
+    )
     assert accuracy[100] == {"top1": 100.0, "top5": 100.0}
 
 
@@ -90,11 +107,22 @@ def test_of_equal_similarities_the_first_of_the_bank_vote():
     labels = torch.zeros(300, dtype=torch.int64)
     labels[10:] = 1  # equally near, but behind the ten that vote
     for rows in (7, 64, 1000):
-        assert nearest(bank, torch.ones(3, 2), 10, bank_rows=rows)[1].tolist() == [list(range(10))] * 3
-    accuracy = knn_accuracy(bank, labels, torch.ones(2, 2), torch.tensor([0, 1]), 2, neighbours=(10, 19, 21))
+        assert (
+            nearest(bank, torch.ones(3, 2), 10, bank_rows=rows)[1].tolist() == [list(range(10))] * 3
+        )
+    accuracy = knn_accuracy(
+        bank, labels, torch.ones(2, 2), torch.tensor([0, 1]), 2, neighbours=(10, 19, 21)
+    )
     assert [accuracy[k]["top1"] for k in (10, 19, 21)] == [50.0, 50.0, 50.0]
-    one = knn_accuracy(bank, labels, torch.ones(1, 2), torch.tensor([0]), 2, neighbours=(10, 19, 20, 21))
-    assert [one[k]["top1"] for k in (10, 19, 20, 21)] == [100.0, 100.0, 100.0, 0.0]  # at 20 a tie, for the smaller
+    one = knn_accuracy(
+        bank, labels, torch.ones(1, 2), torch.tensor([0]), 2, neighbours=(10, 19, 20, 21)
+    )
+    assert [one[k]["top1"] for k in (10, 19, 20, 21)] == [
+        100.0,
+        100.0,
+        100.0,
+        0.0,
+    ]  # at 20 a tie, for the smaller
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.07])

@@ -1,6 +1,7 @@
 """`make faults`: all campaigns, and one table of what was tried, what survived and what did not.
 
-    python tests/faults [MUTANTS=10000] [KILLS=100] [SEED=0] [MINUTES=15] [ONLY=mutants,...] [MARKDOWN=file] [KEEP=dir]
+    python tests/faults [MUTANTS=10000] [KILLS=100] [SEED=0] [MINUTES=15] [ONLY=mutants,...]
+    [MARKDOWN=file] [KEEP=dir]
 
 Exit code 1 when anything did what nothing may.  docs/faults.md says what that is.
 """
@@ -63,7 +64,11 @@ def main(words: list[str]) -> int:
 
 def _sizes(words: list[str]) -> Sizes:
     """From the environment and from KEY=VALUE words, which overrule it."""
-    given = {name: os.environ[name.upper()] for name in Sizes.__dataclass_fields__ if name.upper() in os.environ}
+    given = {
+        name: os.environ[name.upper()]
+        for name in Sizes.__dataclass_fields__
+        if name.upper() in os.environ
+    }
     for word in words:
         key, mark, value = word.partition("=")
         if not mark or key.lower() not in Sizes.__dataclass_fields__:
@@ -75,7 +80,9 @@ def _sizes(words: list[str]) -> Sizes:
     sizes = Sizes(**{name: kinds[name](value) for name, value in given.items()})
     unknown = set(sizes.only.split(",")) - set(GROUPS)
     if unknown:
-        raise SystemExit(f"ONLY={sizes.only}: {', '.join(sorted(unknown))} is none of {', '.join(GROUPS)}")
+        raise SystemExit(
+            f"ONLY={sizes.only}: {', '.join(sorted(unknown))} is none of {', '.join(GROUPS)}"
+        )
     return sizes
 
 
@@ -95,25 +102,33 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
         "crashes": lambda: [
             table.row(
                 "crash at a file-system call",
-                crashes.crash_runs(scene, processes=processes, seconds=0.35 * share, most=sizes.crashes or None),
+                crashes.crash_runs(
+                    scene, processes=processes, seconds=0.35 * share, most=sizes.crashes or None
+                ),
             )
         ],
         "full-disk": lambda: [
             table.row(
                 "disk full from a call on",
-                crashes.full_disk_runs(scene, processes=processes, seconds=0.12 * share, most=sizes.full_disk or None),
+                crashes.full_disk_runs(
+                    scene, processes=processes, seconds=0.12 * share, most=sizes.full_disk or None
+                ),
             )
         ],
         "outputs": lambda: [
             table.row(
                 "other commands, crashed or full",
-                outputs.output_runs(scene, processes=processes, seconds=0.15 * share, most=sizes.outputs or None),
+                outputs.output_runs(
+                    scene, processes=processes, seconds=0.15 * share, most=sizes.outputs or None
+                ),
             )
         ],
         "shared-folder": lambda: [
             table.row(
                 "two processes in one folder",
-                together.shared_folder_runs(scene, count=sizes.shared, processes=1, seconds=0.05 * share),
+                together.shared_folder_runs(
+                    scene, count=sizes.shared, processes=1, seconds=0.05 * share
+                ),
             )
         ],
         "killed-rank": lambda: [
@@ -129,7 +144,14 @@ def _campaigns(sizes: Sizes, room: Path) -> tuple[list[table.Row], list[str]]:
         try:
             rows += groups[name]()
         except Exception as error:  # noqa: BLE001, the other groups have something to say all the same
-            rows.append(table.Row(name, 1, 1, [f"{name} could not be tried: {' '.join(str(error).split())[-300:]}"]))
+            rows.append(
+                table.Row(
+                    name,
+                    1,
+                    1,
+                    [f"{name} could not be tried: {' '.join(str(error).split())[-300:]}"],
+                )
+            )
         print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
     return rows, [fault for row in rows for fault in row.faults]
 

@@ -1,8 +1,9 @@
 """Mutants by the thousand: forked workers read them under a watchdog, and every one gets a verdict.
 
-A worker is a fork of a process that has imported everything, so that a mutant costs milliseconds.  The parent hears
-when a mutant is begun and when it is done; one that uses more than ``SECONDS`` of processor time, or of the clock while
-nothing happens, or too much memory, is ended with its worker and counted as a fault.
+A worker is a fork of a process that has imported everything, so that a mutant costs milliseconds.
+The parent hears when a mutant is begun and when it is done; one that uses more than ``SECONDS`` of
+processor time, or of the clock while nothing happens, or too much memory, is ended with its worker
+and counted as a fault.
 """
 
 from __future__ import annotations
@@ -78,18 +79,27 @@ class _Job:
 
 
 def run(
-    formats: Sequence[Format], *, count: int, seed: int, processes: int, seconds: float, scratch: Path
+    formats: Sequence[Format],
+    *,
+    count: int,
+    seed: int,
+    processes: int,
+    seconds: float,
+    scratch: Path,
 ) -> dict[str, Tally]:
     """Try ``count`` mutants, evenly over the formats and in turn, and stop after ``seconds``."""
     jobs = [_Job(place % len(formats), place // len(formats)) for place in range(count)]
     tallies = {each.name: Tally() for each in formats}
     end = time.monotonic() + seconds
     workers = [
-        _Worker(formats, jobs[start::processes], seed, scratch / f"worker-{start}") for start in range(processes)
+        _Worker(formats, jobs[start::processes], seed, scratch / f"worker-{start}")
+        for start in range(processes)
     ]
     try:
         while any(worker.busy for worker in workers) and time.monotonic() < end:
-            ready, _, _ = select.select([worker.pipe for worker in workers if worker.busy], [], [], 0.1)
+            ready, _, _ = select.select(
+                [worker.pipe for worker in workers if worker.busy], [], [], 0.1
+            )
             for worker in workers:
                 if worker.pipe in ready:
                     worker.hear(tallies)
@@ -101,9 +111,13 @@ def run(
 
 
 class _Worker:
-    """A forked process that goes through its jobs, and is forked again after each that it does not survive."""
+    """A forked process that goes through its jobs, and is forked again after each that it does not
+    survive.
+    """
 
-    def __init__(self, formats: Sequence[Format], jobs: Sequence[_Job], seed: int, scratch: Path) -> None:
+    def __init__(
+        self, formats: Sequence[Format], jobs: Sequence[_Job], seed: int, scratch: Path
+    ) -> None:
         self.formats, self.jobs, self.seed, self.scratch = formats, jobs, seed, scratch
         self.next = 0
         self.busy = bool(jobs)
@@ -121,7 +135,9 @@ class _Worker:
             if self.next >= len(self.jobs):
                 self.busy = False
                 return
-            self._lost(tallies, "crash", f"the process ended with {os.waitstatus_to_exitcode(status)}")
+            self._lost(
+                tallies, "crash", f"the process ended with {os.waitstatus_to_exitcode(status)}"
+            )
             return
         self._rest += block
         *lines, self._rest = self._rest.split(b"\n")
@@ -135,8 +151,12 @@ class _Worker:
         if not self.busy or self.pid < 0 or self._began is None:
             return
         clock, cpu = time.monotonic() - self._began, _cpu(self.pid) - self._cpu
-        if cpu > SECONDS or (clock > CLOCK_SECONDS and cpu < SECONDS / 2):  # at work, or waiting for something
-            self._lost(tallies, "hang", f"no answer after {cpu:.0f} s of work ({clock:.0f} s of the clock)")
+        if cpu > SECONDS or (
+            clock > CLOCK_SECONDS and cpu < SECONDS / 2
+        ):  # at work, or waiting for something
+            self._lost(
+                tallies, "hang", f"no answer after {cpu:.0f} s of work ({clock:.0f} s of the clock)"
+            )
         elif (held := _resident(self.pid)) > self._memory + 2 * MEMORY:
             self._lost(tallies, "memory", f"{(held - self._memory) / 2**30:.1f} GB and rising")
 
@@ -174,18 +194,28 @@ class _Worker:
         self.pipe, write = os.pipe()
         sys.stdout.flush()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which torch holds idle
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of a fork beside threads, which torch holds idle
             self.pid = os.fork()
         if self.pid == 0:
             os.close(self.pipe)
             with suppress(BaseException):
-                _work(self.formats, self.jobs[self.next :], self.seed, self.scratch / str(self.next), write)
+                _work(
+                    self.formats,
+                    self.jobs[self.next :],
+                    self.seed,
+                    self.scratch / str(self.next),
+                    write,
+                )
             os._exit(0)
         os.close(write)
         self._memory = _resident(self.pid)
 
 
-def _work(formats: Sequence[Format], jobs: Sequence[_Job], seed: int, scratch: Path, pipe: int) -> None:
+def _work(
+    formats: Sequence[Format], jobs: Sequence[_Job], seed: int, scratch: Path, pipe: int
+) -> None:
     """Inside the fork: one mutant after the other."""
     scratch.mkdir(parents=True)
     os.chdir(scratch)
@@ -200,7 +230,9 @@ def _work(formats: Sequence[Format], jobs: Sequence[_Job], seed: int, scratch: P
     trespass: list[str] = []
     sound = {each.name: _sound(each, number) for number, each in enumerate(formats)}
     sys.addaudithook(
-        lambda event, arguments: trespass.append(f"{event} {arguments!r}"[:200]) if event in FORBIDDEN else None
+        lambda event, arguments: (
+            trespass.append(f"{event} {arguments!r}"[:200]) if event in FORBIDDEN else None
+        )
     )
     for job in jobs:
         each = formats[job.format]
@@ -218,7 +250,9 @@ def _sound(each: Format, number: int) -> str:
     return digest(each.read(each.seeds[0], folder))
 
 
-def judge(each: Format, data: bytes, folder: Path, sound: str, trespass: Sequence[str] = ()) -> tuple[str, str, str]:
+def judge(
+    each: Format, data: bytes, folder: Path, sound: str, trespass: Sequence[str] = ()
+) -> tuple[str, str, str]:
     """("read" | "refused" | "fault", kind, reason) of one mutant, read in this process."""
     before = _reset_peak()
     verdict = _read(each, data, folder, sound)
@@ -239,7 +273,11 @@ def _read(each: Format, data: bytes, folder: Path, sound: str) -> tuple[str, str
     except each.refusals as error:
         return _judge_refusal(each, error)
     except BaseException as error:  # noqa: BLE001, whatever a reader lets through is what we look for
-        return "fault", type(error).__name__, f"{_place(error)}: {ADDRESS.sub('0x', str(error))[:160]!r}"
+        return (
+            "fault",
+            type(error).__name__,
+            f"{_place(error)}: {ADDRESS.sub('0x', str(error))[:160]!r}",
+        )
     if each.sealed and digest(value) != sound:
         return "fault", "silent", "other contents than those of the sound file, without a word"
     return "read", "", ""
@@ -252,15 +290,27 @@ def _judge_refusal(each: Format, error: Exception) -> tuple[str, str, str]:
     if "\n" in text and not each.lines:
         return "fault", "lines", f"a refusal of several lines at {_place(error)}: {text[:120]!r}"
     if any(not letter.isprintable() and letter != "\n" for letter in text):
-        return "fault", "letters", f"a refusal that no terminal can show at {_place(error)}: {text[:120]!r}"
+        return (
+            "fault",
+            "letters",
+            f"a refusal that no terminal can show at {_place(error)}: {text[:120]!r}",
+        )
     if each.named and each.named not in text:
-        return "fault", "nameless", f"a refusal that does not name {each.named} at {_place(error)}: {text[:120]!r}"
+        return (
+            "fault",
+            "nameless",
+            f"a refusal that does not name {each.named} at {_place(error)}: {text[:120]!r}",
+        )
     return "refused", "", ""
 
 
 def _place(error: BaseException) -> str:
     """The innermost line of the package that an exception came through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}patchmine{os.sep}" in f.filename]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if f"{os.sep}patchmine{os.sep}" in f.filename
+    ]
     frame = frames[-1] if frames else traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
@@ -268,7 +318,12 @@ def _place(error: BaseException) -> str:
 def _cpu(pid: int) -> float:
     """Seconds of processor time of a process."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="ascii", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -276,7 +331,10 @@ def _cpu(pid: int) -> float:
 
 def _resident(pid: int) -> int:
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+        return (
+            int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+            * resource.getpagesize()
+        )
     except OSError:
         return 0
 
@@ -289,7 +347,9 @@ def _reset_peak() -> int:
 
 
 def _peak() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+    for line in (
+        Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    ):
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0

@@ -1,4 +1,6 @@
-"""The modules of this folder import each other by their bare names, as `python tests/faults` finds them."""
+"""The modules of this folder import each other by their bare names, as `python tests/faults` finds
+them.
+"""
 
 from __future__ import annotations
 

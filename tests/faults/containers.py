@@ -1,4 +1,6 @@
-"""Damage inside of containers whose lengths and checksums are then made right again, so that readers go on to it."""
+"""Damage inside of containers whose lengths and checksums are then made right again, so that
+readers go on to it.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,26 @@ def png_chunk(data: bytes, chance: random.Random) -> bytes:
     elif what == 1:
         body = extreme_integer(body, chance)
     elif what == 2:
-        kind = chance.choice((b"tRNS", b"gAMA", b"iCCP", b"zTXt", b"tEXt", b"eXIf", b"acTL", b"PLTE", b"IEND", b"sBIT"))
+        kind = chance.choice(
+            (
+                b"tRNS",
+                b"gAMA",
+                b"iCCP",
+                b"zTXt",
+                b"tEXt",
+                b"eXIf",
+                b"acTL",
+                b"PLTE",
+                b"IEND",
+                b"sBIT",
+            )
+        )
     chunks[number] = (kind, body)
     if what == 3:
         chunks.insert(chance.randrange(len(chunks)), chunks.pop(number))
-    packed = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
+    packed = [
+        struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks
+    ]
     return data[:_PNG] + b"".join(packed)
 
 
@@ -57,14 +74,22 @@ def tiff_entry(data: bytes, chance: random.Random) -> bytes:
     (count,) = struct.unpack_from(order + "H", data, start)
     entry = start + 2 + _TIFF_ENTRY * chance.randrange(max(1, count))
     offset, width = chance.choice(((0, 2), (2, 2), (4, 4), (8, 4), (8, 4), (8, 2)))
-    value = chance.choice((*EXTREMES, chance.randrange(2**16), 32773, 50000, 34925, 8, 5, 7)) % 2 ** (8 * width)
+    value = chance.choice(
+        (*EXTREMES, chance.randrange(2**16), 32773, 50000, 34925, 8, 5, 7)
+    ) % 2 ** (8 * width)
     place = entry + offset
-    return data[:place] + struct.pack(order + {2: "H", 4: "I"}[width], value) + data[place + width :]
+    return (
+        data[:place] + struct.pack(order + {2: "H", 4: "I"}[width], value) + data[place + width :]
+    )
 
 
 def tar_header(data: bytes, chance: random.Random) -> bytes:
     """One field of one member's header; the header's checksum is right."""
-    starts = [start for start in range(0, len(data) - 511, 512) if data[start + 257 : start + 262] == b"ustar"]
+    starts = [
+        start
+        for start in range(0, len(data) - 511, 512)
+        if data[start + 257 : start + 262] == b"ustar"
+    ]
     if not starts:
         return extreme_integer(data, chance)
     start = chance.choice(starts)
@@ -75,9 +100,9 @@ def tar_header(data: bytes, chance: random.Random) -> bytes:
     elif width == 1:
         header[place] = chance.choice(_TAR_KINDS)
     else:
-        header[place : place + width] = chance.choice(BYTES)(bytes(header[place : place + width]), chance)[
-            :width
-        ].ljust(width, b"\0")
+        header[place : place + width] = chance.choice(BYTES)(
+            bytes(header[place : place + width]), chance
+        )[:width].ljust(width, b"\0")
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
     return data[:start] + bytes(header) + data[start + 512 :]
 
@@ -97,7 +122,14 @@ def tar_member(data: bytes, chance: random.Random) -> bytes:
                     content = chance.choice((*BYTES, *TEXT))(content, chance)
                 elif what == 1:
                     member.name = chance.choice(
-                        ("../" + member.name, "/etc/" + member.name, "x" * 300 + ".jpg", "a\nb.jpg", ".", "")
+                        (
+                            "../" + member.name,
+                            "/etc/" + member.name,
+                            "x" * 300 + ".jpg",
+                            "a\nb.jpg",
+                            ".",
+                            "",
+                        )
                     )
                 else:
                     member.type, member.linkname = chance.choice(
@@ -114,11 +146,17 @@ def tar_member(data: bytes, chance: random.Random) -> bytes:
 
 
 def zip_member(data: bytes, chance: random.Random) -> bytes:
-    """A zip archive written anew in which one member has other contents, a second copy, another name, or is gone."""
+    """A zip archive written anew in which one member has other contents, a second copy, another
+    name, or is gone.
+    """
     with zipfile.ZipFile(io.BytesIO(data)) as old:
         members = [(info.filename, old.read(info)) for info in old.infolist()]
     pickles = [number for number, (name, _) in enumerate(members) if name.endswith(".pkl")]
-    number = chance.choice(pickles) if pickles and chance.random() < 0.7 else chance.randrange(len(members))
+    number = (
+        chance.choice(pickles)
+        if pickles and chance.random() < 0.7
+        else chance.randrange(len(members))
+    )
     name, content = members[number]
     what = chance.randrange(6)
     if what < 3:
@@ -129,7 +167,9 @@ def zip_member(data: bytes, chance: random.Random) -> bytes:
         members.append((name, chance.randbytes(len(content))))
     else:
         members[number] = (
-            chance.choice(("../x", "constants.pkl", "a/constants.pkl", name.split("/")[0], name + "\0")),
+            chance.choice(
+                ("../x", "constants.pkl", "a/constants.pkl", name.split("/")[0], name + "\0")
+            ),
             content,
         )
     out = io.BytesIO()
@@ -142,7 +182,11 @@ def zip_member(data: bytes, chance: random.Random) -> bytes:
 
 def zip_directory(data: bytes, chance: random.Random) -> bytes:
     """One integer of the central directory, or of the record that ends it."""
-    marks = [place for mark in (b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7") if (place := data.find(mark)) >= 0]
+    marks = [
+        place
+        for mark in (b"PK\1\2", b"PK\5\6", b"PK\6\6", b"PK\6\7")
+        if (place := data.find(mark)) >= 0
+    ]
     if not marks:
         return extreme_integer(data, chance)
     place, width = chance.choice(marks) + chance.randrange(4, 46), chance.choice((2, 4))

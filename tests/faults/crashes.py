@@ -1,4 +1,6 @@
-"""A crash before, within and after every call by which a run changes its folder; a disk that is full from each on."""
+"""A crash before, within and after every call by which a run changes its folder; a disk that is
+full from each on.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from verdict import differences, ended_badly, torn
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a run: the whole of it, or what is left of one that stopped half way (``start``: a folder to copy)."""
+    """A part of a run: the whole of it, or what is left of one that stopped half way (``start``: a
+    folder to copy).
+    """
 
     name: str
     start: Path | None
@@ -33,7 +37,9 @@ def parts(scene: Scene) -> list[Part]:
     words = scene.pretrain(half / "run", "workers=0")
     ended = Child(words, log, prepare=_crash_after_checkpoint).wait(WAIT)
     if ended.code != CRASHED:
-        raise RuntimeError(f"the first half of a run ended with {ended.code}: {ended.output[-2000:]}")
+        raise RuntimeError(
+            f"the first half of a run ended with {ended.code}: {ended.output[-2000:]}"
+        )
     return [Part("a run", None), Part("a resumed run", half / "run")]
 
 
@@ -79,12 +85,16 @@ def record(scene: Scene, part: Part) -> list[tuple[str, str]]:
     listing, log = scene.scratch / "calls.jsonl", scene.scratch / "recorded.log"
     ended = _start(scene, base, FileSystem(base, record=listing).install, log).wait(WAIT)
     if ended.code != 0:
-        raise RuntimeError(f"{part.name}, recorded, ended with {ended.code}: {ended.output[-2000:]}")
+        raise RuntimeError(
+            f"{part.name}, recorded, ended with {ended.code}: {ended.output[-2000:]}"
+        )
     return calls(listing)
 
 
 def crash_runs(scene: Scene, *, processes: int, seconds: float, most: int | None = None) -> Outcome:
-    """Every call of both parts, before, half way through a write, and after; ``most``: so many of them, chosen."""
+    """Every call of both parts, before, half way through a write, and after; ``most``: so many of
+    them, chosen.
+    """
     cases, remarks = list[tuple[Part, int, str, Action]](), list[str]()
     for part in parts(scene):
         found = record(scene, part)
@@ -94,13 +104,19 @@ def crash_runs(scene: Scene, *, processes: int, seconds: float, most: int | None
                 ("before", "half", "after") if name in ("write", "save") else ("before", "after")
             )
             cases += [(part, number, f"{name} {file}", action) for action in actions]
-    random.Random(f"{scene.seed}/crashes").shuffle(cases)  # so that an early end leaves some of each kind
-    outcome = spread(lambda case: _crash(scene, *case), cases[:most], processes=processes, seconds=seconds)
+    random.Random(f"{scene.seed}/crashes").shuffle(
+        cases
+    )  # so that an early end leaves some of each kind
+    outcome = spread(
+        lambda case: _crash(scene, *case), cases[:most], processes=processes, seconds=seconds
+    )
     outcome.remark = ", ".join(remarks)
     return outcome
 
 
-def _crash(scene: Scene, part: Part, number: int, call: str, action: Action) -> tuple[int, list[str]]:
+def _crash(
+    scene: Scene, part: Part, number: int, call: str, action: Action
+) -> tuple[int, list[str]]:
     base = _lay_out(scene, part, f"crash-{os.getpid()}")
     log = base.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -114,17 +130,30 @@ def _crash(scene: Scene, part: Part, number: int, call: str, action: Action) -> 
     return 1, [f"{part.name}, crashed {action} call {number} ({call}): {fault}" for fault in faults]
 
 
-def full_disk_runs(scene: Scene, *, processes: int, seconds: float, most: int | None = None) -> Outcome:
-    """From every call that needs room on, there is none; then there is again.  And one run under a real limit."""
+def full_disk_runs(
+    scene: Scene, *, processes: int, seconds: float, most: int | None = None
+) -> Outcome:
+    """From every call that needs room on, there is none; then there is again.  And one run under a
+    real limit.
+    """
     cases, remarks = list[tuple[Part, int, str]](), list[str]()
     for part in parts(scene):
         found = record(scene, part)
-        chosen = [(part, number, f"{name} {file}") for number, (name, file) in enumerate(found) if name in NEEDS_ROOM]
+        chosen = [
+            (part, number, f"{name} {file}")
+            for number, (name, file) in enumerate(found)
+            if name in NEEDS_ROOM
+        ]
         remarks.append(f"{len(chosen)} calls of {part.name}")
         cases += chosen
     random.Random(f"{scene.seed}/full").shuffle(cases)
     limited = [(Part("a run under RLIMIT_FSIZE", None), -1, "")]
-    outcome = spread(lambda case: _full(scene, *case), limited + cases[:most], processes=processes, seconds=seconds)
+    outcome = spread(
+        lambda case: _full(scene, *case),
+        limited + cases[:most],
+        processes=processes,
+        seconds=seconds,
+    )
     outcome.remark = ", ".join(remarks)
     return outcome
 

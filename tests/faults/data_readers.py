@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from patchmine.data.decode import DecodeError, decode, probe
+from patchmine.data.decoding.decode import DecodeError, decode, probe
 from patchmine.errors import UserError
 
 ITEM_ERRORS = (OSError, DecodeError)  # what loader and inspect take as: this item is broken
@@ -46,11 +46,15 @@ def items_of(source: Any) -> list[str]:
             content = type(error).__name__
         found.append(f"{source.path(index)} {getattr(source, 'key', source.path)(index)} {content}")
     labels = source.labels()
-    return [*found, f"{len(source)}", *([] if labels is None else map(str, [*labels.ids.tolist(), *labels.names]))]
+    return [
+        *found,
+        f"{len(source)}",
+        *([] if labels is None else map(str, [*labels.ids.tolist(), *labels.names])),
+    ]
 
 
 def read_tar(data: bytes, folder: Path) -> object:
-    from patchmine.data.source import open_source
+    from patchmine.data.sources.source import open_source
 
     path = folder / "x.tar"
     path.write_bytes(data)
@@ -59,7 +63,7 @@ def read_tar(data: bytes, folder: Path) -> object:
 
 def read_swapped_tar(data: bytes, folder: Path) -> object:
     """Another archive under a name whose index is kept must read as it would without the index."""
-    from patchmine.data.source import open_source
+    from patchmine.data.sources.source import open_source
 
     path, cache = folder / "x.tar", folder / "cache"
     path.unlink(missing_ok=True)
@@ -92,7 +96,7 @@ def _outcome(read: Callable[[], Any]) -> Any:
 def kept_index(data: Path) -> tuple[str, bytes]:
     """Name and contents of the index that is kept of a folder or an archive."""
 
-    from patchmine.data.source import open_source
+    from patchmine.data.sources.source import open_source
 
     with tempfile.TemporaryDirectory() as room:
         open_source(data, cache_dir=Path(room))
@@ -102,7 +106,7 @@ def kept_index(data: Path) -> tuple[str, bytes]:
 
 def read_index(of: Path, name: str, data: bytes, folder: Path) -> object:
     """Under a damaged index a source reads as it would without: the index is made again."""
-    from patchmine.data.source import open_source
+    from patchmine.data.sources.source import open_source
 
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
@@ -112,7 +116,7 @@ def read_index(of: Path, name: str, data: bytes, folder: Path) -> object:
 
 
 def read_list(suffix: str, picture: bytes, data: bytes, folder: Path) -> object:
-    from patchmine.data.source import open_source
+    from patchmine.data.sources.source import open_source
 
     for name in ("0.png", "1.jpg", "sub folder/2.png"):
         place = folder / name
@@ -129,7 +133,7 @@ _ENDINGS = (".jpg", ".png", ".tif", ".npy", ".gif", ".webp", ".bmp", ".ppm")
 
 def inspect_images(data: bytes, folder: Path) -> object:
     from patchmine.data.inspect import inspect, render
-    from patchmine.data.source import open_source
+    from patchmine.data.sources.source import open_source
 
     room = folder / "images"
     room.mkdir(exist_ok=True)
@@ -142,8 +146,8 @@ def load_images(data: bytes, folder: Path) -> object:
     """What training does: statistics, and batches of crops, whose numbers must be finite."""
     from patchmine.data.badfiles import BadFiles
     from patchmine.data.loader import data_statistics, train_batches
-    from patchmine.data.source import open_source
-    from patchmine.data.views import TrainView
+    from patchmine.data.sources.source import open_source
+    from patchmine.data.views.images import TrainView
 
     room = folder / "images"
     room.mkdir(exist_ok=True)
@@ -153,7 +157,9 @@ def load_images(data: bytes, folder: Path) -> object:
     numbers = list(data_statistics(source, 3))
     view = TrainView((16, 16), (0.2, 1.0), (0.75, 1.33), 0.5, "bicubic", 8)
     steps = {"steps_per_epoch": 1, "start_step": 0, "total_steps": 2}
-    batches = train_batches(source, view, channels=3, seed=0, batch_size=2, bad=BadFiles(None, 1.0), **steps)
+    batches = train_batches(
+        source, view, channels=3, seed=0, batch_size=2, bad=BadFiles(None, 1.0), **steps
+    )
     numbers += [batch.views[0].float() for batch in batches]
     if not all(bool(each.isfinite().all()) for each in numbers):
         raise AssertionError("numbers that are not finite come out of the loader")
@@ -162,7 +168,7 @@ def load_images(data: bytes, folder: Path) -> object:
 
 def read_frames(data: bytes, folder: Path) -> object:
     """A video as a folder of frames, of which one is damaged."""
-    from patchmine.data.video import frames_in, open_video
+    from patchmine.data.decoding.video import frames_in, open_video
 
     room = folder / "frames"
     room.mkdir(exist_ok=True)
@@ -172,7 +178,7 @@ def read_frames(data: bytes, folder: Path) -> object:
 
 
 def read_video(suffix: str, data: bytes, folder: Path) -> object:
-    from patchmine.data.video import VideoFile, open_video
+    from patchmine.data.decoding.video import VideoFile, open_video
 
     path = folder / f"x{suffix}"
     path.write_bytes(data)

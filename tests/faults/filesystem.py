@@ -1,8 +1,10 @@
-"""The calls by which a run changes a folder, counted; any one of them can be made the last, or be refused.
+"""The calls by which a run changes a folder, counted; any one of them can be made the last, or be
+refused.
 
-Wrapped where Python's own libraries look them up: the functions of ``os``, ``open`` and the ``write`` of what it
-returns, and the one function of safetensors that writes.  What happens before the first call after the last is the same
-on disk, so a crash before and after every call passes through all states that a killed process can leave.
+Wrapped where Python's own libraries look them up: the functions of ``os``, ``open`` and the
+``write`` of what it returns, and the one function of safetensors that writes.  What happens before
+the first call after the last is the same on disk, so a crash before and after every call passes
+through all states that a killed process can leave.
 """
 
 # What stands below pathlib cannot be written with it.
@@ -46,8 +48,9 @@ _MAKES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 class FileSystem:
     """Counts the calls below ``root`` in this process once it is installed.
 
-    ``action`` happens at call ``number``: a crash before it, half way through what it writes, or after it; "full":
-    from there on nothing that needs room succeeds.  ``record``: where the calls are listed, one name a line.
+    ``action`` happens at call ``number``: a crash before it, half way through what it writes, or
+    after it; "full": from there on nothing that needs room succeeds.  ``record``: where the calls
+    are listed, one name a line.
     """
 
     root: Path
@@ -62,16 +65,23 @@ class FileSystem:
         import safetensors.torch
 
         self._root = os.path.realpath(self.root)
-        self._open, self._log = os.open, None if self.record is None else self.record.open("w", encoding="utf-8")
+        self._open, self._log = (
+            os.open,
+            None if self.record is None else self.record.open("w", encoding="utf-8"),
+        )
         for name in _PLAIN:
             setattr(os, name, self._wrapped(name, getattr(os, name)))
         os.open = self._os_open  # type: ignore[assignment]
         opened = builtins.open
         builtins.open = io.open = lambda *given, **named: self._opened(opened, *given, **named)  # type: ignore[assignment]
         save = safetensors.torch.serialize_file
-        safetensors.torch.serialize_file = lambda tensors, path, **named: self._saved(save, tensors, path, **named)
+        safetensors.torch.serialize_file = lambda tensors, path, **named: self._saved(
+            save, tensors, path, **named
+        )
 
-    def _call(self, name: str, path: str, do: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
+    def _call(
+        self, name: str, path: str, do: Callable[[], Any], half: Callable[[], Any] | None = None
+    ) -> Any:
         number, self.count = self.count, self.count + 1
         if self._log is not None:
             self._log.write(json.dumps([name, os.path.basename(path)]) + "\n")
@@ -112,13 +122,17 @@ class FileSystem:
             return self._open(path, flags, *given, **named)
         return int(self._call("open", place, lambda: self._open(path, flags, *given, **named)))
 
-    def _opened(self, original: Callable[..., Any], file: Any, mode: str = "r", *given: Any, **named: Any) -> Any:
+    def _opened(
+        self, original: Callable[..., Any], file: Any, mode: str = "r", *given: Any, **named: Any
+    ) -> Any:
         if isinstance(file, int) or not set(mode) & set("wax+"):
             return original(file, mode, *given, **named)
         place = self._path(file, None)
         if not place.startswith(self._root):
             return original(file, mode, *given, **named)
-        return _File(self._call("open", place, lambda: original(file, mode, *given, **named)), self, place)
+        return _File(
+            self._call("open", place, lambda: original(file, mode, *given, **named)), self, place
+        )
 
     def _saved(self, original: Callable[..., Any], tensors: Any, path: Any, **named: Any) -> Any:
         def half() -> None:
@@ -171,7 +185,9 @@ def _full(name: str, path: str) -> Exception:
     if name == "save":
         from safetensors import SafetensorError
 
-        return SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 

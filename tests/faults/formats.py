@@ -1,4 +1,6 @@
-"""Every format that patchmine reads: sound files, ways to damage them, and the function by which a command reads."""
+"""Every format that patchmine reads: sound files, ways to damage them, and the function by which a
+command reads.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,10 @@ Read = Callable[[bytes, Path], Any]
 class Format:
     """How one kind of file is tried.
 
-    ``read`` gets the bytes of a mutant and a folder of its own, with a copy of ``run`` inside where one is needed.
-    ``refusals``: what it may raise, in one line unless ``lines`` are allowed.  ``named``: a part of the file's name
-    that a refusal must contain.  ``sealed``: the file is under a checksum, so what is read without a refusal must be
-    what the sound file gives.
+    ``read`` gets the bytes of a mutant and a folder of its own, with a copy of ``run`` inside where
+    one is needed. ``refusals``: what it may raise, in one line unless ``lines`` are allowed.
+    ``named``: a part of the file's name that a refusal must contain.  ``sealed``: the file is under
+    a checksum, so what is read without a refusal must be what the sound file gives.
     """
 
     name: str
@@ -46,7 +48,9 @@ class Format:
     sealed: bool = False
 
     def mutant(self, number: int, seed: int) -> tuple[str, bytes]:
-        """The name of its mutators and the contents of one mutant; a function of its arguments alone."""
+        """The name of its mutators and the contents of one mutant; a function of its arguments
+        alone.
+        """
         chance = random.Random(f"{seed}/{self.name}/{number}")
         data = self.seeds[number % len(self.seeds)]
         names = []
@@ -66,7 +70,9 @@ class Format:
 
 
 def all_formats(run: Path) -> list[Format]:
-    """The table; ``run`` is the folder of a finished run of `scene.SETTINGS`, with an evaluation in it."""
+    """The table; ``run`` is the folder of a finished run of `scene.SETTINGS`, with an evaluation in
+    it.
+    """
     pictures = seeds.images()
     return [
         *_items(pictures),
@@ -88,7 +94,13 @@ def _items(pictures: Mapping[str, list[bytes]]) -> list[Format]:
         "ppm": TEXT,
     }
     return [
-        Format(name, files, (*BYTES, *extra.get(name, ())), data_readers.read_image, refusals=ITEM_ERRORS)
+        Format(
+            name,
+            files,
+            (*BYTES, *extra.get(name, ())),
+            data_readers.read_image,
+            refusals=ITEM_ERRORS,
+        )
         for name, files in pictures.items()
     ]
 
@@ -99,7 +111,11 @@ def _sources(pictures: Mapping[str, list[bytes]], room: Path) -> list[Format]:
     found = [Format("tar", tars, tar_damage, data_readers.read_tar, named="x.tar")]
     found += [
         Format(
-            f"list {suffix}", [content], TEXT, partial(data_readers.read_list, suffix, pictures["png"][0]), named="list"
+            f"list {suffix}",
+            [content],
+            TEXT,
+            partial(data_readers.read_list, suffix, pictures["png"][0]),
+            named="list",
         )
         for suffix, content in seeds.LISTS.items()
     ]
@@ -120,7 +136,9 @@ def _sources(pictures: Mapping[str, list[bytes]], room: Path) -> list[Format]:
     ]
     return [
         *found,
-        Format("tar under a kept index", tars, tar_damage, data_readers.read_swapped_tar, named="x.tar"),
+        Format(
+            "tar under a kept index", tars, tar_damage, data_readers.read_swapped_tar, named="x.tar"
+        ),
         *indices,
         Format("folder, inspected", mixed, BYTES, data_readers.inspect_images),
         Format("folder, loaded", mixed, BYTES, data_readers.load_images),
@@ -128,14 +146,16 @@ def _sources(pictures: Mapping[str, list[bytes]], room: Path) -> list[Format]:
 
 
 def _settings(run: Path) -> list[Format]:
-    import patchmine.recipes
+    import patchmine.config.recipes
 
-    shipped = sorted(Path(patchmine.recipes.__file__).parent.glob("*.yaml"))
+    shipped = sorted(Path(patchmine.config.recipes.__file__).parent.glob("*.yaml"))
     config = (run / "config.yaml").read_bytes()
     traps = [b"data: !!python/object/apply:os.system [touch CANARY]\n", b"&x data: [*x]\n"]
     recipes = [path.read_bytes() for path in shipped]
     return [
-        Format("recipe", [*recipes, *traps], YAML, run_readers.read_recipe, named="x.yaml", lines=True),
+        Format(
+            "recipe", [*recipes, *traps], YAML, run_readers.read_recipe, named="x.yaml", lines=True
+        ),
         Format("config.yaml", [config, *traps], YAML, run_readers.read_config, lines=True),
     ]
 
@@ -156,8 +176,19 @@ def _run_files(run: Path) -> list[Format]:
             (DamagedCheckpointError,),
             sealed=True,
         ),
-        Format("checkpoint, resumed", [newest], damage, partial(run_readers.resume_from, checkpoints), sealed=True),
-        Format("metrics.jsonl", [(run / "metrics.jsonl").read_bytes()], TEXT, partial(read, "metrics.jsonl")),
+        Format(
+            "checkpoint, resumed",
+            [newest],
+            damage,
+            partial(run_readers.resume_from, checkpoints),
+            sealed=True,
+        ),
+        Format(
+            "metrics.jsonl",
+            [(run / "metrics.jsonl").read_bytes()],
+            TEXT,
+            partial(read, "metrics.jsonl"),
+        ),
         Format("eval/NAME.json", [seeds.EVALUATION], TEXT, partial(read, "eval/knn.json")),
         Format(
             "samples/step-N.png",
@@ -167,7 +198,10 @@ def _run_files(run: Path) -> list[Format]:
         ),
         Format("bad_files.txt", [bad], TEXT, run_readers.read_bad_files),
         Format(
-            "checkpoints/last", [checkpoints[-1].name.encode()], TEXT, partial(run_readers.follow_last, checkpoints)
+            "checkpoints/last",
+            [checkpoints[-1].name.encode()],
+            TEXT,
+            partial(run_readers.follow_last, checkpoints),
         ),
         Format(".lock", [_holder()], TEXT, partial(run_readers.take_lock, ".lock")),
         Format(".lock.owner", [_holder()], TEXT, partial(run_readers.take_lock, ".lock.owner")),
@@ -176,7 +210,9 @@ def _run_files(run: Path) -> list[Format]:
 
 def _holder() -> bytes:
     """What a lock file says, of a process that has ended."""
-    return json.dumps({"pid": 2**22 + 1, "host": socket.gethostname(), "since": 1.7e9, "stopping": False}).encode()
+    return json.dumps(
+        {"pid": 2**22 + 1, "host": socket.gethostname(), "since": 1.7e9, "stopping": False}
+    ).encode()
 
 
 def _weights(run: Path) -> list[Format]:
@@ -208,7 +244,13 @@ def _weights(run: Path) -> list[Format]:
             partial(run_readers.read_weights, "x.safetensors"),
             named="x.safetensors",
         ),
-        Format("weights .pth (zip)", zips, zip_damage, partial(run_readers.read_weights, "x.pth"), named="x.pth"),
+        Format(
+            "weights .pth (zip)",
+            zips,
+            zip_damage,
+            partial(run_readers.read_weights, "x.pth"),
+            named="x.pth",
+        ),
         Format(
             "weights .pth (legacy)",
             seeds.pickles(tensors, zipped=False),
@@ -223,7 +265,12 @@ def _weights(run: Path) -> list[Format]:
             partial(run_readers.read_weights, "x.pt"),
             named="x.pt",
         ),
-        Format("import .safetensors", plain, header, partial(run_readers.import_weights, "x.safetensors")),
+        Format(
+            "import .safetensors",
+            plain,
+            header,
+            partial(run_readers.import_weights, "x.safetensors"),
+        ),
         Format("import .pth", zips, zip_damage, partial(run_readers.import_weights, "x.pth")),
     ]
 
@@ -232,8 +279,20 @@ def _videos(folder: Path, pictures: Mapping[str, list[bytes]]) -> list[Format]:
     files = {**seeds.videos(folder), ".gif": pictures["gif"]}
     return [
         *(
-            Format(f"video {suffix}", found, BYTES, partial(data_readers.read_video, suffix), refusals=ITEM_ERRORS)
+            Format(
+                f"video {suffix}",
+                found,
+                BYTES,
+                partial(data_readers.read_video, suffix),
+                refusals=ITEM_ERRORS,
+            )
             for suffix, found in files.items()
         ),
-        Format("video in frames", pictures["png"][:3], BYTES, data_readers.read_frames, refusals=ITEM_ERRORS),
+        Format(
+            "video in frames",
+            pictures["png"][:3],
+            BYTES,
+            data_readers.read_frames,
+            refusals=ITEM_ERRORS,
+        ),
     ]

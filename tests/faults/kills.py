@@ -1,4 +1,6 @@
-"""Runs that are killed at random moments, gone on with, killed again, and must end as if nothing had happened."""
+"""Runs that are killed at random moments, gone on with, killed again, and must end as if nothing
+had happened.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from scene import WAIT, Scene
 from spread import Outcome, spread
 from verdict import differences, ended_badly, processes_of
 
-SIGNALS = (*(signal.SIGKILL,) * 12, *(signal.SIGTERM,) * 3, *(signal.SIGINT,) * 3, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (
+    *(signal.SIGKILL,) * 12,
+    *(signal.SIGTERM,) * 3,
+    *(signal.SIGINT,) * 3,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+)
 GRACE = 12.0  # seconds in which data workers see that their process is gone; torch's look every 5
 
 
@@ -21,7 +29,9 @@ def kill_runs(scene: Scene, *, kills: int, processes: int, seconds: float) -> Ou
     while sum(plan) < kills:
         plan.append(chance.choice((1, 1, 2, 3)))
     cases = list(enumerate(plan))
-    outcome = spread(lambda case: _one_run(scene, *case), cases, processes=processes, seconds=seconds)
+    outcome = spread(
+        lambda case: _one_run(scene, *case), cases, processes=processes, seconds=seconds
+    )
     outcome.remark = f"{kills} kills in {len(plan)} runs"
     return outcome
 
@@ -43,7 +53,9 @@ def _one_run(scene: Scene, number: int, kills: int) -> tuple[int, list[str]]:
         told.append(f"{workers} {sent.name}: {ended.code}")
         faults = ended_badly(ended, 0, -sent, 128 + sent)
         done += alive
-        if ended.code == 0 and done < kills:  # it was done before the signal came: its like once more
+        if (
+            ended.code == 0 and done < kills
+        ):  # it was done before the signal came: its like once more
             faults += differences(out, scene.whole)
             shutil.rmtree(out, ignore_errors=True)
     if not faults:

@@ -22,13 +22,20 @@ def rows(scene: Scene, sizes: Any, processes: int, seconds: float) -> list[table
     every = formats.all_formats(run)
     scratch = scene.scratch / "mutants"
     tallies = campaign.run(
-        every, count=sizes.mutants, seed=sizes.seed, processes=processes, seconds=seconds, scratch=scratch
+        every,
+        count=sizes.mutants,
+        seed=sizes.seed,
+        processes=processes,
+        seconds=seconds,
+        scratch=scratch,
     )
     by_name = {each.name: each for each in every}
     if sizes.keep:
         for tally in tallies.values():
             _keep(tally, by_name, sizes)
-    planned = {each.name: len(range(place, sizes.mutants, len(every))) for place, each in enumerate(every)}
+    planned = {
+        each.name: len(range(place, sizes.mutants, len(every))) for place, each in enumerate(every)
+    }
     return [_row(name, tally, planned[name]) for name, tally in tallies.items()]
 
 
@@ -52,5 +59,7 @@ def _keep(tally: campaign.Tally, by_name: dict[str, formats.Format], sizes: Any)
     folder.mkdir(parents=True, exist_ok=True)
     for fault, _ in campaign.grouped(tally.faults):
         _, data = by_name[fault.format].mutant(fault.number, sizes.seed)
-        name = "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in fault.format)
+        name = "".join(
+            letter if letter.isalnum() or letter in ".-" else "-" for letter in fault.format
+        )
         (folder / f"{name}-{fault.number}").write_bytes(data)

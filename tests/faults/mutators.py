@@ -1,7 +1,7 @@
 """Ways to damage a file: each takes its bytes and a random generator and returns others.
 
-A mutator knows nothing of a format; those that keep a format's checksums right, so that the damage reaches further
-than the first comparison, are in `containers`.
+A mutator knows nothing of a format; those that keep a format's checksums right, so that the damage
+reaches further than the first comparison, are in `containers`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,18 @@ DEEP = 100_000
 
 # What a grammar allows and a reader may not expect, in the place of a number, a word or a text.
 WORDS = (
-    *(b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"9" * 400, b"1" + b"0" * 5000, b"-0", b"0x10", b"1_000"),
+    *(
+        b"NaN",
+        b"Infinity",
+        b"-Infinity",
+        b"1e400",
+        b"-1e400",
+        b"9" * 400,
+        b"1" + b"0" * 5000,
+        b"-0",
+        b"0x10",
+        b"1_000",
+    ),
     *(
         b"9223372036854775807",
         b"9223372036854775808",
@@ -71,8 +82,22 @@ WORDS = (
         b"\r\n",
         b"\x1b[31m",
     ),
-    *(b"../../../../etc/passwd", b"/dev/zero", b"/dev/stdin", b"x" * 10_000, b"a/" * 3_000, b"%s%n", b"*x", b"&x [*x]"),
-    *(b"!!python/object/apply:os.system [touch CANARY]", b"!!python/name:os.system", b"!!binary AAAA", b"!!set {a, b}"),
+    *(
+        b"../../../../etc/passwd",
+        b"/dev/zero",
+        b"/dev/stdin",
+        b"x" * 10_000,
+        b"a/" * 3_000,
+        b"%s%n",
+        b"*x",
+        b"&x [*x]",
+    ),
+    *(
+        b"!!python/object/apply:os.system [touch CANARY]",
+        b"!!python/name:os.system",
+        b"!!binary AAAA",
+        b"!!set {a, b}",
+    ),
     *(
         b"<<: *x",
         b"? [a]",
@@ -107,7 +132,11 @@ def overwrite(data: bytes, chance: random.Random) -> bytes:
 
 def truncate(data: bytes, chance: random.Random) -> bytes:
     """The beginning of the file, now and then nothing."""
-    return data[: chance.choice((0, 1, _place(data, chance), chance.randrange(len(data) + 1), max(0, len(data) - 1)))]
+    return data[
+        : chance.choice(
+            (0, 1, _place(data, chance), chance.randrange(len(data) + 1), max(0, len(data) - 1))
+        )
+    ]
 
 
 def extend(data: bytes, chance: random.Random) -> bytes:
@@ -131,13 +160,19 @@ def delete(data: bytes, chance: random.Random) -> bytes:
 
 
 def extreme_integer(data: bytes, chance: random.Random) -> bytes:
-    """One to eight bytes by the least, the greatest and the neighbouring integers, in either order of bytes."""
+    """One to eight bytes by the least, the greatest and the neighbouring integers, in either order
+    of bytes.
+    """
     width = chance.choice((1, 2, 4, 4, 8))
     start = min(_place(data, chance), max(0, len(data) - width))
     if chance.random() < 0.5:
         start -= start % width
     value = chance.choice(EXTREMES) % 2 ** (8 * width)
-    return data[:start] + value.to_bytes(width, chance.choice(("little", "big"))) + data[start + width :]
+    return (
+        data[:start]
+        + value.to_bytes(width, chance.choice(("little", "big")))
+        + data[start + width :]
+    )
 
 
 def nearby_integer(data: bytes, chance: random.Random) -> bytes:
@@ -162,7 +197,9 @@ def splice(other: bytes) -> Mutator:
 
 
 def replace_token(data: bytes, chance: random.Random) -> bytes:
-    """One number, word or quoted text by something that the grammar, or only its reader's author, does not expect."""
+    """One number, word or quoted text by something that the grammar, or only its reader's author,
+    does not expect.
+    """
     tokens = [*re.finditer(rb'"(?:[^"\\]|\\.)*"|[-+.\w]+', data)]
     if not tokens:
         return chance.choice(WORDS)

@@ -1,4 +1,6 @@
-"""The commands that write something beside a run: each is crashed at, and refused room from, every call of its own."""
+"""The commands that write something beside a run: each is crashed at, and refused room from, every
+call of its own.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,30 @@ COMMANDS = (
     Command(("show", "BASE/run", "BASE/images/a/00.png", "out=BASE/panel.png"), "panel.png"),
     Command(("export", "BASE/run", "out=BASE/exported"), "exported"),
     Command(("export", "BASE/run", "what=full", "out=BASE/full.safetensors"), "full.safetensors"),
-    Command(("import", "BASE/mae.safetensors", "out=BASE/imported", "num_heads=2", "decoder_num_heads=2"), "imported"),
-    Command(("embed", "BASE/run", "data=BASE/images", "out=BASE/embedded.parquet", "workers=0"), "embedded.parquet"),
-    Command(("eval", "knn", "BASE/run", "data=BASE/images", "workers=0", "k=3"), "run/eval/knn.json"),
+    Command(
+        (
+            "import",
+            "BASE/mae.safetensors",
+            "out=BASE/imported",
+            "num_heads=2",
+            "decoder_num_heads=2",
+        ),
+        "imported",
+    ),
+    Command(
+        ("embed", "BASE/run", "data=BASE/images", "out=BASE/embedded.parquet", "workers=0"),
+        "embedded.parquet",
+    ),
+    Command(
+        ("eval", "knn", "BASE/run", "data=BASE/images", "workers=0", "k=3"), "run/eval/knn.json"
+    ),
     Command(("data", "shard", "BASE/images", "out=BASE/shards"), "shards"),
 )
 
 
-def output_runs(scene: Scene, *, processes: int, seconds: float, most: int | None = None) -> Outcome:
+def output_runs(
+    scene: Scene, *, processes: int, seconds: float, most: int | None = None
+) -> Outcome:
     """Every call of every command: a crash before, within and after it, and no room from it on."""
     base = _lay_out(scene, "outputs")
     cases = list[tuple[Command, Path, int, str, Action]]()
@@ -48,9 +66,13 @@ def output_runs(scene: Scene, *, processes: int, seconds: float, most: int | Non
         listing = scene.scratch / f"output-{number}.jsonl"
         ended = _run(command, whole, FileSystem(whole, record=listing))
         if ended.code != 0 or not (whole / command.out).exists():
-            raise RuntimeError(f"{' '.join(command.words[:2])} ended with {ended.code}: {ended.output[-1500:]}")
+            raise RuntimeError(
+                f"{' '.join(command.words[:2])} ended with {ended.code}: {ended.output[-1500:]}"
+            )
         for place, (name, file) in enumerate(calls(listing)):
-            actions: list[Action] = ["before", "half", "after"] if name in ("write", "save") else ["before", "after"]
+            actions: list[Action] = (
+                ["before", "half", "after"] if name in ("write", "save") else ["before", "after"]
+            )
             actions += ["full"] if name in NEEDS_ROOM else []
             cases += [(command, whole, place, f"{name} {file}", action) for action in actions]
     random.Random(f"{scene.seed}/outputs").shuffle(cases)
@@ -87,7 +109,9 @@ def _run(command: Command, base: Path, system: FileSystem | None = None) -> Ende
 
     log = base.with_suffix(".log")
     log.unlink(missing_ok=True)
-    return Child([word.replace("BASE", str(base)) for word in command.words], log, prepare=prepare).wait(WAIT)
+    return Child(
+        [word.replace("BASE", str(base)) for word in command.words], log, prepare=prepare
+    ).wait(WAIT)
 
 
 def _case(base: Path, case: tuple[Command, Path, int, str, Action]) -> tuple[int, list[str]]:
@@ -99,12 +123,16 @@ def _case(base: Path, case: tuple[Command, Path, int, str, Action]) -> tuple[int
     if not faults and ended.code != 0:
         faults = _again(command, own, whole)
     shutil.rmtree(own, ignore_errors=True)
-    what = f"no room from call {number} on" if action == "full" else f"crashed {action} call {number}"
+    what = (
+        f"no room from call {number} on" if action == "full" else f"crashed {action} call {number}"
+    )
     return 1, [f"{' '.join(command.words[:2])}, {what} ({call}): {fault}" for fault in faults]
 
 
 def _again(command: Command, own: Path, whole: Path) -> list[str]:
-    """The same command once more; where it refuses what is there, it says so, and does it once that is removed."""
+    """The same command once more; where it refuses what is there, it says so, and does it once that
+    is removed.
+    """
     ended = _run(command, own)
     faults = ended_badly(ended, 0, 2)
     if not faults and ended.code == 2:
@@ -120,10 +148,16 @@ def _torn(out: Path, whole: Path) -> list[str]:
     if not out.exists():
         return []
     sizes, others = _sizes(out), _sizes(whole)
-    torn = [name for name, size in sizes.items() if abs(size - others.get(name, size)) > SLACK * others.get(name, size)]
+    torn = [
+        name
+        for name, size in sizes.items()
+        if abs(size - others.get(name, size)) > SLACK * others.get(name, size)
+    ]
     return [f"{out.name} is there in part: {torn}"] if torn else []
 
 
 def _sizes(out: Path) -> dict[str, int]:
-    paths: Sequence[Path] = [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
+    paths: Sequence[Path] = (
+        [path for path in out.rglob("*") if path.is_file()] if out.is_dir() else [out]
+    )
     return {str(path.relative_to(out)): path.stat().st_size for path in paths}

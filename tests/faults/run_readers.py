@@ -1,4 +1,6 @@
-"""How commands read what a run has written, settings and weights: each gets a mutant's bytes and a folder."""
+"""How commands read what a run has written, settings and weights: each gets a mutant's bytes and a
+folder.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 
 def read_recipe(data: bytes, folder: Path) -> object:
-    from patchmine.config import parse
+    from patchmine.config.resolve import parse
 
     path = folder / "x.yaml"
     path.write_bytes(data)
@@ -24,7 +26,7 @@ def read_recipe(data: bytes, folder: Path) -> object:
 
 def read_config(data: bytes, folder: Path) -> object:
     from patchmine.report.html import write_report
-    from patchmine.run import Run
+    from patchmine.runs.run import Run
 
     (folder / "run").mkdir(exist_ok=True)
     (folder / "run" / "config.yaml").write_bytes(data)
@@ -73,9 +75,11 @@ def resume_from(checkpoints: Sequence[Path], data: bytes, folder: Path) -> objec
 
 
 def read_run_file(run: Path, name: str, data: bytes, folder: Path) -> object:
-    """Everything that looks at a run's files beside its weights: the run, its report, and a log that goes on."""
+    """Everything that looks at a run's files beside its weights: the run, its report, and a log
+    that goes on.
+    """
     from patchmine.report.html import write_report
-    from patchmine.run import Run
+    from patchmine.runs.run import Run
     from patchmine.train.log import trim_metrics
 
     copy = folder / "run"
@@ -96,17 +100,23 @@ def read_bad_files(data: bytes, folder: Path) -> object:
     from torch.utils.data import TensorDataset
 
     from patchmine.data.badfiles import BadFiles
-    from patchmine.data.combine import DatasetSource
+    from patchmine.data.sources.combine import DatasetSource
 
     path = folder / "bad_files.txt"
     path.write_bytes(data)
     bad = BadFiles(path, 1.0)
-    bad.note(DatasetSource(TensorDataset(torch.zeros(3, 3, 4, 4))), 3, [(0, "is broken"), (1, "is broken")])
+    bad.note(
+        DatasetSource(TensorDataset(torch.zeros(3, 3, 4, 4))),
+        3,
+        [(0, "is broken"), (1, "is broken")],
+    )
     return path.read_bytes()
 
 
 def follow_last(checkpoints: Sequence[Path], data: bytes, folder: Path) -> object:
-    """``last`` as a small file, which stands for a link where there are none; it need not lead anywhere."""
+    """``last`` as a small file, which stands for a link where there are none; it need not lead
+    anywhere.
+    """
     from patchmine.train.checkpoint import DamagedCheckpointError, load
 
     for path in checkpoints:
@@ -139,14 +149,14 @@ def read_export(run: Path, name: str, data: bytes, folder: Path) -> object:
 
 
 def read_weights(name: str, data: bytes, folder: Path) -> object:
-    from patchmine.models.weights import load_encoder
+    from patchmine.backbones.weights import load_encoder
 
     (folder / name).write_bytes(data)
     return load_encoder(folder / name, model_args={"num_heads": 2})
 
 
 def import_weights(name: str, data: bytes, folder: Path) -> object:
-    from patchmine.transfer import import_file
+    from patchmine.runs.transfer import import_file
 
     (folder / name).write_bytes(data)
     out = folder / "imported"

@@ -21,9 +21,25 @@ from PIL import Image
 
 STEPS = 8
 SETTINGS = (
-    *("model=vit_tiny_patch16_224", "model_args={depth: 1, embed_dim: 16, num_heads: 2}", "image_size=16"),
-    *("patch_size=8", "method.decoder_embed_dim=16", "method.decoder_depth=1", "method.decoder_num_heads=2"),
-    *("batch_size=4", f"steps={STEPS}", "warmup_epochs=0", "checkpoint_every=2", "log_every=1", "tensorboard=false"),
+    *(
+        "model=vit_tiny_patch16_224",
+        "model_args={depth: 1, embed_dim: 16, num_heads: 2}",
+        "image_size=16",
+    ),
+    *(
+        "patch_size=8",
+        "method.decoder_embed_dim=16",
+        "method.decoder_depth=1",
+        "method.decoder_num_heads=2",
+    ),
+    *(
+        "batch_size=4",
+        f"steps={STEPS}",
+        "warmup_epochs=0",
+        "checkpoint_every=2",
+        "log_every=1",
+        "tensorboard=false",
+    ),
     *("device=cpu", "sample_every=4"),
 )
 IMAGES = 12
@@ -31,21 +47,25 @@ WAIT = 120.0  # seconds for a command that takes one
 
 
 PIPES: list[int] = []
-"""Handles that a child must not keep: who reads from a pipe waits until all who could write to it have ended."""
+"""Handles that a child must not keep: who reads from a pipe waits until all who could write to it
+have ended.
+"""
 
 
 def preload() -> None:
-    """Import, before anything is forked, what every child would import by itself; no threads are started."""
+    """Import, before anything is forked, what every child would import by itself; no threads are
+    started.
+    """
     torch.set_num_threads(1)
     import lightning.fabric
     import timm
     import torchvision
 
-    import patchmine.cli
+    import patchmine.cli.app
     import patchmine.evaluate.targets
-    import patchmine.pretraining
     import patchmine.report.html
-    import patchmine.transfer
+    import patchmine.runs.transfer
+    import patchmine.training
 
     Image.init()
     with suppress(ImportError):
@@ -65,21 +85,29 @@ def make_images(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code (negative: by which signal) and what it printed; None: it had to be ended."""
+    """How a child ended: its exit code (negative: by which signal) and what it printed; None: it
+    had to be ended.
+    """
 
     code: int | None
     output: str
 
 
 class Child:
-    """A forked process that runs one `patchmine` command, in a session of its own and with its output in a file."""
+    """A forked process that runs one `patchmine` command, in a session of its own and with its
+    output in a file.
+    """
 
-    def __init__(self, words: Sequence[str], log: Path, *, prepare: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, words: Sequence[str], log: Path, *, prepare: Callable[[], None] = lambda: None
+    ) -> None:
         self.log = log
         sys.stdout.flush()
         sys.stderr.flush()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which torch holds idle
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of a fork beside threads, which torch holds idle
             self.pid = os.fork()
         if self.pid == 0:
             os._exit(_run(words, log, prepare))
@@ -121,11 +149,15 @@ def _run(words: Sequence[str], log: Path, prepare: Callable[[], None]) -> int:
         null = os.open(os.devnull, os.O_RDONLY)
         for number, target in ((null, 0), (handle, 1), (handle, 2)):
             os.dup2(number, target)
-        sys.stdout = sys.stderr = open(handle, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stdout = sys.stderr = open(  # noqa: SIM115
+            handle, "w", encoding="utf-8", errors="backslashreplace", closefd=False
+        )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            )
         prepare()
-        from patchmine.cli import app
+        from patchmine.cli.app import app
 
         app(list(words), prog_name="patchmine")
         code = 0
@@ -144,8 +176,8 @@ def _run(words: Sequence[str], log: Path, prepare: Callable[[], None]) -> int:
 class Scene:
     """A run that is to be interrupted and what it is compared with.
 
-    ``words``: data and settings; ``whole``: the folder of the uninterrupted run; ``seconds``: how long that took;
-    ``scratch``: where others are made.
+    ``words``: data and settings; ``whole``: the folder of the uninterrupted run; ``seconds``: how
+    long that took; ``scratch``: where others are made.
     """
 
     name: str
@@ -160,14 +192,18 @@ class Scene:
         return ["pretrain", *self.words, f"out={out}", *more]
 
     def go_on(self, out: Path, log: Path, *more: str) -> Child:
-        """What a person types after an interruption: resume, or the first command where no run was made yet."""
+        """What a person types after an interruption: resume, or the first command where no run was
+        made yet.
+        """
         if (out / "config.yaml").exists():
             return Child(["resume", str(out), *more], log)
         return Child(self.pretrain(out, *more), log)
 
 
 def make_scene(name: str, words: Sequence[str], room: Path, seed: int) -> Scene:
-    """Make the uninterrupted run, twice, so that its time is that of a machine which has read everything once."""
+    """Make the uninterrupted run, twice, so that its time is that of a machine which has read
+    everything once.
+    """
     whole, log, seconds = room / f"whole-{name}", room / f"whole-{name}.log", 0.0
     for _ in range(2):
         shutil.rmtree(whole, ignore_errors=True)
@@ -184,16 +220,33 @@ def scenes_of(room: Path, seed: int) -> list[Scene]:
     """Runs of different kinds; the first is the simplest."""
     images = make_images(room / "images")
     shards = make_shards(images, room / "shards")
-    video = ("model=video_vit_tiny_patch16", "clip.frames=4", "clip.stride=1", "clip.tubelet=2", "clip.repeats=2")
+    video = (
+        "model=video_vit_tiny_patch16",
+        "clip.frames=4",
+        "clip.stride=1",
+        "clip.tubelet=2",
+        "clip.repeats=2",
+    )
     crops = ("crops.num_local=2", "crops.local_size=8")
     heads = (
-        *("method.out_dim=16", "method.head_hidden=16", "method.head_bottleneck=8", "method.stage_out_dim=8"),
+        *(
+            "method.out_dim=16",
+            "method.head_hidden=16",
+            "method.head_bottleneck=8",
+            "method.stage_out_dim=8",
+        ),
         *("method.stage_hidden=16", "method.stage_bottleneck=8"),
     )
     kinds = {
         "mae": (f"data={images}", *SETTINGS),
         "hpm-on-shards": (f"data={shards}", "method=hpm", "accumulate=2", *SETTINGS),
-        "scfs": (f"data={images}", "method=scfs", *crops, *heads, *(w for w in SETTINGS if "decoder" not in w)),
+        "scfs": (
+            f"data={images}",
+            "method=scfs",
+            *crops,
+            *heads,
+            *(w for w in SETTINGS if "decoder" not in w),
+        ),
         "clips": (f"data={make_frames(room / 'frames')}", *SETTINGS, *video),
     }
     return [make_scene(name, words, room, seed) for name, words in kinds.items()]

@@ -32,27 +32,45 @@ class Trap:
         return self.call, self.arguments
 
 
-TRAPS = (Trap(os.system, f"touch {CANARY}"), Trap(open, CANARY, "w"), Trap(eval, f"open('{CANARY}', 'w')"))
+TRAPS = (
+    Trap(os.system, f"touch {CANARY}"),
+    Trap(open, CANARY, "w"),
+    Trap(eval, f"open('{CANARY}', 'w')"),
+)
 
 
 def images() -> dict[str, list[bytes]]:
     """Format -> files."""
     noise = np.random.default_rng(0).integers(0, 255, (*_SIZE, 4), dtype=np.uint8)
-    colour, grey, deep = Image.fromarray(noise[..., :3]), Image.fromarray(noise[..., 0]), noise.view(np.uint16)
+    colour, grey, deep = (
+        Image.fromarray(noise[..., :3]),
+        Image.fromarray(noise[..., 0]),
+        noise.view(np.uint16),
+    )
     smooth = colour.resize((96, 64), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = 6
     found = {
         "jpeg": [
-            *(_saved(smooth, "JPEG", quality=80, exif=exif), _saved(smooth, "JPEG", progressive=True)),
+            *(
+                _saved(smooth, "JPEG", quality=80, exif=exif),
+                _saved(smooth, "JPEG", progressive=True),
+            ),
             *(_saved(grey, "JPEG"), _saved(colour.convert("CMYK"), "JPEG"), _saved(smooth, "MPO")),
         ],
         "png": [
-            *(_saved(colour, "PNG", exif=exif), _saved(Image.fromarray(noise), "PNG"), _saved(grey, "PNG")),
+            *(
+                _saved(colour, "PNG", exif=exif),
+                _saved(Image.fromarray(noise), "PNG"),
+                _saved(grey, "PNG"),
+            ),
             *(_saved(colour.quantize(16), "PNG", transparency=3), _saved(grey.convert("1"), "PNG")),
         ],
         "png of 16 bits": [_saved(Image.fromarray(deep[..., 0].copy()), "PNG"), _deep_png(deep)],
-        "gif": [_saved(colour, "GIF"), _saved(colour, "GIF", save_all=True, append_images=[grey, colour], duration=40)],
+        "gif": [
+            _saved(colour, "GIF"),
+            _saved(colour, "GIF", save_all=True, append_images=[grey, colour], duration=40),
+        ],
         "webp": [_saved(smooth, "WEBP"), _saved(colour, "WEBP", lossless=True, exif=exif)],
         "bmp": [_saved(colour, "BMP"), _saved(colour.quantize(16), "BMP")],
         "ppm": [
@@ -66,7 +84,10 @@ def images() -> dict[str, list[bytes]]:
                 _saved(colour, "TIFF", compression=how)
                 for how in ("raw", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits")
             ),
-            *(_saved(colour, "TIFF", exif=exif), _saved(grey, "TIFF", save_all=True, append_images=[grey, grey])),
+            *(
+                _saved(colour, "TIFF", exif=exif),
+                _saved(grey, "TIFF", save_all=True, append_images=[grey, grey]),
+            ),
         ],
         "tiff with many channels": _deep_tiffs(deep),
         "npy": [
@@ -110,7 +131,9 @@ def _deep_tiffs(deep: np.ndarray) -> list[bytes]:
     channels = np.stack([deep[..., 0]] * 5)
     return [
         written(channels, photometric="minisblack", planarconfig="separate"),
-        written(channels.transpose(1, 2, 0).copy(), photometric="minisblack", planarconfig="contig"),
+        written(
+            channels.transpose(1, 2, 0).copy(), photometric="minisblack", planarconfig="contig"
+        ),
         written(channels, photometric="minisblack"),
         written(deep[..., 0].astype(np.float32), compression="zlib", predictor=True),
         written(deep, photometric="minisblack", bigtiff=True),
@@ -141,7 +164,10 @@ def shards(pictures: dict[str, list[bytes]]) -> list[bytes]:
                 folder = ("a" * 60 + "/") * 2 if number == 2 else ""
                 for suffix, content in (
                     ("png", pictures["png"][number]),
-                    ("json", json.dumps({"label": number % 2, "path": f"was/{number}.png"}).encode()),
+                    (
+                        "json",
+                        json.dumps({"label": number % 2, "path": f"was/{number}.png"}).encode(),
+                    ),
                 ):
                     info = tarfile.TarInfo(f"{folder}{number:04d}.{suffix}")
                     info.size = len(content)
@@ -162,11 +188,13 @@ def official_weights() -> dict[str, Tensor]:
     import yaml
     from scene import SETTINGS
 
-    from patchmine.config import from_settings
-    from patchmine.models.official import to_reference_names
-    from patchmine.run import build_method
+    from patchmine.backbones.official import to_reference_names
+    from patchmine.config.resolve import from_settings
+    from patchmine.runs.run import build_method
 
-    settings = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in SETTINGS)}
+    settings = {
+        key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in SETTINGS)
+    }
     method = build_method(from_settings(data="x", **settings))
     tensors = dict(to_reference_names(method.state_dict()))
     table = method.get_submodule("decoder_input").get_buffer("pos_embed")
@@ -178,7 +206,9 @@ def other_weights() -> dict[str, Tensor]:
     """A tiny ResNet under torchvision's names, as from a wrapper that puts a prefix before them."""
     import timm
 
-    network = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(4, 4, 8, 8), num_classes=0)
+    network = timm.create_model(
+        "resnet18", layers=(1, 1, 1, 1), channels=(4, 4, 8, 8), num_classes=0
+    )
     return {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
 
 
@@ -242,7 +272,11 @@ def videos(folder: Path) -> dict[str, list[bytes]]:
         path = folder / f"{codec}{suffix}"
         with av.open(str(path), "w") as container:
             stream = container.add_stream(codec, rate=10)
-            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = (
+                64,
+                48,
+                "yuvj420p" if codec == "mjpeg" else "yuv420p",
+            )
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
@@ -257,9 +291,18 @@ EVALUATION = json.dumps(
         "top1": 71.5,
         "top5": 99.0,
         "by_k": {"10": {"top1": 70.0}, "20": {"top1": 71.5}},
-        "floors": {"random_init": {"top1": 30.0, "top5": 80.0}, "raw_pixels": {"top1": 33.0, "top5": 81.0}},
+        "floors": {
+            "random_init": {"top1": 30.0, "top5": 80.0},
+            "raw_pixels": {"top1": 33.0, "top5": 81.0},
+        },
         "target": {"name": "runs/x", "weights": "student", "note": ""},
-        "images": {"how": "train/ and test/", "train": 100, "test": 50, "classes": 10, "image_size": [32, 32]},
+        "images": {
+            "how": "train/ and test/",
+            "train": 100,
+            "test": 50,
+            "classes": 10,
+            "image_size": [32, 32],
+        },
         "seconds_spent": {"features": 1.5, "all": 2.5},
         "notes": ["a note"],
     }

@@ -1,4 +1,6 @@
-"""Work that is spread over forked processes, each with results on the way and one end of time for all."""
+"""Work that is spread over forked processes, each with results on the way and one end of time for
+all.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ import scene
 
 @dataclass
 class Outcome:
-    """What a group found: how many cases were tried, which went wrong, and how many were left when time was up."""
+    """What a group found: how many cases were tried, which went wrong, and how many were left when
+    time was up.
+    """
 
     tried: int = 0
     faults: list[str] = field(default_factory=list)
@@ -35,7 +39,9 @@ Work = Callable[[Any], tuple[int, list[str]]]
 def spread(work: Work, cases: Sequence[Any], *, processes: int, seconds: float) -> Outcome:
     """Do ``work`` on the cases; those that are not begun after ``seconds`` are left out."""
     end = time.monotonic() + seconds
-    pids = dict(_fork(work, cases[start::processes], end) for start in range(min(processes, len(cases))))
+    pids = dict(
+        _fork(work, cases[start::processes], end) for start in range(min(processes, len(cases)))
+    )
     rests = dict.fromkeys(pids, b"")
     outcome, done = Outcome(), 0
     while rests:
@@ -65,7 +71,9 @@ def _fork(work: Work, cases: Sequence[Any], end: float) -> tuple[int, int]:
     read, write = os.pipe()
     sys.stdout.flush()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which torch holds idle
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of a fork beside threads, which torch holds idle
         pid = os.fork()
     if pid:
         os.close(write)
@@ -80,7 +88,12 @@ def _fork(work: Work, cases: Sequence[Any], end: float) -> tuple[int, int]:
             try:
                 result = work(case)
             except Exception:  # noqa: BLE001, a mistake of the campaign itself is told like a fault
-                result = (1, [f"the campaign itself, on {case!r}: {' '.join(traceback.format_exc().split())[-400:]}"])
+                result = (
+                    1,
+                    [
+                        f"the campaign itself, on {case!r}: {' '.join(traceback.format_exc().split())[-400:]}"
+                    ],
+                )
             os.write(write, json.dumps(result).encode() + b"\n")
         code = 0
     finally:

@@ -15,7 +15,9 @@ SHOWN = 60  # faults that are printed
 
 @dataclass(frozen=True)
 class Row:
-    """``wrong``: how many of the ``tried`` did what they may not; ``faults``: in words, equal ones together."""
+    """``wrong``: how many of the ``tried`` did what they may not; ``faults``: in words, equal ones
+    together.
+    """
 
     name: str
     tried: int
@@ -27,16 +29,22 @@ class Row:
     @property
     def notes(self) -> str:
         """The remark, and what time did not allow."""
-        return "; ".join(filter(None, (self.remark, f"{self.left:,} not reached in time" if self.left else "")))
+        return "; ".join(
+            filter(None, (self.remark, f"{self.left:,} not reached in time" if self.left else ""))
+        )
 
 
 def row(name: str, outcome: Outcome) -> Row:
     """A group's outcome as a row."""
-    return Row(name, outcome.tried, len(outcome.faults), outcome.faults, outcome.left, outcome.remark)
+    return Row(
+        name, outcome.tried, len(outcome.faults), outcome.faults, outcome.left, outcome.remark
+    )
 
 
 def _total(rows: Sequence[Row]) -> Row:
-    return Row("all", sum(r.tried for r in rows), sum(r.wrong for r in rows), [], sum(r.left for r in rows))
+    return Row(
+        "all", sum(r.tried for r in rows), sum(r.wrong for r in rows), [], sum(r.left for r in rows)
+    )
 
 
 def as_text(rows: Sequence[Row], faults: Sequence[str], sizes: Any, seconds: float) -> str:
@@ -47,7 +55,10 @@ def as_text(rows: Sequence[Row], faults: Sequence[str], sizes: Any, seconds: flo
         f"{each.name:<{width}}{each.tried:>8,}{each.tried - each.wrong:>10,}{each.wrong:>8,}  {each.notes}".rstrip()
         for each in (*rows, _total(rows))
     ]
-    lines += ["", f"seed {sizes.seed}, {seconds / 60:.1f} minutes on {len(os.sched_getaffinity(0))} cores"]
+    lines += [
+        "",
+        f"seed {sizes.seed}, {seconds / 60:.1f} minutes on {len(os.sched_getaffinity(0))} cores",
+    ]
     lines += [f"  {fault}" for fault in faults[:SHOWN]]
     if len(faults) > SHOWN:
         lines.append(f"  and {len(faults) - SHOWN} more kinds")

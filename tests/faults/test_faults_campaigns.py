@@ -27,5 +27,7 @@ def test_nothing_does_what_it_may_not(group: str) -> None:
     program = Path(__file__).parent
     command = [sys.executable, str(program), f"ONLY={group}", SIZES[group], "SEED=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1100, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=1100, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr

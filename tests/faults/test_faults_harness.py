@@ -1,4 +1,6 @@
-"""The campaign sees what it is there to see: every planted fault is found, and the same seed makes the same mutants."""
+"""The campaign sees what it is there to see: every planted fault is found, and the same seed makes
+the same mutants.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,19 @@ def planted(fault: Callable[[bytes], Any], **given: Any) -> Format:
     def read(data: bytes, folder: Path) -> Any:  # noqa: ARG001
         return SOUND if data == SOUND else fault(data)
 
-    return Format("planted", [SOUND], [lambda data, chance: data + bytes([chance.randrange(256)])], read, **given)
+    return Format(
+        "planted",
+        [SOUND],
+        [lambda data, chance: data + bytes([chance.randrange(256)])],
+        read,
+        **given,
+    )
 
 
 def kinds(each: Format, tmp_path: Path, count: int = 3) -> tuple[campaign.Tally, set[str]]:
-    tally = campaign.run([each], count=count, seed=0, processes=1, seconds=60, scratch=tmp_path)[each.name]
+    tally = campaign.run([each], count=count, seed=0, processes=1, seconds=60, scratch=tmp_path)[
+        each.name
+    ]
     return tally, {fault.kind for fault in tally.faults}
 
 
@@ -96,7 +106,9 @@ def test_what_is_read_or_refused_in_a_sentence_is_no_fault(tmp_path: Path) -> No
     assert (tally.refused, tally.read, found) == (0, 3, set())
 
 
-@pytest.mark.parametrize("mutate", sorted({*mutators.YAML, *mutators.BYTES}, key=lambda each: each.__name__))
+@pytest.mark.parametrize(
+    "mutate", sorted({*mutators.YAML, *mutators.BYTES}, key=lambda each: each.__name__)
+)
 def test_a_seed_makes_the_same_mutants_also_of_tiny_files(mutate: mutators.Mutator) -> None:
     for data in (b"", b"x", b'{"a": [1, 2.5, "b"]}\n' * 40):
         for number in range(50):
@@ -133,7 +145,9 @@ def test_every_call_can_be_the_last(tmp_path: Path) -> None:
             for path in folder.iterdir():
                 path.unlink()
             assert written(folder, FileSystem(folder, action, number)) == CRASHED  # type: ignore[arg-type]
-            states.append((name, action, {path.name: path.read_text() for path in folder.iterdir()}))
+            states.append(
+                (name, action, {path.name: path.read_text() for path in folder.iterdir()})
+            )
     assert ("open", "before", {}) in states
     assert ("write", "half", {"a": "fi"}) in states
     assert ("replace", "before", {"a": "first"}) in states

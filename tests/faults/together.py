@@ -22,10 +22,22 @@ RANK_STEPS = 60  # of the runs on two processes, which are killed meanwhile
 
 
 def shared_folder_runs(scene: Scene, *, count: int, processes: int, seconds: float) -> Outcome:
-    """``count`` times each: two that start together, 20 ms apart, and a resume beside a run that goes on."""
-    ways = ("at once", "20 ms apart", "other settings", "import", "resume beside a run", "two resumes", "readers")
+    """``count`` times each: two that start together, 20 ms apart, and a resume beside a run that
+    goes on.
+    """
+    ways = (
+        "at once",
+        "20 ms apart",
+        "other settings",
+        "import",
+        "resume beside a run",
+        "two resumes",
+        "readers",
+    )
     cases = [(way, number) for number in range(count) for way in ways]
-    return spread(lambda case: _shared_folder(scene, *case), cases, processes=processes, seconds=seconds)
+    return spread(
+        lambda case: _shared_folder(scene, *case), cases, processes=processes, seconds=seconds
+    )
 
 
 def _shared_folder(scene: Scene, way: str, number: int) -> tuple[int, list[str]]:
@@ -44,7 +56,9 @@ def _readers(scene: Scene, number: int) -> list[str]:
         ["show", str(out), str(scene.scratch / "images" / "00.png"), f"out={out}.png"],
         ["embed", str(out), f"data={scene.scratch / 'images'}", f"out={out}.parquet", "workers=0"],
     ]
-    readers = [Child(words, scene.scratch / f"reader-{number}-{words[0]}.log") for words in commands]
+    readers = [
+        Child(words, scene.scratch / f"reader-{number}-{words[0]}.log") for words in commands
+    ]
     faults = [fault for reader in readers for fault in ended_badly(reader.wait(WAIT), 0, 2)]
     return faults + (ended_badly(run.wait(WAIT), 0) or differences(out, scene.whole))
 
@@ -91,14 +105,18 @@ def _until(ready: object, child: Child) -> None:
 def _one_wins(ends: list[Ended], way: str) -> list[str]:
     faults = [fault for end in ends for fault in ended_badly(end, 0, 2)]
     if not faults and sorted(end.code or 0 for end in ends) != [0, 2]:
-        faults = [f"exit codes {[end.code for end in ends]}, not one 0 and one 2: {last_lines(ends[1].output)}"]
+        faults = [
+            f"exit codes {[end.code for end in ends]}, not one 0 and one 2: {last_lines(ends[1].output)}"
+        ]
     if not faults and way == "resume beside a run" and ends[0].code != 0:
         faults = [f"the run that was there first lost: {last_lines(ends[0].output)}"]
     return faults
 
 
 def killed_rank_runs(scene: Scene, *, count: int, seconds: float) -> Outcome:
-    """Two processes as torchrun starts them; one is killed at a random step, the other ends by itself."""
+    """Two processes as torchrun starts them; one is killed at a random step, the other ends by
+    itself.
+    """
     return spread(partial(_killed_rank, scene), range(count), processes=1, seconds=seconds)
 
 
@@ -110,7 +128,11 @@ def _killed_rank(scene: Scene, number: int) -> tuple[int, list[str]]:
     ranks = _two(words, scene.scratch, f"ranks-{number}")
     victim, step = number % 2, chance.randrange(3, RANK_STEPS - 20)
     _until(
-        lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") >= step, ranks[0]
+        lambda: (
+            (out / "metrics.jsonl").exists()
+            and (out / "metrics.jsonl").read_bytes().count(b"\n") >= step
+        ),
+        ranks[0],
     )
     ranks[victim].kill(signal.SIGKILL)
     killed, began = ranks[victim].wait(WAIT), time.monotonic()
@@ -131,7 +153,10 @@ def _killed_rank(scene: Scene, number: int) -> tuple[int, list[str]]:
 def _goes_on(scene: Scene, out: Path, number: int) -> list[str]:
     """With two processes, or with one, to the end."""
     if number % 4 < 2:
-        ends = [child.wait(WAIT) for child in _two(["resume", str(out)], scene.scratch, f"again-{number}")]
+        ends = [
+            child.wait(WAIT)
+            for child in _two(["resume", str(out)], scene.scratch, f"again-{number}")
+        ]
     else:
         log = scene.scratch / f"again-{number}.log"
         log.unlink(missing_ok=True)
@@ -140,7 +165,11 @@ def _goes_on(scene: Scene, out: Path, number: int) -> list[str]:
     steps = [text for text in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in text]
     return (
         faults
-        + ([] if len(steps) == RANK_STEPS else [f"{len(steps)} lines of metrics for {RANK_STEPS} steps"])
+        + (
+            []
+            if len(steps) == RANK_STEPS
+            else [f"{len(steps)} lines of metrics for {RANK_STEPS} steps"]
+        )
         + torn(out)
     )
 
@@ -152,7 +181,9 @@ def _two(words: list[str], scratch: Path, name: str) -> list[Child]:
     logs = [scratch / f"{name}.{rank}.log" for rank in (0, 1)]
     for log in logs:
         log.unlink(missing_ok=True)
-    return [Child(words, log, prepare=partial(_as_rank, rank, port)) for rank, log in enumerate(logs)]
+    return [
+        Child(words, log, prepare=partial(_as_rank, rank, port)) for rank, log in enumerate(logs)
+    ]
 
 
 def _as_rank(rank: int, port: int) -> None:

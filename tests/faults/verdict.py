@@ -12,7 +12,15 @@ from scene import Ended, last_lines
 
 from patchmine.train.checkpoint import DamagedCheckpointError, list_checkpoints, load
 
-EXACT = ("step", "epoch", "samples", "loss", "grad_norm", "lr", "skipped")  # of a metrics line; the rest are times
+EXACT = (
+    "step",
+    "epoch",
+    "samples",
+    "loss",
+    "grad_norm",
+    "lr",
+    "skipped",
+)  # of a metrics line; the rest are times
 
 
 def torn(out: Path) -> list[str]:
@@ -27,13 +35,17 @@ def torn(out: Path) -> list[str]:
 
 
 def ended_badly(ended: Ended, *codes: int) -> list[str]:
-    """What is wrong with the way in which a command ended, whose exit code should be one of ``codes``."""
+    """What is wrong with the way in which a command ended, whose exit code should be one of
+    ``codes``.
+    """
     if ended.code is None:
         return [f"hung: {last_lines(ended.output)}"]
     if "Traceback (most recent call last)" in ended.output:
         return [f"a traceback: {last_lines(ended.output)}"]
     if ended.code not in codes:
-        return [f"exit code {ended.code}, not {' or '.join(map(str, codes))}: {last_lines(ended.output)}"]
+        return [
+            f"exit code {ended.code}, not {' or '.join(map(str, codes))}: {last_lines(ended.output)}"
+        ]
     return []
 
 
@@ -42,7 +54,10 @@ def differences(out: Path, whole: Path, *, pictures: bool = True) -> list[str]:
     found = torn(out)
     pairs = {
         "the newest checkpoint": (_newest(out), _newest(whole)),
-        "export/model.safetensors": (out / "export" / "model.safetensors", whole / "export" / "model.safetensors"),
+        "export/model.safetensors": (
+            out / "export" / "model.safetensors",
+            whole / "export" / "model.safetensors",
+        ),
     }
     found += [f"{name} differs" for name, pair in pairs.items() if not _same_tensors(*pair)]
     if (out / "checkpoints" / "last").resolve().name not in (_newest(out).name, "last"):
@@ -69,7 +84,9 @@ def _same_tensors(one: Path, other: Path) -> bool:
 
 
 def _body(data: bytes) -> bytes:
-    """The tensors' table and numbers of a safetensors file, without its notes, which tell paths and versions."""
+    """The tensors' table and numbers of a safetensors file, without its notes, which tell paths and
+    versions.
+    """
     length = int.from_bytes(data[:8], "little")
     table = json.loads(data[8 : 8 + length])
     table.pop("__metadata__", None)
@@ -99,7 +116,10 @@ def processes_of(sessions: set[int]) -> list[int]:
         if entry.name.isdigit():
             with suppress(OSError, IndexError):
                 fields = (
-                    Path(entry.path, "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+                    Path(entry.path, "stat")
+                    .read_text(encoding="ascii", errors="replace")
+                    .rpartition(")")[2]
+                    .split()
                 )
                 if int(fields[3]) in sessions and fields[0] != "Z":
                     found.append(int(entry.name))

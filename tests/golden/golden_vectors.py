@@ -1,8 +1,10 @@
-"""Reference numbers: `METHOD.safetensors`, with a `METHOD.json` beside it that says all about sizes, options and cases.
+"""Reference numbers: `METHOD.safetensors`, with a `METHOD.json` beside it that says all about
+sizes, options and cases.
 
-The tests read every number that belongs to a file from its JSON, so that they run on any folder of the same format:
-``PATCHMINE_GOLDEN=folder pytest tests/golden``.  A constant that is left in a test is one of the published method.  How
-far a number may be off is said in one place, `TOLERANCES`, or by the file itself.
+The tests read every number that belongs to a file from its JSON, so that they run on any folder of
+the same format: ``PATCHMINE_GOLDEN=folder pytest tests/golden``.  A constant that is left in a test
+is one of the published method.  How far a number may be off is said in one place, `TOLERANCES`, or
+by the file itself.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from patchmine.method import Method
-from patchmine.models.vit import Encoder, build_encoder
+from patchmine.backbones.vit import Encoder, build_encoder
+from patchmine.task import Method
 from patchmine.types import Batch
 
 # The same thing is called differently in different files.
@@ -45,7 +47,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation 
 
 
 class Tolerance(NamedTuple):
-    """How far a number may be off: ``absolute + of_largest * largest expected entry + relative * expected entry``."""
+    """How far a number may be off: ``absolute + of_largest * largest expected entry + relative *
+    expected entry``.
+    """
 
     absolute: float = 0.0
     relative: float = 0.0
@@ -55,7 +59,11 @@ class Tolerance(NamedTuple):
         """AssertionError that names ``name`` where a number is further off."""
         bound = self.absolute + self.of_largest * expected.abs().max().item()
         torch.testing.assert_close(
-            found, expected, atol=bound, rtol=self.relative, msg=lambda text: f"{name} ({self}): {text}"
+            found,
+            expected,
+            atol=bound,
+            rtol=self.relative,
+            msg=lambda text: f"{name} ({self}): {text}",
         )
 
     def check_number(self, found: float | Tensor, expected: float, name: str) -> None:
@@ -64,9 +72,10 @@ class Tolerance(NamedTuple):
         assert value == pytest.approx(expected, rel=self.relative, abs=self.absolute), name
 
 
-# By file and quantity, for float32 on a processor; from section 10 of each specification where nothing else is said.
-# They are of rounding alone: the reference and we sum the same products in another order.  ``"tolerances"`` in a JSON
-# (quantity -> a number, which is absolute, or {"absolute": .., "relative": .., "of_largest": ..}) goes before them.
+# By file and quantity, for float32 on a processor; from section 10 of each specification where
+# nothing else is said. They are of rounding alone: the reference and we sum the same products in
+# another order.  ``"tolerances"`` in a JSON (quantity -> a number, which is absolute, or
+# {"absolute": .., "relative": .., "of_largest": ..}) goes before them.
 TOLERANCES: dict[str, dict[str, Tolerance]] = {
     "mae": {
         "table": Tolerance(1e-6),
@@ -85,7 +94,8 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
         "relative objective": Tolerance(of_largest=5e-3),
         "half pairs": Tolerance(relative=1e-6),
         "absolute objective": Tolerance(of_largest=1e-3),
-        # The relative objective does not see a shift: the gradient of the last bias is rounding alone.
+        # The relative objective does not see a shift: the gradient of the last bias is rounding
+        # alone.
         "gradient": Tolerance(1e-7, of_largest=1e-3),
         "decay": Tolerance(1e-12),
         "average": Tolerance(1e-7, 1e-6),
@@ -122,7 +132,8 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
         "table": Tolerance(1e-6),
         "smoothing": Tolerance(2e-7),
         "smoothing sums": Tolerance(1e-6),
-        # A matrix product in place of the convolution, where numbers are above 4: a few units in the last place.
+        # A matrix product in place of the convolution, where numbers are above 4: a few units in
+        # the last place.
         "enc_in": Tolerance(3e-6, 1e-6),
         "tokens": Tolerance(2e-5),
         "weights": Tolerance(1e-6),
@@ -160,14 +171,17 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
         "window": Tolerance(1e-7),
         "map": Tolerance(1e-6),
         "teacher map": Tolerance(1e-5),
-        # Ties.  Of two patches whose similarities, or softmaxes of them, are nearer than this, either may be the
-        # centre or come first: three units in the last place below 1, which is how 1 - softmax is stored.
+        # Ties.  Of two patches whose similarities, or softmaxes of them, are nearer than this,
+        # either may be the centre or come first: three units in the last place below 1, which is
+        # how 1 - softmax is stored.
         "order": Tolerance(2e-7),
         "tokens": Tolerance(1e-4),
         "target": Tolerance(1e-5, 1e-5),
         "loss_map": Tolerance(1e-4, 1e-4),
         "loss": Tolerance(1e-5),
-        "gradient": Tolerance(1e-8, relative=1e-4),  # of the norms of the difference and of the gradient
+        "gradient": Tolerance(
+            1e-8, relative=1e-4
+        ),  # of the norms of the difference and of the gradient
         "gradient norm": Tolerance(relative=1e-4),
     },
 }
@@ -196,7 +210,9 @@ class Golden:
         return self.tensors[name]
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """A setting of the JSON, under whichever of its names; the published value where the file says nothing."""
+        """A setting of the JSON, under whichever of its names; the published value where the file
+        says nothing.
+        """
         return setting_of(self.config, self.meta, name, default)
 
     def scalar(self, name: str) -> float:
@@ -210,14 +226,20 @@ class Golden:
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """All tensors whose names start with ``prefix``, which is taken off."""
-        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): t
+            for name, t in self.tensors.items()
+            if name.startswith(prefix)
+        }
 
     def tolerance(self, quantity: str) -> Tolerance:
         """The file's own, else that of `TOLERANCES`."""
         return stated_tolerances(self.meta).get(quantity, TOLERANCES[self.file][quantity])
 
     def check(self, found: Tensor, expected: Tensor | str, quantity: str) -> None:
-        """Compare with a tensor, or with the stored one of that name, as closely as ``quantity`` asks for."""
+        """Compare with a tensor, or with the stored one of that name, as closely as ``quantity``
+        asks for.
+        """
         name = expected if isinstance(expected, str) else quantity
         stored = self[expected] if isinstance(expected, str) else expected
         self.tolerance(quantity).check(found, stored.to(found.dtype), name)
@@ -227,9 +249,14 @@ class Golden:
         self.tolerance(quantity).check_number(found, expected, quantity)
 
     def check_gradients(
-        self, parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Tensor], own_name: Callable[[str], str]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        stored: Mapping[str, Tensor],
+        own_name: Callable[[str], str],
     ) -> None:
-        """Gradients by reference name.  ``.row0`` at the end of one: all rows are equal, and only the first is kept."""
+        """Gradients by reference name.  ``.row0`` at the end of one: all rows are equal, and only
+        the first is kept.
+        """
         assert stored, "no gradients are stored under that name"
         for name, expected in stored.items():
             found = parameters[own_name(name.removesuffix(".row0"))].grad
@@ -237,9 +264,13 @@ class Golden:
             if name.endswith(".row0"):
                 torch.testing.assert_close(found, found[:1].expand_as(found))
                 found = found[0]
-            self.tolerance("gradient").check(found.reshape(expected.shape), expected, f"gradient of {name}")
+            self.tolerance("gradient").check(
+                found.reshape(expected.shape), expected, f"gradient of {name}"
+            )
 
-    def encoder(self, model: str = "vit_tiny_patch16_224", clip: tuple[int, int] | None = None, **more: Any) -> Encoder:
+    def encoder(
+        self, model: str = "vit_tiny_patch16_224", clip: tuple[int, int] | None = None, **more: Any
+    ) -> Encoder:
         """A network of the stored sizes."""
         return build_encoder(
             model,
@@ -251,11 +282,15 @@ class Golden:
         )
 
     def decoder(self) -> dict[str, Any]:
-        """The settings of a method's decoders; its blocks are made as the encoder's unless the JSON says otherwise."""
+        """The settings of a method's decoders; its blocks are made as the encoder's unless the JSON
+        says otherwise.
+        """
         return decoder_sizes(self.config, self.meta)
 
 
-def setting_of(config: Mapping[str, Any], meta: Mapping[str, Any], name: str, default: Any = None) -> Any:
+def setting_of(
+    config: Mapping[str, Any], meta: Mapping[str, Any], name: str, default: Any = None
+) -> Any:
     """A setting from the configuration or from beside it."""
     for place in (config, meta):
         for called in (name, *ALIASES.get(name, ())):
@@ -276,7 +311,8 @@ def encoder_sizes(config: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[st
 def decoder_sizes(config: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
     """Our settings for decoders of the stored sizes."""
     sizes = {
-        name: setting_of(config, meta, name) for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+        name: setting_of(config, meta, name)
+        for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")
     }
     usual = {"mlp_ratio": 4.0, "norm_eps": 1e-6, "qkv_bias": True}
     for name, published in usual.items():
@@ -294,13 +330,17 @@ def stated_tolerances(meta: Mapping[str, Any]) -> dict[str, Tolerance]:
     """What a JSON itself says: its ``tolerances``, or a sentence such as "1e-5 relative on losses"."""
     stated: dict[str, Tolerance] = {}
     quantities = {"losses": "loss", "pred": "tokens", "gradients": "gradient"}
-    for number, kind, word in re.findall(r"([\d.]+e-?\d+) (relative|absolute) on (\w+)", meta.get("tolerance", "")):
+    for number, kind, word in re.findall(
+        r"([\d.]+e-?\d+) (relative|absolute) on (\w+)", meta.get("tolerance", "")
+    ):
         quantity = quantities.get(word, word)
         # Of tensors "relative" means to their largest entry, as in the specification.
         kind = "of_largest" if (kind, quantity) == ("relative", "gradient") else kind
         stated[quantity] = Tolerance(**{kind: float(number)})
     for quantity, bound in meta.get("tolerances", {}).items():
-        stated[quantity] = Tolerance(**bound) if isinstance(bound, dict) else Tolerance(float(bound))
+        stated[quantity] = (
+            Tolerance(**bound) if isinstance(bound, dict) else Tolerance(float(bound))
+        )
     return stated
 
 
@@ -312,7 +352,9 @@ def golden_folder() -> Path:
 
 @cache
 def described(file: str) -> dict[str, Any]:
-    """The JSON of a file; nothing where there is none, so that tests can be listed without the folder."""
+    """The JSON of a file; nothing where there is none, so that tests can be listed without the
+    folder.
+    """
     path = golden_folder() / f"{file}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -338,7 +380,9 @@ def load_golden(file: str) -> Golden:
 
 
 class FedNoise:
-    """Stands in for a method's noise and gives what was stored, one after the other; the last one again and again."""
+    """Stands in for a method's noise and gives what was stored, one after the other; the last one
+    again and again.
+    """
 
     def __init__(self, *stored: Tensor) -> None:
         self.stored = list(stored)
@@ -350,7 +394,9 @@ class FedNoise:
 
 
 def repeating(order: Tensor) -> Tensor:
-    """Noise whose ascending order (B, n) is ``order``: the k-th of it gets the k-th lowest number in [0, 1)."""
+    """Noise whose ascending order (B, n) is ``order``: the k-th of it gets the k-th lowest number
+    in [0, 1).
+    """
     ranks = torch.arange(order.shape[1]).expand_as(order) / order.shape[1]
     return torch.zeros(order.shape).scatter(1, order, ranks)
 
@@ -365,8 +411,12 @@ def batch_of(*views: Tensor) -> Batch:
     return Batch(list(views), torch.arange(rows), box, flip)
 
 
-def load_weights(method: Method, stored: Mapping[str, Tensor], absent: tuple[str, ...] = ()) -> None:
-    """Stored tensors under our names; nothing may be missing but what starts with one of ``absent``, nothing left."""
+def load_weights(
+    method: Method, stored: Mapping[str, Tensor], absent: tuple[str, ...] = ()
+) -> None:
+    """Stored tensors under our names; nothing may be missing but what starts with one of
+    ``absent``, nothing left.
+    """
     found = method.load_state_dict(dict(stored), strict=False)
     assert not found.unexpected_keys
     assert all(name.startswith(absent) for name in found.missing_keys), found.missing_keys
@@ -378,20 +428,28 @@ def wide(index: Tensor, values: Tensor) -> Tensor:
 
 
 def cut(images: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """All patches of pictures in PixelShuffle's order, (channel, row, column): (B, C, H, W) -> (B, L, C * p * q)."""
-    blocks = images.unfold(2, patch[0], patch[0]).unfold(3, patch[1], patch[1])  # (B, C, rows, columns, p, q)
+    """All patches of pictures in PixelShuffle's order, (channel, row, column): (B, C, H, W) -> (B,
+    L, C * p * q).
+    """
+    blocks = images.unfold(2, patch[0], patch[0]).unfold(
+        3, patch[1], patch[1]
+    )  # (B, C, rows, columns, p, q)
     return blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def normalised_crops(golden: Golden) -> list[Tensor]:
-    """Two global crops and the local ones, which are stored in bytes, with ImageNet's mean and deviation."""
+    """Two global crops and the local ones, which are stored in bytes, with ImageNet's mean and
+    deviation.
+    """
     mean, std = torch.tensor(IMAGENET)[:, :, None, None]
     count = 2 + golden.config["n_local"]
     return [(golden[f"in.crop{number}_u8"] / 255 - mean) / std for number in range(count)]
 
 
 def tiny_resnet(channels: list[int], image_size: int | list[int]) -> ResNet:
-    """timm's ResNet with one block a stage; its stem, which is 64 wide whatever is asked for, as narrow as stored."""
+    """timm's ResNet with one block a stage; its stem, which is 64 wide whatever is asked for, as
+    narrow as stored.
+    """
     sizes = {"layers": [1] * len(channels), "channels": channels}
     encoder = build_encoder("resnet18", image_size=pair(image_size), model_args=sizes)
     encoder.conv1 = nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)

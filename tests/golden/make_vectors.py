@@ -1,8 +1,10 @@
-"""Makes a second folder of golden vectors: the same format, with other sizes, options and names of cases.
+"""Makes a second folder of golden vectors: the same format, with other sizes, options and names of
+cases.
 
-``python tests/golden/make_vectors.py FOLDER``, then ``PATCHMINE_GOLDEN=FOLDER pytest tests/golden``.  Networks, masks,
-targets and losses come from `second_folder.reference`, plain loops in float64 that know nothing of `patchmine`; of
-MOKD and SCFS the activations and gradients are our own, which their JSON says.
+``python tests/golden/make_vectors.py FOLDER``, then ``PATCHMINE_GOLDEN=FOLDER pytest
+tests/golden``.  Networks, masks, targets and losses come from `second_folder.reference`, plain
+loops in float64 that know nothing of `patchmine`; of MOKD and SCFS the activations and gradients
+are our own, which their JSON says.
 """
 
 from __future__ import annotations

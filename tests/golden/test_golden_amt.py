@@ -1,4 +1,6 @@
-"""AMT on MAE and on SimMIM against numbers of the reference implementation (spec amt.md, section 10)."""
+"""AMT on MAE and on SimMIM against numbers of the reference implementation (spec amt.md, section
+10).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ import torch
 from golden_vectors import FedNoise, Golden, batch_of, cut, load_golden, load_weights, pair, wide
 from torch import Tensor
 
+from patchmine.backbones.attention import class_attention
+from patchmine.backbones.official import from_reference_names
+from patchmine.backbones.vit import encode
 from patchmine.methods.amt import AMT, probe
-from patchmine.models.attention import class_attention
-from patchmine.models.official import from_reference_names
-from patchmine.models.vit import encode
 from patchmine.ops.alignment import align, attention_map
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import sum_in_units, weighted_order
@@ -96,12 +98,16 @@ def test_alignment(golden: Golden, method: AMT) -> None:
     released = align(maps, method.grid, box, flip, "released")  # a mean over pixels, there a sum
     pixels = method.grid.values_per_patch(1)
     golden.check(released, golden["align.released_token_weights"] / pixels, "map")
-    golden.check(released, in_patches(golden["align.released_pixel_map"], method.grid.patch) / pixels, "map")
+    golden.check(
+        released, in_patches(golden["align.released_pixel_map"], method.grid.patch) / pixels, "map"
+    )
 
 
 def test_draw(golden: Golden, method: AMT) -> None:
     weights, pixels = golden["amt.token_weights"], method.grid.values_per_patch(1)
-    golden.check(in_patches(golden["amt.pixel_map"], method.grid.patch) / pixels, weights / pixels, "map")
+    golden.check(
+        in_patches(golden["amt.pixel_map"], method.grid.patch) / pixels, weights / pixels, "map"
+    )
     noise = uniform_for(golden["amt.exp_noise"])
     assert torch.equal(weighted_order(weights, noise), golden["amt.ids_shuffle"])
     assert torch.equal(golden["amt.ids_shuffle"].argsort(dim=1), golden["amt.ids_restore"])
@@ -117,7 +123,9 @@ def test_forward(golden: Golden, method: AMT) -> None:
     images = golden["amt.images"]
     mask = method.draw_mask(images, golden["amt.token_weights"])
     latent = encode(method.encoder, images, mask.visible)
-    draw = golden["amt.ids_shuffle"][:, method.num_masked + method.num_thrown :]  # the stored order of visible tokens
+    draw = golden["amt.ids_shuffle"][
+        :, method.num_masked + method.num_thrown :
+    ]  # the stored order of visible tokens
     place = torch.searchsorted(mask.visible, draw.contiguous())
     drawn = torch.cat([latent[:, :1], latent[:, 1:].gather(1, wide(place, latent))], dim=1)
     golden.check(drawn, "amt.latent", "tokens")
@@ -169,7 +177,11 @@ def golden_simmim() -> Golden:
 
 def simmim_name(name: str) -> str:
     """The reference's mask token sits inside the encoder, its head is a 1 x 1 convolution."""
-    ours = {"encoder.mask_token": "mask_token", "decoder.0.weight": "head.weight", "decoder.0.bias": "head.bias"}
+    ours = {
+        "encoder.mask_token": "mask_token",
+        "decoder.0.weight": "head.weight",
+        "decoder.0.bias": "head.bias",
+    }
     return ours.get(name, name)
 
 
@@ -177,9 +189,14 @@ def simmim_name(name: str) -> str:
 def on_simmim(golden_simmim: Golden) -> AMT:
     c = golden_simmim.config
     # Absolute positions are all that it can have: thrown patches have no place in a relative table.
-    encoder = golden_simmim.encoder("beit_base_patch16_224", use_abs_pos_emb=True, use_rel_pos_bias=False)
+    encoder = golden_simmim.encoder(
+        "beit_base_patch16_224", use_abs_pos_emb=True, use_rel_pos_bias=False
+    )
     config = AMT.Config(
-        host="simmim", mask_ratio=c["mask_ratio"], throw_ratio=c["throw_ratio"], mask_unit=c["mask_patch"]
+        host="simmim",
+        mask_ratio=c["mask_ratio"],
+        throw_ratio=c["throw_ratio"],
+        mask_unit=c["mask_patch"],
     )
     method = AMT(config, encoder)
     stored = {
@@ -204,23 +221,32 @@ def test_units(golden_simmim: Golden, on_simmim: AMT, patch_weights: Tensor) -> 
     order = weighted_order(golden["unit_weights"], uniform_for(golden["unit_exp_noise"]))
     assert torch.equal(order, golden["unit_order"])
     assert on_simmim.num_units == math.prod(pair(derived["units"]))
-    assert (on_simmim.num_masked, on_simmim.num_thrown) == (derived["masked_units"], derived["thrown_units"])
+    assert (on_simmim.num_masked, on_simmim.num_thrown) == (
+        derived["masked_units"],
+        derived["thrown_units"],
+    )
     mask = on_simmim.draw_mask(golden["images"], patch_weights)
     assert torch.equal(roles(mask), golden["mask"].flatten(1).float())
     assert kept(mask).shape[1] == derived["kept_tokens"]
 
 
-def test_simmim_loss_and_gradients(golden_simmim: Golden, on_simmim: AMT, patch_weights: Tensor) -> None:
+def test_simmim_loss_and_gradients(
+    golden_simmim: Golden, on_simmim: AMT, patch_weights: Tensor
+) -> None:
     golden, images = golden_simmim, golden_simmim["images"]
     on_simmim.look = lambda batch: patch_weights
     entered: list[Tensor] = []
-    on_simmim.encoder.norm.register_forward_hook(lambda module, inputs, output: entered.append(output))
+    on_simmim.encoder.norm.register_forward_hook(
+        lambda module, inputs, output: entered.append(output)
+    )
     losses = on_simmim(batch_of(images), GUIDED)
     mask = on_simmim.draw_mask(images, patch_weights)
     latent = golden["latent_map"].flatten(2).transpose(1, 2)  # (B, V + M, D), raster order
     golden.check(entered[0][:, -mask.masked.shape[1] :], of_masked(latent, mask), "tokens")
     painted = on_simmim.reconstruct(images, mask)
-    golden.check(painted, of_masked(cut(golden["recon_compact"], on_simmim.grid.patch), mask), "tokens")
+    golden.check(
+        painted, of_masked(cut(golden["recon_compact"], on_simmim.grid.patch), mask), "tokens"
+    )
     error = (painted - on_simmim.target(images, mask)).abs().mean(dim=-1, keepdim=True)
     golden.check(error, of_masked(golden["patch_l1_kept"][:, :, None], mask), "target")
 

@@ -1,4 +1,6 @@
-"""EMAE against a loop over parts and pairs in float64 (spec emae.md, section 10; no author code exists)."""
+"""EMAE against a loop over parts and pairs in float64 (spec emae.md, section 10; no author code
+exists).
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from golden_vectors import (
 )
 from torch import Tensor
 
+from patchmine.backbones.official import from_reference_names
+from patchmine.backbones.vit import build_encoder
 from patchmine.methods.emae import EMAE
-from patchmine.models.official import from_reference_names
-from patchmine.models.vit import build_encoder
 from patchmine.ops.losses import squared_error
 from patchmine.ops.parts import order_by_patch, parts_losses, split_parts, unseen_patches
 from patchmine.ops.patches import pixel_targets
@@ -32,9 +34,15 @@ pytestmark = pytest.mark.golden
 START = Progress(0, 1, 1)
 CASES: dict[str, dict[str, Any]] = described("emae").get("cases", {})
 MODELS = [name for name, case in CASES.items() if "config" in case]
-ALONE = [name for name, case in CASES.items() if "config" not in case]  # the loss on stored predictions
+ALONE = [
+    name for name, case in CASES.items() if "config" not in case
+]  # the loss on stored predictions
 # Settings by the name of the consistency loss that they give; the first is the default.
-CONSISTENCY = {"sc_l1_all": {}, "sc_l1_overlap": {"sc_norm": "overlap"}, "sc_l2_all": {"sc_dist": "l2"}}
+CONSISTENCY = {
+    "sc_l1_all": {},
+    "sc_l1_overlap": {"sc_norm": "overlap"},
+    "sc_l2_all": {"sc_dist": "l2"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,9 @@ def build(golden: Golden, name: str, **options: Any) -> EMAE:
         patch_size=setting_of(c, golden.meta, "patch_size"),
         model_args=encoder_sizes(c, golden.meta),
     )
-    settings = dict(parts=c["K"], norm_pix_loss=c.get("norm_pix_loss", True), **decoder_sizes(c, golden.meta))
+    settings = dict(
+        parts=c["K"], norm_pix_loss=c.get("norm_pix_loss", True), **decoder_sizes(c, golden.meta)
+    )
     if "parts_used" in c:
         settings["parts_used"] = c["parts_used"]
     method = EMAE(EMAE.Config(**settings, **options), encoder)
@@ -66,7 +76,9 @@ def own_name(name: str) -> str:
 
 
 def lined_up(pred: Tensor, parts: Tensor, num_used: int) -> Tensor:
-    """Stored predictions (N, at least U, L, P) of all patches -> those of unseen patches as the loss takes them."""
+    """Stored predictions (N, at least U, L, P) of all patches -> those of unseen patches as the
+    loss takes them.
+    """
     unseen = unseen_patches(parts, num_used)  # (N, U, M * V)
     values = pred[:, :num_used].gather(2, unseen[..., None].expand(-1, -1, -1, pred.shape[-1]))
     values = values.unflatten(2, (-1, parts.shape[2])).flatten(1, 2)  # (N, U * M, V, P)
@@ -97,7 +109,9 @@ def test_parts(golden: Golden, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_fixed_positions(golden: Golden, name: str) -> None:
-    golden.check(build(golden, name).decoder_input.pos_embed, golden["sd.decoder_pos_embed"][0, 1:], "table")
+    golden.check(
+        build(golden, name).decoder_input.pos_embed, golden["sd.decoder_pos_embed"][0, 1:], "table"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,7 +122,9 @@ def test_tokens_and_predictions(golden: Golden, name: str) -> None:
     latent = method.encode_parts(images, parts).unflatten(0, (len(images), -1))  # (N, U, 1 + V, D)
     used = latent.shape[1]
     stored = golden[f"{name}.latent"][:, :used]
-    order = golden[f"{name}.ids_shuffle"].unflatten(1, (method.num_parts, -1)).argsort(dim=2)[:, :used]
+    order = (
+        golden[f"{name}.ids_shuffle"].unflatten(1, (method.num_parts, -1)).argsort(dim=2)[:, :used]
+    )
     patches = stored[:, :, 1:].gather(2, order[..., None].expand(-1, -1, -1, stored.shape[-1]))
     golden.check(latent, torch.cat([stored[:, :, :1], patches], dim=2), "tokens")
     expected = lined_up(golden[f"{name}.pred"], parts, method.num_used)
@@ -124,14 +140,20 @@ def test_loss_of_each_patch(golden: Golden, name: str) -> None:
     golden.check(found, f"{name}.loss_patch", "loss")
     everything = torch.arange(target.shape[1]).expand(len(target), -1)
     norm_pix_loss = method.config.norm_pix_loss
-    own = pixel_targets(golden[f"{name}.imgs"], everything, method.grid.patch, norm_pix_loss=norm_pix_loss)
+    own = pixel_targets(
+        golden[f"{name}.imgs"], everything, method.grid.patch, norm_pix_loss=norm_pix_loss
+    )
     golden.check(own, target, "tokens")
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_loss_of_each_stored_patch(golden: Golden, name: str) -> None:
     pred, target = golden[f"{name}.pred"][:, : CASES[name]["parts_used"]], golden[f"{name}.target"]
-    golden.check(squared_error(pred, target[:, None].expand_as(pred).contiguous()), f"{name}.loss_patch", "loss")
+    golden.check(
+        squared_error(pred, target[:, None].expand_as(pred).contiguous()),
+        f"{name}.loss_patch",
+        "loss",
+    )
 
 
 @pytest.mark.parametrize("kind", CONSISTENCY)
@@ -150,7 +172,9 @@ def test_losses(golden: Golden, name: str, kind: str) -> None:
     golden.check_number(losses["disagreement"], expected["mean_abs_diff"])
     if kind == "sc_l1_all" and f"{name}.pair_loss" in golden:
         pairs = method.num_used * (method.num_used - 1) / 2
-        golden.check_number(losses["consistency"], golden[f"{name}.pair_loss"].sum(dim=(1, 2)).mean().item() / pairs)
+        golden.check_number(
+            losses["consistency"], golden[f"{name}.pair_loss"].sum(dim=(1, 2)).mean().item() / pairs
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -160,14 +184,20 @@ def test_gradients(golden: Golden, name: str) -> None:
     golden.check_gradients(dict(method.named_parameters()), golden.under(f"{name}.grad."), own_name)
 
 
-def losses_alone(golden: Golden, name: str, distance: Literal["l1", "l2"]) -> tuple[list[float], Tensor, Tensor, float]:
-    """The three numbers of the loss on stored predictions, the gradients of the first two, and the share 1 - 2/K."""
+def losses_alone(
+    golden: Golden, name: str, distance: Literal["l1", "l2"]
+) -> tuple[list[float], Tensor, Tensor, float]:
+    """The three numbers of the loss on stored predictions, the gradients of the first two, and the
+    share 1 - 2/K.
+    """
     parts = split_parts(golden[f"{name}.noise"], CASES[name]["K"])
     num_used = CASES[name]["parts_used"]
     pred = golden[f"{name}.pred"].clone().requires_grad_()
     target = by_part(golden[f"{name}.target"], parts)
     found = parts_losses(lined_up(pred, parts, num_used), target, num_used, distance)
-    grads = [torch.autograd.grad(value, pred, retain_graph=True)[0][:, :num_used] for value in found[:2]]
+    grads = [
+        torch.autograd.grad(value, pred, retain_graph=True)[0][:, :num_used] for value in found[:2]
+    ]
     return [value.item() for value in found], *grads, 1 - 2 / parts.shape[1]
 
 

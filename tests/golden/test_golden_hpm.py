@@ -20,9 +20,9 @@ from golden_vectors import (
 )
 from torch import Tensor
 
+from patchmine.backbones.official import from_reference_names
+from patchmine.backbones.vit import encode
 from patchmine.methods.hpm import HPM, predict_difficulty
-from patchmine.models.official import from_reference_names
-from patchmine.models.vit import encode
 from patchmine.ops.losses import absolute_difficulty_loss, direction_error, relative_difficulty_loss
 from patchmine.ops.masks import hard_masked, lowest_visible
 from patchmine.ops.schedules import ema_decay, hard_count
@@ -33,7 +33,12 @@ KINDS = {"pix": False, "normpix": True}  # whether pixels are standardised withi
 OBJECTIVES = {"rel": "relative", "abs": "absolute"}
 CASES = described("hpm").get("mask_cases", [])
 STORED = [kind for kind in KINDS if f"{kind}.rec_matrix" in stored_names("hpm")]
-TOTALS = [(kind, name) for kind in STORED for name in OBJECTIVES if f"{kind}.{name}.total" in stored_names("hpm")]
+TOTALS = [
+    (kind, name)
+    for kind in STORED
+    for name in OBJECTIVES
+    if f"{kind}.{name}.total" in stored_names("hpm")
+]
 ALONE = [name for name in OBJECTIVES if f"rank.{name}.grad" in stored_names("hpm")]
 
 
@@ -45,7 +50,9 @@ def golden() -> Golden:
 def build(golden: Golden, **options: Any) -> HPM:
     """The method with the stored student and teacher."""
     c = golden.config
-    method = HPM(HPM.Config(mask_ratio=c["mask_ratio"], **golden.decoder(), **options), golden.encoder())
+    method = HPM(
+        HPM.Config(mask_ratio=c["mask_ratio"], **golden.decoder(), **options), golden.encoder()
+    )
     student = from_reference_names(golden.under("state."))
     # The two fixed position tables are stored with the student only.
     teacher = from_reference_names(golden.under("ema."), teacher=True)
@@ -54,7 +61,9 @@ def build(golden: Golden, **options: Any) -> HPM:
     # The head of the stored decoder predicts pixels, and features have their own width.
     absent = ("decoder.head.",) if options.get("target") == "ema" else ()
     state = {name: tensor for name, tensor in (student | teacher).items() if name in own}
-    load_weights(method, {name: t for name, t in state.items() if not name.startswith(absent)}, absent=absent)
+    load_weights(
+        method, {name: t for name, t in state.items() if not name.startswith(absent)}, absent=absent
+    )
     return method.train()
 
 
@@ -109,7 +118,10 @@ def test_teacher(golden: Golden) -> None:
 def test_counts(golden: Golden) -> None:
     method = build(golden)
     assert method.grid.num_patches == golden.meta["num_patches"]
-    assert (method.visible_units, method.num_masked) == (golden.meta["len_keep"], golden.meta["num_masked"])
+    assert (method.visible_units, method.num_masked) == (
+        golden.meta["len_keep"],
+        golden.meta["num_masked"],
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case["case"]))
@@ -123,7 +135,9 @@ def test_masks(golden: Golden, case: dict[str, Any]) -> None:
     assert torch.equal(mask.as_bool(), golden[f"maskgen.{case['case']}.mask"].bool())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case["random"]], ids=lambda case: str(case["case"]))
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case["random"]], ids=lambda case: str(case["case"])
+)
 def test_hardest_are_masked_with_our_own_noise(golden: Golden, case: dict[str, Any]) -> None:
     difficulty = golden["teacher.loss_pred"]
     noise = torch.rand(difficulty.shape, generator=torch.Generator().manual_seed(CASES.index(case)))
@@ -146,7 +160,9 @@ def test_student(golden: Golden, step_mask: Mask) -> None:
 
 
 @pytest.mark.parametrize(("kind", "objective"), TOTALS)
-def test_loss_and_gradients(golden: Golden, step_case: dict[str, Any], kind: str, objective: str) -> None:
+def test_loss_and_gradients(
+    golden: Golden, step_case: dict[str, Any], kind: str, objective: str
+) -> None:
     method = build(golden, norm_pix_loss=KINDS[kind], prediction=OBJECTIVES[objective])
     method.noise = FedNoise(fed(golden, step_case))
     losses = method(batch_of(golden["imgs"]), progress(step_case))
@@ -167,16 +183,23 @@ def test_loss_and_gradients(golden: Golden, step_case: dict[str, Any], kind: str
 def test_error_of_each_patch(golden: Golden, step_mask: Mask, kind: str) -> None:
     method = build(golden, norm_pix_loss=KINDS[kind])
     painted = split(golden["student.pred"], step_mask)
-    golden.check(method.error(painted, golden["imgs"], None, step_mask), f"{kind}.rec_matrix", "target")
+    golden.check(
+        method.error(painted, golden["imgs"], None, step_mask), f"{kind}.rec_matrix", "target"
+    )
 
 
 @pytest.mark.parametrize("objective", ALONE)
 def test_objective_alone(golden: Golden, objective: str) -> None:
-    loss: Callable[..., Tensor] = {"rel": relative_difficulty_loss, "abs": absolute_difficulty_loss}[objective]
+    loss: Callable[..., Tensor] = {
+        "rel": relative_difficulty_loss,
+        "abs": absolute_difficulty_loss,
+    }[objective]
     predicted = golden["rank.pred"].clone().requires_grad_()
     value = loss(predicted, golden["rank.target"])
     golden.check_number(
-        value, golden.scalar(f"rank.{objective}.loss"), "relative loss" if objective == "rel" else "loss"
+        value,
+        golden.scalar(f"rank.{objective}.loss"),
+        "relative loss" if objective == "rel" else "loss",
     )
     value.backward()
     golden.check(predicted.grad, f"rank.{objective}.grad", f"{OBJECTIVES[objective]} objective")
@@ -201,10 +224,14 @@ def test_ema_decay(golden: Golden) -> None:
         pytest.skip("the file has no table of decays")
     for epoch, expected in stored.items():
         at = Progress(int(epoch), 10_000, 1)
-        golden.check_number(ema_decay(at, start=0.999, end=0.9999, ramp_epochs=100), expected, "decay")
+        golden.check_number(
+            ema_decay(at, start=0.999, end=0.9999, ramp_epochs=100), expected, "decay"
+        )
 
 
-@pytest.mark.parametrize("entry", [name for name in stored_names("hpm") if name.startswith("emaupdate.")])
+@pytest.mark.parametrize(
+    "entry", [name for name in stored_names("hpm") if name.startswith("emaupdate.")]
+)
 def test_ema_update(golden: Golden, entry: str) -> None:
     _, epoch, name = re.split(r"emaupdate\.epoch(\d+)\.", entry)
     method = build(golden)

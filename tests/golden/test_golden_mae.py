@@ -7,9 +7,9 @@ import torch
 from golden_vectors import FedNoise, Golden, batch_of, load_golden, load_weights, stored_names, wide
 from torch import Tensor
 
+from patchmine.backbones.official import from_reference_names
+from patchmine.backbones.vit import embed_patches, encode, prefix_tokens
 from patchmine.methods.mae import MAE
-from patchmine.models.official import from_reference_names
-from patchmine.models.vit import embed_patches, encode, prefix_tokens
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
 from patchmine.ops.patches import pixel_targets
@@ -33,7 +33,9 @@ def mask(golden: Golden) -> Mask:
 
 def build(golden: Golden, kind: str = "pix") -> MAE:
     """The method at the stored sizes with the stored weights."""
-    config = MAE.Config(mask_ratio=golden.config["mask_ratio"], norm_pix_loss=KINDS[kind], **golden.decoder())
+    config = MAE.Config(
+        mask_ratio=golden.config["mask_ratio"], norm_pix_loss=KINDS[kind], **golden.decoder()
+    )
     method = MAE(config, golden.encoder())
     load_weights(method, from_reference_names(golden.under("state.")))
     return method.train()
@@ -45,7 +47,9 @@ def own_name(name: str) -> str:
 
 
 def in_raster_order(stored: Tensor, golden: Golden) -> Tensor:
-    """CLS first, then the visible tokens, which are stored in the order of their noise, sorted by patch number."""
+    """CLS first, then the visible tokens, which are stored in the order of their noise, sorted by
+    patch number.
+    """
     rank = golden["ids_keep"].argsort(dim=1)
     return torch.cat([stored[:, :1], stored[:, 1:].gather(1, wide(rank, stored))], dim=1)
 

@@ -6,11 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from golden_vectors import Golden, batch_of, described, load_golden, normalised_crops, pair, stored_names, tiny_resnet
+from golden_vectors import (
+    Golden,
+    batch_of,
+    described,
+    load_golden,
+    normalised_crops,
+    pair,
+    stored_names,
+    tiny_resnet,
+)
 from torch import Tensor
 
+from patchmine.backbones.positions import resize_positions
 from patchmine.methods.mokd import MOKD, look, search
-from patchmine.models.positions import resize_positions
 from patchmine.ops.distill import teacher_temperature
 from patchmine.ops.schedules import LrSchedule
 from patchmine.train.optim import build_optimizers, clip_gradients, set_rates, update
@@ -24,7 +33,11 @@ CENTRES = {"cnn_m": "head", "cnn_t": "thead", "vit_m": "partner_head", "vit_t": 
 ALL_CENTRES = CENTRES | {"cnn_cm": "partner_head", "vit_cm": "head"}
 CNN, VIT = 0, 1
 NETWORKS = {"cnn": CNN, "vit": VIT}
-TABLES = [name for name in stored_names("mokd") if name.startswith("aux.") and name.endswith("_pos_embed_local")]
+TABLES = [
+    name
+    for name in stored_names("mokd")
+    if name.startswith("aux.") and name.endswith("_pos_embed_local")
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +46,9 @@ def golden() -> Golden:
 
 
 def our_name(reference: str) -> str:
-    """``student_vit.transhead.norm.bias`` -> ``partner_thead.norm.bias``: the CNN is the model, the ViT its partner."""
+    """``student_vit.transhead.norm.bias`` -> ``partner_thead.norm.bias``: the CNN is the model, the
+    ViT its partner.
+    """
     role, part, rest = reference.split(".", 2)
     part = PARTS[part]
     prefix = "" if role.endswith("_cnn") else "partner_"
@@ -46,7 +61,12 @@ def build(golden: Golden, **options: Any) -> MOKD:
     """The method at the stored sizes with all four stored networks and the centres before the step."""
     c = golden.config
     cnn = tiny_resnet(c["cnn_channels"], c["global_size"])
-    vit = {"patch_size": c["patch"], "embed_dim": c["vit_dim"], "depth": c["vit_depth"], "num_heads": c["vit_heads"]}
+    vit = {
+        "patch_size": c["patch"],
+        "embed_dim": c["vit_dim"],
+        "depth": c["vit_depth"],
+        "num_heads": c["vit_heads"],
+    }
     config = MOKD.Config(
         partner_model="vit_tiny_patch16_224",
         partner_args=vit,
@@ -69,7 +89,9 @@ def build(golden: Golden, **options: Any) -> MOKD:
     state = {our_name(name): t for name, t in golden.tensors.items() if name.startswith(networks)}
     for name, own in CENTRES.items():
         state[f"centres.{own}.mean"] = golden[f"center_before.{name}"][0]
-    method.load_state_dict(state)  # strictly: nothing of ours is missing there, and nothing is left over
+    method.load_state_dict(
+        state
+    )  # strictly: nothing of ours is missing there, and nothing is left over
     return method.train()
 
 
@@ -102,8 +124,12 @@ def test_positions_of_local_crops(golden: Golden, name: str) -> None:
     module, prefix = ("transhead", 0) if part.startswith("thead") else ("backbone", 1)
     table, expected = golden[f"{network}.{module}.pos_embed"][0], golden[name][0]
     assert torch.equal(expected[:prefix], table[:prefix])
-    step = 32 if part.endswith("cnn") else c["patch"]  # a ResNet's last map is a 32nd of the image, rounded up
-    before, after = (tuple(-(-side // step) for side in pair(c[size])) for size in ("global_size", "local_size"))
+    step = (
+        32 if part.endswith("cnn") else c["patch"]
+    )  # a ResNet's last map is a 32nd of the image, rounded up
+    before, after = (
+        tuple(-(-side // step) for side in pair(c[size])) for size in ("global_size", "local_size")
+    )
     golden.check(resize_positions(table[prefix:], before, after), expected[prefix:], "table")
 
 
@@ -113,11 +139,13 @@ def test_activations(golden: Golden, batch: Batch) -> None:
     crops = golden.config["n_local"]
     with torch.no_grad():
         seen = [
-            (method.study(number, large, crops=2), method.study(number, small, crops=crops)) for number in (CNN, VIT)
+            (method.study(number, large, crops=2), method.study(number, small, crops=crops))
+            for number in (CNN, VIT)
         ]
         taught = [look(teacher, large) for teacher in method.teachers()]
         queries = [
-            student.thead.query(local.pooled) for student, (_, local) in zip(method.students(), seen, strict=True)
+            student.thead.query(local.pooled)
+            for student, (_, local) in zip(method.students(), seen, strict=True)
         ]
         for name, number in NETWORKS.items():
             mine, local = seen[number]
@@ -126,7 +154,9 @@ def test_activations(golden: Golden, batch: Batch) -> None:
             golden.check(queries[number], f"act.s_{name}_query_l", "tokens")
             golden.check(taught[number].head, f"act.t_{name}_m", "tokens")
             golden.check(taught[number].thead, f"act.t_{name}_t", "tokens")
-            found = search(method.teachers()[number].thead, taught[number].maps, queries[1 - number])
+            found = search(
+                method.teachers()[number].thead, taught[number].maps, queries[1 - number]
+            )
             golden.check(found, f"act.t_{name}_search_l", "tokens")
 
 
@@ -148,24 +178,48 @@ def test_losses_and_gradients(golden: Golden, batch: Batch, progress: Progress) 
 
 
 def step(golden: Golden, method: MOKD, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-    """The stored step with our loop's parts; returns the gradients that the optimizers got, by name."""
+    """The stored step with our loop's parts; returns the gradients that the optimizers got, by
+    name.
+    """
     c = golden.config["step"]
     # Constant rates: half a cosine from a rate to itself.
-    optimizers = build_optimizers(method.param_groups(), weight_decay=c["wd_vit"], blr=c["lr_vit"], betas=(0.9, 0.999))
-    set_rates(optimizers, Progress(0, 1, 1), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=c["lr_vit"]))
+    optimizers = build_optimizers(
+        method.param_groups(), weight_decay=c["wd_vit"], blr=c["lr_vit"], betas=(0.9, 0.999)
+    )
+    set_rates(
+        optimizers,
+        Progress(0, 1, 1),
+        batch_size=256,
+        schedule=LrSchedule(warmup_epochs=0, min_lr=c["lr_vit"]),
+    )
     method(batch, progress)["loss"].backward()
     clip_gradients(optimizers, progress)
-    gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+    gradients = {
+        name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None
+    }
     update(optimizers, torch.zeros(()))
     method.after_step(Progress(0, 10**9, 1))  # at the start of its ramp the decay is the stored one
     return gradients
 
 
-@pytest.mark.skipif("step" not in described("mokd").get("config", {}), reason="the file has no step")
+@pytest.mark.skipif(
+    "step" not in described("mokd").get("config", {}), reason="the file has no step"
+)
 def test_step(golden: Golden, batch: Batch, progress: Progress) -> None:
     c = golden.config["step"]
-    rates = dict(sgd_blr=c["lr_cnn"], sgd_min_lr=c["lr_cnn"], sgd_weight_decay=c["wd_cnn"], weight_decay_end=None)
-    method = build(golden, **rates, clip_grad=c["clip"], ema_start=c["ema"], freeze_last_layer=c["freeze_last_layer"])
+    rates = dict(
+        sgd_blr=c["lr_cnn"],
+        sgd_min_lr=c["lr_cnn"],
+        sgd_weight_decay=c["wd_cnn"],
+        weight_decay_end=None,
+    )
+    method = build(
+        golden,
+        **rates,
+        clip_grad=c["clip"],
+        ema_start=c["ema"],
+        freeze_last_layer=c["freeze_last_layer"],
+    )
     gradients = step(golden, method, batch, progress)
     state = method.state_dict()
     for name, expected in golden.under("center_after.").items():
@@ -176,9 +230,12 @@ def test_step(golden: Golden, batch: Batch, progress: Progress) -> None:
         ours = our_name(name)
         found = state[ours]
         # What is frozen in this epoch has no gradient, and stays.
-        gradient = gradients.get(ours.replace("partner_teacher.encoder.", "partner.").replace("_teacher.", "_"))
+        gradient = gradients.get(
+            ours.replace("partner_teacher.encoder.", "partner.").replace("_teacher.", "_")
+        )
         if name.split(".")[0].endswith("_vit") and gradient is not None:
-            # AdamW's first step is the sign of the gradient, which rounding decides where that is nearly nothing.
+            # AdamW's first step is the sign of the gradient, which rounding decides where that is
+            # nearly nothing.
             sure = gradient.abs() >= 1e-6
             assert sure.float().mean() > 0.5, name
             found, expected = found[sure], expected[sure]

@@ -1,4 +1,6 @@
-"""SCFS against numbers of the reference implementation, and of an oracle in float64 (spec scfs.md, section 10)."""
+"""SCFS against numbers of the reference implementation, and of an oracle in float64 (spec scfs.md,
+section 10).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import pytest
 import torch
 from golden_vectors import Golden, batch_of, load_golden, normalised_crops, tiny_resnet
 
+from patchmine.backbones.features import extract
 from patchmine.methods.scfs import SCFS, search
-from patchmine.models.features import extract
 from patchmine.ops.distill import teacher_temperature
 from patchmine.types import Progress
 
@@ -82,7 +84,9 @@ def test_search_in_stored_maps(golden: Golden, method: SCFS, stage: str) -> None
     head = method.teacher.stage_heads[list(STAGES).index(stage)]
     first = maps[: golden.config["batch"]]
     attention = search(golden[f"act.fmap_s_local_{stage}"], first)
-    golden.check((attention[:, :, None] * first).flatten(0, 1), f"oracle.search_fmap_{stage}", "attention")
+    golden.check(
+        (attention[:, :, None] * first).flatten(0, 1), f"oracle.search_fmap_{stage}", "attention"
+    )
     whole, found = head(maps), head(first, attention)
     for source in [source for source in ("oracle", "act") if f"{source}.att_{stage}" in golden]:
         golden.check(attention.flatten(0, 1), f"{source}.att_{stage}", "attention")
@@ -101,7 +105,9 @@ def test_maps_and_heads_from_the_images(golden: Golden, method: SCFS) -> None:
         golden.check(taught.maps[place], f"act.fmap_t_{stage}", "tokens")
         golden.check(searching.maps[place], f"act.fmap_s_local_{stage}", "tokens")
         golden.check(method.stage_heads[place](seen.maps[place]), f"act.s_{stage}_global", "tokens")
-        golden.check(method.stage_heads[place](searching.maps[place]), f"act.s_{stage}_local", "tokens")
+        golden.check(
+            method.stage_heads[place](searching.maps[place]), f"act.s_{stage}_local", "tokens"
+        )
 
 
 def test_losses_gradients_and_centres(golden: Golden, method: SCFS, progress: Progress) -> None:
@@ -118,5 +124,7 @@ def test_losses_gradients_and_centres(golden: Golden, method: SCFS, progress: Pr
     assert all(p.grad is None for p in method.teacher.parameters())
 
     method.after_step(progress)
-    for centre, stored in zip((method.centre, *method.stage_centres), ("final", *STAGES), strict=True):
+    for centre, stored in zip(
+        (method.centre, *method.stage_centres), ("final", *STAGES), strict=True
+    ):
         golden.check(centre.mean[None], f"center_after.{stored}", "statistics")

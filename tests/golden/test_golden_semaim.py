@@ -1,8 +1,9 @@
 """SemAIM against numbers of the reference implementation (spec semaim.md, section 10).
 
-The reference adds noise to scores in float32, where two patches may come out equal, and are then predicted at once; and
-its ``1 - softmax`` may order close similarities either way.  So orders are compared up to such ties, and what follows
-from an order is worked out for the stored one where they make ours another.
+The reference adds noise to scores in float32, where two patches may come out equal, and are then
+predicted at once; and its ``1 - softmax`` may order close similarities either way.  So orders are
+compared up to such ties, and what follows from an order is worked out for the stored one where they
+make ours another.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 from golden_vectors import FedNoise, Golden, batch_of, described, load_golden, stored_names
 from torch import Tensor, nn
 
+from patchmine.backbones.attention import class_attention
+from patchmine.backbones.vit import embed_patches, encode, patch_positions, prefix_tokens
 from patchmine.methods import semaim as semaim_file
 from patchmine.methods.semaim import SemAIM
-from patchmine.models.attention import class_attention
 from patchmine.models.streams import two_streams
-from patchmine.models.vit import embed_patches, encode, patch_positions, prefix_tokens
 from patchmine.ops.orders import squared_distances, visibility
 from patchmine.ops.patches import pixel_targets
 from patchmine.types import Progress
@@ -27,11 +28,24 @@ pytestmark = pytest.mark.golden
 START = Progress(0, 1, 1)
 
 # The reference's names of orders -> ours; its zigzag is plain row-major (spec, section 8).
-ORDERS = {"attention_center": "attention_center", "attention": "similarity", "stochastic": "stochastic"}
-ORDERS |= {"zigzag": "rowmajor", "raster": "serpentine", "center2out": "center2out", "out2center": "out2center"}
+ORDERS = {
+    "attention_center": "attention_center",
+    "attention": "similarity",
+    "stochastic": "stochastic",
+}
+ORDERS |= {
+    "zigzag": "rowmajor",
+    "raster": "serpentine",
+    "center2out": "center2out",
+    "out2center": "out2center",
+}
 CASES: dict[str, dict[str, Any]] = described("semaim").get("cases", {})
 FEATURES = [name for name, case in CASES.items() if case["target"].startswith("feature")]
-BY_CONTENT = [name for name, case in CASES.items() if case["permutation_type"] in ("attention_center", "attention")]
+BY_CONTENT = [
+    name
+    for name, case in CASES.items()
+    if case["permutation_type"] in ("attention_center", "attention")
+]
 
 
 def with_stored(kind: str) -> list[str]:
@@ -115,7 +129,12 @@ def own_state(golden: Golden, case: str) -> dict[str, Tensor]:
 
 def own_name(name: str) -> str:
     if name.startswith("query_blocks."):
-        parts = {".attn.q.": ".query.", ".attn.k.": ".key_value.", ".attn.v.": ".key_value.", ".attn.proj.": ".proj."}
+        parts = {
+            ".attn.q.": ".query.",
+            ".attn.k.": ".key_value.",
+            ".attn.v.": ".key_value.",
+            ".attn.proj.": ".proj.",
+        }
         for theirs, ours in parts.items():
             name = name.replace(theirs, ours)
         return name
@@ -140,7 +159,9 @@ def look(golden: Golden, method: SemAIM) -> tuple[Tensor | None, Tensor | None]:
 
 
 def stored_masks(golden: Golden, case: str) -> tuple[Tensor, Tensor]:
-    """Content (B, 1 + L, 1 + L), and queries (B, L, 1 + L) without the class token's row, which nobody reads."""
+    """Content (B, 1 + L, 1 + L), and queries (B, L, 1 + L) without the class token's row, which
+    nobody reads.
+    """
     content, query = (golden[f"{case}.{kind}_mask"].bool() for kind in ("content", "query"))
     assert torch.equal(query[:, 0], content[:, 0])
     return content, query[:, 1:]
@@ -202,8 +223,12 @@ def test_similarity(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str) 
 
 
 @pytest.mark.parametrize("case", with_stored("self_attention"))
-def test_attention_of_the_class_token(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    attention = class_attention(build(golden, case, monkeypatch).encoder, golden["images"])[:, :, 1:].mean(dim=1)
+def test_attention_of_the_class_token(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    attention = class_attention(build(golden, case, monkeypatch).encoder, golden["images"])[
+        :, :, 1:
+    ].mean(dim=1)
     golden.check(attention, f"{case}.self_attention", "map")
     for other in (name for name in BY_CONTENT if CASES[name].get("attention_type") == "self"):
         _, similarity = look(golden, build(golden, other, monkeypatch))
@@ -211,11 +236,15 @@ def test_attention_of_the_class_token(golden: Golden, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("case", FEATURES)
-def test_the_similarity_of_a_foreign_network(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_the_similarity_of_a_foreign_network(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     features, similarity = look(golden, build(golden, case, monkeypatch))
     assert torch.equal(features, golden[f"{case}.teacher_tokens"][:, 1:])
     low, high = similarity.amin(dim=1, keepdim=True), similarity.amax(dim=1, keepdim=True)
-    golden.check((similarity - low) / (high - low + 1e-6), f"{case}.teacher_similarity", "teacher map")
+    golden.check(
+        (similarity - low) / (high - low + 1e-6), f"{case}.teacher_similarity", "teacher map"
+    )
 
 
 @pytest.mark.parametrize("case", BY_CONTENT)
@@ -226,7 +255,9 @@ def test_centre(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str) -> N
     short = similarity.amax(dim=1) - similarity.gather(1, centre[:, None]).squeeze(1)
     assert (short <= golden.tolerance("order").absolute).all()
     if CASES[case]["permutation_type"] == "attention_center":
-        score = squared_distances(centre, method.grid.size).float().sqrt() + 1e-3 * noise_of(golden, case)
+        score = squared_distances(centre, method.grid.size).float().sqrt() + 1e-3 * noise_of(
+            golden, case
+        )
     else:
         score = 1 - similarity.softmax(dim=1)
     golden.check(score, f"{case}.permutation", "map")
@@ -242,7 +273,9 @@ def test_order_and_masks(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: 
     order, score = method.draw_order(golden["images"], similarity)
     assert (score is not None) == without_noise(golden, case)
     same = torch.ones(len(stored), dtype=torch.bool)
-    if CASES[case]["permutation_type"] == "attention_center":  # of two greatest similarities either may be the centre
+    if (
+        CASES[case]["permutation_type"] == "attention_center"
+    ):  # of two greatest similarities either may be the centre
         same = similarity.argmax(dim=1) == golden[f"{case}.center_index"]
     # Noise is added in float64 here: it orders all that float32 tells apart in the same way.
     by_similarity = CASES[case]["permutation_type"] == "attention"
@@ -256,11 +289,15 @@ def test_order_and_masks(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: 
 
 
 @pytest.mark.parametrize("case", with_stored("h.0"))
-def test_streams_in_raster_order(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_streams_in_raster_order(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     """The masked form with every token in its place, as the reference computes it."""
     method = build(golden, case, monkeypatch)
     images = golden["images"]
-    content = torch.cat([prefix_tokens(method.encoder, len(images)), embed_patches(method.encoder, images)], dim=1)
+    content = torch.cat(
+        [prefix_tokens(method.encoder, len(images)), embed_patches(method.encoder, images)], dim=1
+    )
     queries = patch_positions(method.encoder).expand(len(images), -1, -1)
     masks = (mask[:, None] for mask in stored_masks(golden, case))
     contents, answers = two_streams(method.encoder, method.query_blocks, content, queries, *masks)
@@ -278,12 +315,16 @@ def test_pixel_target(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str
     method, images = build(golden, case, monkeypatch), golden["images"]
     everything = torch.arange(method.grid.num_patches).expand(len(images), -1)
     norm_pix_loss = CASES[case]["norm_pix"]
-    target = pixel_targets(method.soften(images), everything, method.grid.patch, norm_pix_loss=norm_pix_loss)
+    target = pixel_targets(
+        method.soften(images), everything, method.grid.patch, norm_pix_loss=norm_pix_loss
+    )
     golden.check(target, f"{case}.target", "target")
 
 
 @pytest.mark.parametrize("case", with_stored("pred"))
-def test_error_of_stored_predictions(golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_error_of_stored_predictions(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
     method, images = build(golden, case, monkeypatch), golden["images"]
     everything = torch.arange(method.grid.num_patches).expand(len(images), -1)
     features = golden[f"{case}.teacher_tokens"][:, 1:] if case in FEATURES else None
@@ -312,7 +353,9 @@ def test_loss_and_gradients(golden: Golden, monkeypatch: pytest.MonkeyPatch, cas
     golden.check_number(loss, CASES[case]["result"][0])
     loss.backward()
     gradients = [p.grad.flatten() for p in method.parameters() if p.grad is not None]
-    golden.check_number(torch.cat(gradients).norm(), golden.scalar(f"{case}.grad_norm"), "gradient norm")
+    golden.check_number(
+        torch.cat(gradients).norm(), golden.scalar(f"{case}.grad_norm"), "gradient norm"
+    )
     check_gradients(golden, method, golden.under(f"{case}.grad."))
     assert method.encoder.pos_embed.grad is None
 
@@ -325,7 +368,9 @@ def test_number_of_ties(golden: Golden, case: str) -> None:
 
 
 def test_breaking_ties_is_another_model(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patches predicted at once do not see each other; one after the other they do, in whatever order."""
+    """Patches predicted at once do not see each other; one after the other they do, in whatever
+    order.
+    """
     in_rings = [case for case in BY_CONTENT if without_noise(golden, case)]
     if not in_rings:
         pytest.skip("the file has no case without noise")
@@ -338,7 +383,9 @@ def test_breaking_ties_is_another_model(golden: Golden, monkeypatch: pytest.Monk
         order, score = method.draw_order(images, similarity)
         broken = method.error(method.predict(patches, order, score), images, features, order)
         assert score is None
-        assert (broken.gather(1, order.argsort(dim=1)) - golden[f"{case}.loss_map"]).abs().max() > 1e-2
+        assert (
+            broken.gather(1, order.argsort(dim=1)) - golden[f"{case}.loss_map"]
+        ).abs().max() > 1e-2
         loss = method(batch_of(images), START)["loss"].item()
         assert abs(loss - golden.scalar(f"{case}.loss")) > 10 * golden.tolerance("loss").absolute
 
@@ -351,10 +398,32 @@ def test_every_stored_tensor_is_known(golden: Golden) -> None:
         for name in golden.tensors
         if name.startswith(f"{case}.")
     }
-    others = {name for name in golden.tensors if not name.startswith(("sd.", "sd_", *(f"{case}." for case in CASES)))}
+    others = {
+        name
+        for name in golden.tensors
+        if not name.startswith(("sd.", "sd_", *(f"{case}." for case in CASES)))
+    }
     assert others == {"images", "noise"}
     assert kinds <= {
-        *("enc_tokens", "feature_attention", "self_attention", "center_index", "permutation", "content_mask"),
-        *("query_mask", "h", "g", "pred", "blurred", "target", "loss", "loss_map", "grad", "grad_norm"),
+        *(
+            "enc_tokens",
+            "feature_attention",
+            "self_attention",
+            "center_index",
+            "permutation",
+            "content_mask",
+        ),
+        *(
+            "query_mask",
+            "h",
+            "g",
+            "pred",
+            "blurred",
+            "target",
+            "loss",
+            "loss_map",
+            "grad",
+            "grad_norm",
+        ),
         *("teacher_tokens", "teacher_similarity"),
     }

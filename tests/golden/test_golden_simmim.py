@@ -6,11 +6,21 @@ import math
 
 import pytest
 import torch
-from golden_vectors import FedNoise, Golden, batch_of, cut, described, load_golden, pair, repeating, wide
+from golden_vectors import (
+    FedNoise,
+    Golden,
+    batch_of,
+    cut,
+    described,
+    load_golden,
+    pair,
+    repeating,
+    wide,
+)
 from torch import Tensor
 
+from patchmine.backbones.vit import patch_positions, project_patches
 from patchmine.methods.simmim import SimMIM
-from patchmine.models.vit import patch_positions, project_patches
 from patchmine.types import Mask, Progress
 
 pytestmark = pytest.mark.golden
@@ -25,7 +35,11 @@ def golden() -> Golden:
 
 def own_name(name: str) -> str:
     """The reference's mask token sits inside the encoder, its head is a 1 x 1 convolution."""
-    ours = {"encoder.mask_token": "mask_token", "decoder.0.weight": "head.weight", "decoder.0.bias": "head.bias"}
+    ours = {
+        "encoder.mask_token": "mask_token",
+        "decoder.0.weight": "head.weight",
+        "decoder.0.bias": "head.bias",
+    }
     return ours.get(name, name)
 
 
@@ -39,7 +53,9 @@ def make(golden: Golden) -> SimMIM:
         use_rel_pos_bias=c["rpb"],
         use_shared_rel_pos_bias=c["shared_rpb"],
     )
-    return SimMIM(SimMIM.Config(mask_ratio=c["mask_ratio"], mask_unit=c["mask_patch"]), encoder).train()
+    return SimMIM(
+        SimMIM.Config(mask_ratio=c["mask_ratio"], mask_unit=c["mask_patch"]), encoder
+    ).train()
 
 
 @pytest.fixture
@@ -85,8 +101,12 @@ def test_forward(golden: Golden, method: SimMIM, mask: Mask) -> None:
     latent = method.encode(images, mask)
     # Stored before absolute positions are added, which not every file has.
     golden.check(entered[0][:, 1:] - patch_positions(method.encoder), "tokens_after_mask", "tokens")
-    golden.check(latent[:, 1:].transpose(1, 2).reshape_as(golden["latent_map"]), "latent_map", "tokens")
-    golden.check(method.reconstruct(images, mask), of_masked(golden["recon"], mask, method), "tokens")
+    golden.check(
+        latent[:, 1:].transpose(1, 2).reshape_as(golden["latent_map"]), "latent_map", "tokens"
+    )
+    golden.check(
+        method.reconstruct(images, mask), of_masked(golden["recon"], mask, method), "tokens"
+    )
     assert torch.equal(method.target(images, mask), of_masked(images, mask, method))
 
 
@@ -114,12 +134,15 @@ def test_loss_and_gradients(golden: Golden, method: SimMIM) -> None:
 
 @pytest.mark.parametrize("name", FIRST_WEIGHTS)
 def test_start(golden: Golden, name: str) -> None:
-    """Mean, deviation and largest value of freshly drawn weights, within what chance allows for their number."""
+    """Mean, deviation and largest value of freshly drawn weights, within what chance allows for
+    their number.
+    """
     torch.manual_seed(0)
     values = dict(make(golden).named_parameters())[own_name(name)].detach().flatten()
     _, deviation, largest = FIRST_WEIGHTS[name]
     count = len(values)
     assert values.std().item() == pytest.approx(deviation, rel=4 / count**0.5)
     assert abs(values.mean().item()) < 4 * deviation / count**0.5
-    # Cut at one deviation, the density at the cut is 0.71: the largest of n falls short of it by 1.4 / n on average.
+    # Cut at one deviation, the density at the cut is 0.71: the largest of n falls short of it by
+    # 1.4 / n on average.
     assert values.abs().max().item() == pytest.approx(largest, rel=max(0.01, 4.8 / count))

@@ -1,4 +1,6 @@
-"""What the golden tests share: tolerances that a file states, settings under their several names, what a file lacks."""
+"""What the golden tests share: tolerances that a file states, settings under their several names,
+what a file lacks.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from golden_vectors import TOLERANCES, Golden, Tolerance, cut, pair, repeating, setting_of, stated_tolerances
+from golden_vectors import (
+    TOLERANCES,
+    Golden,
+    Tolerance,
+    cut,
+    pair,
+    repeating,
+    setting_of,
+    stated_tolerances,
+)
 
 IMAGES = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
 
@@ -36,7 +47,12 @@ def test_tolerances_of_the_file_go_before_the_usual_ones() -> None:
 
 @pytest.mark.parametrize(
     ("tolerance", "passes"),
-    [(Tolerance(0.2), True), (Tolerance(0.05), False), (Tolerance(of_largest=2e-3), True), (Tolerance(), False)],
+    [
+        (Tolerance(0.2), True),
+        (Tolerance(0.05), False),
+        (Tolerance(of_largest=2e-3), True),
+        (Tolerance(), False),
+    ],
 )
 def test_a_number_further_off_than_its_tolerance_fails(tolerance: Tolerance, passes: bool) -> None:
     found, expected = torch.tensor([1.1, 100.0]), torch.tensor([1.0, 100.0])

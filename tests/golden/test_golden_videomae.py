@@ -1,4 +1,6 @@
-"""MAE on clips against numbers of VideoMAE's reference implementation (spec hpm-video.md, section 10)."""
+"""MAE on clips against numbers of VideoMAE's reference implementation (spec hpm-video.md, section
+10).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import torch
 from golden_vectors import FedNoise, Golden, batch_of, load_golden, load_weights
 from torch import Tensor
 
+from patchmine.backbones.official import from_reference_names, to_reference_names
+from patchmine.backbones.videomae import from_videomae_names, to_videomae_names
+from patchmine.backbones.vit import encode
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
-from patchmine.models.official import from_reference_names, to_reference_names
-from patchmine.models.videomae import from_videomae_names, to_videomae_names
-from patchmine.models.vit import encode
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_positions
 from patchmine.ops.patches import pixel_targets
@@ -64,7 +66,10 @@ def test_fixed_positions(golden: Golden) -> None:
 def test_tubes(golden: Golden, mask: Mask) -> None:
     method = build(golden)
     masked_places = mask.masked.shape[1] // method.grid.num_slots
-    assert method.grid.num_positions - count_positions(method.grid, golden.config["mask_ratio"]) == masked_places
+    assert (
+        method.grid.num_positions - count_positions(method.grid, golden.config["mask_ratio"])
+        == masked_places
+    )
     method.noise = noise_of(golden)
     drawn = method.draw_mask(golden["video"])
     assert torch.equal(drawn.as_bool(), golden["mask"].bool())
@@ -82,7 +87,9 @@ def test_tokens_and_predictions(golden: Golden, mask: Mask) -> None:
 
 
 def test_targets(golden: Golden, mask: Mask) -> None:
-    target = pixel_targets(golden["video"], mask.masked, build(golden).grid.patch, norm_pix_loss=True)
+    target = pixel_targets(
+        golden["video"], mask.masked, build(golden).grid.patch, norm_pix_loss=True
+    )
     golden.check(target, "target_masked", "target")
     golden.check(squared_error(golden["pred"], target), "loss_per_cube", "target")
 
@@ -93,7 +100,9 @@ def test_loss_and_gradients(golden: Golden) -> None:
     loss = method(batch_of(golden["video"]), START)["loss"]
     golden.check_number(loss, golden.scalar("loss"))
     loss.backward()
-    gradients: dict[str, Tensor] = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    gradients: dict[str, Tensor] = {
+        name: p.grad for name, p in method.named_parameters() if p.grad is not None
+    }
     theirs = to_videomae_names(to_reference_names(gradients))
     stored = golden.under("grad.")
     assert stored

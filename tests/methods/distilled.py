@@ -1,7 +1,8 @@
-"""Trains methods whose rows meet, in one process or two: `distilled.py FOLDER` starts the second one itself.
+"""Trains methods whose rows meet, in one process or two: `distilled.py FOLDER` starts the second
+one itself.
 
-Run by test_methods_processes.py.  Rank 0 leaves weights, teachers, centres and the log of each case, and what batch
-norms made of unequal shares.
+Run by test_methods_processes.py.  Rank 0 leaves weights, teachers, centres and the log of each
+case, and what batch norms made of unequal shares.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from patchmine.method import Method
+from patchmine.backbones.vit import build_encoder
 from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
-from patchmine.models.vit import build_encoder
-from patchmine.ops.batch_norm import synchronise_batch_norms
+from patchmine.models.batch_norm import synchronise_batch_norms
 from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import LrSchedule
+from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import train
@@ -29,7 +30,13 @@ from patchmine.train.step import TrainSettings
 from patchmine.types import Batch
 
 STEPS, IMAGES = 4, 8
-CASES = {"dino": 1, "mokd": 1, "mokd-resnet": 1, "scfs": 1, "scfs-accumulated": 2}  # parts of a batch
+CASES = {
+    "dino": 1,
+    "mokd": 1,
+    "mokd-resnet": 1,
+    "scfs": 1,
+    "scfs-accumulated": 2,
+}  # parts of a batch
 NORMS = {
     "rows": (nn.BatchNorm1d, (8, 5), {}),
     "maps": (nn.BatchNorm2d, (8, 5, 3, 4), {}),
@@ -52,12 +59,15 @@ def build(name: str) -> Method:
     if name.startswith("scfs"):
         resnet = build_encoder("resnet18", image_size=(16, 16), model_args=RESNET)
         return SCFS(SCFS.Config(ema_start=0.9, **NARROW, **STAGES), resnet)
-    partner = dict(partner_model="vit_tiny_patch16_224", partner_args=VIT | dict(depth=1, patch_size=4))
+    partner = dict(
+        partner_model="vit_tiny_patch16_224", partner_args=VIT | dict(depth=1, patch_size=4)
+    )
     if name == "mokd-resnet":
         partner = dict(partner_model="resnet18", partner_args=RESNET)
     options = dict(cross_weight=0.5, partner_cross_weight=1.0, ema_start=0.9, weight_decay_end=None)
     method = MOKD(MOKD.Config(thead_depth=1, thead_heads=2, **NARROW, **partner, **options), vit)
-    # AdamW makes a step of full length out of a gradient that is rounding only; nothing else of the groups changes.
+    # AdamW makes a step of full length out of a gradient that is rounding only; nothing else of the
+    # groups changes.
     groups = [replace(group, optimizer="sgd") for group in method.param_groups()]
     method.param_groups = lambda: groups  # type: ignore[method-assign]
     return method
@@ -71,7 +81,12 @@ def batches(rank: int, processes: int, accumulate: int) -> Iterator[Batch]:
         for micro in range(accumulate):
             first = (micro * processes + rank) * rows
             mine = [view[first : first + rows] for view in views]
-            yield Batch(mine, torch.arange(rows), torch.zeros(rows, 4, 4), torch.zeros(rows, 4, dtype=torch.bool))
+            yield Batch(
+                mine,
+                torch.arange(rows),
+                torch.zeros(rows, 4, 4),
+                torch.zeros(rows, 4, dtype=torch.bool),
+            )
 
 
 def train_case(engine: Engine, name: str, folder: Path) -> None:
@@ -87,7 +102,9 @@ def train_case(engine: Engine, name: str, folder: Path) -> None:
         schedule=LrSchedule(warmup_epochs=1.0),
     )
     say = lambda text: None  # noqa: E731
-    with Log(folder / name if engine.is_main else None, total_steps=STEPS, say=say, tensorboard=False) as log:
+    with Log(
+        folder / name if engine.is_main else None, total_steps=STEPS, say=say, tensorboard=False
+    ) as log:
         share = batches(engine.rank, engine.world_size, accumulate)
         train(method, share, engine, settings, folder=folder / name / "checkpoints", log=log)
     if engine.is_main:
@@ -95,7 +112,9 @@ def train_case(engine: Engine, name: str, folder: Path) -> None:
 
 
 def normalise(engine: Engine, name: str) -> dict[str, Tensor]:
-    """Output, gradients and running statistics of a batch norm after three batches, of which rank 0 has three rows."""
+    """Output, gradients and running statistics of a batch norm after three batches, of which rank 0
+    has three rows.
+    """
     kind, shape, options = NORMS[name]
     torch.manual_seed(0)
     norm = kind(shape[1], **options).double()
@@ -103,7 +122,9 @@ def normalise(engine: Engine, name: str) -> dict[str, Tensor]:
         nn.init.uniform_(parameter)
     if engine.world_size > 1:
         synchronise_batch_norms(norm)
-    mine = slice(None) if engine.world_size == 1 else slice(0, 3) if engine.is_main else slice(3, None)
+    mine = (
+        slice(None) if engine.world_size == 1 else slice(0, 3) if engine.is_main else slice(3, None)
+    )
     for _ in range(3):
         norm.zero_grad()
         rows = torch.randn(shape, dtype=torch.float64) * 3 + 50

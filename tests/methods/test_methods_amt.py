@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchmine.data.views import crop_box
+from patchmine.backbones.vit import build_encoder
+from patchmine.data.views.images import crop_box
 from patchmine.errors import UserError
 from patchmine.methods.amt import AMT, probe
 from patchmine.methods.mae import MAE
 from patchmine.methods.simmim import SimMIM
-from patchmine.models.vit import build_encoder
 from patchmine.types import Batch, Mask, Progress
 
 ARGS = dict(embed_dim=32, depth=2, num_heads=2)
@@ -65,7 +65,10 @@ def on_pixels(patches: Tensor) -> Tensor:
         (dict(), (43, 38, 15)),  # floor(96 * 0.45), floor(96 * 0.85) - 43
         (dict(mask_ratio=0.75, throw_ratio=0.0), (72, 0, 24)),
         (dict(mask_ratio=0.1, throw_ratio=0.8), (9, 77, 10)),
-        (dict(host="simmim"), (11 * 4, 7 * 4, 6 * 4)),  # ceil(24 * 0.44), ceil(24 * 0.26) units of four patches
+        (
+            dict(host="simmim"),
+            (11 * 4, 7 * 4, 6 * 4),
+        ),  # ceil(24 * 0.44), ceil(24 * 0.26) units of four patches
         (dict(host="simmim", mask_unit=16, throw_ratio=0.0), (3 * 16, 0, 3 * 16)),
     ],
     ids=str,
@@ -87,7 +90,9 @@ def test_published_counts_at_full_size() -> None:
         model = build_encoder("vit_tiny_patch16_224", model_args=ARGS)
         method = AMT(AMT.Config(**NARROW, **options), model)
         assert (method.num_masked, method.num_thrown) == counts
-    on_simmim = AMT(AMT.Config(host="simmim"), build_encoder("vit_tiny_patch16_224", model_args=ARGS))
+    on_simmim = AMT(
+        AMT.Config(host="simmim"), build_encoder("vit_tiny_patch16_224", model_args=ARGS)
+    )
     assert (on_simmim.num_units, on_simmim.num_masked, on_simmim.num_thrown) == (49, 22, 13)
     assert on_simmim.num_warmup == 22
 
@@ -95,7 +100,10 @@ def test_published_counts_at_full_size() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(mask_ratio=0.6, throw_ratio=0.4), r"method\.mask_ratio=0\.6 and method\.throw_ratio=0\.4 leave none"),
+        (
+            dict(mask_ratio=0.6, throw_ratio=0.4),
+            r"method\.mask_ratio=0\.6 and method\.throw_ratio=0\.4 leave none",
+        ),
         (dict(mask_ratio=0.9), r"method\.mask_ratio=0\.9 and method\.throw_ratio=0\.4 leave none"),
         (dict(host="simmim", mask_ratio=0.5, throw_ratio=0.49), r"leave none of 24 .* lower one"),
         (dict(mask_ratio=0.001), r"method\.mask_ratio=0\.001 .* mask none or all"),
@@ -134,7 +142,12 @@ def test_published_schedule() -> None:
     assert len(refreshes(800)) == 19
     assert refreshes(200) == [41, 81, 121, 161]
     method = build()
-    assert [method.guided(Progress(epoch * 5, 2000, 5)) for epoch in (0, 40, 41, 399)] == [False, False, True, True]
+    assert [method.guided(Progress(epoch * 5, 2000, 5)) for epoch in (0, 40, 41, 399)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_short_schedules() -> None:
@@ -157,7 +170,9 @@ def test_the_random_phase_is_mae_and_simmim_to_the_bit() -> None:
         for method in (plain, own):
             method.noise.begin(7)
             losses.append(method(batch_of(images()), WARM)["loss"])
-            mask = method.draw_mask(images()) if method is plain else method.draw_mask(images(), None)
+            mask = (
+                method.draw_mask(images()) if method is plain else method.draw_mask(images(), None)
+            )
             losses.append(mask.masked)
         assert torch.equal(losses[1], losses[3])
         if host == "mae":
@@ -170,8 +185,12 @@ def test_nothing_is_thrown_without_throw_ratio() -> None:
     """The decoder then works on as many tokens as MAE's."""
     method = build(mask_ratio=0.75, throw_ratio=0.0)
     lengths: list[int] = []
-    method.decoder.blocks[0].register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
-    method.decoder.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
+    method.decoder.blocks[0].register_forward_pre_hook(
+        lambda module, inputs: lengths.append(inputs[0].shape[1])
+    )
+    method.decoder.register_forward_pre_hook(
+        lambda module, inputs: lengths.append(inputs[0].shape[1])
+    )
     method(batch_of(images()), GUIDED)
     assert lengths[0] == 97
 
@@ -202,14 +221,20 @@ def test_thrown_pixels_change_nothing(host: str) -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_reconstruction_against_placeholders(host: str) -> None:
-    """The obvious way: a full sequence in raster order, from which thrown tokens are taken out image by image."""
+    """The obvious way: a full sequence in raster order, from which thrown tokens are taken out
+    image by image.
+    """
     method = build(host=host).eval()
     pixels = images()
     mask = method.draw_mask(pixels, torch.rand(3, 96))
     found = method.reconstruct(pixels, mask)
     for row in range(3):
         one = Mask(mask.visible[row : row + 1], mask.masked[row : row + 1], 96)
-        expected = slow_mae(method, pixels[row], one) if host == "mae" else slow_simmim(method, pixels[row], one)
+        expected = (
+            slow_mae(method, pixels[row], one)
+            if host == "mae"
+            else slow_simmim(method, pixels[row], one)
+        )
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -240,7 +265,9 @@ def slow_simmim(method: AMT, pixels: Tensor, mask: Mask) -> Tensor:
     return method.head(latent)[0, 1:][torch.isin(kept, mask.masked)]
 
 
-@pytest.mark.parametrize("options", [dict(use_abs_pos_emb=True, use_rel_pos_bias=False, drop_path_rate=0.5)])
+@pytest.mark.parametrize(
+    "options", [dict(use_abs_pos_emb=True, use_rel_pos_bias=False, drop_path_rate=0.5)]
+)
 def test_beit_with_learned_positions_and_dropped_paths(options: dict[str, Any]) -> None:
     method = AMT(AMT.Config(host="simmim"), encoder(**options)).train()
     losses = []
@@ -275,7 +302,9 @@ def test_a_refresh_keeps_what_the_encoder_looks_at(host: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert method.encoder.training
     expected = probe(method.encoder, images(5))
-    torch.testing.assert_close(method.maps(torch.arange(5)), expected, atol=0.5 / 255 + 1e-5, rtol=0)
+    torch.testing.assert_close(
+        method.maps(torch.arange(5)), expected, atol=0.5 / 255 + 1e-5, rtol=0
+    )
     assert method.maps.values.shape == (5, 96)
     weights = method.look(batch_of(images(2), index=torch.tensor([4, 1])))
     torch.testing.assert_close(weights, expected[[4, 1]], atol=0.5 / 255 + 1e-5, rtol=0)
@@ -307,7 +336,9 @@ def test_online_maps_follow_the_slow_copy_on_the_crop_itself() -> None:
     assert not torch.equal(method.look(batch_of(images())), probe(method.encoder, images()))
     for _ in range(40):
         method.after_step(GUIDED)
-    torch.testing.assert_close(method.look(batch_of(images())), probe(method.encoder, images()), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        method.look(batch_of(images())), probe(method.encoder, images()), atol=1e-4, rtol=1e-4
+    )
     assert not any("teacher" in name for name, _ in method.learning())
 
 
@@ -326,9 +357,13 @@ def bright(count: int) -> tuple[Tensor, Tensor]:
     return pixels + 2 * on_pixels(inside.flatten(1)), inside.flatten(1)
 
 
-@pytest.mark.parametrize(("how", "follows"), [("area", True), ("bilinear", True), ("released", False)])
+@pytest.mark.parametrize(
+    ("how", "follows"), [("area", True), ("bilinear", True), ("released", False)]
+)
 def test_what_is_looked_at_is_masked_wherever_the_crop_moves_it(how: str, follows: bool) -> None:
-    """Stored maps that know the object; in crops and mirrored views it must be masked more often than seen."""
+    """Stored maps that know the object; in crops and mirrored views it must be masked more often
+    than seen.
+    """
     _, inside = bright(400)
     method = build(alignment=how)
     method.maps.replace([(torch.arange(400), 0.05 + 0.95 * inside.float())])
@@ -341,7 +376,9 @@ def test_what_is_looked_at_is_masked_wherever_the_crop_moves_it(how: str, follow
     shown = pixel_truth(inside, cuts, flip)
     masked = mask.as_bool()
     visible = ~masked & ~thrown(mask)
-    inside_masked, inside_visible = (part[shown].float().mean().item() for part in (masked, visible))
+    inside_masked, inside_visible = (
+        part[shown].float().mean().item() for part in (masked, visible)
+    )
     if follows:
         assert inside_masked > 0.85
         assert inside_visible < 0.05
@@ -351,10 +388,16 @@ def test_what_is_looked_at_is_masked_wherever_the_crop_moves_it(how: str, follow
 
 
 def pixel_truth(inside: Tensor, cuts: list[tuple[int, int, int, int]], flip: Tensor) -> Tensor:
-    """Which patches of each view show mostly the object, from the pixels of a picture of it: (B, L) bool."""
+    """Which patches of each view show mostly the object, from the pixels of a picture of it: (B, L)
+    bool.
+    """
     found = []
-    for cells, (top, left, height, width), mirrored in zip(inside, cuts, flip.tolist(), strict=True):
-        picture = cells.reshape(1, 1, 8, 12).float().repeat_interleave(12, 2).repeat_interleave(12, 3)
+    for cells, (top, left, height, width), mirrored in zip(
+        inside, cuts, flip.tolist(), strict=True
+    ):
+        picture = (
+            cells.reshape(1, 1, 8, 12).float().repeat_interleave(12, 2).repeat_interleave(12, 3)
+        )
         crop = picture[..., top : top + height, left : left + width]
         crop = crop.flip(-1) if mirrored else crop
         found.append(torch.nn.functional.interpolate(crop, (8, 12), mode="area").flatten() > 0.9)
@@ -364,7 +407,10 @@ def pixel_truth(inside: Tensor, cuts: list[tuple[int, int, int, int]], flip: Ten
 @pytest.mark.parametrize("host", HOSTS)
 def test_panels_show_three_roles(host: str) -> None:
     method = build(host=host).eval()
-    panels = {panel.title: panel for panel in method.panels(batch_of(images(), index=torch.arange(3) + 9), GUIDED)}
+    panels = {
+        panel.title: panel
+        for panel in method.panels(batch_of(images(), index=torch.arange(3) + 9), GUIDED)
+    }
     roles = panels["drawn by attention: masked orange, thrown grey, visible white"].data
     white = (roles == 1).all(dim=1)
     grey = (roles == roles[:, :1]).all(dim=1) & ~white

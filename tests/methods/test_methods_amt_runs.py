@@ -1,4 +1,6 @@
-"""AMT in whole runs: maps that survive a resume, shares of several processes, data that maps do not belong to."""
+"""AMT in whole runs: maps that survive a resume, shares of several processes, data that maps do not
+belong to.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from torch.utils.data import IterableDataset
 from typer.testing import CliRunner
 
 import patchmine
-from patchmine.cli import app
-from patchmine.data.source import open_source
+from patchmine.cli.app import app
+from patchmine.config.schema import RunConfig
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.methods.amt import probe
-from patchmine.pretraining import _PlainData
-from patchmine.run import Run
-from patchmine.settings import RunConfig
+from patchmine.runs.run import Run
+from patchmine.training import _PlainData
 from patchmine.types import Batch, Progress
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
@@ -64,8 +66,12 @@ def pretrain(data: Any, out: Path, **settings: Any) -> Run:
 def test_resumed_is_as_if_never_stopped(
     step: int, options: dict[str, Any], image_folder: Path, tmp_path: Path, weights: Any
 ) -> None:
-    """A checkpoint between two epochs is from before the refresh, one within an epoch holds the epoch's maps."""
-    run = pretrain(image_folder, tmp_path / "run", checkpoint_every=2, keep_checkpoints=20, **options)
+    """A checkpoint between two epochs is from before the refresh, one within an epoch holds the
+    epoch's maps.
+    """
+    run = pretrain(
+        image_folder, tmp_path / "run", checkpoint_every=2, keep_checkpoints=20, **options
+    )
     whole = weights(run)
     if not options:
         assert whole["model.maps.values"].shape == (36, 16)
@@ -88,7 +94,9 @@ def last_item() -> tuple[Batch, Progress]:
 
 
 def test_maps_decide_what_is_trained(image_folder: Path, tmp_path: Path) -> None:
-    """The first epoch is random for both, from the second on the right alignment and the released one part."""
+    """The first epoch is random for both, from the second on the right alignment and the released
+    one part.
+    """
     area, released = (
         pretrain(image_folder, tmp_path / how, log_every=1, **{"method.alignment": how}).metrics()
         for how in ("area", "released")
@@ -99,7 +107,7 @@ def test_maps_decide_what_is_trained(image_folder: Path, tmp_path: Path) -> None
 
 
 def config_for(data: Path) -> RunConfig:
-    from patchmine.config import from_settings
+    from patchmine.config.resolve import from_settings
 
     return from_settings(data=str(data), mean=[0.5] * 3, std=[0.5] * 3, **TINY)
 
@@ -112,7 +120,9 @@ def test_shares_are_the_whole_set_once(processes: int, image_folder: Path) -> No
         engine: Any = SimpleNamespace(rank=rank, world_size=processes, device=torch.device("cpu"))
         data = _PlainData(config_for(image_folder), images, engine, lambda _: None)
         share = [number for batch in data for number in batch.index.tolist()]
-        assert share == [number for batch in data for number in batch.index.tolist()]  # as often as one likes
+        assert share == [
+            number for batch in data for number in batch.index.tolist()
+        ]  # as often as one likes
         assert 36 // processes <= len(share) <= 36 // processes + 1
         seen += share
     assert seen == list(range(36))
@@ -129,8 +139,18 @@ def test_two_processes_and_a_broken_image_give_the_maps_of_one(
     paths[-1].write_bytes(b"broken")
     settings = dict(batch_size=16, steps=3, blr=1e-12, max_bad_share=0.5)
     alone = pretrain(folder, tmp_path / "one", **settings)
-    words = [f"{k}={json.dumps(v)}" for k, v in (TINY | settings | dict(devices=2, data=str(folder))).items()]
-    command = [sys.executable, "-m", "patchmine.cli", "pretrain", *words, f"out={tmp_path / 'two'}"]
+    words = [
+        f"{k}={json.dumps(v)}"
+        for k, v in (TINY | settings | dict(devices=2, data=str(folder))).items()
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "patchmine.cli.app",
+        "pretrain",
+        *words,
+        f"out={tmp_path / 'two'}",
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=250)
     one, two = (weights(run)["model.maps.values"] for run in (alone, Run(tmp_path / "two")))
     assert one.shape == (34, 16)  # the last image has none
@@ -138,7 +158,9 @@ def test_two_processes_and_a_broken_image_give_the_maps_of_one(
     assert (one.int() - two.int()).abs().max() <= 1  # batches of other sizes round otherwise
 
     view = torch.stack([torch.from_numpy(squashed(path)) for path in paths[1:-1]])
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (alone.config.mean, alone.config.std))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (alone.config.mean, alone.config.std)
+    )
     expected = probe(alone.encoder(), (view / 255 - mean) / std)
     torch.testing.assert_close(one.float() / 255, expected, atol=0.03, rtol=0)
 
@@ -170,16 +192,26 @@ def test_maps_of_other_images_are_refused(image_folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["method.mask_ratio=0.6"], ["method.mask_ratio=0.6", "method.throw_ratio=0.4", "lower one of them"]),
+        (
+            ["method.mask_ratio=0.6"],
+            ["method.mask_ratio=0.6", "method.throw_ratio=0.4", "lower one of them"],
+        ),
         (["method.throw_ratio=1"], ["method.throw_ratio", "below 1"]),
-        (["method.host=simmim", "method.mask_unit=6"], ["method.mask_unit=6", "method.mask_unit=8"]),
+        (
+            ["method.host=simmim", "method.mask_unit=6"],
+            ["method.mask_unit=6", "method.mask_unit=8"],
+        ),
         (["method.alignment=exact"], ["method.alignment", "area"]),
     ],
     ids=str,
 )
-def test_settings_that_cannot_be(words: list[str], expected: list[str], image_folder: Path, tmp_path: Path) -> None:
+def test_settings_that_cannot_be(
+    words: list[str], expected: list[str], image_folder: Path, tmp_path: Path
+) -> None:
     settings = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
-    done = CliRunner().invoke(app, ["pretrain", *settings, f"data={image_folder}", f"out={tmp_path / 'run'}", *words])
+    done = CliRunner().invoke(
+        app, ["pretrain", *settings, f"data={image_folder}", f"out={tmp_path / 'run'}", *words]
+    )
     assert done.exit_code == 2
     assert "Traceback" not in done.stderr
     for part in expected:
@@ -198,13 +230,17 @@ class Stream(IterableDataset[Tensor]):
 
 
 def test_iterable_datasets_have_no_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data=Stream: .* an iterable dataset have no numbers.* into a folder"):
+    with pytest.raises(
+        UserError, match=r"data=Stream: .* an iterable dataset have no numbers.* into a folder"
+    ):
         pretrain(Stream(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_long_pass_says_how_far_it_is(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patchmine.pretraining.PASS_SECONDS", -1.0)
+def test_a_long_pass_says_how_far_it_is(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchmine.training.PASS_SECONDS", -1.0)
     engine: Any = SimpleNamespace(rank=0, world_size=2, device=torch.device("cpu"))
     said: list[str] = []
     list(_PlainData(config_for(image_folder), open_source(image_folder), engine, said.append))

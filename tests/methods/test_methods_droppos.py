@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchmine.backbones.vit import build_encoder, patch_positions, project_patches
 from patchmine.errors import UserError
 from patchmine.methods.droppos import DropPos, Puzzle, attentive_weights
-from patchmine.models.vit import build_encoder, patch_positions, project_patches
 from patchmine.ops.pictures import hide_masked
 from patchmine.train.optim import build_optimizers, clip_gradients
 from patchmine.types import Batch, Progress
@@ -29,18 +29,26 @@ def build(
     **options: Any,
 ) -> DropPos:
     torch.manual_seed(0)
-    encoder = build_encoder(model, image_size=size, patch_size=patch, model_args=SIZES | (args or {}))
+    encoder = build_encoder(
+        model, image_size=size, patch_size=patch, model_args=SIZES | (args or {})
+    )
     settings = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2) | options
     return DropPos(DropPos.Config(**settings), encoder)
 
 
 def batch_of(images: Tensor) -> Batch:
     rows = len(images)
-    return Batch([images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool))
+    return Batch(
+        [images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool)
+    )
 
 
 def run(
-    method: DropPos, images: Tensor, progress: Progress = START, first_row: int = 0, rows: int | None = None
+    method: DropPos,
+    images: Tensor,
+    progress: Progress = START,
+    first_row: int = 0,
+    rows: int | None = None,
 ) -> Any:
     method.noise.begin(progress.step, first_row, rows)
     return method(batch_of(images), progress)
@@ -61,9 +69,16 @@ def images() -> Tensor:
 
 @pytest.mark.parametrize(
     ("ratios", "counts"),
-    [((0.75, 0.75), (4, 12, 48)), ((0.75, 1.0), (0, 16, 48)), ((0.0, 0.5), (32, 32, 0)), ((0.9, 0.9), (0, 6, 58))],
+    [
+        ((0.75, 0.75), (4, 12, 48)),
+        ((0.75, 1.0), (0, 16, 48)),
+        ((0.0, 0.5), (32, 32, 0)),
+        ((0.9, 0.9), (0, 6, 58)),
+    ],
 )
-def test_every_image_has_the_same_counts(ratios: tuple[float, float], counts: tuple[int, int, int]) -> None:
+def test_every_image_has_the_same_counts(
+    ratios: tuple[float, float], counts: tuple[int, int, int]
+) -> None:
     method = build(mask_ratio=ratios[0], pos_mask_ratio=ratios[1])
     puzzle = draw(method, torch.zeros(5, 3, 32, 32))
     parts = (puzzle.kept, puzzle.dropped, puzzle.removed)
@@ -77,15 +92,22 @@ def test_every_image_has_the_same_counts(ratios: tuple[float, float], counts: tu
 def test_which_positions_are_withheld_does_not_depend_on_which_patches_are_left() -> None:
     puzzle = draw(build(), torch.zeros(4000, 1, 1, 1))
     for chosen in (puzzle.kept, puzzle.dropped, puzzle.removed):
-        share = torch.zeros(64).scatter_add(0, chosen.flatten(), torch.ones(chosen.numel())) / chosen.numel()
+        share = (
+            torch.zeros(64).scatter_add(0, chosen.flatten(), torch.ones(chosen.numel()))
+            / chosen.numel()
+        )
         assert (share * 64 - 1).abs().max() < 5 / (chosen.numel() / 64) ** 0.5
 
 
 def test_only_visible_patches_go_through_encoder_and_decoder(images: Tensor) -> None:
     method = build(attentive=False)
     lengths: dict[str, list[int]] = {"encoder": [], "decoder": []}
-    method.encoder.blocks[0].register_forward_pre_hook(lambda _, x: lengths["encoder"].append(x[0].shape[1]))
-    method.decoder_embed.register_forward_pre_hook(lambda _, x: lengths["decoder"].append(x[0].shape[1]))
+    method.encoder.blocks[0].register_forward_pre_hook(
+        lambda _, x: lengths["encoder"].append(x[0].shape[1])
+    )
+    method.decoder_embed.register_forward_pre_hook(
+        lambda _, x: lengths["decoder"].append(x[0].shape[1])
+    )
     run(method, images)
     assert lengths == {"encoder": [17], "decoder": [17]}
     assert [name for name, _ in method.decoder.named_buffers()] == []  # no position table there
@@ -108,7 +130,9 @@ def test_kept_patches_have_their_position_and_dropped_ones_the_token(images: Ten
     method = build()
     puzzle, positions = added(method, images)
     kept, dropped = positions.split([4, 12], dim=1)
-    torch.testing.assert_close(kept, patch_positions(method.encoder)[puzzle.kept], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        kept, patch_positions(method.encoder)[puzzle.kept], atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(dropped, method.position_token.expand(3, 12, -1), atol=1e-5, rtol=0)
 
 
@@ -119,7 +143,9 @@ def test_wrong_positions_are_those_of_the_others(images: Tensor) -> None:
     given = torch.cdist(positions[:, 4:], table).argmin(dim=2)
     assert torch.equal(given.sort(dim=1).values, puzzle.dropped.sort(dim=1).values)
     assert not torch.equal(given, puzzle.dropped)
-    assert not torch.equal(given.argsort(dim=1)[0], given.argsort(dim=1)[1])  # each image has its own permutation
+    assert not torch.equal(
+        given.argsort(dim=1)[0], given.argsort(dim=1)[1]
+    )  # each image has its own permutation
     assert method.position_token is None
 
 
@@ -153,7 +179,9 @@ def test_without_positions_contents_carry_the_logits_with_them(
     puzzle = draw(method, one)
     before = method.locate(method.encode(one, puzzle), method.num_dropped)
     with torch.no_grad():
-        swapped = with_contents_swapped(one, int(puzzle.dropped[0, 0]), int(puzzle.visible[0, 0 if not blind else 5]))
+        swapped = with_contents_swapped(
+            one, int(puzzle.dropped[0, 0]), int(puzzle.visible[0, 0 if not blind else 5])
+        )
     after = method.locate(method.encode(swapped, puzzle), method.num_dropped)
     if blind:
         expected = before[:, [5, 1, 2, 3, 4, 0, *range(6, before.shape[1])]]
@@ -183,8 +211,11 @@ def test_the_weights_take_no_gradient(images: Tensor, monkeypatch: pytest.Monkey
     monkeypatch.setattr(method, "weigh", lambda *_: weights.clone())
     run(method, images)["loss"].backward()
     for name, gradient in found.items():
-        # Sums over a view and over its clone may run in another order, by the width of the processor's vectors.
-        torch.testing.assert_close(gradient, method.get_parameter(name).grad, rtol=1e-5, atol=1e-7, msg=name)
+        # Sums over a view and over its clone may run in another order, by the width of the
+        # processor's vectors.
+        torch.testing.assert_close(
+            gradient, method.get_parameter(name).grad, rtol=1e-5, atol=1e-7, msg=name
+        )
 
 
 # The loss
@@ -198,7 +229,9 @@ def drawn_logits(method: DropPos, puzzle: Puzzle) -> Tensor:
 @pytest.mark.parametrize("conf_ignore", [False, True])
 @pytest.mark.parametrize("norm", ["column", "row"])
 @pytest.mark.parametrize("attentive", [False, True])
-def test_losses_equal_a_loop_over_patches(images: Tensor, norm: str, attentive: bool, conf_ignore: bool) -> None:
+def test_losses_equal_a_loop_over_patches(
+    images: Tensor, norm: str, attentive: bool, conf_ignore: bool
+) -> None:
     method = build(smoothing_norm=norm, attentive=attentive, conf_ignore=conf_ignore)
     puzzle = draw(method, images)
     weights = method.weigh(images, puzzle)
@@ -224,19 +257,25 @@ def test_losses_equal_a_loop_over_patches(images: Tensor, norm: str, attentive: 
     assert losses["loss"].item() == pytest.approx(loss / total, rel=1e-5)
     assert losses["above_floor"].item() == pytest.approx((loss - floor) / total, rel=1e-4)
     assert losses["accuracy"].item() == pytest.approx(plain / 36)
-    assert losses.get("weighted_accuracy", losses["accuracy"]).item() == pytest.approx(right / total, rel=1e-5)
+    assert losses.get("weighted_accuracy", losses["accuracy"]).item() == pytest.approx(
+        right / total, rel=1e-5
+    )
 
 
 def test_the_gradient_of_each_patchs_logits_sums_to_nothing(images: Tensor) -> None:
     method = build(smoothing_norm="column")  # whose rows of targets do not sum to one
     puzzle = draw(method, images)
     logits = drawn_logits(method, puzzle)
-    method.position_losses(logits, puzzle.dropped, method.weigh(images, puzzle), START)["loss"].backward()
+    method.position_losses(logits, puzzle.dropped, method.weigh(images, puzzle), START)[
+        "loss"
+    ].backward()
     assert logits.grad.abs().sum(dim=2).min() > 1e-5
     assert logits.grad.sum(dim=2).abs().max() < 1e-7
 
 
-def test_the_order_of_patches_does_not_matter(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_patches_does_not_matter(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = build()
     loss = run(method, images)["loss"]
     puzzle = draw(method, images)
@@ -247,11 +286,17 @@ def test_the_order_of_patches_does_not_matter(images: Tensor, monkeypatch: pytes
 
 def test_weights_sum_to_one_over_what_is_visible() -> None:
     generator = torch.Generator().manual_seed(0)
-    whole, patches = torch.randn(4, 8, generator=generator), torch.randn(4, 9, 8, generator=generator)
+    whole, patches = (
+        torch.randn(4, 8, generator=generator),
+        torch.randn(4, 9, 8, generator=generator),
+    )
     found = attentive_weights(whole, patches, 0.1)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(4))
     assert (found > 0).all()
-    cosine = torch.nn.functional.normalize(patches, dim=2) @ torch.nn.functional.normalize(whole, dim=1)[:, :, None]
+    cosine = (
+        torch.nn.functional.normalize(patches, dim=2)
+        @ torch.nn.functional.normalize(whole, dim=1)[:, :, None]
+    )
     assert torch.equal(found.argsort(dim=1), cosine.squeeze(2).argsort(dim=1))
     alike = attentive_weights(whole, torch.ones(4, 9, 8), 0.1)
     torch.testing.assert_close(alike, torch.full((4, 9), 1 / 9))
@@ -324,7 +369,9 @@ def test_targets_are_on_the_patch_grid_and_sharpen() -> None:
         assert method.smoothing_size == grid
         wide = method.smoothed_places(START, cpu)
         assert wide.shape == (grid[0] * grid[1],) * 2
-        assert wide[0, 1] > wide[0, grid[1] + 1]  # the neighbour beside it is closer than that across the corner
+        assert (
+            wide[0, 1] > wide[0, grid[1] + 1]
+        )  # the neighbour beside it is closer than that across the corner
     method = build()
     own = [method.smoothed_places(Progress(e, 10, 1), cpu)[27, 27] for e in range(10)]
     assert own == sorted(own)
@@ -344,7 +391,9 @@ def test_the_published_grid_is_as_wide_as_a_patch_has_pixels() -> None:
 
 def test_each_parameter_is_clipped_by_itself(images: Tensor) -> None:
     method = build(clip_grad=0.1)
-    optimizers = build_optimizers(method.param_groups(), weight_decay=0.05, blr=1e-3, betas=(0.9, 0.95))
+    optimizers = build_optimizers(
+        method.param_groups(), weight_decay=0.05, blr=1e-3, betas=(0.9, 0.95)
+    )
     run(method, images)["loss"].backward()
     before = {name: p.grad.clone() for name, p in method.learning()}
     clip_gradients(optimizers, START)
@@ -352,22 +401,30 @@ def test_each_parameter_is_clipped_by_itself(images: Tensor) -> None:
     assert min(norms) < 0.1 < max(norms)
     for name, parameter in method.learning():
         norm = before[name].norm()
-        torch.testing.assert_close(parameter.grad, before[name] * (0.1 / (norm + 1e-6)).clamp(max=1.0))
+        torch.testing.assert_close(
+            parameter.grad, before[name] * (0.1 / (norm + 1e-6)).clamp(max=1.0)
+        )
 
 
 # Pictures
 
 
-def test_a_right_answer_is_drawn_as_the_truth(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_right_answer_is_drawn_as_the_truth(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = build().eval()
     puzzle = draw(method, images)
     answer = torch.nn.functional.one_hot(puzzle.dropped, 64).float() * 20
     monkeypatch.setattr(method, "locate", lambda *_: answer)
     method.noise.begin(0)
     pictures = {
-        panel.title.split("(")[0].split(",")[0].strip(): panel for panel in method.panels(batch_of(images), START)
+        panel.title.split("(")[0].split(",")[0].strip(): panel
+        for panel in method.panels(batch_of(images), START)
     }
-    true, predicted = pictures["true places as colours"], pictures["predicted places in the same colours"]
+    true, predicted = (
+        pictures["true places as colours"],
+        pictures["predicted places in the same colours"],
+    )
     assert true.kind == predicted.kind == "colour"
     torch.testing.assert_close(true.data, predicted.data, equal_nan=True)
     assert true.data.isnan().float().mean() == 48 / 64
@@ -377,7 +434,9 @@ def test_a_right_answer_is_drawn_as_the_truth(images: Tensor, monkeypatch: pytes
     assert (~weights.isnan()).sum() == 36
 
 
-def test_of_two_patches_at_one_place_the_surer_is_on_top(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_patches_at_one_place_the_surer_is_on_top(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = build().eval()
     puzzle = draw(method, images)
     place = int(puzzle.removed[0, 0])
@@ -398,23 +457,51 @@ def test_of_two_patches_at_one_place_the_surer_is_on_top(images: Tensor, monkeyp
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: build("beit_base_patch16_224"), ["relative positions", "the answer", "use_rel_pos_bias"]),
         (
-            lambda: build("beit_base_patch16_224", args=dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
+            lambda: build("beit_base_patch16_224"),
+            ["relative positions", "the answer", "use_rel_pos_bias"],
+        ),
+        (
+            lambda: build(
+                "beit_base_patch16_224",
+                args=dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
+            ),
             ["relative positions", "use_shared_rel_pos_bias"],
         ),
-        (lambda: build("beit_base_patch16_224", args=dict(use_rel_pos_bias=False)), ["none to withhold"]),
-        (lambda: build(args=dict(class_token=False)), ["method.attentive=true", "class_token=true"]),
+        (
+            lambda: build("beit_base_patch16_224", args=dict(use_rel_pos_bias=False)),
+            ["none to withhold"],
+        ),
+        (
+            lambda: build(args=dict(class_token=False)),
+            ["method.attentive=true", "class_token=true"],
+        ),
         (lambda: build(pos_mask_ratio=1e-19), ["method.pos_mask_ratio=1e-19", "raise it"]),
         (lambda: build(mask_ratio=0.99), ["method.mask_ratio=0.99", "lower it"]),
-        (lambda: build(mask_ratio=0.0, multi_task=True), ["method.multi_task=true", "method.mask_ratio=0.0"]),
-        (lambda: build(smoothing_grid="as_run"), ["method.smoothing_grid=as_run", "8x8", "smoothing_grid=patches"]),
+        (
+            lambda: build(mask_ratio=0.0, multi_task=True),
+            ["method.multi_task=true", "method.mask_ratio=0.0"],
+        ),
+        (
+            lambda: build(smoothing_grid="as_run"),
+            ["method.smoothing_grid=as_run", "8x8", "smoothing_grid=patches"],
+        ),
         (
             lambda: build(size=(32, 16), patch=8, smoothing_grid="as_run"),
             ["method.smoothing_grid=as_run", "4x2", "smoothing_grid=patches"],
         ),
     ],
-    ids=["relative", "shared", "none", "no class", "nothing asked", "nothing seen", "no pixels", "side", "square"],
+    ids=[
+        "relative",
+        "shared",
+        "none",
+        "no class",
+        "nothing asked",
+        "nothing seen",
+        "no pixels",
+        "side",
+        "square",
+    ],
 )
 def test_settings_that_cannot_be(make: Callable[[], DropPos], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
@@ -439,7 +526,9 @@ def test_encoders_that_know_places_otherwise(model: str, words: list[str]) -> No
 
 
 @pytest.mark.parametrize(
-    "args", [dict(reg_tokens=2), dict(reg_tokens=2, no_embed_class=True), dict(pre_norm=True)], ids=str
+    "args",
+    [dict(reg_tokens=2), dict(reg_tokens=2, no_embed_class=True), dict(pre_norm=True)],
+    ids=str,
 )
 def test_other_plain_encoders(images: Tensor, args: dict[str, Any]) -> None:
     assert run(build(args=args), images)["loss"].isfinite()
@@ -459,7 +548,9 @@ def test_without_class_token_nor_weights(images: Tensor) -> None:
 
 
 def layout(count: int, generator: torch.Generator) -> Tensor:
-    """Images that tell where a patch is: each channel is a coordinate or their product, in its own scale and shade."""
+    """Images that tell where a patch is: each channel is a coordinate or their product, in its own
+    scale and shade.
+    """
     line = torch.linspace(-1, 1, 32)
     planes = torch.stack([line[:, None].expand(32, 32), line.expand(32, 32), line[:, None] * line])
     scale = 0.7 + 0.6 * torch.rand(count, 3, 1, 1, generator=generator)
@@ -478,7 +569,9 @@ def train(
     args = dict(embed_dim=48, depth=2, num_heads=3)
     method = build(args=args, decoder_embed_dim=32, **options)
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW([p for _, p in method.learning()], lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        [p for _, p in method.learning()], lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05
+    )
     lines = []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -499,7 +592,9 @@ def mean(lines: list[dict[str, float]], name: str) -> float:
 def test_it_finds_places_where_images_tell_them(attentive: bool) -> None:
     lines = train(layout, steps=80, rows=32, attentive=attentive)
     assert mean(lines[-8:], "accuracy") > 0.12  # chance: 1 / 60
-    assert mean(lines[-8:], "loss") < 0.8 * math.log(60)  # that of guessing, with targets as good as sharp by then
+    assert mean(lines[-8:], "loss") < 0.8 * math.log(
+        60
+    )  # that of guessing, with targets as good as sharp by then
 
 
 def test_it_finds_nothing_in_noise() -> None:
@@ -511,7 +606,9 @@ def test_it_finds_nothing_in_noise() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("attentive", [False, True])
 def test_it_finds_places_at_the_scale_of_the_specification(attentive: bool) -> None:
-    """With weights, the specification's number is the weighted accuracy: what hardly counts is hardly learnt."""
+    """With weights, the specification's number is the weighted accuracy: what hardly counts is
+    hardly learnt.
+    """
     lines = train(layout, steps=400, rows=64, attentive=attentive)
     assert mean(lines[-50:], "weighted_accuracy" if attentive else "accuracy") > 0.85
     assert mean(lines[-50:], "accuracy") > 0.75

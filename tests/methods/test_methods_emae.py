@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchmine.backbones.vit import Encoder, build_encoder
 from patchmine.errors import UserError
 from patchmine.methods import emae as emae_file
 from patchmine.methods.emae import EMAE
 from patchmine.methods.mae import MAE
-from patchmine.models.vit import Encoder, build_encoder
 from patchmine.types import Batch, Progress
 
 START = Progress(0, 10, 1)
@@ -22,7 +22,9 @@ NARROW = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 
 def encoder(side: int = 16) -> Encoder:
     args = dict(embed_dim=32, depth=2, num_heads=2)
-    return build_encoder("vit_tiny_patch16_224", image_size=(side, side), patch_size=4, model_args=args)
+    return build_encoder(
+        "vit_tiny_patch16_224", image_size=(side, side), patch_size=4, model_args=args
+    )
 
 
 def build(side: int = 16, **options: Any) -> EMAE:
@@ -32,7 +34,9 @@ def build(side: int = 16, **options: Any) -> EMAE:
 
 def batch_of(images: Tensor) -> Batch:
     rows = len(images)
-    return Batch([images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool))
+    return Batch(
+        [images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool)
+    )
 
 
 @pytest.fixture
@@ -58,7 +62,9 @@ def gradients(method: EMAE | MAE) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
 
 
-def run(method: EMAE | MAE, images: Tensor, key: str = "loss") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def run(
+    method: EMAE | MAE, images: Tensor, key: str = "loss"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The losses and the gradients of one of them."""
     method.zero_grad()
     losses = method(batch_of(images), START)
@@ -111,12 +117,16 @@ def test_parts_and_images_see_nothing_of_each_other(images: Tensor) -> None:
     tokens, unseen = method.decoder_tokens(images, parts)
     latent = method.encode_parts(images, parts)
     features = method.decoder(tokens, unseen)
-    weights = torch.randn(32, generator=torch.Generator().manual_seed(3))  # a plain sum is constant after a norm
+    weights = torch.randn(
+        32, generator=torch.Generator().manual_seed(3)
+    )  # a plain sum is constant after a norm
     for row, part in ((0, 0), (2, 3)):
         seen = torch.zeros(16).scatter_(0, parts[row, part], 1.0).reshape(4, 4)
         seen = seen.repeat_interleave(4, 0).repeat_interleave(4, 1).expand(3, -1, -1)
         for made in (latent, features):
-            value = (made.reshape(4, 4, *made.shape[1:])[row, part] * weights[: made.shape[-1]]).sum()
+            value = (
+                made.reshape(4, 4, *made.shape[1:])[row, part] * weights[: made.shape[-1]]
+            ).sum()
             (slope,) = torch.autograd.grad(value, images, retain_graph=True)
             assert ((slope[row] != 0) == seen.bool()).all()
             assert not slope[[other for other in range(4) if other != row]].any()
@@ -191,26 +201,35 @@ def test_zeros_in_place_of_the_mask_token(images: Tensor) -> None:
     method = build(mask_token="zeros")
     assert not method.decoder_input.mask_token.any()
     assert "decoder_input.mask_token" not in dict(method.learning())
-    method.load_state_dict(build().state_dict() | {"decoder_input.mask_token": torch.zeros(1, 1, 16)})
+    method.load_state_dict(
+        build().state_dict() | {"decoder_input.mask_token": torch.zeros(1, 1, 16)}
+    )
     _, slopes = run(method, images)
     assert "decoder_input.mask_token" not in slopes
 
 
-@pytest.mark.parametrize(("options", "shown"), [({}, 4), ({"parts": 8}, 4), ({"parts_used": 2}, 2), ({"parts": 2}, 2)])
+@pytest.mark.parametrize(
+    ("options", "shown"), [({}, 4), ({"parts": 8}, 4), ({"parts_used": 2}, 2), ({"parts": 2}, 2)]
+)
 def test_pictures_show_the_parts(images: Tensor, options: dict[str, int], shown: int) -> None:
     method = build(**options).eval()
     panels = {panel.title: panel for panel in method.panels(batch_of(images), START)}
     seen = [
-        panel.data[:, 0].isnan() for title, panel in panels.items() if title.startswith("part") and ":" not in title
+        panel.data[:, 0].isnan()
+        for title, panel in panels.items()
+        if title.startswith("part") and ":" not in title
     ]
     assert len(seen) == shown
     if shown == method.num_parts:
-        assert torch.stack(seen).sum(dim=0).eq(shown - 1).all()  # every pixel is seen by exactly one part
+        assert (
+            torch.stack(seen).sum(dim=0).eq(shown - 1).all()
+        )  # every pixel is seen by exactly one part
     assert ("disagreement" in panels) is (method.num_parts > 2)
     for panel in panels.values():
         if ":" in panel.title:
             assert panel.data.isfinite().all()
-    # A part in use knows its own patches, so that only the others speak of them: of two, one, and it has no other side.
+    # A part in use knows its own patches, so that only the others speak of them: of two, one, and
+    # it has no other side.
     assert panels["error"].data.isfinite().all()
     if options.get("parts_used") == 2:
         assert panels["disagreement"].data.isnan().sum(dim=(1, 2)).eq(8).all()
@@ -220,7 +239,9 @@ def bowls(count: int, generator: torch.Generator) -> Tensor:
     """Round bowls with random centres: what is hidden can soon be told from what is seen."""
     axis = torch.linspace(-1, 1, 16)
     centre = 2 * torch.rand(count, 1, 2, 1, 1, generator=generator) - 1
-    return ((axis[:, None] - centre[:, :, 0]) ** 2 + (axis - centre[:, :, 1]) ** 2).expand(-1, 3, -1, -1)
+    return ((axis[:, None] - centre[:, :, 0]) ** 2 + (axis - centre[:, :, 1]) ** 2).expand(
+        -1, 3, -1, -1
+    )
 
 
 @cache
@@ -247,7 +268,9 @@ def trained(name: str, weight: float = 0.0) -> dict[str, float]:
         held_out = bowls(256, torch.Generator().manual_seed(1))
         losses = judge(batch_of(held_out), START)
         spread = judge.reconstruct(held_out, judge.draw_parts(held_out)).std()
-    return {name: losses[name].item() for name in ("reconstruction", "disagreement")} | {"std": spread.item()}
+    return {name: losses[name].item() for name in ("reconstruction", "disagreement")} | {
+        "std": spread.item()
+    }
 
 
 def test_consistency_makes_parts_agree() -> None:
@@ -264,8 +287,14 @@ def test_as_good_as_mae_at_equal_steps() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parts": 5}, r"method\.parts=5 does not divide the 16 patches of a 4x4 grid: set .*method\.parts=4 "),
-        ({"parts_used": 5}, r"method\.parts_used=5 is more than method\.parts=4: set it to 4 or less"),
+        (
+            {"parts": 5},
+            r"method\.parts=5 does not divide the 16 patches of a 4x4 grid: set .*method\.parts=4 ",
+        ),
+        (
+            {"parts_used": 5},
+            r"method\.parts_used=5 is more than method\.parts=4: set it to 4 or less",
+        ),
         ({"decoder_embed_dim": 18}, r"method\.decoder_embed_dim=18 must be a multiple of 4"),
     ],
 )

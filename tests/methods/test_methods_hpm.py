@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchmine.backbones.vit import build_encoder
 from patchmine.methods import hpm as hpm_file
 from patchmine.methods.hpm import HPM, predict_difficulty
 from patchmine.methods.mae import MAE
-from patchmine.models.vit import build_encoder
 from patchmine.types import Batch, Progress
 
 EARLY, LATE = Progress(0, 200, 1), Progress(150, 200, 1)
@@ -21,14 +21,18 @@ EARLY, LATE = Progress(0, 200, 1), Progress(150, 200, 1)
 def build(**options: Any) -> HPM:
     torch.manual_seed(0)
     args = dict(embed_dim=32, depth=2, num_heads=2)
-    encoder = build_encoder("vit_tiny_patch16_224", image_size=(32, 32), patch_size=4, model_args=args)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", image_size=(32, 32), patch_size=4, model_args=args
+    )
     settings = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2) | options
     return HPM(HPM.Config(**settings), encoder)
 
 
 def batch_of(images: Tensor) -> Batch:
     rows = len(images)
-    return Batch([images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool))
+    return Batch(
+        [images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool)
+    )
 
 
 @pytest.fixture
@@ -38,7 +42,11 @@ def images() -> Tensor:
 
 def test_teacher_has_no_pixel_decoder_and_takes_no_gradient(images: Tensor) -> None:
     method = build()
-    assert {name for name, _ in method.teacher.named_children()} == {"encoder", "decoder_input", "predictor"}
+    assert {name for name, _ in method.teacher.named_children()} == {
+        "encoder",
+        "decoder_input",
+        "predictor",
+    }
     method(batch_of(images), LATE)["loss"].backward()
     assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
     assert not method.train().teacher.training
@@ -46,10 +54,19 @@ def test_teacher_has_no_pixel_decoder_and_takes_no_gradient(images: Tensor) -> N
 
 @pytest.mark.parametrize(
     ("options", "progress", "passes"),
-    [({}, EARLY, 0), ({}, LATE, 1), ({"target": "ema"}, EARLY, 1), ({"prediction": "none"}, LATE, 0)],
+    [
+        ({}, EARLY, 0),
+        ({}, LATE, 1),
+        ({"target": "ema"}, EARLY, 1),
+        ({"prediction": "none"}, LATE, 0),
+    ],
 )
 def test_the_teacher_looks_only_when_asked(
-    images: Tensor, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], progress: Progress, passes: int
+    images: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    progress: Progress,
+    passes: int,
 ) -> None:
     method = build(**options)
     looked = []
@@ -101,7 +118,11 @@ def test_scalar_head_starts_where_the_published_one_does() -> None:
     assert scalar.predictor.head.weight.shape == (1, 16)
     tokens = torch.randn(2, 65, 16)
     scalar.predictor.load_state_dict(
-        {key: value for key, value in published.predictor.state_dict().items() if not key.startswith("head.")},
+        {
+            key: value
+            for key, value in published.predictor.state_dict().items()
+            if not key.startswith("head.")
+        },
         strict=False,
     )
     found = predict_difficulty(scalar.predictor, tokens, 64)
@@ -125,7 +146,9 @@ def test_micro_batches_leave_the_teacher_alone(images: Tensor) -> None:
     before = copy.deepcopy(method.teacher.state_dict())
     for _ in range(2):
         method(batch_of(images), LATE)["loss"].backward()
-    assert all(torch.equal(value, before[key]) for key, value in method.teacher.state_dict().items())
+    assert all(
+        torch.equal(value, before[key]) for key, value in method.teacher.state_dict().items()
+    )
 
 
 def test_without_prediction_it_is_mae(images: Tensor) -> None:
@@ -142,7 +165,9 @@ def test_without_prediction_it_is_mae(images: Tensor) -> None:
         ),
     )
     mae.load_state_dict(method.state_dict())
-    assert method(batch_of(images), LATE)["loss"].item() == pytest.approx(mae(batch_of(images), LATE)["loss"].item())
+    assert method(batch_of(images), LATE)["loss"].item() == pytest.approx(
+        mae(batch_of(images), LATE)["loss"].item()
+    )
 
 
 def test_feature_targets_are_the_teachers_own(images: Tensor) -> None:
@@ -156,7 +181,9 @@ def test_feature_targets_are_the_teachers_own(images: Tensor) -> None:
 
 @pytest.mark.parametrize("prediction", ["relative", "absolute"])
 def test_it_learns_where_the_noise_is(prediction: str) -> None:
-    """Images half flat, half noise: the noisy half is hard, and after some steps the teacher says so."""
+    """Images half flat, half noise: the noisy half is hard, and after some steps the teacher says
+    so.
+    """
     method = build(prediction=prediction, ema_start=0.9, ema_end=0.9, decoder_embed_dim=32)
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=2e-3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from patchmine.backbones.vit import build_encoder, encode
 from patchmine.errors import UserError
 from patchmine.methods.mae import MAE
-from patchmine.models.vit import build_encoder, encode
 from patchmine.ops.patches import gather_patches
 from patchmine.types import Batch, Mask, Progress
 
@@ -17,14 +17,18 @@ START = Progress(0, 10, 1)
 def build(**options: object) -> MAE:
     torch.manual_seed(0)
     args = dict(embed_dim=32, depth=2, num_heads=2)
-    encoder = build_encoder("vit_tiny_patch16_224", image_size=(32, 32), patch_size=4, model_args=args)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", image_size=(32, 32), patch_size=4, model_args=args
+    )
     settings = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2) | options
     return MAE(MAE.Config(**settings), encoder)
 
 
 def batch_of(images: torch.Tensor) -> Batch:
     rows = len(images)
-    return Batch([images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool))
+    return Batch(
+        [images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool)
+    )
 
 
 def replace_masked(images: torch.Tensor, mask: Mask, value: float) -> torch.Tensor:
@@ -38,7 +42,9 @@ def test_masked_pixels_do_not_reach_the_encoder() -> None:
     mask = method.draw_mask(images)
     changed = replace_masked(images, mask, 9.0)
     assert not torch.equal(changed, images)
-    assert torch.equal(encode(method.encoder, changed, mask.visible), encode(method.encoder, images, mask.visible))
+    assert torch.equal(
+        encode(method.encoder, changed, mask.visible), encode(method.encoder, images, mask.visible)
+    )
 
 
 def test_visible_pixels_are_no_target() -> None:
@@ -47,7 +53,9 @@ def test_visible_pixels_are_no_target() -> None:
     mask = method.draw_mask(images)
     images.requires_grad_()
     painted = torch.zeros(2, mask.masked.shape[1], 48)
-    (painted - gather_patches(images, mask.masked, (4, 4)).movedim(2, -1).flatten(2)).square().mean().backward()
+    (
+        painted - gather_patches(images, mask.masked, (4, 4)).movedim(2, -1).flatten(2)
+    ).square().mean().backward()
     assert torch.equal(images.grad, replace_masked(images.grad * 0, mask, 1.0) * images.grad)
 
 
@@ -59,7 +67,9 @@ def test_position_tables_do_not_learn() -> None:
 
 
 def test_slopes_are_repainted_after_some_steps() -> None:
-    """Images that are linear ramps: the error falls far below that of the best constant guess, the pixels' variance."""
+    """Images that are linear ramps: the error falls far below that of the best constant guess, the
+    pixels' variance.
+    """
     method = build(norm_pix_loss=False, decoder_embed_dim=32)
     ramp = torch.linspace(-1, 1, 32)
     generator = torch.Generator().manual_seed(0)
@@ -78,5 +88,7 @@ def test_slopes_are_repainted_after_some_steps() -> None:
 def test_settings_that_no_network_can_be_built_from() -> None:
     with pytest.raises(UserError, match=r"method\.mask_ratio=0\.99 leaves no patch visible"):
         build(mask_ratio=0.99)
-    with pytest.raises(UserError, match=r"method\.decoder_embed_dim=18 must be a multiple of 4 .* try .*=24"):
+    with pytest.raises(
+        UserError, match=r"method\.decoder_embed_dim=18 must be a multiple of 4 .* try .*=24"
+    ):
         build(decoder_embed_dim=18, decoder_num_heads=3)

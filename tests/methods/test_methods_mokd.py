@@ -9,9 +9,9 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from patchmine.backbones.vit import Encoder, build_encoder
 from patchmine.errors import UserError
 from patchmine.methods.mokd import MOKD, look, search
-from patchmine.models.vit import Encoder, build_encoder
 from patchmine.ops.distill import search_cross_entropy, sharpen
 from patchmine.ops.schedules import LrSchedule
 from patchmine.train.optim import Optimizers, build_optimizers, clip_gradients, set_rates, update
@@ -48,13 +48,20 @@ def build(own: str = "vit", partner: str = "resnet", seed: int = 0, **options: A
 
 def batch_of(views: list[Tensor]) -> Batch:
     rows, count = len(views[0]), len(views)
-    return Batch(views, torch.arange(rows), torch.zeros(rows, count, 4), torch.zeros(rows, count, dtype=torch.bool))
+    return Batch(
+        views,
+        torch.arange(rows),
+        torch.zeros(rows, count, 4),
+        torch.zeros(rows, count, dtype=torch.bool),
+    )
 
 
 @pytest.fixture
 def views() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(IMAGES, 3, side, side, generator=generator) for side in (32, 32, *[16] * LOCALS)]
+    return [
+        torch.randn(IMAGES, 3, side, side, generator=generator) for side in (32, 32, *[16] * LOCALS)
+    ]
 
 
 def run(method: MOKD, views: list[Tensor], progress: Progress = LATE) -> Losses:
@@ -67,7 +74,9 @@ def optimizers_of(method: MOKD) -> Optimizers:
 
 
 def step(method: MOKD, optimizers: Optimizers, views: list[Tensor], progress: Progress) -> Losses:
-    set_rates(optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=1e-5))
+    set_rates(
+        optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=1e-5)
+    )
     optimizers.zero_grad()
     losses = run(method, views, progress)
     losses["loss"].backward()
@@ -86,7 +95,9 @@ def own_part(name: str) -> bool:
 def test_each_loss_pulls_at_its_own_student(views: list[Tensor], pair: tuple[str, str]) -> None:
     method = build(*pair)
     large, small = torch.cat(views[:2]), torch.cat(views[2:])
-    seen = [(method.study(n, large, crops=2), method.study(n, small, crops=LOCALS)) for n in range(2)]
+    seen = [
+        (method.study(n, large, crops=2), method.study(n, small, crops=LOCALS)) for n in range(2)
+    ]
     taught = [look(teacher, large) for teacher in method.teachers()]
     learning = {name for name, _ in method.learning()}
     for number in range(2):
@@ -106,21 +117,41 @@ def test_the_loss_is_the_weighted_sum(views: list[Tensor]) -> None:
 
 
 def test_the_resnet_of_a_pair_listens_more() -> None:
-    assert [build(*pair).cross_weights for pair in PAIRS] == [[0.1, 1.0], [1.0, 0.1], [1.0, 1.0], [0.1, 0.1]]
+    assert [build(*pair).cross_weights for pair in PAIRS] == [
+        [0.1, 1.0],
+        [1.0, 0.1],
+        [1.0, 1.0],
+        [0.1, 0.1],
+    ]
     assert build(cross_weight=0.5, partner_cross_weight=0).cross_weights == [0.5, 0]
 
 
 def test_without_cross_weights_each_trains_as_if_alone(views: list[Tensor]) -> None:
-    """Another partner, or another network to be the partner of, changes no bit of a network's training."""
+    """Another partner, or another network to be the partner of, changes no bit of a network's
+    training.
+    """
     alone = dict(cross_weight=0, partner_cross_weight=0, thead_width=24)
-    pairs = [build("vit", "resnet", **alone), build("vit", "vit", **alone), build("resnet", "resnet", **alone)]
-    pairs[1].load_state_dict({n: v for n, v in pairs[0].state_dict().items() if own_part(n)}, strict=False)
-    pairs[2].load_state_dict({n: v for n, v in pairs[0].state_dict().items() if not own_part(n)}, strict=False)
+    pairs = [
+        build("vit", "resnet", **alone),
+        build("vit", "vit", **alone),
+        build("resnet", "resnet", **alone),
+    ]
+    pairs[1].load_state_dict(
+        {n: v for n, v in pairs[0].state_dict().items() if own_part(n)}, strict=False
+    )
+    pairs[2].load_state_dict(
+        {n: v for n, v in pairs[0].state_dict().items() if not own_part(n)}, strict=False
+    )
     logged: list[Losses] = []
     for method in pairs:
         optimizers = optimizers_of(method)
         for number in range(3):
-            losses = step(method, optimizers, [view.roll(number, 0) for view in views], Progress(100 + number, 200, 2))
+            losses = step(
+                method,
+                optimizers,
+                [view.roll(number, 0) for view in views],
+                Progress(100 + number, 200, 2),
+            )
         logged.append(losses)
     assert not [name for name in logged[0] if "cross" in name]
     for other, is_own in ((1, True), (2, False)):
@@ -135,7 +166,9 @@ def test_without_cross_weights_each_trains_as_if_alone(views: list[Tensor]) -> N
 
 def test_with_cross_weights_the_partner_matters(views: list[Tensor]) -> None:
     first, second = build(seed=0), build(seed=1)
-    second.load_state_dict({n: v for n, v in first.state_dict().items() if own_part(n)}, strict=False)
+    second.load_state_dict(
+        {n: v for n, v in first.state_dict().items() if own_part(n)}, strict=False
+    )
     found, other = run(first, views), run(second, views)
     for name in ("self_head", "self_thead"):
         assert torch.equal(found[name], other[name])
@@ -178,23 +211,32 @@ def test_the_swap_of_global_crops_changes_the_search_only(views: list[Tensor]) -
     first, swapped = run(method, views), run(method, [views[1], views[0], *views[2:]])
     for name in ("", "partner_"):
         for term in ("self_head", "self_thead", "cross_head"):
-            torch.testing.assert_close(swapped[name + term], first[name + term], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                swapped[name + term], first[name + term], atol=1e-4, rtol=1e-4
+            )
         assert (swapped[f"{name}cross_search"] - first[f"{name}cross_search"]).abs() > 1e-4
 
 
 def test_centres(views: list[Tensor]) -> None:
     method = build()
     before = run(method, views)
-    assert torch.equal(run(method, views)["self_head"], before["self_head"])  # the loss uses the centre of before
+    assert torch.equal(
+        run(method, views)["self_head"], before["self_head"]
+    )  # the loss uses the centre of before
     large = torch.cat(views[:2])
     with torch.no_grad():
         expected = [
-            0.1 * out.mean(dim=0) for t in method.teachers() for out in (look(t, large).head, look(t, large).thead)
+            0.1 * out.mean(dim=0)
+            for t in method.teachers()
+            for out in (look(t, large).head, look(t, large).thead)
         ]
     method.after_step(LATE)
-    for name, mean in zip(("head", "thead", "partner_head", "partner_thead"), expected, strict=True):
+    for name, mean in zip(
+        ("head", "thead", "partner_head", "partner_thead"), expected, strict=True
+    ):
         torch.testing.assert_close(method.centres[name].mean, mean)
-    # A network's centre moves the targets that are made of its teacher's logits, for whomever they are, and no search.
+    # A network's centre moves the targets that are made of its teacher's logits, for whomever they
+    # are, and no search.
     method = build()
     with torch.no_grad():
         method.centres["partner_head"].mean += torch.linspace(0, 1, 32)
@@ -217,9 +259,13 @@ def test_teachers_follow_their_students(views: list[Tensor]) -> None:
     step(method, optimizers_of(method), views, LATE)
     state = method.state_dict()
     for name, value in kept.items():
-        student = name.replace("partner_teacher.encoder.", "partner.").replace("partner_teacher.", "partner_")
+        student = name.replace("partner_teacher.encoder.", "partner.").replace(
+            "partner_teacher.", "partner_"
+        )
         expected = 0.5 * value + 0.5 * state[student.replace("teacher.", "", 1)]
-        torch.testing.assert_close(state[name], expected, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            state[name], expected, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_prototypes_wait_for_the_second_epoch(views: list[Tensor]) -> None:
@@ -247,7 +293,9 @@ def test_prototypes_wait_for_the_second_epoch(views: list[Tensor]) -> None:
 def test_rates_and_decay(own: str) -> None:
     """Spec, section 4: at the start, at the end of the warm-up and at the end of the run."""
     method = build(own, "resnet" if own == "vit" else "vit")
-    optimizers = build_optimizers(method.param_groups(), weight_decay=0.04, blr=3e-4, betas=(0.9, 0.999))
+    optimizers = build_optimizers(
+        method.param_groups(), weight_decay=0.04, blr=3e-4, betas=(0.9, 0.999)
+    )
     assert set(optimizers.by_name) == {"adamw", "sgd"}
     names = {p: name for name, p in optimizers.params.items()}
     vit, cnn = ("", "partner_") if own == "vit" else ("partner_", "")
@@ -259,7 +307,10 @@ def test_rates_and_decay(own: str) -> None:
     }
     for at, expected in table.items():
         set_rates(
-            optimizers, Progress(at, 1000, 10), batch_size=256, schedule=LrSchedule(warmup_epochs=10, min_lr=1e-5)
+            optimizers,
+            Progress(at, 1000, 10),
+            batch_size=256,
+            schedule=LrSchedule(warmup_epochs=10, min_lr=1e-5),
         )
         decayed: dict[str, set[bool]] = {"cnn": set(), "thead": set(), "vit": set()}
         for optimizer, groups in ((name, o.param_groups) for name, o in optimizers.by_name.items()):
@@ -325,13 +376,20 @@ def test_monitors_see_a_collapse(views: list[Tensor]) -> None:
 def test_pictures_show_what_both_searches_heed(views: list[Tensor], pair: tuple[str, str]) -> None:
     method = build(*pair).eval()
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    panels = method.panels(Batch(views[:1], torch.arange(4), torch.zeros(4, 4), torch.zeros(4).bool()), LATE)
+    panels = method.panels(
+        Batch(views[:1], torch.arange(4), torch.zeros(4, 4), torch.zeros(4).bool()), LATE
+    )
     side = 8 if "vit" in pair else 1
     heat = {panel.title: panel.data for panel in panels if panel.kind == "heat"}
     assert set(heat) == {
-        f"{place} part sought by {who}" for place in ("middle", "upper left") for who in ("model", "partner")
+        f"{place} part sought by {who}"
+        for place in ("middle", "upper left")
+        for who in ("model", "partner")
     }
-    assert all(data.shape == (4, side, side) and data.gt(0).all() and data.lt(1).all() for data in heat.values())
+    assert all(
+        data.shape == (4, side, side) and data.gt(0).all() and data.lt(1).all()
+        for data in heat.values()
+    )
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
 
 
@@ -343,8 +401,16 @@ def test_pictures_show_what_both_searches_heed(views: list[Tensor], pair: tuple[
             dict(partner_model="vit_tiny_patch16_224", partner_args=VIT | dict(embed_dim=36)),
             "model is 24 wide and method.partner_model=vit_tiny_patch16_224 is 36 wide",
         ),
-        ("vit", dict(thead_width=48), r"method\.thead_width=48, but the tokens of the vision transformer are 24 wide"),
-        ("vit", dict(thead_heads=5), r"method\.thead_heads=5 does not divide .* width 24: set method\.thead_heads=4"),
+        (
+            "vit",
+            dict(thead_width=48),
+            r"method\.thead_width=48, but the tokens of the vision transformer are 24 wide",
+        ),
+        (
+            "vit",
+            dict(thead_heads=5),
+            r"method\.thead_heads=5 does not divide .* width 24: set method\.thead_heads=4",
+        ),
         ("vit", dict(partner_model="resnet17"), r"method\.partner_model=resnet17 .*near: "),
         ("vit", dict(partner_args=dict(depth=3)), r"method\.partner_args.*check model_args"),
         (
@@ -366,7 +432,9 @@ def test_width_of_two_resnets() -> None:
 
 def test_a_single_image_is_refused_where_batch_norms_need_two(views: list[Tensor]) -> None:
     alone = [view[:1] for view in views]
-    with pytest.raises(UserError, match="need 2 images or more at a time, and gets 1: raise batch_size"):
+    with pytest.raises(
+        UserError, match="need 2 images or more at a time, and gets 1: raise batch_size"
+    ):
         run(build(), alone)
     assert run(build("vit", "vit"), alone)["loss"].isfinite()
 

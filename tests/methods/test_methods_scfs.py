@@ -10,13 +10,13 @@ import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
+from patchmine.backbones.features import extract
+from patchmine.backbones.vit import Encoder, build_encoder
 from patchmine.errors import UserError
 from patchmine.methods import scfs as scfs_file
 from patchmine.methods.scfs import SCFS
-from patchmine.models.features import extract
 from patchmine.models.heads import DinoHead
 from patchmine.models.teacher import Teacher
-from patchmine.models.vit import Encoder, build_encoder
 from patchmine.ops.distill import sharpen, view_cross_entropy
 from patchmine.ops.schedules import cosine_decay
 from patchmine.types import Batch, Losses, Progress
@@ -24,12 +24,15 @@ from patchmine.types import Batch, Losses, Progress
 IMAGES, LOCALS = 3, 3
 EARLY, LATE = Progress(0, 200, 2), Progress(150, 200, 2)
 NARROW = dict(
-    **dict(out_dim=20, head_hidden=16, head_bottleneck=8), **dict(stage_out_dim=12, stage_hidden=16, stage_bottleneck=6)
+    **dict(out_dim=20, head_hidden=16, head_bottleneck=8),
+    **dict(stage_out_dim=12, stage_hidden=16, stage_bottleneck=6),
 )
 
 
 def resnet() -> ResNet:
-    return ResNet(BasicBlock, [1, 1, 1, 1], channels=(8, 12, 16, 24), num_classes=0, zero_init_last=False)
+    return ResNet(
+        BasicBlock, [1, 1, 1, 1], channels=(8, 12, 16, 24), num_classes=0, zero_init_last=False
+    )
 
 
 def vit(depth: int = 4) -> Encoder:
@@ -48,7 +51,12 @@ def build(make: Callable[[], Encoder] = resnet, **options: Any) -> SCFS:
 
 def batch_of(views: list[Tensor]) -> Batch:
     rows, count = len(views[0]), len(views)
-    return Batch(views, torch.arange(rows), torch.zeros(rows, count, 4), torch.zeros(rows, count, dtype=torch.bool))
+    return Batch(
+        views,
+        torch.arange(rows),
+        torch.zeros(rows, count, 4),
+        torch.zeros(rows, count, dtype=torch.bool),
+    )
 
 
 @pytest.fixture
@@ -83,10 +91,14 @@ class Dino(nn.Module):
         pooled = [extract(self.encoder, images).pooled for images in (large, small)]
         with torch.no_grad():
             self.seen = self.teacher.head(extract(self.teacher.encoder, large).pooled)
-        return view_cross_entropy(self.head(torch.cat(pooled)), sharpen(self.seen, self.centre, 0.07))
+        return view_cross_entropy(
+            self.head(torch.cat(pooled)), sharpen(self.seen, self.centre, 0.07)
+        )
 
 
-@pytest.mark.parametrize("options", [dict(stage_weights=0), dict(stage_global_weight=0, stage_search_weight=0)])
+@pytest.mark.parametrize(
+    "options", [dict(stage_weights=0), dict(stage_global_weight=0, stage_search_weight=0)]
+)
 def test_without_stages_it_is_dino_bit_by_bit(views: list[Tensor], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     dino = Dino().train()
@@ -106,7 +118,9 @@ def test_without_stages_it_is_dino_bit_by_bit(views: list[Tensor], options: dict
                         p -= 0.1 * p.grad
                         p.grad = None
         method.after_step(late)
-        dino.teacher.update(cosine_decay(late, start=0.996, end=1.0), encoder=dino.encoder, head=dino.head)
+        dino.teacher.update(
+            cosine_decay(late, start=0.996, end=1.0), encoder=dino.encoder, head=dino.head
+        )
         dino.centre = 0.9 * dino.centre + (1 - 0.9) * dino.seen.mean(dim=0)
     state = method.state_dict()
     assert torch.equal(state.pop("centre.mean"), dino.centre)
@@ -125,7 +139,9 @@ def test_the_loss_is_the_weighted_sum(views: list[Tensor]) -> None:
     losses, _ = step(method, views)
     expected = losses["dino"]
     for stage, weight in (("layer2", 1), ("layer3", 0.5), ("layer4", 2)):
-        expected = expected + weight * (0.3 * losses[f"global_{stage}"] + 0.7 * losses[f"search_{stage}"])
+        expected = expected + weight * (
+            0.3 * losses[f"global_{stage}"] + 0.7 * losses[f"search_{stage}"]
+        )
     torch.testing.assert_close(losses["loss"], expected)
 
 
@@ -138,14 +154,18 @@ def test_the_loss_is_the_weighted_sum(views: list[Tensor]) -> None:
         (dict(stage_search_weight=0), ["search_layer2", "search_layer4"]),
     ],
 )
-def test_what_has_no_weight_is_not_computed(views: list[Tensor], options: dict[str, Any], absent: list[str]) -> None:
+def test_what_has_no_weight_is_not_computed(
+    views: list[Tensor], options: dict[str, Any], absent: list[str]
+) -> None:
     method = build(**options)
     losses, grads = step(method, views)
     assert not set(absent) & set(losses)
     assert set(grads) == {name for name, p in method.named_parameters() if p.requires_grad}
 
 
-def test_nothing_flows_through_query_attention_or_teacher(views: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_flows_through_query_attention_or_teacher(
+    views: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gradient of the search's loss is that with the attention held as a number."""
     kept: list[Tensor] = []
     real = scfs_file.cosine_attention
@@ -166,7 +186,9 @@ def test_nothing_flows_through_query_attention_or_teacher(views: list[Tensor], m
 
 
 def stage_maps() -> tuple[Tensor, Tensor, Tensor]:
-    """What the student makes of global and local crops at layer2, and what the teacher makes of the global ones."""
+    """What the student makes of global and local crops at layer2, and what the teacher makes of the
+    global ones.
+    """
     generator = torch.Generator().manual_seed(3)
     shapes = ((2 * IMAGES, 12, 8, 8), (LOCALS * IMAGES, 12, 4, 4), (2 * IMAGES, 12, 8, 8))
     seen, searching, taught = (torch.randn(*shape, generator=generator).relu() for shape in shapes)
@@ -240,7 +262,9 @@ def test_monitors_see_a_collapse(views: list[Tensor]) -> None:
     with torch.no_grad():
         method.centre.mean[0] = -100.0
         method.stage_centres[1].mean[0] = -100.0
-    collapsed, _ = step(method, [view[:1].expand_as(view) for view in (views[0], views[0], *views[2:])])
+    collapsed, _ = step(
+        method, [view[:1].expand_as(view) for view in (views[0], views[0], *views[2:])]
+    )
     assert collapsed["entropy"] < 0.01 < 0.1 < healthy["entropy"]
     assert collapsed["entropy_layer3"] < 0.01 < 0.1 < healthy["entropy_layer3"]
     assert collapsed["feature_spread"] < 0.01 < 0.1 < healthy["feature_spread"]
@@ -273,7 +297,9 @@ def test_stages_of_a_vit() -> None:
 def test_pictures_of_a_resnet_show_where_parts_are_found(views: list[Tensor]) -> None:
     method = build(stage_weights=0).eval()
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    panels = method.panels(Batch(views[:1], torch.arange(3), torch.zeros(3, 4), torch.zeros(3).bool()), LATE)
+    panels = method.panels(
+        Batch(views[:1], torch.arange(3), torch.zeros(3, 4), torch.zeros(3).bool()), LATE
+    )
     sides = [panel.data.shape[-1] for panel in panels if panel.kind == "heat"]
     assert sides == [8, 4, 2] * 2
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
@@ -283,8 +309,14 @@ def test_pictures_of_a_resnet_show_where_parts_are_found(views: list[Tensor]) ->
     ("options", "sentence"),
     [
         (dict(stages=["layer5"]), r"method\.stages=layer5.*layer1, layer2, layer3, layer4"),
-        (dict(stages=["layer3", "layer3"]), r"method\.stages=\[layer3,layer3\] names a stage twice"),
-        (dict(stage_weights=[1, 2]), r"method\.stage_weights has 2 numbers for 3 stages \(layer2, layer3, layer4\)"),
+        (
+            dict(stages=["layer3", "layer3"]),
+            r"method\.stages=\[layer3,layer3\] names a stage twice",
+        ),
+        (
+            dict(stage_weights=[1, 2]),
+            r"method\.stage_weights has 2 numbers for 3 stages \(layer2, layer3, layer4\)",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(options: dict[str, Any], sentence: str) -> None:
@@ -293,7 +325,9 @@ def test_settings_that_do_not_fit(options: dict[str, Any], sentence: str) -> Non
 
 
 def test_a_single_image_is_refused_where_batch_norms_need_two(views: list[Tensor]) -> None:
-    with pytest.raises(UserError, match="need 2 images or more at a time, and gets 1: raise batch_size"):
+    with pytest.raises(
+        UserError, match="need 2 images or more at a time, and gets 1: raise batch_size"
+    ):
         build()(batch_of([view[:1] for view in views]), LATE)
 
 

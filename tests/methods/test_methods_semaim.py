@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.backbones.vit import build_encoder, embed_patches, patch_positions, prefix_tokens
 from patchmine.errors import UserError
 from patchmine.methods import semaim as semaim_file
 from patchmine.methods.semaim import SemAIM
 from patchmine.models.streams import two_streams
-from patchmine.models.vit import build_encoder, embed_patches, patch_positions, prefix_tokens
 from patchmine.ops.orders import take, visibility
 from patchmine.types import Batch, Progress
 
@@ -27,7 +27,11 @@ L = 64
 def build(*, model_args: dict[str, Any] = ARGS, channels: int = 3, **options: Any) -> SemAIM:
     torch.manual_seed(0)
     encoder = build_encoder(
-        "vit_tiny_patch16_224", image_size=(32, 32), patch_size=4, channels=channels, model_args=model_args
+        "vit_tiny_patch16_224",
+        image_size=(32, 32),
+        patch_size=4,
+        channels=channels,
+        model_args=model_args,
     )
     method = SemAIM(SemAIM.Config(**options), encoder)
     method.noise.begin(0)
@@ -36,7 +40,9 @@ def build(*, model_args: dict[str, Any] = ARGS, channels: int = 3, **options: An
 
 def batch_of(images: Tensor) -> Batch:
     rows = len(images)
-    return Batch([images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool))
+    return Batch(
+        [images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool)
+    )
 
 
 @pytest.fixture
@@ -55,8 +61,12 @@ def predict(method: SemAIM, images: Tensor, order: Tensor | None = None) -> tupl
 
 
 def masked_form(method: SemAIM, images: Tensor, score: Tensor) -> Tensor:
-    """The slow twin: every token in its place, all of them, under masks.  (B, L, T) in raster order."""
-    content = torch.cat([prefix_tokens(method.encoder, len(images)), embed_patches(method.encoder, images)], dim=1)
+    """The slow twin: every token in its place, all of them, under masks.  (B, L, T) in raster
+    order.
+    """
+    content = torch.cat(
+        [prefix_tokens(method.encoder, len(images)), embed_patches(method.encoder, images)], dim=1
+    )
     queries = patch_positions(method.encoder).expand(len(images), -1, -1)
     masks = (mask[:, None] for mask in visibility(score))
     _, answers = two_streams(method.encoder, method.query_blocks, content, queries, *masks)
@@ -69,11 +79,18 @@ def masked_form(method: SemAIM, images: Tensor, score: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "plain"),
     [
-        *(({}, True), ({"query_depth": 1}, True), ({"order": "stochastic"}, True), ({"ties": "keep"}, False)),
+        *(
+            ({}, True),
+            ({"query_depth": 1}, True),
+            ({"order": "stochastic"}, True),
+            ({"ties": "keep"}, False),
+        ),
         *(({"group_size": 5}, False), ({"order": "out2center", "ties": "keep"}, False)),
     ],
 )
-def test_sorted_form_equals_masked_form(images: Tensor, options: dict[str, Any], plain: bool) -> None:
+def test_sorted_form_equals_masked_form(
+    images: Tensor, options: dict[str, Any], plain: bool
+) -> None:
     fast, slow = (build(**options).double() for _ in range(2))
     images = images.double()
     patches = embed_patches(fast.encoder, images)
@@ -105,7 +122,9 @@ def test_the_plain_form_asks_for_causal_attention_without_a_mask(
     original = F.scaled_dot_product_attention
 
     def watching(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append((kwargs.get("attn_mask") is not None, kwargs.get("is_causal", False), args[0].shape[2]))
+        calls.append(
+            (kwargs.get("attn_mask") is not None, kwargs.get("is_causal", False), args[0].shape[2])
+        )
         return original(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watching)
@@ -127,7 +146,9 @@ def test_a_prediction_depends_on_earlier_patches_only(images: Tensor) -> None:
     order = torch.randperm(L, generator=torch.Generator().manual_seed(0))[None]
     predicted, _ = predict(method, pixels, order)
     for rank in (0, 1, 5, 40, 63):
-        (slope,) = torch.autograd.grad(predicted[0, rank].sum(), pixels, retain_graph=True, allow_unused=True)
+        (slope,) = torch.autograd.grad(
+            predicted[0, rank].sum(), pixels, retain_graph=True, allow_unused=True
+        )
         patches = slope[0].reshape(3, 8, 4, 8, 4).abs().amax(dim=(0, 2, 4)).flatten()[order[0]]
         assert (patches[rank:] == 0).all()
         assert (patches[:rank] > 0).all()
@@ -144,7 +165,9 @@ def test_nobody_reads_the_last_patch(images: Tensor) -> None:
     method = build()
     pixels = images.clone().requires_grad_()
     predicted, order = predict(method, pixels)
-    error = method.error(predicted, images, None, order)  # the target is other pixels: no gradient through it
+    error = method.error(
+        predicted, images, None, order
+    )  # the target is other pixels: no gradient through it
     (slope,) = torch.autograd.grad(error.mean(), pixels)
     patches = slope.reshape(3, 3, 8, 4, 8, 4).abs().amax(dim=(1, 3, 5)).flatten(1).gather(1, order)
     assert (patches[:, -1] == 0).all()
@@ -153,17 +176,26 @@ def test_nobody_reads_the_last_patch(images: Tensor) -> None:
 
 def test_the_class_token_of_content_is_the_same_for_every_image(images: Tensor) -> None:
     method = build()
-    content = torch.cat([prefix_tokens(method.encoder, 3), embed_patches(method.encoder, images)[:, :-1]], dim=1)
+    content = torch.cat(
+        [prefix_tokens(method.encoder, 3), embed_patches(method.encoder, images)[:, :-1]], dim=1
+    )
     contents, _ = two_streams(
-        method.encoder, method.query_blocks, content, patch_positions(method.encoder).expand(3, -1, -1)
+        method.encoder,
+        method.query_blocks,
+        content,
+        patch_positions(method.encoder).expand(3, -1, -1),
     )
     for tokens in contents:
         torch.testing.assert_close(tokens[:, 0], tokens[:1, 0].expand(3, -1))
 
 
-@pytest.mark.parametrize("options", [{}, {"target": "own"}, {"target": "ema"}, {"semantic_source": "ema"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"target": "own"}, {"target": "ema"}, {"semantic_source": "ema"}], ids=str
+)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_everything_learns_and_teachers_do_not(images: Tensor, options: dict[str, Any], autocast: bool) -> None:
+def test_everything_learns_and_teachers_do_not(
+    images: Tensor, options: dict[str, Any], autocast: bool
+) -> None:
     method = build(**options).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = method(batch_of(images), START)["loss"]
@@ -204,7 +236,10 @@ def test_the_centre_comes_first_and_rings_follow(images: Tensor) -> None:
     ("options", "passes"),
     [
         *(({}, 1), ({"order": "stochastic"}, 0), ({"similarity": "self"}, 0)),
-        *(({"order": "rowmajor", "target": "own"}, 1), ({"order": "rowmajor", "semantic_source": "ema"}, 0)),
+        *(
+            ({"order": "rowmajor", "target": "own"}, 1),
+            ({"order": "rowmajor", "semantic_source": "ema"}, 0),
+        ),
         ({"semantic_source": "ema"}, 0),
     ],
 )
@@ -255,13 +290,17 @@ def test_slow_copy_moves_at_the_published_pace() -> None:
 @pytest.fixture
 def dino(tmp_path: Path) -> Path:
     torch.manual_seed(3)
-    teacher = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=1, num_classes=0)
+    teacher = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, depth=1, num_classes=0
+    )
     torch.save(teacher.state_dict(), tmp_path / "dino.pth")
     return tmp_path / "dino.pth"
 
 
 @pytest.mark.parametrize("similarity", ["cls", "gap"])
-def test_a_foreign_network_gives_targets_and_similarity(images: Tensor, dino: Path, similarity: str) -> None:
+def test_a_foreign_network_gives_targets_and_similarity(
+    images: Tensor, dino: Path, similarity: str
+) -> None:
     method = build(target="dino", target_file=str(dino), similarity=similarity)
     tokens = method.foreign.tower.forward_features(images)
     anchor = tokens[:, 0] if similarity == "cls" else tokens[:, 1:].mean(dim=1)
@@ -286,7 +325,9 @@ def test_feature_loss_knows_directions_only(images: Tensor) -> None:
 def test_losses_by_rank_belong_to_the_loss(images: Tensor) -> None:
     losses = build()(batch_of(images), START)
     assert set(losses) == {"loss", "first_patch", "first_tenth", "last_half"}
-    assert not any(losses[name].requires_grad for name in ("first_patch", "first_tenth", "last_half"))
+    assert not any(
+        losses[name].requires_grad for name in ("first_patch", "first_tenth", "last_half")
+    )
 
 
 def test_keys_and_values_start_as_if_each_had_its_own_matrix() -> None:
@@ -304,14 +345,29 @@ def test_keys_and_values_start_as_if_each_had_its_own_matrix() -> None:
     [
         ({"query_depth": 3}, r"method.query_depth=3 does not divide the 2 blocks.*1, 2"),
         ({"blur_kernel": 8}, r"method.blur_kernel=8.*method.blur_kernel=9"),
-        ({"ties": "keep", "order": "stochastic"}, r"method.ties=keep.*method.order=stochastic.*method.group_size"),
+        (
+            {"ties": "keep", "order": "stochastic"},
+            r"method.ties=keep.*method.order=stochastic.*method.group_size",
+        ),
         ({"ties": "keep", "group_size": 4}, r"method.ties=keep and method.group_size=4"),
-        ({"target": "own", "semantic_source": "ema"}, r"method.semantic_source=ema.*method.target=own"),
-        ({"target": "dino", "similarity": "self"}, r"method.similarity=self.*method.similarity=cls"),
+        (
+            {"target": "own", "semantic_source": "ema"},
+            r"method.semantic_source=ema.*method.target=own",
+        ),
+        (
+            {"target": "dino", "similarity": "self"},
+            r"method.similarity=self.*method.similarity=cls",
+        ),
         ({"target": "clip"}, r"method.target_file is not set.*method.target=clip"),
         ({"target": "clip", "channels": 5}, r"method.target=clip.*channels=5"),
-        ({"model_args": ARGS | dict(class_token=False)}, r"method=semaim.*0 tokens.*model_args.class_token=true"),
-        ({"model_args": ARGS | dict(reg_tokens=2)}, r"method=semaim.*3 tokens.*model_args.reg_tokens=0"),
+        (
+            {"model_args": ARGS | dict(class_token=False)},
+            r"method=semaim.*0 tokens.*model_args.class_token=true",
+        ),
+        (
+            {"model_args": ARGS | dict(reg_tokens=2)},
+            r"method=semaim.*3 tokens.*model_args.reg_tokens=0",
+        ),
         ({"model_args": ARGS | dict(block_fn="parallel")}, r"method=semaim.*plain"),
     ],
     ids=str,
@@ -324,39 +380,61 @@ def test_settings_that_cannot_be(options: dict[str, Any], expected: str) -> None
 
 
 def test_an_encoder_with_relative_positions_is_refused() -> None:
-    encoder = build_encoder("beit_base_patch16_224", image_size=(32, 32), model_args=ARGS | dict(use_rel_pos_bias=True))
+    encoder = build_encoder(
+        "beit_base_patch16_224", image_size=(32, 32), model_args=ARGS | dict(use_rel_pos_bias=True)
+    )
     with pytest.raises(UserError, match=r"method=semaim.*relative"):
         SemAIM(SemAIM.Config(), encoder)
     encoder = build_encoder(
         "beit_base_patch16_224",
         image_size=(32, 32),
-        model_args=ARGS | dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=False, use_abs_pos_emb=True),
+        model_args=ARGS
+        | dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=False, use_abs_pos_emb=True),
     )
     with pytest.raises(UserError, match=r"method=semaim.*Beit"):
         SemAIM(SemAIM.Config(), encoder)
 
 
 def test_a_foreign_network_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    other = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=0)
+    other = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=0
+    )
     torch.save(other.state_dict(), tmp_path / "eight.pth")
-    with pytest.raises(UserError, match=r"method.target_file=.*eight.pth.*patches of 8x8.*patch_size"):
+    with pytest.raises(
+        UserError, match=r"method.target_file=.*eight.pth.*patches of 8x8.*patch_size"
+    ):
         build(target="dino", target_file=str(tmp_path / "eight.pth"))
     bare = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=4, depth=1, num_classes=0, class_token=False, global_pool="avg"
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        depth=1,
+        num_classes=0,
+        class_token=False,
+        global_pool="avg",
     )
     torch.save(bare.state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(UserError, match=r"bare.pth is a network without class token.*method.similarity=gap"):
+    with pytest.raises(
+        UserError, match=r"bare.pth is a network without class token.*method.similarity=gap"
+    ):
         build(target="dino", target_file=str(tmp_path / "bare.pth"))
-    assert build(target="dino", target_file=str(tmp_path / "bare.pth"), similarity="gap").foreign.width == 192
+    assert (
+        build(target="dino", target_file=str(tmp_path / "bare.pth"), similarity="gap").foreign.width
+        == 192
+    )
 
 
 # ---- behaviour ----
 
 
 def test_it_learns_from_what_came_before() -> None:
-    """Each image has one colour under noise: what came before tells it, and nothing tells the first patch."""
+    """Each image has one colour under noise: what came before tells it, and nothing tells the first
+    patch.
+    """
     torch.manual_seed(0)
-    encoder = build_encoder("vit_tiny_patch16_224", image_size=(16, 16), patch_size=4, model_args=ARGS)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", image_size=(16, 16), patch_size=4, model_args=ARGS
+    )
     method = SemAIM(SemAIM.Config(norm_pix_loss=False), encoder).train()
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=2e-3)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.backbones.vit import build_encoder, encode
 from patchmine.errors import UserError
 from patchmine.methods.simmim import SimMIM
-from patchmine.models.vit import build_encoder, encode
 from patchmine.train.optim import build_optimizers
 from patchmine.types import Batch, Mask, Progress
 
@@ -21,7 +21,9 @@ SHARED = dict(use_abs_pos_emb=False, use_rel_pos_bias=False, use_shared_rel_pos_
 MODELS: dict[str, dict[str, Any]] = {
     "shared": dict(model="beit_base_patch16_224", model_args=SHARED),
     "per block": dict(model="beit_base_patch16_224", model_args={}),
-    "absolute": dict(model="beit_base_patch16_224", model_args=dict(use_abs_pos_emb=True, use_rel_pos_bias=False)),
+    "absolute": dict(
+        model="beit_base_patch16_224", model_args=dict(use_abs_pos_emb=True, use_rel_pos_bias=False)
+    ),
     "plain": dict(model="vit_tiny_patch16_224", model_args={}),
 }
 
@@ -29,7 +31,9 @@ MODELS: dict[str, dict[str, Any]] = {
 def build(kind: str = "shared", size: int = 32, **options: Any) -> SimMIM:
     torch.manual_seed(0)
     args = dict(embed_dim=32, depth=2, num_heads=2) | MODELS[kind]["model_args"]
-    encoder = build_encoder(MODELS[kind]["model"], image_size=(size, size), patch_size=4, model_args=args)
+    encoder = build_encoder(
+        MODELS[kind]["model"], image_size=(size, size), patch_size=4, model_args=args
+    )
     return SimMIM(SimMIM.Config(**options), encoder).train()
 
 
@@ -44,7 +48,9 @@ def perturb(method: SimMIM) -> SimMIM:
 
 def batch_of(images: Tensor) -> Batch:
     rows = len(images)
-    return Batch([images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool))
+    return Batch(
+        [images], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool)
+    )
 
 
 def pictures(seed: int = 1, rows: int = 3, size: int = 32) -> Tensor:
@@ -60,9 +66,17 @@ def in_pixels(mask: Mask, side: int = 4) -> Tensor:
 
 @pytest.mark.parametrize(
     ("size", "unit", "ratio", "units", "hidden"),
-    [(32, None, 0.6, 16, 10), (32, 16, 0.5, 4, 2), (32, 4, 0.01, 64, 1), (56, 8, 0.6, 49, 30), (48, 12, 0.75, 16, 12)],
+    [
+        (32, None, 0.6, 16, 10),
+        (32, 16, 0.5, 4, 2),
+        (32, 4, 0.01, 64, 1),
+        (56, 8, 0.6, 49, 30),
+        (48, 12, 0.75, 16, 12),
+    ],
 )
-def test_whole_units_in_a_fixed_number(size: int, unit: int | None, ratio: float, units: int, hidden: int) -> None:
+def test_whole_units_in_a_fixed_number(
+    size: int, unit: int | None, ratio: float, units: int, hidden: int
+) -> None:
     method = build(size=size, mask_unit=unit, mask_ratio=ratio)
     assert (method.num_units, method.num_masked_units) == (units, hidden)
     mask = method.draw_mask(torch.empty(50, 3, size, size))
@@ -104,7 +118,9 @@ def test_nothing_masked_is_the_encoders_own_forward(kind: str) -> None:
     nothing = Mask(everything, everything[:, :0], 64)
     latent = method.encode(images, nothing)
     assert torch.equal(latent, encode(method.encoder, images))
-    torch.testing.assert_close(latent, method.encoder.forward_features(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        latent, method.encoder.forward_features(images), atol=1e-5, rtol=1e-5
+    )
     method.draw_mask = lambda images: nothing  # type: ignore[method-assign]
     loss = method(batch_of(images), START)["loss"]
     assert loss.item() == 0
@@ -154,7 +170,9 @@ def test_a_row_of_the_head_paints_one_place_of_the_patch() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_is_decayed_and_clipped(kind: str) -> None:
     method = build(kind)
-    optimizers = build_optimizers(method.param_groups(), weight_decay=0.05, blr=1e-3, betas=(0.9, 0.999))
+    optimizers = build_optimizers(
+        method.param_groups(), weight_decay=0.05, blr=1e-3, betas=(0.9, 0.999)
+    )
     names = {parameter: name for name, parameter in method.named_parameters()}
     decayed, spared = set(), set()
     for group in optimizers.by_name["adamw"].param_groups:
@@ -173,7 +191,9 @@ def test_what_is_decayed_and_clipped(kind: str) -> None:
 
 def test_start_of_mask_token_and_head() -> None:
     torch.manual_seed(0)
-    encoder = build_encoder("vit_tiny_patch16_224", image_size=(64, 64), patch_size=16, model_args={"depth": 1})
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", image_size=(64, 64), patch_size=16, model_args={"depth": 1}
+    )
     method = SimMIM(SimMIM.Config(), encoder)
     assert method.mask_token.abs().max() <= 0.02
     assert method.mask_token.std().item() == pytest.approx(0.0108, rel=0.15)
@@ -198,7 +218,9 @@ def test_bfloat16_comes_near(kind: str) -> None:
 
 
 def learn(steps: int, **options: Any) -> float:
-    """Error of the last steps on images that are linear ramps, against that of painting each image's mean colour."""
+    """Error of the last steps on images that are linear ramps, against that of painting each
+    image's mean colour.
+    """
     method = build("plain", size=16, mask_ratio=0.5, **options)
     optimizer = torch.optim.AdamW([p for _, p in method.learning()], lr=5e-3)
     ramp = torch.linspace(-1, 1, 16)
@@ -212,7 +234,9 @@ def learn(steps: int, **options: Any) -> float:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        shares.append(loss.item() / (images - images.mean(dim=(2, 3), keepdim=True)).abs().mean().item())
+        shares.append(
+            loss.item() / (images - images.mean(dim=(2, 3), keepdim=True)).abs().mean().item()
+        )
     return sum(shares[-20:]) / 20
 
 
@@ -225,11 +249,23 @@ def test_it_learns_to_paint_and_larger_units_are_harder() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(mask_unit=6), r"method\.mask_unit=6 is not a multiple of the patch, 4x4 pixels: try method\.mask_unit=8"),
+        (
+            dict(mask_unit=6),
+            r"method\.mask_unit=6 is not a multiple of the patch, 4x4 pixels: try method\.mask_unit=8",
+        ),
         (dict(mask_unit=2), r"method\.mask_unit=2 is not a multiple .* try method\.mask_unit=4"),
-        (dict(mask_unit=12), r"method\.mask_unit=12 makes units of 12x12 pixels, which do not fill image_size=32x32"),
-        (dict(mask_unit=64), r"method\.mask_unit=64 .* do not fill image_size=32x32: try method\.mask_unit=4"),
-        (dict(mask_unit=16, mask_ratio=0.8), r"method\.mask_ratio=0\.8 hides all 4 mask units .* method\.mask_unit=4"),
+        (
+            dict(mask_unit=12),
+            r"method\.mask_unit=12 makes units of 12x12 pixels, which do not fill image_size=32x32",
+        ),
+        (
+            dict(mask_unit=64),
+            r"method\.mask_unit=64 .* do not fill image_size=32x32: try method\.mask_unit=4",
+        ),
+        (
+            dict(mask_unit=16, mask_ratio=0.8),
+            r"method\.mask_ratio=0\.8 hides all 4 mask units .* method\.mask_unit=4",
+        ),
         (dict(mask_unit=32), r"hides all 1 mask units"),
     ],
 )
@@ -239,6 +275,8 @@ def test_units_that_cannot_be(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_grid_of_odd_size_needs_a_unit_that_is_given() -> None:
-    with pytest.raises(UserError, match=r"method\.mask_unit=null, two patches, .* image_size=36x36: try .*=4"):
+    with pytest.raises(
+        UserError, match=r"method\.mask_unit=null, two patches, .* image_size=36x36: try .*=4"
+    ):
         build(size=36)
     assert build(size=36, mask_unit=12).num_units == 9

@@ -1,4 +1,6 @@
-"""MAE and HPM on clips: what is hidden, what is predicted, and that HPM without hard patches is MAE."""
+"""MAE and HPM on clips: what is hidden, what is predicted, and that HPM without hard patches is
+MAE.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchmine.backbones.vit import build_encoder, encode
 from patchmine.errors import UserError
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
-from patchmine.models.vit import build_encoder, encode
 from patchmine.types import Batch, Progress
 
 EARLY, LATE = Progress(0, 400, 1), Progress(399, 400, 1)
 SLOTS, PLACES, CUBES = 4, 16, 64  # of clips of 8 frames of 16x16 pixels
-MASKED = 11  # int(0.7 * 16), where MAE's rule for images would leave int(0.3 * 16) = 4 visible and hide 12
+# Int(0.7 * 16), where MAE's rule for images would leave int(0.3 * 16) = 4 visible and hide 12
+MASKED = 11
 
 
 def build(kind: Any, **options: Any) -> Any:
@@ -28,7 +31,13 @@ def build(kind: Any, **options: Any) -> Any:
         clip=(8, 2),
         model_args=dict(embed_dim=32, depth=2, num_heads=2),
     )
-    decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, mask_ratio=0.7, norm_pix_loss=True)
+    decoder = dict(
+        decoder_embed_dim=16,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        mask_ratio=0.7,
+        norm_pix_loss=True,
+    )
     method = kind(kind.Config(**(decoder | options)), encoder).train()
     method.noise.begin(3)
     return method
@@ -36,7 +45,9 @@ def build(kind: Any, **options: Any) -> Any:
 
 def batch_of(clips: Tensor) -> Batch:
     rows = len(clips)
-    return Batch([clips], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool))
+    return Batch(
+        [clips], torch.arange(rows), torch.zeros(rows, 4), torch.zeros(rows, dtype=torch.bool)
+    )
 
 
 def clips(count: int = 3) -> Tensor:
@@ -103,7 +114,9 @@ def test_without_hard_tubes_hpm_is_mae_bit_for_bit() -> None:
 def test_with_a_predictor_the_reconstruction_is_maes_all_the_same() -> None:
     plain, mined = build(MAE), build(HPM, alpha_end=0.0)
     mined.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(mined(batch_of(clips()), LATE)["reconstruction"], plain(batch_of(clips()), LATE)["loss"])
+    assert torch.equal(
+        mined(batch_of(clips()), LATE)["reconstruction"], plain(batch_of(clips()), LATE)["loss"]
+    )
 
 
 def test_hidden_pixels_do_not_reach_the_encoder() -> None:
@@ -113,7 +126,9 @@ def test_hidden_pixels_do_not_reach_the_encoder() -> None:
     for axis, times in ((1, 2), (2, 4), (3, 4)):
         hidden = hidden.repeat_interleave(times, axis)
     changed = torch.where(hidden[:, None], torch.full_like(clips(), 9.0), clips())
-    assert torch.equal(encode(method.encoder, changed, mask.visible), encode(method.encoder, clips(), mask.visible))
+    assert torch.equal(
+        encode(method.encoder, changed, mask.visible), encode(method.encoder, clips(), mask.visible)
+    )
 
 
 def test_the_decoder_starts_as_videomaes() -> None:
@@ -131,27 +146,38 @@ def test_the_mask_token_of_clips_is_not_decayed(kind: Any) -> None:
     """MCG-NJU/VideoMAE, modeling_pretrain.py, ``no_weight_decay``."""
     decayed, spared = build(kind).param_groups()
     assert decayed.weight_decay is None
-    assert ([name for name, _ in spared.params], spared.weight_decay) == (["decoder_input.mask_token"], 0.0)
+    assert ([name for name, _ in spared.params], spared.weight_decay) == (
+        ["decoder_input.mask_token"],
+        0.0,
+    )
 
 
 @pytest.mark.parametrize("target", ["dino", "clip"])
 def test_networks_for_images_are_no_target(target: str) -> None:
-    with pytest.raises(UserError, match=f"method.target={target} is a network for images.*method.target=pixel"):
+    with pytest.raises(
+        UserError, match=f"method.target={target} is a network for images.*method.target=pixel"
+    ):
         build(HPM, target=target, target_file="x.pth")
 
 
 def crossed_by_noise(texture: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 3, 8, 16, 16): a square of noise crosses a row of places, one for each clip, before a still texture."""
+    """(B, 3, 8, 16, 16): a square of noise crosses a row of places, one for each clip, before a
+    still texture.
+    """
     made = texture.repeat(len(rows), 1, 8, 1, 1)
     for clip, row in zip(made, rows.tolist(), strict=True):
         for time in range(8):
             left = round(time * 12 / 7)
-            clip[:, time, 4 * row : 4 * row + 4, left : left + 4] = torch.randn(3, 4, 4, generator=generator)
+            clip[:, time, 4 * row : 4 * row + 4, left : left + 4] = torch.randn(
+                3, 4, 4, generator=generator
+            )
     return made
 
 
 def train(method: Any, make: Any, steps: int, rate: float) -> None:
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        [p for p in method.parameters() if p.requires_grad], betas=(0.9, 0.95)
+    )
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 100) * (1 - step / steps)
         method.noise.begin(step)
@@ -163,7 +189,9 @@ def train(method: Any, make: Any, steps: int, rate: float) -> None:
 
 
 def area(scores: Tensor, path: Tensor) -> float:
-    """Area under the curve of hits over false alarms: how often a place of the path scores above one that is not."""
+    """Area under the curve of hits over false alarms: how often a place of the path scores above
+    one that is not.
+    """
     above = scores[:, :, None] > scores[:, None, :]
     pairs = path[:, :, None] & ~path[:, None, :]
     return above[pairs].float().mean().item()
@@ -174,7 +202,12 @@ def test_it_learns_which_places_are_hard() -> None:
     method = build(HPM, ema_start=0.9, ema_end=0.9, decoder_embed_dim=32)
     generator = torch.Generator().manual_seed(0)
     texture = torch.randn(3, 1, 4, 4, generator=generator).repeat(1, 1, 4, 4)
-    train(method, lambda: crossed_by_noise(texture, torch.ones(8, dtype=torch.int64), generator), 200, 3e-3)
+    train(
+        method,
+        lambda: crossed_by_noise(texture, torch.ones(8, dtype=torch.int64), generator),
+        200,
+        3e-3,
+    )
     clips = crossed_by_noise(texture, torch.ones(16, dtype=torch.int64), generator)
     scores = method.look(clips, True)[1].unflatten(1, (SLOTS, PLACES)).mean(dim=1)
     path = (torch.arange(PLACES) // 4 == 1).expand(16, -1)
@@ -183,11 +216,21 @@ def test_it_learns_which_places_are_hard() -> None:
 
 @pytest.mark.slow
 def test_it_learns_where_a_clip_moves() -> None:
-    """The square crosses another row in every clip, so only the clip can tell which; that row is then masked more."""
+    """The square crosses another row in every clip, so only the clip can tell which; that row is
+    then masked more.
+    """
     torch.manual_seed(0)
     sizes = dict(embed_dim=64, depth=3, num_heads=4)
-    encoder = build_encoder("video_vit_tiny_patch16", image_size=(16, 16), patch_size=4, clip=(8, 2), model_args=sizes)
-    settings = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, mask_ratio=0.7, norm_pix_loss=True)
+    encoder = build_encoder(
+        "video_vit_tiny_patch16", image_size=(16, 16), patch_size=4, clip=(8, 2), model_args=sizes
+    )
+    settings = dict(
+        decoder_embed_dim=64,
+        decoder_depth=2,
+        decoder_num_heads=4,
+        mask_ratio=0.7,
+        norm_pix_loss=True,
+    )
     settings |= dict(losspred_head="scalar", ema_start=0.99, ema_end=0.995, ema_ramp_epochs=None)
     method = HPM(HPM.Config(**settings), encoder).train()
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from patchmine.backbones.vit import build_encoder
 from patchmine.errors import UserError
 from patchmine.methods.amt import AMT
 from patchmine.methods.droppos import DropPos
@@ -15,13 +16,14 @@ from patchmine.methods.emae import EMAE
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
 from patchmine.models.decoder import Decoder
-from patchmine.models.vit import build_encoder
 
 SIZES = dict(decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2)
 BLOCKS = dict(decoder_mlp_ratio=1.5, decoder_norm_eps=1e-3, decoder_qkv_bias=False)
 
 
-@pytest.mark.parametrize("options", [{}, dict(mlp_ratio=2.5, norm_eps=1e-3), dict(qkv_bias=False)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(mlp_ratio=2.5, norm_eps=1e-3), dict(qkv_bias=False)], ids=str
+)
 def test_the_last_rows_are_those_of_the_plain_blocks(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     decoder = Decoder(16, 2, 2, 5, **options)
@@ -31,17 +33,23 @@ def test_the_last_rows_are_those_of_the_plain_blocks(options: dict[str, Any]) ->
     plain = tokens
     for block in decoder.blocks:
         plain = block(plain)
-    torch.testing.assert_close(decoder(tokens, 4), decoder.norm(plain)[:, -4:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        decoder(tokens, 4), decoder.norm(plain)[:, -4:], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", [MAE, HPM, EMAE, DropPos, AMT])
 def test_every_decoder_of_a_method_has_the_blocks_that_its_settings_ask_for(kind: Any) -> None:
     sizes = dict(embed_dim=16, depth=1, num_heads=2)
-    encoder = build_encoder("vit_tiny_patch16_224", image_size=(32, 32), patch_size=8, model_args=sizes)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", image_size=(32, 32), patch_size=8, model_args=sizes
+    )
     more = dict(multi_task=True) if kind is DropPos else {}
     method = kind(kind.Config(**SIZES, **BLOCKS, **more), encoder)
     decoders = [module for module in method.modules() if isinstance(module, Decoder)]
-    assert len(decoders) == {MAE: 1, HPM: 3, EMAE: 1, DropPos: 2, AMT: 1}[kind]  # HPM: the teacher's predictor too
+    assert (
+        len(decoders) == {MAE: 1, HPM: 3, EMAE: 1, DropPos: 2, AMT: 1}[kind]
+    )  # HPM: the teacher's predictor too
     for decoder in decoders:
         for block in decoder.blocks:
             assert block.mlp.fc1.out_features == 24
@@ -52,9 +60,15 @@ def test_every_decoder_of_a_method_has_the_blocks_that_its_settings_ask_for(kind
 @pytest.mark.parametrize("kind", [MAE, HPM, EMAE, DropPos, AMT])
 def test_the_blocks_are_those_of_mae_unless_asked_for_otherwise(kind: Any) -> None:
     config = kind.Config()
-    assert (config.decoder_mlp_ratio, config.decoder_norm_eps, config.decoder_qkv_bias) == (4.0, 1e-6, True)
+    assert (config.decoder_mlp_ratio, config.decoder_norm_eps, config.decoder_qkv_bias) == (
+        4.0,
+        1e-6,
+        True,
+    )
 
 
 def test_a_perceptron_without_hidden_units_is_refused() -> None:
-    with pytest.raises(UserError, match=r"method\.decoder_mlp_ratio=0\.01 .*method\.decoder_embed_dim=16"):
+    with pytest.raises(
+        UserError, match=r"method\.decoder_mlp_ratio=0\.01 .*method\.decoder_embed_dim=16"
+    ):
         Decoder(16, 1, 2, 5, mlp_ratio=0.01)

@@ -8,9 +8,9 @@ import pytest
 import timm.layers
 import torch
 
+from patchmine.backbones.vit import Encoder, build_encoder, encode
 from patchmine.models.droppath import DropPath, draw_drop_paths, seed_drop_paths
-from patchmine.models.vit import Encoder, build_encoder, encode
-from patchmine.ops.noise import Noise
+from patchmine.models.noise import Noise
 
 
 def build(model: str = "beit_base_patch16_224", rate: float = 0.5) -> Encoder:
@@ -71,7 +71,9 @@ def test_a_copy_is_independent_and_nothing_is_drawn_where_nothing_is_dropped() -
     assert all(part.noise is None for part in other.modules() if isinstance(part, DropPath))
 
     class Silent(Noise):
-        def uniform(self, rows: int, *shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        def uniform(
+            self, rows: int, *shape: int, device: torch.device | str = "cpu"
+        ) -> torch.Tensor:
             raise AssertionError("drawn")
 
     draw_drop_paths([], Silent(), torch.zeros(2, 1, 1))

@@ -1,4 +1,6 @@
-"""Heads against their formulas, the search head's fast path against the maps that it does not make, the centre."""
+"""Heads against their formulas, the search head's fast path against the maps that it does not make,
+the centre.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,17 @@ def test_rows_of_the_last_layer_have_the_given_length() -> None:
     layer = WeightNormLinear(8, 5, trainable_gain=True).double()
     with torch.no_grad():
         layer.weight_g.copy_(torch.arange(1.0, 6.0)[:, None])
-    rows = torch.stack([g * v / v.norm() for g, v in zip(layer.weight_g, layer.weight_v, strict=True)])
+    rows = torch.stack(
+        [g * v / v.norm() for g, v in zip(layer.weight_g, layer.weight_v, strict=True)]
+    )
     x = normal(3, 8).double()
     torch.testing.assert_close(layer(x), x @ rows.T)
     old = nn.utils.parametrizations.weight_norm(nn.Linear(8, 5, bias=False).double())
     old.load_state_dict(
-        {"parametrizations.weight.original0": layer.weight_g, "parametrizations.weight.original1": layer.weight_v}
+        {
+            "parametrizations.weight.original0": layer.weight_g,
+            "parametrizations.weight.original1": layer.weight_v,
+        }
     )
     for found, expected in zip(
         torch.autograd.grad(layer(x).square().sum(), [layer.weight_g, layer.weight_v]),
@@ -44,15 +51,24 @@ def test_rows_of_the_last_layer_have_the_given_length() -> None:
 def test_head_of_dino() -> None:
     torch.manual_seed(0)
     head = DinoHead(7, 9, hidden=11, bottleneck=5, trainable_gain=False)
-    assert {name for name, p in head.named_parameters() if not p.requires_grad} == {"last_layer.weight_g"}
-    assert {name.rsplit(".", 1)[0] for name in head.state_dict()} == {"mlp.0", "mlp.2", "mlp.4", "last_layer"}
+    assert {name for name, p in head.named_parameters() if not p.requires_grad} == {
+        "last_layer.weight_g"
+    }
+    assert {name.rsplit(".", 1)[0] for name in head.state_dict()} == {
+        "mlp.0",
+        "mlp.2",
+        "mlp.4",
+        "last_layer",
+    }
     features = normal(4, 7)
     logits = head(features)
     assert logits.shape == (4, 9)
     assert logits.abs().max() <= 1 + 1e-6  # both sides are unit vectors
     hidden = F.gelu(head.mlp[2](F.gelu(head.mlp[0](features))))
     rows = head.last_layer.weight_v / head.last_layer.weight_v.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(logits, F.cosine_similarity(head.mlp[4](hidden)[:, None], rows[None], dim=-1))
+    torch.testing.assert_close(
+        logits, F.cosine_similarity(head.mlp[4](hidden)[:, None], rows[None], dim=-1)
+    )
     copied = copy.deepcopy(head)
     assert torch.equal(copied(features), logits)
 
@@ -72,9 +88,11 @@ def searched_slowly(head: StageHead, maps: Tensor, attention: Tensor) -> Tensor:
 
 
 def test_weighted_maps_without_making_them() -> None:
-    # In float64: batch norms of six rows amplify the rounding of float32, by how much depends on the processor.
+    # In float64: batch norms of six rows amplify the rounding of float32, by how much depends on
+    # the processor.
     head, maps, attention = (
-        part.double() for part in (stage_head(), normal(3, 12, 4, 5).relu(), normal(2, 3, 4, 5, seed=1).sigmoid())
+        part.double()
+        for part in (stage_head(), normal(3, 12, 4, 5).relu(), normal(2, 3, 4, 5, seed=1).sigmoid())
     )
     found = head(maps, attention)
     assert found.shape == (6, 10)
@@ -99,7 +117,10 @@ def test_stage_head_keeps_no_running_statistics(training: bool) -> None:
 
 def head_by_hand(head: StageHead, maps: Tensor) -> Tensor:
     def standard(x: Tensor) -> Tensor:
-        mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
+        mean, variance = (
+            x.mean((0, 2, 3), keepdim=True),
+            x.var((0, 2, 3), keepdim=True, correction=0),
+        )
         return (x - mean) / (variance + 1e-5).sqrt()
 
     y = standard(head.conv2(standard(head.conv1(maps)).relu())).relu()
@@ -114,7 +135,11 @@ def test_one_image_keeps_its_axis() -> None:
 
 
 def test_stage_head_in_bfloat16() -> None:
-    head, maps, attention = stage_head(), normal(3, 12, 4, 4).relu(), normal(2, 3, 4, 4, seed=1).sigmoid()
+    head, maps, attention = (
+        stage_head(),
+        normal(3, 12, 4, 4).relu(),
+        normal(2, 3, 4, 4, seed=1).sigmoid(),
+    )
     exact = head(maps, attention)
     with torch.autocast("cpu", torch.bfloat16):
         rough = head(maps.bfloat16(), attention)

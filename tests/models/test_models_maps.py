@@ -76,7 +76,9 @@ def test_loading_takes_any_number_of_items_but_no_other_grid() -> None:
 def test_two_processes_end_with_the_table_of_one(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
-        subprocess.Popen([sys.executable, "-c", TWO_PROCESSES, str(rank), str(tmp_path)], env=environment)
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(rank), str(tmp_path)], env=environment
+        )
         for rank in (0, 1)
     ]
     assert [process.wait(timeout=200) for process in started] == [0, 0]

@@ -1,4 +1,6 @@
-"""The stock block under a causal mask, and the block of queries, against what they are written out from."""
+"""The stock block under a causal mask, and the block of queries, against what they are written out
+from.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from patchmine.models.streams import QueryBlock, content_block, only_looking
 )
 def test_a_stock_block_without_limits_is_itself(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=4, **options)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=4, **options
+    )
     block = vit.blocks[0].eval()
     tokens = torch.randn(2, 7, 32)
     everyone = torch.ones(1, 1, 7, 7, dtype=torch.bool)
@@ -28,13 +32,17 @@ def test_a_stock_block_without_limits_is_itself(options: dict[str, Any]) -> None
 
 def test_causal_without_a_mask_is_the_lower_triangle() -> None:
     torch.manual_seed(0)
-    block = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=4).blocks[0]
+    block = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=1, num_heads=4
+    ).blocks[0]
     tokens = torch.randn(2, 7, 32)
     lower = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
     torch.testing.assert_close(content_block(block, tokens), content_block(block, tokens, lower))
     # Each row is what the whole block makes of the rows until then.
     for row in range(7):
-        torch.testing.assert_close(content_block(block, tokens)[:, row], block(tokens[:, : row + 1])[:, row])
+        torch.testing.assert_close(
+            content_block(block, tokens)[:, row], block(tokens[:, : row + 1])[:, row]
+        )
 
 
 def slow_query_block(block: QueryBlock, queries: Tensor, content: Tensor) -> Tensor:

@@ -39,7 +39,9 @@ def test_its_norms_see_its_own_batch_and_nothing_else_trains() -> None:
     method.train()
     assert [part.training for part in net] == [False, True, False, False]
     first, norm = net[0](images), net[1]
-    expected = (first - first.mean((0, 2, 3), keepdim=True)) / (first.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt()
+    expected = (first - first.mean((0, 2, 3), keepdim=True)) / (
+        first.var((0, 2, 3), False, keepdim=True) + 1e-5
+    ).sqrt()
     torch.testing.assert_close(net(images), net[3](expected))
     torch.testing.assert_close(norm.running_mean, 0.1 * first.mean((0, 2, 3)))
     method.eval()

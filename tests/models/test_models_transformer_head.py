@@ -7,16 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.models.positions import resize_positions
+from patchmine.backbones.positions import resize_positions
+from patchmine.backbones.vit import build_encoder
 from patchmine.models.transformer_head import TransformerHead, draw_dino_weights
-from patchmine.models.vit import build_encoder
 
 IMAGES, QUERIES = 2, 3
 
 
 def head(*, project: bool) -> TransformerHead:
     torch.manual_seed(0)
-    made = TransformerHead(10 if project else 12, 12, (4, 4), 7, depth=2, num_heads=3, project=project)
+    made = TransformerHead(
+        10 if project else 12, 12, (4, 4), 7, depth=2, num_heads=3, project=project
+    )
     with torch.no_grad():  # first weights are so small that attention is even
         for block in made.blocks:
             block.attn.qkv.weight *= 30
@@ -30,8 +32,11 @@ def inputs(*, project: bool) -> tuple[Tensor, Tensor]:
     return maps, torch.randn(QUERIES * IMAGES, 12, generator=generator)
 
 
-def slow(module: TransformerHead, maps: Tensor, queries: Tensor, *, heeded: bool = True) -> tuple[Tensor, Tensor]:
-    """Row by row, every query with its own copy of the map; ``heeded=False``: tokens cannot attend to it.
+def slow(
+    module: TransformerHead, maps: Tensor, queries: Tensor, *, heeded: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Row by row, every query with its own copy of the map; ``heeded=False``: tokens cannot attend
+    to it.
 
     Logits (J * N, K) and the attention of the tokens to the query (J * N, n).
     """
@@ -40,7 +45,9 @@ def slow(module: TransformerHead, maps: Tensor, queries: Tensor, *, heeded: bool
         one = maps[row % IMAGES][None]
         if module.patch_embed is not None:
             one = F.conv2d(one, module.patch_embed.weight, module.patch_embed.bias)
-        tokens = one.flatten(2).transpose(1, 2) + resize_positions(module.pos_embed[0], (4, 4), (3, 4))
+        tokens = one.flatten(2).transpose(1, 2) + resize_positions(
+            module.pos_embed[0], (4, 4), (3, 4)
+        )
         tokens = torch.cat([query[None, None], tokens], dim=1)
         seen = []
         for block in module.blocks:
@@ -63,7 +70,9 @@ def test_every_query_with_its_own_image(project: bool) -> None:
     module, (maps, queries) = head(project=project), inputs(project=project)
     expected, shares = slow(module, maps, queries)
     torch.testing.assert_close(module(maps, queries), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(module.attention_to_query(maps, queries), shares, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        module.attention_to_query(maps, queries), shares, atol=1e-6, rtol=1e-5
+    )
     assert shares.std() > 1e-3  # or the comparison says nothing
 
 
@@ -79,7 +88,9 @@ def test_a_query_acts_through_attention_and_nothing_else() -> None:
 def test_a_query_is_the_mean_of_the_projected_map() -> None:
     module, (maps, _) = head(project=True), inputs(project=True)
     assert module.patch_embed is not None
-    torch.testing.assert_close(module.query(maps.mean(dim=(2, 3))), module.patch_embed(maps).mean(dim=(2, 3)))
+    torch.testing.assert_close(
+        module.query(maps.mean(dim=(2, 3))), module.patch_embed(maps).mean(dim=(2, 3))
+    )
     pooled = torch.randn(2, 12)
     assert head(project=False).query(pooled) is pooled
 
@@ -102,14 +113,16 @@ def test_logits_are_exact_under_autocast() -> None:
 
 def test_a_vit_starts_as_dinos() -> None:
     args = dict(embed_dim=48, depth=2, num_heads=2)
-    encoder = build_encoder("vit_tiny_patch16_224", image_size=(32, 32), patch_size=4, model_args=args)
+    encoder = build_encoder(
+        "vit_tiny_patch16_224", image_size=(32, 32), patch_size=4, model_args=args
+    )
     torch.manual_seed(0)
     draw_dino_weights(encoder)
     for name, parameter in encoder.named_parameters():
         if "norm" in name:
-            assert torch.equal(parameter, torch.ones_like(parameter) if name.endswith("weight") else 0 * parameter), (
-                name
-            )
+            assert torch.equal(
+                parameter, torch.ones_like(parameter) if name.endswith("weight") else 0 * parameter
+            ), name
         elif name.endswith("bias") and "patch_embed" not in name:
             assert not parameter.any(), name
         elif parameter.numel() > 1000 and "patch_embed" not in name:

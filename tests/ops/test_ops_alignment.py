@@ -1,4 +1,6 @@
-"""A map of a whole image follows the crop: against averages over pixels, and against what the loader really cut out."""
+"""A map of a whole image follows the crop: against averages over pixels, and against what the
+loader really cut out.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.data.normalise import normalise
-from patchmine.data.views import TrainView, crop_box
+from patchmine.data.views.images import TrainView, crop_box
+from patchmine.data.views.normalise import normalise
 from patchmine.ops.alignment import align, attention_map
 from patchmine.types import Batch, Grid
 
-GRID = Grid((6, 4), (4, 8))  # rows and columns, and sides of a patch, that cannot be mistaken for each other
-SIZES = [(48, 32), (37, 51), (90, 20), (20, 90), (7, 9)]  # of originals; the narrow ones need the centred crop
+GRID = Grid(
+    (6, 4), (4, 8)
+)  # rows and columns, and sides of a patch, that cannot be mistaken for each other
+SIZES = [
+    (48, 32),
+    (37, 51),
+    (90, 20),
+    (20, 90),
+    (7, 9),
+]  # of originals; the narrow ones need the centred crop
 
 
 def random_maps(count: int, seed: int = 0) -> Tensor:
@@ -27,25 +37,35 @@ def crops(count: int) -> list[tuple[tuple[int, int], tuple[int, int, int, int], 
     found = []
     for number in range(count):
         size = SIZES[number % len(SIZES)]
-        found.append((size, crop_box(*size, (0.2, 1.0), (3 / 4, 4 / 3), generator), bool(number % 3 == 0)))
+        found.append(
+            (size, crop_box(*size, (0.2, 1.0), (3 / 4, 4 / 3), generator), bool(number % 3 == 0))
+        )
     return found
 
 
-def fractions(cut: list[tuple[tuple[int, int], tuple[int, int, int, int], bool]]) -> tuple[Tensor, Tensor]:
+def fractions(
+    cut: list[tuple[tuple[int, int], tuple[int, int, int, int], bool]],
+) -> tuple[Tensor, Tensor]:
     boxes = torch.tensor([[t / h, x / w, bh / h, bw / w] for (h, w), (t, x, bh, bw), _ in cut])
     return boxes, torch.tensor([flip for _, _, flip in cut])
 
 
 def test_area_is_the_average_over_pixels() -> None:
-    """Every pixel is cut into as many as the grid has rows and columns, so that no patch and no cell cuts one."""
+    """Every pixel is cut into as many as the grid has rows and columns, so that no patch and no
+    cell cuts one.
+    """
     cut = crops(60)
     maps = random_maps(len(cut))
     found = align(maps, GRID, *fractions(cut))
     rows, columns = GRID.size
     for number, ((height, width), (top, left, box_height, box_width), flip) in enumerate(cut):
         cells = maps[number].double().reshape(GRID.size)
-        pixels = cells.repeat_interleave(height, 0).repeat_interleave(width, 1)  # (height * rows, width * columns)
-        crop = pixels[top * rows : (top + box_height) * rows, left * columns : (left + box_width) * columns]
+        pixels = cells.repeat_interleave(height, 0).repeat_interleave(
+            width, 1
+        )  # (height * rows, width * columns)
+        crop = pixels[
+            top * rows : (top + box_height) * rows, left * columns : (left + box_width) * columns
+        ]
         crop = crop.flip(1) if flip else crop
         expected = F.avg_pool2d(crop[None, None], (box_height, box_width)).flatten()
         torch.testing.assert_close(found[number].double(), expected, atol=2e-6, rtol=0)
@@ -62,7 +82,10 @@ def test_resized_cells_against_interpolate(how: str) -> None:
     for number, ((height, width), (top, left, box_height, box_width), flip) in enumerate(cut):
         if how == "bilinear":
             first = [top * rows // height, left * columns // width]
-            last = [-(-(top + box_height) * rows // height), -(-(left + box_width) * columns // width)]
+            last = [
+                -(-(top + box_height) * rows // height),
+                -(-(left + box_width) * columns // width),
+            ]
         else:
             first = [0, 0]
             last = [(top + box_height) // height + 2, (left + box_width) // width + 2]
@@ -77,7 +100,9 @@ def test_the_whole_image_keeps_its_map() -> None:
     maps, whole = random_maps(3), torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(3, 4)
     kept, mirrored = (align(maps, GRID, whole, torch.full((3,), flip)) for flip in (False, True))
     torch.testing.assert_close(kept, maps, atol=1e-6, rtol=0)
-    torch.testing.assert_close(mirrored.reshape(3, *GRID.size).flip(2).flatten(1), maps, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        mirrored.reshape(3, *GRID.size).flip(2).flatten(1), maps, atol=1e-6, rtol=0
+    )
 
 
 def test_mirroring_the_image_and_the_box_is_mirroring_the_weights() -> None:
@@ -86,7 +111,9 @@ def test_mirroring_the_image_and_the_box_is_mirroring_the_weights() -> None:
     mirrored = maps.reshape(-1, *GRID.size).flip(2).flatten(1)
     other_side = torch.stack([box[:, 0], 1 - box[:, 1] - box[:, 3], box[:, 2], box[:, 3]], dim=1)
     straight = align(maps, GRID, box, torch.ones(20).bool())
-    torch.testing.assert_close(straight, align(mirrored, GRID, other_side, torch.zeros(20).bool()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        straight, align(mirrored, GRID, other_side, torch.zeros(20).bool()), atol=1e-5, rtol=0
+    )
 
 
 def test_one_cell_reaches_only_patches_that_show_it() -> None:
@@ -94,14 +121,22 @@ def test_one_cell_reaches_only_patches_that_show_it() -> None:
     cell = torch.zeros(1, *GRID.size)
     cell[0, 2, 1] = 1.0
     weights = align(cell.flatten(1), GRID, box, torch.tensor([False])).reshape(GRID.size)
-    assert torch.equal(weights > 0, torch.tensor([[0], [1], [1], [0], [0], [0]]).bool() & (torch.arange(4) < 2))
-    assert weights.sum().item() == pytest.approx(4.0)  # the cell is four patches large: 2 rows of them, 2 columns
+    assert torch.equal(
+        weights > 0, torch.tensor([[0], [1], [1], [0], [0], [0]]).bool() & (torch.arange(4) < 2)
+    )
+    assert weights.sum().item() == pytest.approx(
+        4.0
+    )  # the cell is four patches large: 2 rows of them, 2 columns
 
 
 def test_what_the_loader_cuts_out_is_what_is_aligned() -> None:
-    """A picture of the map itself goes through the real crop and mirror; its patches then have the weights' values."""
+    """A picture of the map itself goes through the real crop and mirror; its patches then have the
+    weights' values.
+    """
     maps = (random_maps(12) * 255).round() / 255
-    view = TrainView((GRID.size[0] * GRID.patch[0], GRID.size[1] * GRID.patch[1]), interpolation="bilinear")
+    view = TrainView(
+        (GRID.size[0] * GRID.patch[0], GRID.size[1] * GRID.patch[1]), interpolation="bilinear"
+    )
     pixels, boxes, flips = [], [], []
     for number, cells in enumerate(maps.reshape(-1, 1, *GRID.size)):
         picture = cells.repeat_interleave(40, 1).repeat_interleave(30, 2)

@@ -33,6 +33,8 @@ def test_autocast_does_not_touch_it() -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     matrix = blur_matrix(32, 9, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(blurred(images, matrix, matrix), blurred(images.double().float(), matrix, matrix))
+        assert torch.equal(
+            blurred(images, matrix, matrix), blurred(images.double().float(), matrix, matrix)
+        )
         assert blurred(images, matrix, matrix).dtype == torch.float32
     torch.testing.assert_close(blurred(images, matrix, matrix), matrix @ images @ matrix.T)

@@ -51,7 +51,9 @@ def test_views_against_pairs(views: int, terms: int) -> None:
 
 
 def test_a_view_is_never_its_own_target() -> None:
-    targets = torch.eye(PROTOTYPES)[:2]  # one image: view 0 must say prototype 1, view 1 prototype 0
+    targets = torch.eye(PROTOTYPES)[
+        :2
+    ]  # one image: view 0 must say prototype 1, view 1 prototype 0
     right = 5 * targets.flip(0)
     assert view_cross_entropy(right, targets) < 1e-6
     assert view_cross_entropy(5 * targets, targets) > 10
@@ -60,8 +62,12 @@ def test_a_view_is_never_its_own_target() -> None:
 def test_constant_students_pay_the_logarithm() -> None:
     targets = normal(2 * IMAGES, PROTOTYPES).softmax(-1)
     constant = torch.ones(5 * IMAGES, PROTOTYPES)
-    assert view_cross_entropy(constant, targets).item() == pytest.approx(math.log(PROTOTYPES), rel=1e-6)
-    assert search_cross_entropy(constant[:6], targets).item() == pytest.approx(math.log(PROTOTYPES), rel=1e-6)
+    assert view_cross_entropy(constant, targets).item() == pytest.approx(
+        math.log(PROTOTYPES), rel=1e-6
+    )
+    assert search_cross_entropy(constant[:6], targets).item() == pytest.approx(
+        math.log(PROTOTYPES), rel=1e-6
+    )
 
 
 def test_the_order_of_local_views_does_not_matter() -> None:
@@ -69,7 +75,8 @@ def test_the_order_of_local_views_does_not_matter() -> None:
     targets = normal(2 * IMAGES, PROTOTYPES, seed=1).softmax(-1)
     shuffled = student[[0, 1, 4, 2, 5, 3]]
     torch.testing.assert_close(
-        view_cross_entropy(shuffled.flatten(0, 1), targets), view_cross_entropy(student.flatten(0, 1), targets)
+        view_cross_entropy(shuffled.flatten(0, 1), targets),
+        view_cross_entropy(student.flatten(0, 1), targets),
     )
 
 
@@ -89,7 +96,9 @@ def test_targets_are_centred_sharp_and_constant() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_logits_of_half_precision(dtype: torch.dtype) -> None:
-    """Rounded logits give the loss of the rounded numbers: nothing is lost on the way to the temperature."""
+    """Rounded logits give the loss of the rounded numbers: nothing is lost on the way to the
+    temperature.
+    """
     student, teacher = (20 * normal(rows, PROTOTYPES, seed=rows).to(dtype) for rows in (9, 6))
     with torch.autocast("cpu", torch.bfloat16):
         targets = sharpen(teacher, torch.zeros(PROTOTYPES), 0.04)
@@ -98,7 +107,10 @@ def test_large_logits_of_half_precision(dtype: torch.dtype) -> None:
     assert targets.dtype == torch.float32
     for value, expected in zip(
         rough,
-        (view_cross_entropy(student.float(), exact), search_cross_entropy(student[:6].float(), exact)),
+        (
+            view_cross_entropy(student.float(), exact),
+            search_cross_entropy(student[:6].float(), exact),
+        ),
         strict=True,
     ):
         assert value.dtype == torch.float32
@@ -141,7 +153,9 @@ def test_temperature_of_the_teacher(epoch: int, epochs: int, warmup: int, expect
 
 def test_entropy_sees_a_single_winner() -> None:
     assert mean_entropy(torch.full((4, PROTOTYPES), 1 / PROTOTYPES)).item() == pytest.approx(1)
-    assert mean_entropy(torch.eye(PROTOTYPES)).item() == pytest.approx(1)  # each row sure, all together even
+    assert mean_entropy(torch.eye(PROTOTYPES)).item() == pytest.approx(
+        1
+    )  # each row sure, all together even
     assert mean_entropy(torch.eye(PROTOTYPES)[:1].expand(4, -1)).item() == 0
 
 

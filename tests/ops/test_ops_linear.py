@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from patchmine.ops.linear import OneDnnLinear, onednn_linear, onednn_usable
+from patchmine.models.onednn import OneDnnLinear, onednn_linear, onednn_usable
 
-pytestmark = pytest.mark.skipif(not onednn_usable(), reason="this build of torch has no oneDNN product")
+pytestmark = pytest.mark.skipif(
+    not onednn_usable(), reason="this build of torch has no oneDNN product"
+)
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (2, 3, 4, 12)])
@@ -46,7 +48,9 @@ def test_mode_takes_over_stock_layers_and_only_those_it_can_do() -> None:
     layer = nn.Linear(4, 4)
     with OneDnnLinear():
         assert type(layer(torch.randn(2, 4)).grad_fn).__name__ == "_LinearBackward"
-        by_name = nn.functional.linear(torch.randn(2, 4), weight=layer.weight, bias=layer.bias)  # as timm's Beit does
+        by_name = nn.functional.linear(
+            torch.randn(2, 4), weight=layer.weight, bias=layer.bias
+        )  # as timm's Beit does
         assert type(by_name.grad_fn).__name__ == "_LinearBackward"
         assert layer.double()(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
         with torch.autocast("cpu", torch.bfloat16):

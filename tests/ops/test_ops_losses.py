@@ -22,7 +22,9 @@ from patchmine.ops.losses import (
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).float()
 
 
 def slow_ranking(predicted: Tensor, error: Tensor) -> Tensor:
@@ -36,7 +38,9 @@ def slow_ranking(predicted: Tensor, error: Tensor) -> Tensor:
 def test_ranking_against_all_pairs(data: st.DataObject) -> None:
     batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 40))
     seed, scale = data.draw(st.integers(0, 2**16)), data.draw(st.sampled_from([0.1, 1.0, 6.0]))
-    error = (normal(seed, batch, length) * data.draw(st.sampled_from([1.0, 1000.0]))).round()  # with and without ties
+    error = (
+        normal(seed, batch, length) * data.draw(st.sampled_from([1.0, 1000.0]))
+    ).round()  # with and without ties
     values = []
     for loss in (slow_ranking, relative_difficulty_loss):
         predicted = (normal(seed + 1, batch, length) * scale).requires_grad_()
@@ -55,19 +59,29 @@ def test_ranking_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranking_of_clips_fits_into_little_memory() -> None:
-    """32 clips with 1408 masked cubes: a tensor over all pairs would take 254 MB, and the graph of it 1.5 GB."""
-    predicted = torch.zeros(32, 1408, device="meta", requires_grad=True)  # memory is counted, nothing is worked out
+    """32 clips with 1408 masked cubes: a tensor over all pairs would take 254 MB, and the graph of
+    it 1.5 GB.
+    """
+    predicted = torch.zeros(
+        32, 1408, device="meta", requires_grad=True
+    )  # memory is counted, nothing is worked out
     error = torch.zeros(32, 1408, device="meta")
-    peak = peak_bytes(lambda: relative_difficulty_loss(predicted, error).backward(), torch.device("cpu"))
+    peak = peak_bytes(
+        lambda: relative_difficulty_loss(predicted, error).backward(), torch.device("cpu")
+    )
     assert 10e6 < peak < 100e6
 
 
 def test_ranking_sees_the_order_of_errors_only() -> None:
     predicted, error = normal(0, 2, 30), normal(1, 2, 30)
     value = relative_difficulty_loss(predicted, error)
-    torch.testing.assert_close(relative_difficulty_loss(predicted + 7.0, error), value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        relative_difficulty_loss(predicted + 7.0, error), value, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(relative_difficulty_loss(predicted, error.exp() * 3 + 2), value)
-    assert relative_difficulty_loss(torch.zeros_like(predicted), error).item() == pytest.approx(math.log(2), abs=1e-5)
+    assert relative_difficulty_loss(torch.zeros_like(predicted), error).item() == pytest.approx(
+        math.log(2), abs=1e-5
+    )
 
 
 def test_nothing_to_rank_is_no_loss() -> None:
@@ -99,7 +113,9 @@ def test_swapping_images_swaps_gradients() -> None:
 def test_absolute_loss_is_blind_to_affine_maps_of_the_error(scale: float, shift: float) -> None:
     predicted, error = normal(0, 2, 30), normal(1, 2, 30) * 3
     value = absolute_difficulty_loss(predicted, error)
-    torch.testing.assert_close(absolute_difficulty_loss(predicted, error * scale + shift), value, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        absolute_difficulty_loss(predicted, error * scale + shift), value, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_absolute_loss_by_its_definition() -> None:
@@ -131,13 +147,17 @@ def test_losses_are_float32_under_autocast() -> None:
 
 
 def test_absolute_error_against_a_mask_over_pixels() -> None:
-    """SimMIM's words: whole images, a mask of one channel repeated to pixels, 1e-5, divided by the channels."""
+    """SimMIM's words: whole images, a mask of one channel repeated to pixels, 1e-5, divided by the
+    channels.
+    """
     images, painted = normal(1, 2, 3, 4, 8), normal(2, 2, 3, 4, 8).requires_grad_()
     hidden = torch.zeros(2, 1, 4, 8)
     for row, column in ((0, 4), (1, 0)):
         hidden[row, 0, :, column : column + 4] = 1  # one of two patches of 4 x 4 in each image
     slow = ((images - painted).abs() * hidden).sum() / (hidden.sum() + 1e-5) / 3
-    parts = [torch.stack([x[0, :, :, 4:], x[1, :, :, :4]]).flatten(1)[:, None] for x in (painted, images)]
+    parts = [
+        torch.stack([x[0, :, :, 4:], x[1, :, :, :4]]).flatten(1)[:, None] for x in (painted, images)
+    ]
     fast = masked_absolute_error(*parts, 3)
     assert fast.item() == pytest.approx(slow.item(), rel=1e-6)
     (slope,) = torch.autograd.grad(fast, painted)

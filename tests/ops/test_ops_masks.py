@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from patchmine.models.noise import Noise
 from patchmine.ops.masks import (
     count_positions,
     count_visible,
@@ -19,7 +20,6 @@ from patchmine.ops.masks import (
     tubes,
     weighted_order,
 )
-from patchmine.ops.noise import Noise
 from patchmine.types import Grid, Mask
 
 
@@ -27,8 +27,12 @@ def uniform(seed: int, *shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_mask(noise: np.ndarray, difficulty: np.ndarray, num_hard: int, num_visible: int) -> np.ndarray:
-    """HPM's words, one image at a time: mask the hardest, shuffle the others, show the first of them."""
+def slow_mask(
+    noise: np.ndarray, difficulty: np.ndarray, num_hard: int, num_visible: int
+) -> np.ndarray:
+    """HPM's words, one image at a time: mask the hardest, shuffle the others, show the first of
+    them.
+    """
     rows = []
     for row, hard in zip(noise, difficulty, strict=True):
         hardest = np.argsort(hard, kind="stable")[len(hard) - num_hard :]
@@ -56,7 +60,9 @@ def test_count_truncates_as_published(length: int, ratio: float) -> None:
     assert count_visible(length, ratio) == int(length * (1 - ratio))
 
 
-@pytest.mark.parametrize(("length", "ratio", "expected"), [(196, 0.75, 49), (100, 0.9, 9), (400, 0.8, 79)])
+@pytest.mark.parametrize(
+    ("length", "ratio", "expected"), [(196, 0.75, 49), (100, 0.9, 9), (400, 0.8, 79)]
+)
 def test_count_on_binary_floats(length: int, ratio: float, expected: int) -> None:
     assert count_visible(length, ratio) == expected
 
@@ -81,7 +87,12 @@ def test_random_mask(seed: int) -> None:
     noise = uniform(seed, 3, 49)
     mask = lowest_visible(noise, 12)
     check(mask, 3, 49, 12)
-    assert noise.gather(1, mask.visible).max(dim=1).values.lt(noise.gather(1, mask.masked).min(dim=1).values).all()
+    assert (
+        noise.gather(1, mask.visible)
+        .max(dim=1)
+        .values.lt(noise.gather(1, mask.masked).min(dim=1).values)
+        .all()
+    )
     assert not torch.equal(mask.visible[0], mask.visible[1])
 
 
@@ -89,7 +100,8 @@ def test_bfloat16_difficulty_breaks_ties_as_float32_does() -> None:
     difficulty = torch.tensor([[1.0, 1.0, 2.0, 1.0]], dtype=torch.bfloat16)
     noise = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     assert torch.equal(
-        hard_masked(noise, difficulty, 2, 1).as_bool(), hard_masked(noise, difficulty.float(), 2, 1).as_bool()
+        hard_masked(noise, difficulty, 2, 1).as_bool(),
+        hard_masked(noise, difficulty.float(), 2, 1).as_bool(),
     )
 
 
@@ -101,9 +113,13 @@ def test_patches_that_are_not_hard_are_visible_alike() -> None:
     assert shown[-num_hard:].sum() == 0
     easy = length - num_hard
     expected = batch * num_visible / easy
-    # Given the total, (observed - expected)^2 / (expected (1 - p)) summed is chi-square with easy - 1 degrees of
-    # freedom.
-    spread = ((shown[:easy] - expected) ** 2 / (expected * (1 - num_visible / easy))).sum() * (easy - 1) / easy
+    # Given the total, (observed - expected)^2 / (expected (1 - p)) summed is chi-square with easy -
+    # 1 degrees of freedom.
+    spread = (
+        ((shown[:easy] - expected) ** 2 / (expected * (1 - num_visible / easy))).sum()
+        * (easy - 1)
+        / easy
+    )
     assert spread < 34.5  # 99.9 % point for 13 degrees
 
 
@@ -126,7 +142,9 @@ def test_noise_is_a_function_of_seed_step_and_row() -> None:
     assert torch.equal(torch.cat(parts), everything)
     whole.begin(9, 0, 8)
     assert torch.equal(whole.uniform(8, 5), everything)
-    assert not torch.equal(whole.uniform(8, 5), everything)  # a second draw of the same step is another one
+    assert not torch.equal(
+        whole.uniform(8, 5), everything
+    )  # a second draw of the same step is another one
     whole.begin(10, 0, 8)
     assert not torch.equal(whole.uniform(8, 5), everything)
     other = Noise(seed=5)
@@ -135,7 +153,8 @@ def test_noise_is_a_function_of_seed_step_and_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "per_unit"), [((6, 4), (2, 2)), ((4, 6), (1, 3)), ((3, 5), (1, 1)), ((2, 4, 6), (2, 2, 3))]
+    ("size", "per_unit"),
+    [((6, 4), (2, 2)), ((4, 6), (1, 3)), ((3, 5), (1, 1)), ((2, 4, 6), (2, 2, 3))],
 )
 def test_units_against_a_repeated_mask(size: tuple[int, ...], per_unit: tuple[int, ...]) -> None:
     """The obvious way: a picture of zeros and ones, one number a unit, enlarged to the patches."""
@@ -199,9 +218,15 @@ def test_the_first_is_drawn_in_proportion() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "visible"), [(0.9, 20), (0.75, 49), (0.5, 98)])
-def test_clips_truncate_what_is_masked_and_images_what_is_visible(ratio: float, visible: int) -> None:
+def test_clips_truncate_what_is_masked_and_images_what_is_visible(
+    ratio: float, visible: int
+) -> None:
     assert count_positions(Grid((8, 14, 14), (2, 16, 16)), ratio) == visible
-    assert count_positions(Grid((14, 14), (16, 16)), ratio) == int(196 * (1 - ratio)) == count_visible(196, ratio)
+    assert (
+        count_positions(Grid((14, 14), (16, 16)), ratio)
+        == int(196 * (1 - ratio))
+        == count_visible(196, ratio)
+    )
 
 
 def test_tubes_repeat_places_at_every_time() -> None:

@@ -48,7 +48,11 @@ def test_an_order_is_a_permutation_and_levels_never_fall(order: Order) -> None:
 
 def test_row_by_row() -> None:
     assert grid(patch_levels("rowmajor", (2, 3), None, CPU), (2, 3)) == [[0, 1, 2], [3, 4, 5]]
-    assert grid(patch_levels("serpentine", (3, 3), None, CPU), (3, 3)) == [[0, 1, 2], [5, 4, 3], [6, 7, 8]]
+    assert grid(patch_levels("serpentine", (3, 3), None, CPU), (3, 3)) == [
+        [0, 1, 2],
+        [5, 4, 3],
+        [6, 7, 8],
+    ]
 
 
 def test_boxes_about_the_middle() -> None:
@@ -104,7 +108,9 @@ def test_neighbouring_noise_far_from_the_centre_is_told_apart() -> None:
 
 def test_close_similarities_keep_their_order() -> None:
     similarity = 0.995 + torch.arange(L)[None] * 1e-7
-    visited = visiting_order("similarity", patch_levels("similarity", SIZE, similarity, CPU), uniform(1, L))
+    visited = visiting_order(
+        "similarity", patch_levels("similarity", SIZE, similarity, CPU), uniform(1, L)
+    )
     assert (similarity.gather(1, visited).diff(dim=1) <= 0).all()
 
 
@@ -129,7 +135,11 @@ def test_equal_scores_see_each_other_as_content_only() -> None:
         [True, False, True, False],
         [True, True, True, True],
     ]
-    assert query[0].tolist() == [[True, False, True, False], [True, False, False, False], [True, False, True, False]]
+    assert query[0].tolist() == [
+        [True, False, True, False],
+        [True, False, False, False],
+        [True, False, True, False],
+    ]
 
 
 def test_sorted_strict_scores_are_the_lower_triangle() -> None:

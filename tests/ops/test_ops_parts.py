@@ -32,9 +32,15 @@ def uniform(seed: int, *shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def slow_losses(pred: Tensor, target: Tensor, part: Tensor, num_used: int, distance: str) -> list[Tensor]:
-    """The definition: a mask for each part, a loop over pairs, each side held fixed once; (N, U, L, P), (N, L, P)."""
-    mask = torch.stack([part != k for k in range(num_used)], dim=1)[..., None].float()  # (N, U, L, 1)
+def slow_losses(
+    pred: Tensor, target: Tensor, part: Tensor, num_used: int, distance: str
+) -> list[Tensor]:
+    """The definition: a mask for each part, a loop over pairs, each side held fixed once; (N, U, L,
+    P), (N, L, P).
+    """
+    mask = torch.stack([part != k for k in range(num_used)], dim=1)[
+        ..., None
+    ].float()  # (N, U, L, 1)
     error = (mask * (pred - target[:, None]).square()).sum() / (mask.sum() * pred.shape[-1])
     total, apart, count = pred.new_zeros(()), pred.new_zeros(()), 0.0
     for i, j in combinations(range(num_used), 2):
@@ -55,7 +61,9 @@ def lined_up(pred: Tensor, parts: Tensor, num_used: int) -> Tensor:
 
 
 def drawn(num_parts: int, num_used: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(predictions (N, U, L, P), targets (N, L, P), parts (N, K, V), part of each patch (N, L)) at random."""
+    """(predictions (N, U, L, P), targets (N, L, P), parts (N, K, V), part of each patch (N, L)) at
+    random.
+    """
     patches = num_parts * 3
     parts = split_parts(uniform(seed, 2, patches), num_parts)
     part = torch.zeros(2, patches, dtype=torch.int64)
@@ -63,7 +71,9 @@ def drawn(num_parts: int, num_used: int, seed: int = 0) -> tuple[Tensor, Tensor,
     return normal(seed + 1, 2, num_used, patches, 5), normal(seed + 2, 2, patches, 5), parts, part
 
 
-def fast_losses(pred: Tensor, target: Tensor, parts: Tensor, distance: Literal["l1", "l2"]) -> tuple[Tensor, ...]:
+def fast_losses(
+    pred: Tensor, target: Tensor, parts: Tensor, distance: Literal["l1", "l2"]
+) -> tuple[Tensor, ...]:
     wide = parts.flatten(1)[..., None].expand(-1, -1, target.shape[-1])
     own = target.gather(1, wide).unflatten(1, parts.shape[1:])
     return parts_losses(lined_up(pred, parts, pred.shape[1]), own, pred.shape[1], distance)
@@ -80,7 +90,9 @@ def test_parts_are_disjoint_and_complete(num_parts: int) -> None:
     assert torch.equal(masks.sum(dim=1), torch.full((5, 24), num_parts - 1.0))
     assert (masks.gather(2, parts) == 0).all()
     for i, j in combinations(range(num_parts), 2):
-        assert torch.equal((masks[:, i] * masks[:, j]).sum(dim=1), torch.full((5,), 24 - 2 * 24 / num_parts))
+        assert torch.equal(
+            (masks[:, i] * masks[:, j]).sum(dim=1), torch.full((5,), 24 - 2 * 24 / num_parts)
+        )
 
 
 def test_every_part_is_drawn_uniformly() -> None:
@@ -99,7 +111,9 @@ def test_predictions_of_a_patch_come_together(num_parts: int, num_used: int) -> 
     _, _, parts, _ = drawn(num_parts, num_used)
     patch = torch.arange(num_parts * 3).expand(2, num_used, -1)[..., None]
     part = torch.arange(num_used)[None, :, None, None].expand_as(patch)
-    blocks = lined_up(torch.cat([patch, part], dim=-1), parts, num_used)  # (N, U * M, V, [patch, who says it])
+    blocks = lined_up(
+        torch.cat([patch, part], dim=-1), parts, num_used
+    )  # (N, U * M, V, [patch, who says it])
     askers = [[k for k in range(num_used) if k != seen] for seen in range(num_parts)]
     start = 0
     for seen, who in enumerate(askers):
@@ -113,7 +127,9 @@ def test_predictions_of_a_patch_come_together(num_parts: int, num_used: int) -> 
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 @pytest.mark.parametrize(("num_parts", "num_used"), DIVISIONS)
 @pytest.mark.parametrize("ties", [False, True])
-def test_losses_against_the_loop(num_parts: int, num_used: int, distance: Literal["l1", "l2"], ties: bool) -> None:
+def test_losses_against_the_loop(
+    num_parts: int, num_used: int, distance: Literal["l1", "l2"], ties: bool
+) -> None:
     pred, target, parts, part = drawn(num_parts, num_used)
     if ties:
         pred = pred.round()  # so that sign(0) = 0 matters
@@ -121,13 +137,17 @@ def test_losses_against_the_loop(num_parts: int, num_used: int, distance: Litera
     for fast in (False, True):
         leaf = pred.clone().requires_grad_()
         found = (
-            fast_losses(leaf, target, parts, distance) if fast else slow_losses(leaf, target, part, num_used, distance)
+            fast_losses(leaf, target, parts, distance)
+            if fast
+            else slow_losses(leaf, target, part, num_used, distance)
         )
         (found[0] + 0.7 * found[1]).backward()
         results.append(([value.detach() for value in found], leaf.grad))
     (slow, slow_grad), (quick, quick_grad) = results
     torch.testing.assert_close(quick[0], slow[0])
-    torch.testing.assert_close(2 * quick[1], slow[1])  # the definition counts each pair twice, with the same gradient
+    torch.testing.assert_close(
+        2 * quick[1], slow[1]
+    )  # the definition counts each pair twice, with the same gradient
     torch.testing.assert_close(quick[2], slow[2])
     torch.testing.assert_close(quick_grad, slow_grad, atol=1e-6, rtol=1e-5)
 
@@ -154,7 +174,9 @@ def test_counting_is_max_less_min_for_three_and_the_sorted_form_without_ties() -
 
 
 def test_agreement_moves_no_mean() -> None:
-    """The pull of consistency on the predictions of one patch adds up to nothing; equal predictions are not pulled."""
+    """The pull of consistency on the predictions of one patch adds up to nothing; equal predictions
+    are not pulled.
+    """
     balance = rank_balance(normal(0, 2, 4, 6, 5, 6).round())
     assert not balance.sum(dim=2).any()
     assert not rank_balance(torch.ones(1, 2, 3, 4, 5)).any()
@@ -170,7 +192,9 @@ def test_names_of_parts_do_not_matter() -> None:
     pred, target, parts, _ = drawn(5, 5)
     order = torch.tensor([3, 0, 4, 1, 2])
     for first, second in zip(
-        fast_losses(pred, target, parts, "l1"), fast_losses(pred[:, order], target, parts[:, order], "l1"), strict=True
+        fast_losses(pred, target, parts, "l1"),
+        fast_losses(pred[:, order], target, parts[:, order], "l1"),
+        strict=True,
     ):
         torch.testing.assert_close(first, second)
 
@@ -190,7 +214,9 @@ def test_disagreement_of_each_patch() -> None:
     found = patch_disagreement(lined_up(pred, parts, 2), 4, 2)  # (N, K, V)
     assert found[:, :2].isnan().all()  # seen by one of the two: only the other predicts it
     by_patch = (pred[:, 0] - pred[:, 1]).abs().mean(dim=-1)
-    torch.testing.assert_close(found[:, 2:], by_patch[:, None].expand(-1, 4, -1).gather(2, parts)[:, 2:])
+    torch.testing.assert_close(
+        found[:, 2:], by_patch[:, None].expand(-1, 4, -1).gather(2, parts)[:, 2:]
+    )
     assert (part >= 2).sum() == found[:, 2:].numel()
     pred, target, parts, _ = drawn(4, 4)
     found = patch_disagreement(lined_up(pred, parts, 4), 4, 4)
@@ -221,7 +247,10 @@ def test_no_tensor_over_pairs_of_parts(num_parts: int, num_used: int) -> None:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        Largest() as largest,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         error, distance, _ = parts_losses(predicted, target, num_used, "l1")
         (error + distance).backward()
     assert largest.numbers == predicted.numel()

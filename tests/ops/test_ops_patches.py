@@ -33,7 +33,9 @@ def images_for(grid: Grid, batch: int = 2, channels: int = 3) -> Tensor:
 def slow_patch(image: Tensor, grid: Grid, number: int) -> Tensor:
     """Patch ``number`` of one image by slicing."""
     place = list(itertools.product(*map(range, grid.size)))[number]
-    window = tuple(slice(at * side, (at + 1) * side) for at, side in zip(place, grid.patch, strict=True))
+    window = tuple(
+        slice(at * side, (at + 1) * side) for at, side in zip(place, grid.patch, strict=True)
+    )
     return image[(slice(None), *window)]
 
 
@@ -72,7 +74,9 @@ def test_channels_first_is_the_order_of_pixel_shuffle(channels: int) -> None:
     values = patch_values(all_patches(images, grid.patch))
     first = channels_first(values, channels)
     assert torch.equal(first, all_patches(images, grid.patch).flatten(2))
-    folded = first.transpose(1, 2).reshape(2, -1, *grid.size)  # (B, P, rows, columns), what a 1 x 1 convolution gives
+    folded = first.transpose(1, 2).reshape(
+        2, -1, *grid.size
+    )  # (B, P, rows, columns), what a 1 x 1 convolution gives
     assert torch.equal(F.pixel_shuffle(folded, 4), images)
     assert torch.equal(channels_last(first, channels), values)
 
@@ -81,10 +85,16 @@ def test_standardised_targets_do_not_see_a_constant() -> None:
     grid = GRIDS[0]
     images = images_for(grid)
     index = torch.arange(grid.num_patches).expand(2, -1)
-    plain, shifted = (pixel_targets(i, index, grid.patch, norm_pix_loss=True) for i in (images, images + 3.0))
+    plain, shifted = (
+        pixel_targets(i, index, grid.patch, norm_pix_loss=True) for i in (images, images + 3.0)
+    )
     torch.testing.assert_close(plain, shifted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(plain.mean(dim=-1), torch.zeros(2, grid.num_patches), atol=1e-6, rtol=0)
-    torch.testing.assert_close(plain.var(dim=-1), torch.ones(2, grid.num_patches), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        plain.mean(dim=-1), torch.zeros(2, grid.num_patches), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        plain.var(dim=-1), torch.ones(2, grid.num_patches), atol=1e-4, rtol=0
+    )
 
 
 def test_statistics_put_eps_inside_the_root() -> None:
@@ -133,5 +143,7 @@ def test_cubes_are_standardised_within_each_channel() -> None:
         flat = cube.flatten(1)
         expected = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + 1e-6 / 0.226)
         torch.testing.assert_close(target[row, 0].reshape(-1, 3).T, expected, atol=1e-5, rtol=1e-5)
-    still = pixel_targets(torch.full_like(clips, 0.5), torch.tensor([[4], [7]]), grid.patch, norm_pix_loss=True)
+    still = pixel_targets(
+        torch.full_like(clips, 0.5), torch.tensor([[4], [7]]), grid.patch, norm_pix_loss=True
+    )
     assert still.abs().max() < 0.1

@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchmine.ops.positions import least_cross_entropy, paint_patches, place_colours, smoothing_map
+from patchmine.ops.position_targets import (
+    least_cross_entropy,
+    paint_patches,
+    place_colours,
+    smoothing_map,
+)
 from patchmine.ops.schedules import falling
 from patchmine.types import Grid, Progress
 
@@ -31,7 +36,9 @@ def by_loop(size: tuple[int, int], sigma: float, norm: str) -> Tensor:
 @pytest.mark.parametrize("norm", ["row", "column"])
 def test_the_map_equals_the_loop(size: tuple[int, int], norm: Any) -> None:
     for sigma in (2.0, 1.0, 0.7, 0.25):
-        torch.testing.assert_close(smoothing_map(size, sigma, norm=norm), by_loop(size, sigma, norm), atol=2e-7, rtol=0)
+        torch.testing.assert_close(
+            smoothing_map(size, sigma, norm=norm), by_loop(size, sigma, norm), atol=2e-7, rtol=0
+        )
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(0.05, 3))
@@ -52,10 +59,18 @@ def test_without_smoothing_each_place_is_its_own_target(sigma: float) -> None:
 
 
 def test_published_weights() -> None:
-    """At the 14 x 14 places of ViT-B/16: shares of the place itself and its neighbours, entropy, sums of rows."""
+    """At the 14 x 14 places of ViT-B/16: shares of the place itself and its neighbours, entropy,
+    sums of rows.
+    """
     full = smoothing_map((14, 14), 1.0, norm="row")
     inside, edge = 6 * 14 + 6, 6
-    found = [full[inside, inside], full[edge, edge], full[0, 0], full[inside, inside + 1], full[inside, inside + 15]]
+    found = [
+        full[inside, inside],
+        full[edge, edge],
+        full[0, 0],
+        full[inside, inside + 1],
+        full[inside, inside + 15],
+    ]
     assert [round(value.item(), 3) for value in found] == [0.318, 0.407, 0.520, 0.117, 0.043]
     for sigma, entropy in ((1.0, 2.143), (0.75, 1.499), (0.5, 0.355)):
         floor = least_cross_entropy(smoothing_map((14, 14), sigma, norm="row"))

@@ -14,14 +14,25 @@ from patchmine.types import Progress
 PUBLISHED = dict(start=0.0, end=0.5, offset=1)
 
 
-def published_count(epoch: int, epochs: int, num_masked: int = 147, steps_per_epoch: int = 7, step: int = 0) -> int:
+def published_count(
+    epoch: int, epochs: int, num_masked: int = 147, steps_per_epoch: int = 7, step: int = 0
+) -> int:
     progress = Progress(epoch * steps_per_epoch + step, epochs * steps_per_epoch, steps_per_epoch)
     return hard_count(progress, num_masked, **PUBLISHED)
 
 
 @pytest.mark.parametrize(
     ("epoch", "epochs", "expected"),
-    [(0, 200, 0), (1, 200, 0), (2, 200, 1), (99, 200, 36), (199, 200, 73), (9, 800, 0), (10, 800, 1), (20, 1600, 0)],
+    [
+        (0, 200, 0),
+        (1, 200, 0),
+        (2, 200, 1),
+        (99, 200, 36),
+        (199, 200, 73),
+        (9, 800, 0),
+        (10, 800, 1),
+        (20, 1600, 0),
+    ],
 )
 def test_hard_patches_of_the_published_schedule(epoch: int, epochs: int, expected: int) -> None:
     assert published_count(epoch, epochs) == expected
@@ -54,7 +65,10 @@ def test_published_decay(epoch: int, expected: float) -> None:
 
 
 def test_decay_over_the_run() -> None:
-    found = [ema_decay(Progress(step, 10, 5), start=0.9, end=1.0, ramp_epochs=None) for step in (0, 5, 10)]
+    found = [
+        ema_decay(Progress(step, 10, 5), start=0.9, end=1.0, ramp_epochs=None)
+        for step in (0, 5, 10)
+    ]
     assert found == pytest.approx([0.9, 0.95, 1.0])
 
 
@@ -94,13 +108,17 @@ def test_the_cosine_is_that_of_timm(prefix: bool) -> None:
 
 
 def test_multi_step_drops_at_its_milestones() -> None:
-    theirs = torch.optim.lr_scheduler.MultiStepLR(base := optimizer(), milestones=[35, 49], gamma=0.1)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(
+        base := optimizer(), milestones=[35, 49], gamma=0.1
+    )
     expected = []
     for _ in range(70):
         expected.append(base.param_groups[0]["lr"])
         base.step()
         theirs.step()
-    ours = LrSchedule("multi_step", warmup_epochs=2, warmup_lr=1e-4, milestones=(0.5, 0.7), gamma=0.1)
+    ours = LrSchedule(
+        "multi_step", warmup_epochs=2, warmup_lr=1e-4, milestones=(0.5, 0.7), gamma=0.1
+    )
     found = rates(ours, epochs=14)
     assert found[:10] == pytest.approx([1e-4 + 9e-4 * step / 10 for step in range(10)])
     assert found[10:] == pytest.approx(expected[10:], rel=1e-12)

@@ -1,4 +1,6 @@
-"""What a search promises (spec scfs.md, section 10), against loops over crops, images and positions."""
+"""What a search promises (spec scfs.md, section 10), against loops over crops, images and
+positions.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_each_query_meets_each_position_of_its_own_image(queries: Tensor, maps: 
         for b in range(IMAGES):
             for y in range(ROWS):
                 for x in range(COLUMNS):
-                    expected[j, b, y, x] = F.cosine_similarity(queries[j, b], maps[b, :, y, x], dim=0)
+                    expected[j, b, y, x] = F.cosine_similarity(
+                        queries[j, b], maps[b, :, y, x], dim=0
+                    )
     found = cosine_attention(queries, maps)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
     assert found.min() >= 0

@@ -1,4 +1,6 @@
-"""Run folders as training leaves them, made up: enough of every file for a report, and nothing trained."""
+"""Run folders as training leaves them, made up: enough of every file for a report, and nothing
+trained.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def write_run(
     seed: int = 0,
     **settings: object,
 ) -> Path:
-    """A run of ``steps`` steps of which ``made`` are done, with ``lines`` lines of metrics for the whole."""
+    """A run of ``steps`` steps of which ``made`` are done, with ``lines`` lines of metrics for the
+    whole.
+    """
     folder.mkdir(parents=True)
     config = {
         "data": "photos/train",
@@ -55,16 +59,30 @@ def write_run(
     return folder
 
 
-def _training_lines(method: str, steps: int, made: int, count: int, seed: int, knn: bool) -> list[dict[str, object]]:
+def _training_lines(
+    method: str, steps: int, made: int, count: int, seed: int, knn: bool
+) -> list[dict[str, object]]:
     draw = np.random.default_rng(seed)
     written: list[dict[str, object]] = []
     every = max(1, steps // count)
     for step in range(every, made + 1, every):
         done = step / steps
-        loss = 0.42 + 0.6 * math.exp(-6 * done) + 0.02 * draw.standard_normal() * (1 + 4 * math.exp(-8 * done))
-        line: dict[str, object] = {"step": step, "epoch": step * 128 / 50000, "samples": step * 128, "loss": loss}
+        loss = (
+            0.42
+            + 0.6 * math.exp(-6 * done)
+            + 0.02 * draw.standard_normal() * (1 + 4 * math.exp(-8 * done))
+        )
+        line: dict[str, object] = {
+            "step": step,
+            "epoch": step * 128 / 50000,
+            "samples": step * 128,
+            "loss": loss,
+        }
         if method == "hpm":
-            line |= {"loss_pixel": loss * 0.8, "loss_rank": 0.69 - 0.3 * done + 0.01 * draw.standard_normal()}
+            line |= {
+                "loss_pixel": loss * 0.8,
+                "loss_rank": 0.69 - 0.3 * done + 0.01 * draw.standard_normal(),
+            }
             line |= {"hard_share": 0.5 * done}
         warm = min(1.0, done / 0.1)
         lr = 1.5e-4 * (warm if warm < 1 else 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9)))
@@ -75,7 +93,12 @@ def _training_lines(method: str, steps: int, made: int, count: int, seed: int, k
         }
         written.append(line)
         if knn and step % (every * max(1, count // 10)) == 0:
-            top1 = 27 + 17 * (1 - math.exp(-3 * done)) + 0.4 * draw.standard_normal() + (method == "hpm")
+            top1 = (
+                27
+                + 17 * (1 - math.exp(-3 * done))
+                + 0.4 * draw.standard_normal()
+                + (method == "hpm")
+            )
             written.append({"step": step, "eval": {"name": "knn", "top1": top1, "top5": top1 + 31}})
     return written
 
@@ -83,11 +106,23 @@ def _training_lines(method: str, steps: int, made: int, count: int, seed: int, k
 def _write_evals(folder: Path, method: str) -> None:
     folder.mkdir()
     better = 3.1 if method == "hpm" else 0.0
-    floors = {"random_init": {"top1": 32.4, "top5": 71.0}, "raw_pixels": {"top1": 27.9, "top5": 66.2}}
-    knn = {"name": "knn", "top1": 42.6 + better, "top5": 79.5, "k": 20, "temperature": 0.07, "data": "photos/test"}
+    floors = {
+        "random_init": {"top1": 32.4, "top5": 71.0},
+        "raw_pixels": {"top1": 27.9, "top5": 66.2},
+    }
+    knn = {
+        "name": "knn",
+        "top1": 42.6 + better,
+        "top5": 79.5,
+        "k": 20,
+        "temperature": 0.07,
+        "data": "photos/test",
+    }
     linear = {"name": "linear", "top1": 51.2 + better, "top5": 91.3}
     (folder / "knn.json").write_text(json.dumps(knn | {"floors": floors}))
-    (folder / "linear.json").write_text(json.dumps(linear | {"floors": {"random_init": {"top1": 39.8, "top5": 84.1}}}))
+    (folder / "linear.json").write_text(
+        json.dumps(linear | {"floors": {"random_init": {"top1": 39.8, "top5": 84.1}}})
+    )
 
 
 @pytest.fixture

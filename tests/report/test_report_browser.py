@@ -14,16 +14,21 @@ from patchmine.report.html import write_report
 
 MakeRun = Callable[..., Path]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 DRIVER = shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None, reason="no chromium and chromedriver on the path (Debian: chromium-driver)"
+    CHROMIUM is None or DRIVER is None,
+    reason="no chromium and chromedriver on the path (Debian: chromium-driver)",
 )
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    selenium = pytest.importorskip("selenium", reason="selenium is not installed (pip install patchmine[dev])")
+    selenium = pytest.importorskip(
+        "selenium", reason="selenium is not installed (pip install patchmine[dev])"
+    )
     assert selenium is not None
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
@@ -31,7 +36,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
     profile = tmp_path_factory.mktemp("profile")
-    for argument in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,1000"):
+    for argument in (
+        "--headless=new",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1200,1000",
+    ):
         options.add_argument(argument)
     options.add_argument(f"--user-data-dir={profile}")
     if os.geteuid() == 0:
@@ -99,7 +109,9 @@ def test_two_runs_are_compared_in_a_table(opened: Callable[..., Any], make_run: 
     assert "+13.3 points" in texts(page, "#eval-knn tbody tr")[0]
 
 
-def test_each_run_has_one_curve_and_its_switch_hides_it(opened: Callable[..., Any], make_run: MakeRun) -> None:
+def test_each_run_has_one_curve_and_its_switch_hides_it(
+    opened: Callable[..., Any], make_run: MakeRun
+) -> None:
     page = opened(make_run("hpm"), make_run("mae", method="mae"))
     curve = "#chart-loss .linear .line[data-run='{}']"
     assert [visible(page, curve.format(run)) for run in (0, 1)] == [1, 1]
@@ -112,7 +124,9 @@ def test_each_run_has_one_curve_and_its_switch_hides_it(opened: Callable[..., An
     assert [visible(page, curve.format(run)) for run in (0, 1)] == [1, 1]
 
 
-def test_pointing_reads_the_value_at_that_step(opened: Callable[..., Any], make_run: MakeRun) -> None:
+def test_pointing_reads_the_value_at_that_step(
+    opened: Callable[..., Any], make_run: MakeRun
+) -> None:
     folder = make_run("hpm", steps=100, lines=100)
     page = opened(folder)
     newest = texts(page, "#chart-loss .readout b")
@@ -139,10 +153,14 @@ def test_arrow_keys_read_values_too(opened: Callable[..., Any], make_run: MakeRu
     assert texts(page, "#chart-loss .at") == ["step 2"]
 
 
-def test_the_log_scale_replaces_curves_and_labels(opened: Callable[..., Any], make_run: MakeRun) -> None:
+def test_the_log_scale_replaces_curves_and_labels(
+    opened: Callable[..., Any], make_run: MakeRun
+) -> None:
     page = opened(make_run("hpm"))
     linear = heights(page, "#chart-loss .tick.y.linear")
-    assert [a - b for a, b in pairwise(linear)] == pytest.approx([linear[0] - linear[1]] * 3, abs=1.5)  # even gaps
+    assert [a - b for a, b in pairwise(linear)] == pytest.approx(
+        [linear[0] - linear[1]] * 3, abs=1.5
+    )  # even gaps
     click(page, "#chart-loss button.log")
     assert visible(page, "#chart-loss .linear") == 0
     assert visible(page, "#chart-loss .log .line") == 1
@@ -157,14 +175,18 @@ def test_the_log_scale_replaces_curves_and_labels(opened: Callable[..., Any], ma
     assert visible(page, "#chart-loss .linear .line") == 1
 
 
-def test_the_slider_goes_through_the_pictures(opened: Callable[..., Any], make_run: MakeRun) -> None:
+def test_the_slider_goes_through_the_pictures(
+    opened: Callable[..., Any], make_run: MakeRun
+) -> None:
     page = opened(make_run("hpm", samples=3))
     assert visible(page, ".frames img") == 1
     assert texts(page, ".slider output") == ["step 2,000"]
     page.find_element("css selector", ".slider input").send_keys("\ue012")
     assert texts(page, ".slider output") == ["step 1,000"]
     assert visible(page, ".frames img") == 1
-    shown = next(image for image in page.find_elements("css selector", ".frames img") if image.is_displayed())
+    shown = next(
+        image for image in page.find_elements("css selector", ".frames img") if image.is_displayed()
+    )
     assert page.execute_script("return arguments[0].naturalWidth", shown) == 60
     assert shown.accessible_name.endswith("at step 1,000")
 
@@ -177,12 +199,16 @@ def test_settings_show_the_differences_first(opened: Callable[..., Any], make_ru
     assert "batch_size 128 128" in texts(page, "table.settings tbody tr")
 
 
-def test_nothing_is_fetched_and_nothing_complains(opened: Callable[..., Any], make_run: MakeRun) -> None:
+def test_nothing_is_fetched_and_nothing_complains(
+    opened: Callable[..., Any], make_run: MakeRun
+) -> None:
     page = opened(make_run("<b>x", samples=2), make_run("mae", method="mae", data="</script>"))
     point_at(page, "loss", 0.5)
     assert page.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    asked = [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
     assert [url for url in asked if not url.startswith("data:")] == [page.current_url]
     assert texts(page, ".legend button") == ["<b>x", "mae"]
 
@@ -191,12 +217,13 @@ def test_it_fits_the_window_in_both_schemes(opened: Callable[..., Any], make_run
     page = opened(make_run("hpm"), make_run("a-run-with-a-rather-long-name-" * 3, method="mae"))
     for scheme in ("light", "dark"):
         page.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            "Emulation.setEmulatedMedia",
+            {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
         )
-        script = (
-            "return getComputedStyle(document.body).{}.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)"
+        script = "return getComputedStyle(document.body).{}.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)"
+        ink, paper = (
+            page.execute_script(script.format(name)) for name in ("color", "backgroundColor")
         )
-        ink, paper = (page.execute_script(script.format(name)) for name in ("color", "backgroundColor"))
         assert (ink < 150 and paper > 600) if scheme == "light" else (ink > 600 and paper < 150)
     for width in (900, 1400):
         page.set_window_size(width, 1000)

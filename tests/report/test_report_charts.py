@@ -25,7 +25,9 @@ def test_a_short_series_is_drawn_as_it_is() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 5000), values), min_size=30, max_size=200, unique_by=lambda p: p[0]),
+    st.lists(
+        st.tuples(st.integers(0, 5000), values), min_size=30, max_size=200, unique_by=lambda p: p[0]
+    ),
     st.integers(2, 29),
 )
 def test_bins_keep_mean_and_extremes(pairs: list[tuple[int, float]], most: int) -> None:
@@ -40,10 +42,16 @@ def test_bins_keep_mean_and_extremes(pairs: list[tuple[int, float]], most: int) 
     edges = [steps[0] + width * k for k in range(most)]
     bins: dict[int, list[float]] = {}
     for step, value in zip(steps, numbers, strict=True):
-        k = max(i for i, edge in enumerate(np.linspace(steps[0], steps[-1], most + 1)[:-1]) if edge <= step)
+        k = max(
+            i
+            for i, edge in enumerate(np.linspace(steps[0], steps[-1], most + 1)[:-1])
+            if edge <= step
+        )
         bins.setdefault(k, []).append(value)
     assert len(edges) == most
-    assert curve.mean == pytest.approx([sum(held) / len(held) for held in bins.values()], rel=1e-9, abs=1e-6)
+    assert curve.mean == pytest.approx(
+        [sum(held) / len(held) for held in bins.values()], rel=1e-9, abs=1e-6
+    )
 
 
 def test_a_hundred_thousand_values_become_few_and_none_is_lost() -> None:
@@ -70,7 +78,9 @@ def test_a_moving_mean_keeps_straight_lines_straight() -> None:
 
 
 @given(values, values, st.booleans())
-def test_linear_axes_hold_their_values_and_round_labels(a: float, b: float, from_zero: bool) -> None:
+def test_linear_axes_hold_their_values_and_round_labels(
+    a: float, b: float, from_zero: bool
+) -> None:
     low, high = sorted((a, b))
     axis = linear_axis(low, high, from_zero)
     assert axis.low <= low
@@ -93,13 +103,23 @@ def test_log_axes_hold_their_values(low: float, ratio: float) -> None:
 
 def test_labels_have_the_decimals_they_need() -> None:
     assert tick_texts(linear_axis(0, 1)) == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
-    assert tick_texts(linear_axis(0, 4500, from_zero=True)) == ["0", "1,000", "2,000", "3,000", "4,000"]
+    assert tick_texts(linear_axis(0, 4500, from_zero=True)) == [
+        "0",
+        "1,000",
+        "2,000",
+        "3,000",
+        "4,000",
+    ]
     assert tick_texts(linear_axis(0, 1.5e-4, from_zero=True)) == ["0", "5.0e-5", "1.0e-4", "1.5e-4"]
 
 
 def test_a_log_scale_is_offered_only_where_it_can_be_drawn() -> None:
-    positive = Chart("a", "A", "", [make_curve(0, "x", series([1, 2], [1.0, 9.0]), smooth=False)], log_axis=True)
-    with_zero = Chart("a", "A", "", [make_curve(0, "x", series([1, 2], [0.0, 9.0]), smooth=False)], log_axis=True)
+    positive = Chart(
+        "a", "A", "", [make_curve(0, "x", series([1, 2], [1.0, 9.0]), smooth=False)], log_axis=True
+    )
+    with_zero = Chart(
+        "a", "A", "", [make_curve(0, "x", series([1, 2], [0.0, 9.0]), smooth=False)], log_axis=True
+    )
     assert 'class="log"' in draw(positive, 0, 2.0)[0]
     assert 'class="log"' not in draw(with_zero, 0, 2.0)[0]
 
@@ -123,6 +143,15 @@ def test_numbers_as_a_reader_wants_them(value: float, text: str) -> None:
 
 
 def test_words() -> None:
-    assert [duration(s) for s in (45, 750, 11_100, 3599.9)] == ["45 s", "12 min 30 s", "3 h 05 min", "1 h 00 min"]
+    assert [duration(s) for s in (45, 750, 11_100, 3599.9)] == [
+        "45 s",
+        "12 min 30 s",
+        "3 h 05 min",
+        "1 h 00 min",
+    ]
     assert [points(v) for v in (9.14, -3.0)] == ["+9.1", "\N{MINUS SIGN}3.0"]
-    assert [title(name) for name in ("loss_pixel", "lr", "knn")] == ["Loss pixel", "Learning rate", "kNN"]
+    assert [title(name) for name in ("loss_pixel", "lr", "knn")] == [
+        "Loss pixel",
+        "Learning rate",
+        "kNN",
+    ]

@@ -29,7 +29,9 @@ def count(sheet: Image.Image, ink: tuple[int, ...]) -> int:
 
 
 def ramp_of_frames(clips: int, frames: int) -> torch.Tensor:
-    """(clips, 3, frames, 10, 10); the frames of a clip are evenly grey, and no two of all are alike."""
+    """(clips, 3, frames, 10, 10); the frames of a clip are evenly grey, and no two of all are
+    alike.
+    """
     levels = torch.arange(1, 1 + clips * frames) / (2 * clips * frames)
     return levels.reshape(clips, 1, frames, 1, 1).expand(clips, 3, frames, 10, 10)
 
@@ -57,7 +59,9 @@ def test_long_clips_are_shown_by_one_frame_of_each_eighth() -> None:
 
 
 def test_maps_of_a_clip_share_one_scale_and_stand_under_their_frames() -> None:
-    heat = torch.tensor([0.0, 4.0, 8.0, math.nan]).reshape(1, 4, 1, 1).expand(1, 4, 2, 2)  # each spans two frames
+    heat = (
+        torch.tensor([0.0, 4.0, 8.0, math.nan]).reshape(1, 4, 1, 1).expand(1, 4, 2, 2)
+    )  # each spans two frames
     panels = [Panel("input", torch.ones(1, 3, 8, 10, 10)), Panel("error", heat, kind="heat")]
     sheet = draw_panels(panels, ZERO, ONE)
     pixels, lefts = np.asarray(sheet), []
@@ -71,7 +75,9 @@ def test_maps_of_a_clip_share_one_scale_and_stand_under_their_frames() -> None:
 
 def test_every_frame_becomes_a_sheet_of_one_layout_with_one_scale() -> None:
     clips = ramp_of_frames(2, 4)
-    heat = torch.arange(4.0).reshape(1, 2, 1, 2).expand(2, 2, 1, 2)  # slots of two frames, left and right half
+    heat = (
+        torch.arange(4.0).reshape(1, 2, 1, 2).expand(2, 2, 1, 2)
+    )  # slots of two frames, left and right half
     panels = [Panel("input", clips), Panel("predicted difficulty", heat, kind="heat")]
     sheets = list(draw_moments(panels, ZERO, ONE, labels=["a.mp4", "b.mp4"]))
     assert len(sheets) == 4
@@ -114,7 +120,9 @@ def test_an_mp4_holds_every_frame(tmp_path: Path) -> None:
         assert away.mean() < 12
 
 
-def test_without_pyav_an_mp4_is_refused_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyav_an_mp4_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found: Callable[..., Any] = builtins.__import__
 
     def without_av(name: str, *arguments: Any, **options: Any) -> Any:

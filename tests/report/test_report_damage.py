@@ -1,4 +1,6 @@
-"""Reports of run folders that were damaged: a page comes out, says what it left out, and takes no time over it."""
+"""Reports of run folders that were damaged: a page comes out, says what it left out, and takes no
+time over it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,19 @@ from patchmine.report.reading import read_runs
 
 MakeRun = Callable[..., Path]
 NUMBERS = [
-    *("1e308", "-1e308", "1e99", "5e-324", "1e-320", "NaN", "Infinity", "-Infinity", "1" + "0" * 400, "-0.0", "true"),
+    *(
+        "1e308",
+        "-1e308",
+        "1e99",
+        "5e-324",
+        "1e-320",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "1" + "0" * 400,
+        "-0.0",
+        "true",
+    ),
     *("1" * 5000, "null", '"3"', "[]", "{}", "1e400", "9007199254740993", "0", "-5"),
 ]
 
@@ -27,14 +41,18 @@ def page(*folders: Path) -> str:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("key", ["step", "loss", "samples", "epoch", "images_per_second", "data_wait", "skipped"])
+@pytest.mark.parametrize(
+    "key", ["step", "loss", "samples", "epoch", "images_per_second", "data_wait", "skipped"]
+)
 def test_no_number_of_a_metrics_line_stops_a_report(tmp_path: Path, key: str, number: str) -> None:
     lines = [
         f'{{"step": {step}, "epoch": {step / 4}, "samples": {step * 8}, "loss": {1 / step}, "lr": 0.1, '
         f'"images_per_second": 10, "data_wait": 0.1, "skipped": 0}}'
         for step in range(1, 8)
     ]
-    lines.insert(4, lines[3].replace("}", f', "{key}": {number}}}'))  # of two equal keys the second counts
+    lines.insert(
+        4, lines[3].replace("}", f', "{key}": {number}}}')
+    )  # of two equal keys the second counts
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "config.yaml").write_text("epochs: 3\n")
     assert "</html>" in page(tmp_path)
@@ -68,7 +86,9 @@ def spoil(content: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "eval/knn.json", "samples/step-00000000.png"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "config.yaml", "eval/knn.json", "samples/step-00000000.png"]
+)
 def test_no_damage_to_a_file_stops_a_report(make_run: MakeRun, name: str, seed: int) -> None:
     folder = make_run(lines=12, samples=2)
     path = folder / name
@@ -76,9 +96,13 @@ def test_no_damage_to_a_file_stops_a_report(make_run: MakeRun, name: str, seed: 
     assert "</html>" in page(folder)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "eval/knn.json", "samples/step-00000000.png"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "config.yaml", "eval/knn.json", "samples/step-00000000.png"]
+)
 @pytest.mark.parametrize("kind", ["folder", "pipe", "broken link", "circle", "empty"])
-def test_foreign_things_in_the_place_of_files_are_left_out(make_run: MakeRun, name: str, kind: str) -> None:
+def test_foreign_things_in_the_place_of_files_are_left_out(
+    make_run: MakeRun, name: str, kind: str
+) -> None:
     folder = make_run(lines=5, samples=2)
     path = folder / name
     path.unlink()
@@ -94,7 +118,9 @@ def test_foreign_things_in_the_place_of_files_are_left_out(make_run: MakeRun, na
 
 def test_aliases_that_multiply_are_not_written_out(make_run: MakeRun) -> None:
     folder = make_run(lines=5)
-    rows = ["a0: &a0 [x, x]"] + [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12)]
+    rows = ["a0: &a0 [x, x]"] + [
+        f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12)
+    ]
     (folder / "config.yaml").write_text("\n".join(rows))
     text = page(folder)
     assert "config.yaml cannot be read" in text
@@ -106,7 +132,9 @@ def test_results_that_are_nested_too_deep(make_run: MakeRun, text: str) -> None:
     folder = make_run(lines=5)
     closed = text + "1" + {"[": "]", "{": "}"}[text[0]] * (len(text) if text[0] == "[" else 900)
     (folder / "eval" / "knn.json").write_text(f'{{"top1": 1.0, "how": {closed}}}')
-    (folder / "metrics.jsonl").write_text(f'{{"step": 1, "loss": {closed}}}\n{{"step": 2, "loss": 1.0}}\n')
+    (folder / "metrics.jsonl").write_text(
+        f'{{"step": 1, "loss": {closed}}}\n{{"step": 2, "loss": 1.0}}\n'
+    )
     assert "</html>" in page(folder)
 
 
@@ -125,6 +153,8 @@ def test_an_out_that_cannot_be_written_is_one_sentence(
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").write_text("x")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"out=.* cannot be written .*; a (folder has that name|part of its path)"):
+    with pytest.raises(
+        UserError, match=r"out=.* cannot be written .*; a (folder has that name|part of its path)"
+    ):
         write_report([folder], out)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

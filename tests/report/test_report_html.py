@@ -32,7 +32,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.ids += [value or "" for name, value in attrs if name == "id"]
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "xlink:href")]
+        self.addresses += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "xlink:href")
+        ]
         if tag not in _VOID:
             self.open.append(tag)
 
@@ -59,7 +61,14 @@ def test_the_page_is_well_formed_and_asks_for_nothing(make_run: MakeRun, tmp_pat
 
 def test_one_run_shows_its_figures(make_run: MakeRun, tmp_path: Path) -> None:
     page = report(tmp_path, make_run("hpm"))
-    for text in ("step 2,000 of 2,000", "finished", "45.7 %", "+13.3 points", "+17.8 points", "vit_tiny_patch16_224"):
+    for text in (
+        "step 2,000 of 2,000",
+        "finished",
+        "45.7 %",
+        "+13.3 points",
+        "+17.8 points",
+        "vit_tiny_patch16_224",
+    ):
         assert text in page.words
     assert "Runs" not in page.words
 
@@ -85,7 +94,9 @@ def test_a_run_that_just_started_makes_a_page(make_run: MakeRun, tmp_path: Path)
 
 def test_names_cannot_break_the_page(make_run: MakeRun, tmp_path: Path) -> None:
     evil = make_run("<b><em>&\"'", data="</script><script>alert(1)</script>", samples=1, made=1900)
-    (evil / "eval" / "<i>x.json").write_text(json.dumps({"top1": 10.0, "note": "<u>&", "floors": {"<s>": {"top1": 5}}}))
+    (evil / "eval" / "<i>x.json").write_text(
+        json.dumps({"top1": 10.0, "note": "<u>&", "floors": {"<s>": {"top1": 5}}})
+    )
     with (evil / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2000, "</svg><img src=x>": 1.0}) + "\n")
     page = report(tmp_path, evil, make_run("other"))
@@ -110,7 +121,9 @@ def test_settings_that_differ(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_evaluations_of_other_kinds_are_shown_too(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run("hpm")
-    (folder / "eval" / "segment.json").write_text(json.dumps({"name": "segment", "miou": 38.25, "data": "ade"}))
+    (folder / "eval" / "segment.json").write_text(
+        json.dumps({"name": "segment", "miou": 38.25, "data": "ade"})
+    )
     (folder / "eval" / "odd.json").write_text(json.dumps({"top1": None, "floors": [1]}))
     page = report(tmp_path, folder)
     assert "miou" in page.words
@@ -145,9 +158,14 @@ def test_pictures_are_few_with_the_first_and_the_last(make_run: MakeRun, tmp_pat
     assert page.tags.count("img") == 3
 
 
-def test_skipped_steps_are_drawn_only_where_there_were_some(make_run: MakeRun, tmp_path: Path) -> None:
+def test_skipped_steps_are_drawn_only_where_there_were_some(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
     folder = make_run("hpm")
-    lines = [json.loads(line) | {"skipped": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) | {"skipped": 0}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert "chart-skipped" not in report(tmp_path, folder).ids
     lines[-2]["skipped"] = 3

@@ -66,7 +66,9 @@ def test_a_sheet_has_room_for_every_title_label_and_row() -> None:
     long = Panel("reconstruction (patch statistics borrowed from the input)", images)
     heat = Panel("error", torch.rand(3, 8, 8).to(torch.bfloat16), kind="heat")
     short = draw_panels([Panel("input", images)], MEAN, STD)
-    sheet = draw_panels([Panel("input", images), long, heat], MEAN, STD, labels=["a.jpg", "b.jpg", "c" * 60])
+    sheet = draw_panels(
+        [Panel("input", images), long, heat], MEAN, STD, labels=["a.jpg", "b.jpg", "c" * 60]
+    )
     assert sheet.width > 3 * 160
     assert sheet.height > short.height > 3 * 160
 

@@ -39,7 +39,9 @@ def test_a_line_cut_by_a_kill_is_skipped_and_said(make_run: MakeRun) -> None:
     assert run.unread == ("metrics.jsonl: 1 unreadable line skipped",)
 
 
-@pytest.mark.parametrize("rubbish", ["[1, 2]", "7", '{"loss": 1.0}', '{"step": null, "loss": 1.0}', '{"step": "3"}'])
+@pytest.mark.parametrize(
+    "rubbish", ["[1, 2]", "7", '{"loss": 1.0}', '{"step": null, "loss": 1.0}', '{"step": "3"}']
+)
 def test_a_line_without_a_step_is_skipped(tmp_path: Path, rubbish: str) -> None:
     folder = write_lines(tmp_path, [{"step": 1, "loss": 2.0}])
     with (folder / "metrics.jsonl").open("a") as file:
@@ -124,7 +126,13 @@ def test_names_are_as_short_as_they_can_be() -> None:
 
 def test_nested_settings_become_dotted_names() -> None:
     nested = {"a": {"b": {"c": 1e-4}}, "d": [1, 2], "e": None, "f": True, "g": {}}
-    assert flatten(nested) == {"a.b.c": "0.0001", "d": "[1, 2]", "e": "none", "f": "true", "g": "{}"}
+    assert flatten(nested) == {
+        "a.b.c": "0.0001",
+        "d": "[1, 2]",
+        "e": "none",
+        "f": "true",
+        "g": "{}",
+    }
 
 
 def test_steps_rise(make_run: MakeRun) -> None:

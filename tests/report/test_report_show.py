@@ -8,7 +8,7 @@ from PIL import Image
 from patchmine.errors import UserError
 from patchmine.report.animation import save_animation
 from patchmine.report.show import run_progress, show
-from patchmine.run import Run, build_method
+from patchmine.runs.run import Run, build_method
 from patchmine.train.checkpoint import save
 
 MakeRun = Callable[..., Path]
@@ -24,7 +24,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "method: {name: hpm, decoder_embed_dim: 32, decoder_depth: 1, decoder_num_heads: 2}\n"
         "image_size: [32, 48]\npatch_size: 8\nepochs: 10\nbatch_size: 8\n"
     )
-    (folder / "metrics.jsonl").write_text('{"step": 40, "epoch": 2.0, "samples": 320, "loss": 1.0}\n')
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 40, "epoch": 2.0, "samples": 320, "loss": 1.0}\n'
+    )
     save(folder / "checkpoints", 50, build_method(Run(folder).config).state_dict(), {}, {}, keep=1)
     return folder
 
@@ -33,7 +35,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / "a.png", tmp_path / "b.jpg"]
     for path, size in zip(paths, [(100, 60), (40, 90)], strict=True):
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+            path
+        )
     return paths
 
 
@@ -45,7 +49,8 @@ def test_a_sheet_of_the_users_pictures(trained: Path, pictures: list[Path], tmp_
 
 def test_the_seed_decides_the_masks(trained: Path, pictures: list[Path], tmp_path: Path) -> None:
     first, again, other = (
-        show(trained, pictures, tmp_path / f"{i}.png", seed=seed).read_bytes() for i, seed in enumerate([1, 1, 2])
+        show(trained, pictures, tmp_path / f"{i}.png", seed=seed).read_bytes()
+        for i, seed in enumerate([1, 1, 2])
     )
     assert first == again != other
 
@@ -77,7 +82,9 @@ def test_mistakes_are_named(trained: Path, pictures: list[Path], tmp_path: Path)
         assert not (tmp_path / out).exists()
 
 
-def test_a_run_without_checkpoint_is_refused(make_run: MakeRun, pictures: list[Path], tmp_path: Path) -> None:
+def test_a_run_without_checkpoint_is_refused(
+    make_run: MakeRun, pictures: list[Path], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="checkpoint"):
         show(make_run(), pictures, tmp_path / "p.png")
 
@@ -107,7 +114,9 @@ def frames(tmp_path: Path) -> Path:
     return folder
 
 
-def test_clips_move_or_lie_side_by_side(trained_on_videos: Path, frames: Path, tmp_path: Path) -> None:
+def test_clips_move_or_lie_side_by_side(
+    trained_on_videos: Path, frames: Path, tmp_path: Path
+) -> None:
     with Image.open(show(trained_on_videos, [frames], tmp_path / "x.gif")) as moving:
         assert moving.n_frames == 6  # type: ignore[attr-defined]
     with Image.open(show(trained_on_videos, [frames], tmp_path / "x.png")) as sheet:
@@ -120,18 +129,27 @@ def test_clips_move_or_lie_side_by_side(trained_on_videos: Path, frames: Path, t
 def test_a_video_of_the_users(trained_on_videos: Path, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="PyAV is not installed")
     draw = np.random.default_rng(0)
-    pictures = [Image.fromarray(draw.integers(0, 255, (32, 48, 3), dtype=np.uint8)) for _ in range(9)]
+    pictures = [
+        Image.fromarray(draw.integers(0, 255, (32, 48, 3), dtype=np.uint8)) for _ in range(9)
+    ]
     save_animation(pictures, tmp_path / "own.mp4")
     out = show(trained_on_videos, [tmp_path / "own.mp4"], tmp_path / "new" / "x.mp4")
     assert out.stat().st_size > 1000
 
 
-def test_mistakes_with_videos_are_named(trained_on_videos: Path, trained: Path, frames: Path, tmp_path: Path) -> None:
+def test_mistakes_with_videos_are_named(
+    trained_on_videos: Path, trained: Path, frames: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "empty").mkdir()
     for run, source, out, message in [
         (trained_on_videos, frames, "p.txt", r"out=.*\.gif or \.mp4"),
-        (trained_on_videos, tmp_path / "none.mp4", "p.gif", r"none\.mp4 cannot be read: .*name video files"),
+        (
+            trained_on_videos,
+            tmp_path / "none.mp4",
+            "p.gif",
+            r"none\.mp4 cannot be read: .*name video files",
+        ),
         (trained_on_videos, tmp_path / "text.mp4", "p.gif", r"text\.mp4 cannot be shown"),
         (trained_on_videos, tmp_path / "empty", "p.gif", "empty cannot be shown"),
         (trained, frames / "000.png", "p.mp4", r"out=.*p\.png"),

@@ -1,7 +1,7 @@
 """Three processes of which one ends: `ending.py FOLDER CASE`; run by test_train_ending.py.
 
-What two cases raise in all processes is left in FOLDER; then the last rank makes a mistake, is killed, or waits for the
-first one to be killed.
+What two cases raise in all processes is left in FOLDER; then the last rank makes a mistake, is
+killed, or waits for the first one to be killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from patchmine.train.step import Stepper, TrainSettings
 from patchmine.types import Batch
 
 PROCESSES = 3
-SETTINGS = TrainSettings(total_steps=4000, steps_per_epoch=50, batch_size=6, checkpoint_every=5, log_every=4)
+SETTINGS = TrainSettings(
+    total_steps=4000, steps_per_epoch=50, batch_size=6, checkpoint_every=5, log_every=4
+)
 
 
 def refused(engine: Engine, folder: Path) -> None:
@@ -31,7 +33,9 @@ def refused(engine: Engine, folder: Path) -> None:
     for attempt in (
         lambda: engine.agree({"data": "3 items" if engine.rank == 2 else "4 items", "blr": 0.1}),
         lambda: Stepper(
-            Toy(), engine, TrainSettings(total_steps=1, steps_per_epoch=1, batch_size=8, checkpoint_every=1)
+            Toy(),
+            engine,
+            TrainSettings(total_steps=1, steps_per_epoch=1, batch_size=8, checkpoint_every=1),
         ),
     ):
         try:
@@ -59,8 +63,17 @@ def main(folder: Path, case: str) -> None:
         if case == "mistake" and engine.rank == 2:
             raise UserError("data=photos does not exist")
         say = lambda text: None  # noqa: E731
-        with Log(folder if engine.is_main else None, total_steps=4000, say=say, tensorboard=False) as log:
-            train(Toy(), batches(engine, case), engine, SETTINGS, folder=folder / "checkpoints", log=log)
+        with Log(
+            folder if engine.is_main else None, total_steps=4000, say=say, tensorboard=False
+        ) as log:
+            train(
+                Toy(),
+                batches(engine, case),
+                engine,
+                SETTINGS,
+                folder=folder / "checkpoints",
+                log=log,
+            )
 
 
 def as_the_command_line(folder: Path, case: str) -> int:

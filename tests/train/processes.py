@@ -1,6 +1,8 @@
-"""Trains the toy in two processes; run by test_train_processes.py as `processes.py FOLDER`, also under torchrun.
+"""Trains the toy in two processes; run by test_train_processes.py as `processes.py FOLDER`, also
+under torchrun.
 
-Each rank leaves its weights of four runs: plain, accumulating, with bad losses on rank 1, and stopped by way of rank 1.
+Each rank leaves its weights of four runs: plain, accumulating, with bad losses on rank 1, and
+stopped by way of rank 1.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from patchmine.train.step import TrainSettings
 from patchmine.types import Batch
 
 
-def run(engine: Engine, folder: Path, method: Toy, batches: Iterator[Batch], accumulate: int = 1) -> None:
+def run(
+    engine: Engine, folder: Path, method: Toy, batches: Iterator[Batch], accumulate: int = 1
+) -> None:
     settings = TrainSettings(
         total_steps=12,
         steps_per_epoch=5,
@@ -40,7 +44,9 @@ def run(engine: Engine, folder: Path, method: Toy, batches: Iterator[Batch], acc
 
 
 def batches(engine: Engine, accumulate: int = 1) -> Iterator[Batch]:
-    return toy_batches(0, 12, 8, rank=engine.rank, world_size=engine.world_size, accumulate=accumulate)
+    return toy_batches(
+        0, 12, 8, rank=engine.rank, world_size=engine.world_size, accumulate=accumulate
+    )
 
 
 def signalled(engine: Engine) -> Iterator[Batch]:

@@ -30,7 +30,11 @@ from patchmine.train.checkpoint import (
     save,
 )
 
-STATE = {"a.weight": torch.arange(6.0).view(2, 3), "count": torch.tensor(7), "half": torch.ones(3).bfloat16()}
+STATE = {
+    "a.weight": torch.arange(6.0).view(2, 3),
+    "count": torch.tensor(7),
+    "half": torch.ones(3).bfloat16(),
+}
 MOMENTS = {"a.weight.exp_avg": torch.full((2, 3), 0.5), "a.weight.step": torch.tensor(3.0)}
 
 
@@ -47,7 +51,10 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert found.facts == {"identity": {"data": "abc"}}
     for want, got in ((STATE, found.model), (MOMENTS, found.optimizer)):
         assert want.keys() == got.keys()
-        assert all(torch.equal(want[name], got[name]) and want[name].dtype == got[name].dtype for name in want)
+        assert all(
+            torch.equal(want[name], got[name]) and want[name].dtype == got[name].dtype
+            for name in want
+        )
     assert load(path, parts=("model",)).optimizer == {}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -123,9 +130,12 @@ def test_a_damaged_newest_falls_back_and_names_both(tmp_path: Path, damage) -> N
     assert len(said) == 1
     assert str(newest) in said[0]
     assert "step-00000005.safetensors" in said[0]
-    # Going on from 5, the damaged file of a step that was not reached yet must not outlive the new ones.
+    # Going on from 5, the damaged file of a step that was not reached yet must not outlive the new
+    # ones.
     write(tmp_path, 7, keep=1)
-    assert [path.name for path in list_checkpoints(tmp_path) if path.is_file()] == ["step-00000007.safetensors"]
+    assert [path.name for path in list_checkpoints(tmp_path) if path.is_file()] == [
+        "step-00000007.safetensors"
+    ]
     write(tmp_path, 10)  # whatever stood there before
     assert load(newest).step == 10
 
@@ -197,11 +207,23 @@ def test_every_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
 def write_format_1(path: Path, step: int, state: dict[str, torch.Tensor]) -> None:
     """As version 0.2 wrote it."""
     crc32 = {"model": checkpoints._checksum_of_format_1(state), "optimizer": 0}
-    head = {"format": 1, "step": step, "versions": {}, "crc32": crc32, "facts": {"identity": {"data": "abc"}}}
-    save_file({f"model.{name}": t for name, t in state.items()}, path, metadata={"patchmine": json.dumps(head)})
+    head = {
+        "format": 1,
+        "step": step,
+        "versions": {},
+        "crc32": crc32,
+        "facts": {"identity": {"data": "abc"}},
+    }
+    save_file(
+        {f"model.{name}": t for name, t in state.items()},
+        path,
+        metadata={"patchmine": json.dumps(head)},
+    )
 
 
-def test_files_of_earlier_versions_are_read_and_their_step_is_compared_with_the_name(tmp_path: Path) -> None:
+def test_files_of_earlier_versions_are_read_and_their_step_is_compared_with_the_name(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "step-00000400.safetensors"
     write_format_1(path, 400, STATE)
     assert load(path).step == 400
@@ -212,22 +234,33 @@ def test_files_of_earlier_versions_are_read_and_their_step_is_compared_with_the_
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("part", ["model", "optimizer"])
-def test_a_state_that_is_not_finite_replaces_nothing(tmp_path: Path, part: str, value: float) -> None:
+def test_a_state_that_is_not_finite_replaces_nothing(
+    tmp_path: Path, part: str, value: float
+) -> None:
     good = write(tmp_path, 5)
-    write_format_1(tmp_path / "step-00000007.safetensors", 7, {"w": torch.tensor([1.0, float("nan")])})
+    write_format_1(
+        tmp_path / "step-00000007.safetensors", 7, {"w": torch.tensor([1.0, float("nan")])}
+    )
     states = {"model": dict(STATE), "optimizer": dict(MOMENTS)}
     states[part]["teacher.w"] = torch.tensor([0.0, value])
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UserError) as told:
         save(tmp_path, 8, states["model"], states["optimizer"], {}, keep=1)
-    for expected in (f"{part}.teacher.w", "after step 8", "1 of 6 tensors", f"last good state is {good}"):
+    for expected in (
+        f"{part}.teacher.w",
+        "after step 8",
+        "1 of 6 tensors",
+        f"last good state is {good}",
+    ):
         assert expected in str(told.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_states_that_are_not_finite_are_passed_over_by_name(tmp_path: Path) -> None:
     good = write(tmp_path, 5)
-    write_format_1(tmp_path / "step-00000007.safetensors", 7, {"w": torch.tensor([1.0, float("inf")])})
+    write_format_1(
+        tmp_path / "step-00000007.safetensors", 7, {"w": torch.tensor([1.0, float("inf")])}
+    )
     said: list[str] = []
     assert load_newest_finite(tmp_path, said.append).step == 5
     assert "step-00000007.safetensors holds values that are not finite (in model.w)" in said[0]
@@ -278,7 +311,9 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, 5)
 
     def full(_: object, path: Path, **__: object) -> None:
@@ -287,7 +322,8 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_no_rubbish(tmp_path: Path, m
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(
-        UserError, match=r"No space left.*make room there.*patchmine resume.*earlier checkpoints are intact"
+        UserError,
+        match=r"No space left.*make room there.*patchmine resume.*earlier checkpoints are intact",
     ):
         write(tmp_path, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000005.safetensors"]
@@ -312,7 +348,9 @@ except UserError as error:
 
 @pytest.mark.slow
 def test_the_operating_system_refusing_to_write_is_the_users_to_know(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert "UserError: checkpoint" in done.stderr
     assert "File too large" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000001.safetensors"]
@@ -356,7 +394,9 @@ assert left == [], left
 @pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 0)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -364,11 +404,14 @@ def test_one_tensor_under_two_names_is_refused_early() -> None:
     shared = torch.ones(3)
     with pytest.raises(ValueError, match="'x' and 'y' are one tensor"):
         refuse_shared({"x": shared, "y": shared.view(3)})
-    refuse_shared({"x": shared, "z": torch.ones(3), "empty": torch.ones(0), "empty2": torch.ones(0)})
+    refuse_shared(
+        {"x": shared, "z": torch.ones(3), "empty": torch.ones(0), "empty2": torch.ones(0)}
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["I/O error: No space left on device (os error 28)", "Os { code: 28, kind: StorageFull }"]
+    "text",
+    ["I/O error: No space left on device (os error 28)", "Os { code: 28, kind: StorageFull }"],
 )
 def test_the_remedy_for_a_full_disk_also_when_safetensors_tells_it(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

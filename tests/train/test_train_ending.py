@@ -49,7 +49,9 @@ def test_one_process_ends_all(case: str, tmp_path: Path) -> None:
         env=environment,
     )
     assert done.returncode == (-9 if case == "first" else 2), done.stderr
-    said = [line for line in done.stderr.splitlines(keepends=True) if not line.startswith("[")]  # gloo's own log
+    said = [
+        line for line in done.stderr.splitlines(keepends=True) if not line.startswith("[")
+    ]  # gloo's own log
     # Where the first process is gone its machine has two others, and each says so.
     assert said == [SENTENCES[case]] * (2 if case == "first" else 1)
     for rank in range(3):

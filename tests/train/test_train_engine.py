@@ -16,7 +16,9 @@ from patchmine.train.launch import Launch
 from patchmine.train.step import Stepper, TrainSettings
 
 
-def test_settings_that_this_machine_cannot_follow_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_this_machine_cannot_follow_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device=cuda, but torch sees no GPU here; use device=cpu"):
         Engine(device="cuda")
@@ -25,37 +27,56 @@ def test_settings_that_this_machine_cannot_follow_are_named(monkeypatch: pytest.
     with pytest.raises(UserError, match="precision=fp8 is not known; use auto, fp32 or bf16"):
         Engine(device="cpu", precision="fp8")
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(UserError, match=r"devices=65536 would start .* this machine has 2 cores .* set devices=2"):
+    with pytest.raises(
+        UserError, match=r"devices=65536 would start .* this machine has 2 cores .* set devices=2"
+    ):
         Engine(device="cpu", devices=65536)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="devices=4, but this machine has 2 GPUs"):
         Engine(device="cuda", devices=4)
-    assert [engines._choose_gpu(Launch(by="SLURM", local_rank=rank, local_size=2)) for rank in (0, 1)] == [0, 1]
+    assert [
+        engines._choose_gpu(Launch(by="SLURM", local_rank=rank, local_size=2)) for rank in (0, 1)
+    ] == [0, 1]
     with pytest.raises(UserError, match="devices=3, but this machine has 2 GPUs"):
         engines._choose_gpu(Launch(by="torchrun", local_rank=2, local_size=3))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # srun --gpus-per-task=1 hides the others
+    monkeypatch.setattr(
+        torch.cuda, "device_count", lambda: 1
+    )  # srun --gpus-per-task=1 hides the others
     assert engines._choose_gpu(Launch(by="SLURM", local_rank=1, local_size=2)) == 0
 
 
 def test_processors_compute_in_fp32_unless_told(engine: Engine) -> None:
-    assert (engine.precision, engine.device.type, engine.rank, engine.world_size) == ("fp32", "cpu", 0, 1)
+    assert (engine.precision, engine.device.type, engine.rank, engine.world_size) == (
+        "fp32",
+        "cpu",
+        0,
+        1,
+    )
 
 
 def test_blocks_are_compiled_in_place_and_keep_their_names() -> None:
     from timm.models.vision_transformer import Block
 
-    module = nn.ModuleDict({"encoder": nn.Sequential(Block(8, 2), Block(8, 2)), "head": nn.Linear(8, 8)})
+    module = nn.ModuleDict(
+        {"encoder": nn.Sequential(Block(8, 2), Block(8, 2)), "head": nn.Linear(8, 8)}
+    )
     names = list(module.state_dict())
     engines._compile_blocks(module)
-    assert [m._compiled_call_impl is not None for m in (*module["encoder"], module["head"])] == [True, True, False]
+    assert [m._compiled_call_impl is not None for m in (*module["encoder"], module["head"])] == [
+        True,
+        True,
+        False,
+    ]
     assert list(module.state_dict()) == names
 
 
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_gpu() -> None:
     engine = Engine(device="cuda")
-    settings = TrainSettings(total_steps=6, steps_per_epoch=3, batch_size=8, checkpoint_every=6, accumulate=2)
+    settings = TrainSettings(
+        total_steps=6, steps_per_epoch=3, batch_size=8, checkpoint_every=6, accumulate=2
+    )
     stepper = Stepper(Toy(nan_steps=(3,)), engine, settings)
     batches = iter([batch.to("cuda") for batch in toy_batches(0, 6, 8, accumulate=2)])
     torch.cuda.synchronize()

@@ -50,11 +50,19 @@ def test_a_name_in_two_sets_of_losses_is_one_mean() -> None:
     assert meter.read(lambda t: t) == {"loss": 2.0, "extra": 7.0}
 
 
-def test_plain_lines_come_first_now_and_then_and_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines_come_first_now_and_then_and_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     now = [100.0]
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
-    with Log(tmp_path, total_steps=40, say=said.append, tensorboard=False, console=Console(file=io.StringIO())) as log:
+    with Log(
+        tmp_path,
+        total_steps=40,
+        say=said.append,
+        tensorboard=False,
+        console=Console(file=io.StringIO()),
+    ) as log:
         for step in (10, 20, 30, 40):
             now[0] += 3.0
             log.write({**LINE, "step": step})
@@ -67,7 +75,9 @@ def test_a_terminal_gets_a_bar_with_the_numbers(tmp_path: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=140)
     said: list[str] = []
-    with Log(tmp_path, total_steps=40, first_step=5, say=said.append, tensorboard=False, console=console) as log:
+    with Log(
+        tmp_path, total_steps=40, first_step=5, say=said.append, tensorboard=False, console=console
+    ) as log:
         log.write(LINE)
         log.advance(10)
     shown = screen.getvalue()
@@ -90,8 +100,15 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
 
 def test_resuming_removes_lines_that_will_come_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    written = [{"step": 5}, {"step": 10}, {"eval": {"name": "knn", "step": 10}}, {"eval": {"name": "knn", "step": 15}}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*written, {"step": 15}]) + '{"step": 1')
+    written = [
+        {"step": 5},
+        {"step": 10},
+        {"eval": {"name": "knn", "step": 10}},
+        {"eval": {"name": "knn", "step": 15}},
+    ]
+    path.write_text(
+        "".join(json.dumps(line) + "\n" for line in [*written, {"step": 15}]) + '{"step": 1'
+    )
     trim_metrics(path, 10)
     assert [json.loads(text) for text in path.read_text().splitlines()] == written[:3]
 
@@ -133,7 +150,8 @@ def test_a_full_disk_is_the_users_to_know_and_leaves_whole_lines(tmp_path: Path,
         with (
             files_of_at_most(len(before) + room),
             pytest.raises(
-                UserError, match=r"metrics\.jsonl could not be written .*; make room|raise.*patchmine resume"
+                UserError,
+                match=r"metrics\.jsonl could not be written .*; make room|raise.*patchmine resume",
             ),
         ):
             log.write(LINE)
@@ -146,10 +164,14 @@ def test_a_metrics_file_that_was_removed_is_made_again(tmp_path: Path) -> None:
         log.write(LINE)
         shutil.rmtree(folder)
         log.write({**LINE, "step": 20})
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [20]
+    assert [
+        json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ] == [20]
 
 
-def test_a_writer_that_fails_is_dropped_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_fails_is_dropped_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
 
     def fail(*_: object) -> None:
@@ -202,7 +224,9 @@ def test_a_pipe_in_place_of_the_metrics_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_no_damage_to_the_metrics_stops_a_resume(tmp_path: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
-    text = bytearray(b"".join(json.dumps({**LINE, "step": step}).encode() + b"\n" for step in range(10)))
+    text = bytearray(
+        b"".join(json.dumps({**LINE, "step": step}).encode() + b"\n" for step in range(10))
+    )
     for at in random.integers(0, len(text), 1 + seed % 8):
         text[at] = random.integers(0, 256)
     (tmp_path / "metrics.jsonl").write_bytes(bytes(text))

@@ -49,7 +49,9 @@ def stop_at(step: int, total: int, number: int = signal.SIGTERM) -> Iterator[Bat
 
 
 @pytest.mark.parametrize("stop_step", [2, 4, 7])
-def test_an_interrupted_run_goes_on_bit_by_bit(run_toy: Run, tmp_path: Path, stop_step: int) -> None:
+def test_an_interrupted_run_goes_on_bit_by_bit(
+    run_toy: Run, tmp_path: Path, stop_step: int
+) -> None:
     whole = run_toy("whole")
     with pytest.raises(Interrupted):
         run_toy("parts", batches=stop_at(stop_step, 12))
@@ -59,7 +61,10 @@ def test_an_interrupted_run_goes_on_bit_by_bit(run_toy: Run, tmp_path: Path, sto
     assert_same(whole, resumed)
     states = [load(tmp_path / name / "checkpoints/last") for name in ("whole", "parts")]
     assert states[0].optimizer.keys() == states[1].optimizer.keys()
-    assert all(torch.equal(states[0].optimizer[name], states[1].optimizer[name]) for name in states[0].optimizer)
+    assert all(
+        torch.equal(states[0].optimizer[name], states[1].optimizer[name])
+        for name in states[0].optimizer
+    )
     assert [line["step"] for line in lines(tmp_path / "parts")] == [4, 8, 12]
 
 
@@ -74,9 +79,14 @@ def test_a_killed_run_repeats_what_was_not_saved(run_toy: Run, tmp_path: Path) -
         run_toy("parts", log_every=1, batches=killed(8))
     with (tmp_path / "parts/metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
-    resumed = run_toy("parts", log_every=1, start=load_newest(tmp_path / "parts/checkpoints", print))
+    resumed = run_toy(
+        "parts", log_every=1, start=load_newest(tmp_path / "parts/checkpoints", print)
+    )
     assert_same(whole, resumed)
-    timeless = lambda line: {k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")}  # noqa: E731
+
+    def timeless(line):
+        return {k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")}
+
     assert [timeless(line) for line in lines(tmp_path / "parts")] == [
         timeless(line) for line in lines(tmp_path / "whole")
     ]
@@ -94,9 +104,16 @@ def test_metrics_hold_what_the_report_needs(run_toy: Run, tmp_path: Path) -> Non
     assert [line["step"] for line in found] == [4, 8, 10]
     assert found[1]["epoch"] == 1.6
     assert found[1]["samples"] == 64
-    assert {"loss", "pixels", "lr", "lr_sgd", "grad_norm", "skipped", "images_per_second", "data_wait"} <= found[
-        0
-    ].keys()
+    assert {
+        "loss",
+        "pixels",
+        "lr",
+        "lr_sgd",
+        "grad_norm",
+        "skipped",
+        "images_per_second",
+        "data_wait",
+    } <= found[0].keys()
     assert 0 <= found[0]["data_wait"] <= 1
 
 
@@ -108,7 +125,9 @@ def test_a_metrics_line_is_the_mean_of_its_interval(run_toy: Run, tmp_path: Path
     assert fours == pytest.approx([sum(each[i : i + 4]) / 4 for i in (0, 4, 8)], rel=1e-5)
 
 
-def test_steps_without_a_finite_loss_are_skipped_counted_and_left_out(run_toy: Run, tmp_path: Path) -> None:
+def test_steps_without_a_finite_loss_are_skipped_counted_and_left_out(
+    run_toy: Run, tmp_path: Path
+) -> None:
     method = run_toy(method=Toy(nan_steps=(1, 2, 9)))
     assert all(value.isfinite().all() for value in method.state_dict().values())
     found = lines(tmp_path / "run")
@@ -118,7 +137,10 @@ def test_steps_without_a_finite_loss_are_skipped_counted_and_left_out(run_toy: R
 
 
 def test_too_many_skipped_steps_stop_the_run_with_advice(run_toy: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not finite in 1\d steps in a row .*step-00000015.*smaller blr \(now 0\.5\)"):
+    with pytest.raises(
+        UserError,
+        match=r"not finite in 1\d steps in a row .*step-00000015.*smaller blr \(now 0\.5\)",
+    ):
         run_toy(method=Toy(nan_steps=tuple(range(6, 40))), total_steps=40)
     saved = load(list_checkpoints(tmp_path / "run/checkpoints")[-1])
     assert all(value.isfinite().all() for value in saved.model.values())
@@ -164,31 +186,44 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_done(
 
     method.after_step = after_step  # type: ignore[method-assign]
     good = "step-00000010" if total == 12 else "step-00000005"
-    with pytest.raises(UserError, match=rf"after step {total} {tensor} .*last good state is .*{good}"):
+    with pytest.raises(
+        UserError, match=rf"after step {total} {tensor} .*last good state is .*{good}"
+    ):
         run_toy(method=method, total_steps=total)
     assert list_checkpoints(tmp_path / "run/checkpoints")[-1].stem == good
 
 
-def test_moments_that_are_not_finite_are_not_saved(run_toy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_that_are_not_finite_are_not_saved(
+    run_toy: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = loop.optimizer_tensors
 
     def spoilt(optimizers: Any) -> dict[str, Any]:
-        return {name: t / 0 if name.endswith("exp_avg_sq") else t for name, t in original(optimizers).items()}
+        return {
+            name: t / 0 if name.endswith("exp_avg_sq") else t
+            for name, t in original(optimizers).items()
+        }
 
     monkeypatch.setattr(loop, "optimizer_tensors", spoilt)
-    with pytest.raises(UserError, match=r"after step 5 optimizer\.encoder\..*exp_avg_sq .*no earlier good state"):
+    with pytest.raises(
+        UserError, match=r"after step 5 optimizer\.encoder\..*exp_avg_sq .*no earlier good state"
+    ):
         run_toy()
 
 
 @pytest.mark.parametrize("blr", [1e30, 1e300])
-def test_rates_that_overflow_the_weights_stop_at_the_first_checkpoint(run_toy: Run, tmp_path: Path, blr: float) -> None:
+def test_rates_that_overflow_the_weights_stop_at_the_first_checkpoint(
+    run_toy: Run, tmp_path: Path, blr: float
+) -> None:
     with pytest.raises(UserError, match="not finite"):
         run_toy(blr=blr, checkpoint_every=1, total_steps=40)
     for path in list_checkpoints(tmp_path / "run/checkpoints"):
         assert all(value.isfinite().all() for value in load(path).model.values())
 
 
-def test_skipped_steps_are_summed_up_at_the_end_and_over_a_resume(run_toy: Run, tmp_path: Path) -> None:
+def test_skipped_steps_are_summed_up_at_the_end_and_over_a_resume(
+    run_toy: Run, tmp_path: Path
+) -> None:
     said: list[str] = []
     spoilt = dict(method=Toy(nan_steps=(1, 2, 3, 9)))
     with pytest.raises(Interrupted):
@@ -247,7 +282,9 @@ with StopSignals():
     except KeyboardInterrupt:
         os.kill(os.getpid(), signal.SIGINT)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
+    )
     assert (done.returncode, done.stderr) == (130, "")
 
 
@@ -301,7 +338,9 @@ def test_hooks_are_called_at_their_steps_and_may_switch_to_eval_mode(run_toy: Ru
 def test_resuming_with_other_data_or_settings_is_refused(run_toy: Run, tmp_path: Path) -> None:
     run_toy(identity={"data": "abc", "settings": "s1"})
     start = load_newest(tmp_path / "run/checkpoints", print)
-    with pytest.raises(UserError, match=r"step-00000012\.safetensors was written with other data .*abc, now xyz"):
+    with pytest.raises(
+        UserError, match=r"step-00000012\.safetensors was written with other data .*abc, now xyz"
+    ):
         run_toy(start=start, total_steps=20, identity={"data": "xyz", "settings": "s1"})
 
 
@@ -346,6 +385,8 @@ def test_bf16_computes_in_bf16_and_hands_over_the_images_untouched(tmp_path: Pat
     settings = TrainSettings(total_steps=3, steps_per_epoch=3, batch_size=8, checkpoint_every=3)
     method = Watched()
     with Log(tmp_path, total_steps=3, say=lambda text: None, tensorboard=False) as log:
-        train(method, toy_batches(0, 3, 8), engine, settings, folder=tmp_path / "checkpoints", log=log)
+        train(
+            method, toy_batches(0, 3, 8), engine, settings, folder=tmp_path / "checkpoints", log=log
+        )
     assert seen[:2] == [torch.float32, torch.bfloat16]
     assert {p.dtype for p in method.parameters()} == {torch.float32}

@@ -41,7 +41,9 @@ def fill_gradients(module: nn.Module, scale: float = 1.0) -> None:
 
 
 def build(module: nn.Module, **group: object):
-    return build_optimizers([ParamGroup(named(module), **group)], weight_decay=0.05, blr=1e-2, betas=(0.9, 0.95))
+    return build_optimizers(
+        [ParamGroup(named(module), **group)], weight_decay=0.05, blr=1e-2, betas=(0.9, 0.95)
+    )
 
 
 @pytest.mark.parametrize(("warmup", "min_lr"), [(0, 0.0), (3, 1e-6), (2.5, 1e-5)])
@@ -54,14 +56,22 @@ def test_rates_follow_the_reference_loop(warmup: float, min_lr: float) -> None:
             if now < warmup:
                 expected = peak * now / warmup
             else:
-                expected = min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * (now - warmup) / (epochs - warmup)))
+                expected = min_lr + (peak - min_lr) * 0.5 * (
+                    1 + math.cos(math.pi * (now - warmup) / (epochs - warmup))
+                )
             progress = Progress(step, epochs * steps_per_epoch, steps_per_epoch)
-            assert learning_rate(progress, peak, LrSchedule(warmup_epochs=warmup, min_lr=min_lr)) == expected
+            assert (
+                learning_rate(progress, peak, LrSchedule(warmup_epochs=warmup, min_lr=min_lr))
+                == expected
+            )
             step += 1
 
 
 def test_a_run_shorter_than_its_warmup_only_warms_up() -> None:
-    rates = [learning_rate(Progress(step, 4, 2), 1.0, LrSchedule(warmup_epochs=4, min_lr=0.0)) for step in range(5)]
+    rates = [
+        learning_rate(Progress(step, 4, 2), 1.0, LrSchedule(warmup_epochs=4, min_lr=0.0))
+        for step in range(5)
+    ]
     assert rates == [0.0, 0.125, 0.25, 0.375, 0.5]
     assert learning_rate(Progress(4, 4, 2), 1.0, LrSchedule(warmup_epochs=2, min_lr=0.0)) == 1.0
 
@@ -77,7 +87,9 @@ def test_peak_rate_is_base_rate_times_batch_over_256() -> None:
         blr=1.5e-4,
         betas=(0.9, 0.95),
     )
-    rates = set_rates(optimizers, START, batch_size=4096, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
+    rates = set_rates(
+        optimizers, START, batch_size=4096, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
+    )
     assert rates == {"lr": pytest.approx(2.4e-3), "lr_sgd": pytest.approx(4.8)}
     assert {group["lr"] for group in optimizers.by_name["adamw"].param_groups} == {rates["lr"]}
 
@@ -86,54 +98,88 @@ def test_a_group_may_end_at_a_rate_of_its_own() -> None:
     first, second = network(), network()
     groups = [
         ParamGroup([(f"a.{name}", p) for name, p in named(first)]),
-        ParamGroup([(f"b.{name}", p) for name, p in named(second)], optimizer="sgd", blr=0.1, min_lr=0.0048),
+        ParamGroup(
+            [(f"b.{name}", p) for name, p in named(second)], optimizer="sgd", blr=0.1, min_lr=0.0048
+        ),
     ]
     optimizers = build_optimizers(groups, weight_decay=0.05, blr=1e-3, betas=(0.9, 0.95))
     for step in (0, 3, 10, 37, 40):
         now = Progress(step, 40, 4)
-        found = set_rates(optimizers, now, batch_size=512, schedule=LrSchedule(warmup_epochs=2, min_lr=1e-5))
+        found = set_rates(
+            optimizers, now, batch_size=512, schedule=LrSchedule(warmup_epochs=2, min_lr=1e-5)
+        )
         assert found["lr"] == learning_rate(now, 2e-3, LrSchedule(warmup_epochs=2, min_lr=1e-5))
-        assert found["lr_sgd"] == learning_rate(now, 0.2, LrSchedule(warmup_epochs=2, min_lr=0.0048))
-    assert found == {"lr": pytest.approx(1e-5), "lr_sgd": pytest.approx(0.0048)}  # absolute, whatever the batch
+        assert found["lr_sgd"] == learning_rate(
+            now, 0.2, LrSchedule(warmup_epochs=2, min_lr=0.0048)
+        )
+    assert found == {
+        "lr": pytest.approx(1e-5),
+        "lr_sgd": pytest.approx(0.0048),
+    }  # absolute, whatever the batch
 
 
 def test_weight_decay_follows_the_reference_loop() -> None:
     total, start, end = 24, 0.04, 0.4
-    expected = [end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total)) for step in range(total)]
-    assert [decay_strength(Progress(step, total, 5), start, end) for step in range(total)] == pytest.approx(expected)
+    expected = [
+        end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / total)) for step in range(total)
+    ]
+    assert [
+        decay_strength(Progress(step, total, 5), start, end) for step in range(total)
+    ] == pytest.approx(expected)
     module = network()
     optimizers = build(module, weight_decay=start, weight_decay_end=end)
     for step, strength in enumerate(expected):
         set_rates(
-            optimizers, Progress(step, total, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
+            optimizers,
+            Progress(step, total, 5),
+            batch_size=256,
+            schedule=LrSchedule(warmup_epochs=0, min_lr=0.0),
         )
         for group in optimizers.by_name["adamw"].param_groups:
-            assert group["weight_decay"] == pytest.approx(strength if group["params"][0].ndim == 2 else 0.0)
+            assert group["weight_decay"] == pytest.approx(
+                strength if group["params"][0].ndim == 2 else 0.0
+            )
 
 
 def test_a_constant_decay_stays_the_very_number() -> None:
     optimizers = build(network(), weight_decay=0.1)
     for step in range(7):
-        set_rates(optimizers, Progress(step, 7, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
-        assert {group["weight_decay"] for group in optimizers.by_name["adamw"].param_groups} == {0.0, 0.1}
+        set_rates(
+            optimizers,
+            Progress(step, 7, 5),
+            batch_size=256,
+            schedule=LrSchedule(warmup_epochs=0, min_lr=0.0),
+        )
+        assert {group["weight_decay"] for group in optimizers.by_name["adamw"].param_groups} == {
+            0.0,
+            0.1,
+        }
 
 
 def test_sgd_that_decays_all_equals_its_formula() -> None:
-    """Coupled decay, momentum 0.9, on matrices, biases and norms alike (MOKD's CNN transformer head)."""
+    """Coupled decay, momentum 0.9, on matrices, biases and norms alike (MOKD's CNN transformer
+    head).
+    """
     module = network()
     slow = {name: p.detach().double().clone() for name, p in named(module)}
     speed = {name: torch.zeros_like(value) for name, value in slow.items()}
-    optimizers = build(module, optimizer="sgd", weight_decay=0.04, weight_decay_end=0.4, decay_all=True)
+    optimizers = build(
+        module, optimizer="sgd", weight_decay=0.04, weight_decay_end=0.4, decay_all=True
+    )
     for step in range(4):
         progress = Progress(step, 10, 5)
         fill_gradients(module)
-        lr = set_rates(optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))["lr"]
+        lr = set_rates(
+            optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
+        )["lr"]
         update(optimizers, torch.zeros(()))
         for name, parameter in named(module):
             grad = parameter.grad.double() + decay_strength(progress, 0.04, 0.4) * slow[name]
             speed[name] = 0.9 * speed[name] + grad
             slow[name] -= lr * speed[name]
-            torch.testing.assert_close(parameter.detach().double(), slow[name], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                parameter.detach().double(), slow[name], atol=1e-6, rtol=1e-5
+            )
 
 
 def test_two_optimizers_of_a_kind_are_kept_apart_by_name() -> None:
@@ -142,14 +188,20 @@ def test_two_optimizers_of_a_kind_are_kept_apart_by_name() -> None:
     fill_gradients(second, 1.0)
     groups = [
         ParamGroup([(f"a.{name}", p) for name, p in named(first)], clip_norm=1.0, blr=0.1),
-        ParamGroup([(f"b.{name}", p) for name, p in named(second)], clip_norm=1.0, blr=0.2, name="partner"),
+        ParamGroup(
+            [(f"b.{name}", p) for name, p in named(second)], clip_norm=1.0, blr=0.2, name="partner"
+        ),
     ]
     optimizers = build_optimizers(groups, weight_decay=0, blr=1.0, betas=(0.9, 0.95))
-    rates = set_rates(optimizers, START, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
+    rates = set_rates(
+        optimizers, START, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
+    )
     assert rates == {"lr": pytest.approx(0.1), "lr_partner": pytest.approx(0.2)}
     clip_gradients(optimizers, START)
     for module in (first, second):
-        assert torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item() == pytest.approx(1, rel=1e-4)
+        assert torch.cat(
+            [p.grad.flatten() for p in module.parameters()]
+        ).norm().item() == pytest.approx(1, rel=1e-4)
     update(optimizers, torch.zeros(()))
     state = optimizer_tensors(optimizers)
     assert {"a.0.weight.exp_avg", "b.0.weight.exp_avg"} <= state.keys()
@@ -162,8 +214,12 @@ def test_tokens_are_decayed_and_vectors_and_biases_are_not() -> None:
     assert not is_decayed("norm.weight", torch.zeros(8))
     assert not is_decayed("odd.bias", torch.zeros(8, 8))
     groups = build(network()).by_name["adamw"].param_groups
-    assert {p.ndim for group in groups if group["weight_decay"] == 0.05 for p in group["params"]} == {2}
-    assert {p.ndim for group in groups if group["weight_decay"] == 0.0 for p in group["params"]} == {1}
+    assert {
+        p.ndim for group in groups if group["weight_decay"] == 0.05 for p in group["params"]
+    } == {2}
+    assert {
+        p.ndim for group in groups if group["weight_decay"] == 0.0 for p in group["params"]
+    } == {1}
 
 
 def test_adamw_equals_the_formula_of_its_paper() -> None:
@@ -175,7 +231,10 @@ def test_adamw_equals_the_formula_of_its_paper() -> None:
         module.weight.grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(step))
         grad = module.weight.grad.double()
         lr = set_rates(
-            optimizers, Progress(step, 10, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
+            optimizers,
+            Progress(step, 10, 5),
+            batch_size=256,
+            schedule=LrSchedule(warmup_epochs=0, min_lr=0.0),
         )["lr"]
         update(optimizers, torch.zeros(()))
         first, second = 0.9 * first + 0.1 * grad, 0.95 * second + 0.05 * grad**2
@@ -231,7 +290,9 @@ def test_a_frozen_group_does_not_move_until_its_epoch(name: str) -> None:
     for step in range(6):
         progress = Progress(step, 10, 5)
         fill_gradients(module)
-        set_rates(optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
+        set_rates(
+            optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
+        )
         clip_gradients(optimizers, progress)
         update(optimizers, torch.zeros(()))
         still = all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -246,7 +307,12 @@ def test_a_skipped_step_leaves_no_trace(name: str, bad_step: int) -> None:
         optimizers = build(module, optimizer=name)
         for step in steps:
             fill_gradients(module, math.nan if step < 0 else step + 1.0)
-            set_rates(optimizers, Progress(1, 10, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
+            set_rates(
+                optimizers,
+                Progress(1, 10, 5),
+                batch_size=256,
+                schedule=LrSchedule(warmup_epochs=0, min_lr=0.0),
+            )
             bad = clip_gradients(optimizers, START).isfinite().logical_not().float()
             update(optimizers, bad)
         return {**module.state_dict(), **optimizer_tensors(optimizers)}
@@ -264,14 +330,21 @@ def test_optimizer_state_survives_by_parameter_name(name: str) -> None:
     def steps(module: nn.Module, optimizers: object, count: int) -> None:
         for _ in range(count):
             fill_gradients(module)
-            set_rates(optimizers, Progress(1, 10, 5), batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0))
+            set_rates(
+                optimizers,
+                Progress(1, 10, 5),
+                batch_size=256,
+                schedule=LrSchedule(warmup_epochs=0, min_lr=0.0),
+            )
             update(optimizers, torch.zeros(()))
 
     module = network()
     optimizers = build(module, optimizer=name)
     steps(module, optimizers, 3)
     state = {key: value.clone() for key, value in optimizer_tensors(optimizers).items()}
-    assert all(any(key.startswith(f"{parameter}.") for parameter, _ in named(module)) for key in state)
+    assert all(
+        any(key.startswith(f"{parameter}.") for parameter, _ in named(module)) for key in state
+    )
     other = copy.deepcopy(module)
     steps(module, optimizers, 2)
     resumed = build(other, optimizer=name)
@@ -288,7 +361,10 @@ def test_mistakes_of_a_method_are_named() -> None:
         build_optimizers([ParamGroup(named(module)), ParamGroup(named(module)[:1])], **settings)
     with pytest.raises(ValueError, match="unknown optimizer 'adam'; there are adamw, sgd, lars"):
         build_optimizers([ParamGroup(named(module), optimizer="adam")], **settings)
-    kinds = [ParamGroup(named(module)[:1], "adamw", name="one"), ParamGroup(named(module)[1:], "sgd", name="one")]
+    kinds = [
+        ParamGroup(named(module)[:1], "adamw", name="one"),
+        ParamGroup(named(module)[1:], "sgd", name="one"),
+    ]
     with pytest.raises(ValueError, match="asks for adamw and sgd under one name, 'one'"):
         build_optimizers(kinds, **settings)
     with pytest.raises(ValueError, match="no parameter to train"):

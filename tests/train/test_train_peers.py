@@ -1,4 +1,6 @@
-"""A process that ends tells the others, or the system does.  Connections within one process stand for several."""
+"""A process that ends tells the others, or the system does.  Connections within one process stand
+for several.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ def four(monkeypatch: pytest.MonkeyPatch, exits: list[int]) -> Iterator[list[Pee
     everyone: list[dict[str, Any]] = [{"host": host} for host in HOSTS]
     everyone[0] |= door.facts
     launches = [Launch(rank=rank, world_size=4, local_rank=rank % 2) for rank in range(4)]
-    with socket.create_connection(("127.0.0.1", door.facts["door"])) as stranger, ThreadPoolExecutor() as pool:
+    with (
+        socket.create_connection(("127.0.0.1", door.facts["door"])) as stranger,
+        ThreadPoolExecutor() as pool,
+    ):
         stranger.sendall(b"GET / HTTP/1.1".ljust(64))
         others = [pool.submit(Peers, launch, everyone, None, 10.0) for launch in launches[1:]]
         made = [Peers(launches[0], everyone, door, 10.0), *(other.result() for other in others)]
@@ -73,7 +78,11 @@ def test_a_killed_process_is_named_everywhere(four: list[Peers], exits: list[int
 def test_the_first_process_may_be_the_killed_one(four: list[Peers]) -> None:
     die(four[0])
     said = [peers.ending(RuntimeError("Connection reset")) for peers in four[1:]]
-    assert [isinstance(error, UserError) for error in said] == [True, True, False]  # rank 1 speaks for its machine
+    assert [isinstance(error, UserError) for error in said] == [
+        True,
+        True,
+        False,
+    ]  # rank 1 speaks for its machine
     assert "rank 0 on a ended without a word" in str(said[0])
 
 
@@ -100,7 +109,9 @@ def test_an_error_of_ours_keeps_its_traceback_and_is_told(four: list[Peers]) -> 
     assert "rank 2 on b: failed (ValueError: no such key); its own output says where" in str(said)
 
 
-def test_processes_that_were_asked_to_stop_do_so_in_order(four: list[Peers], exits: list[int]) -> None:
+def test_processes_that_were_asked_to_stop_do_so_in_order(
+    four: list[Peers], exits: list[int]
+) -> None:
     for peers in reversed(four):
         stop = Interrupted(15, 7, is_main=peers.launch.rank == 0)
         assert peers.ending(stop) is stop
@@ -109,7 +120,10 @@ def test_processes_that_were_asked_to_stop_do_so_in_order(four: list[Peers], exi
 
 
 def test_a_process_that_is_stuck_is_ended(
-    four: list[Peers], exits: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    four: list[Peers],
+    exits: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(module, "GRACE_SECONDS", 0.05)
     with four[0].busy:  # a checkpoint is being written
@@ -121,4 +135,6 @@ def test_a_process_that_is_stuck_is_ended(
     while len(exits) < 3:
         module.threading.Event().wait(0.01)
     assert exits == [2, 2, 2]
-    assert capsys.readouterr().err.count("rank 1 on a ended without a word") == 2  # one on each machine
+    assert (
+        capsys.readouterr().err.count("rank 1 on a ended without a word") == 2
+    )  # one on each machine

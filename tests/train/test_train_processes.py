@@ -26,13 +26,20 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 def start(*command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, timeout=200, env=environment
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env=environment,
     )
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Folder with what two processes wrote, one of which started the other; and how the first one ended."""
+    """Folder with what two processes wrote, one of which started the other; and how the first one
+    ended.
+    """
     folder = tmp_path_factory.mktemp("both")
     return folder, start(str(SCRIPT), str(folder))
 
@@ -49,8 +56,11 @@ def test_both_processes_end_with_the_same_weights(both: Any, run: str) -> None:
 
 
 @pytest.mark.parametrize("run", ["plain", "accumulate", "astray"])
-def test_two_processes_equal_one_with_the_whole_batch(both: Any, run_toy: Callable[..., Any], run: str) -> None:
-    # On one process of two the loss is not finite in two steps; both must skip them, as one process would.
+def test_two_processes_equal_one_with_the_whole_batch(
+    both: Any, run_toy: Callable[..., Any], run: str
+) -> None:
+    # On one process of two the loss is not finite in two steps; both must skip them, as one process
+    # would.
     alone = run_toy("alone", method=Toy(nan_steps=(2, 3)) if run == "astray" else None).state_dict()
     for name, value in ranks(both[0] / run)[0].items():
         torch.testing.assert_close(value, alone[name], atol=1e-6, rtol=1e-5, msg=name)
@@ -60,10 +70,15 @@ def test_the_log_is_written_once_and_averages_over_processes(
     both: Any, run_toy: Callable[..., Any], tmp_path: Path
 ) -> None:
     run_toy("alone")
-    read = lambda folder: [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]  # noqa: E731
+
+    def read(folder):
+        return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
     together, alone = read(both[0] / "plain"), read(tmp_path / "alone")
     assert [line["step"] for line in together] == [4, 8, 12]
-    assert [line["loss"] for line in together] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+    assert [line["loss"] for line in together] == pytest.approx(
+        [line["loss"] for line in alone], rel=1e-5
+    )
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(both: Any) -> None:

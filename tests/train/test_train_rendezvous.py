@@ -1,4 +1,6 @@
-"""Processes meet, or the ones that are missing are named in bounded time.  Threads stand for processes here."""
+"""Processes meet, or the ones that are missing are named in bounded time.  Threads stand for
+processes here.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,21 @@ def free_port() -> int:
 
 
 def launch(rank: int, world_size: int, port: int, **more: int) -> Launch:
-    return Launch(by="test", rank=rank, world_size=world_size, local_rank=more.get("local_rank", rank), port=port)
+    return Launch(
+        by="test",
+        rank=rank,
+        world_size=world_size,
+        local_rank=more.get("local_rank", rank),
+        port=port,
+    )
 
 
 def test_everyone_learns_of_everyone() -> None:
     first = Meeting(Launch(world_size=2), 20.0, silent)
     with ThreadPoolExecutor() as pool:
-        other = pool.submit(lambda: Meeting(launch(1, 2, first.port), 20.0, silent).sign_in({"door": 1}))
+        other = pool.submit(
+            lambda: Meeting(launch(1, 2, first.port), 20.0, silent).sign_in({"door": 1})
+        )
         mine = first.sign_in({"door": 0})
         assert mine == other.result()
     assert [facts["door"] for facts in mine] == [0, 1]
@@ -48,7 +58,8 @@ def test_missing_ranks_are_said_and_then_named() -> None:
     with ThreadPoolExecutor() as pool:
         other = pool.submit(lambda: Meeting(launch(2, 4, first.port), 0.4, silent).sign_in({}))
         with pytest.raises(
-            UserError, match=r"ranks 1, 3 of 4 did not come within 0.4 seconds: .*PATCHMINE_JOIN_TIMEOUT"
+            UserError,
+            match=r"ranks 1, 3 of 4 did not come within 0.4 seconds: .*PATCHMINE_JOIN_TIMEOUT",
         ):
             first.sign_in({})
         with pytest.raises(UserError, match=r"ranks 1, 3 of 4 did not come"):
@@ -61,7 +72,9 @@ def test_missing_ranks_are_said_and_then_named() -> None:
 def test_the_first_process_may_be_the_missing_one() -> None:
     said: list[str] = []
     port = free_port()
-    with pytest.raises(UserError, match=rf"rank 0 at 127.0.0.1:{port} \(.*\) of 2 did not come within 0.3 seconds"):
+    with pytest.raises(
+        UserError, match=rf"rank 0 at 127.0.0.1:{port} \(.*\) of 2 did not come within 0.3 seconds"
+    ):
         Meeting(launch(1, 2, port), 0.3, said.append)
     assert len(said) == 1
 
@@ -71,14 +84,18 @@ def test_a_first_process_that_starts_late_is_waited_for() -> None:
     with ThreadPoolExecutor() as pool:
         other = pool.submit(lambda: Meeting(launch(1, 2, port), 20.0, silent).sign_in({}))
         assert not other.done()
-        first = Meeting(launch(0, 2, port), 20.0, silent)  # whose store serves the other until it has read all
+        first = Meeting(
+            launch(0, 2, port), 20.0, silent
+        )  # whose store serves the other until it has read all
         assert first.sign_in({}) == other.result()
 
 
 def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(UserError, match=rf"port {port} of this machine .*set MASTER_PORT to a free port"):
+        with pytest.raises(
+            UserError, match=rf"port {port} of this machine .*set MASTER_PORT to a free port"
+        ):
             Meeting(launch(0, 2, port), 5.0, silent)
 
 
@@ -86,7 +103,9 @@ def test_two_processes_of_one_rank_are_refused() -> None:
     first = Meeting(Launch(world_size=2), 20.0, silent)
     first.store.set("rank/1", '{"host": "node7", "process": 99, "local_rank": 0}')
     second = Meeting(launch(1, 2, first.port), 20.0, silent)
-    with pytest.raises(UserError, match=r"rank 1 was taken already, by process 99 on node7.*another MASTER_PORT"):
+    with pytest.raises(
+        UserError, match=r"rank 1 was taken already, by process 99 on node7.*another MASTER_PORT"
+    ):
         second.sign_in({})
 
 
@@ -112,5 +131,7 @@ def test_how_long_processes_wait_is_set_in_the_environment() -> None:
     assert wait_seconds({}) == 60.0
     assert wait_seconds({"PATCHMINE_JOIN_TIMEOUT": "300"}) == 300.0
     for text in ("0", "-1", "soon", "nan", "inf"):
-        with pytest.raises(UserError, match=f"PATCHMINE_JOIN_TIMEOUT={text} must be a number of seconds"):
+        with pytest.raises(
+            UserError, match=f"PATCHMINE_JOIN_TIMEOUT={text} must be a number of seconds"
+        ):
             wait_seconds({"PATCHMINE_JOIN_TIMEOUT": text})

@@ -1,4 +1,6 @@
-"""A method that one can check by eye: noise, an averaged copy in its state, two optimizers, clipping, a late start."""
+"""A method that one can check by eye: noise, an averaged copy in its state, two optimizers,
+clipping, a late start.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from patchmine.method import Method
+from patchmine.task import Method
 from patchmine.types import Batch, Losses, ParamGroup, Progress
 
 
@@ -41,7 +43,9 @@ class Toy(Method):
 
     def after_step(self, progress: Progress) -> None:
         with torch.no_grad():
-            for mine, theirs in zip(self.teacher.parameters(), self.encoder.parameters(), strict=True):
+            for mine, theirs in zip(
+                self.teacher.parameters(), self.encoder.parameters(), strict=True
+            ):
                 mine.lerp_(theirs, 0.05)
 
     def begin_epoch(self, progress: Progress, plain_data: object) -> None:
@@ -68,9 +72,17 @@ class Toy(Method):
 
 
 def toy_batches(
-    start: int, total: int, batch_size: int, *, rank: int = 0, world_size: int = 1, accumulate: int = 1
+    start: int,
+    total: int,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulate: int = 1,
 ) -> Iterator[Batch]:
-    """This process's micro-batches of random 3x2x2 images; the global batch is a function of the step."""
+    """This process's micro-batches of random 3x2x2 images; the global batch is a function of the
+    step.
+    """
     rows = batch_size // (world_size * accumulate)
     for step in range(start, total):
         images = torch.randn(batch_size, 3, 2, 2, generator=torch.Generator().manual_seed(step))
@@ -78,4 +90,6 @@ def toy_batches(
             first = (micro * world_size + rank) * rows
             mine = slice(first, first + rows)
             index = torch.arange(batch_size)[mine]
-            yield Batch([images[mine]], index, torch.ones(rows, 4), torch.zeros(rows, dtype=torch.bool))
+            yield Batch(
+                [images[mine]], index, torch.ones(rows, 4), torch.zeros(rows, dtype=torch.bool)
+            )

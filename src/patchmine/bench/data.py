@@ -1,8 +1,10 @@
-"""`patchmine bench data`: what it costs one worker to turn an encoded image into a training view, or into ten crops.
+"""`patchmine bench data`: what it costs one worker to turn an encoded image into a training view,
+or into ten crops.
 
-Against the chains that most recipes use: torchvision's ImageFolder with PIL, RandomResizedCrop, flip, ToTensor and
-Normalize; and for several crops DINO's augmentation of the same parts.  All chains get the same bytes and take turns, a
-few images at a time, so that whatever else the machine does meets them alike.
+Against the chains that most recipes use: torchvision's ImageFolder with PIL, RandomResizedCrop,
+flip, ToTensor and Normalize; and for several crops DINO's augmentation of the same parts.  All
+chains get the same bytes and take turns, a few images at a time, so that whatever else the machine
+does meets them alike.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from patchmine.data.contract import Source
-from patchmine.data.crops import NUM_GLOBAL, MultiCropView
-from patchmine.data.decode import DecodeError, decode
+from patchmine.data.decoding.decode import DecodeError, decode
 from patchmine.data.loader import sample_generator
-from patchmine.data.normalise import normalise
 from patchmine.data.sampling import spread_indices
-from patchmine.data.source import open_source
-from patchmine.data.views import TrainView
+from patchmine.data.sources.contract import Source
+from patchmine.data.sources.source import open_source
+from patchmine.data.views.crops import NUM_GLOBAL, MultiCropView
+from patchmine.data.views.images import TrainView
+from patchmine.data.views.normalise import normalise
 from patchmine.errors import UserError
 from patchmine.types import Batch
 
@@ -42,15 +44,21 @@ _Crops = Callable[[bytes], list[Tensor]]
 
 
 def bench_data(
-    source: str | Path, *, image_size: int = 224, repeats: int = 5, say: Callable[[str], None] = lambda _: None
+    source: str | Path,
+    *,
+    image_size: int = 224,
+    repeats: int = 5,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Times three chains on one thread over up to 500 images of ``source`` (3 channels), ``repeats`` times.
+    """Times three chains on one thread over up to 500 images of ``source`` (3 channels),
+    ``repeats`` times.
 
-    Milliseconds per image are medians over the repeats; ratios (how many times as fast as torchvision) are medians over
-    turns that follow each other.  ``ours``: bytes to a uint8 view, flip and normalisation left to the device, as in
-    training.  ``ours_float``: the same with flip, float and normalisation done by the worker.  ``crops``: the same of
-    2 global and 8 local crops of up to 100 images, where the device's part includes all changes of colour, and
-    ``per_second`` counts crops.  UserError when ``source`` has no encoded images.
+    Milliseconds per image are medians over the repeats; ratios (how many times as fast as
+    torchvision) are medians over turns that follow each other.  ``ours``: bytes to a uint8 view,
+    flip and normalisation left to the device, as in training.  ``ours_float``: the same with flip,
+    float and normalisation done by the worker.  ``crops``: the same of 2 global and 8 local crops
+    of up to 100 images, where the device's part includes all changes of colour, and ``per_second``
+    counts crops.  UserError when ``source`` has no encoded images.
     """
     opened = open_source(source)
     raws = _encoded(opened)
@@ -68,22 +76,32 @@ def bench_data(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        result: dict[str, Any] = {"image_size": image_size, "repeats": repeats, **_time(chains, raws, repeats)}
+        result: dict[str, Any] = {
+            "image_size": image_size,
+            "repeats": repeats,
+            **_time(chains, raws, repeats),
+        }
         result["crops"] = {"local_size": local_size, **_time(crops, raws[:_CROP_IMAGES], repeats)}
     finally:
         torch.set_num_threads(threads)
     number, times = NUM_GLOBAL + _LOCAL, result["crops"]["milliseconds"]
-    result["crops"]["per_second"] = {name: 1e3 * number / time_per_image for name, time_per_image in times.items()}
+    result["crops"]["per_second"] = {
+        name: 1e3 * number / time_per_image for name, time_per_image in times.items()
+    }
     _tell(result, opened.name, say)
     return result
 
 
-def _time(chains: Mapping[str, Callable[[bytes], object]], raws: list[bytes], repeats: int) -> dict[str, Any]:
+def _time(
+    chains: Mapping[str, Callable[[bytes], object]], raws: list[bytes], repeats: int
+) -> dict[str, Any]:
     _race(chains, raws[:_TURN])
     turns = [_race(chains, raws) for _ in range(repeats)]
     return {
         "images": len(raws),
-        "milliseconds": {name: 1e3 * median(sum(turn[name]) for turn in turns) / len(raws) for name in chains},
+        "milliseconds": {
+            name: 1e3 * median(sum(turn[name]) for turn in turns) / len(raws) for name in chains
+        },
         "ratio": _ratio(turns, "ours"),
         "ratio_float": _ratio(turns, "ours_float"),
     }
@@ -108,7 +126,9 @@ def _encoded(source: Source) -> list[bytes]:
     return raws
 
 
-def _race(chains: Mapping[str, Callable[[bytes], object]], raws: list[bytes]) -> dict[str, list[float]]:
+def _race(
+    chains: Mapping[str, Callable[[bytes], object]], raws: list[bytes]
+) -> dict[str, list[float]]:
     """Seconds of every turn of every chain."""
     turns: dict[str, list[float]] = {name: [] for name in chains}
     for start in range(0, len(raws), _TURN):
@@ -122,7 +142,11 @@ def _race(chains: Mapping[str, Callable[[bytes], object]], raws: list[bytes]) ->
 
 def _ratio(turns: list[dict[str, list[float]]], name: str) -> float:
     """How many times faster than torchvision: the median over all turns."""
-    return median(theirs / ours for turn in turns for theirs, ours in zip(turn["torchvision"], turn[name], strict=True))
+    return median(
+        theirs / ours
+        for turn in turns
+        for theirs, ours in zip(turn["torchvision"], turn[name], strict=True)
+    )
 
 
 def _ours(image_size: int) -> _Chain:
@@ -136,7 +160,9 @@ def _ours_float(image_size: int) -> _Chain:
 
     def chain(raw: bytes) -> Tensor:
         pixels, box, flip = view(raw, 3, sample_generator(0, 0, next(numbers)))
-        batch = Batch([pixels[None]], torch.zeros(1, dtype=torch.int64), box[None], torch.tensor([flip]))
+        batch = Batch(
+            [pixels[None]], torch.zeros(1, dtype=torch.int64), box[None], torch.tensor([flip])
+        )
         return normalise(batch, mean, std, "cpu").views[0][0]
 
     return chain
@@ -147,7 +173,9 @@ def _torchvision(image_size: int) -> _Chain:
 
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(image_size, _SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(
+                image_size, _SCALE, interpolation=transforms.InterpolationMode.BICUBIC
+            ),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(_MEAN, _STD),
@@ -167,7 +195,11 @@ def _our_crops_float(image_size: int, local_size: int) -> _Crops:
 
     def chain(raw: bytes) -> list[Tensor]:
         views, *rest = view(raw, 3, sample_generator(0, 0, next(numbers)))
-        batch = Batch([pixels[None] for pixels in views], torch.zeros(1, dtype=torch.int64), *(t[None] for t in rest))
+        batch = Batch(
+            [pixels[None] for pixels in views],
+            torch.zeros(1, dtype=torch.int64),
+            *(t[None] for t in rest),
+        )
         return [pixels[0] for pixels in normalise(batch, mean, std, "cpu").views]
 
     return chain
@@ -178,10 +210,14 @@ def _multi_crop_view(image_size: int, local_size: int) -> MultiCropView:
 
 
 def _torchvision_crops(image_size: int, local_size: int) -> _Crops:
-    """DINO's augmentation as it is used everywhere: one PIL image after the other through torchvision's transforms."""
+    """DINO's augmentation as it is used everywhere: one PIL image after the other through
+    torchvision's transforms.
+    """
     from torchvision import transforms as T
 
-    def view(size: int, scale: tuple[float, float], blur: float, solarize: float = 0.0) -> Callable[[Any], Tensor]:
+    def view(
+        size: int, scale: tuple[float, float], blur: float, solarize: float = 0.0
+    ) -> Callable[[Any], Tensor]:
         def blurred(image: Any) -> Any:
             return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
@@ -214,19 +250,39 @@ def _tell(result: dict[str, Any], name: str, say: Callable[[str], None]) -> None
     )
     rows = [
         ("torchvision, PIL to normalised float", times["torchvision"], ""),
-        ("patchmine, uint8 (rest is the device's)", times["ours"], f", {result['ratio']:.2f} times as fast"),
-        ("patchmine, normalised float", times["ours_float"], f", {result['ratio_float']:.2f} times as fast"),
+        (
+            "patchmine, uint8 (rest is the device's)",
+            times["ours"],
+            f", {result['ratio']:.2f} times as fast",
+        ),
+        (
+            "patchmine, normalised float",
+            times["ours_float"],
+            f", {result['ratio_float']:.2f} times as fast",
+        ),
     ]
     for chain, time_per_image, comparison in rows:
         say(f"{chain:42s}{time_per_image:8.3f} ms per image{comparison}")
     crops = result["crops"]
-    say(f"2 crops of {result['image_size']} and {_LOCAL} of {crops['local_size']} pixels of {crops['images']} images")
+    say(
+        f"2 crops of {result['image_size']} and {_LOCAL} of {crops['local_size']} pixels of {crops['images']} images"
+    )
     speed = crops["per_second"]
     rows = [
         ("torchvision, DINO's chain with PIL", speed["torchvision"], ""),
-        ("patchmine, uint8 (rest is the device's)", speed["ours"], f", {crops['ratio']:.2f} times as fast"),
-        ("patchmine, with the device's part", speed["ours_float"], f", {crops['ratio_float']:.2f} times as fast"),
+        (
+            "patchmine, uint8 (rest is the device's)",
+            speed["ours"],
+            f", {crops['ratio']:.2f} times as fast",
+        ),
+        (
+            "patchmine, with the device's part",
+            speed["ours_float"],
+            f", {crops['ratio_float']:.2f} times as fast",
+        ),
     ]
     for chain, per_second, comparison in rows:
         say(f"{chain:42s}{per_second:8.0f} crops per second and core{comparison}")
-    say("uint8: mirroring, colours, float and normalisation happen on the device in training; last lines include them")
+    say(
+        "uint8: mirroring, colours, float and normalisation happen on the device in training; last lines include them"
+    )

@@ -1,4 +1,6 @@
-"""What a benchmark reads off the machine: the rate of a matrix product, work and memory of a function, the hardware."""
+"""What a benchmark reads off the machine: the rate of a matrix product, work and memory of a
+function, the hardware.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from patchmine.ops.linear import onednn_linear, onednn_usable
+from patchmine.models.onednn import onednn_linear, onednn_usable
 
 
 def synchronise(device: torch.device) -> None:
@@ -36,13 +38,20 @@ def seconds(function: Callable[[], object], device: torch.device, repeats: int =
 
 
 def matmul_side(device: torch.device) -> int:
-    """Side of a square matrix product: large enough to reach the device's rate, short enough to be repeated."""
+    """Side of a square matrix product: large enough to reach the device's rate, short enough to be
+    repeated.
+    """
     return 8192 if device.type == "cuda" else 2048
 
 
 def matmul_products(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Ways to do one large square matrix product, by name; the fastest is the rate that the machine can reach."""
-    left, right = (torch.randn(matmul_side(device), matmul_side(device), device=device, dtype=dtype) for _ in range(2))
+    """Ways to do one large square matrix product, by name; the fastest is the rate that the machine
+    can reach.
+    """
+    left, right = (
+        torch.randn(matmul_side(device), matmul_side(device), device=device, dtype=dtype)
+        for _ in range(2)
+    )
     products: dict[str, Callable[[], object]] = {"torch.mm": lambda: torch.mm(left, right)}
     if device.type == "cpu" and dtype == torch.float32 and onednn_usable():
         products["oneDNN"] = lambda: onednn_linear(left, right)
@@ -52,14 +61,18 @@ def matmul_products(device: torch.device, dtype: torch.dtype) -> dict[str, Calla
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Multiplications and additions of the matrix products, convolutions and attentions in ``function``, backward too.
+    """Multiplications and additions of the matrix products, convolutions and attentions in
+    ``function``, backward too.
 
-    Counted from the operators that really run, not from a formula.  Attention's backward counts as twice its forward:
-    what a fused kernel computes again to save memory is no work of the model.  Element-wise operators do not count.
+    Counted from the operators that really run, not from a formula.  Attention's backward counts as
+    twice its forward: what a fused kernel computes again to save memory is no work of the model.
+    Element-wise operators do not count.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    def attention_backward(_grad: Any, query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
+    def attention_backward(
+        _grad: Any, query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any
+    ) -> int:
         batch, heads, rows, width = query  # shapes
         return 2 * 2 * batch * heads * rows * key[2] * (width + value[3])
 
@@ -67,9 +80,15 @@ def count_flops(function: Callable[[], object]) -> int:
         return 2 * math.prod(x) * weight[0]
 
     aten = torch.ops.aten
-    attentions = ["flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"]
+    attentions = [
+        "flash_attention_for_cpu",
+        "flash_attention",
+        "efficient_attention",
+        "cudnn_attention",
+    ]
     formulas: dict[Any, Any] = {
-        getattr(aten, f"_scaled_dot_product_{name}_backward"): attention_backward for name in attentions
+        getattr(aten, f"_scaled_dot_product_{name}_backward"): attention_backward
+        for name in attentions
     }
     if onednn_usable():
         formulas[torch.ops.mkldnn._linear_pointwise] = linear
@@ -79,10 +98,11 @@ def count_flops(function: Callable[[], object]) -> int:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Largest number of bytes in tensors that ``function`` holds at one time, above what was there before it.
+    """Largest number of bytes in tensors that ``function`` holds at one time, above what was there
+    before it.
 
-    On CUDA from the allocator's own count; on a CPU by following every tensor that an operator returns, which leaves
-    out scratch space inside a kernel.
+    On CUDA from the allocator's own count; on a CPU by following every tensor that an operator
+    returns, which leaves out scratch space inside a kernel.
     """
     if device.type == "cuda":
         synchronise(device)
@@ -108,7 +128,9 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A storage that comes in was there before; one that goes out and did not come in is new.
         kwargs = kwargs or {}
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):

@@ -1,7 +1,8 @@
-"""`patchmine bench step`: what a training step costs, methods against each other, transformers' MAE, or DINO.
+"""`patchmine bench step`: what a training step costs, methods against each other, transformers'
+MAE, or DINO.
 
-The contestants take turns, step by step, so that whatever else the machine does meets all of them alike.  Reported are
-medians over the rounds, and for a comparison the median of the rounds' ratios.
+The contestants take turns, step by step, so that whatever else the machine does meets all of them
+alike.  Reported are medians over the rounds, and for a comparison the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -19,21 +20,28 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchmine.bench.measure import count_flops, hardware, matmul_products, matmul_side, peak_bytes, seconds
-from patchmine.data.crops import NUM_GLOBAL
+from patchmine.backbones.video import is_video
+from patchmine.backbones.vit import build_encoder
+from patchmine.bench.measure import (
+    count_flops,
+    hardware,
+    matmul_products,
+    matmul_side,
+    peak_bytes,
+    seconds,
+)
+from patchmine.config.explain import validate
+from patchmine.config.schema import Crops
+from patchmine.config.words import did_you_mean, shown
+from patchmine.data.views.crops import NUM_GLOBAL
 from patchmine.errors import UserError
-from patchmine.method import Method
 from patchmine.methods import METHODS
-from patchmine.mistakes import validate
-from patchmine.models.video import is_video
-from patchmine.models.vit import build_encoder
-from patchmine.settings import Crops
 from patchmine.strict import Arguments, BatchSize, Count, Side, Strict
+from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, build_optimizers, optimizer_tensors
 from patchmine.train.step import Stepper, TrainSettings
 from patchmine.types import Batch, ParamGroup
-from patchmine.words import did_you_mean, shown
 
 # A long imaginary run, so that its first step is as early as can be whatever a schedule counts in.
 RUN_LENGTH = 1000
@@ -45,29 +53,43 @@ class StepBench(Strict):
     """Settings of `patchmine bench step`."""
 
     method: str | list[str] | dict[str, Any] = Field(
-        "mae", description="one method, or several as mae,hpm; method.KEY=VALUE sets KEY of every method that has it"
+        "mae",
+        description="one method, or several as mae,hpm; method.KEY=VALUE sets KEY of every method that has it",
     )
     against: str | None = Field(
-        None, description="also time `transformers` (ViTMAEForPreTraining, same sizes), `dino` or another method"
+        None,
+        description="also time `transformers` (ViTMAEForPreTraining, same sizes), `dino` or another method",
     )
-    model: str = Field("vit_small_patch16_224", description="a plain ViT or ResNet of timm's, or a model of clips")
-    model_args: Arguments = Field(default_factory=dict, description="extra arguments for timm, such as depth")
-    image_size: Side | tuple[Side, Side] = Field(224, description="side, or height and width, in pixels")
+    model: str = Field(
+        "vit_small_patch16_224", description="a plain ViT or ResNet of timm's, or a model of clips"
+    )
+    model_args: Arguments = Field(
+        default_factory=dict, description="extra arguments for timm, such as depth"
+    )
+    image_size: Side | tuple[Side, Side] = Field(
+        224, description="side, or height and width, in pixels"
+    )
     patch_size: Side | None = Field(None, description="side of a patch; null: the model's own")
     channels: Count = Field(3, description="channels of the images")
     frames: Count = Field(16, description="frames of a clip, of a video model")
     tubelet: Count = Field(2, description="frames in a tubelet, of a video model")
     batch_size: BatchSize = Field(16, description="images or clips in one step")
-    crops: Crops = Field(Crops(), description="number and size of the crops of methods that compare several")
+    crops: Crops = Field(
+        Crops(), description="number and size of the crops of methods that compare several"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU"
+    )
     rounds: Count = Field(10, description="rounds in which every contestant takes its turn")
     out: Path | None = Field(None, description="JSON file for the result")
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something that trains: ``step`` is one whole step, ``state`` what stays in memory from one to the next."""
+    """Something that trains: ``step`` is one whole step, ``state`` what stays in memory from one to
+    the next.
+    """
 
     name: str
     step: Callable[[], object]
@@ -76,12 +98,13 @@ class Contestant:
 
 
 def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]:
-    """Time whole training steps on random images, as a run makes them: forward, backward, fused AdamW, what comes then.
+    """Time whole training steps on random images, as a run makes them: forward, backward, fused
+    AdamW, what comes then.
 
-    ``settings`` are those of `StepBench`.  A method whose first step does other work than one in mid-training (nothing
-    hard to look for yet) is timed at both.  Returns what is also written to ``out``: settings, hardware, the rate of a
-    large matrix product measured between the steps, and for each contestant time, memory, work, rate and share of that
-    product's rate.
+    ``settings`` are those of `StepBench`.  A method whose first step does other work than one in
+    mid-training (nothing hard to look for yet) is timed at both.  Returns what is also written to
+    ``out``: settings, hardware, the rate of a large matrix product measured between the steps, and
+    for each contestant time, memory, work, rate and share of that product's rate.
 
     Raises UserError for wrong settings, and where transformers is asked for but not installed.
     """
@@ -106,7 +129,9 @@ def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]
         "matmul": {
             "side": matmul_side(engine.device),
             "gflops": _round(median(race.rates) / 1e9),
-            "gflops_by": {name: _round(median(rates) / 1e9) for name, rates in race.rates_by.items()},
+            "gflops_by": {
+                name: _round(median(rates) / 1e9) for name, rates in race.rates_by.items()
+            },
         },
         "contestants": [_row(name, facts[name], race, config.batch_size) for name in facts],
         "ratios": _ratios(race.times, config.against),
@@ -124,16 +149,26 @@ def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]
 
 
 def _contestants(
-    names: Sequence[str], options: Mapping[str, Mapping[str, Any]], config: StepBench, engine: Engine
+    names: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]],
+    config: StepBench,
+    engine: Engine,
 ) -> list[Contestant]:
     methods = {name: _build_method(name, options[name], config) for name in names}
-    found = [entry for name in names for entry in _method_contestants(name, methods[name], config, engine)]
+    found = [
+        entry
+        for name in names
+        for entry in _method_contestants(name, methods[name], config, engine)
+    ]
     if config.against == "transformers":
         if is_video(config.model):
-            raise UserError("against=transformers times ViTMAE, which is for images: leave it out, or choose a method")
+            raise UserError(
+                "against=transformers times ViTMAE, which is for images: leave it out, or choose a method"
+            )
         found.append(_transformers_contestant(methods[names[0]], config, engine))
     if config.against == "dino":
-        # What is left of SCFS without its stages is DINO, of the same blocks as every other contestant.
+        # What is left of SCFS without its stages is DINO, of the same blocks as every other
+        # contestant.
         dino = _build_method("scfs", {**_known("scfs", options), "stage_weights": 0.0}, config)
         found += _method_contestants("dino", dino, config, engine)
     return found
@@ -143,16 +178,25 @@ def _known(name: str, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     """Of the settings that any contestant got, those that this method has."""
     method_class: Any = METHODS[name]
     fields = method_class.Config.model_fields
-    return {key: value for given in options.values() for key, value in given.items() if key in fields}
+    return {
+        key: value for given in options.values() for key, value in given.items() if key in fields
+    }
 
 
 def _random(config: StepBench, count: int, size: tuple[int, ...], engine: Engine) -> list[Tensor]:
     """Random crops or clips, (B, C, *size) each."""
-    return [torch.randn(config.batch_size, config.channels, *size, device=engine.device) for _ in range(count)]
+    return [
+        torch.randn(config.batch_size, config.channels, *size, device=engine.device)
+        for _ in range(count)
+    ]
 
 
 def _size(config: StepBench) -> tuple[int, int]:
-    return (config.image_size, config.image_size) if isinstance(config.image_size, int) else config.image_size
+    return (
+        (config.image_size, config.image_size)
+        if isinstance(config.image_size, int)
+        else config.image_size
+    )
 
 
 def _methods(config: StepBench) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -166,14 +210,20 @@ def _methods(config: StepBench) -> tuple[list[str], dict[str, dict[str, Any]]]:
     for name in names:
         if name not in METHODS:
             near = did_you_mean(name, [*METHODS, *OTHERS])
-            raise UserError(f"method={name}: there is no such method, only {', '.join(METHODS)}{near}")
+            raise UserError(
+                f"method={name}: there is no such method, only {', '.join(METHODS)}{near}"
+            )
     classes: dict[str, Any] = dict(METHODS)
     fields = {name: classes[name].Config.model_fields for name in names}
     for key in given:
         if not any(key in own for own in fields.values()):
             near = did_you_mean(key, [other for own in fields.values() for other in own])
-            raise UserError(f"method.{key}={shown(given[key])}: {' and '.join(names)} have no such setting{near}")
-    return names, {name: {key: value for key, value in given.items() if key in fields[name]} for name in names}
+            raise UserError(
+                f"method.{key}={shown(given[key])}: {' and '.join(names)} have no such setting{near}"
+            )
+    return names, {
+        name: {key: value for key, value in given.items() if key in fields[name]} for name in names
+    }
 
 
 def _build_method(name: str, options: Mapping[str, Any], config: StepBench) -> Method:
@@ -191,16 +241,26 @@ def _build_method(name: str, options: Mapping[str, Any], config: StepBench) -> M
     return method
 
 
-def _method_contestants(name: str, method: Method, config: StepBench, engine: Engine) -> list[Contestant]:
+def _method_contestants(
+    name: str, method: Method, config: StepBench, engine: Engine
+) -> list[Contestant]:
     """The method in mid-training, and at its first step where that does other work."""
     settings = TrainSettings(
-        total_steps=RUN_LENGTH, steps_per_epoch=1, batch_size=config.batch_size, checkpoint_every=RUN_LENGTH
+        total_steps=RUN_LENGTH,
+        steps_per_epoch=1,
+        batch_size=config.batch_size,
+        checkpoint_every=RUN_LENGTH,
     )
     stepper = Stepper(method, engine, settings)
     size = (config.frames, *_size(config)) if is_video(config.model) else _size(config)
     views = _random(config, NUM_GLOBAL if method.multi_crop else 1, size, engine)
     if method.multi_crop:
-        views += _random(config, config.crops.num_local, (config.crops.local_size, config.crops.local_size), engine)
+        views += _random(
+            config,
+            config.crops.num_local,
+            (config.crops.local_size, config.crops.local_size),
+            engine,
+        )
     rows = torch.arange(config.batch_size, device=engine.device)
     whole = torch.tensor([0.0, 0.0, 1.0, 1.0], device=engine.device).expand(config.batch_size, 4)
     batches = repeat(Batch(views, rows, whole, torch.zeros_like(rows, dtype=torch.bool)))
@@ -217,7 +277,9 @@ def _method_contestants(name: str, method: Method, config: StepBench, engine: En
 
 
 def _transformers_contestant(ours: Any, config: StepBench, engine: Engine) -> Contestant:
-    """transformers' ViTMAEForPreTraining with the sizes of our model and the settings of our decoder."""
+    """transformers' ViTMAEForPreTraining with the sizes of our model and the settings of our
+    decoder.
+    """
     try:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
     except ImportError as error:
@@ -249,7 +311,9 @@ def _transformers_contestant(ours: Any, config: StepBench, engine: Engine) -> Co
     )
     theirs = theirs.to(engine.device).train()
     trained = [(name, p) for name, p in theirs.named_parameters() if p.requires_grad]
-    optimizers = build_optimizers([ParamGroup(trained)], weight_decay=0.05, blr=1.5e-4, betas=(0.9, 0.95))
+    optimizers = build_optimizers(
+        [ParamGroup(trained)], weight_decay=0.05, blr=1.5e-4, betas=(0.9, 0.95)
+    )
 
     def step() -> None:
         optimizers.zero_grad()
@@ -266,7 +330,9 @@ def _transformers_contestant(ours: Any, config: StepBench, engine: Engine) -> Co
 
 
 def _facts(contestant: Contestant, device: torch.device) -> dict[str, Any]:
-    """What does not depend on time: parameters, work, memory.  The first steps make the optimizer's state."""
+    """What does not depend on time: parameters, work, memory.  The first steps make the optimizer's
+    state.
+    """
     for _ in range(2):
         contestant.step()
     work = count_flops(contestant.step)
@@ -282,7 +348,9 @@ def _facts(contestant: Contestant, device: torch.device) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Race:
-    """One number a round: rates of matrix products in FLOP/s, and seconds per step of every contestant."""
+    """One number a round: rates of matrix products in FLOP/s, and seconds per step of every
+    contestant.
+    """
 
     rates_by: dict[str, list[float]]
     times: dict[str, list[float]]
@@ -294,11 +362,15 @@ class Race:
 
 
 def _race(contestants: Sequence[Contestant], engine: Engine, rounds: int) -> Race:
-    products = matmul_products(engine.device, torch.bfloat16 if engine.precision == "bf16" else torch.float32)
+    products = matmul_products(
+        engine.device, torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    )
     work = 2 * matmul_side(engine.device) ** 3
     # On a GPU one step is over before the clock is worth reading.
     repeats = 10 if engine.device.type == "cuda" else 1
-    race = Race({name: [] for name in products}, {contestant.name: [] for contestant in contestants})
+    race = Race(
+        {name: [] for name in products}, {contestant.name: [] for contestant in contestants}
+    )
     for turn in range(rounds):
         for name, product in products.items():
             race.rates_by[name].append(work / seconds(product, engine.device, repeats))
@@ -335,7 +407,10 @@ def _ratios(times: Mapping[str, Sequence[float]], against: str | None) -> dict[s
     pairs = [(name, names[0]) for name in names[1:]]
     if against in OTHERS:
         pairs += [(name, against) for name in (names[:1] if against == "transformers" else names)]
-    return {f"{a} / {b}": _round(median(x / y for x, y in zip(times[a], times[b], strict=True))) for a, b in pairs}
+    return {
+        f"{a} / {b}": _round(median(x / y for x, y in zip(times[a], times[b], strict=True)))
+        for a, b in pairs
+    }
 
 
 def _round(number: float) -> float:
@@ -348,7 +423,10 @@ def _command(config: StepBench) -> str:
     for key in sorted(config.model_fields_set):
         value = getattr(config, key)
         if isinstance(value, dict):
-            words += [key + ("=" if part == "name" else f".{part}=") + _word(inner) for part, inner in value.items()]
+            words += [
+                key + ("=" if part == "name" else f".{part}=") + _word(inner)
+                for part, inner in value.items()
+            ]
         else:
             words.append(f"{key}={_word(value)}")
     return " ".join(words)
@@ -378,5 +456,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
     ]
     for pair, ratio in result["ratios"].items():
         one, other = pair.split(" / ")
-        lines.append(f"{one} takes {ratio:.2f} times as long as {other} (median of {settings['rounds']} rounds)")
+        lines.append(
+            f"{one} takes {ratio:.2f} times as long as {other} (median of {settings['rounds']} rounds)"
+        )
     return lines

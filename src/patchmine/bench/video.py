@@ -1,7 +1,8 @@
-"""`patchmine bench data video=true`: what it costs one worker to have a clip's frames out of an encoded video.
+"""`patchmine bench data video=true`: what it costs one worker to have a clip's frames out of an
+encoded video.
 
-Against PyAV used as most training code uses a video reader: from the first frame on, one after the other.  All readers
-get the same windows and take turns, one video at a time.
+Against PyAV used as most training code uses a video reader: from the first frame on, one after the
+other.  All readers get the same windows and take turns, one video at a time.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchmine.data import video_pyav, video_torchcodec
-from patchmine.data.clips import TrainClips, window
-from patchmine.data.contract import Source
-from patchmine.data.decode import DecodeError
+from patchmine.data.decoding import video_pyav, video_torchcodec
+from patchmine.data.decoding.decode import DecodeError
+from patchmine.data.decoding.video import VideoFile, open_video
 from patchmine.data.loader import sample_generator
 from patchmine.data.sampling import spread_indices
-from patchmine.data.video import VideoFile, open_video
-from patchmine.data.video_sources import open_videos
+from patchmine.data.sources.contract import Source
+from patchmine.data.sources.video_sources import open_videos
+from patchmine.data.views.clips import TrainClips, window
 from patchmine.errors import UserError
 
 _VIDEOS = 50
@@ -40,13 +41,15 @@ def bench_video(
     repeats: int = 5,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Times readers on one thread over a random window of up to 50 videos of ``source``, ``repeats`` times.
+    """Times readers on one thread over a random window of up to 50 videos of ``source``,
+    ``repeats`` times.
 
-    ``milliseconds`` per clip are means over the videos of the medians over the repeats: "sequential" decodes and
-    converts all frames, "until" those up to the last one wanted, of which it converts the wanted ones only; "PyAV" and
-    "torchcodec" (where it works) are our readers; "view" is the crop and resize that follow.  ``ratio``: how many times
-    as fast as "sequential" each of ours is, ``ratio_until`` as "until": of each video the median over the repeats, of
-    these the median, the smallest and the largest.  UserError without PyAV, or without encoded videos.
+    ``milliseconds`` per clip are means over the videos of the medians over the repeats:
+    "sequential" decodes and converts all frames, "until" those up to the last one wanted, of which
+    it converts the wanted ones only; "PyAV" and "torchcodec" (where it works) are our readers;
+    "view" is the crop and resize that follow.  ``ratio``: how many times as fast as "sequential"
+    each of ours is, ``ratio_until`` as "until": of each video the median over the repeats, of these
+    the median, the smallest and the largest.  UserError without PyAV, or without encoded videos.
     """
     if not video_pyav.is_installed():
         raise UserError("the videos are timed against PyAV, which is missing: pip install av")
@@ -85,10 +88,14 @@ def _jobs(source: Source, frames: int, stride: int) -> list[_Job]:
         raw = source.read(index)
         content = raw.path if isinstance(raw, VideoFile) else raw
         if not isinstance(content, str | bytes):
-            raise UserError(f"{source.name} holds no encoded videos; give files or shards, whose decoding can be timed")
+            raise UserError(
+                f"{source.name} holds no encoded videos; give files or shards, whose decoding can be timed"
+            )
         try:
             number = open_video(raw).num_frames
-            start = int(sample_generator(0, 0, index).integers(0, max(0, number - frames * stride) + 1))
+            start = int(
+                sample_generator(0, 0, index).integers(0, max(0, number - frames * stride) + 1)
+            )
             wanted = window(number, start, frames, stride, "hold")
             open_video(raw).frames(wanted)
         except (OSError, DecodeError):
@@ -147,7 +154,9 @@ def _decoded(content: str | bytes) -> Any:
 
 
 def _pyav(content: str | bytes, wanted: list[int]) -> Tensor:
-    return video_pyav.PyAVReader(content, content if isinstance(content, str) else None).frames(wanted)
+    return video_pyav.PyAVReader(content, content if isinstance(content, str) else None).frames(
+        wanted
+    )
 
 
 def _torchcodec(content: str | bytes, wanted: list[int]) -> Tensor:

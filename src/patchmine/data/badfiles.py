@@ -8,25 +8,26 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from patchmine.data.bounds import install_command
-from patchmine.data.contract import Source
-from patchmine.errors import UserError
-from patchmine.names import shown_name, whole_name
+from patchmine.data.decoding.bounds import install_command
+from patchmine.data.sources.contract import Source
+from patchmine.errors import UserError, shown_name, whole_name
 
 _log = logging.getLogger(__name__)
 
 Failure = tuple[int, str]
 """Number of an item in its source, and why it could not be used."""
 
-# Below the full count a share is an estimate.  It stops a run when it is this many standard deviations above the limit.
+# Below the full count a share is an estimate.  It stops a run when it is this many standard
+# deviations above the limit.
 _SIGMAS = 3.0
 
 
 class BadFiles:
-    """Counts broken items once each, writes them to ``path`` (``name<TAB>reason``), and stops a run that has too many.
+    """Counts broken items once each, writes them to ``path`` (``name<TAB>reason``), and stops a run
+    that has too many.
 
-    Lives in the main process.  ``path=None`` only counts.  ``max_share``: the share of the data set that may be broken.
-    ``item``: what the data set is of, for messages.
+    Lives in the main process.  ``path=None`` only counts.  ``max_share``: the share of the data set
+    that may be broken. ``item``: what the data set is of, for messages.
     """
 
     def __init__(self, path: Path | None, max_share: float, item: str = "image") -> None:
@@ -35,21 +36,29 @@ class BadFiles:
         self.item = item
         self._bad: set[int] = set()
         self._tried = 0
-        self._missing: Counter[str] = Counter()  # commands that would install what broken items lack
+        self._missing: Counter[str] = (
+            Counter()
+        )  # commands that would install what broken items lack
         self._listed = _names_in(path)
 
     def __len__(self) -> int:
         return len(self._bad)
 
     def note(self, source: Source, tried: int, failures: Sequence[Failure]) -> None:
-        """Take in that ``tried`` items of ``source`` were read and which failed; UserError when these are too many."""
+        """Take in that ``tried`` items of ``source`` were read and which failed; UserError when
+        these are too many.
+        """
         self._tried += tried
-        fresh = [(index, reason) for index, reason in dict(failures).items() if index not in self._bad]
+        fresh = [
+            (index, reason) for index, reason in dict(failures).items() if index not in self._bad
+        ]
         for index, reason in fresh:
             if not self._bad:
                 where = f", listed in {shown_name(self.path)}" if self.path else ""
                 first = shown_name(source.path(index))
-                _log.warning("broken %ss are skipped%s; the first is %s: %s", self.item, where, first, reason)
+                _log.warning(
+                    "broken %ss are skipped%s; the first is %s: %s", self.item, where, first, reason
+                )
             self._bad.add(index)
             command = install_command(reason)
             if command is not None:
@@ -64,7 +73,9 @@ class BadFiles:
         where = f"see {shown_name(self.path)}" if self.path else "no list was kept"
         command, number = self._missing.most_common(1)[0] if self._missing else ("", 0)
         name, last = shown_name(source.name), shown_name(source.path(index))
-        if 2 * number > len(self._bad):  # these files are sound: it is the installation that is to be mended
+        if 2 * number > len(
+            self._bad
+        ):  # these files are sound: it is the installation that is to be mended
             return (
                 f"{number} of the {seen} {self.item}s of {name} tried so far need a package that is not installed "
                 f"({where}): {command}"
@@ -76,7 +87,9 @@ class BadFiles:
         )
 
     def _too_many(self, total: int) -> bool:
-        """Whether the limit is passed for certain, or almost: items seen so far are a sample of all."""
+        """Whether the limit is passed for certain, or almost: items seen so far are a sample of
+        all.
+        """
         bad, seen = len(self._bad), min(self._tried, total)
         expected = self.max_share * seen
         spread = math.sqrt(max(0.0, expected * (1 - self.max_share)))
@@ -92,7 +105,9 @@ class BadFiles:
             with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{name}\t{reason}\n")
         except OSError as error:  # a list is not worth a run
-            _log.warning("%s could not be written (%s): %s is not in it", self.path, error.strerror, name)
+            _log.warning(
+                "%s could not be written (%s): %s is not in it", self.path, error.strerror, name
+            )
 
 
 def _names_in(path: Path | None) -> set[str]:

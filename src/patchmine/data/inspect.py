@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from patchmine.data.bounds import install_command, reading_item
-from patchmine.data.contract import Labels, Source, notes_of, open_regular
-from patchmine.data.decode import MAX_PIXELS, DecodeError, decode, no_image, probe
+from patchmine.data.decoding.bounds import install_command, reading_item
+from patchmine.data.decoding.decode import MAX_PIXELS, DecodeError, decode, no_image, probe
+from patchmine.data.decoding.video import FrameFiles, VideoFile, open_video
 from patchmine.data.sampling import spread_indices
-from patchmine.data.video import FrameFiles, VideoFile, open_video
-from patchmine.errors import UserError, reason_of
-from patchmine.names import shown_name
+from patchmine.data.sources.contract import Labels, Source, notes_of, open_regular
+from patchmine.errors import UserError, reason_of, shown_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,12 +33,14 @@ SHOWN = 10
 
 @dataclass
 class InspectReport:
-    """What was found.  Everything but ``count`` and ``notes`` is about the ``read`` items that were looked at.
+    """What was found.  Everything but ``count`` and ``notes`` is about the ``read`` items that were
+    looked at.
 
-    ``sizes``: (height, width) -> items.  ``channels``, ``dtypes``: likewise.  ``frames``: lengths of videos, of which
-    one frame each gives the rest.  ``mean``, ``std``: per channel over the pixels of the items that have the most
-    frequent number of channels, 8- and 16-bit values scaled to [0, 1].  ``duplicates``: groups of paths with equal
-    contents.  ``broken``: (path, reason).  ``classes``: name -> items, all of the source; None without labels.
+    ``sizes``: (height, width) -> items.  ``channels``, ``dtypes``: likewise.  ``frames``: lengths
+    of videos, of which one frame each gives the rest.  ``mean``, ``std``: per channel over the
+    pixels of the items that have the most frequent number of channels, 8- and 16-bit values scaled
+    to [0, 1].  ``duplicates``: groups of paths with equal contents.  ``broken``: (path, reason).
+    ``classes``: name -> items, all of the source; None without labels.
     """
 
     name: str
@@ -66,16 +67,20 @@ def inspect(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> InspectReport:
-    """Reads and decodes a seeded choice of ``sample`` items, or all of them; of a ``video`` its middle.
+    """Reads and decodes a seeded choice of ``sample`` items, or all of them; of a ``video`` its
+    middle.
 
-    Items of more than ``max_pixels`` count as broken.  ``progress`` is told (items done, items to do).
+    Items of more than ``max_pixels`` count as broken.  ``progress`` is told (items done, items to
+    do).
     """
     count = len(source)
     chosen = spread_indices(count, count if full else sample)
     report = InspectReport(source.name, count, len(chosen), notes=notes_of(source))
     try:
         report.classes = _class_sizes(source.labels())
-    except UserError as error:  # of damaged or missing labels, without which everything else can be told
+    except (
+        UserError
+    ) as error:  # of damaged or missing labels, without which everything else can be told
         report.notes += (str(error),)
     moments: dict[int, _Moments] = {}
     digests = np.zeros(len(chosen), np.uint64)
@@ -85,20 +90,27 @@ def inspect(
             with reading_item():
                 raw = source.read(index)
                 digests[number], readable[number] = _digest(raw), True
-                _look(_middle_frame(raw, report, max_pixels) if video else raw, report, moments, max_pixels)
+                _look(
+                    _middle_frame(raw, report, max_pixels) if video else raw,
+                    report,
+                    moments,
+                    max_pixels,
+                )
         except (OSError, DecodeError) as error:
             report.broken.append((shown_name(source.path(index)), reason_of(error)))
         if progress is not None:
             progress(number + 1, len(chosen))
     commands = Counter(filter(None, (install_command(reason) for _, reason in report.broken)))
     report.notes += tuple(
-        f"{number:,} of them need a package that is not installed: {command}" for command, number in commands.items()
+        f"{number:,} of them need a package that is not installed: {command}"
+        for command, number in commands.items()
     )
     if report.channels:
         common = report.channels.most_common(1)[0][0]
         report.mean, report.std = moments[common].finish()
     report.duplicates = [
-        [shown_name(source.path(i)) for i in same] for same in _equal(digests[readable], chosen[readable])
+        [shown_name(source.path(i)) for i in same]
+        for same in _equal(digests[readable], chosen[readable])
     ]
     return report
 
@@ -112,7 +124,9 @@ class _Moments:
 
     def add(self, image: Tensor) -> None:
         rows = max(1, _BLOCK // image.shape[2])
-        for top in range(0, image.shape[1], rows):  # as doubles, a large image would take eight times its memory
+        for top in range(
+            0, image.shape[1], rows
+        ):  # as doubles, a large image would take eight times its memory
             values = image[:, top : top + rows].flatten(1).double() / (
                 255 if image.dtype == torch.uint8 else 1
             )  # (C, rows * W)
@@ -126,7 +140,9 @@ class _Moments:
 
 def _look(raw: Any, report: InspectReport, moments: dict[int, _Moments], max_pixels: int) -> None:
     height, width, channels, dtype = probe(raw)
-    image = decode(raw, channels, max_pixels)  # before anything is counted, because a truncated file has a sound header
+    image = decode(
+        raw, channels, max_pixels
+    )  # before anything is counted, because a truncated file has a sound header
     moments.setdefault(channels, _Moments(channels)).add(image)
     report.sizes[height, width] += 1
     report.channels[channels] += 1
@@ -149,7 +165,9 @@ def _class_sizes(labels: Labels | None) -> dict[str, int] | None:
 
 
 def _digest(raw: Any) -> int:
-    """64 bits that stand for the contents: of a million items, two agree by chance once in 30 million sets."""
+    """64 bits that stand for the contents: of a million items, two agree by chance once in 30
+    million sets.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for block in _contents(raw):
         digest.update(block)
@@ -211,7 +229,10 @@ def _parts(report: InspectReport) -> Iterable[RenderableType]:
     for head, text in _rows(report):
         table.add_row(Text(head, style="bold"), Text(text))
     yield table
-    groups = [f"{same[0]} = {', '.join(same[1:4])}{' ...' if len(same) > 4 else ''}" for same in report.duplicates]
+    groups = [
+        f"{same[0]} = {', '.join(same[1:4])}{' ...' if len(same) > 4 else ''}"
+        for same in report.duplicates
+    ]
     yield from map(Text, _listed("the same contents", groups))
     yield from map(Text, _listed("broken", [f"{path}: {reason}" for path, reason in report.broken]))
     yield from map(Text, _listed("beware", list(report.notes)))
@@ -237,14 +258,20 @@ def _rows(report: InspectReport) -> Iterable[tuple[str, str]]:
     if report.sizes:
         for head, axis in (("height", 0), ("width", 1)):
             yield head, _spread([size[axis] for size in report.sizes.elements()])
-        yield "most frequent", _counts({f"{height}x{width}": n for (height, width), n in report.sizes.most_common(5)})
+        yield (
+            "most frequent",
+            _counts({f"{height}x{width}": n for (height, width), n in report.sizes.most_common(5)}),
+        )
         yield "channels", _counts(report.channels)
         yield "values", _counts(report.dtypes)
         yield "mean", ", ".join(f"{value:.4f}" for value in report.mean)
         yield "std", ", ".join(f"{value:.4f}" for value in report.std)
     repeats = sum(len(same) - 1 for same in report.duplicates)
     yield "duplicates", f"{repeats:,}" + (" among those read" if report.read < report.count else "")
-    yield "broken", f"{len(report.broken):,} of {report.read:,} ({len(report.broken) / max(1, report.read):.1%})"
+    yield (
+        "broken",
+        f"{len(report.broken):,} of {report.read:,} ({len(report.broken) / max(1, report.read):.1%})",
+    )
 
 
 def _spread(values: list[int], unit: str = "pixels") -> str:

@@ -1,8 +1,9 @@
 """From a source of images or videos to batches.
 
-One torch DataLoader serves the whole rest of a run.  What goes to a worker is an epoch and the numbers of the items of
-one micro-batch; what comes back is that batch and which items were broken.  The order of items is a function of (seed,
-epoch), the randomness of a sample one of (seed, epoch, index), so nothing has to be saved to resume a run exactly.
+One torch DataLoader serves the whole rest of a run.  What goes to a worker is an epoch and the
+numbers of the items of one micro-batch; what comes back is that batch and which items were broken.
+The order of items is a function of (seed, epoch), the randomness of a sample one of (seed, epoch,
+index), so nothing has to be saved to resume a run exactly.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from patchmine.data.badfiles import BadFiles, Failure
-from patchmine.data.bounds import reading_item
-from patchmine.data.contract import Source
-from patchmine.data.crops import MultiCropView
-from patchmine.data.decode import DecodeError, decode
-from patchmine.data.normalise import as_float
+from patchmine.data.decoding.bounds import reading_item
+from patchmine.data.decoding.decode import DecodeError, decode
+from patchmine.data.decoding.video import open_video
 from patchmine.data.sampling import spread_indices
-from patchmine.data.video import open_video
-from patchmine.data.views import View
+from patchmine.data.sources.contract import Source
+from patchmine.data.views.crops import MultiCropView
+from patchmine.data.views.images import View
+from patchmine.data.views.normalise import as_float
 from patchmine.data.workers import READ_TIMEOUT, Desk, Workers
-from patchmine.errors import UserError, reason_of
-from patchmine.names import shown_name
+from patchmine.errors import UserError, reason_of, shown_name
 from patchmine.types import Batch
 
 __all__ = ["BadFiles", "data_statistics", "plain_batches", "train_batches"]
 
 # Items tried in place of a broken one before a worker gives up.
 _REPLACEMENTS = 100
-# First words of the seeds, so that no stream of one kind is one of the other: zeros at the end of a seed do not count.
+# First words of the seeds, so that no stream of one kind is one of the other: zeros at the end of a
+# seed do not count.
 _ORDER, _SAMPLE = 1, 2
 _Key = tuple[int, NDArray[np.int64]]
 """An epoch and the items of one micro-batch."""
@@ -43,9 +44,11 @@ _Key = tuple[int, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a worker sends back: a batch unless nothing could be read, and the items that failed of those ``tried``.
+    """What a worker sends back: a batch unless nothing could be read, and the items that failed of
+    those ``tried``.
 
-    ``mistake``: why the run must end, in a sentence (a UserError would arrive wrapped in a worker's traceback).
+    ``mistake``: why the run must end, in a sentence (a UserError would arrive wrapped in a worker's
+    traceback).
     """
 
     batch: Batch | None
@@ -61,12 +64,16 @@ class _Loaded:
 
 def sample_generator(seed: int, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
     """The randomness of one sample; costs about 8 microseconds."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((_SAMPLE, seed, epoch, index, attempt))))
+    return np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence((_SAMPLE, seed, epoch, index, attempt)))
+    )
 
 
 def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     """(length,) the order in which an epoch visits the items."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((_ORDER, seed, epoch)))).permutation(length)
+    return np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence((_ORDER, seed, epoch)))
+    ).permutation(length)
 
 
 def train_batches(
@@ -88,20 +95,33 @@ def train_batches(
     pin: bool = False,
     bad: BadFiles,
 ) -> Iterator[Batch]:
-    """``accumulate`` micro-batches per step, from ``start_step`` up to ``total_steps``; workers start at once.
+    """``accumulate`` micro-batches per step, from ``start_step`` up to ``total_steps``; workers
+    start at once.
 
-    ``batch_size`` is global.  A step's rows are cut into ``accumulate * world_size`` equal parts; micro-batch m of
-    process ``rank`` is part ``m * world_size + rank``.  A broken item is replaced by another, chosen by (seed, epoch,
-    index).  An epoch takes every item ``repeats`` times in a row, differently each time; a part holds all of these, and
-    the item is read and opened once.  ``read_timeout``: seconds that a worker may spend on one item; 0 is for ever.
-    UserError when sizes do not fit, or (while iterating) when too many items are broken or a worker is lost.
+    ``batch_size`` is global.  A step's rows are cut into ``accumulate * world_size`` equal parts;
+    micro-batch m of process ``rank`` is part ``m * world_size + rank``.  A broken item is replaced
+    by another, chosen by (seed, epoch, index).  An epoch takes every item ``repeats`` times in a
+    row, differently each time; a part holds all of these, and the item is read and opened once.
+    ``read_timeout``: seconds that a worker may spend on one item; 0 is for ever. UserError when
+    sizes do not fit, or (while iterating) when too many items are broken or a worker is lost.
     """
-    _check_sizes(len(source) * repeats, source.name, batch_size, steps_per_epoch, world_size, accumulate * repeats)
+    _check_sizes(
+        len(source) * repeats,
+        source.name,
+        batch_size,
+        steps_per_epoch,
+        world_size,
+        accumulate * repeats,
+    )
     steps = range(start_step, total_steps)
-    order = _TrainOrder(seed, len(source), batch_size, steps_per_epoch, steps, rank, world_size, accumulate, repeats)
+    order = _TrainOrder(
+        seed, len(source), batch_size, steps_per_epoch, steps, rank, world_size, accumulate, repeats
+    )
     desk = Desk(workers)
     samples = _TrainSamples(source, view, channels, seed, desk, repeats)
-    return _drain(Workers(samples, order, desk, workers, pin, _names(source)), source, bad, read_timeout)
+    return _drain(
+        Workers(samples, order, desk, workers, pin, _names(source)), source, bad, read_timeout
+    )
 
 
 def plain_batches(
@@ -115,26 +135,40 @@ def plain_batches(
     read_timeout: float = READ_TIMEOUT,
     bad: BadFiles | None = None,
 ) -> Iterator[Batch]:
-    """The items in order (or those of ``indices``), the last batch may be partial; ``batch.index`` says which they are.
+    """The items in order (or those of ``indices``), the last batch may be partial; ``batch.index``
+    says which they are.
 
-    Broken items are left out and noted in ``bad``; without it the first one is a UserError that names it.
+    Broken items are left out and noted in ``bad``; without it the first one is a UserError that
+    names it.
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     desk, order = Desk(workers), _PlainOrder(chosen, batch_size)
     samples = _PlainSamples(source, view, channels, desk)
-    return _drain(Workers(samples, order, desk, workers, False, _names(source)), source, bad, read_timeout)
+    return _drain(
+        Workers(samples, order, desk, workers, False, _names(source)), source, bad, read_timeout
+    )
 
 
 def data_statistics(
-    source: Source, channels: int, *, sample: int = 1000, look: Callable[[Any, int], Tensor] = decode
+    source: Source,
+    channels: int,
+    *,
+    sample: int = 1000,
+    look: Callable[[Any, int], Tensor] = decode,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel, each (C,) float32, in units where bytes span [0, 1].
+    """Mean and standard deviation of every channel, each (C,) float32, in units where bytes span
+    [0, 1].
 
-    From a seeded choice of ``sample`` items, each weighing the same; broken ones are left out.  A constant channel gets
-    a deviation of 1.  ``look`` gives pixels (C, H, W) of an item.  UserError when no item can be read.
+    From a seeded choice of ``sample`` items, each weighing the same; broken ones are left out.  A
+    constant channel gets a deviation of 1.  ``look`` gives pixels (C, H, W) of an item.  UserError
+    when no item can be read.
     """
     chosen = spread_indices(len(source), sample)
-    first, second, count = torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64), 0
+    first, second, count = (
+        torch.zeros(channels, dtype=torch.float64),
+        torch.zeros(channels, dtype=torch.float64),
+        0,
+    )
     failures: list[Failure] = []
     for index in chosen.tolist():
         try:
@@ -153,14 +187,27 @@ def data_statistics(
     return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
 
-# Inside a worker ------------------------------------------------------------------------------------------------------
+# Inside a worker
+# ------------------------------------------------------------------------------------------------------
 
 
 class _TrainSamples(Dataset[_Loaded]):
     def __init__(
-        self, source: Source, view: View | MultiCropView, channels: int, seed: int, desk: Desk, repeats: int = 1
+        self,
+        source: Source,
+        view: View | MultiCropView,
+        channels: int,
+        seed: int,
+        desk: Desk,
+        repeats: int = 1,
     ) -> None:
-        self.source, self.view, self.channels, self.seed, self.repeats = source, view, channels, seed, repeats
+        self.source, self.view, self.channels, self.seed, self.repeats = (
+            source,
+            view,
+            channels,
+            seed,
+            repeats,
+        )
         self.desk = desk
 
     def __getitem__(self, key: _Key) -> _Loaded:
@@ -222,9 +269,18 @@ def _stack(samples: list[_Sample]) -> Batch:
     """One batch; in a worker default_collate stacks straight into shared memory."""
     index, pixels, boxes, flips, *changes = (list(column) for column in zip(*samples, strict=True))
     if not changes:
-        return Batch([_stack_pixels(pixels)], torch.tensor(index), default_collate(boxes), torch.tensor(flips))
+        return Batch(
+            [_stack_pixels(pixels)],
+            torch.tensor(index),
+            default_collate(boxes),
+            torch.tensor(flips),
+        )
     views = [_stack_pixels([*crops]) for crops in zip(*pixels, strict=True)]
-    return Batch(views, torch.tensor(index), *(default_collate(column) for column in (boxes, flips, *changes)))
+    return Batch(
+        views,
+        torch.tensor(index),
+        *(default_collate(column) for column in (boxes, flips, *changes)),
+    )
 
 
 def _stack_pixels(pixels: list[Tensor]) -> Tensor:
@@ -244,7 +300,8 @@ def _names(source: Source) -> Callable[[int], str]:
     return lambda index: shown_name(source.path(index))
 
 
-# Inside the main process ----------------------------------------------------------------------------------------------
+# Inside the main process
+# ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -282,7 +339,9 @@ class _PlainOrder(Sampler[_Key]):
             yield 0, self.indices[start : start + self.batch_size]
 
 
-def _drain(workers: Workers, source: Source, bad: BadFiles | None, read_timeout: float) -> Iterator[Batch]:
+def _drain(
+    workers: Workers, source: Source, bad: BadFiles | None, read_timeout: float
+) -> Iterator[Batch]:
     try:
         while True:
             trouble = None
@@ -297,8 +356,9 @@ def _drain(workers: Workers, source: Source, bad: BadFiles | None, read_timeout:
             if part is not None:
                 yield from _checked(part, source, bad)
     finally:
-        # Workers end with the last reference to their loader.  Left to a traceback, and so to the garbage collector,
-        # they would miss the message that ends them and be waited for, 5 seconds each.
+        # Workers end with the last reference to their loader.  Left to a traceback, and so to the
+        # garbage collector, they would miss the message that ends them and be waited for, 5 seconds
+        # each.
         del workers
 
 
@@ -338,7 +398,9 @@ def _check_sizes(
             f"batch_size={batch_size} is more than the {length} images of {name}; set batch_size={fitting} or lower"
         )
     if steps_per_epoch * batch_size > length:
-        raise ValueError(f"{steps_per_epoch} steps of {batch_size} images need more than the {length} that there are")
+        raise ValueError(
+            f"{steps_per_epoch} steps of {batch_size} images need more than the {length} that there are"
+        )
 
 
 def _thin(image: Tensor, side: int = 256) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchmine.data.combine import DatasetSource
-from patchmine.data.contract import Source, open_regular
-from patchmine.data.video import FrameFiles, VideoFile
+from patchmine.data.decoding.video import FrameFiles, VideoFile
+from patchmine.data.sources.combine import DatasetSource
+from patchmine.data.sources.contract import Source, open_regular
 from patchmine.errors import UserError, foreign_parser
 
 STAMPED = 64  # items whose contents are remembered with a run
@@ -21,7 +21,8 @@ _HEAD = 1 << 16  # bytes of a video file that are looked at
 def spread_indices(count: int, wanted: int, seed: int = 0) -> NDArray[np.int64]:
     """A seeded random choice of ``wanted`` of ``count`` items.
 
-    Not every k-th item: a list that goes through its classes, cameras or days in turn would give one of them only.
+    Not every k-th item: a list that goes through its classes, cameras or days in turn would give
+    one of them only.
 
     Args:
         count: items of the source.
@@ -41,9 +42,10 @@ def content_stamps(source: Source) -> list[str]:
     """What the contents of a few items are, to tell whether images were replaced under equal names.
 
     Returns:
-        For each of at most ``STAMPED`` items, always the same ones of a source: 8 hexadecimal digits of its bytes, of a
-        video of its first frame or its beginning.  "" for what cannot be read, or is no file.  Empty where a torch
-        dataset is among the sources, since that may give other pixels each time.
+        For each of at most ``STAMPED`` items, always the same ones of a source: 8 hexadecimal
+        digits of its bytes, of a video of its first frame or its beginning.  "" for what cannot be
+        read, or is no file.  Empty where a torch dataset is among the sources, since that may give
+        other pixels each time.
     """
     if any(isinstance(part, DatasetSource) for part in (source, *getattr(source, "parts", ()))):
         return []
@@ -51,7 +53,9 @@ def content_stamps(source: Source) -> list[str]:
 
 
 def changed_stamps(before: object, now: Sequence[str]) -> int:
-    """How many items have other contents than ``before``, which comes from a file; 0 where that cannot be told."""
+    """How many items have other contents than ``before``, which comes from a file; 0 where that
+    cannot be told.
+    """
     if not isinstance(before, list) or len(before) != len(now):
         return 0
     return sum(bool(old) and bool(new) and old != new for old, new in zip(before, now, strict=True))

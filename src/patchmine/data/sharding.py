@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchmine.data.contract import IMAGE_SUFFIXES, Labels, Source, key_of
-from patchmine.data.decode import DecodeError, decode, probe
-from patchmine.data.members import HEAD, ending_told_by, is_hidden
+from patchmine.data.decoding.decode import DecodeError, decode, probe
+from patchmine.data.sources.contract import IMAGE_SUFFIXES, Labels, Source, key_of
+from patchmine.data.sources.members import HEAD, ending_told_by, is_hidden
 from patchmine.disk import remedy, replacing
-from patchmine.errors import UserError, foreign_parser, reason_of
-from patchmine.names import shown_name
+from patchmine.errors import UserError, foreign_parser, reason_of, shown_name
 
 JPEG_QUALITY = 95
 """Of images that are made smaller; with all colour samples kept (4:4:4)."""
@@ -32,8 +31,8 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 class Written:
     """What ``write_shards`` did.
 
-    ``shrunk`` of the ``items`` were made smaller; ``too_large`` should have been and could not; ``skipped`` could not
-    be read.
+    ``shrunk`` of the ``items`` were made smaller; ``too_large`` should have been and could not;
+    ``skipped`` could not be read.
     """
 
     shards: int = 0
@@ -54,15 +53,19 @@ def write_shards(
 ) -> Written:
     """Writes every image, in the source's order, into ``out/shard-000000.tar`` and so on.
 
-    A shard has about ``shard_size`` bytes.  An image keeps its bytes, unless its longer side is above ``max_side``
-    pixels: then it is shrunk to that (Lanczos) and becomes a JPEG of quality 95 with full colour if it was a JPEG,
-    else a PNG.  Its path and its class's name stand in a ``.json`` member beside it.  The folder appears once it is
-    complete.  UserError when ``out`` holds something already, or cannot be written.
+    A shard has about ``shard_size`` bytes.  An image keeps its bytes, unless its longer side is
+    above ``max_side``
+    pixels: then it is shrunk to that (Lanczos) and becomes a JPEG of quality 95 with full colour if
+    it was a JPEG, else a PNG.  Its path and its class's name stand in a ``.json`` member beside
+    it.  The folder appears once it is complete.  UserError when ``out`` holds something already, or
+    cannot be written.
     """
     if max_side is not None and max_side < 1:
         raise UserError(f"max_side={max_side}: give the longest side in pixels, at least 1")
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(f"out={shown_name(out)}: there is something already; give a new folder, or delete this one")
+        raise UserError(
+            f"out={shown_name(out)}: there is something already; give a new folder, or delete this one"
+        )
     labels = source.labels()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,9 @@ def _write_all(
                     shard.close()
                 shard = _Shard(room / f"shard-{done.shards:06d}.tar", keys)
                 done.shards += 1
-            shard.add(path, index, data, suffix, labels.names[labels.ids[index]] if labels else None)
+            shard.add(
+                path, index, data, suffix, labels.names[labels.ids[index]] if labels else None
+            )
             done.items += 1
             done.bytes += len(data)
     finally:
@@ -114,7 +119,9 @@ class _UnreadableError(Exception):
     """An item of the source that cannot be read, or not be written as an image."""
 
 
-def _item(source: Source, index: int, max_side: int | None, done: Written) -> tuple[str, bytes, str]:
+def _item(
+    source: Source, index: int, max_side: int | None, done: Written
+) -> tuple[str, bytes, str]:
     """Path, contents and ending of an item."""
     with foreign_parser(_UnreadableError):
         path = key_of(source, index)
@@ -122,7 +129,9 @@ def _item(source: Source, index: int, max_side: int | None, done: Written) -> tu
 
 
 class _Shard:
-    """One archive that is being written.  ``keys``: the hashes of those in it and in the archives before it."""
+    """One archive that is being written.  ``keys``: the hashes of those in it and in the archives
+    before it.
+    """
 
     def __init__(self, file: Path, keys: set[int]) -> None:
         self._handle = file.open("wb")
@@ -134,7 +143,9 @@ class _Shard:
         return self._archive.offset
 
     def add(self, path: str, index: int, data: bytes, suffix: str, label: str | None) -> None:
-        """An image and its note under a key of their own; equal ones would be one sample, or one file when unpacked."""
+        """An image and its note under a key of their own; equal ones would be one sample, or one
+        file when unpacked.
+        """
         key = _key(path)
         if hash(key) in self._keys:
             key = f"{key}_{index}"
@@ -159,7 +170,9 @@ class _Shard:
 
 
 def _key(path: str) -> str:
-    """A path as the name of a member: below the archive's root, without dots (where keys end), and nowhere hidden."""
+    """A path as the name of a member: below the archive's root, without dots (where keys end), and
+    nowhere hidden.
+    """
     parts = [part for part in path.split("/") if part not in ("", ".", "..")] or ["item"]
     parts[-1] = (os.path.splitext(parts[-1])[0] or parts[-1]).replace(".", "_")  # noqa: PTH122, a part of a path
     return "/".join(f"_{part}" if is_hidden(part) else part for part in parts).replace("\0", "_")
@@ -169,7 +182,9 @@ def _encoded(raw: Any, path: str, max_side: int | None, done: Written) -> tuple[
     """File contents and suffix of an item as it goes into a shard."""
     suffix = PurePosixPath(path).suffix.lower()
     if max_side is not None and _longest_side(raw) > max_side:
-        smaller = _shrink(raw, max_side, is_jpeg=isinstance(raw, bytes) and raw.startswith(b"\xff\xd8"))
+        smaller = _shrink(
+            raw, max_side, is_jpeg=isinstance(raw, bytes) and raw.startswith(b"\xff\xd8")
+        )
         done.shrunk += smaller is not None
         done.too_large += smaller is None
         if smaller is not None:
@@ -216,20 +231,28 @@ def _encode_pixels(raw: Any) -> tuple[bytes, str]:
         raw = decode(raw, probe(raw)[2])  # (C, H, W), as training sees it
     if isinstance(raw, torch.Tensor):
         raw = raw.detach().float() if raw.dtype == torch.bfloat16 else raw.detach()
-    np.save(out, raw.numpy(force=True) if isinstance(raw, torch.Tensor) else np.asarray(raw), allow_pickle=False)
+    np.save(
+        out,
+        raw.numpy(force=True) if isinstance(raw, torch.Tensor) else np.asarray(raw),
+        allow_pickle=False,
+    )
     return out.getvalue(), ".npy"
 
 
 def _summary(done: Written, out: Path, max_side: int | None) -> list[str]:
     size = f"{done.bytes / 2**20:,.1f} MiB"
-    lines = [f"{done.items:,} images ({size}) in {done.shards:,} shard{'s' * (done.shards != 1)}: {shown_name(out)}"]
+    lines = [
+        f"{done.items:,} images ({size}) in {done.shards:,} shard{'s' * (done.shards != 1)}: {shown_name(out)}"
+    ]
     if max_side is not None:
         lines.append(
             f"{done.shrunk:,} were shrunk to {max_side} pixels (JPEG as JPEG of quality {JPEG_QUALITY}, others as "
             f"PNG), the rest kept every byte"
         )
     if done.too_large:
-        lines.append(f"{done.too_large:,} larger ones stay as they are: damaged, or not 8-bit grey or RGB")
+        lines.append(
+            f"{done.too_large:,} larger ones stay as they are: damaged, or not 8-bit grey or RGB"
+        )
     if done.skipped:
         lines.append(f"{done.skipped:,} could not be read and are left out")
     return lines

@@ -1,7 +1,9 @@
-"""The processes that read data: how they start, what each of them is reading, and what is said when one is lost.
+"""The processes that read data: how they start, what each of them is reading, and what is said when
+one is lost.
 
-Torch's loader tells that a worker died or did not answer; it knows neither why nor at which item.  Every worker notes
-the item that it begins in memory shared with the main process, so that both can be said.
+Torch's loader tells that a worker died or did not answer; it knows neither why nor at which item.
+Every worker notes the item that it begins in memory shared with the main process, so that both can
+be said.
 """
 
 from __future__ import annotations
@@ -27,16 +29,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from patchmine.errors import UserError, reason_of
 
 READ_TIMEOUT = 600.0
-"""Default of ``read_timeout``: seconds that reading one item may take; network disks have been seen to need minutes."""
+"""Default of ``read_timeout``: seconds that reading one item may take; network disks have been seen
+to need minutes.
+"""
 
 MOST_WORKERS = 1024
 _POLL = 5.0  # seconds of silence after which the workers are looked at
 _RESUME = "then `patchmine resume` goes on from the last checkpoint"
-_SHORT_OF = ("shared memory", "ancdata", "open files", "Cannot allocate memory")  # in what torch says of it
+_SHORT_OF = (
+    "shared memory",
+    "ancdata",
+    "open files",
+    "Cannot allocate memory",
+)  # in what torch says of it
 
 
 class Desk:
-    """What each worker is reading: (worker, index, since when, process) in shared memory, empty where it waits."""
+    """What each worker is reading: (worker, index, since when, process) in shared memory, empty
+    where it waits.
+    """
 
     def __init__(self, workers: int) -> None:
         self._notes: Tensor = torch.zeros(workers, 3, dtype=torch.float64)
@@ -59,7 +70,11 @@ class Desk:
     def since(self) -> list[tuple[int, float, int]]:
         """(index, seconds that it is being read, process) of every worker that reads."""
         now = time.monotonic()
-        return [(int(index), now - start, int(pid)) for index, start, pid in self._notes.tolist() if start]
+        return [
+            (int(index), now - start, int(pid))
+            for index, start, pid in self._notes.tolist()
+            if start
+        ]
 
 
 class Workers:
@@ -78,11 +93,15 @@ class Workers:
         path: Callable[[int], str],
     ) -> None:
         if number > MOST_WORKERS:
-            raise UserError(f"workers={number} is more than the {MOST_WORKERS} that can be useful; set a lower number")
+            raise UserError(
+                f"workers={number} is more than the {MOST_WORKERS} that can be useful; set a lower number"
+            )
         before = active_children()
         self.desk, self.number, self.path = desk, number, path
         self.parts: Iterator[Any] = _start(samples, order, number, pin)
-        self.processes: list[BaseProcess] = [child for child in active_children() if child not in before]
+        self.processes: list[BaseProcess] = [
+            child for child in active_children() if child not in before
+        ]
 
     def trouble(self, error: Exception, read_timeout: float) -> str | None:
         """Why the run must end, in a sentence; None where the workers are merely slow."""
@@ -99,7 +118,10 @@ class Workers:
         raise error
 
     def _silence(self, read_timeout: float) -> str | None:
-        late = sorted((note for note in self.desk.since() if note[1] > read_timeout > 0), key=lambda note: -note[1])
+        late = sorted(
+            (note for note in self.desk.since() if note[1] > read_timeout > 0),
+            key=lambda note: -note[1],
+        )
         if not late:
             return None
         for child in self.processes:
@@ -115,7 +137,11 @@ class Workers:
         reading = {pid: index for index, _, pid in self.desk.since()}
         dead = next((child for child in self.processes if child.exitcode), None)
         number = dead.exitcode or 0 if dead is not None else 0
-        where = f" while it read {self.path(reading[dead.pid])}" if dead is not None and dead.pid in reading else ""
+        where = (
+            f" while it read {self.path(reading[dead.pid])}"
+            if dead is not None and dead.pid in reading
+            else ""
+        )
         if number == -signal.SIGKILL:
             why = f"was killed{where}, most likely because the memory ran out: lower workers={self.number}"
         elif number == -signal.SIGBUS:
@@ -128,18 +154,27 @@ class Workers:
 
 
 def _signal_name(number: int) -> str:
-    return signal.Signals(number).name if number in {known.value for known in signal.Signals} else f"signal {number}"
+    return (
+        signal.Signals(number).name
+        if number in {known.value for known in signal.Signals}
+        else f"signal {number}"
+    )
 
 
 def _start(samples: Dataset[Any], order: Sampler[Any], number: int, pin: bool) -> Iterator[Any]:
     """A running loader.
 
-    Workers are forked where that is safe (Linux): they start in milliseconds instead of seconds, a data set need not be
-    picklable, a script needs no main guard, and they use neither CUDA nor a pool of threads, which a fork breaks.
+    Workers are forked where that is safe (Linux): they start in milliseconds instead of seconds, a
+    data set need not be picklable, a script needs no main guard, and they use neither CUDA nor a
+    pool of threads, which a fork breaks.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")  # how many is the user's choice
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", message="This DataLoader will create"
+        )  # how many is the user's choice
+        warnings.filterwarnings(
+            "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
+        )
         loader = DataLoader(
             samples,
             sampler=order,
@@ -150,13 +185,16 @@ def _start(samples: Dataset[Any], order: Sampler[Any], number: int, pin: bool) -
             timeout=_POLL if number else 0,
             worker_init_fn=partial(_prepare_worker, os.getpid()) if number else None,
             multiprocessing_context="fork" if number and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # or else starting a loader would draw from the global random state
+            # Or else starting a loader would draw from the global random state
+            generator=torch.Generator(),
         )
         try:
             with _hold_ctrl_c(), _keep_child_handler():
                 return iter(loader)
         except OSError as error:
-            raise UserError(f"workers={number} cannot be started ({reason_of(error)}); lower it") from error
+            raise UserError(
+                f"workers={number} cannot be started ({reason_of(error)}); lower it"
+            ) from error
 
 
 def _as_is(part: Any) -> Any:
@@ -164,7 +202,8 @@ def _as_is(part: Any) -> Any:
 
 
 def _prepare_worker(main: int, _: int) -> None:
-    """Ctrl-C is for the main process, which then ends its workers; a process group of its own keeps group signals out.
+    """Ctrl-C is for the main process, which then ends its workers; a process group of its own keeps
+    group signals out.
 
     Torch's loader has already set one thread per worker.
     """
@@ -177,23 +216,29 @@ def _prepare_worker(main: int, _: int) -> None:
 
 
 def _end_with(main: int) -> None:
-    """Torch's workers look for the death of the process that was their parent when they first looked: where it was
-    killed before that, they would wait for it for ever.
+    """Torch's workers look for the death of the process that was their parent when they first
+    looked: where it was killed before that, they would wait for it for ever.
     """
     while os.getppid() == main:
         time.sleep(_POLL)
     os._exit(1)
 
 
-def _quiet_of_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """When the main process is killed while it fetches a batch, the thread that hands it over would print this."""
+def _quiet_of_lost_connections(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """When the main process is killed while it fetches a batch, the thread that hands it over would
+    print this.
+    """
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
 
 
 @contextmanager
 def _hold_ctrl_c() -> Iterator[None]:
-    """Blocked here means blocked in workers that are born meanwhile, until they ignore it themselves."""
+    """Blocked here means blocked in workers that are born meanwhile, until they ignore it
+    themselves.
+    """
     if sys.platform == "win32":
         yield
         return
@@ -206,8 +251,9 @@ def _hold_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def _keep_child_handler() -> Iterator[None]:
-    """Torch's loader asks to hear of dead children by a signal, whose handler raises wherever the main process happens
-    to be, in the midst of writing a checkpoint for instance.  We ask for them when a batch is missing.
+    """Torch's loader asks to hear of dead children by a signal, whose handler raises wherever the
+    main process happens to be, in the midst of writing a checkpoint for instance.  We ask for them
+    when a batch is missing.
     """
     if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
         yield

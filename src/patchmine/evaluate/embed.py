@@ -9,13 +9,13 @@ from pydantic import AfterValidator, Field
 
 from patchmine.data.loader import BadFiles
 from patchmine.disk import output
+from patchmine.errors import shown_name, whole_name
 from patchmine.evaluate.features import Reader, judge_broken, stream
 from patchmine.evaluate.labelled import everything, open_items
 from patchmine.evaluate.measure import ReadSettings
 from patchmine.evaluate.progress import Say, progress, silent
 from patchmine.evaluate.tables import ENDINGS, Rows, open_table
-from patchmine.names import shown_name, whole_name
-from patchmine.ops.linear import fast_linear
+from patchmine.models.onednn import fast_linear
 from patchmine.strict import ends_in
 
 
@@ -25,16 +25,19 @@ class EmbedSettings(ReadSettings):
     out: Annotated[str, AfterValidator(ends_in(*ENDINGS))] = Field(
         description="parquet file to write, as in out=embeddings.parquet; or one that ends in .csv or .npz"
     )
-    pooling: str = Field("cls", description="cls, mean or cls+mean; without a class token cls means mean")
+    pooling: str = Field(
+        "cls", description="cls, mean or cls+mean; without a class token cls means mean"
+    )
 
 
 def embed(settings: EmbedSettings, say: Say = silent) -> Path:
-    """Write ``path``, ``index``, ``label`` (the class's name, where there are classes) and the embedding, float32, of
-    every readable image; the end of ``out`` decides the format (`open_table`).
+    """Write ``path``, ``index``, ``label`` (the class's name, where there are classes) and the
+    embedding, float32, of every readable image; the end of ``out`` decides the format
+    (`open_table`).
 
-    Broken images have no row.  Of a video run the rows are videos, one clip from the middle of each.  The file appears
-    complete or not at all.  Raises UserError where nothing can be read, features are not finite, or the file cannot be
-    written.
+    Broken images have no row.  Of a video run the rows are videos, one clip from the middle of
+    each.  The file appears complete or not at all.  Raises UserError where nothing can be read,
+    features are not finite, or the file cannot be written.
     """
     out = Path(settings.out)
     with output(out) as new:  # a place that cannot be written is told before an hour of work
@@ -47,15 +50,27 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
     return out
 
 
-def _write(path: Path, ending: str, reader: Reader, source: Any, settings: EmbedSettings, say: Say) -> int:
-    part, labels, reading, title = everything(source), source.labels(), settings.reading(), "embeddings"
+def _write(
+    path: Path, ending: str, reader: Reader, source: Any, settings: EmbedSettings, say: Say
+) -> int:
+    part, labels, reading, title = (
+        everything(source),
+        source.labels(),
+        settings.reading(),
+        "embeddings",
+    )
     columns = reader.poolings[reader.choose(settings.pooling)]
     done = 0
     with fast_linear(), progress(title, len(part), say) as tick, open_table(path, ending) as add:
-        # The share of broken items is judged at the end: they come in order, so broken ones may come in a row.
+        # The share of broken items is judged at the end: they come in order, so broken ones may
+        # come in a row.
         for index, found in stream({"": reader}, part, reading, BadFiles(None, 1.0)):
             places = index.tolist()
-            names = None if labels is None else [whole_name(labels.names[labels.ids[i]]) for i in places]
+            names = (
+                None
+                if labels is None
+                else [whole_name(labels.names[labels.ids[i]]) for i in places]
+            )
             x = found[""][:, columns].flatten(1).numpy()  # (B, D)
             add(Rows([whole_name(source.path(i)) for i in places], index.numpy(), names, x))
             done += len(places)

@@ -1,4 +1,6 @@
-"""From images or clips to features of a frozen encoder: read once, in order, for everything measured on them."""
+"""From images or clips to features of a frozen encoder: read once, in order, for everything
+measured on them.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.data.clips import PlainClips
-from patchmine.data.contract import Source
+from patchmine.backbones.vit import embed_patches
 from patchmine.data.loader import BadFiles, plain_batches
-from patchmine.data.normalise import normalise
-from patchmine.data.views import PlainView, View
-from patchmine.errors import UserError
+from patchmine.data.sources.contract import Source
+from patchmine.data.views.clips import PlainClips
+from patchmine.data.views.images import PlainView, View
+from patchmine.data.views.normalise import normalise
+from patchmine.errors import UserError, shown_name
 from patchmine.evaluate.labelled import Part, everything
 from patchmine.evaluate.progress import Say, progress, silent
 from patchmine.evaluate.targets import Target, at_rest
-from patchmine.models.vit import embed_patches
-from patchmine.names import shown_name
 from patchmine.types import Batch
 
-LONGEST_SIDE, LONGEST_CLIP_SIDE = 32, 8  # of images, and of a clip's frames, whose bare pixels are features
+LONGEST_SIDE, LONGEST_CLIP_SIDE = (
+    32,
+    8,
+)  # of images, and of a clip's frames, whose bare pixels are features
 
 
 @dataclass(frozen=True)
 class Reading:
     """How images are read; none of it changes a result beyond rounding.
 
-    ``batch_size``: images at once, of which the frames of a clip are so many.  ``max_bad_share``: broken images above
-    which to stop.
+    ``batch_size``: images at once, of which the frames of a clip are so many.  ``max_bad_share``:
+    broken images above which to stop.
     """
 
     batch_size: int = 256
@@ -55,8 +59,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Features:
-    """``x`` (N, D), or (N, S, D) with S columns, float32; ``labels`` (N,) int64 where there are any; ``index`` (N,),
-    items of the source.
+    """``x`` (N, D), or (N, S, D) with S columns, float32; ``labels`` (N,) int64 where there are
+    any; ``index`` (N,), items of the source.
     """
 
     x: Tensor
@@ -68,13 +72,14 @@ class Features:
 
 
 class Reader:
-    """Turns normalised images (B, C, H, W), or clips (B, C, T, H, W), into columns (B, S, D) float32: class tokens of
-    the last blocks, then means of their patches.
+    """Turns normalised images (B, C, H, W), or clips (B, C, T, H, W), into columns (B, S, D)
+    float32: class tokens of the last blocks, then means of their patches.
 
-    ``poolings``: which columns, laid end to end, are meant by a name: ``cls``, ``mean``, ``cls+mean`` of the last
-    block, and with more ``blocks`` also ``cls, last 4 blocks`` and so on.  The final norm is applied to every block.  A
-    network without tokens has one column, ``pooled`` (its own pooling); no encoder at all gives ``pixels``, the image
-    shrunk to at most 32 pixels, all frames of a clip to at most 8.
+    ``poolings``: which columns, laid end to end, are meant by a name: ``cls``, ``mean``,
+    ``cls+mean`` of the last block, and with more ``blocks`` also ``cls, last 4 blocks`` and so on.
+    The final norm is applied to every block.  A network without tokens has one column, ``pooled``
+    (its own pooling); no encoder at all gives ``pixels``, the image shrunk to at most 32 pixels,
+    all frames of a clip to at most 8.
     """
 
     def __init__(self, target: Target, blocks: int = 1) -> None:
@@ -91,8 +96,8 @@ class Reader:
             self.poolings = _token_poolings(self.blocks, self.has_class_token)
 
     def choose(self, pooling: str) -> str:
-        """``pooling``, or what stands in for ``cls`` where there is no class token.  Raises UserError for an unknown
-        one.
+        """``pooling``, or what stands in for ``cls`` where there is no class token.  Raises
+        UserError for an unknown one.
         """
         if pooling in self.poolings:
             return pooling
@@ -115,30 +120,46 @@ class Reader:
         return torch.stack(columns, dim=1)
 
     def _tokens(self, encoder: Any, images: Tensor) -> list[Tensor]:
-        """The tokens of the last blocks after the final norm, the last block last: (B, P + L, D) each."""
+        """The tokens of the last blocks after the final norm, the last block last: (B, P + L, D)
+        each.
+        """
         if self.blocks == 1:
             return [encoder.forward_features(images)]
         if self.target.clip is not None:
             return _last_blocks(encoder, images, self.blocks)
         parts = encoder.forward_intermediates(
-            images, indices=self.blocks, norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+            images,
+            indices=self.blocks,
+            norm=True,
+            return_prefix_tokens=True,
+            output_fmt="NLC",
+            intermediates_only=True,
         )
-        return [part if isinstance(part, Tensor) else torch.cat([part[1], part[0]], dim=1) for part in parts]
+        return [
+            part if isinstance(part, Tensor) else torch.cat([part[1], part[0]], dim=1)
+            for part in parts
+        ]
 
 
 class FrameReader(Reader):
-    """Lets an encoder of images read clips (B, C, T, H, W): columns (B, S, D) are means over the frames.
+    """Lets an encoder of images read clips (B, C, T, H, W): columns (B, S, D) are means over the
+    frames.
 
-    What it gives knows nothing of the order of frames, so it is the floor that an encoder of videos has to rise above.
-    ``clips``: the target as which the clips are prepared; frames are normalised and resized anew for this one.
+    What it gives knows nothing of the order of frames, so it is the floor that an encoder of videos
+    has to rise above. ``clips``: the target as which the clips are prepared; frames are normalised
+    and resized anew for this one.
     """
 
     def __init__(self, target: Target, clips: Target, blocks: int = 1) -> None:
         super().__init__(target, blocks)
         if target.clip is not None:
-            raise UserError(f"image={target.name} is an encoder of videos: give one of images, or leave image= out")
+            raise UserError(
+                f"image={target.name} is an encoder of videos: give one of images, or leave image= out"
+            )
         if target.channels != clips.channels:
-            raise UserError(f"image={target.name} takes {target.channels} channels, {clips.name} {clips.channels}")
+            raise UserError(
+                f"image={target.name} takes {target.channels} channels, {clips.name} {clips.channels}"
+            )
         mean, std = torch.tensor(target.mean), torch.tensor(target.std)
         self.scale = (torch.tensor(clips.std) / std)[:, None, None]
         self.shift = ((torch.tensor(clips.mean) - mean) / std)[:, None, None]
@@ -154,7 +175,9 @@ class FrameReader(Reader):
 
 
 def _last_blocks(encoder: Any, clips: Tensor, blocks: int) -> list[Tensor]:
-    """What timm's ``forward_intermediates`` gives of images: (B, L, D) of each of the last blocks, normed."""
+    """What timm's ``forward_intermediates`` gives of images: (B, L, D) of each of the last blocks,
+    normed.
+    """
     tokens = encoder.norm_pre(embed_patches(encoder, clips))
     kept = []
     for number, block in enumerate(encoder.blocks):
@@ -171,7 +194,11 @@ def _token_poolings(blocks: int, has_class_token: bool) -> dict[str, list[int]]:
     if has_class_token:
         last = {"cls": [n - 1], **last, "cls+mean": [n - 1, means[-1]]}
         every = {"cls": list(range(n)), **every, "cls+mean": list(range(2 * n))}
-    return last if n == 1 else last | {f"{name}, last {n} blocks": columns for name, columns in every.items()}
+    return (
+        last
+        if n == 1
+        else last | {f"{name}, last {n} blocks": columns for name, columns in every.items()}
+    )
 
 
 def _shrunk(images: Tensor) -> Tensor:
@@ -184,11 +211,15 @@ def _shrunk(images: Tensor) -> Tensor:
     if share >= 1:
         return images.float()
     size = (max(1, round(height * share)), max(1, round(width * share)))
-    return F.interpolate(images.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(
+        images.float(), size=size, mode="bilinear", antialias=True, align_corners=False
+    )
 
 
 def plain_view(target: Target) -> View:
-    """How items are prepared: shorter side to size / crop_pct, centre crop; of a video one clip from its middle."""
+    """How items are prepared: shorter side to size / crop_pct, centre crop; of a video one clip
+    from its middle.
+    """
     clip = target.clip
     if clip is None:
         return PlainView(target.image_size, crop_pct=target.crop_pct, max_pixels=target.max_pixels)
@@ -205,12 +236,12 @@ def stream(
     view: View | None = None,
     views: int = 1,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """(index (B,), columns (B, S, D) by reader) of one batch after the other, in order, without broken images; all on
-    the CPU.
+    """(index (B,), columns (B, S, D) by reader) of one batch after the other, in order, without
+    broken images; all on the CPU.
 
-    All readers see the same images, prepared by ``view``, by default `plain_view` of the first one's target.  A view
-    that gives ``views`` clips of each video, (V, C, T, H, W), makes columns (B * V, S, D), those of a video together.
-    On a GPU the encoders run under bf16 autocast.
+    All readers see the same images, prepared by ``view``, by default `plain_view` of the first
+    one's target.  A view that gives ``views`` clips of each video, (V, C, T, H, W), makes columns
+    (B * V, S, D), those of a video together. On a GPU the encoders run under bf16 autocast.
     """
     target = next(iter(readers.values())).target
     device = reading.place()
@@ -236,9 +267,11 @@ def stream(
         yield batch.index, columns
 
 
-def _refuse_infinite(target: Target, columns: Tensor, images: Tensor, source: Source, index: Tensor) -> None:
-    """UserError where features (B * V, S, D) of the items ``index`` (B,) hold NaN or infinity: no number made of them
-    would mean anything.
+def _refuse_infinite(
+    target: Target, columns: Tensor, images: Tensor, source: Source, index: Tensor
+) -> None:
+    """UserError where features (B * V, S, D) of the items ``index`` (B,) hold NaN or infinity: no
+    number made of them would mean anything.
     """
     wrong = ~columns.flatten(1).isfinite().all(1)
     if not wrong.any():
@@ -247,7 +280,9 @@ def _refuse_infinite(target: Target, columns: Tensor, images: Tensor, source: So
     items = wrong.view(-1, views).any(1).nonzero()[:, 0]
     first, kind = shown_name(source.path(int(index[items[0]]))), target.kind
     if not images[int(wrong.nonzero()[0])].isfinite().all():
-        raise UserError(f"{first}: its values are not finite (NaN or infinity): mend it, or leave it out of the data")
+        raise UserError(
+            f"{first}: its values are not finite (NaN or infinity): mend it, or leave it out of the data"
+        )
     raise UserError(
         f"{target.name} gives features that are not finite for {len(items)} of {len(index)} {kind}s, the first of them "
         f"{first}: its weights, or what it computes from them, are broken; measure an earlier checkpoint, or train "
@@ -256,24 +291,40 @@ def _refuse_infinite(target: Target, columns: Tensor, images: Tensor, source: So
 
 
 def _side_by_side(batch: Batch) -> Batch:
-    """Several clips of each video, (B, V, C, T, H, W), as so many clips; ``index`` stays that of the videos."""
+    """Several clips of each video, (B, V, C, T, H, W), as so many clips; ``index`` stays that of
+    the videos.
+    """
     clips = batch.views[0]
     if clips.ndim < 6:
         return batch
-    return replace(batch, views=[clips.flatten(0, 1)], flip=batch.flip.repeat_interleave(clips.shape[1]))
+    return replace(
+        batch, views=[clips.flatten(0, 1)], flip=batch.flip.repeat_interleave(clips.shape[1])
+    )
 
 
 @torch.inference_mode()
 def _read(reader: Reader, images: Tensor, device: torch.device) -> Tensor:
-    with at_rest(reader.target.encoder), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with (
+        at_rest(reader.target.encoder),
+        torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+    ):
         return reader(images).cpu()
 
 
 def extract_all(
-    readers: Mapping[str, Reader], part: Part, reading: Reading, *, title: str = "features", say: Say = silent
+    readers: Mapping[str, Reader],
+    part: Part,
+    reading: Reading,
+    *,
+    title: str = "features",
+    say: Say = silent,
 ) -> dict[str, Features]:
-    """Features (N, S, D) of all readers from one pass over the images; ``say`` hears of broken ones."""
-    bad = BadFiles(None, 1.0)  # the share is judged at the end: items come in order, so broken ones may come in a row
+    """Features (N, S, D) of all readers from one pass over the images; ``say`` hears of broken
+    ones.
+    """
+    bad = BadFiles(
+        None, 1.0
+    )  # the share is judged at the end: items come in order, so broken ones may come in a row
     tables: dict[str, Tensor] = {}
     index = torch.empty(len(part), dtype=torch.int64)
     done = 0
@@ -297,13 +348,17 @@ def kind_of(readers: Mapping[str, Reader]) -> str:
 
 
 def judge_broken(part: Part, done: int, reading: Reading, title: str, kind: str, say: Say) -> None:
-    """After a pass that read ``done`` items: UserError where too few were whole, a sentence where some were broken."""
+    """After a pass that read ``done`` items: UserError where too few were whole, a sentence where
+    some were broken.
+    """
     if done == 0:
         raise UserError(f"{shown_name(part.source.name)} has no {kind} that can be read")
     if broken := len(part) - done:
         found = f"{broken:,} of {len(part):,} {kind}s of {shown_name(part.source.name)} are broken"
         if broken > reading.max_bad_share * len(part):
-            raise UserError(f"{found}, more than max_bad_share={reading.max_bad_share} allows: mend them, or raise it")
+            raise UserError(
+                f"{found}, more than max_bad_share={reading.max_bad_share} allows: mend them, or raise it"
+            )
         say(f"{title}: {found} and were skipped")
 
 
@@ -317,9 +372,11 @@ def extract(
     device: str = "auto",
     say: Say = silent,
 ) -> Features:
-    """Features (N, D) of every readable image or video of ``source``, in its order, with labels where it has any.
+    """Features (N, D) of every readable image or video of ``source``, in its order, with labels
+    where it has any.
 
-    ``pooling``: ``cls`` (the mean of the patches where there is no class token), ``mean`` or ``cls+mean``.
+    ``pooling``: ``cls`` (the mean of the patches where there is no class token), ``mean`` or
+    ``cls+mean``.
     """
     reader = Reader(target)
     chosen = reader.poolings[reader.choose(pooling)]

@@ -13,7 +13,7 @@ from patchmine.evaluate.measure import EvalSettings, Result, measure
 from patchmine.evaluate.neighbours import NEIGHBOURS, TEMPERATURE, Accuracy, knn_accuracy
 from patchmine.evaluate.progress import Say, silent
 from patchmine.evaluate.targets import Target
-from patchmine.ops.linear import fast_linear
+from patchmine.models.onednn import fast_linear
 from patchmine.strict import BatchSize
 
 _STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
@@ -23,23 +23,32 @@ HEADLINE = 20  # the k that papers quote
 class KnnSettings(EvalSettings):
     """Settings of `patchmine eval knn`."""
 
-    pooling: str = Field("cls", description="cls, mean or cls+mean; without a class token cls means mean")
-    neighbours: tuple[BatchSize, ...] = Field(NEIGHBOURS, min_length=1, description="all k that are reported")
+    pooling: str = Field(
+        "cls", description="cls, mean or cls+mean; without a class token cls means mean"
+    )
+    neighbours: tuple[BatchSize, ...] = Field(
+        NEIGHBOURS, min_length=1, description="all k that are reported"
+    )
     k: BatchSize = Field(HEADLINE, description="the one that top1 and top5 stand for")
-    temperature: float = Field(TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)")
+    temperature: float = Field(
+        TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)"
+    )
 
 
 def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
-    """Weighted vote of the k nearest training images, DINO's protocol: ``top1``, ``top5`` at k=20 and ``by_k`` for
-    every k.
+    """Weighted vote of the k nearest training images, DINO's protocol: ``top1``, ``top5`` at k=20
+    and ``by_k`` for every k.
 
-    k is at most the number of training images.  Raises UserError for a target or data that cannot be used.
+    k is at most the number of training images.  Raises UserError for a target or data that cannot
+    be used.
     """
 
     def score(reader: Reader, train: Features, test: Features, num_classes: int) -> Result:
         pooling = reader.choose(settings.pooling)
         if pooling != settings.pooling and reader.target.encoder is not None:
-            say(f"{reader.target.name} has no class token: its features are {_STAND_IN.get(pooling, pooling)}")
+            say(
+                f"{reader.target.name} has no class token: its features are {_STAND_IN.get(pooling, pooling)}"
+            )
         columns = reader.poolings[pooling]
         by_k = knn_accuracy(
             train.x[:, columns].flatten(1),
@@ -78,10 +87,11 @@ def online_knn(
     max_train: int = 10_000,
     max_test: int = 2_000,
 ) -> Accuracy:
-    """``{"top1", "top5"}`` in percent of an encoder as it is in the middle of training; every part's train or eval
-    mode is left as it was.
+    """``{"top1", "top5"}`` in percent of an encoder as it is in the middle of training; every
+    part's train or eval mode is left as it was.
 
-    To cost little, at most ``max_train`` and ``max_test`` images are used, always the same, of each class its share.
+    To cost little, at most ``max_train`` and ``max_test`` images are used, always the same, of each
+    class its share.
     """
     assert target.encoder is not None, "an encoder in training"
     reader = Reader(target)

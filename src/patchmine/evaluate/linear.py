@@ -1,4 +1,6 @@
-"""Linear classifiers on frozen features: DINOv2's grid of learning rates and poolings, or MAE's single LARS probe."""
+"""Linear classifiers on frozen features: DINOv2's grid of learning rates and poolings, or MAE's
+single LARS probe.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,14 @@ from patchmine.evaluate.measure import EvalSettings, Result, measure
 from patchmine.evaluate.progress import Say, progress, silent
 from patchmine.strict import LARGEST_RUN, BatchSize, Positive
 
-# DINOv2, eval/linear.py, for 256 images; the last three are added because features of masked pre-training ask for more.
+# DINOv2, eval/linear.py, for 256 images; the last three are added because features of masked
+# pre-training ask for more.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 BLOCKS = 4
 MAX_ITERATIONS, MIN_ITERATIONS, EPOCHS = 12_500, 2_000, 100
-# MAE's probe sees 90 epochs of 1.28 million images at blr=0.1.  A LARS step changes weights by a share of the rate,
-# whatever the gradient, so epochs * blr * images decides how far they can grow; below a tenth of MAE's they stay near
-# their start.
+# MAE's probe sees 90 epochs of 1.28 million images at blr=0.1.  A LARS step changes weights by a
+# share of the rate, whatever the gradient, so epochs * blr * images decides how far they can grow;
+# below a tenth of MAE's they stay near their start.
 _LARS_GROWTH = 90 * 0.1 * 1.28e6
 
 _Rate = Annotated[float, Field(gt=0, le=1e6)]
@@ -33,10 +36,17 @@ _Rate = Annotated[float, Field(gt=0, le=1e6)]
 class GridSettings(EvalSettings):
     """How many classifiers are trained at once, DINOv2's way."""
 
-    rates: tuple[_Rate, ...] = Field(RATES, min_length=1, description="learning rates for 256 images (dinov2)")
-    iterations: Positive | None = Field(None, description="training steps (dinov2); null: by the number of images")
+    rates: tuple[_Rate, ...] = Field(
+        RATES, min_length=1, description="learning rates for 256 images (dinov2)"
+    )
+    iterations: Positive | None = Field(
+        None, description="training steps (dinov2); null: by the number of images"
+    )
     held_out: float = Field(
-        0.1, gt=0, lt=1, description="share of the training images that the choice is made on (dinov2)"
+        0.1,
+        gt=0,
+        lt=1,
+        description="share of the training images that the choice is made on (dinov2)",
     )
     train_batch: BatchSize | None = Field(
         None, description="features in a training step; null: by the number of images"
@@ -50,28 +60,34 @@ class LinearSettings(GridSettings):
         "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
     )
     epochs: Positive = Field(90, description="passes over the training images (mae)")
-    warmup_epochs: int = Field(10, ge=0, le=LARGEST_RUN, description="of these, with a rising rate (mae)")
+    warmup_epochs: int = Field(
+        10, ge=0, le=LARGEST_RUN, description="of these, with a rising rate (mae)"
+    )
     blr: _Rate = Field(0.1, description="learning rate for 256 images (mae)")
 
 
 def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
-    """``top1`` and ``top5`` of a linear classifier on the frozen features, trained on ``data``, reported on the test
-    images.
+    """``top1`` and ``top5`` of a linear classifier on the frozen features, trained on ``data``,
+    reported on the test images.
 
-    ``protocol="dinov2"``: classifiers for every pooling and learning rate, trained at once; the best one is chosen on a
-    held-out part of the training images, and only that one is scored on the test images.  ``protocol="mae"``: see
-    ``train_lars``.
+    ``protocol="dinov2"``: classifiers for every pooling and learning rate, trained at once; the
+    best one is chosen on a held-out part of the training images, and only that one is scored on the
+    test images.  ``protocol="mae"``: see ``train_lars``.
     """
     if settings.protocol == "mae":
         if settings.warmup_epochs >= settings.epochs:
-            raise UserError(f"warmup_epochs={settings.warmup_epochs} must be below epochs={settings.epochs}")
+            raise UserError(
+                f"warmup_epochs={settings.warmup_epochs} must be below epochs={settings.epochs}"
+            )
         return measure(settings, "linear-mae", lambda *given: _mae(settings, say, *given), say)
-    return measure(settings, "linear", lambda *given: _dinov2(settings, say, *given), say, blocks=BLOCKS)
+    return measure(
+        settings, "linear", lambda *given: _dinov2(settings, say, *given), say, blocks=BLOCKS
+    )
 
 
 def batch_for(images: int, *, steps: int, least: int, most: int) -> int:
-    """The largest power of two with which an epoch of ``images`` has ``steps`` steps, kept between ``least`` and
-    ``most``.
+    """The largest power of two with which an epoch of ``images`` has ``steps`` steps, kept between
+    ``least`` and ``most``.
 
     All images at once where they are fewer than that.
     """
@@ -85,10 +101,17 @@ def iterations_for(images: int, batch: int) -> int:
 
 
 def _dinov2(
-    settings: LinearSettings, say: Say, reader: Reader, train: Features, test: Features, num_classes: int
+    settings: LinearSettings,
+    say: Say,
+    reader: Reader,
+    train: Features,
+    test: Features,
+    num_classes: int,
 ) -> Result:
     classify, told = best_of_grid(settings, say, reader, train, num_classes)
-    found = accuracy(lambda rows: classify(rows)[..., None], test.x, _known(test), settings.reading().place())
+    found = accuracy(
+        lambda rows: classify(rows)[..., None], test.x, _known(test), settings.reading().place()
+    )
     top1, top5 = found[0].tolist()
     return {"top1": top1, "top5": top5, **told}
 
@@ -96,20 +119,30 @@ def _dinov2(
 def best_of_grid(
     settings: GridSettings, say: Say, reader: Reader, train: Features, num_classes: int
 ) -> tuple[Callable[[Tensor], Tensor], Result]:
-    """The classifier, rows (B, S, D) -> logits (B, C), that is best on held-out rows of ``train``; how it was chosen.
+    """The classifier, rows (B, S, D) -> logits (B, C), that is best on held-out rows of ``train``;
+    how it was chosen.
 
     The rows must lie on the device that the settings name.
     """
     device = settings.reading().place()
     labels = _known(train)
-    fit, choice = (torch.from_numpy(part) for part in split_by_class(labels.numpy(), settings.held_out))
+    fit, choice = (
+        torch.from_numpy(part) for part in split_by_class(labels.numpy(), settings.held_out)
+    )
     if len(choice) == 0:
-        raise UserError("every class has but one training image, so that no classifier can be chosen: give more")
-    # DINOv2 has 1,024 for ImageNet; on 20,000 small images 256 gained 3 points over that for the same work.
-    batch = min(len(fit), settings.train_batch or batch_for(len(fit), steps=128, least=64, most=1_024))
+        raise UserError(
+            "every class has but one training image, so that no classifier can be chosen: give more"
+        )
+    # DINOv2 has 1,024 for ImageNet; on 20,000 small images 256 gained 3 points over that for the
+    # same work.
+    batch = min(
+        len(fit), settings.train_batch or batch_for(len(fit), steps=128, least=64, most=1_024)
+    )
     iterations = settings.iterations or iterations_for(len(fit), batch)
     with progress(
-        f"{reader.target.name}: {len(settings.rates) * len(reader.poolings)} classifiers", iterations, say
+        f"{reader.target.name}: {len(settings.rates) * len(reader.poolings)} classifiers",
+        iterations,
+        say,
     ) as tick:
         grid = train_grid(
             train.x,
@@ -128,7 +161,9 @@ def best_of_grid(
     pooling = max(held_out, key=lambda name: float(held_out[name][:, 0].max()))
     chosen = int(held_out[pooling][:, 0].argmax())
     if chosen in (0, len(settings.rates) - 1) and len(settings.rates) > 1:
-        say(f"{reader.target.name}: the best rate, {settings.rates[chosen]:g}, is at the edge of rates=...; widen them")
+        say(
+            f"{reader.target.name}: the best rate, {settings.rates[chosen]:g}, is at the edge of rates=...; widen them"
+        )
     told = {
         "chosen": {
             "pooling": pooling,
@@ -139,23 +174,39 @@ def best_of_grid(
             name: dict(zip(map(str, settings.rates), scores[:, 0].tolist(), strict=True))
             for name, scores in held_out.items()
         },
-        "settings": {"iterations": iterations, "train_batch": batch, "trained_on": len(fit), "chosen_on": len(choice)},
+        "settings": {
+            "iterations": iterations,
+            "train_batch": batch,
+            "trained_on": len(fit),
+            "chosen_on": len(choice),
+        },
     }
     return lambda rows: grid.logits(pooling, rows)[..., chosen], told
 
 
 def _mae(
-    settings: LinearSettings, say: Say, reader: Reader, train: Features, test: Features, num_classes: int
+    settings: LinearSettings,
+    say: Say,
+    reader: Reader,
+    train: Features,
+    test: Features,
+    num_classes: int,
 ) -> Result:
     device = settings.reading().place()
     pooling = reader.choose("cls")
     columns = reader.poolings[pooling]
-    batch = min(len(train), settings.train_batch or batch_for(len(train), steps=32, least=64, most=16_384))
+    batch = min(
+        len(train), settings.train_batch or batch_for(len(train), steps=32, least=64, most=16_384)
+    )
     growth = settings.epochs * settings.blr * len(train)
     if growth < _LARS_GROWTH / 10:
         blr = settings.blr * _LARS_GROWTH / growth
-        say(f"{len(train):,} images are few for LARS at blr={settings.blr:g}, which then underfits: try blr={blr:.2g}")
-    with progress(f"{reader.target.name}: classifier", settings.epochs * (len(train) // batch), say) as tick:
+        say(
+            f"{len(train):,} images are few for LARS at blr={settings.blr:g}, which then underfits: try blr={blr:.2g}"
+        )
+    with progress(
+        f"{reader.target.name}: classifier", settings.epochs * (len(train) // batch), say
+    ) as tick:
         head = train_lars(
             train.x[:, columns].flatten(1),
             _known(train),
@@ -168,7 +219,9 @@ def _mae(
             device=device,
             tick=lambda: tick(1),
         )
-    found = accuracy(lambda rows: head(rows)[..., None], test.x[:, columns].flatten(1), _known(test), device)
+    found = accuracy(
+        lambda rows: head(rows)[..., None], test.x[:, columns].flatten(1), _known(test), device
+    )
     top1, top5 = found[0].tolist()
     used = {
         "epochs": settings.epochs,

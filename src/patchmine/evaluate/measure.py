@@ -1,4 +1,6 @@
-"""What all protocols share: open target and data, read features once, score, compare with floors, file the result."""
+"""What all protocols share: open target and data, read features once, score, compare with floors,
+file the result.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from patchmine.config.schema import Size
 from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
 from patchmine.evaluate.labelled import LabelledData, open_labelled
 from patchmine.evaluate.progress import Say
 from patchmine.evaluate.targets import Target, open_target, random_twin, raw_pixels
-from patchmine.ops.linear import fast_linear
-from patchmine.run import Run
-from patchmine.settings import Size
+from patchmine.models.onednn import fast_linear
+from patchmine.runs.run import Run
 from patchmine.strict import BatchSize, Count, Strict, Workers
 
 Result = dict[str, Any]
 Score = Callable[[Reader, Features, Features, int], Result]
-"""(reader, train, test, number of classes) -> ``top1`` and ``top5`` in percent, and what else there is to tell."""
+"""(reader, train, test, number of classes) -> ``top1`` and ``top5`` in percent, and what else there
+is to tell.
+"""
 
 
 class ReadSettings(Strict):
@@ -36,27 +40,38 @@ class ReadSettings(Strict):
 
     model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
-    target: str = Field(description="a run, an export, a timm architecture, random-init:RUN or raw-pixels")
+    target: str = Field(
+        description="a run, an export, a timm architecture, random-init:RUN or raw-pixels"
+    )
     data: str | list[str] = Field(
         description="folder, list file, tar shards or embedded:photos; of a video run, videos"
     )
     weights: str = Field(
-        "student", description="of a run student, teacher, partner or partner-teacher; a file for a timm architecture"
+        "student",
+        description="of a run student, teacher, partner or partner-teacher; a file for a timm architecture",
     )
     image_size: Size | None = Field(None, description="pixels; null: the target's own")
     channels: Count | None = Field(None, description="null: the target's own")
     crop_pct: float | None = Field(
-        None, gt=0, le=1, description="centre crop, share of the shorter side; null: the target's own"
+        None,
+        gt=0,
+        le=1,
+        description="centre crop, share of the shorter side; null: the target's own",
     )
     stride: Count | None = Field(
-        None, description="of a video run: a clip takes every such frame of the video; null: the target's own"
+        None,
+        description="of a video run: a clip takes every such frame of the video; null: the target's own",
     )
     batch_size: BatchSize = Field(
         256, description="images, or frames of clips, that are encoded at once; changes no result"
     )
     workers: Workers = Field("auto", description="processes that decode images")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    max_bad_share: float = Field(0.05, ge=0, le=1, description="share of broken images above which to stop")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one"
+    )
+    max_bad_share: float = Field(
+        0.05, ge=0, le=1, description="share of broken images above which to stop"
+    )
     seed: int = Field(0, ge=0, description="decides random weights and the order of training")
 
     def reading(self) -> Reading:
@@ -66,34 +81,53 @@ class ReadSettings(Strict):
     def open(self) -> Target:
         """The target, prepared as the settings say."""
         target = open_target(
-            self.target, image_size=self.image_size, channels=self.channels, weights=self.weights, seed=self.seed
+            self.target,
+            image_size=self.image_size,
+            channels=self.channels,
+            weights=self.weights,
+            seed=self.seed,
         )
         if self.crop_pct is not None:
             target = replace(target, crop_pct=self.crop_pct)
         if self.stride is None:
             return target
         if target.clip is None:
-            raise UserError(f"stride={self.stride} is for clips, but {target.name} takes images: leave the setting out")
+            raise UserError(
+                f"stride={self.stride} is for clips, but {target.name} takes images: leave the setting out"
+            )
         return replace(target, clip=target.clip.model_copy(update={"stride": self.stride}))
 
 
 class EvalSettings(ReadSettings):
     """What the protocols share."""
 
-    test: str | list[str] | None = Field(None, description="images to test on; null: a part of data")
-    floors: bool = Field(False, description="also measure a random twin of the encoder and the raw pixels")
+    test: str | list[str] | None = Field(
+        None, description="images to test on; null: a part of data"
+    )
+    floors: bool = Field(
+        False, description="also measure a random twin of the encoder and the raw pixels"
+    )
     name: str | None = Field(
-        None, pattern=r"^[\w.-]+$", max_length=100, description="of the result's file; null: the protocol's"
+        None,
+        pattern=r"^[\w.-]+$",
+        max_length=100,
+        description="of the result's file; null: the protocol's",
     )
 
 
 def measure(
-    settings: EvalSettings, protocol: str, score: Score, say: Say, *, blocks: int = 1, pooling: str = "cls"
+    settings: EvalSettings,
+    protocol: str,
+    score: Score,
+    say: Say,
+    *,
+    blocks: int = 1,
+    pooling: str = "cls",
 ) -> Result:
     """Run a protocol on the target and, with ``floors``, on its random twin and the raw pixels.
 
-    All of them see the same images, read in one pass.  The result is written to eval/NAME.json where the target is a
-    run.
+    All of them see the same images, read in one pass.  The result is written to eval/NAME.json
+    where the target is a run.
     """
     start = time.monotonic()
     target = settings.open()
@@ -101,8 +135,12 @@ def measure(
     readers[""].choose(pooling)  # a mistake is told before images are read
     data = labelled_for(settings, target, say)
     with fast_linear():
-        train = extract_all(readers, data.train, settings.reading(), title=f"train {target.kind}s", say=say)
-        test = extract_all(readers, data.test, settings.reading(), title=f"test {target.kind}s", say=say)
+        train = extract_all(
+            readers, data.train, settings.reading(), title=f"train {target.kind}s", say=say
+        )
+        test = extract_all(
+            readers, data.test, settings.reading(), title=f"test {target.kind}s", say=say
+        )
         extracted = time.monotonic()
         scores = {}
         for name, reader in readers.items():
@@ -125,15 +163,22 @@ def measure(
 
 
 def readers_of(settings: EvalSettings, target: Target, blocks: int) -> dict[str, Reader]:
-    """The target's reader under the name "" and, with ``floors``, those of its random twin and of the raw pixels."""
+    """The target's reader under the name "" and, with ``floors``, those of its random twin and of
+    the raw pixels.
+    """
     targets = {"": target}
     if settings.floors and target.encoder is not None:
-        targets |= {"random_init": random_twin(target, settings.seed), "raw_pixels": raw_pixels(target)}
+        targets |= {
+            "random_init": random_twin(target, settings.seed),
+            "raw_pixels": raw_pixels(target),
+        }
     return {name: Reader(each, blocks) for name, each in targets.items()}
 
 
 def labelled_for(settings: EvalSettings, target: Target, say: Say) -> LabelledData:
-    """The images, or videos, that the settings name; ``say`` hears what a reader of the numbers must know."""
+    """The images, or videos, that the settings name; ``say`` hears what a reader of the numbers
+    must know.
+    """
     data = open_labelled(settings.data, settings.test, video=target.clip is not None)
     for line in filter(None, (target.note, data.how)):
         say(line)
@@ -147,7 +192,9 @@ def with_floors(scores: Mapping[str, Result]) -> Result:
 
 
 def images_of(target: Target, data: LabelledData, tested: int) -> Result:
-    """What was learnt from and tested on, and how it was prepared; ``tested``: items that could be read."""
+    """What was learnt from and tested on, and how it was prepared; ``tested``: items that could be
+    read.
+    """
     clip = target.clip
     return {
         "how": data.how,
@@ -159,7 +206,11 @@ def images_of(target: Target, data: LabelledData, tested: int) -> Result:
         "crop_pct": target.crop_pct,
         "mean": list(target.mean),
         "std": list(target.std),
-        **({} if clip is None else {"clip": {"frames": clip.frames, "stride": clip.stride, "short": clip.short}}),
+        **(
+            {}
+            if clip is None
+            else {"clip": {"frames": clip.frames, "stride": clip.stride, "short": clip.short}}
+        ),
     }
 
 
@@ -201,7 +252,10 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
     table = Table(title=Text(f"{result['protocol']}: {result['target']['name']}"))
     for column in ("", "top-1", "top-5"):
         table.add_column(column, justify="right" if column else "left")
-    rows = {"this target": result, **{k.replace("_", " "): v for k, v in result.get("floors", {}).items()}}
+    rows = {
+        "this target": result,
+        **{k.replace("_", " "): v for k, v in result.get("floors", {}).items()},
+    }
     for name, scores in rows.items():
         table.add_row(name, f"{scores['top1']:.2f}", f"{scores['top5']:.2f}")
     console.print(table)
@@ -217,9 +271,14 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
             f"the middle one alone: top-1 {result['one_view']['top1']:.2f}"
         )
     if "by_k" in result:
-        print_line("top-1 by k: " + ", ".join(f"{k}: {scores['top1']:.2f}" for k, scores in result["by_k"].items()))
+        print_line(
+            "top-1 by k: "
+            + ", ".join(f"{k}: {scores['top1']:.2f}" for k, scores in result["by_k"].items())
+        )
     if "chosen" in result:
         best = result["chosen"]
-        print_line(f"chosen: {best['pooling']}, rate {best['rate']:g} ({best['held_out_top1']:.2f} on held-out images)")
+        print_line(
+            f"chosen: {best['pooling']}, rate {best['rate']:g} ({best['held_out_top1']:.2f} on held-out images)"
+        )
     for note in result["notes"]:
         print_line(note)

@@ -1,4 +1,6 @@
-"""Telling a person how far an evaluation is: a bar on a terminal, a plain line now and then elsewhere."""
+"""Telling a person how far an evaluation is: a bar on a terminal, a plain line now and then
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Say = Callable[[str], None]
 Tick = Callable[[int], None]
@@ -21,7 +30,9 @@ def silent(_: str) -> None:
 
 @contextmanager
 def progress(title: str, total: int, say: Say) -> Iterator[Tick]:
-    """Yields a function to call with the number of items just done; nothing is shown where ``say`` is ``silent``."""
+    """Yields a function to call with the number of items just done; nothing is shown where ``say``
+    is ``silent``.
+    """
     console = Console(stderr=True)
     if say is silent:
         yield lambda _: None

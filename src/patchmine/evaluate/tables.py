@@ -17,7 +17,9 @@ ENDINGS = (".parquet", ".csv", ".npz")
 
 @dataclass(frozen=True)
 class Rows:
-    """``paths``, ``index`` (B,) int64, ``labels`` (names of classes, or None) and ``x`` (B, D) float32."""
+    """``paths``, ``index`` (B,) int64, ``labels`` (names of classes, or None) and ``x`` (B, D)
+    float32.
+    """
 
     paths: Sequence[str]
     index: NDArray[np.int64]
@@ -30,10 +32,12 @@ Add = Callable[[Rows], None]
 
 @contextmanager
 def open_table(path: Path, ending: str) -> Iterator[Add]:
-    """Yields what adds rows to the file ``path``, in the format that ``ending``, one of `ENDINGS`, stands for.
+    """Yields what adds rows to the file ``path``, in the format that ``ending``, one of `ENDINGS`,
+    stands for.
 
-    The columns are path, index, label (where there are labels) and embedding: one list column in parquet, one array in
-    npz, and ``f0``, ``f1`` ... in CSV.  A parquet file and a CSV hold one batch in memory, an npz file all rows.
+    The columns are path, index, label (where there are labels) and embedding: one list column in
+    parquet, one array in npz, and ``f0``, ``f1`` ... in CSV.  A parquet file and a CSV hold one
+    batch in memory, an npz file all rows.
     """
     with {".parquet": _parquet, ".csv": _csv, ".npz": _npz}[ending](path) as add:
         yield add
@@ -54,7 +58,9 @@ def _parquet(path: Path) -> Iterator[Add]:
         }
         if rows.labels is not None:
             columns["label"] = pa.array(rows.labels, pa.string())
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(rows.x)), rows.x.shape[1])
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(
+            pa.array(np.ravel(rows.x)), rows.x.shape[1]
+        )
         table = pa.table(columns)
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
@@ -78,7 +84,10 @@ def _csv(path: Path) -> Iterator[Add]:
                 names = ["path", "index", *(["label"] if rows.labels is not None else [])]
                 writer.writerow([*names, *(f"f{i}" for i in range(rows.x.shape[1]))])
                 started = True
-            heads = zip(*(part for part in (rows.paths, rows.index, rows.labels) if part is not None), strict=True)
+            heads = zip(
+                *(part for part in (rows.paths, rows.index, rows.labels) if part is not None),
+                strict=True,
+            )
             # str() of a NumPy float32 is the shortest text that reads back as the same number.
             writer.writerows([*head, *map(str, x)] for head, x in zip(heads, rows.x, strict=True))
 
@@ -88,7 +97,9 @@ def _csv(path: Path) -> Iterator[Add]:
 @contextmanager
 def _npz(path: Path) -> Iterator[Add]:
     parts: list[Rows] = []
-    with path.open("wb") as handle:  # now, so that it fails early; savez would also add an ending to a name
+    with path.open(
+        "wb"
+    ) as handle:  # now, so that it fails early; savez would also add an ending to a name
         yield parts.append
         arrays: dict[str, Any] = {
             "path": np.array([name for part in parts for name in part.paths]),

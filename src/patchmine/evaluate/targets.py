@@ -1,4 +1,6 @@
-"""What can be measured: a run, an export, an architecture of timm's, their random twins, bare pixels."""
+"""What can be measured: a run, an export, an architecture of timm's, their random twins, bare
+pixels.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +22,42 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from patchmine.data.bounds import MAX_PIXELS
-from patchmine.errors import UserError, foreign_parser
-from patchmine.models.description import CONFIG, read_json, weights_in
-from patchmine.models.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
-from patchmine.models.naming import Weights
-from patchmine.models.video import VideoTransformer, is_video
-from patchmine.models.vit import build_encoder, initialise_encoder
-from patchmine.models.weights import load_encoder, open_weights, resize_encoder
-from patchmine.names import shown_name
-from patchmine.run import Run, Which, is_run
-from patchmine.settings import Clip, RunConfig
-from patchmine.words import exists
+from patchmine.backbones.description import CONFIG, read_json, weights_in
+from patchmine.backbones.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
+from patchmine.backbones.naming import Weights
+from patchmine.backbones.video import VideoTransformer, is_video
+from patchmine.backbones.vit import build_encoder, initialise_encoder
+from patchmine.backbones.weights import load_encoder, open_weights, resize_encoder
+from patchmine.config.schema import Clip, RunConfig
+from patchmine.config.words import exists
+from patchmine.data.decoding.bounds import MAX_PIXELS
+from patchmine.errors import UserError, foreign_parser, shown_name
+from patchmine.runs.run import Run, Which, is_run
 
 RAW_PIXELS = "raw-pixels"
 RANDOM_INIT = "random-init"
 CROP_PCT = 0.875  # 224 / 256, the resize and centre crop of DINO, MAE and HPM
-# Classifiers and decoders in a file of weights are not what is measured; int buffers are not weights.
-_NOT_WANTED = ("head.*", "head_dist.*", "fc.*", "classifier.*", "decoder*", "mask_token", "*num_batches_tracked")
+# Classifiers and decoders in a file of weights are not what is measured; int buffers are not
+# weights.
+_NOT_WANTED = (
+    "head.*",
+    "head_dist.*",
+    "fc.*",
+    "classifier.*",
+    "decoder*",
+    "mask_token",
+    "*num_batches_tracked",
+)
 
 
 @dataclass(frozen=True)
 class Target:
     """A frozen encoder and how its images are prepared.  ``encoder`` None: the pixels themselves.
 
-    ``mean`` and ``std`` in [0, 1] units, one per channel.  ``clip``: how clips are taken, of an encoder of videos;
-    None: it takes images.  ``max_pixels``: images of more count as broken.  ``folder``: the run that results are filed
-    in.  ``note``: what a reader of the numbers must know.
+    ``mean`` and ``std`` in [0, 1] units, one per channel.  ``clip``: how clips are taken, of an
+    encoder of videos;
+    None: it takes images.  ``max_pixels``: images of more count as broken.  ``folder``: the run
+    that results are filed in.  ``note``: what a reader of the numbers must know.
     """
 
     name: str
@@ -77,16 +88,18 @@ def open_target(
 ) -> Target:
     """The target that ``spec`` names, with weights that are finite; nothing is ever downloaded.
 
-    A run folder (``weights`` one of `run.Which`) | an export folder | a file with the weights of a plain ViT or ResNet
-    | the name of a timm architecture (``weights`` a local file, else random ones, which ``note`` says), or of a video
-    model (random weights only) |
-    ``random-init:SPEC``, the same architecture with random weights from ``seed`` | ``raw-pixels`` or
-    ``raw-pixels:SPEC``, the images as SPEC would see them.  ``image_size`` and ``channels`` overrule the target's own.
+    A run folder (``weights`` one of `run.Which`) | an export folder | a file with the weights of a
+    plain ViT or ResNet | the name of a timm architecture (``weights`` a local file, else random
+    ones, which ``note`` says), or of a video model (random weights only) | ``random-init:SPEC``,
+    the same architecture with random weights from ``seed`` | ``raw-pixels`` or ``raw-pixels:SPEC``,
+    the images as SPEC would see them.  ``image_size`` and ``channels`` overrule the target's own.
     Raises UserError for anything else, and for weights that hold NaN or infinity.
     """
     target = _open(spec, image_size, channels, weights, seed)
     if channels is not None and channels != target.channels:
-        raise UserError(f"channels={channels}, but {target.name} was made for {target.channels}: leave the setting out")
+        raise UserError(
+            f"channels={channels}, but {target.name} was made for {target.channels}: leave the setting out"
+        )
     if target.encoder is not None:
         _refuse_infinite(target.name, target.encoder)
         if image_size is not None:
@@ -100,7 +113,9 @@ def _refuse_size(target: Target) -> None:
     frames = () if target.clip is None else (target.clip.frames,)
 
     def refuse(reason: str) -> UserError:
-        return UserError(f"image_size={height}x{width} is nothing that {target.name} can take ({reason})")
+        return UserError(
+            f"image_size={height}x{width} is nothing that {target.name} can take ({reason})"
+        )
 
     encoder: Any = target.encoder
     with at_rest(encoder), torch.inference_mode(), foreign_parser(refuse):
@@ -117,19 +132,29 @@ def _refuse_infinite(name: str, encoder: nn.Module) -> None:
 
 
 def _open(
-    spec: str | Path, image_size: tuple[int, int] | None, channels: int | None, weights: str, seed: int
+    spec: str | Path,
+    image_size: tuple[int, int] | None,
+    channels: int | None,
+    weights: str,
+    seed: int,
 ) -> Target:
     text = str(spec)
     kind, _, inner = text.partition(":")
     if kind in (RAW_PIXELS, RANDOM_INIT) and inner:
         if inner.partition(":")[0] in (RAW_PIXELS, RANDOM_INIT) and ":" in inner:
-            raise UserError(f"'{shown_name(text)}': behind {kind}: stands a run, an export, a file or an architecture")
+            raise UserError(
+                f"'{shown_name(text)}': behind {kind}: stands a run, an export, a file or an architecture"
+            )
         base = _open(inner, image_size, channels, weights, seed)
-        return replace(raw_pixels(base) if kind == RAW_PIXELS else random_twin(base, seed), name=text)
+        return replace(
+            raw_pixels(base) if kind == RAW_PIXELS else random_twin(base, seed), name=text
+        )
     if kind == RAW_PIXELS:
         return _raw(image_size or (32, 32), channels or 3)
     if kind == RANDOM_INIT:
-        raise UserError(f"{RANDOM_INIT} needs the run or architecture to copy: write {RANDOM_INIT}:RUN")
+        raise UserError(
+            f"{RANDOM_INIT} needs the run or architecture to copy: write {RANDOM_INIT}:RUN"
+        )
     if exists(text):
         return _of_path(Path(text), image_size, weights)
     return _of_timm(text, image_size, channels, weights, seed)
@@ -152,12 +177,15 @@ def _of_path(path: Path, image_size: tuple[int, int] | None, weights: str) -> Ta
             "give one of these, a file of weights, or the name of a timm architecture"
         )
     if not path.is_file():
-        raise UserError(f"{name} is a pipe, a socket or a device: give a run, an export or a file of weights")
+        raise UserError(
+            f"{name} is a pipe, a socket or a device: give a run, an export or a file of weights"
+        )
     if weights not in get_args(Weights):
         raise UserError(
             f"weights={shown_name(weights)}: of the file {name} {' or '.join(get_args(Weights))} can be taken"
         )
-    # What is measured must be what was asked for: "student" is the default, of files with one network too.
+    # What is measured must be what was asked for: "student" is the default, of files with one
+    # network too.
     wanted = cast(Weights, "auto" if weights == "student" else weights)
     encoder, report = open_weights(path, image_size=image_size, weights=wanted)
     target = _of_timm_model(name, encoder)
@@ -167,7 +195,9 @@ def _of_path(path: Path, image_size: tuple[int, int] | None, weights: str) -> Ta
 @contextmanager
 def at_rest(encoder: nn.Module | None) -> Iterator[None]:
     """The encoder in eval mode; afterwards every one of its parts is in the mode it was in."""
-    modes = [(module, module.training) for module in encoder.modules()] if encoder is not None else []
+    modes = (
+        [(module, module.training) for module in encoder.modules()] if encoder is not None else []
+    )
     if encoder is not None:
         encoder.eval()
     try:
@@ -178,7 +208,9 @@ def at_rest(encoder: nn.Module | None) -> Iterator[None]:
 
 
 def random_twin(target: Target, seed: int = 0) -> Target:
-    """The same architecture, every weight drawn anew from ``seed``: the floor that training has to rise above."""
+    """The same architecture, every weight drawn anew from ``seed``: the floor that training has to
+    rise above.
+    """
     if target.encoder is None:
         raise UserError(f"{target.name} has no weights that could be drawn at random")
     encoder = copy.deepcopy(target.encoder)
@@ -189,7 +221,9 @@ def random_twin(target: Target, seed: int = 0) -> Target:
                 reset()
         if isinstance(encoder, VisionTransformer | Beit | ResNet):
             initialise_encoder(encoder)
-    return replace(target, name=f"{RANDOM_INIT}:{target.name}", encoder=encoder, folder=None, note="")
+    return replace(
+        target, name=f"{RANDOM_INIT}:{target.name}", encoder=encoder, folder=None, note=""
+    )
 
 
 def raw_pixels(target: Target) -> Target:
@@ -254,7 +288,9 @@ def _of_transformers(path: Path) -> dict[str, Any]:
     prepared = read_json(file) if file.is_file() else {}
     names = {"mean": "image_mean", "std": "image_std"}
     found = {ours: prepared.get(theirs) for ours, theirs in names.items()}
-    return {name: value for name, value in found.items() if isinstance(value, list) and len(value) == 3}
+    return {
+        name: value for name, value in found.items() if isinstance(value, list) and len(value) == 3
+    }
 
 
 def _of_timm_model(name: str, encoder: nn.Module, cfg: Mapping[str, Any] | None = None) -> Target:
@@ -262,22 +298,39 @@ def _of_timm_model(name: str, encoder: nn.Module, cfg: Mapping[str, Any] | None 
     if cfg is None:
         cfg = getattr(encoder, "pretrained_cfg", {})
     channels = next(p for p in encoder.parameters() if p.ndim >= 4).shape[1]
-    with foreign_parser(lambda reason: UserError(f"{name}: how it takes images cannot be read ({reason})")):
+    with foreign_parser(
+        lambda reason: UserError(f"{name}: how it takes images cannot be read ({reason})")
+    ):
         prepared = resolve_data_config(pretrained_cfg={"crop_pct": CROP_PCT, **cfg})
-        size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or prepared["input_size"][1:]
+        size = (
+            getattr(getattr(encoder, "patch_embed", None), "img_size", None)
+            or prepared["input_size"][1:]
+        )
         mean, std = (tuple(map(float, prepared[key])) for key in ("mean", "std"))
         crop_pct, clip = float(prepared["crop_pct"]), None
         if isinstance(encoder, VideoTransformer):
             embed = encoder.patch_embed
-            clip = Clip(frames=embed.num_frames, tubelet=embed.patch_size[0], stride=cfg.get("stride", Clip().stride))
+            clip = Clip(
+                frames=embed.num_frames,
+                tubelet=embed.patch_size[0],
+                stride=cfg.get("stride", Clip().stride),
+            )
     if len(mean) != channels:
         mean, std = _imagenet(channels)
-    if not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std) or not 0 < crop_pct <= 1:
-        raise UserError(f"{name}: no images can be prepared with mean {mean}, std {std} and crop_pct {crop_pct}")
+    if (
+        not all(map(math.isfinite, (*mean, *std)))
+        or not all(value > 0 for value in std)
+        or not 0 < crop_pct <= 1
+    ):
+        raise UserError(
+            f"{name}: no images can be prepared with mean {mean}, std {std} and crop_pct {crop_pct}"
+        )
     return Target(name, encoder, tuple(size), channels, mean, std, crop_pct, clip)
 
 
-def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weights: str, seed: int) -> Target:
+def _of_timm(
+    name: str, size: tuple[int, int] | None, channels: int | None, weights: str, seed: int
+) -> Target:
     bare = name.removeprefix("timm/")
     if is_video(bare) and weights == "student":
         return _of_video(name, size or (224, 224), channels or 3, seed)
@@ -301,14 +354,18 @@ def _of_timm(name: str, size: tuple[int, int] | None, channels: int | None, weig
         content = read_checkpoint(weights, "weights")
         tensors = tensors_only(content.get("state_dict", content.get("model", content)))
         load_tensors(encoder, tensors, LoadReport(str(weights)), allow=_NOT_WANTED)
-    return replace(_sized(_of_timm_model(name, encoder), size), name=shown_name(f"{name} ({weights})"))
+    return replace(
+        _sized(_of_timm_model(name, encoder), size), name=shown_name(f"{name} ({weights})")
+    )
 
 
 def _of_video(name: str, size: tuple[int, int], channels: int, seed: int) -> Target:
     clip = Clip()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = build_encoder(name, image_size=size, channels=channels, clip=(clip.frames, clip.tubelet))
+        encoder = build_encoder(
+            name, image_size=size, channels=channels, clip=(clip.frames, clip.tubelet)
+        )
     note = f"no weights were loaded: {name} is measured with random ones (give a file of weights itself for others)"
     return replace(_of_timm_model(name, encoder), note=note)
 
@@ -318,7 +375,9 @@ def _create(name: str, settings: dict[str, Any], size: tuple[int, int] | None) -
 
     def refuse(reason: str) -> UserError:
         given = f"image_size={'x'.join(map(str, size))}, " if size is not None else ""
-        return UserError(f"timm cannot build {name} with {given}channels={settings['in_chans']} ({reason})")
+        return UserError(
+            f"timm cannot build {name} with {given}channels={settings['in_chans']} ({reason})"
+        )
 
     with foreign_parser(refuse):
         if size is not None:

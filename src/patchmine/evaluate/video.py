@@ -12,10 +12,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from patchmine.data.clips import TestClips
 from patchmine.data.loader import BadFiles
+from patchmine.data.views.clips import TestClips
 from patchmine.errors import UserError
-from patchmine.evaluate.features import Features, FrameReader, Reader, extract_all, judge_broken, stream
+from patchmine.evaluate.features import (
+    Features,
+    FrameReader,
+    Reader,
+    extract_all,
+    judge_broken,
+    stream,
+)
 from patchmine.evaluate.knn import HEADLINE
 from patchmine.evaluate.labelled import Part
 from patchmine.evaluate.linear import BLOCKS, GridSettings, best_of_grid
@@ -31,34 +38,42 @@ from patchmine.evaluate.measure import (
 from patchmine.evaluate.neighbours import TEMPERATURE, Accuracy, vote_shares
 from patchmine.evaluate.progress import Say, progress, silent
 from patchmine.evaluate.targets import Target, open_target
-from patchmine.ops.linear import fast_linear
+from patchmine.models.onednn import fast_linear
 from patchmine.strict import BatchSize, Count
 
 Scorer = Callable[[Tensor], Tensor]
 """Rows (R, S, D) of features -> (R, C) float32 on the CPU, rows that sum to one."""
 
 FRAME_FLOOR = "per_frame"
-FILL = 1.0  # crop_pct: the shorter side is the model's, nothing is cut from it (spec hpm-video.md, section 6)
+# Crop_pct: the shorter side is the model's, nothing is cut from it (spec hpm-video.md, section 6)
+FILL = 1.0
 
 
 class VideoSettings(GridSettings):
     """Settings of `patchmine eval video`."""
 
     segments: Count = Field(5, description="clips of each test video, at even distances")
-    crops: Count = Field(3, description="crops of each of these, from one end of the longer side to the other")
+    crops: Count = Field(
+        3, description="crops of each of these, from one end of the longer side to the other"
+    )
     image: str | None = Field(
-        None, description="also measure the mean over the frames of an encoder of images: a run, an export, ..."
+        None,
+        description="also measure the mean over the frames of an encoder of images: a run, an export, ...",
     )
     k: BatchSize = Field(HEADLINE, description="neighbours that vote")
-    temperature: float = Field(TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)")
+    temperature: float = Field(
+        TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)"
+    )
 
 
 def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
-    """kNN and linear classifiers on features of clips: ``top1`` and ``top5`` of ``segments`` x ``crops`` test clips.
+    """kNN and linear classifiers on features of clips: ``top1`` and ``top5`` of ``segments`` x
+    ``crops`` test clips.
 
-    Learnt from one clip from the middle of each training video.  A video's score is the mean over its clips of what
-    sums to one: shares of the vote, or the softmax.  ``one_view``: the same of the middle clip alone.  Filed as
-    eval/video-knn.json and eval/video-linear.json.  Raises UserError for a target or data that cannot be used.
+    Learnt from one clip from the middle of each training video.  A video's score is the mean over
+    its clips of what sums to one: shares of the vote, or the softmax.  ``one_view``: the same of
+    the middle clip alone.  Filed as eval/video-knn.json and eval/video-linear.json.  Raises
+    UserError for a target or data that cannot be used.
     """
     start = time.monotonic()
     target = _opened(settings)
@@ -80,7 +95,10 @@ def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
         scores, tested = _score(settings, say, readers, data.test, view, scorers, classes)
     results = []
     for protocol in ("knn", "linear"):
-        own = {name: _merged(scores[protocol, name], told[protocol, name], settings) for name in readers}
+        own = {
+            name: _merged(scores[protocol, name], told[protocol, name], settings)
+            for name in readers
+        }
         for name in filter(None, own):
             say(f"floor {name}, {protocol}: top-1 {own[name]['top1']:.2f}")
         result: Result = {
@@ -123,10 +141,14 @@ def _test_view(target: Target, settings: VideoSettings) -> TestClips:
 def _said_of_image(settings: VideoSettings) -> list[str]:
     if settings.image is None:
         return []
-    return [f"per frame: features of {settings.image}, averaged over the frames of a clip, whatever their order"]
+    return [
+        f"per frame: features of {settings.image}, averaged over the frames of a clip, whatever their order"
+    ]
 
 
-def _learn_knn(settings: VideoSettings, _: Say, reader: Reader, train: Features, classes: int) -> tuple[Scorer, Result]:
+def _learn_knn(
+    settings: VideoSettings, _: Say, reader: Reader, train: Features, classes: int
+) -> tuple[Scorer, Result]:
     pooling, device = reader.choose("cls"), settings.reading().place()
     columns, k = reader.poolings[pooling], min(settings.k, len(train))
     bank = F.normalize(train.x[:, columns].flatten(1), dim=1).to(device)
@@ -134,7 +156,9 @@ def _learn_knn(settings: VideoSettings, _: Say, reader: Reader, train: Features,
 
     def score(rows: Tensor) -> Tensor:
         query = rows[:, columns].flatten(1).to(device)
-        return vote_shares(bank, labels, query, classes, k=k, temperature=settings.temperature).cpu()
+        return vote_shares(
+            bank, labels, query, classes, k=k, temperature=settings.temperature
+        ).cpu()
 
     return score, {"settings": {"k": k, "pooling": pooling, "temperature": settings.temperature}}
 
@@ -153,7 +177,8 @@ def _known(labels: Tensor | None) -> Tensor:
 
 
 class ViewScores:
-    """Means of scores (R, C) over the views of each video; a view that comes twice, as padding does, counts once.
+    """Means of scores (R, C) over the views of each video; a view that comes twice, as padding
+    does, counts once.
 
     ``videos`` N and ``views`` V: how many there are to come; they are numbered from 0.
     """
@@ -171,7 +196,9 @@ class ViewScores:
         self._sums.index_add_(0, video[first], scores[first])
 
     def accuracy(self, labels: Tensor) -> Accuracy:
-        """Percent right of the videos that have any view; ``labels`` (N,), of which unknown ones count as wrong."""
+        """Percent right of the videos that have any view; ``labels`` (N,), of which unknown ones
+        count as wrong.
+        """
         counts = self._seen.sum(1)
         there = counts > 0
         means = self._sums[there] / counts[there, None]
@@ -192,7 +219,8 @@ def _score(
 ) -> tuple[dict[tuple[str, str], tuple[Accuracy, Accuracy]], int]:
     """For each scorer the accuracy of all views and of the middle one; how many videos were read.
 
-    Scores are added up as they come, so that memory holds one batch of features and not those of all clips.
+    Scores are added up as they come, so that memory holds one batch of features and not those of
+    all clips.
     """
     views = view.segments * view.crops
     middle = view.segments // 2 * view.crops + view.crops // 2
@@ -200,8 +228,11 @@ def _score(
     single = {key: ViewScores(len(part), 1, classes) for key in scorers}
     reading, done, title = settings.reading(), 0, "test videos"
     with progress(title, len(part), say) as tick:
-        # The share of broken videos is judged at the end: they come in order, so broken ones may come in a row.
-        for index, columns in stream(readers, part, reading, BadFiles(None, 1.0), view=view, views=views):
+        # The share of broken videos is judged at the end: they come in order, so broken ones may
+        # come in a row.
+        for index, columns in stream(
+            readers, part, reading, BadFiles(None, 1.0), view=view, views=views
+        ):
             videos = torch.from_numpy(np.searchsorted(part.indices, index.numpy()))
             for key, scorer in scorers.items():
                 scores = scorer(columns[key[1]])  # (B * V, C)
@@ -213,7 +244,9 @@ def _score(
     judge_broken(part, done, reading, title, "video", say)
     assert part.labels is not None, "labelled data has labels"
     labels = torch.from_numpy(part.labels[part.indices])
-    return {key: (every[key].accuracy(labels), single[key].accuracy(labels)) for key in scorers}, done
+    return {
+        key: (every[key].accuracy(labels), single[key].accuracy(labels)) for key in scorers
+    }, done
 
 
 def _merged(scores: tuple[Accuracy, Accuracy], told: Result, settings: VideoSettings) -> Result:

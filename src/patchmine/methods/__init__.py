@@ -1,6 +1,5 @@
 """The methods, one file each.  A plain dictionary, so that `grep` finds everything."""
 
-from patchmine.method import Method
 from patchmine.methods.amt import AMT
 from patchmine.methods.droppos import DropPos
 from patchmine.methods.emae import EMAE
@@ -10,6 +9,7 @@ from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
 from patchmine.methods.semaim import SemAIM
 from patchmine.methods.simmim import SimMIM
+from patchmine.task import Method
 
 METHODS: dict[str, type[Method]] = {
     "mae": MAE,

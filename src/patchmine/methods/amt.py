@@ -1,8 +1,9 @@
-"""AMT: where the model itself looks decides which patches are hidden, and which are thrown away altogether.
+"""AMT: where the model itself looks decides which patches are hidden, and which are thrown away
+altogether.
 
-Liu, Gui, Luo, "Good helper is around you: Attention-driven Masked Image Modeling", AAAI 2023, arXiv 2211.15362
-(versions 1 and 2; version 3 is another method).  Constants come from the reference code, guijiejie/AMT; each names its
-file.
+Liu, Gui, Luo, "Good helper is around you: Attention-driven Masked Image Modeling", AAAI 2023, arXiv
+2211.15362 (versions 1 and 2; version 3 is another method).  Constants come from the reference code,
+guijiejie/AMT; each names its file.
 """
 
 from __future__ import annotations
@@ -16,15 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from patchmine.errors import UserError
-from patchmine.method import Method
-from patchmine.models.attention import class_attention
-from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
-from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
-from patchmine.models.maps import ItemMaps
-from patchmine.models.teacher import Teacher
-from patchmine.models.units import patches_per_unit
-from patchmine.models.vit import (
+from patchmine.backbones.attention import class_attention
+from patchmine.backbones.vit import (
     Encoder,
     embed_patches,
     encode,
@@ -37,16 +31,25 @@ from patchmine.models.vit import (
     require_vit,
     transform,
 )
+from patchmine.errors import UserError
+from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
+from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
+from patchmine.models.maps import ItemMaps
+from patchmine.models.onednn import fast_linear
+from patchmine.models.teacher import Teacher
+from patchmine.models.units import patches_per_unit
 from patchmine.ops.alignment import align, attention_map
-from patchmine.ops.linear import fast_linear
 from patchmine.ops.losses import masked_absolute_error, squared_error
 from patchmine.ops.masks import count_visible, expand_units, sum_in_units, weighted_order
 from patchmine.ops.patches import channels_last, gather_patches, pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel, roles_panel
 from patchmine.strict import Count, Depth, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
-LONG_RUN = 200  # epochs from which the published schedule, which counts in absolute epochs, makes sense
+LONG_RUN = (
+    200  # epochs from which the published schedule, which counts in absolute epochs, makes sense
+)
 TOKEN_STD = 0.02  # SimMIM-AMT/models/simmim.py cuts the normal distribution at one deviation
 
 
@@ -61,55 +64,82 @@ class Published(NamedTuple):
 
 PUBLISHED = {
     "mae": Published(0.45, 0.40, 0.75, None),  # mae-AMT/models_mae.py
-    "simmim": Published(0.44, 0.26, None, 5.0),  # SimMIM-AMT, the yaml of the 200 epochs and config.py
+    "simmim": Published(
+        0.44, 0.26, None, 5.0
+    ),  # SimMIM-AMT, the yaml of the 200 epochs and config.py
 }
 
 
 class AMT(Method):
-    """Attention-driven masking and throwing, on MAE (with a decoder) or on SimMIM (with mask tokens in the encoder)."""
+    """Attention-driven masking and throwing, on MAE (with a decoder) or on SimMIM (with mask tokens
+    in the encoder).
+    """
 
     class Config(Strict):
-        """Settings of AMT; where one is left open (null), the published value of its host and of the run's length."""
+        """Settings of AMT; where one is left open (null), the published value of its host and of
+        the run's length.
+        """
 
         name: Literal["amt"] = "amt"
-        host: Literal["mae", "simmim"] = Field("mae", description="what predicts the masked patches: MAE or SimMIM")
+        host: Literal["mae", "simmim"] = Field(
+            "mae", description="what predicts the masked patches: MAE or SimMIM"
+        )
         mask_ratio: float | None = Field(
             None, gt=0, lt=1, description="share that is masked; null: 0.45 on MAE, 0.44 on SimMIM"
         )
         throw_ratio: float | None = Field(
-            None, ge=0, lt=1, description="share that is thrown away; null: 0.40 on MAE, 0.26 on SimMIM"
+            None,
+            ge=0,
+            lt=1,
+            description="share that is thrown away; null: 0.40 on MAE, 0.26 on SimMIM",
         )
         start_epoch: int | None = Field(
-            None, ge=0, description="first epoch guided by attention; null: 41, or a tenth of a run below 200 epochs"
+            None,
+            ge=0,
+            description="first epoch guided by attention; null: 41, or a tenth of a run below 200 epochs",
         )
         refresh_every: int | None = Field(
-            None, gt=0, description="epochs that stored maps serve; null: 40, or a tenth of a run below 200 epochs"
+            None,
+            gt=0,
+            description="epochs that stored maps serve; null: 40, or a tenth of a run below 200 epochs",
         )
         warmup_mask_ratio: float | None = Field(
-            None, gt=0, lt=1, description="share masked at random before; null: 0.75 on MAE, mask_ratio on SimMIM"
+            None,
+            gt=0,
+            lt=1,
+            description="share masked at random before; null: 0.75 on MAE, mask_ratio on SimMIM",
         )
         maps: Literal["stored", "online"] = Field(
-            "stored", description="a map of each image, renewed now and then; or a slow copy of the encoder looks anew"
+            "stored",
+            description="a map of each image, renewed now and then; or a slow copy of the encoder looks anew",
         )
         alignment: Literal["area", "bilinear", "released"] = Field(
-            "area", description="how a stored map follows the crop; released: the published code's mistake, for parity"
+            "area",
+            description="how a stored map follows the crop; released: the published code's mistake, for parity",
         )
         ema: float = Field(0.999, ge=0, le=1, description="decay of the slow copy, for maps=online")
-        norm_pix_loss: bool = Field(False, description="on MAE: predict pixels standardised within each patch")
+        norm_pix_loss: bool = Field(
+            False, description="on MAE: predict pixels standardised within each patch"
+        )
         decoder_embed_dim: Count = Field(512, description="on MAE: width of the decoder")
         decoder_depth: Depth = Field(8, description="on MAE: blocks of the decoder")
         decoder_num_heads: Count = Field(16, description="on MAE: attention heads of the decoder")
         decoder_mlp_ratio: float = Field(
-            4.0, gt=0, le=64, description="on MAE: hidden width of the decoder's MLPs, times its own width"
+            4.0,
+            gt=0,
+            le=64,
+            description="on MAE: hidden width of the decoder's MLPs, times its own width",
         )
         decoder_norm_eps: float = Field(
             1e-6, gt=0, description="on MAE: added to the variance in the decoder's layer norms"
         )
         decoder_qkv_bias: bool = Field(
-            True, description="on MAE: biases of queries, keys and values in the decoder's attention"
+            True,
+            description="on MAE: biases of queries, keys and values in the decoder's attention",
         )
         mask_unit: Count | None = Field(
-            None, description="on SimMIM: pixels along a side of what is hidden at once; null: two patches"
+            None,
+            description="on SimMIM: pixels along a side of what is hidden at once; null: two patches",
         )
         clip_grad: float | None = Field(
             None, gt=0, description="largest global gradient norm; null: none on MAE, 5 on SimMIM"
@@ -126,11 +156,15 @@ class AMT(Method):
         refuse_video(encoder, "amt")
         refuse_relative(encoder, "amt")
         if encoder.cls_token is None:
-            raise UserError("method=amt follows the class token's attention, and the model has none: choose another")
+            raise UserError(
+                "method=amt follows the class token's attention, and the model has none: choose another"
+            )
         self.config = config
         self.published = PUBLISHED[config.host]
         self.grid = encoder_grid(encoder)
-        self.per_unit = (1, 1) if config.host == "mae" else patches_per_unit(self.grid, config.mask_unit)
+        self.per_unit = (
+            (1, 1) if config.host == "mae" else patches_per_unit(self.grid, config.mask_unit)
+        )
         self.num_units = self.grid.num_patches // math.prod(self.per_unit)
         self.num_masked, self.num_thrown, self.num_warmup = self._counts()
         self.channels = encoder.patch_embed.proj.in_channels
@@ -141,8 +175,12 @@ class AMT(Method):
         self.decoder = None
         if config.host == "mae":
             width, heads = config.decoder_embed_dim, config.decoder_num_heads
-            check_decoder(width, heads, self.num_units - self.num_warmup, config.warmup_mask_ratio or 0.75)
-            self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
+            check_decoder(
+                width, heads, self.num_units - self.num_warmup, config.warmup_mask_ratio or 0.75
+            )
+            self.decoder_input = DecoderInput(
+                encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
+            )
             self.decoder = Decoder(
                 width,
                 config.decoder_depth,
@@ -157,13 +195,17 @@ class AMT(Method):
         else:
             self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
             nn.init.trunc_normal_(self.mask_token, std=TOKEN_STD, a=-TOKEN_STD, b=TOKEN_STD)
-            self.head = nn.Linear(encoder.embed_dim, values)  # torch's own initialisation, as in SimMIM
+            self.head = nn.Linear(
+                encoder.embed_dim, values
+            )  # torch's own initialisation, as in SimMIM
         online = config.maps == "online"
         self.teacher = Teacher(encoder=encoder) if online else None
         self.maps = None if online else ItemMaps(self.grid.num_patches)
 
     def _counts(self) -> tuple[int, int, int]:
-        """Units that are masked and thrown, and those masked at random before; rounded as in the code of each host."""
+        """Units that are masked and thrown, and those masked at random before; rounded as in the
+        code of each host.
+        """
         config, published, units = self.config, self.published, self.num_units
         masked = published.mask_ratio if config.mask_ratio is None else config.mask_ratio
         thrown = published.throw_ratio if config.throw_ratio is None else config.throw_ratio
@@ -173,10 +215,14 @@ class AMT(Method):
             num_thrown = int(units * (masked + thrown)) - num_masked
             num_warmup = units - count_visible(units, warmup)
         else:
-            num_masked, num_thrown, num_warmup = (math.ceil(units * share) for share in (masked, thrown, warmup))
+            num_masked, num_thrown, num_warmup = (
+                math.ceil(units * share) for share in (masked, thrown, warmup)
+            )
         given = f"method.mask_ratio={masked:g} and method.throw_ratio={thrown:g}"
         if masked + thrown >= 1 or num_masked + num_thrown >= units:
-            raise UserError(f"{given} leave none of {units} patches or mask units visible: lower one of them")
+            raise UserError(
+                f"{given} leave none of {units} patches or mask units visible: lower one of them"
+            )
         if num_masked == 0 or num_warmup in (0, units):
             raise UserError(
                 f"{given} and method.warmup_mask_ratio={warmup:g} mask none or all of {units} patches or mask units: "
@@ -206,16 +252,29 @@ class AMT(Method):
         return align(maps, self.grid, batch.box, batch.flip, self.config.alignment)
 
     def draw_mask(self, images: Tensor, attention: Tensor | None) -> Mask:
-        """What is masked, visible and thrown, drawn by attention (B, L); without it, masked and visible at random."""
+        """What is masked, visible and thrown, drawn by attention (B, L); without it, masked and
+        visible at random.
+        """
         noise = self.noise.uniform(len(images), self.num_units, device=images.device)
         if attention is not None:
             order = weighted_order(sum_in_units(attention, self.grid, self.per_unit), noise)
-            masked, visible = order[:, : self.num_masked], order[:, self.num_masked + self.num_thrown :]
-        elif self.config.host == "mae":  # the lowest noise stays visible there, and is hidden in SimMIM
-            visible, masked = noise.argsort(dim=1, stable=True).tensor_split([self.num_units - self.num_warmup], dim=1)
+            masked, visible = (
+                order[:, : self.num_masked],
+                order[:, self.num_masked + self.num_thrown :],
+            )
+        elif (
+            self.config.host == "mae"
+        ):  # the lowest noise stays visible there, and is hidden in SimMIM
+            visible, masked = noise.argsort(dim=1, stable=True).tensor_split(
+                [self.num_units - self.num_warmup], dim=1
+            )
         else:
-            masked, visible = noise.argsort(dim=1, stable=True).tensor_split([self.num_warmup], dim=1)
-        visible, masked = (expand_units(units, self.grid, self.per_unit) for units in (visible, masked))
+            masked, visible = noise.argsort(dim=1, stable=True).tensor_split(
+                [self.num_warmup], dim=1
+            )
+        visible, masked = (
+            expand_units(units, self.grid, self.per_unit) for units in (visible, masked)
+        )
         return Mask(visible, masked, self.grid.num_patches)
 
     def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
@@ -233,9 +292,13 @@ class AMT(Method):
         return self.head(tokens[:, -mask.masked.shape[1] :])
 
     def target(self, images: Tensor, mask: Mask) -> Tensor:
-        """Pixels of the masked patches, float32 (B, M, P): (row, column, channel) on MAE, channel first on SimMIM."""
+        """Pixels of the masked patches, float32 (B, M, P): (row, column, channel) on MAE, channel
+        first on SimMIM.
+        """
         if self.config.host == "mae":
-            return pixel_targets(images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss)
+            return pixel_targets(
+                images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss
+            )
         return gather_patches(images.float(), mask.masked, self.grid.patch).flatten(2)
 
     def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
@@ -249,7 +312,9 @@ class AMT(Method):
         # As the loop computes a step on a processor; compiled blocks do not run inside of it.
         compiled = any(part._compiled_call_impl is not None for part in self.encoder.modules())
         with nullcontext() if compiled else fast_linear():
-            self.maps.replace((batch.index, probe(self.encoder, batch.views[0])) for batch in plain_data)
+            self.maps.replace(
+                (batch.index, probe(self.encoder, batch.views[0])) for batch in plain_data
+            )
         self.encoder.train(training)
 
     def after_step(self, progress: Progress) -> None:
@@ -257,19 +322,27 @@ class AMT(Method):
             self.teacher.update(self.config.ema, encoder=self.encoder)
 
     def param_groups(self) -> list[ParamGroup]:
-        """Everything that learns; on SimMIM the class token and learned positions are not decayed, as there."""
+        """Everything that learns; on SimMIM the class token and learned positions are not decayed,
+        as there.
+        """
         clip = self.config.clip_grad or self.published.clip_grad
-        undecayed = {"encoder.cls_token", "encoder.pos_embed"} if self.config.host == "simmim" else ()
+        undecayed = (
+            {"encoder.cls_token", "encoder.pos_embed"} if self.config.host == "simmim" else ()
+        )
         return self.sparing(undecayed, clip_norm=clip)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, attention, the three roles drawn from it, what is seen, the reconstruction, the error.
+        """Input, attention, the three roles drawn from it, what is seen, the reconstruction, the
+        error.
 
-        The attention is that of the encoder as it is now to the pictures themselves: they need not be of the data set.
+        The attention is that of the encoder as it is now to the pictures themselves: they need not
+        be of the data set.
         """
         images = batch.views[0]
-        attention = probe(self.encoder if self.teacher is None else cast(Encoder, self.teacher.encoder), images)
+        attention = probe(
+            self.encoder if self.teacher is None else cast(Encoder, self.teacher.encoder), images
+        )
         guided = self.guided(progress)
         mask = self.draw_mask(images, attention if guided else None)
         painted, target = self.reconstruct(images, mask), self.target(images, mask)
@@ -293,12 +366,22 @@ class AMT(Method):
 
 @torch.no_grad()
 def probe(encoder: Encoder, images: Tensor) -> Tensor:
-    """Where the class token looks in the last block, over all patches of ``images``: (B, L) in [0, 1]."""
+    """Where the class token looks in the last block, over all patches of ``images``: (B, L) in [0,
+    1].
+    """
     return attention_map(class_attention(encoder, images)[:, :, encoder.num_prefix_tokens :])
 
 
-def _epochs(given: int | None, published: int, rounded: Callable[[float], int], progress: Progress) -> int:
-    """A setting in epochs: as given, else as published, else a tenth of a run that is too short for that."""
+def _epochs(
+    given: int | None, published: int, rounded: Callable[[float], int], progress: Progress
+) -> int:
+    """A setting in epochs: as given, else as published, else a tenth of a run that is too short for
+    that.
+    """
     if given is not None:
         return given
-    return published if progress.total_epochs >= LONG_RUN else max(1, rounded(progress.total_epochs / 10))
+    return (
+        published
+        if progress.total_epochs >= LONG_RUN
+        else max(1, rounded(progress.total_epochs / 10))
+    )

@@ -1,8 +1,8 @@
 """DropPos: say where visible patches belong whose position was withheld.
 
-Wang, Fan, Wang, Song, Wang, Zhang, "DropPos: Pre-Training Vision Transformers by Reconstructing Dropped Positions",
-NeurIPS 2023, arXiv 2309.03576.  Constants that the paper's abstract does not give come from the reference code,
-Haochen-Wang409/DropPos; each names its file.
+Wang, Fan, Wang, Song, Wang, Zhang, "DropPos: Pre-Training Vision Transformers by Reconstructing
+Dropped Positions", NeurIPS 2023, arXiv 2309.03576.  Constants that the paper's abstract does not
+give come from the reference code, Haochen-Wang409/DropPos; each names its file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from patchmine.errors import UserError
-from patchmine.method import Method
-from patchmine.models.beit import has_relative_positions
-from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
-from patchmine.models.vit import (
+from patchmine.backbones.beit import has_relative_positions
+from patchmine.backbones.vit import (
     Encoder,
     embed_patches,
     encode,
@@ -32,21 +29,31 @@ from patchmine.models.vit import (
     require_vit,
     transform,
 )
+from patchmine.errors import UserError
+from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
 from patchmine.ops.patches import all_patches, images_from_values, patch_values, pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map
-from patchmine.ops.positions import least_cross_entropy, paint_patches, place_colours, smoothing_map
+from patchmine.ops.position_targets import (
+    least_cross_entropy,
+    paint_patches,
+    place_colours,
+    smoothing_map,
+)
 from patchmine.ops.schedules import falling
 from patchmine.strict import Count, Depth, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """Who is who among the patches of each image, by number, in raster order: the encoder sees ``kept``, ``dropped``.
+    """Who is who among the patches of each image, by number, in raster order: the encoder sees
+    ``kept``, ``dropped``.
 
-    ``kept`` (B, K) keep their position embedding, ``dropped`` (B, Q) lose it, ``removed`` (B, L - V) are not there.
+    ``kept`` (B, K) keep their position embedding, ``dropped`` (B, Q) lose it, ``removed`` (B, L -
+    V) are not there.
     """
 
     kept: Tensor
@@ -55,23 +62,35 @@ class Puzzle:
 
     @property
     def visible(self) -> Tensor:
-        """(B, V), in the order in which the encoder sees them: those whose place is asked for come last."""
+        """(B, V), in the order in which the encoder sees them: those whose place is asked for come
+        last.
+        """
         return torch.cat([self.kept, self.dropped], dim=1)
 
     @property
     def mask(self) -> Mask:
         """The same as MAE sees it; ``visible`` is in the encoder's order."""
-        return Mask(self.visible, self.removed, self.kept.shape[1] + self.dropped.shape[1] + self.removed.shape[1])
+        return Mask(
+            self.visible,
+            self.removed,
+            self.kept.shape[1] + self.dropped.shape[1] + self.removed.shape[1],
+        )
 
 
 class DropPos(Method):
-    """A classifier over all places for visible patches without position; few patches seen, no pixels predicted."""
+    """A classifier over all places for visible patches without position; few patches seen, no
+    pixels predicted.
+    """
 
     class Config(Strict):
-        """Settings of DropPos; the defaults are the published recipe (scripts/, models_DropPos_mae.py)."""
+        """Settings of DropPos; the defaults are the published recipe (scripts/,
+        models_DropPos_mae.py).
+        """
 
         name: Literal["droppos"] = "droppos"
-        mask_ratio: float = Field(0.75, ge=0, lt=1, description="share of the patches that are removed")
+        mask_ratio: float = Field(
+            0.75, ge=0, lt=1, description="share of the patches that are removed"
+        )
         pos_mask_ratio: float = Field(
             0.75, gt=0, le=1, description="share of the visible patches whose position is withheld"
         )
@@ -81,38 +100,57 @@ class DropPos(Method):
             "that lost its own",
         )
         smoothing: float = Field(
-            1.0, ge=0, description="width of the smoothed targets in patches: exp(-distance^2 / width^2); 0: none"
+            1.0,
+            ge=0,
+            description="width of the smoothed targets in patches: exp(-distance^2 / width^2); 0: none",
         )
-        smoothing_decay: bool = Field(True, description="let that width fall linearly towards 0, epoch by epoch")
+        smoothing_decay: bool = Field(
+            True, description="let that width fall linearly towards 0, epoch by epoch"
+        )
         smoothing_grid: Literal["patches", "as_run"] = Field(
             "patches",
             description="distances on the grid of patches, or on one as wide as a patch has pixels (published runs)",
         )
         smoothing_norm: Literal["column", "row"] = Field(
-            "column", description="divide the smoothed targets by the sum of each place (the code) or of each target"
+            "column",
+            description="divide the smoothed targets by the sum of each place (the code) or of each target",
         )
         attentive: bool = Field(
-            True, description="weigh patches by their similarity to the class token, in a pass over the whole image"
+            True,
+            description="weigh patches by their similarity to the class token, in a pass over the whole image",
         )
-        temperature: float = Field(0.1, gt=0, description="of the softmax over these similarities (0.1 in the code)")
+        temperature: float = Field(
+            0.1, gt=0, description="of the softmax over these similarities (0.1 in the code)"
+        )
         conf_ignore: bool = Field(
-            False, description="leave out patches that are placed at least as surely as the smoothed target says"
+            False,
+            description="leave out patches that are placed at least as surely as the smoothed target says",
         )
-        multi_task: bool = Field(False, description="also predict the pixels of removed patches, as MAE does")
-        pos_weight: float = Field(0.05, gt=0, description="weight of the position loss with multi_task, and only then")
-        norm_pix_loss: bool = Field(True, description="with multi_task: predict pixels standardised within each patch")
+        multi_task: bool = Field(
+            False, description="also predict the pixels of removed patches, as MAE does"
+        )
+        pos_weight: float = Field(
+            0.05, gt=0, description="weight of the position loss with multi_task, and only then"
+        )
+        norm_pix_loss: bool = Field(
+            True, description="with multi_task: predict pixels standardised within each patch"
+        )
         decoder_embed_dim: Count = Field(512, description="width of the decoder")
         decoder_depth: Depth = Field(2, description="blocks of the decoder")
         decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
         decoder_mlp_ratio: float = Field(
             4.0, gt=0, le=64, description="hidden width of the decoder's MLPs, times its own width"
         )
-        decoder_norm_eps: float = Field(1e-6, gt=0, description="added to the variance in the decoder's layer norms")
+        decoder_norm_eps: float = Field(
+            1e-6, gt=0, description="added to the variance in the decoder's layer norms"
+        )
         decoder_qkv_bias: bool = Field(
             True, description="biases of queries, keys and values in the decoder's attention"
         )
         clip_grad: float | None = Field(
-            5.0, gt=0, description="largest gradient norm of each parameter by itself (main_pretrain.py: 5)"
+            5.0,
+            gt=0,
+            description="largest gradient norm of each parameter by itself (main_pretrain.py: 5)",
         )
 
     encoder: Encoder
@@ -131,12 +169,23 @@ class DropPos(Method):
         self.num_kept = count_visible(self.num_visible, config.pos_mask_ratio)
         self.num_dropped = self.num_visible - self.num_kept
         self.smoothing_size = _smoothing_size(config, self.grid)
-        width, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
+        width, depth, heads = (
+            config.decoder_embed_dim,
+            config.decoder_depth,
+            config.decoder_num_heads,
+        )
         blocks: dict[str, Any] = dict(
-            mlp_ratio=config.decoder_mlp_ratio, norm_eps=config.decoder_norm_eps, qkv_bias=config.decoder_qkv_bias
+            mlp_ratio=config.decoder_mlp_ratio,
+            norm_eps=config.decoder_norm_eps,
+            qkv_bias=config.decoder_qkv_bias,
         )
         check_decoder(width, heads, self.num_visible, config.mask_ratio)
-        _check(config, encoder, num_dropped=self.num_dropped, num_removed=self.grid.num_patches - self.num_visible)
+        _check(
+            config,
+            encoder,
+            num_dropped=self.num_dropped,
+            num_removed=self.grid.num_patches - self.num_visible,
+        )
         # With one weight for all, every image has as many terms as any other.
         self.averages_rows = not (config.attentive or config.conf_ignore)
 
@@ -150,7 +199,9 @@ class DropPos(Method):
         parts: list[nn.Module] = [self.decoder_embed, self.decoder]
         self.pixel_input = self.pixel_decoder = None
         if config.multi_task:
-            self.pixel_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
+            self.pixel_input = DecoderInput(
+                encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
+            )
             values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
             self.pixel_decoder = Decoder(width, depth, heads, values, **blocks)
             parts += [self.pixel_input, self.pixel_decoder]
@@ -167,13 +218,24 @@ class DropPos(Method):
         if self.pixel_input is None or self.pixel_decoder is None:
             return losses
         tokens = self.pixel_input(latent, puzzle.mask)
-        painted = self.pixel_decoder.head(self.pixel_decoder(tokens, puzzle.removed.shape[1]))  # (B, L - V, P)
-        target = pixel_targets(images, puzzle.removed, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss)
+        painted = self.pixel_decoder.head(
+            self.pixel_decoder(tokens, puzzle.removed.shape[1])
+        )  # (B, L - V, P)
+        target = pixel_targets(
+            images, puzzle.removed, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss
+        )
         position, pixels = losses["loss"], squared_error(painted, target).mean()
-        return {**losses, "loss": self.config.pos_weight * position + pixels, "position": position, "pixels": pixels}
+        return {
+            **losses,
+            "loss": self.config.pos_weight * position + pixels,
+            "position": position,
+            "pixels": pixels,
+        }
 
     def draw_puzzle(self, images: Tensor) -> Puzzle:
-        """Two independent draws for each image: which patches stay, and which of those keep their position."""
+        """Two independent draws for each image: which patches stay, and which of those keep their
+        position.
+        """
         noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
         there = lowest_visible(noise, self.num_visible)
         slots = lowest_visible(
@@ -183,10 +245,17 @@ class DropPos(Method):
         return Puzzle(kept, dropped, there.masked)
 
     def encode(self, images: Tensor, puzzle: Puzzle) -> Tensor:
-        """Tokens of the visible patches after the final norm, prefix first, then those with position: (B, P + V, D)."""
+        """Tokens of the visible patches after the final norm, prefix first, then those with
+        position: (B, P + V, D).
+        """
         kept = embed_patches(self.encoder, images, puzzle.kept)  # (B, K, D)
-        dropped = project_patches(self.encoder, images, puzzle.dropped) + self._in_place_of_positions(puzzle)
-        return transform(self.encoder, torch.cat([prefix_tokens(self.encoder, len(images)), kept, dropped], dim=1))
+        dropped = project_patches(
+            self.encoder, images, puzzle.dropped
+        ) + self._in_place_of_positions(puzzle)
+        return transform(
+            self.encoder,
+            torch.cat([prefix_tokens(self.encoder, len(images)), kept, dropped], dim=1),
+        )
 
     def _in_place_of_positions(self, puzzle: Puzzle) -> Tensor | float:
         """What dropped patches get instead, (B, Q, D) or less."""
@@ -194,12 +263,16 @@ class DropPos(Method):
             return self.position_token
         if self.config.mask_token_type == "zeros":
             return 0.0
-        # Some patch may get its own position back; it is asked for it all the same, as in the reference.
-        order = self.noise.uniform(*puzzle.dropped.shape, device=puzzle.dropped.device).argsort(dim=1, stable=True)
+        # Some patch may get its own position back; it is asked for it all the same, as in the
+        # reference.
+        order = self.noise.uniform(*puzzle.dropped.shape, device=puzzle.dropped.device).argsort(
+            dim=1, stable=True
+        )
         return patch_positions(self.encoder)[puzzle.dropped.gather(1, order)]
 
     def locate(self, latent: Tensor, num_last: int) -> Tensor:
-        """Logits over all places for the last ``num_last`` tokens: (B, P + V, D) -> (B, num_last, L).
+        """Logits over all places for the last ``num_last`` tokens: (B, P + V, D) -> (B, num_last,
+        L).
 
         The decoder gets no positions either: they would be the answer.
         """
@@ -207,19 +280,26 @@ class DropPos(Method):
 
     @torch.no_grad()
     def weigh(self, images: Tensor, puzzle: Puzzle) -> Tensor | None:
-        """How much each dropped patch counts: by what the encoder itself makes of the whole image, (B, Q) or None."""
+        """How much each dropped patch counts: by what the encoder itself makes of the whole image,
+        (B, Q) or None.
+        """
         if not self.config.attentive:
             return None
         features = encode(self.encoder, images)  # (B, P + L, D)
         wanted = puzzle.visible[:, :, None].expand(-1, -1, features.shape[-1])
         patches = features[:, self.encoder.num_prefix_tokens :].gather(1, wanted)
-        return attentive_weights(features[:, 0], patches, self.config.temperature)[:, self.num_kept :]
+        return attentive_weights(features[:, 0], patches, self.config.temperature)[
+            :, self.num_kept :
+        ]
 
-    def position_losses(self, logits: Tensor, places: Tensor, weights: Tensor | None, progress: Progress) -> Losses:
-        """Cross-entropy with the smoothed places (B, Q), one ratio over the batch (spec droppos.md, section 3.6).
+    def position_losses(
+        self, logits: Tensor, places: Tensor, weights: Tensor | None, progress: Progress
+    ) -> Losses:
+        """Cross-entropy with the smoothed places (B, Q), one ratio over the batch (spec droppos.md,
+        section 3.6).
 
-        ``above_floor`` is what is left of it when the smallest possible value is taken off, which falls with the width
-        of the targets.  ``accuracy`` counts all dropped patches alike.
+        ``above_floor`` is what is left of it when the smallest possible value is taken off, which
+        falls with the width of the targets.  ``accuracy`` counts all dropped patches alike.
         """
         smoothed = self.smoothed_places(progress, logits.device)  # (L, L)
         scores = logits.float().log_softmax(dim=-1)
@@ -243,7 +323,9 @@ class DropPos(Method):
         config = self.config
         width = falling(progress, config.smoothing) if config.smoothing_decay else config.smoothing
         count = self.grid.num_patches
-        return smoothing_map(self.smoothing_size, width, norm=config.smoothing_norm, device=device)[:count, :count]
+        return smoothing_map(self.smoothing_size, width, norm=config.smoothing_norm, device=device)[
+            :count, :count
+        ]
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns; each parameter's gradient is clipped by itself."""
@@ -251,43 +333,70 @@ class DropPos(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, what the encoder saw, the weights, true and predicted places as colours, the patches put there."""
+        """Input, what the encoder saw, the weights, true and predicted places as colours, the
+        patches put there.
+        """
         images = batch.views[0]
         puzzle = self.draw_puzzle(images)
         weights = self.weigh(images, puzzle)
-        sureness, places = self.locate(self.encode(images, puzzle), self.num_dropped).float().softmax(-1).max(dim=-1)
-        panels = [Panel("input", images), Panel("visible", hide_masked(images, puzzle.mask, self.grid))]
+        sureness, places = (
+            self.locate(self.encode(images, puzzle), self.num_dropped)
+            .float()
+            .softmax(-1)
+            .max(dim=-1)
+        )
+        panels = [
+            Panel("input", images),
+            Panel("visible", hide_masked(images, puzzle.mask, self.grid)),
+        ]
         if weights is not None:
-            panels.append(Panel("weight in the loss", patch_map(weights, self.grid, puzzle.dropped), kind="heat"))
-        true, predicted = (_as_colours(puzzle, where, self.grid) for where in (puzzle.dropped, places))
+            panels.append(
+                Panel(
+                    "weight in the loss", patch_map(weights, self.grid, puzzle.dropped), kind="heat"
+                )
+            )
+        true, predicted = (
+            _as_colours(puzzle, where, self.grid) for where in (puzzle.dropped, places)
+        )
         return [
             *panels,
             Panel("true places as colours (white: position kept)", true, kind="colour"),
             Panel("predicted places in the same colours", predicted, kind="colour"),
-            Panel("patches put where predicted, the surest on top", _put(images, puzzle, places, sureness, self.grid)),
+            Panel(
+                "patches put where predicted, the surest on top",
+                _put(images, puzzle, places, sureness, self.grid),
+            ),
         ]
 
 
 def attentive_weights(whole: Tensor, patches: Tensor, temperature: float) -> Tensor:
-    """Softmax of each patch's cosine with the token of the whole image: (B, D), (B, V, D) -> (B, V), float32."""
+    """Softmax of each patch's cosine with the token of the whole image: (B, D), (B, V, D) -> (B,
+    V), float32.
+    """
     cosines = F.cosine_similarity(patches.float(), whole.float()[:, None], dim=-1, eps=1e-8)
     return (cosines / temperature).softmax(dim=-1)
 
 
 def _as_colours(puzzle: Puzzle, places: Tensor, grid: Grid) -> Tensor:
-    """Each dropped patch in the colour of its place in ``places`` (B, Q), kept ones white: (B, 3, H, W), NaN: removed.
+    """Each dropped patch in the colour of its place in ``places`` (B, Q), kept ones white: (B, 3,
+    H, W), NaN: removed.
 
     A removed patch has no grey, which is about the colour of the middle.
     """
     colours = torch.full((len(places), grid.num_patches, 3), float("nan"), device=places.device)
-    for index, paint in ((puzzle.kept, 1.0), (puzzle.dropped, place_colours(grid, places.device)[places])):
+    for index, paint in (
+        (puzzle.kept, 1.0),
+        (puzzle.dropped, place_colours(grid, places.device)[places]),
+    ):
         filled = torch.zeros(*index.shape, 3, device=places.device) + paint
         colours = colours.scatter(1, index[:, :, None].expand_as(filled), filled)
     return paint_patches(colours, grid)
 
 
 def _put(images: Tensor, puzzle: Puzzle, places: Tensor, sureness: Tensor, grid: Grid) -> Tensor:
-    """Dropped patches at ``places`` (B, Q), the surest of several on top; the others where they belong; NaN: nobody."""
+    """Dropped patches at ``places`` (B, Q), the surest of several on top; the others where they
+    belong; NaN: nobody.
+    """
     values = patch_values(all_patches(images.float(), grid.patch))  # (B, L, P)
 
     def wide(index: Tensor) -> Tensor:
@@ -304,8 +413,8 @@ def _put(images: Tensor, puzzle: Puzzle, places: Tensor, sureness: Tensor, grid:
 def _smoothing_size(config: DropPos.Config, grid: Grid) -> tuple[int, ...]:
     """Rows and columns of the grid on which distances are measured.
 
-    The published scripts give patches per side where engine_pretrain.py expects pixels per patch, so that it counts
-    image side / patches per side: 16 in place of 14 for 224 pixels.
+    The published scripts give patches per side where engine_pretrain.py expects pixels per patch,
+    so that it counts image side / patches per side: 16 in place of 14 for 224 pixels.
     """
     if config.smoothing_grid == "patches":
         return grid.size
@@ -319,7 +428,9 @@ def _smoothing_size(config: DropPos.Config, grid: Grid) -> tuple[int, ...]:
 
 
 def _refuse_leaks(encoder: Encoder) -> None:
-    """UserError for an encoder that knows places otherwise than by the table that is withheld, or does not know any."""
+    """UserError for an encoder that knows places otherwise than by the table that is withheld, or
+    does not know any.
+    """
     if has_relative_positions(encoder):
         raise UserError(
             "method=droppos asks where patches belong, and relative positions tell the encoder the answer: set "

@@ -1,8 +1,10 @@
-"""EMAE: all parts of an image take turns at predicting the rest in one step, and must agree where they overlap.
+"""EMAE: all parts of an image take turns at predicting the rest in one step, and must agree where
+they overlap.
 
-Li, Zhu, Chen, Li, Zhao, Zhao, Tang, Wang, "Efficient Masked Autoencoders with Self-Consistency", arXiv 2302.14431.
-The authors published no code.  What their abstract leaves open follows an independent re-implementation or MAE; the
-page docs/methods/emae.md says for each choice which it is.
+Li, Zhu, Chen, Li, Zhao, Zhao, Tang, Wang, "Efficient Masked Autoencoders with Self-Consistency",
+arXiv 2302.14431. The authors published no code.  What their abstract leaves open follows an
+independent re-implementation or MAE; the page docs/methods/emae.md says for each choice which it
+is.
 """
 
 from __future__ import annotations
@@ -14,10 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchmine.errors import UserError
-from patchmine.method import Method
-from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
-from patchmine.models.vit import (
+from patchmine.backbones.vit import (
     Encoder,
     embed_patches,
     encoder_grid,
@@ -28,6 +27,8 @@ from patchmine.models.vit import (
     require_vit,
     transform,
 )
+from patchmine.errors import UserError
+from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.ops.parts import (
     group_by_patch,
     order_by_patch,
@@ -39,13 +40,16 @@ from patchmine.ops.parts import (
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.strict import LARGEST_COUNT, Count, Depth, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
 
 MOST_SHOWN = 4  # parts in a picture; more would make it too wide to read
 
 
 class EMAE(Method):
-    """Masked autoencoder over K disjoint visible parts of each image at once, with a self-consistency loss."""
+    """Masked autoencoder over K disjoint visible parts of each image at once, with a
+    self-consistency loss.
+    """
 
     class Config(Strict):
         """Settings of EMAE; where the paper's are not known, those of MAE."""
@@ -57,32 +61,48 @@ class EMAE(Method):
             le=LARGEST_COUNT,
             description="parts an image is divided into; each is seen once, 1 - 1/parts masked",
         )
-        parts_used: Count | None = Field(None, description="parts that are encoded; null: all of them; 1 is MAE")
-        sc_weight: float = Field(1.0, ge=0, description="weight of the self-consistency loss; 0: disjoint masks only")
-        sc_dist: Literal["l1", "l2"] = Field("l1", description="distance of two predictions: absolute or squared")
-        sc_norm: Literal["all", "overlap"] = Field(
-            "all", description="a pair's distance is divided by all patches, or by those that both parts predict"
+        parts_used: Count | None = Field(
+            None, description="parts that are encoded; null: all of them; 1 is MAE"
         )
-        sc_pairs: Literal["mean", "sum"] = Field("mean", description="pairs of parts are averaged, or added up")
+        sc_weight: float = Field(
+            1.0, ge=0, description="weight of the self-consistency loss; 0: disjoint masks only"
+        )
+        sc_dist: Literal["l1", "l2"] = Field(
+            "l1", description="distance of two predictions: absolute or squared"
+        )
+        sc_norm: Literal["all", "overlap"] = Field(
+            "all",
+            description="a pair's distance is divided by all patches, or by those that both parts predict",
+        )
+        sc_pairs: Literal["mean", "sum"] = Field(
+            "mean", description="pairs of parts are averaged, or added up"
+        )
         sc_grad: Literal["both", "none"] = Field(
             "both",
             description="each distance counted twice, with either side held fixed; or once: only the value halves",
         )
         mask_token: Literal["learned", "zeros"] = Field(
-            "learned", description="what the decoder gets for a masked patch: MAE's learned token, or zeros"
+            "learned",
+            description="what the decoder gets for a masked patch: MAE's learned token, or zeros",
         )
-        norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
+        norm_pix_loss: bool = Field(
+            True, description="predict pixels standardised within each patch"
+        )
         decoder_embed_dim: Count = Field(512, description="width of the decoder")
         decoder_depth: Depth = Field(8, description="blocks of the decoder")
         decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
         decoder_mlp_ratio: float = Field(
             4.0, gt=0, le=64, description="hidden width of the decoder's MLPs, times its own width"
         )
-        decoder_norm_eps: float = Field(1e-6, gt=0, description="added to the variance in the decoder's layer norms")
+        decoder_norm_eps: float = Field(
+            1e-6, gt=0, description="added to the variance in the decoder's layer norms"
+        )
         decoder_qkv_bias: bool = Field(
             True, description="biases of queries, keys and values in the decoder's attention"
         )
-        clip_grad: float | None = Field(None, gt=0, description="largest global gradient norm; MAE does not clip")
+        clip_grad: float | None = Field(
+            None, gt=0, description="largest global gradient norm; MAE does not clip"
+        )
 
     encoder: Encoder
     by_patch: Tensor
@@ -100,7 +120,9 @@ class EMAE(Method):
         check_decoder(width, config.decoder_num_heads, num_visible, 1 - 1 / self.num_parts)
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
         self.encoder = encoder
-        self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
+        self.decoder_input = DecoderInput(
+            encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
+        )
         self.decoder = Decoder(
             width,
             config.decoder_depth,
@@ -114,7 +136,9 @@ class EMAE(Method):
         initialise(self.decoder)
         if config.mask_token == "zeros":
             self.decoder_input.mask_token.requires_grad_(False).zero_()
-        self.register_buffer("by_patch", order_by_patch(self.num_parts, self.num_used), persistent=False)
+        self.register_buffer(
+            "by_patch", order_by_patch(self.num_parts, self.num_used), persistent=False
+        )
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W)
@@ -127,7 +151,8 @@ class EMAE(Method):
             return {"loss": reconstruction}
         consistency = self.pull * distance
         if self.config.sc_grad == "both":
-            # Two terms, each with the other side held fixed, have the gradient of one plain term and twice its value.
+            # Two terms, each with the other side held fixed, have the gradient of one plain term
+            # and twice its value.
             consistency = consistency + consistency.detach()
         return {
             "loss": reconstruction + self.config.sc_weight * consistency,
@@ -138,9 +163,13 @@ class EMAE(Method):
 
     @property
     def pull(self) -> float:
-        """Factor of the mean distance over pairs of parts and the patches that both predict, 1 - 2/K of an image."""
+        """Factor of the mean distance over pairs of parts and the patches that both predict, 1 -
+        2/K of an image.
+        """
         share = 1 - 2 / self.num_parts if self.config.sc_norm == "all" else 1.0
-        return share * (self.num_used * (self.num_used - 1) // 2 if self.config.sc_pairs == "sum" else 1)
+        return share * (
+            self.num_used * (self.num_used - 1) // 2 if self.config.sc_pairs == "sum" else 1
+        )
 
     def draw_parts(self, images: Tensor) -> Tensor:
         """Numbers of the patches in each part, (B, K, V)."""
@@ -148,31 +177,45 @@ class EMAE(Method):
         return split_parts(noise, self.num_parts)
 
     def encode_parts(self, images: Tensor, parts: Tensor) -> Tensor:
-        """The parts in use as sequences of their own, each with its own class token: (B * U, P + V, D).
+        """The parts in use as sequences of their own, each with its own class token: (B * U, P + V,
+        D).
 
-        Every patch is embedded once, in the order of the parts, so that splitting the sequences costs nothing.
+        Every patch is embedded once, in the order of the parts, so that splitting the sequences
+        costs nothing.
         """
         used = parts[:, : self.num_used]
         tokens = embed_patches(self.encoder, images, used.flatten(1))  # (B, U * V, D)
         tokens = tokens.reshape(-1, used.shape[2], tokens.shape[-1])  # (B * U, V, D)
-        return transform(self.encoder, torch.cat([prefix_tokens(self.encoder, len(tokens)), tokens], dim=1))
+        return transform(
+            self.encoder, torch.cat([prefix_tokens(self.encoder, len(tokens)), tokens], dim=1)
+        )
 
     def reconstruct(self, images: Tensor, parts: Tensor) -> Tensor:
-        """What every part in use predicts for what it does not see, lined up by patch: (B, U * (K - 1), V, P)."""
+        """What every part in use predicts for what it does not see, lined up by patch: (B, U * (K -
+        1), V, P).
+        """
         features = self.decoder(*self.decoder_tokens(images, parts))  # (B * U, (K - 1) * V, W)
         features = features.reshape(len(images), len(self.by_patch), -1, features.shape[-1])
         return self.decoder.head(features.index_select(1, self.by_patch))
 
     def decoder_tokens(self, images: Tensor, parts: Tensor) -> tuple[Tensor, int]:
-        """What enters the decoder, (B * U, P + V + (K - 1) * V, W), and how many of the last tokens are masked ones."""
-        seen, unseen = parts[:, : self.num_used].flatten(0, 1), unseen_patches(parts, self.num_used).flatten(0, 1)
-        # Part after part instead of raster order: attention does not mind, and predictions line up without a search.
+        """What enters the decoder, (B * U, P + V + (K - 1) * V, W), and how many of the last tokens
+        are masked ones.
+        """
+        seen, unseen = (
+            parts[:, : self.num_used].flatten(0, 1),
+            unseen_patches(parts, self.num_used).flatten(0, 1),
+        )
+        # Part after part instead of raster order: attention does not mind, and predictions line up
+        # without a search.
         mask = Mask(seen, unseen, self.grid.num_patches)
         return self.decoder_input(self.encode_parts(images, parts), mask), unseen.shape[1]
 
     def targets(self, images: Tensor, parts: Tensor) -> Tensor:
         """What is to be predicted, once for each patch of each part: float32 (B, K, V, P)."""
-        values = pixel_targets(images, parts.flatten(1), self.grid.patch, norm_pix_loss=self.config.norm_pix_loss)
+        values = pixel_targets(
+            images, parts.flatten(1), self.grid.patch, norm_pix_loss=self.config.norm_pix_loss
+        )
         return values.reshape(*parts.shape, -1)
 
     def param_groups(self) -> list[ParamGroup]:
@@ -181,7 +224,9 @@ class EMAE(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input; each part and what it makes of the rest; mean error and disagreement of the predictions of a patch."""
+        """Input; each part and what it makes of the rest; mean error and disagreement of the
+        predictions of a patch.
+        """
         images = batch.views[0]
         parts = self.draw_parts(images)
         predicted = self.reconstruct(images, parts)  # (B, U * (K - 1), V, P)
@@ -190,14 +235,17 @@ class EMAE(Method):
         by_part = predicted.index_select(1, self.by_patch.argsort()).reshape(*unseen.shape, -1)
         for part in range(min(self.num_used, MOST_SHOWN)):
             mask = Mask(parts[:, part], unseen[:, part], self.grid.num_patches)
-            painted = reconstruction_panel(images, mask, self.grid, by_part[:, part], borrow=self.config.norm_pix_loss)
+            painted = reconstruction_panel(
+                images, mask, self.grid, by_part[:, part], borrow=self.config.norm_pix_loss
+            )
             title = f"part {part + 1} of {self.num_parts}"
             panels.append(Panel(title, hide_masked(images, mask, self.grid)))
             panels.append(replace(painted, title=f"{title}: {painted.title}"))
         groups = group_by_patch(predicted.float(), self.num_parts, self.num_used)
         targets = self.targets(images, parts).tensor_split([self.num_used], dim=1)
         errors = [
-            (own - wanted[:, :, None]).square().mean(dim=(2, 4)) for own, wanted in zip(groups, targets, strict=True)
+            (own - wanted[:, :, None]).square().mean(dim=(2, 4))
+            for own, wanted in zip(groups, targets, strict=True)
         ]
         panels.append(Panel("error", self._map(torch.cat(errors, dim=1), parts), kind="heat"))
         if self.num_parts > 2 and self.num_used > 1:
@@ -213,11 +261,17 @@ def _count_parts(config: EMAE.Config, grid: Grid) -> tuple[int, int]:
     """K and U, or a UserError for numbers that do not fit."""
     parts, patches = config.parts, grid.num_patches
     if patches % parts:
-        fitting = sorted((n for n in range(2, patches + 1) if patches % n == 0), key=lambda n: abs(n - parts))[:3]
+        fitting = sorted(
+            (n for n in range(2, patches + 1) if patches % n == 0), key=lambda n: abs(n - parts)
+        )[:3]
         remedy = " or ".join(f"method.parts={n}" for n in sorted(fitting)) or "a smaller patch_size"
         size = "x".join(map(str, grid.size))
-        raise UserError(f"method.parts={parts} does not divide the {patches} patches of a {size} grid: set {remedy}")
+        raise UserError(
+            f"method.parts={parts} does not divide the {patches} patches of a {size} grid: set {remedy}"
+        )
     used = parts if config.parts_used is None else config.parts_used
     if used > parts:
-        raise UserError(f"method.parts_used={used} is more than method.parts={parts}: set it to {parts} or less")
+        raise UserError(
+            f"method.parts_used={used} is more than method.parts={parts}: set it to {parts} or less"
+        )
     return parts, used

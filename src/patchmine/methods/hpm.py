@@ -1,13 +1,15 @@
-"""HPM: a teacher predicts where reconstruction will be hard, and that is where the student's input is masked.
+"""HPM: a teacher predicts where reconstruction will be hard, and that is where the student's input
+is masked.
 
-Wang, Song, Fan, Wang, Xie, Zhang, "Hard Patches Mining for Masked Image Modeling", CVPR 2023, arXiv 2304.05919.
-Constants that the paper's abstract does not give come from the reference code, Haochen-Wang409/HPM; each names its
-file.
+Wang, Song, Fan, Wang, Xie, Zhang, "Hard Patches Mining for Masked Image Modeling", CVPR 2023, arXiv
+2304.05919. Constants that the paper's abstract does not give come from the reference code,
+Haochen-Wang409/HPM; each names its file.
 
-On clips the patches are VideoMAE's cubes.  The extension to video (Wang, Fan, Wang, Song, Wang, Zhang, Zhang,
-"Bootstrap Masked Visual Modeling via Hard Patches Mining", TPAMI, arXiv 2312.13714) has no public code: what is
-established is that it adapts the image method with almost no modification; how a tube is scored, the constants and the
-second decoder are inferred (spec hpm-video.md, section 4).
+On clips the patches are VideoMAE's cubes.  The extension to video (Wang, Fan, Wang, Song, Wang,
+Zhang, Zhang, "Bootstrap Masked Visual Modeling via Hard Patches Mining", TPAMI, arXiv 2312.13714)
+has no public code: what is established is that it adapts the image method with almost no
+modification; how a tube is scored, the constants and the second decoder are inferred (spec
+hpm-video.md, section 4).
 """
 
 from __future__ import annotations
@@ -19,53 +21,88 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from patchmine.backbones.foreign import ForeignTeacher
+from patchmine.backbones.vit import (
+    Encoder,
+    encode,
+    encoder_grid,
+    initialise,
+    refuse_relative,
+    require_vit,
+)
 from patchmine.errors import UserError
-from patchmine.method import Method
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
-from patchmine.models.foreign import ForeignTeacher
 from patchmine.models.teacher import Teacher
-from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative, require_vit
-from patchmine.ops.losses import absolute_difficulty_loss, direction_error, relative_difficulty_loss, squared_error
+from patchmine.ops.losses import (
+    absolute_difficulty_loss,
+    direction_error,
+    relative_difficulty_loss,
+    squared_error,
+)
 from patchmine.ops.masks import count_positions, hard_masked, tubes
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.ops.schedules import ema_decay, hard_count
 from patchmine.strict import Count, Depth, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 
 class HPM(Method):
-    """Masked autoencoder with a second decoder that predicts each patch's loss; an EMA copy of it chooses the masks."""
+    """Masked autoencoder with a second decoder that predicts each patch's loss; an EMA copy of it
+    chooses the masks.
+    """
 
     class Config(Strict):
-        """Settings of HPM; the defaults are the published recipe (models_mae_learn_loss.py, engine_pretrain.py)."""
+        """Settings of HPM; the defaults are the published recipe (models_mae_learn_loss.py,
+        engine_pretrain.py).
+        """
 
         name: Literal["hpm"] = "hpm"
-        mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
+        mask_ratio: float = Field(
+            0.75, gt=0, lt=1, description="share of the patches that are removed"
+        )
         target: Literal["pixel", "ema", "dino", "clip"] = Field(
-            "pixel", description="what is predicted: pixels, the teacher's features, or those of a frozen DINO or CLIP"
+            "pixel",
+            description="what is predicted: pixels, the teacher's features, or those of a frozen DINO or CLIP",
         )
-        target_file: str | None = Field(None, description="local weights of the frozen DINO or CLIP network")
+        target_file: str | None = Field(
+            None, description="local weights of the frozen DINO or CLIP network"
+        )
         target_renormalise: bool = Field(
-            False, description="give a foreign network images in its own normalisation; the reference does not"
+            False,
+            description="give a foreign network images in its own normalisation; the reference does not",
         )
-        norm_pix_loss: bool = Field(False, description="predict pixels standardised within each patch")
+        norm_pix_loss: bool = Field(
+            False, description="predict pixels standardised within each patch"
+        )
         prediction: Literal["relative", "absolute", "none"] = Field(
-            "relative", description="how losses are predicted: their order, their standardised value, or not at all"
+            "relative",
+            description="how losses are predicted: their order, their standardised value, or not at all",
         )
         losspred_head: Literal["patch", "scalar"] = Field(
-            "patch", description="one output per value of a patch, averaged, as published; or a single output"
+            "patch",
+            description="one output per value of a patch, averaged, as published; or a single output",
         )
-        alpha_start: float = Field(0.0, ge=0, le=1, description="share of hard patches among the masked, at the start")
+        alpha_start: float = Field(
+            0.0, ge=0, le=1, description="share of hard patches among the masked, at the start"
+        )
         alpha_end: float = Field(0.5, ge=0, le=1, description="the same at the end")
-        alpha_offset: int = Field(1, ge=0, description="epochs by which the schedule is ahead (generate_mask: 1)")
+        alpha_offset: int = Field(
+            1, ge=0, description="epochs by which the schedule is ahead (generate_mask: 1)"
+        )
         ema_start: float = Field(0.999, ge=0, le=1, description="decay of the teacher at the start")
-        ema_end: float = Field(0.9999, ge=0, le=1, description="decay of the teacher after the ramp")
+        ema_end: float = Field(
+            0.9999, ge=0, le=1, description="decay of the teacher after the ramp"
+        )
         ema_ramp_epochs: int | None = Field(
-            100, gt=0, description="epochs of the ramp, counted absolutely; null: per step, over the whole run"
+            100,
+            gt=0,
+            description="epochs of the ramp, counted absolutely; null: per step, over the whole run",
         )
         mask_unit: Literal["tube", "cube"] = Field(
-            "tube", description="of clips: hide a place at all times, or each cube by itself; images know no difference"
+            "tube",
+            description="of clips: hide a place at all times, or each cube by itself; images know no difference",
         )
         tube_score: Literal["mean", "max"] = Field(
             "mean", description="difficulty of a tube: the mean or the greatest of its cubes"
@@ -76,11 +113,15 @@ class HPM(Method):
         decoder_mlp_ratio: float = Field(
             4.0, gt=0, le=64, description="hidden width of both decoders' MLPs, times its own width"
         )
-        decoder_norm_eps: float = Field(1e-6, gt=0, description="added to the variance in both decoders' layer norms")
+        decoder_norm_eps: float = Field(
+            1e-6, gt=0, description="added to the variance in both decoders' layer norms"
+        )
         decoder_qkv_bias: bool = Field(
             True, description="biases of queries, keys and values in both decoders' attention"
         )
-        clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)")
+        clip_grad: float | None = Field(
+            5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)"
+        )
 
     encoder: Encoder
     video: ClassVar[bool] = True
@@ -94,16 +135,23 @@ class HPM(Method):
         refuse_relative(encoder, "hpm")
         self.config = config
         self.grid = encoder_grid(encoder)
-        # Masks are drawn over units: tubes through all time slots, or cubes.  Of an image both are its patches.
+        # Masks are drawn over units: tubes through all time slots, or cubes.  Of an image both are
+        # its patches.
         places = count_positions(self.grid, config.mask_ratio)
         tube = config.mask_unit == "tube"
         self.num_units = self.grid.num_positions if tube else self.grid.num_patches
         self.visible_units = places if tube else places * self.grid.num_slots
         self.num_masked = self.grid.num_patches - places * self.grid.num_slots
-        width, depth, heads = config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads
+        width, depth, heads = (
+            config.decoder_embed_dim,
+            config.decoder_depth,
+            config.decoder_num_heads,
+        )
         check_decoder(width, heads, places, config.mask_ratio, self.grid.num_positions)
         blocks: dict[str, Any] = dict(
-            mlp_ratio=config.decoder_mlp_ratio, norm_eps=config.decoder_norm_eps, qkv_bias=config.decoder_qkv_bias
+            mlp_ratio=config.decoder_mlp_ratio,
+            norm_eps=config.decoder_norm_eps,
+            qkv_bias=config.decoder_qkv_bias,
         )
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
 
@@ -116,12 +164,17 @@ class HPM(Method):
                     "choose method.target=pixel or method.target=ema"
                 )
             self.foreign = ForeignTeacher(
-                config.target, config.target_file, grid=self.grid, renormalise=config.target_renormalise
+                config.target,
+                config.target_file,
+                grid=self.grid,
+                renormalise=config.target_renormalise,
             )
             target_width = self.foreign.width
 
         self.encoder = encoder
-        self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
+        self.decoder_input = DecoderInput(
+            encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
+        )
         self.decoder = Decoder(width, depth, heads, target_width, **blocks)
         self.decoder_input.draw_weights()
         initialise(self.decoder)
@@ -139,7 +192,11 @@ class HPM(Method):
         """The student's modules of which the teacher keeps a slow copy."""
         if self.predictor is None:
             return {"encoder": self.encoder}
-        return {"encoder": self.encoder, "decoder_input": self.decoder_input, "predictor": self.predictor}
+        return {
+            "encoder": self.encoder,
+            "decoder_input": self.decoder_input,
+            "predictor": self.predictor,
+        }
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
@@ -155,15 +212,22 @@ class HPM(Method):
             return {"loss": reconstruction}
         predicted = predict_difficulty(self.predictor, tokens, self.num_masked)  # (B, M)
         relative = self.config.prediction == "relative"
-        prediction = (relative_difficulty_loss if relative else absolute_difficulty_loss)(predicted, error.detach())
-        return {"loss": reconstruction + prediction, "reconstruction": reconstruction, "prediction": prediction}
+        prediction = (relative_difficulty_loss if relative else absolute_difficulty_loss)(
+            predicted, error.detach()
+        )
+        return {
+            "loss": reconstruction + prediction,
+            "reconstruction": reconstruction,
+            "prediction": prediction,
+        }
 
     @torch.no_grad()
     def look(self, images: Tensor, want_difficulty: bool) -> tuple[Tensor | None, Tensor | None]:
-        """What the teachers see in the whole image: target features (B, L, T) or None, difficulty (B, L) or None.
+        """What the teachers see in the whole image: target features (B, L, T) or None, difficulty
+        (B, L) or None.
 
-        Nothing is computed that nobody asks for: pixels need no features, and a step without hard patches no
-        difficulty.
+        Nothing is computed that nobody asks for: pixels need no features, and a step without hard
+        patches no difficulty.
         """
         features, difficulty = None, None
         if self.foreign is not None:
@@ -174,20 +238,27 @@ class HPM(Method):
                 features = latent[:, self.encoder.num_prefix_tokens :]
             if want_difficulty:
                 tokens = cast(DecoderInput, self.teacher.decoder_input).all_visible(latent)
-                difficulty = predict_difficulty(cast(Decoder, self.teacher.predictor), tokens, self.grid.num_patches)
+                difficulty = predict_difficulty(
+                    cast(Decoder, self.teacher.predictor), tokens, self.grid.num_patches
+                )
         return features, difficulty
 
     def draw_mask(self, images: Tensor, difficulty: Tensor | None, progress: Progress) -> Mask:
-        """The hardest patches are masked, as many as the schedule asks for; the rest is drawn (spec, section 3.2).
+        """The hardest patches are masked, as many as the schedule asks for; the rest is drawn
+        (spec, section 3.2).
 
         Of clips the hardest tubes, at all times, or the hardest cubes, as ``mask_unit`` says.
         """
         noise = self.noise.uniform(len(images), self.num_units, device=images.device)
         if difficulty is None:
             return tubes(hard_masked(noise, noise, 0, self.visible_units), self.grid)
-        scores = difficulty.reshape(len(difficulty), -1, self.num_units)  # (B, slots of a unit, units)
+        scores = difficulty.reshape(
+            len(difficulty), -1, self.num_units
+        )  # (B, slots of a unit, units)
         scores = scores.mean(dim=1) if self.config.tube_score == "mean" else scores.amax(dim=1)
-        return tubes(hard_masked(noise, scores, self._hard_count(progress), self.visible_units), self.grid)
+        return tubes(
+            hard_masked(noise, scores, self._hard_count(progress), self.visible_units), self.grid
+        )
 
     def _hard_count(self, progress: Progress) -> int:
         if self.predictor is None:
@@ -204,7 +275,9 @@ class HPM(Method):
     def error(self, painted: Tensor, images: Tensor, features: Tensor | None, mask: Mask) -> Tensor:
         """Reconstruction loss of each masked patch, float32 (B, M)."""
         if features is None:
-            target = pixel_targets(images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss)
+            target = pixel_targets(
+                images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss
+            )
             return squared_error(painted, target)
         wanted = mask.masked[:, :, None].expand(-1, -1, features.shape[-1])
         return direction_error(painted, features.gather(1, wanted))
@@ -212,16 +285,25 @@ class HPM(Method):
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
             config = self.config
-            decay = ema_decay(progress, start=config.ema_start, end=config.ema_end, ramp_epochs=config.ema_ramp_epochs)
+            decay = ema_decay(
+                progress,
+                start=config.ema_start,
+                end=config.ema_end,
+                ramp_epochs=config.ema_ramp_epochs,
+            )
             self.teacher.update(decay, **self._taught())
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped at the published norm."""
-        return self.sparing(self.decoder_input.undecayed("decoder_input."), clip_norm=self.config.clip_grad)
+        return self.sparing(
+            self.decoder_input.undecayed("decoder_input."), clip_norm=self.config.clip_grad
+        )
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, the teacher's predicted difficulty, what the student saw, the reconstruction, the true error."""
+        """Input, the teacher's predicted difficulty, what the student saw, the reconstruction, the
+        true error.
+        """
         images = batch.views[0]
         features, difficulty = self.look(images, self.predictor is not None)
         mask = self.draw_mask(images, difficulty, progress)
@@ -229,7 +311,9 @@ class HPM(Method):
         painted = self.decoder.head(self.decoder(self.decoder_input(latent, mask), self.num_masked))
         panels = [Panel("input", images)]
         if difficulty is not None:
-            panels.append(Panel("predicted difficulty", patch_map(difficulty, self.grid), kind="heat"))
+            panels.append(
+                Panel("predicted difficulty", patch_map(difficulty, self.grid), kind="heat")
+            )
         panels.append(Panel("visible", hide_masked(images, mask, self.grid)))
         if features is None:
             borrow = self.config.norm_pix_loss
@@ -242,13 +326,16 @@ class HPM(Method):
 def predict_difficulty(predictor: Decoder, tokens: Tensor, num_last: int) -> Tensor:
     """Predicted loss of the last ``num_last`` patches, float32 (B, num_last).
 
-    The published head has one output per value of a patch and averages them; the average of a linear map's outputs is a
-    dot product with its mean row (spec hpm.md, section 3.1), and in float32 the order of close predictions survives.
+    The published head has one output per value of a patch and averages them; the average of a
+    linear map's outputs is a dot product with its mean row (spec hpm.md, section 3.1), and in
+    float32 the order of close predictions survives.
     """
     features = predictor(tokens, num_last)
     with torch.autocast(features.device.type, enabled=False):
         row = predictor.head.weight.float().mean(dim=0, keepdim=True)
-        return F.linear(features.float(), row, predictor.head.bias.float().mean(dim=0, keepdim=True)).squeeze(-1)
+        return F.linear(
+            features.float(), row, predictor.head.bias.float().mean(dim=0, keepdim=True)
+        ).squeeze(-1)
 
 
 def _shrink_head(predictor: Decoder) -> None:

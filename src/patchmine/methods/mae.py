@@ -1,10 +1,11 @@
 """MAE: predict the pixels of randomly removed patches from the few that are left.
 
-He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022, arXiv 2111.06377.
+He, Chen, Xie, Li, Dollár, Girshick, "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022,
+arXiv 2111.06377.
 
-On clips it is VideoMAE: patches are cubes of space and time, and a place is removed at all times or at none.
-Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
-Pre-Training", NeurIPS 2022, arXiv 2203.12602.
+On clips it is VideoMAE: patches are cubes of space and time, and a place is removed at all times or
+at none. Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for
+Self-Supervised Video Pre-Training", NeurIPS 2022, arXiv 2203.12602.
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchmine.method import Method
+from patchmine.backbones.vit import (
+    Encoder,
+    encode,
+    encoder_grid,
+    initialise,
+    refuse_relative,
+    require_vit,
+)
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
-from patchmine.models.vit import Encoder, encode, encoder_grid, initialise, refuse_relative, require_vit
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_positions, lowest_visible, tubes
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.strict import Count, Depth, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 
@@ -36,19 +44,27 @@ class MAE(Method):
         """Settings of MAE; the defaults are the published recipe (PRETRAIN.md, models_mae.py)."""
 
         name: Literal["mae"] = "mae"
-        mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
-        norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
+        mask_ratio: float = Field(
+            0.75, gt=0, lt=1, description="share of the patches that are removed"
+        )
+        norm_pix_loss: bool = Field(
+            True, description="predict pixels standardised within each patch"
+        )
         decoder_embed_dim: Count = Field(512, description="width of the decoder")
         decoder_depth: Depth = Field(8, description="blocks of the decoder")
         decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
         decoder_mlp_ratio: float = Field(
             4.0, gt=0, le=64, description="hidden width of the decoder's MLPs, times its own width"
         )
-        decoder_norm_eps: float = Field(1e-6, gt=0, description="added to the variance in the decoder's layer norms")
+        decoder_norm_eps: float = Field(
+            1e-6, gt=0, description="added to the variance in the decoder's layer norms"
+        )
         decoder_qkv_bias: bool = Field(
             True, description="biases of queries, keys and values in the decoder's attention"
         )
-        clip_grad: float | None = Field(None, gt=0, description="largest global gradient norm; MAE does not clip")
+        clip_grad: float | None = Field(
+            None, gt=0, description="largest global gradient norm; MAE does not clip"
+        )
 
     encoder: Encoder
     video: ClassVar[bool] = True
@@ -59,12 +75,16 @@ class MAE(Method):
         refuse_relative(encoder, "mae")
         self.config = config
         self.grid = encoder_grid(encoder)
-        self.num_visible = count_positions(self.grid, config.mask_ratio)  # places, at all times of a clip
+        self.num_visible = count_positions(
+            self.grid, config.mask_ratio
+        )  # places, at all times of a clip
         width, heads = config.decoder_embed_dim, config.decoder_num_heads
         check_decoder(width, heads, self.num_visible, config.mask_ratio, self.grid.num_positions)
         channels = encoder.patch_embed.proj.in_channels
         self.encoder = encoder
-        self.decoder_input = DecoderInput(encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens)
+        self.decoder_input = DecoderInput(
+            encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
+        )
         self.decoder = Decoder(
             width,
             config.decoder_depth,
@@ -81,7 +101,9 @@ class MAE(Method):
         images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
         mask = self.draw_mask(images)
         predicted = self.reconstruct(images, mask)  # (B, M, P)
-        target = pixel_targets(images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss)
+        target = pixel_targets(
+            images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss
+        )
         return {"loss": squared_error(predicted, target).mean()}
 
     def draw_mask(self, images: Tensor) -> Mask:
@@ -97,7 +119,9 @@ class MAE(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped if the settings say so."""
-        return self.sparing(self.decoder_input.undecayed("decoder_input."), clip_norm=self.config.clip_grad)
+        return self.sparing(
+            self.decoder_input.undecayed("decoder_input."), clip_norm=self.config.clip_grad
+        )
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
@@ -111,5 +135,9 @@ class MAE(Method):
             Panel("input", images),
             Panel("visible", hide_masked(images, mask, self.grid)),
             reconstruction_panel(images, mask, self.grid, predicted, borrow=norm_pix_loss),
-            Panel("error", patch_map(squared_error(predicted, target), self.grid, mask.masked), kind="heat"),
+            Panel(
+                "error",
+                patch_map(squared_error(predicted, target), self.grid, mask.masked),
+                kind="heat",
+            ),
         ]

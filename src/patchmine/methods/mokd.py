@@ -1,9 +1,11 @@
-"""MOKD: two different networks, each with a slow copy of its own, that also learn from each other's slow copy.
+"""MOKD: two different networks, each with a slow copy of its own, that also learn from each other's
+slow copy.
 
-Song, Xie, Zhang, Luo, "Multi-Mode Online Knowledge Distillation for Self-Supervised Visual Representation Learning",
-CVPR 2023, arXiv 2304.06461.  On DINO's multi-crop distillation, arXiv 2104.14294, which is what each network is left
-with when both cross weights are 0.  Constants come from the reference code, skyoux/mokd (main_mokd.py, README); it
-trains one ResNet with one ViT, other pairs are ours.
+Song, Xie, Zhang, Luo, "Multi-Mode Online Knowledge Distillation for Self-Supervised Visual
+Representation Learning", CVPR 2023, arXiv 2304.06461.  On DINO's multi-crop distillation, arXiv
+2104.14294, which is what each network is left with when both cross weights are 0.  Constants come
+from the reference code, skyoux/mokd (main_mokd.py, README); it trains one ResNet with one ViT,
+other pairs are ours.
 """
 
 from __future__ import annotations
@@ -18,15 +20,14 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from patchmine.backbones.features import extract, image_size_of, map_size, stage_names
+from patchmine.backbones.vit import Encoder, build_encoder, refuse_video, smallest_side
 from patchmine.errors import UserError
-from patchmine.method import Method
 from patchmine.models.centre import Centre
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths
-from patchmine.models.features import extract, image_size_of, map_size, stage_names
 from patchmine.models.heads import DinoHead
 from patchmine.models.teacher import Teacher
 from patchmine.models.transformer_head import TransformerHead, draw_dino_weights
-from patchmine.models.vit import Encoder, build_encoder, refuse_video, smallest_side
 from patchmine.ops.distill import (
     feature_spread,
     mean_entropy,
@@ -39,10 +40,16 @@ from patchmine.ops.pictures import two_parts
 from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
 from patchmine.strict import LARGEST_BATCH, Arguments, Count, Depth, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
-WIDTH_WITHOUT_VIT = 384  # of the T-Heads of two ResNets: that of ViT-S, the published partner of ResNet-50
-CROSS_WEIGHT = {"resnet": 1.0, "vit": 0.1}  # README: of the pair the weaker network gets 1, the stronger 0.1
+WIDTH_WITHOUT_VIT = (
+    384  # of the T-Heads of two ResNets: that of ViT-S, the published partner of ResNet-50
+)
+CROSS_WEIGHT = {
+    "resnet": 1.0,
+    "vit": 0.1,
+}  # README: of the pair the weaker network gets 1, the stronger 0.1
 
 
 class Network(NamedTuple):
@@ -54,7 +61,9 @@ class Network(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a network makes of N images: ``pooled`` (N, C), ``maps`` (N, C, h, w), logits (N, K) of both heads."""
+    """What a network makes of N images: ``pooled`` (N, C), ``maps`` (N, C, h, w), logits (N, K) of
+    both heads.
+    """
 
     pooled: Tensor
     maps: Tensor
@@ -63,49 +72,83 @@ class Seen(NamedTuple):
 
 
 class MOKD(Method):
-    """Each of two networks is distilled from its own teacher and from the other's, in two embedding spaces."""
+    """Each of two networks is distilled from its own teacher and from the other's, in two embedding
+    spaces.
+    """
 
     class Config(Strict):
         """Settings of MOKD; the defaults are the published ones, for a ResNet-50 beside a ViT-S/16."""
 
         name: Literal["mokd"] = "mokd"
-        partner_model: str = Field("resnet50", description="the second network, a ViT or ResNet of timm's")
-        partner_args: Arguments = Field({}, description="its arguments, as model_args are the first one's")
+        partner_model: str = Field(
+            "resnet50", description="the second network, a ViT or ResNet of timm's"
+        )
+        partner_args: Arguments = Field(
+            {}, description="its arguments, as model_args are the first one's"
+        )
         cross_weight: float | None = Field(
-            None, ge=0, description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for a ViT"
+            None,
+            ge=0,
+            description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for a ViT",
         )
         partner_cross_weight: float | None = Field(
-            None, ge=0, description="weight of what the partner learns from model; null: as for cross_weight"
+            None,
+            ge=0,
+            description="weight of what the partner learns from model; null: as for cross_weight",
         )
         out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of every head")
         head_hidden: Count = Field(2048, description="hidden width of the perceptron heads")
-        head_bottleneck: Count = Field(256, description="width of the perceptron heads before their prototypes")
+        head_bottleneck: Count = Field(
+            256, description="width of the perceptron heads before their prototypes"
+        )
         thead_width: Count | None = Field(
-            None, description="width of the transformer heads; null: a ViT's own, 384 for two ResNets"
+            None,
+            description="width of the transformer heads; null: a ViT's own, 384 for two ResNets",
         )
         thead_depth: Depth = Field(3, description="blocks of the transformer heads")
         thead_heads: Count = Field(6, description="attention heads of the transformer heads")
-        drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of a student ViT's last block")
-        teacher_temp_start: float = Field(0.04, gt=0, description="temperature of the teachers at the start")
+        drop_path: float = Field(
+            0.1, ge=0, lt=1, description="stochastic depth of a student ViT's last block"
+        )
+        teacher_temp_start: float = Field(
+            0.04, gt=0, description="temperature of the teachers at the start"
+        )
         teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
-        cnn_temp_warmup_epochs: int = Field(50, ge=0, description="epochs of that warm-up, for a ResNet's own teacher")
+        cnn_temp_warmup_epochs: int = Field(
+            50, ge=0, description="epochs of that warm-up, for a ResNet's own teacher"
+        )
         vit_temp_warmup_epochs: int = Field(
             30, ge=0, description="the same for a ViT's own teacher, and between the networks"
         )
-        centre_momentum: float = Field(0.9, ge=0, lt=1, description="how slowly the teachers' centres move")
-        ema_start: float = Field(0.996, ge=0, le=1, description="decay of the teachers at the start")
+        centre_momentum: float = Field(
+            0.9, ge=0, lt=1, description="how slowly the teachers' centres move"
+        )
+        ema_start: float = Field(
+            0.996, ge=0, le=1, description="decay of the teachers at the start"
+        )
         ema_end: float = Field(1.0, ge=0, le=1, description="decay of the teachers at the end")
         weight_decay_end: float | None = Field(
-            0.4, ge=0, description="AdamW's at the end, by half a cosine from weight_decay; null: it stays"
+            0.4,
+            ge=0,
+            description="AdamW's at the end, by half a cosine from weight_decay; null: it stays",
         )
-        sgd_blr: float = Field(0.1, gt=0, description="a ResNet's learning rate for 256 images; blr is AdamW's")
-        sgd_min_lr: float = Field(0.0048, ge=0, description="a ResNet's learning rate at the end; min_lr is AdamW's")
+        sgd_blr: float = Field(
+            0.1, gt=0, description="a ResNet's learning rate for 256 images; blr is AdamW's"
+        )
+        sgd_min_lr: float = Field(
+            0.0048, ge=0, description="a ResNet's learning rate at the end; min_lr is AdamW's"
+        )
         sgd_weight_decay: float = Field(1e-4, ge=0, description="a ResNet's, constant")
         cnn_thead_optimizer: Literal["sgd", "adamw"] = Field(
-            "sgd", description="of a ResNet's transformer head: SGD at AdamW's rates, as in the code; or AdamW, ours"
+            "sgd",
+            description="of a ResNet's transformer head: SGD at AdamW's rates, as in the code; or AdamW, ours",
         )
-        clip_grad: float | None = Field(3.0, gt=0, description="largest gradient norm of each parameter by itself")
-        freeze_last_layer: int = Field(1, ge=0, description="epochs during which the prototypes do not move")
+        clip_grad: float | None = Field(
+            3.0, gt=0, description="largest gradient norm of each parameter by itself"
+        )
+        freeze_last_layer: int = Field(
+            1, ge=0, description="epochs during which the prototypes do not move"
+        )
 
     encoder: Encoder
     partner: Encoder
@@ -126,18 +169,26 @@ class MOKD(Method):
                 student.pos_embed.requires_grad_(True)
         self.encoder, self.partner = encoder, partner
         self.head, self.partner_head = (_dino_head(config, each) for each in (encoder, partner))
-        self.thead, self.partner_thead = (_thead(config, each, width) for each in (encoder, partner))
+        self.thead, self.partner_thead = (
+            _thead(config, each, width) for each in (encoder, partner)
+        )
         self.teacher, self.partner_teacher = (
             Teacher(own_statistics=True, **student._asdict()) for student in self.students()
         )
-        # By network and head.  The reference has two more, which are always equal to two of these (spec mokd.md, 3.5).
+        # By network and head.  The reference has two more, which are always equal to two of these
+        # (spec mokd.md, 3.5).
         self.centres = nn.ModuleDict(
             {name: Centre(config.out_dim, config.centre_momentum) for name in ("head", "thead")}
-            | {f"partner_{name}": Centre(config.out_dim, config.centre_momentum) for name in ("head", "thead")}
+            | {
+                f"partner_{name}": Centre(config.out_dim, config.centre_momentum)
+                for name in ("head", "thead")
+            }
         )
         given = (config.cross_weight, config.partner_cross_weight)
         self.cross_weights = [
-            CROSS_WEIGHT["resnet" if isinstance(student.encoder, ResNet) else "vit"] if weight is None else weight
+            CROSS_WEIGHT["resnet" if isinstance(student.encoder, ResNet) else "vit"]
+            if weight is None
+            else weight
             for weight, student in zip(given, self.students(), strict=True)
         ]
         self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.modules())
@@ -156,66 +207,100 @@ class MOKD(Method):
     def teachers(self) -> list[Network]:
         """Their slow copies, in the same order."""
         return [
-            Network(cast(Encoder, t.encoder), cast(DinoHead, t.head), cast(TransformerHead, t.thead))
+            Network(
+                cast(Encoder, t.encoder), cast(DinoHead, t.head), cast(TransformerHead, t.thead)
+            )
             for t in (self.teacher, self.partner_teacher)
         ]
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         self._check(batch)
-        large, small = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])  # (2B, C, H, W), (J * B, C, h, w)
+        large, small = (
+            torch.cat(batch.views[:2]),
+            torch.cat(batch.views[2:]),
+        )  # (2B, C, H, W), (J * B, C, h, w)
         # Each size by itself, as in the reference: batch norms must not mix them.
         seen = [
-            (self.study(number, large, crops=2), self.study(number, small, crops=len(batch.views) - 2))
+            (
+                self.study(number, large, crops=2),
+                self.study(number, small, crops=len(batch.views) - 2),
+            )
             for number in range(2)
         ]
         with torch.no_grad():
             taught = [look(teacher, large) for teacher in self.teachers()]
-        own, partners = (self.distil(number, *seen[number], taught, progress) for number in range(2))
+        own, partners = (
+            self.distil(number, *seen[number], taught, progress) for number in range(2)
+        )
         for number, outputs in enumerate(taught):
-            for centre, logits in zip(self._centres(number), (outputs.head, outputs.thead), strict=True):
+            for centre, logits in zip(
+                self._centres(number), (outputs.head, outputs.thead), strict=True
+            ):
                 centre.see(logits)
-        # All targets and queries are constants, so that the sum pulls at each student with that student's loss only.
+        # All targets and queries are constants, so that the sum pulls at each student with that
+        # student's loss only.
         loss = own.pop("loss") + partners.pop("loss")
         agreement = (taught[0].head.argmax(dim=1) == taught[1].head.argmax(dim=1)).float().mean()
         theirs = {f"partner_{name}": value for name, value in partners.items()}
         return {"loss": loss, **own, **theirs, "agreement": agreement}
 
-    def distil(self, number: int, large: Seen, small: Seen, taught: list[Seen], progress: Progress) -> Losses:
-        """The loss of student ``number``, its terms without their weight, and how its own teacher fares.
+    def distil(
+        self, number: int, large: Seen, small: Seen, taught: list[Seen], progress: Progress
+    ) -> Losses:
+        """The loss of student ``number``, its terms without their weight, and how its own teacher
+        fares.
 
-        ``large`` and ``small``: what the student makes of global and local crops; ``taught``: what both teachers make
-        of the global ones.
+        ``large`` and ``small``: what the student makes of global and local crops; ``taught``: what
+        both teachers make of the global ones.
         """
         student, own, other = self.students()[number], taught[number], taught[1 - number]
         is_resnet = isinstance(student.encoder, ResNet)
-        warmup = self.config.cnn_temp_warmup_epochs if is_resnet else self.config.vit_temp_warmup_epochs
+        warmup = (
+            self.config.cnn_temp_warmup_epochs if is_resnet else self.config.vit_temp_warmup_epochs
+        )
         temperature = self._temperature(progress, warmup)
         centre, thead_centre = self._centres(number)
         targets = sharpen(own.head, centre.mean, temperature)  # (2B, K)
         thead_targets = sharpen(own.thead, thead_centre.mean, temperature)
-        head, thead = torch.cat([large.head, small.head]), torch.cat([large.thead, small.thead])  # ((2 + J) * B, K)
-        terms = {"self_head": view_cross_entropy(head, targets), "self_thead": view_cross_entropy(thead, thead_targets)}
+        head, thead = (
+            torch.cat([large.head, small.head]),
+            torch.cat([large.thead, small.thead]),
+        )  # ((2 + J) * B, K)
+        terms = {
+            "self_head": view_cross_entropy(head, targets),
+            "self_thead": view_cross_entropy(thead, thead_targets),
+        }
         loss = terms["self_head"] + terms["self_thead"]
         if weight := self.cross_weights[number]:
-            # Between the networks the temperature is always the ViT's (main_mokd.py), and what is found has no centre.
+            # Between the networks the temperature is always the ViT's (main_mokd.py), and what is
+            # found has no centre.
             temperature = self._temperature(progress, self.config.vit_temp_warmup_epochs)
             targets_of_other = sharpen(other.head, self._centres(1 - number)[0].mean, temperature)
-            found = search(self.teachers()[1 - number].thead, other.maps, student.thead.query(small.pooled))
+            found = search(
+                self.teachers()[1 - number].thead, other.maps, student.thead.query(small.pooled)
+            )
             terms["cross_head"] = view_cross_entropy(head, targets_of_other)
-            terms["cross_search"] = search_cross_entropy(small.thead, sharpen(found, None, temperature))
+            terms["cross_search"] = search_cross_entropy(
+                small.thead, sharpen(found, None, temperature)
+            )
             loss = loss + weight * (terms["cross_head"] + terms["cross_search"])
         terms["entropy"] = mean_entropy(targets)
         terms["feature_spread"] = feature_spread(own.pooled)
         return {"loss": loss, **terms}
 
     def study(self, number: int, images: Tensor, *, crops: int) -> Seen:
-        """What student ``number`` makes of ``crops`` crops of each image, crop-major, with stochastic depth."""
+        """What student ``number`` makes of ``crops`` crops of each image, crop-major, with
+        stochastic depth.
+        """
         draw_drop_paths(self.drop_paths[number], self.noise, images, crops=crops)
         return look(self.students()[number], images)
 
     def _centres(self, number: int) -> list[Centre]:
         """Of the logits of a teacher's head and T-Head."""
-        return [cast(Centre, self.centres[("", "partner_")[number] + name]) for name in ("head", "thead")]
+        return [
+            cast(Centre, self.centres[("", "partner_")[number] + name])
+            for name in ("head", "thead")
+        ]
 
     def _temperature(self, progress: Progress, warmup_epochs: int) -> float:
         start, end = self.config.teacher_temp_start, self.config.teacher_temp_end
@@ -236,28 +321,43 @@ class MOKD(Method):
 
     def after_step(self, progress: Progress) -> None:
         decay = cosine_decay(progress, start=self.config.ema_start, end=self.config.ema_end)
-        for teacher, student in zip((self.teacher, self.partner_teacher), self.students(), strict=True):
+        for teacher, student in zip(
+            (self.teacher, self.partner_teacher), self.students(), strict=True
+        ):
             teacher.update(decay, **student._asdict())
         for centre in self.centres.values():
             cast(Centre, centre).update()
 
     def param_groups(self) -> list[ParamGroup]:
-        """AdamW for a ViT, SGD for a ResNet, each gradient clipped by itself, the prototypes not from the first epoch.
+        """AdamW for a ViT, SGD for a ResNet, each gradient clipped by itself, the prototypes not
+        from the first epoch.
 
-        Of a ResNet's T-Head the reference's optimizer is SGD with the learning rate and the decay of the ViT's AdamW,
-        and all of its parameters decay, biases, norms and positions too (main_mokd.py).
+        Of a ResNet's T-Head the reference's optimizer is SGD with the learning rate and the decay
+        of the ViT's AdamW, and all of its parameters decay, biases, norms and positions too
+        (main_mokd.py).
         """
         config = self.config
         groups: list[ParamGroup] = []
-        constant, growing = {"weight_decay": config.sgd_weight_decay}, {"weight_decay_end": config.weight_decay_end}
+        constant, growing = (
+            {"weight_decay": config.sgd_weight_decay},
+            {"weight_decay_end": config.weight_decay_end},
+        )
         for prefix, student in zip(("", "partner_"), self.students(), strict=True):
-            encoder, head, thead = prefix.removesuffix("_") or "encoder", f"{prefix}head", f"{prefix}thead"
+            encoder, head, thead = (
+                prefix.removesuffix("_") or "encoder",
+                f"{prefix}head",
+                f"{prefix}thead",
+            )
             if not isinstance(student.encoder, ResNet):
                 groups += self._groups((encoder, head, thead), "adamw", **growing)
                 continue
-            groups += self._groups((encoder, head), "sgd", blr=config.sgd_blr, min_lr=config.sgd_min_lr, **constant)
+            groups += self._groups(
+                (encoder, head), "sgd", blr=config.sgd_blr, min_lr=config.sgd_min_lr, **constant
+            )
             as_in_code = config.cnn_thead_optimizer == "sgd"
-            groups += self._groups((thead,), config.cnn_thead_optimizer, decay_all=as_in_code, **growing)
+            groups += self._groups(
+                (thead,), config.cnn_thead_optimizer, decay_all=as_in_code, **growing
+            )
         return groups
 
     def _groups(self, parts: tuple[str, ...], optimizer: str, **how: Any) -> list[ParamGroup]:
@@ -273,7 +373,8 @@ class MOKD(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, and for two parts of it, half as wide and high: the part, and where each teacher's search heeds it.
+        """Input, and for two parts of it, half as wide and high: the part, and where each teacher's
+        search heeds it.
 
         The query is the *other* student's feature of the part, as in training.
         """
@@ -284,11 +385,18 @@ class MOKD(Method):
         step = math.lcm(*(smallest_side(student.encoder) for student in students))
         panels = [Panel("input", images)]
         for place, part in two_parts(images, step).items():
-            panels.append(Panel(f"{place} part", F.interpolate(part.float(), size=images.shape[2:], mode="nearest")))
+            panels.append(
+                Panel(
+                    f"{place} part",
+                    F.interpolate(part.float(), size=images.shape[2:], mode="nearest"),
+                )
+            )
             for number, whose in enumerate(("model", "partner")):
                 asking = students[1 - number]
                 query = asking.thead.query(look(asking, part).pooled)
-                heed = teachers[number].thead.attention_to_query(taught[number].maps, query)  # (B, h * w)
+                heed = teachers[number].thead.attention_to_query(
+                    taught[number].maps, query
+                )  # (B, h * w)
                 heed = heed.reshape(len(images), 1, *taught[number].maps.shape[2:])
                 heat = F.interpolate(heed, size=(rows, columns), mode="nearest")[:, 0]
                 panels.append(Panel(f"{place} part sought by {whose}", heat, kind="heat"))
@@ -304,9 +412,11 @@ def look(network: Network, images: Tensor) -> Seen:
 
 @torch.no_grad()
 def search(thead: TransformerHead, maps: Tensor, queries: Tensor) -> Tensor:
-    """A teacher's T-Head logits (J * B, K) of global crop 0, as each local crop of the other student asks for them.
+    """A teacher's T-Head logits (J * B, K) of global crop 0, as each local crop of the other
+    student asks for them.
 
-    ``maps`` (2B, C, h, w) are the teacher's of both global crops, ``queries`` (J * B, D); neither takes a gradient.
+    ``maps`` (2B, C, h, w) are the teacher's of both global crops, ``queries`` (J * B, D); neither
+    takes a gradient.
     """
     logits: Tensor = thead(maps.chunk(2)[0], queries.detach())
     return logits
@@ -316,16 +426,23 @@ def _build_partner(config: MOKD.Config, encoder: Encoder) -> Encoder:
     channels = next(p for p in encoder.parameters() if p.ndim == 4).shape[1]
     try:
         partner = build_encoder(
-            config.partner_model, image_size=image_size_of(encoder), channels=channels, model_args=config.partner_args
+            config.partner_model,
+            image_size=image_size_of(encoder),
+            channels=channels,
+            model_args=config.partner_args,
         )
     except UserError as error:
-        raise UserError(f"method.partner_model={config.partner_model} with method.partner_args: {error}") from error
+        raise UserError(
+            f"method.partner_model={config.partner_model} with method.partner_args: {error}"
+        ) from error
     MOKD.draw_weights(partner)
     return partner
 
 
 def _thead_width(config: MOKD.Config, encoder: Encoder, partner: Encoder) -> int:
-    """Width of both T-Heads: each gets queries from the other, and a ViT's tokens enter as they are."""
+    """Width of both T-Heads: each gets queries from the other, and a ViT's tokens enter as they
+    are.
+    """
     names = {"model": encoder, f"method.partner_model={config.partner_model}": partner}
     widths = {name: each.embed_dim for name, each in names.items() if not isinstance(each, ResNet)}
     if len(set(widths.values())) > 1:
@@ -351,10 +468,16 @@ def _thead_width(config: MOKD.Config, encoder: Encoder, partner: Encoder) -> int
 
 
 def _dino_head(config: MOKD.Config, encoder: Encoder) -> DinoHead:
-    """The gain of the prototypes is learned for a ViT only (main_mokd.py, whatever its command line says)."""
+    """The gain of the prototypes is learned for a ViT only (main_mokd.py, whatever its command line
+    says).
+    """
     learned = not isinstance(encoder, ResNet)
     return DinoHead(
-        encoder.num_features, config.out_dim, config.head_hidden, config.head_bottleneck, trainable_gain=learned
+        encoder.num_features,
+        config.out_dim,
+        config.head_hidden,
+        config.head_bottleneck,
+        trainable_gain=learned,
     )
 
 

@@ -1,9 +1,10 @@
-"""SCFS: local crops search the teacher's map of a global crop for what they show, and learn from what they find.
+"""SCFS: local crops search the teacher's map of a global crop for what they show, and learn from
+what they find.
 
-Song, Zhang, Luo, Wang, Xie, "Semantics-Consistent Feature Search for Self-Supervised Visual Representation Learning",
-ICCV 2023, arXiv 2212.06486.  On DINO's multi-crop distillation, arXiv 2104.14294, which is what is left with all stage
-weights 0.  Constants come from the reference code, skyoux/scfs (models/scfs.py, main_scfs.py, README).  The variant for
-vision transformers is ours.
+Song, Zhang, Luo, Wang, Xie, "Semantics-Consistent Feature Search for Self-Supervised Visual
+Representation Learning", ICCV 2023, arXiv 2212.06486.  On DINO's multi-crop distillation, arXiv
+2104.14294, which is what is left with all stage weights 0.  Constants come from the reference code,
+skyoux/scfs (models/scfs.py, main_scfs.py, README).  The variant for vision transformers is ours.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from pydantic import Field
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from patchmine.backbones.features import Features, extract, stage_widths
+from patchmine.backbones.vit import Encoder, refuse_video, smallest_side
 from patchmine.errors import UserError
-from patchmine.method import Method
 from patchmine.models.centre import Centre
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
-from patchmine.models.features import Features, extract, stage_widths
 from patchmine.models.heads import DinoHead, StageHead
 from patchmine.models.teacher import Teacher
-from patchmine.models.vit import Encoder, refuse_video, smallest_side
 from patchmine.ops.distill import (
     feature_spread,
     mean_entropy,
@@ -37,43 +37,67 @@ from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
 from patchmine.ops.search import cosine_attention
 from patchmine.strict import LARGEST_BATCH, Count, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 Weight = Annotated[float, Field(ge=0)]
 
 
 class SCFS(Method):
-    """DINO, and at some stages of the backbone a head that compares global maps and what local crops find in them."""
+    """DINO, and at some stages of the backbone a head that compares global maps and what local
+    crops find in them.
+    """
 
     class Config(Strict):
         """Settings of SCFS; the defaults are the published ones for a ResNet-50."""
 
         name: Literal["scfs"] = "scfs"
         stages: Annotated[list[str], Field(min_length=1)] | None = Field(
-            None, description="stages that are searched; null: layer2 to layer4 of a ResNet, three blocks of a ViT"
+            None,
+            description="stages that are searched; null: layer2 to layer4 of a ResNet, three blocks of a ViT",
         )
         stage_weights: Weight | list[Weight] = Field(
-            1.0, description="weight of the stages, one number or one a stage; 0 leaves a stage out, all 0 is DINO"
+            1.0,
+            description="weight of the stages, one number or one a stage; 0 leaves a stage out, all 0 is DINO",
         )
-        stage_global_weight: float = Field(0.5, ge=0, description="weight of a stage's loss between global crops")
-        stage_search_weight: float = Field(0.5, ge=0, description="weight of a stage's loss of local crops")
-        out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of the last head")
+        stage_global_weight: float = Field(
+            0.5, ge=0, description="weight of a stage's loss between global crops"
+        )
+        stage_search_weight: float = Field(
+            0.5, ge=0, description="weight of a stage's loss of local crops"
+        )
+        out_dim: int = Field(
+            65536, gt=1, le=LARGEST_BATCH, description="prototypes of the last head"
+        )
         head_hidden: Count = Field(2048, description="hidden width of the last head")
-        head_bottleneck: Count = Field(256, description="width of the last head before its prototypes")
-        stage_out_dim: int = Field(256, gt=1, le=LARGEST_BATCH, description="outputs of the stages' heads")
+        head_bottleneck: Count = Field(
+            256, description="width of the last head before its prototypes"
+        )
+        stage_out_dim: int = Field(
+            256, gt=1, le=LARGEST_BATCH, description="outputs of the stages' heads"
+        )
         stage_hidden: Count = Field(2048, description="hidden width of the stages' heads")
         stage_bottleneck: Count = Field(256, description="channels within the stages' heads")
-        teacher_temp_start: float = Field(0.04, gt=0, description="temperature of the teacher at the start")
+        teacher_temp_start: float = Field(
+            0.04, gt=0, description="temperature of the teacher at the start"
+        )
         teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
         teacher_temp_warmup_epochs: int = Field(50, ge=0, description="epochs of that warm-up")
-        centre_momentum: float = Field(0.9, ge=0, lt=1, description="how slowly the teacher's centres move")
+        centre_momentum: float = Field(
+            0.9, ge=0, lt=1, description="how slowly the teacher's centres move"
+        )
         ema_start: float = Field(0.996, ge=0, le=1, description="decay of the teacher at the start")
         ema_end: float = Field(1.0, ge=0, le=1, description="decay of the teacher at the end")
         optimizer: Literal["auto", "sgd", "lars", "adamw"] = Field(
-            "auto", description="auto: SGD with momentum for a ResNet, AdamW for a ViT; set blr to suit it"
+            "auto",
+            description="auto: SGD with momentum for a ResNet, AdamW for a ViT; set blr to suit it",
         )
-        clip_grad: float | None = Field(3.0, gt=0, description="largest gradient norm of each parameter by itself")
-        freeze_last_layer: int = Field(1, ge=0, description="epochs during which the prototypes do not move")
+        clip_grad: float | None = Field(
+            3.0, gt=0, description="largest gradient norm of each parameter by itself"
+        )
+        freeze_last_layer: int = Field(
+            1, ge=0, description="epochs during which the prototypes do not move"
+        )
 
     encoder: Encoder
     averages_rows = False  # batch norms and centres
@@ -91,13 +115,21 @@ class SCFS(Method):
         self.encoder = encoder
         self.drop_paths = [] if isinstance(encoder, ResNet) else seed_drop_paths(encoder)
         self.head = DinoHead(
-            encoder.num_features, config.out_dim, config.head_hidden, config.head_bottleneck, trainable_gain=False
+            encoder.num_features,
+            config.out_dim,
+            config.head_hidden,
+            config.head_bottleneck,
+            trainable_gain=False,
         )
         self.centre = Centre(config.out_dim, config.centre_momentum)
         sizes = dict(hidden=config.stage_hidden, bottleneck=config.stage_bottleneck)
         outputs = config.stage_out_dim
-        self.stage_heads = nn.ModuleList(StageHead(widths[name], outputs, **sizes) for name in self.weights)
-        self.stage_centres = nn.ModuleList(Centre(outputs, config.centre_momentum) for _ in self.weights)
+        self.stage_heads = nn.ModuleList(
+            StageHead(widths[name], outputs, **sizes) for name in self.weights
+        )
+        self.stage_centres = nn.ModuleList(
+            Centre(outputs, config.centre_momentum) for _ in self.weights
+        )
         self.teacher = Teacher(own_statistics=True, **self._taught())
 
     def _taught(self) -> dict[str, nn.Module]:
@@ -107,7 +139,10 @@ class SCFS(Method):
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         _check_views(batch)
         config = self.config
-        large, small = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])  # (2B, C, H, W), (J * B, C, h, w)
+        large, small = (
+            torch.cat(batch.views[:2]),
+            torch.cat(batch.views[2:]),
+        )  # (2B, C, H, W), (J * B, C, h, w)
         temperature = teacher_temperature(
             progress,
             start=config.teacher_temp_start,
@@ -128,7 +163,9 @@ class SCFS(Method):
         for place, (stage, weight) in enumerate(self.weights.items()):
             maps = seen.maps[place], searching.maps[place], taught.maps[place]
             terms = self.compare_stage(place, *maps, temperature)
-            loss = loss + weight * sum(factor * terms[term] for term, factor in self.factors.items())
+            loss = loss + weight * sum(
+                factor * terms[term] for term, factor in self.factors.items()
+            )
             losses |= {f"{term}_{stage}": value for term, value in terms.items()}
         losses["entropy"] = mean_entropy(targets)
         losses["feature_spread"] = feature_spread(taught.pooled)
@@ -139,11 +176,14 @@ class SCFS(Method):
         draw_drop_paths(self.drop_paths, self.noise, images, crops=crops)
         return extract(self.encoder, images, list(self.weights))
 
-    def compare_stage(self, place: int, seen: Tensor, searching: Tensor, taught: Tensor, temperature: float) -> Losses:
-        """The two losses of one stage as far as they count, without their weights, and the entropy of its targets.
+    def compare_stage(
+        self, place: int, seen: Tensor, searching: Tensor, taught: Tensor, temperature: float
+    ) -> Losses:
+        """The two losses of one stage as far as they count, without their weights, and the entropy
+        of its targets.
 
-        ``seen`` (2B, C, H, W) and ``searching`` (J * B, C, h, w): the student's maps of global and local crops;
-        ``taught`` (2B, C, H, W): the teacher's.
+        ``seen`` (2B, C, H, W) and ``searching`` (J * B, C, h, w): the student's maps of global and
+        local crops; ``taught`` (2B, C, H, W): the teacher's.
         """
         head, centre = self.stage_heads[place], cast(Centre, self.stage_centres[place])
         teacher_head = cast(nn.ModuleList, self.teacher.stage_heads)[place]
@@ -160,7 +200,9 @@ class SCFS(Method):
                 first = taught.chunk(2)[0]  # global crop 0 is searched, by every local crop
                 found = teacher_head(first, search(searching, first))  # (J * B, S)
             # Not centred, as in the reference (DINOShallowLoss in models/scfs.py).
-            terms["search"] = search_cross_entropy(head(searching), sharpen(found, None, temperature))
+            terms["search"] = search_cross_entropy(
+                head(searching), sharpen(found, None, temperature)
+            )
         return terms
 
     def after_step(self, progress: Progress) -> None:
@@ -170,7 +212,9 @@ class SCFS(Method):
             cast(Centre, centre).update()
 
     def param_groups(self) -> list[ParamGroup]:
-        """Everything that learns with each gradient clipped by itself, the prototypes not from the first epoch on."""
+        """Everything that learns with each gradient clipped by itself, the prototypes not from the
+        first epoch on.
+        """
         config = self.config
         optimizer: str = config.optimizer
         if optimizer == "auto":
@@ -190,7 +234,8 @@ class SCFS(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, and for two parts of it, half as wide and high: the part, and where each stage finds it.
+        """Input, and for two parts of it, half as wide and high: the part, and where each stage
+        finds it.
 
         Stages of weight 0 are shown too: a search needs nothing that is learned for it.
         """
@@ -202,12 +247,15 @@ class SCFS(Method):
             enlarged = F.interpolate(part.float(), size=images.shape[2:], mode="nearest")
             panels.append(Panel(f"{name} part", enlarged))
             for stage, mine, theirs in zip(self.stages, searching.maps, taught.maps, strict=True):
-                panels.append(Panel(f"{name} part sought in {stage}", search(mine, theirs)[0], kind="heat"))
+                panels.append(
+                    Panel(f"{name} part sought in {stage}", search(mine, theirs)[0], kind="heat")
+                )
         return panels
 
 
 def search(searching: Tensor, maps: Tensor) -> Tensor:
-    """Where the local crops find themselves: student maps (J * B, C, h, w), teacher maps (B, C, H, W) -> (J, B, H, W).
+    """Where the local crops find themselves: student maps (J * B, C, h, w), teacher maps (B, C, H,
+    W) -> (J, B, H, W).
 
     The query is the mean feature of a local crop; it takes no gradient (models/scfs.py).
     """
@@ -216,11 +264,16 @@ def search(searching: Tensor, maps: Tensor) -> Tensor:
 
 
 def _usual_stages(encoder: Encoder) -> list[str]:
-    """The published stages of a ResNet; of a ViT the blocks at one half, three quarters and the end, which is ours."""
+    """The published stages of a ResNet; of a ViT the blocks at one half, three quarters and the
+    end, which is ours.
+    """
     if isinstance(encoder, ResNet):
         return ["layer2", "layer3", "layer4"]
     depth = len(encoder.blocks)
-    return [f"blocks.{number}" for number in sorted({max(0, depth * quarters // 4 - 1) for quarters in (2, 3, 4)})]
+    return [
+        f"blocks.{number}"
+        for number in sorted({max(0, depth * quarters // 4 - 1) for quarters in (2, 3, 4)})
+    ]
 
 
 def _active_weights(config: SCFS.Config, stages: list[str]) -> dict[str, float]:
@@ -233,7 +286,9 @@ def _active_weights(config: SCFS.Config, stages: list[str]) -> dict[str, float]:
             "number for all of them, or one a stage"
         )
     if len(set(stages)) < len(stages):
-        raise UserError(f"method.stages=[{','.join(stages)}] names a stage twice: name each one once")
+        raise UserError(
+            f"method.stages=[{','.join(stages)}] names a stage twice: name each one once"
+        )
     return {stage: weight for stage, weight in zip(stages, weights, strict=True) if weight}
 
 

@@ -1,8 +1,9 @@
 """SemAIM: predict every patch from those before it, in an order that starts at the main object.
 
-Song, Zhang, Wang, "Semantic-Aware Autoregressive Image Modeling for Visual Representation Learning", AAAI 2024, arXiv
-2312.10457.  With ``order=stochastic`` it is SAIM: Qi et al., "Exploring Stochastic Autoregressive Image Modeling for
-Visual Representation", AAAI 2023, arXiv 2212.01610.  Constants come from the reference code, skyoux/SemAIM.
+Song, Zhang, Wang, "Semantic-Aware Autoregressive Image Modeling for Visual Representation
+Learning", AAAI 2024, arXiv 2312.10457.  With ``order=stochastic`` it is SAIM: Qi et al., "Exploring
+Stochastic Autoregressive Image Modeling for Visual Representation", AAAI 2023, arXiv 2212.01610.
+Constants come from the reference code, skyoux/SemAIM.
 """
 
 from __future__ import annotations
@@ -15,13 +16,9 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from patchmine.errors import UserError
-from patchmine.method import Method
-from patchmine.models.attention import class_attention
-from patchmine.models.foreign import ForeignTeacher
-from patchmine.models.streams import check_causal, only_looking, query_stream, two_streams
-from patchmine.models.teacher import Teacher
-from patchmine.models.vit import (
+from patchmine.backbones.attention import class_attention
+from patchmine.backbones.foreign import ForeignTeacher
+from patchmine.backbones.vit import (
     embed_patches,
     encode,
     encoder_grid,
@@ -33,6 +30,9 @@ from patchmine.models.vit import (
     require_vit,
     transform,
 )
+from patchmine.errors import UserError
+from patchmine.models.streams import check_causal, only_looking, query_stream, two_streams
+from patchmine.models.teacher import Teacher
 from patchmine.ops.blur import blur_matrix, blurred
 from patchmine.ops.losses import absolute_error, direction_error, squared_error
 from patchmine.ops.orders import (
@@ -55,11 +55,14 @@ from patchmine.ops.patches import (
 from patchmine.ops.pictures import patch_map
 from patchmine.ops.schedules import ema_decay
 from patchmine.strict import Count, Depth, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 
 class SemAIM(Method):
-    """The encoder under a causal mask, and a second stream that knows positions and reads what came earlier."""
+    """The encoder under a causal mask, and a second stream that knows positions and reads what came
+    earlier.
+    """
 
     class Config(Strict):
         """Settings of SemAIM; the defaults are the published recipe (README.md, main_pretrain.py)."""
@@ -71,38 +74,65 @@ class SemAIM(Method):
             "similarity; stochastic: at random (SAIM); rowmajor, serpentine; center2out, out2center: of the image",
         )
         similarity: Literal["cls", "gap", "self"] = Field(
-            "cls", description="of a patch to class token or mean patch, or the class token's attention (self)"
+            "cls",
+            description="of a patch to class token or mean patch, or the class token's attention (self)",
         )
         semantic_source: Literal["online", "ema"] = Field(
-            "online", description="who judges similarity when pixels are predicted: the encoder, or its slow copy"
+            "online",
+            description="who judges similarity when pixels are predicted: the encoder, or its slow copy",
         )
         ties: Literal["break", "keep"] = Field(
-            "break", description="patches of equal distance: in random order, or all at once (slower)"
+            "break",
+            description="patches of equal distance: in random order, or all at once (slower)",
         )
-        group_size: Count = Field(1, description="patches of consecutive ranks predicted at once (slower above 1)")
+        group_size: Count = Field(
+            1, description="patches of consecutive ranks predicted at once (slower above 1)"
+        )
         query_depth: Depth | None = Field(
-            None, description="query blocks, a divisor of the encoder's depth; null: as many as the encoder has"
+            None,
+            description="query blocks, a divisor of the encoder's depth; null: as many as the encoder has",
         )
-        head: Literal["mlp", "linear"] = Field("mlp", description="what turns queries into predictions")
+        head: Literal["mlp", "linear"] = Field(
+            "mlp", description="what turns queries into predictions"
+        )
         target: Literal["pixel", "ema", "own", "dino", "clip"] = Field(
             "pixel",
             description="what is predicted: pixels, features of the encoder's slow copy or of itself, or those of a "
             "frozen DINO or CLIP",
         )
-        target_file: str | None = Field(None, description="local weights of the frozen DINO or CLIP network")
+        target_file: str | None = Field(
+            None, description="local weights of the frozen DINO or CLIP network"
+        )
         target_renormalise: bool = Field(
-            False, description="give a foreign network images in its own normalisation; the reference does not"
+            False,
+            description="give a foreign network images in its own normalisation; the reference does not",
         )
-        pixel_loss: Literal["l2", "l1"] = Field("l2", description="mean squared or mean absolute error of pixels")
-        norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
-        blur_kernel: Count = Field(9, description="side of the window that pixel targets are blurred with, odd")
-        blur_sigma: float | None = Field(1.0, gt=0, description="deviation of that blur, in pixels; null: none")
-        ema_start: float = Field(0.999, ge=0, le=1, description="decay of the slow copy at the start")
-        ema_end: float = Field(0.9999, ge=0, le=1, description="decay of the slow copy after the ramp")
+        pixel_loss: Literal["l2", "l1"] = Field(
+            "l2", description="mean squared or mean absolute error of pixels"
+        )
+        norm_pix_loss: bool = Field(
+            True, description="predict pixels standardised within each patch"
+        )
+        blur_kernel: Count = Field(
+            9, description="side of the window that pixel targets are blurred with, odd"
+        )
+        blur_sigma: float | None = Field(
+            1.0, gt=0, description="deviation of that blur, in pixels; null: none"
+        )
+        ema_start: float = Field(
+            0.999, ge=0, le=1, description="decay of the slow copy at the start"
+        )
+        ema_end: float = Field(
+            0.9999, ge=0, le=1, description="decay of the slow copy after the ramp"
+        )
         ema_ramp_epochs: int | None = Field(
-            100, gt=0, description="epochs of the ramp, counted absolutely; null: per step, over the whole run"
+            100,
+            gt=0,
+            description="epochs of the ramp, counted absolutely; null: per step, over the whole run",
         )
-        clip_grad: float | None = Field(3.0, gt=0, description="largest global gradient norm (README.md: 3)")
+        clip_grad: float | None = Field(
+            3.0, gt=0, description="largest global gradient norm (README.md: 3)"
+        )
 
     encoder: VisionTransformer
     teacher: Teacher | None
@@ -129,22 +159,35 @@ class SemAIM(Method):
         out_width = self.grid.values_per_patch(channels) if config.target == "pixel" else width
         if config.target in ("dino", "clip"):
             self.foreign = ForeignTeacher(
-                config.target, config.target_file, grid=self.grid, renormalise=config.target_renormalise
+                config.target,
+                config.target_file,
+                grid=self.grid,
+                renormalise=config.target_renormalise,
             )
             out_width = self.foreign.width
-            if self.by_content and config.similarity == "cls" and self.foreign.tower.cls_token is None:
+            if (
+                self.by_content
+                and config.similarity == "cls"
+                and self.foreign.tower.cls_token is None
+            ):
                 raise UserError(
                     f"method.target_file={config.target_file} is a network without class token, which "
                     "method.similarity=cls compares its patches with: set method.similarity=gap"
                 )
 
         self.query_blocks = query_stream(encoder, depth)
-        self.head = Mlp(width, 4 * width, out_width) if config.head == "mlp" else nn.Linear(width, out_width)
+        self.head = (
+            Mlp(width, 4 * width, out_width)
+            if config.head == "mlp"
+            else nn.Linear(width, out_width)
+        )
         initialise(self.head)
 
         asked = self.by_content and config.target == "pixel" and config.semantic_source == "ema"
         self.teacher = Teacher(encoder=encoder) if asked or config.target == "ema" else None
-        for name, count, side in zip(("blur_rows", "blur_columns"), self.grid.size, self.grid.patch, strict=True):
+        for name, count, side in zip(
+            ("blur_rows", "blur_columns"), self.grid.size, self.grid.patch, strict=True
+        ):
             matrix = blur_matrix(count * side, config.blur_kernel, config.blur_sigma or 1.0)
             self.register_buffer(name, matrix, persistent=False)
 
@@ -159,28 +202,36 @@ class SemAIM(Method):
         count = self.grid.num_patches
         return {
             "loss": error.mean(),
-            "first_patch": by_rank[0],  # known from its position only: below 1 here means a leak or a bias of the data
+            "first_patch": by_rank[
+                0
+            ],  # known from its position only: below 1 here means a leak or a bias of the data
             "first_tenth": by_rank[: -(-count // 10)].mean(),
             "last_half": by_rank[count // 2 :].mean(),
         }
 
     @torch.no_grad()
     def look(self, images: Tensor, patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What the whole image says: target features (B, L, T) or None, similarity of each patch (B, L) or None.
+        """What the whole image says: target features (B, L, T) or None, similarity of each patch
+        (B, L) or None.
 
-        One pass makes both (spec semaim.md, section 3.1); nothing is computed that nobody asks for.  ``patches`` are
-        the encoder's own (B, L, D), which its pass here shares with the step.
+        One pass makes both (spec semaim.md, section 3.1); nothing is computed that nobody asks
+        for.  ``patches`` are the encoder's own (B, L, D), which its pass here shares with the step.
         """
         config = self.config
         wants_features, by_attention = config.target != "pixel", config.similarity == "self"
         if not (wants_features or self.by_content):
             return None, None
         tokens, num_prefix = None, 1
-        looking = self.encoder if self.teacher is None else cast(VisionTransformer, self.teacher.encoder)
+        looking = (
+            self.encoder if self.teacher is None else cast(VisionTransformer, self.teacher.encoder)
+        )
         similarity = None
         with only_looking(looking, images.device):
             if self.foreign is not None:
-                tokens, num_prefix = self.foreign.tokens(images), self.foreign.tower.num_prefix_tokens
+                tokens, num_prefix = (
+                    self.foreign.tokens(images),
+                    self.foreign.tower.num_prefix_tokens,
+                )
             elif wants_features or not by_attention:
                 tokens = self._encode(images, patches)
             if self.by_content and by_attention:
@@ -194,13 +245,18 @@ class SemAIM(Method):
         return (features if wants_features else None), similarity
 
     def _encode(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Final tokens (B, 1 + L, D) of the slow copy if there is one, else of the encoder; nobody is masked."""
+        """Final tokens (B, 1 + L, D) of the slow copy if there is one, else of the encoder; nobody
+        is masked.
+        """
         if self.teacher is not None:
             return encode(cast(VisionTransformer, self.teacher.encoder), images)
-        return transform(self.encoder, torch.cat([prefix_tokens(self.encoder, len(patches)), patches], dim=1))
+        return transform(
+            self.encoder, torch.cat([prefix_tokens(self.encoder, len(patches)), patches], dim=1)
+        )
 
     def draw_order(self, images: Tensor, similarity: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The patch of each rank (B, L), and the score of each rank (1 or B, L) where some are predicted at once.
+        """The patch of each rank (B, L), and the score of each rank (1 or B, L) where some are
+        predicted at once.
 
         Whether there are scores follows from the settings alone.
         """
@@ -211,31 +267,45 @@ class SemAIM(Method):
         if config.ties == "keep":
             return order, levels.expand(len(images), -1).gather(1, order)
         if config.group_size > 1:
-            return order, (torch.arange(self.grid.num_patches, device=images.device) // config.group_size)[None]
+            return order, (
+                torch.arange(self.grid.num_patches, device=images.device) // config.group_size
+            )[None]
         return order, None
 
     def predict(self, patches: Tensor, order: Tensor, score: Tensor | None) -> Tensor:
-        """Predictions by rank: embedded patches (B, L, D) in raster order, (B, L), None or (1 or B, L) -> (B, L, T).
+        """Predictions by rank: embedded patches (B, L, D) in raster order, (B, L), None or (1 or B,
+        L) -> (B, L, T).
 
-        Sorted by rank, what may be looked at is exactly the lower triangle, in both streams: content is the class token
-        and all patches but the last, which nobody reads, and the query of rank r reads the first r + 1 of them.  Only
-        where patches are predicted at once does it take masks.
+        Sorted by rank, what may be looked at is exactly the lower triangle, in both streams:
+        content is the class token and all patches but the last, which nobody reads, and the query
+        of rank r reads the first r + 1 of them.  Only where patches are predicted at once does it
+        take masks.
         """
-        content = torch.cat([prefix_tokens(self.encoder, len(patches)), take(patches, order[:, :-1])], dim=1)
+        content = torch.cat(
+            [prefix_tokens(self.encoder, len(patches)), take(patches, order[:, :-1])], dim=1
+        )
         queries = patch_positions(self.encoder)[order].to(content.dtype)  # (B, L, D)
         content_mask = query_mask = None
         if score is not None:
             length = order.shape[1]
-            content_mask, query_mask = (seen[:, None, :length, :length] for seen in visibility(score))
-        _, answers = two_streams(self.encoder, self.query_blocks, content, queries, content_mask, query_mask)
+            content_mask, query_mask = (
+                seen[:, None, :length, :length] for seen in visibility(score)
+            )
+        _, answers = two_streams(
+            self.encoder, self.query_blocks, content, queries, content_mask, query_mask
+        )
         return self.head(self.encoder.norm(answers[-1]))
 
-    def error(self, predicted: Tensor, images: Tensor, features: Tensor | None, order: Tensor) -> Tensor:
+    def error(
+        self, predicted: Tensor, images: Tensor, features: Tensor | None, order: Tensor
+    ) -> Tensor:
         """Loss of each patch by rank, float32 (B, L)."""
         if features is not None:
             return direction_error(predicted, take(features, order))
         config = self.config
-        target = pixel_targets(self.soften(images), order, self.grid.patch, norm_pix_loss=config.norm_pix_loss)
+        target = pixel_targets(
+            self.soften(images), order, self.grid.patch, norm_pix_loss=config.norm_pix_loss
+        )
         return (squared_error if config.pixel_loss == "l2" else absolute_error)(predicted, target)
 
     def soften(self, images: Tensor) -> Tensor:
@@ -247,7 +317,12 @@ class SemAIM(Method):
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
             config = self.config
-            decay = ema_decay(progress, start=config.ema_start, end=config.ema_end, ramp_epochs=config.ema_ramp_epochs)
+            decay = ema_decay(
+                progress,
+                start=config.ema_start,
+                end=config.ema_end,
+                ramp_epochs=config.ema_ramp_epochs,
+            )
             self.teacher.update(decay, encoder=self.encoder)
 
     def param_groups(self) -> list[ParamGroup]:
@@ -256,7 +331,9 @@ class SemAIM(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, similarity, rank of each patch, each patch as predicted from those before it, the error."""
+        """Input, similarity, rank of each patch, each patch as predicted from those before it, the
+        error.
+        """
         images = batch.views[0]
         patches = embed_patches(self.encoder, images)
         features, similarity = self.look(images, patches)
@@ -268,7 +345,11 @@ class SemAIM(Method):
             title = titles.get(self.config.similarity, "attention of the class token")
             panels.append(Panel(title, patch_map(similarity, self.grid), kind="heat"))
         together = "" if score is None else ", some at once"
-        ranks = torch.arange(self.grid.num_patches, device=images.device).expand_as(order) if score is None else score
+        ranks = (
+            torch.arange(self.grid.num_patches, device=images.device).expand_as(order)
+            if score is None
+            else score
+        )
         rank_map = patch_map(ranks.expand_as(order), self.grid, order)
         panels.append(Panel(f"order: dark is predicted first{together}", rank_map, kind="heat"))
         if features is None:
@@ -325,4 +406,6 @@ def _check(config: SemAIM.Config, *, depth: int, channels: int) -> None:
             "network judges: set method.similarity=cls or gap"
         )
     if foreign and channels != 3:
-        raise UserError(f"method.target={config.target} is a network for three channels, not for channels={channels}")
+        raise UserError(
+            f"method.target={config.target} is a network for three channels, not for channels={channels}"
+        )

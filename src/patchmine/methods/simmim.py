@@ -1,7 +1,9 @@
-"""SimMIM: predict the raw pixels of large hidden squares from the encoder's own output, with a single linear layer.
+"""SimMIM: predict the raw pixels of large hidden squares from the encoder's own output, with a
+single linear layer.
 
-Xie, Zhang, Cao, Lin, Bao, Yao, Dai, Hu, "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022, arXiv
-2111.09886.  Constants that the paper does not give come from the reference code, microsoft/SimMIM; each names its file.
+Xie, Zhang, Cao, Lin, Bao, Yao, Dai, Hu, "SimMIM: A Simple Framework for Masked Image Modeling",
+CVPR 2022, arXiv 2111.09886.  Constants that the paper does not give come from the reference code,
+microsoft/SimMIM; each names its file.
 """
 
 from __future__ import annotations
@@ -13,11 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from patchmine.errors import UserError
-from patchmine.method import Method
-from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
-from patchmine.models.units import patches_per_unit
-from patchmine.models.vit import (
+from patchmine.backbones.vit import (
     Encoder,
     encoder_grid,
     patch_positions,
@@ -27,28 +25,41 @@ from patchmine.models.vit import (
     require_vit,
     transform,
 )
+from patchmine.errors import UserError
+from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
+from patchmine.models.units import patches_per_unit
 from patchmine.ops.losses import masked_absolute_error
 from patchmine.ops.masks import expand_units
 from patchmine.ops.patches import channels_last, gather_patches
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.strict import Count, Strict
+from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 TOKEN_STD = 0.02  # models/simmim.py cuts the normal distribution at one deviation
 
 
 class SimMIM(Method):
-    """The full sequence goes through the encoder, with one learned token wherever a patch is hidden; no decoder."""
+    """The full sequence goes through the encoder, with one learned token wherever a patch is
+    hidden; no decoder.
+    """
 
     class Config(Strict):
-        """Settings of SimMIM; the defaults are the published recipe (configs/vit_base__800ep, data_simmim.py)."""
+        """Settings of SimMIM; the defaults are the published recipe (configs/vit_base__800ep,
+        data_simmim.py).
+        """
 
         name: Literal["simmim"] = "simmim"
-        mask_ratio: float = Field(0.6, gt=0, lt=1, description="share of the mask units that are hidden, rounded up")
-        mask_unit: Count | None = Field(
-            None, description="pixels along a side of what is hidden at once; null: two patches, 32 as published"
+        mask_ratio: float = Field(
+            0.6, gt=0, lt=1, description="share of the mask units that are hidden, rounded up"
         )
-        clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm (config.py: 5)")
+        mask_unit: Count | None = Field(
+            None,
+            description="pixels along a side of what is hidden at once; null: two patches, 32 as published",
+        )
+        clip_grad: float | None = Field(
+            5.0, gt=0, description="largest global gradient norm (config.py: 5)"
+        )
 
     encoder: Encoder
 
@@ -60,7 +71,9 @@ class SimMIM(Method):
         self.grid = encoder_grid(encoder)
         self.per_unit = patches_per_unit(self.grid, config.mask_unit)
         self.num_units = self.grid.num_patches // math.prod(self.per_unit)
-        self.num_masked_units = math.ceil(self.num_units * config.mask_ratio)  # rounded up: data_simmim.py
+        self.num_masked_units = math.ceil(
+            self.num_units * config.mask_ratio
+        )  # rounded up: data_simmim.py
         if self.num_masked_units == self.num_units:
             raise UserError(
                 f"method.mask_ratio={config.mask_ratio} hides all {self.num_units} mask units of the image: lower it, "
@@ -81,32 +94,52 @@ class SimMIM(Method):
         return {"loss": masked_absolute_error(painted, self.target(images, mask), self.channels)}
 
     def draw_mask(self, images: Tensor) -> Mask:
-        """Hidden and visible patches, where whole units are hidden: a random set of the same size for each image."""
+        """Hidden and visible patches, where whole units are hidden: a random set of the same size
+        for each image.
+        """
         noise = self.noise.uniform(len(images), self.num_units, device=images.device)
-        masked, visible = noise.argsort(dim=1, stable=True).tensor_split([self.num_masked_units], dim=1)
-        visible, masked = (expand_units(units, self.grid, self.per_unit) for units in (visible, masked))
+        masked, visible = noise.argsort(dim=1, stable=True).tensor_split(
+            [self.num_masked_units], dim=1
+        )
+        visible, masked = (
+            expand_units(units, self.grid, self.per_unit) for units in (visible, masked)
+        )
         return Mask(visible, masked, self.grid.num_patches)
 
     def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
-        """Predicted pixels of the masked patches in PixelShuffle's order, (channel, row, column): (B, M, P)."""
+        """Predicted pixels of the masked patches in PixelShuffle's order, (channel, row, column):
+        (B, M, P).
+        """
         latent = self.encode(images, mask)[:, self.encoder.num_prefix_tokens :]  # (B, L, D)
         wanted = mask.masked[:, :, None].expand(-1, -1, latent.shape[-1])
         return self.head(latent.gather(1, wanted))
 
     def encode(self, images: Tensor, mask: Mask) -> Tensor:
-        """All tokens after the final norm, where a masked patch entered as the mask token: (B, P + L, D)."""
-        tokens = torch.where(mask.as_bool()[:, :, None], self.mask_token, project_patches(self.encoder, images))
+        """All tokens after the final norm, where a masked patch entered as the mask token: (B, P +
+        L, D).
+        """
+        tokens = torch.where(
+            mask.as_bool()[:, :, None], self.mask_token, project_patches(self.encoder, images)
+        )
         tokens = tokens + patch_positions(self.encoder)  # (B, L, D)
         draw_drop_paths(self.drop_paths, self.noise, tokens)
-        return transform(self.encoder, torch.cat([prefix_tokens(self.encoder, len(tokens)), tokens], dim=1))
+        return transform(
+            self.encoder, torch.cat([prefix_tokens(self.encoder, len(tokens)), tokens], dim=1)
+        )
 
     def target(self, images: Tensor, mask: Mask) -> Tensor:
-        """Pixels of the masked patches as they were fed to the network, in the order of `reconstruct`: (B, M, P)."""
+        """Pixels of the masked patches as they were fed to the network, in the order of
+        `reconstruct`: (B, M, P).
+        """
         return gather_patches(images.float(), mask.masked, self.grid.patch).flatten(2)
 
     def param_groups(self) -> list[ParamGroup]:
-        """Everything that learns; class token and learned positions are not decayed, the mask token is."""
-        return self.sparing({"encoder.cls_token", "encoder.pos_embed"}, clip_norm=self.config.clip_grad)
+        """Everything that learns; class token and learned positions are not decayed, the mask token
+        is.
+        """
+        return self.sparing(
+            {"encoder.cls_token", "encoder.pos_embed"}, clip_norm=self.config.clip_grad
+        )
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
@@ -118,6 +151,8 @@ class SimMIM(Method):
         return [
             Panel("input", images),
             Panel("visible", hide_masked(images, mask, self.grid)),
-            reconstruction_panel(images, mask, self.grid, channels_last(painted, self.channels), borrow=False),
+            reconstruction_panel(
+                images, mask, self.grid, channels_last(painted, self.channels), borrow=False
+            ),
             Panel("error", patch_map(error, self.grid, mask.masked), kind="heat"),
         ]

@@ -1,4 +1,6 @@
-"""The light transformer that looks at encoded visible patches and says something about the masked ones."""
+"""The light transformer that looks at encoded visible patches and says something about the masked
+ones.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,22 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from patchmine.backbones.positions import fixed_table
+from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
-from patchmine.models.positions import fixed_table
-from patchmine.models.vit import initialise
 from patchmine.types import Grid, Mask
 
 
 class DecoderInput(nn.Module):
-    """From encoder tokens to decoder tokens: narrow, put a mask token wherever a patch is missing, add positions.
+    """From encoder tokens to decoder tokens: narrow, put a mask token wherever a patch is missing,
+    add positions.
 
-    The order is [prefix | visible | masked], each part in raster order.  Gathering the position table instead of
-    un-shuffling the tokens gives MAE's result and leaves the masked patches in one contiguous slice (spec mae.md,
-    section 8, item 9).
+    The order is [prefix | visible | masked], each part in raster order.  Gathering the position
+    table instead of un-shuffling the tokens gives MAE's result and leaves the masked patches in one
+    contiguous slice (spec mae.md, section 8, item 9).
 
-    For clips, a ``grid`` of three axes, it is VideoMAE's: the linear layer has no bias and the positions are its
-    one-dimensional table.
+    For clips, a ``grid`` of three axes, it is VideoMAE's: the linear layer has no bias and the
+    positions are its one-dimensional table.
     """
 
     pos_embed: Tensor
@@ -37,9 +40,11 @@ class DecoderInput(nn.Module):
         self.register_buffer("pos_embed", fixed_table(width, grid.size), persistent=False)  # (L, W)
 
     def draw_weights(self) -> None:
-        """Fresh weights: `initialise`; for clips VideoMAE's, whose linear layer stays as torch draws it.
+        """Fresh weights: `initialise`; for clips VideoMAE's, whose linear layer stays as torch
+        draws it.
 
-        Its mask token is normal with deviation 0.02, cut off at one deviation (modeling_pretrain.py, trunc_normal_).
+        Its mask token is normal with deviation 0.02, cut off at one deviation
+        (modeling_pretrain.py, trunc_normal_).
         """
         if not self.of_clips:
             initialise(self)
@@ -48,7 +53,9 @@ class DecoderInput(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def undecayed(self, prefix: str) -> list[str]:
-        """Names of parameters without weight decay: for clips the mask token (VideoMAE, ``no_weight_decay``)."""
+        """Names of parameters without weight decay: for clips the mask token (VideoMAE,
+        ``no_weight_decay``).
+        """
         return [f"{prefix}mask_token"] if self.of_clips else []
 
     def forward(self, latent: Tensor, mask: Mask) -> Tensor:
@@ -60,7 +67,9 @@ class DecoderInput(nn.Module):
     def all_visible(self, latent: Tensor) -> Tensor:
         """(B, P + L, D), nothing masked -> (B, P + L, W)."""
         tokens = self.embed(latent)
-        return torch.cat([tokens[:, : self.num_prefix], tokens[:, self.num_prefix :] + self.pos_embed], dim=1)
+        return torch.cat(
+            [tokens[:, : self.num_prefix], tokens[:, self.num_prefix :] + self.pos_embed], dim=1
+        )
 
 
 class Decoder(nn.Module):
@@ -88,7 +97,8 @@ class Decoder(nn.Module):
             )
         norm = partial(nn.LayerNorm, eps=norm_eps)
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm) for _ in range(depth)
+            Block(width, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm)
+            for _ in range(depth)
         )
         self.norm = norm(width)
         self.head = nn.Linear(width, out_width)
@@ -96,7 +106,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, num_last: int) -> Tensor:
         """Normalised features of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W).
 
-        The last block works out queries, projection and MLP for those rows only; nobody reads the others.
+        The last block works out queries, projection and MLP for those rows only; nobody reads the
+        others.
         """
         for block in self.blocks[:-1]:
             tokens = block(tokens)
@@ -116,9 +127,13 @@ def check_decoder(
             f"try method.decoder_embed_dim={-(-width // (4 * num_heads)) * 4 * num_heads}"
         )
     if num_visible == 0:
-        raise UserError(f"method.mask_ratio={mask_ratio} leaves no patch visible: lower it, or use smaller patches")
+        raise UserError(
+            f"method.mask_ratio={mask_ratio} leaves no patch visible: lower it, or use smaller patches"
+        )
     if num_visible == num_patches:
-        raise UserError(f"method.mask_ratio={mask_ratio} hides none of {num_patches} patches: raise it")
+        raise UserError(
+            f"method.mask_ratio={mask_ratio} hides none of {num_patches} patches: raise it"
+        )
 
 
 def _block_on_last(block: Block, tokens: Tensor, num_last: int) -> Tensor:
@@ -132,9 +147,15 @@ def _block_on_last(block: Block, tokens: Tensor, num_last: int) -> Tensor:
     key_value = F.linear(normed, weight[width:], key_value_bias)
 
     def heads(part: Tensor) -> Tensor:
-        return part.reshape(batch, part.shape[1], attention.num_heads, -1).transpose(1, 2)  # (B, heads, N, W / heads)
+        return part.reshape(batch, part.shape[1], attention.num_heads, -1).transpose(
+            1, 2
+        )  # (B, heads, N, W / heads)
 
     key, value = key_value.chunk(2, dim=-1)
-    mixed = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))  # (B, heads, num_last, W / heads)
-    last = tokens[:, -num_last:] + attention.proj(mixed.transpose(1, 2).reshape(batch, num_last, width))
+    mixed = F.scaled_dot_product_attention(
+        heads(query), heads(key), heads(value)
+    )  # (B, heads, num_last, W / heads)
+    last = tokens[:, -num_last:] + attention.proj(
+        mixed.transpose(1, 2).reshape(batch, num_last, width)
+    )
     return last + block.mlp(block.norm2(last))

@@ -13,10 +13,12 @@ from patchmine.ops.processes import num_processes
 
 
 class ItemMaps(nn.Module):
-    """A table (items, length) of numbers in [0, 1], in steps of 1/255, on the device of its method and in its state.
+    """A table (items, length) of numbers in [0, 1], in steps of 1/255, on the device of its method
+    and in its state.
 
-    How many items there are is not known before the first `replace`: until then every item has a map of zeros, as has
-    one that could not be read.  Loading a state takes over its number of items.
+    How many items there are is not known before the first `replace`: until then every item has a
+    map of zeros, as has one that could not be read.  Loading a state takes over its number of
+    items.
     """
 
     values: Tensor
@@ -36,14 +38,22 @@ class ItemMaps(nn.Module):
 
     @torch.no_grad()
     def replace(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Take over new maps: pairs of item numbers (B,) and maps (B, length) in [0, 1], each item once.
+        """Take over new maps: pairs of item numbers (B,) and maps (B, length) in [0, 1], each item
+        once.
 
-        Where there are several processes each brings those of its own items, and all of them end with the whole table.
-        Raises ValueError when none brings any.
+        Where there are several processes each brings those of its own items, and all of them end
+        with the whole table. Raises ValueError when none brings any.
         """
         device, length = self.values.device, self.values.shape[1]
-        found = [(index.to(device), (maps * 255).round().to(device, torch.uint8)) for index, maps in parts]
-        items = torch.stack([index.max() + 1 for index, _ in found]).max() if found else torch.tensor(0, device=device)
+        found = [
+            (index.to(device), (maps * 255).round().to(device, torch.uint8))
+            for index, maps in parts
+        ]
+        items = (
+            torch.stack([index.max() + 1 for index, _ in found]).max()
+            if found
+            else torch.tensor(0, device=device)
+        )
         together = num_processes() > 1
         if together:
             torch.distributed.all_reduce(items, op=torch.distributed.ReduceOp.MAX)
@@ -53,11 +63,17 @@ class ItemMaps(nn.Module):
         for index, maps in found:
             values[index] = maps
         if together:
-            torch.distributed.all_reduce(values)  # a sum in which each row has one term that is not zero
+            torch.distributed.all_reduce(
+                values
+            )  # a sum in which each row has one term that is not zero
         self.values = values
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         stored = state_dict.get(f"{prefix}values")
-        if isinstance(stored, Tensor) and stored.ndim == 2 and stored.shape[1] == self.values.shape[1]:
+        if (
+            isinstance(stored, Tensor)
+            and stored.ndim == 2
+            and stored.shape[1] == self.values.shape[1]
+        ):
             self.values = self.values.new_empty(stored.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)

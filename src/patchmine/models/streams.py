@@ -1,4 +1,5 @@
-"""Two streams over one sequence: content that looks back, and queries that know positions and look at earlier content.
+"""Two streams over one sequence: content that looks back, and queries that know positions and look
+at earlier content.
 
 The content stream is a stock timm ViT run under a causal mask, by functions around its parts.
 """
@@ -15,14 +16,15 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
+from patchmine.backbones.vit import Encoder, initialise
 from patchmine.errors import UserError
-from patchmine.models.vit import Encoder, initialise
 
 
 class QueryBlock(nn.Module):
     """Cross-attention from queries to content, then an MLP; both residual, on the queries.
 
-    The same `norm1` serves queries and content (SAIM, util/blocks.py).  Keys and values come from one product.
+    The same `norm1` serves queries and content (SAIM, util/blocks.py).  Keys and values come from
+    one product.
     """
 
     def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
@@ -45,12 +47,17 @@ class QueryBlock(nn.Module):
     def forward(self, queries: Tensor, content: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, N, D), (B, M, D) -> (B, N, D).
 
-        ``mask`` (1 or B, 1, N, M) bool, True = may look; None: row r looks at the first r + 1, and N = M.
+        ``mask`` (1 or B, 1, N, M) bool, True = may look; None: row r looks at the first r + 1, and
+        N = M.
         """
         query = _heads(self.query(self.norm1(queries)), self.num_heads)
         key, value = self.key_value(self.norm1(content)).chunk(2, dim=-1)
         mixed = F.scaled_dot_product_attention(
-            query, _heads(key, self.num_heads), _heads(value, self.num_heads), attn_mask=mask, is_causal=mask is None
+            query,
+            _heads(key, self.num_heads),
+            _heads(value, self.num_heads),
+            attn_mask=mask,
+            is_causal=mask is None,
         )
         queries = queries + self.proj(_joined(mixed))
         return queries + self.mlp(self.norm2(queries))
@@ -67,13 +74,15 @@ def query_stream(encoder: Encoder, depth: int) -> nn.ModuleList:
 
 
 def content_block(block: Block, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A stock block (B, N, D) -> (B, N, D) in which a token looks at itself and at earlier ones, or as ``mask`` says.
+    """A stock block (B, N, D) -> (B, N, D) in which a token looks at itself and at earlier ones, or
+    as ``mask`` says.
 
     Written out because not every timm that we support lets a block be told so.
     """
     attention = block.attn
     query, key, value = (
-        _heads(part, attention.num_heads) for part in attention.qkv(block.norm1(tokens)).chunk(3, dim=-1)
+        _heads(part, attention.num_heads)
+        for part in attention.qkv(block.norm1(tokens)).chunk(3, dim=-1)
     )
     mixed = F.scaled_dot_product_attention(
         attention.q_norm(query),
@@ -83,7 +92,9 @@ def content_block(block: Block, tokens: Tensor, mask: Tensor | None = None) -> T
         dropout_p=attention.attn_drop.p if block.training else 0.0,
         is_causal=mask is None,
     )
-    tokens = tokens + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(_joined(mixed)))))
+    tokens = tokens + block.drop_path1(
+        block.ls1(attention.proj_drop(attention.proj(_joined(mixed))))
+    )
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
 
 
@@ -95,10 +106,12 @@ def two_streams(
     content_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What every block makes of content (B, M, D) and queries (B, N, D); the last queries are not normed yet.
+    """What every block makes of content (B, M, D) and queries (B, N, D); the last queries are not
+    normed yet.
 
-    The query blocks are spread evenly over the encoder's, each behind the block whose output it reads.  Without masks
-    both streams are in the order of ranks, content with one token before it: query r reads the first r + 1 tokens.
+    The query blocks are spread evenly over the encoder's, each behind the block whose output it
+    reads.  Without masks both streams are in the order of ranks, content with one token before it:
+    query r reads the first r + 1 tokens.
     """
     contents, answers = [encoder.norm_pre(content)], [queries]
     step = len(encoder.blocks) // len(query_blocks)
@@ -110,7 +123,9 @@ def two_streams(
 
 
 def check_causal(encoder: Encoder, method: str) -> None:
-    """UserError for an encoder that `two_streams` cannot run: other blocks, or another start than one class token."""
+    """UserError for an encoder that `two_streams` cannot run: other blocks, or another start than
+    one class token.
+    """
     prefix = encoder.num_prefix_tokens
     if encoder.cls_token is None or prefix != 1:
         raise UserError(
@@ -125,21 +140,29 @@ def check_causal(encoder: Encoder, method: str) -> None:
 
 
 def _plain(attention: nn.Module) -> bool:
-    """No gate, and no norm on what attention gives: timm's newer options, which `content_block` does not know."""
+    """No gate, and no norm on what attention gives: timm's newer options, which `content_block`
+    does not know.
+    """
     extra = [getattr(attention, name, None) for name in ("gate", "norm")]
-    return type(attention) is Attention and all(part is None or isinstance(part, nn.Identity) for part in extra)
+    return type(attention) is Attention and all(
+        part is None or isinstance(part, nn.Identity) for part in extra
+    )
 
 
 @contextmanager
 def only_looking(encoder: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run an encoder that also learns in this step: in eval mode, without gradients, in the step's precision.
+    """Run an encoder that also learns in this step: in eval mode, without gradients, in the step's
+    precision.
 
-    Autocast must not keep the weights that it casts meanwhile: until pytorch's pull request 165068 they stayed without
-    gradients, and nothing would reach the weights from the part that learns.
+    Autocast must not keep the weights that it casts meanwhile: until pytorch's pull request 165068
+    they stayed without gradients, and nothing would reach the weights from the part that learns.
     """
     kind, training = device.type, encoder.training
     autocast = torch.autocast(
-        kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        kind,
+        dtype=torch.get_autocast_dtype(kind),
+        enabled=torch.is_autocast_enabled(kind),
+        cache_enabled=False,
     )
     encoder.eval()
     try:

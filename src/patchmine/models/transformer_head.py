@@ -1,4 +1,6 @@
-"""MOKD's T-Head: a small transformer over an encoder's map, which another network may ask for what it has seen."""
+"""MOKD's T-Head: a small transformer over an encoder's map, which another network may ask for what
+it has seen.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,22 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from patchmine.backbones.positions import resize_positions
 from patchmine.models.heads import WeightNormLinear
-from patchmine.models.positions import resize_positions
 
-_STD = 0.02  # DINO's vision_transformer.py; its bounds are absolute and far away, so that nothing is cut
+# DINO's vision_transformer.py; its bounds are absolute and far away, so that nothing is cut
+_STD = 0.02
 
 
 class TransformerHead(nn.Module):
-    """Blocks over the tokens of a map, their mean, and its product with each prototype (spec mokd.md, section 3.4).
+    """Blocks over the tokens of a map, their mean, and its product with each prototype (spec
+    mokd.md, section 3.4).
 
-    A query, the pooled feature of another network's view, may stand before the tokens.  It has no position, and it is
-    left out of the mean: it acts through the attention that the tokens pay to it.  ``size``: (rows, columns) of the
-    position table; maps of another size get resized positions.  ``project``: a 1x1 convolution to ``width``, which a
-    ResNet's map needs; without it ``in_width`` must be ``width``.  The names of the parts are the reference's.
+    A query, the pooled feature of another network's view, may stand before the tokens.  It has no
+    position, and it is left out of the mean: it acts through the attention that the tokens pay to
+    it.  ``size``: (rows, columns) of the position table; maps of another size get resized
+    positions.  ``project``: a 1x1 convolution to ``width``, which a ResNet's map needs; without it
+    ``in_width`` must be ``width``.  The names of the parts are the reference's.
     """
 
     patch_embed: nn.Conv2d | None
@@ -43,17 +48,20 @@ class TransformerHead(nn.Module):
         self.size = size
         self.patch_embed = nn.Conv2d(in_width, width, 1) if project else None
         self.pos_embed = nn.Parameter(torch.empty(1, size[0] * size[1], width))
-        self.blocks = nn.ModuleList(Block(width, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
         self.norm = norm(width)
         nn.init.trunc_normal_(self.pos_embed, std=_STD)
         _draw_linear(self.blocks)
         self.last_layer = WeightNormLinear(width, out_features, trainable_gain=True)
 
     def forward(self, maps: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Logits (N, K), float32, of maps (N, C, h, w); or (J * N, K) of the maps as each of J queries asks for them.
+        """Logits (N, K), float32, of maps (N, C, h, w); or (J * N, K) of the maps as each of J
+        queries asks for them.
 
-        ``queries`` (J * N, D), crop-major, are what `query` gives.  The map is projected and gets its positions once,
-        however many ask.
+        ``queries`` (J * N, D), crop-major, are what `query` gives.  The map is projected and gets
+        its positions once, however many ask.
         """
         tokens = self.tokens(maps)
         if queries is not None:
@@ -61,12 +69,14 @@ class TransformerHead(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         mean = self.norm(tokens if queries is None else tokens[:, 1:]).mean(dim=1)  # (N, D)
-        # These logits have no bound: 16 has steps of 1/8 in bfloat16, which a temperature of 0.04 makes steps of 3.
+        # These logits have no bound: 16 has steps of 1/8 in bfloat16, which a temperature of 0.04
+        # makes steps of 3.
         with torch.autocast(mean.device.type, enabled=False):
             return self.last_layer(mean.float())
 
     def query(self, pooled: Tensor) -> Tensor:
-        """What the other network's head is asked with: pooled features (N, C), projected as maps are -> (N, D).
+        """What the other network's head is asked with: pooled features (N, C), projected as maps
+        are -> (N, D).
 
         That is the mean of the projected map, because a 1x1 convolution commutes with a mean.
         """
@@ -79,12 +89,16 @@ class TransformerHead(nn.Module):
         if self.patch_embed is not None:
             maps = self.patch_embed(maps)
         rows, columns = maps.shape[-2:]
-        return maps.flatten(2).transpose(1, 2) + resize_positions(self.pos_embed[0], self.size, (rows, columns))
+        return maps.flatten(2).transpose(1, 2) + resize_positions(
+            self.pos_embed[0], self.size, (rows, columns)
+        )
 
     def attention_to_query(self, maps: Tensor, queries: Tensor) -> Tensor:
-        """How much each token listens to its query, in (0, 1): (N, C, h, w), (J * N, D) -> float32 (J * N, h * w).
+        """How much each token listens to its query, in (0, 1): (N, C, h, w), (J * N, D) -> float32
+        (J * N, h * w).
 
-        The mean over blocks and heads.  It is the only way in which a query changes what `forward` gives.
+        The mean over blocks and heads.  It is the only way in which a query changes what `forward`
+        gives.
         """
         tokens = asked(self.tokens(maps), queries)
         shares = []
@@ -95,24 +109,33 @@ class TransformerHead(nn.Module):
 
 
 def asked(tokens: Tensor, queries: Tensor) -> Tensor:
-    """Each query before the tokens of its image: (N, n, D), (J * N, D) crop-major -> (J * N, 1 + n, D)."""
-    queries = queries.to(tokens.dtype).reshape(-1, len(tokens), 1, queries.shape[-1])  # (J, N, 1, D)
+    """Each query before the tokens of its image: (N, n, D), (J * N, D) crop-major -> (J * N, 1 + n,
+    D).
+    """
+    queries = queries.to(tokens.dtype).reshape(
+        -1, len(tokens), 1, queries.shape[-1]
+    )  # (J, N, 1, D)
     tiled = tokens.expand(len(queries), *tokens.shape)  # (J, N, n, D), a view
     return torch.cat([queries, tiled], dim=2).flatten(0, 1)
 
 
 def _share_of_first(block: Block, tokens: Tensor) -> Tensor:
-    """Attention of all tokens but the first to the first, mean over heads: (N, 1 + n, D) -> float32 (N, n)."""
+    """Attention of all tokens but the first to the first, mean over heads: (N, 1 + n, D) -> float32
+    (N, n).
+    """
     attention = block.attn
     query, key, _ = attention.qkv(block.norm1(tokens)).chunk(3, dim=-1)
     shape = (*query.shape[:2], attention.num_heads, -1)
     query, key = (part.reshape(shape).transpose(1, 2) for part in (query, key))
-    weights = (query[:, :, 1:] @ key.transpose(2, 3) * attention.scale).float().softmax(dim=-1)  # (N, heads, n, 1 + n)
+    weights = (
+        (query[:, :, 1:] @ key.transpose(2, 3) * attention.scale).float().softmax(dim=-1)
+    )  # (N, heads, n, 1 + n)
     return weights[..., 0].mean(dim=1)
 
 
 def draw_dino_weights(encoder: VisionTransformer | Beit) -> None:
-    """DINO's first weights of a ViT, in place: normal with deviation 0.02, and positions that are learned.
+    """DINO's first weights of a ViT, in place: normal with deviation 0.02, and positions that are
+    learned.
 
     Biases are 0, norms are as they are made, the patches' convolution keeps torch's default.
     """

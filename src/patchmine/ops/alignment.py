@@ -1,7 +1,10 @@
-"""From a map of a whole image, one number a patch, to weights for the patches of a crop of that image.
+"""From a map of a whole image, one number a patch, to weights for the patches of a crop of that
+image.
 
-Crops are boxes in fractions of the image, so that its size in pixels need not be known.  Every way to align is
-separable: the weights are ``down @ map @ across.T`` with a small matrix for each axis of each image.  All in float32.
+Crops are boxes in fractions of the image, so that its size in pixels need not be known.  Every way
+to align is
+separable: the weights are ``down @ map @ across.T`` with a small matrix for each axis of each
+image.  All in float32.
 """
 
 from __future__ import annotations
@@ -15,14 +18,16 @@ from patchmine.types import Grid
 
 Alignment = Literal["area", "bilinear", "released"]
 
-_CLOSE = 1e-4  # of a cell; a box edge this near to a cell's counts as on it, whatever float32 made of the fraction
+# Of a cell; a box edge this near to a cell's counts as on it, whatever float32 made of the fraction
+_CLOSE = 1e-4
 
 
 def attention_map(attention: Tensor) -> Tensor:
-    """Where a class token looks: its attention to the patches by head, (B, heads, L) -> (B, L) in [0, 1].
+    """Where a class token looks: its attention to the patches by head, (B, heads, L) -> (B, L) in
+    [0, 1].
 
-    Each head is stretched from its least to its largest value and all count alike, however sharp they are (AMT,
-    util/misc.py).  A head that looks everywhere alike gives 0 (there: 0 / 0).
+    Each head is stretched from its least to its largest value and all count alike, however sharp
+    they are (AMT, util/misc.py).  A head that looks everywhere alike gives 0 (there: 0 / 0).
     """
     attention = attention.float()
     low, high = attention.amin(dim=-1, keepdim=True), attention.amax(dim=-1, keepdim=True)
@@ -30,12 +35,14 @@ def attention_map(attention: Tensor) -> Tensor:
 
 
 def align(maps: Tensor, grid: Grid, box: Tensor, flip: Tensor, how: Alignment = "area") -> Tensor:
-    """Weights of the patches of a crop from maps of whole images: (B, L) -> (B, L), both on ``grid``.
+    """Weights of the patches of a crop from maps of whole images: (B, L) -> (B, L), both on
+    ``grid``.
 
-    ``box`` (B, 4): the crop as fractions (top, left, height, width); ``flip`` (B,): mirrored after the crop.  "area" is
-    the exact mean of the map, constant within each cell, over what a patch shows.  "bilinear" resizes the cells that
-    the box touches to the crop's pixels and averages over each patch, as the reference code meant to.  "released" is
-    what that code does: the same with the two first cells of each axis, three where the box ends at the far border.
+    ``box`` (B, 4): the crop as fractions (top, left, height, width); ``flip`` (B,): mirrored after
+    the crop.  "area" is the exact mean of the map, constant within each cell, over what a patch
+    shows.  "bilinear" resizes the cells that the box touches to the crop's pixels and averages over
+    each patch, as the reference code meant to.  "released" is what that code does: the same with
+    the two first cells of each axis, three where the box ends at the far border.
     """
     with torch.autocast(maps.device.type, enabled=False):
         box = box.float()
@@ -53,7 +60,9 @@ def _axis(start: Tensor, extent: Tensor, count: int, patch: int, how: Alignment)
         return _overlap(start, extent, count)
     end = start + extent
     if how == "bilinear":
-        return _resized((start * count + _CLOSE).floor(), (end * count - _CLOSE).ceil(), count, patch)
+        return _resized(
+            (start * count + _CLOSE).floor(), (end * count - _CLOSE).ceil(), count, patch
+        )
     # Pixels // side of the image where pixels // side of a cell was meant (AMT, amtdatasets.py).
     last = torch.where(end > 1 - 1e-5, 3.0, 2.0).clamp(max=count)
     return _resized(torch.zeros_like(last), last, count, patch)
@@ -62,17 +71,23 @@ def _axis(start: Tensor, extent: Tensor, count: int, patch: int, how: Alignment)
 def _overlap(start: Tensor, extent: Tensor, count: int) -> Tensor:
     cell = torch.arange(count, device=start.device)
     borders = torch.arange(count + 1, device=start.device)
-    edges = start[:, None] * count + extent[:, None] * borders  # (B, count + 1) of the patches, in cells
+    edges = (
+        start[:, None] * count + extent[:, None] * borders
+    )  # (B, count + 1) of the patches, in cells
     low, high = edges[:, :-1, None], edges[:, 1:, None]
     overlap = torch.minimum(high, cell + 1) - torch.maximum(low, cell)
     return overlap.clamp(min=0) / (high - low).clamp(min=1e-6)
 
 
 def _resized(first: Tensor, last: Tensor, count: int, patch: int) -> Tensor:
-    """Cells ``first`` up to ``last`` (B,), bilinearly resized to ``count * patch`` pixels, averaged in each patch."""
+    """Cells ``first`` up to ``last`` (B,), bilinearly resized to ``count * patch`` pixels, averaged
+    in each patch.
+    """
     pixel = torch.arange(count * patch, device=first.device)
     length = (last - first)[:, None]
     place = ((pixel + 0.5) * length / (count * patch) - 0.5).clamp(min=0)
-    place = first[:, None] + torch.minimum(place, (length - 1).clamp(min=0))  # (B, pixels), in cells
+    place = first[:, None] + torch.minimum(
+        place, (length - 1).clamp(min=0)
+    )  # (B, pixels), in cells
     tent = 1 - (place[:, :, None] - torch.arange(count, device=first.device)).abs()
     return tent.clamp(min=0).reshape(-1, count, patch, count).mean(dim=2)

@@ -1,7 +1,9 @@
-"""Self-distillation between views: sharpened targets, the losses against them, their centre, and monitors of collapse.
+"""Self-distillation between views: sharpened targets, the losses against them, their centre, and
+monitors of collapse.
 
-Rows are crop-major everywhere: all images of crop 0, then all of crop 1, and so on.  All in float32, whatever autocast
-does around it: bfloat16 logits divided by a temperature of 0.04 would lose the differences that matter.
+Rows are crop-major everywhere: all images of crop 0, then all of crop 1, and so on.  All in
+float32, whatever autocast does around it: bfloat16 logits divided by a temperature of 0.04 would
+lose the differences that matter.
 """
 
 from __future__ import annotations
@@ -21,34 +23,50 @@ STUDENT_TEMPERATURE = 0.1  # DINO, MOKD and SCFS; no published setting has anoth
 
 @torch.no_grad()
 def sharpen(logits: Tensor, centre: Tensor | None, temperature: float) -> Tensor:
-    """Target probabilities ``softmax((logits - centre) / temperature)``: (N, K), (K,) or None -> (N, K) float32."""
+    """Target probabilities ``softmax((logits - centre) / temperature)``: (N, K), (K,) or None ->
+    (N, K) float32.
+    """
     logits = logits.float()
     return ((logits if centre is None else logits - centre) / temperature).softmax(dim=-1)
 
 
-def view_cross_entropy(student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE) -> Tensor:
-    """DINO's loss of logits (V * B, K) of V student views against probabilities (2 * B, K) of two teacher views, ().
+def view_cross_entropy(
+    student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE
+) -> Tensor:
+    """DINO's loss of logits (V * B, K) of V student views against probabilities (2 * B, K) of two
+    teacher views, ().
 
-    The mean over the 2 V - 2 pairs of a target with another view than its own.  Each view is normalised once for both
-    of its targets (spec mokd.md, section 8).  Views 0 and 1 of the student are those of the teacher.
+    The mean over the 2 V - 2 pairs of a target with another view than its own.  Each view is
+    normalised once for both of its targets (spec mokd.md, section 8).  Views 0 and 1 of the student
+    are those of the teacher.
     """
     first, second = targets.chunk(2)  # (B, K) each
     logs = (student.float() / temperature).log_softmax(dim=-1).view(-1, *first.shape)  # (V, B, K)
-    agreement = (second * logs[0]).sum() + (first * logs[1]).sum() + ((first + second) * logs[2:].sum(dim=0)).sum()
+    agreement = (
+        (second * logs[0]).sum()
+        + (first * logs[1]).sum()
+        + ((first + second) * logs[2:].sum(dim=0)).sum()
+    )
     return -agreement / (len(first) * (2 * len(logs) - 2))
 
 
-def search_cross_entropy(student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE) -> Tensor:
-    """Cross-entropy of each student's logits with the probabilities in the same row: (N, K), (N, K) -> ()."""
+def search_cross_entropy(
+    student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE
+) -> Tensor:
+    """Cross-entropy of each student's logits with the probabilities in the same row: (N, K), (N, K)
+    -> ().
+    """
     logs = (student.float() / temperature).log_softmax(dim=-1)
     return -(targets * logs).sum(dim=-1).mean()
 
 
 @torch.no_grad()
 def new_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
-    """``momentum * centre + (1 - momentum) * mean of the rows``, over all processes: (K,), (N, K) -> (K,) float32.
+    """``momentum * centre + (1 - momentum) * mean of the rows``, over all processes: (K,), (N, K)
+    -> (K,) float32.
 
-    Rows with a number that is not finite leave the centre as it was: it would never be finite again.
+    Rows with a number that is not finite leave the centre as it was: it would never be finite
+    again.
     """
     mean = logits.float().mean(dim=0)
     if num_processes() > 1:
@@ -58,10 +76,14 @@ def new_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
     return torch.where(mean.isfinite().all(), moved, centre)
 
 
-def teacher_temperature(progress: Progress, *, start: float, end: float, warmup_epochs: int) -> float:
-    """Linear from ``start`` in the first epoch to ``end`` in the last one of the warm-up, then constant.
+def teacher_temperature(
+    progress: Progress, *, start: float, end: float, warmup_epochs: int
+) -> float:
+    """Linear from ``start`` in the first epoch to ``end`` in the last one of the warm-up, then
+    constant.
 
-    A run that is shorter than the warm-up rises as far in the epochs that it has, which the reference cannot do.
+    A run that is shorter than the warm-up rises as far in the epochs that it has, which the
+    reference cannot do.
     """
     epochs = min(warmup_epochs, progress.total_epochs)
     if progress.epoch >= epochs:
@@ -71,7 +93,8 @@ def teacher_temperature(progress: Progress, *, start: float, end: float, warmup_
 
 @torch.no_grad()
 def mean_entropy(probabilities: Tensor) -> Tensor:
-    """Entropy of the mean of the rows as a share of its largest value, log K: (N, K) -> (), in [0, 1].
+    """Entropy of the mean of the rows as a share of its largest value, log K: (N, K) -> (), in [0,
+    1].
 
     Near 0 all rows choose the same prototype: one of the two ways to collapse.
     """

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RANK_EPS = 1e-6  # HPM, forward_learning_loss; it also kills the gradient of pairs that are far apart
+RANK_EPS = (
+    1e-6  # HPM, forward_learning_loss; it also kills the gradient of pairs that are far apart
+)
 
-# Pairs held in memory at one time by the ranking loss: 16 MiB of float32 a tensor, however long the sequences are.
+# Pairs held in memory at one time by the ranking loss: 16 MiB of float32 a tensor, however long the
+# sequences are.
 PAIRS_AT_ONCE = 1 << 22
 
 
@@ -30,15 +33,16 @@ def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
 def masked_absolute_error(prediction: Tensor, target: Tensor, channels: int) -> Tensor:
     """Mean absolute error over the pixels of all masked patches: (B, M, P), (B, M, P) -> ().
 
-    The reference counts pixels of one channel, keeps clear of zero with 1e-5, and divides by the channels afterwards
-    (SimMIM, models/simmim.py).  No masked patch at all gives 0.
+    The reference counts pixels of one channel, keeps clear of zero with 1e-5, and divides by the
+    channels afterwards (SimMIM, models/simmim.py).  No masked patch at all gives 0.
     """
     pixels = prediction.numel() // channels
     return (prediction.float() - target.float()).abs().sum() / (pixels + 1e-5) / channels
 
 
 def direction_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of the two unit vectors, ``2 - 2 cos``, of each patch: (B, M, D), (B, M, D) -> (B, M).
+    """Squared distance of the two unit vectors, ``2 - 2 cos``, of each patch: (B, M, D), (B, M, D)
+    -> (B, M).
 
     Summed, not averaged, over the channels (HPM, models_mae_learn_feature_loss.py).
     """
@@ -58,21 +62,25 @@ def absolute_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
 
 
 def relative_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
-    """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs of one image with error_a > error_b: (B, M), (B, M) -> ().
+    """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs of one image with error_a > error_b:
+    (B, M), (B, M) -> ().
 
-    The half-pair form of HPM's ranking objective (spec hpm.md, section 3.4): the gradient is worked out with the loss,
-    so no graph over M x M pairs is kept.  Pairs of equal error do not count.  ``error`` takes no gradient.
+    The half-pair form of HPM's ranking objective (spec hpm.md, section 3.4): the gradient is worked
+    out with the loss, so no graph over M x M pairs is kept.  Pairs of equal error do not count.
+    ``error`` takes no gradient.
     """
     return _PairwiseRanking.apply(predicted, error)
 
 
 class _PairwiseRanking(torch.autograd.Function):
-    """Loss and gradient in one sweep over blocks of pairs; saves (B, M) numbers for the backward pass."""
+    """Loss and gradient in one sweep over blocks of pairs; saves (B, M) numbers for the backward
+    pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, error: Tensor) -> Tensor:
-        # Sorted by falling error, every ordered pair (a, b) has a before b: only blocks on and above the diagonal are
-        # visited.
+        # Sorted by falling error, every ordered pair (a, b) has a before b: only blocks on and
+        # above the diagonal are visited.
         error, order = error.float().sort(dim=1, descending=True)
         score = predicted.float().gather(1, order)
         batch, length = score.shape
@@ -82,7 +90,9 @@ class _PairwiseRanking(torch.autograd.Function):
         slope = torch.zeros_like(score)
         for start in range(0, length, rows):
             stop = min(start + rows, length)
-            share = torch.sigmoid(score[:, start:stop, None] - score[:, None, start:])  # (B, rows, M - start)
+            share = torch.sigmoid(
+                score[:, start:stop, None] - score[:, None, start:]
+            )  # (B, rows, M - start)
             ordered = error[:, start:stop, None] > error[:, None, start:]
             pairs += ordered.sum()
             total -= torch.where(ordered, torch.log(share + RANK_EPS), 0.0).sum()

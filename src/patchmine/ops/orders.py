@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Order = Literal["attention_center", "similarity", "stochastic", "rowmajor", "serpentine", "center2out", "out2center"]
+Order = Literal[
+    "attention_center",
+    "similarity",
+    "stochastic",
+    "rowmajor",
+    "serpentine",
+    "center2out",
+    "out2center",
+]
 
 BY_CONTENT = ("attention_center", "similarity")
 """Orders that need to know how similar each patch is to the image."""
@@ -26,11 +34,15 @@ def token_similarity(anchor: Tensor, tokens: Tensor) -> Tensor:
     return (F.normalize(tokens.float(), dim=-1, eps=1e-12) * anchor[:, None]).sum(dim=-1)
 
 
-def patch_levels(order: Order, size: tuple[int, ...], similarity: Tensor | None, device: torch.device) -> Tensor:
-    """What decides first when patches are put in order, lower is earlier: (B, L), or (1, L) alike for all images.
+def patch_levels(
+    order: Order, size: tuple[int, ...], similarity: Tensor | None, device: torch.device
+) -> Tensor:
+    """What decides first when patches are put in order, lower is earlier: (B, L), or (1, L) alike
+    for all images.
 
-    ``size`` is the grid's (rows, columns).  Whole numbers for all orders but ``similarity``, whose levels are the
-    negated ``similarity`` (B, L) itself: ``1 - softmax`` as in the reference would round close ones to the same.
+    ``size`` is the grid's (rows, columns).  Whole numbers for all orders but ``similarity``, whose
+    levels are the negated ``similarity`` (B, L) itself: ``1 - softmax`` as in the reference would
+    round close ones to the same.
     """
     if order == "attention_center":
         assert similarity is not None
@@ -64,16 +76,18 @@ def _coordinates(size: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
 
 
 def _in_box(place: Tensor, side: int, half: int) -> Tensor:
-    """Whether a coordinate lies within ``half`` patches of the middle of an axis, in the same number to either side."""
+    """Whether a coordinate lies within ``half`` patches of the middle of an axis, in the same
+    number to either side.
+    """
     return (2 * place - (side - 1)).abs() < 2 * half
 
 
 def visiting_order(order: Order, levels: Tensor, noise: Tensor) -> Tensor:
     """``visited[:, r]`` is the patch of rank r: (1 or B, L), (B, L) -> (B, L) int64.
 
-    Within a level patches are drawn by ``noise`` in [0, 1).  Added to whole numbers in float64 it keeps every bit, so
-    that levels never mix and no two patches tie, as they do in one image of six when float32 noise of at most 1e-3
-    is added to distances (spec semaim.md, section 8).
+    Within a level patches are drawn by ``noise`` in [0, 1).  Added to whole numbers in float64 it
+    keeps every bit, so that levels never mix and no two patches tie, as they do in one image of six
+    when float32 noise of at most 1e-3 is added to distances (spec semaim.md, section 8).
     """
     key = levels.double().expand(len(noise), -1)
     if order in _AT_RANDOM:
@@ -82,10 +96,12 @@ def visiting_order(order: Order, levels: Tensor, noise: Tensor) -> Tensor:
 
 
 def visibility(score: Tensor) -> tuple[Tensor, Tensor]:
-    """Who may look at whom, True = may, column 0 = class token: (B, L) -> (B, 1 + L, 1 + L), (B, L, 1 + L).
+    """Who may look at whom, True = may, column 0 = class token: (B, L) -> (B, 1 + L, 1 + L), (B, L,
+    1 + L).
 
-    Content looks at itself and at what has no higher score; queries look at what has a lower one.  Patches of equal
-    score are thus predicted at once.  All look at the class token, which looks at itself only.
+    Content looks at itself and at what has no higher score; queries look at what has a lower one.
+    Patches of equal score are thus predicted at once.  All look at the class token, which looks at
+    itself only.
     """
     score = F.pad(score.double(), (1, 0), value=float("-inf"))  # (B, 1 + L)
     content = score[:, :, None] >= score[:, None, :]

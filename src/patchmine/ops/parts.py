@@ -1,8 +1,10 @@
-"""One image seen through several masks at once: patches divided into parts, each of which predicts the others (EMAE).
+"""One image seen through several masks at once: patches divided into parts, each of which predicts
+the others (EMAE).
 
-L patches are K parts of V.  Part k predicts the M = K - 1 parts after it, k + 1, k + 2, ... counted round the end.  If
-only the first U parts are in use, a patch of those has U - 1 predictions and any other patch U: two dense blocks, so
-that shapes do not depend on the draw and no loss multiplies by a mask.
+L patches are K parts of V.  Part k predicts the M = K - 1 parts after it, k + 1, k + 2, ... counted
+round the end.  If only the first U parts are in use, a patch of those has U - 1 predictions and any
+other patch U: two dense blocks, so that shapes do not depend on the draw and no loss multiplies by
+a mask.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from torch import Tensor
 
 
 def split_parts(noise: Tensor, num_parts: int) -> Tensor:
-    """K disjoint random parts that together are all patches: (B, L) -> (B, K, V) int64, each part in raster order.
+    """K disjoint random parts that together are all patches: (B, L) -> (B, K, V) int64, each part
+    in raster order.
 
     Part 0 is what MAE leaves visible for the same noise.  K must divide L.
     """
@@ -31,9 +34,11 @@ def unseen_patches(parts: Tensor, num_used: int) -> Tensor:
 
 
 def order_by_patch(num_parts: int, num_used: int) -> Tensor:
-    """How to line up the U * M blocks of `unseen_patches` so that predictions of the same patches are neighbours.
+    """How to line up the U * M blocks of `unseen_patches` so that predictions of the same patches
+    are neighbours.
 
-    (U * M,) int64, numbers of blocks: for each part in turn, what the others in use say of it, in their order.
+    (U * M,) int64, numbers of blocks: for each part in turn, what the others in use say of it, in
+    their order.
     """
     blocks = [
         part * (num_parts - 1) + (seen - part - 1) % num_parts
@@ -47,19 +52,24 @@ def order_by_patch(num_parts: int, num_used: int) -> Tensor:
 def group_by_patch(predicted: Tensor, num_parts: int, num_used: int) -> tuple[Tensor, Tensor]:
     """Lined up predictions, split where their number changes, as views.
 
-    (B, U * M, V, P) -> (B, U, U - 1, V, P) for patches of parts in use, (B, K - U, U, V, P) for the other patches.
+    (B, U * M, V, P) -> (B, U, U - 1, V, P) for patches of parts in use, (B, K - U, U, V, P) for the
+    other patches.
     """
     images, _, *patch = predicted.shape
     rest = num_parts - num_used
     used, unused = predicted.tensor_split([num_used * (num_used - 1)], dim=1)
-    return used.view(images, num_used, num_used - 1, *patch), unused.view(images, rest, num_used, *patch)
+    return used.view(images, num_used, num_used - 1, *patch), unused.view(
+        images, rest, num_used, *patch
+    )
 
 
 def rank_balance(values: Tensor) -> Tensor:
-    """How many along dimension 2 are smaller, less how many are greater: (B, J, M, V, P) -> the same shape.
+    """How many along dimension 2 are smaller, less how many are greater: (B, J, M, V, P) -> the
+    same shape.
 
-    This is the gradient of the sum of |a - b| over all pairs, ties included, and ``(values * balance).sum()`` is that
-    sum.  One sweep for each of the M: no tensor over pairs, and for a dozen of predictions quicker than to sort them.
+    This is the gradient of the sum of |a - b| over all pairs, ties included, and ``(values *
+    balance).sum()`` is that sum.  One sweep for each of the M: no tensor over pairs, and for a
+    dozen of predictions quicker than to sort them.
     """
     balance = torch.zeros_like(values)
     for other in values.unbind(2):
@@ -68,7 +78,8 @@ def rank_balance(values: Tensor) -> Tensor:
 
 
 def patch_disagreement(predicted: Tensor, num_parts: int, num_used: int) -> Tensor:
-    """Mean |a - b| over pixels and pairs of predictions of each patch: (B, U * M, V, P) -> (B, K, V).
+    """Mean |a - b| over pixels and pairs of predictions of each patch: (B, U * M, V, P) -> (B, K,
+    V).
 
     NaN where there is no pair.
     """
@@ -76,19 +87,24 @@ def patch_disagreement(predicted: Tensor, num_parts: int, num_used: int) -> Tens
     for values in group_by_patch(predicted.float(), num_parts, num_used):
         count = values.shape[2]
         total = (values * rank_balance(values)).sum(dim=2).mean(dim=-1)  # (B, J, V)
-        means.append(total / (count * (count - 1) / 2) if count > 1 else torch.full_like(total, torch.nan))
+        means.append(
+            total / (count * (count - 1) / 2) if count > 1 else torch.full_like(total, torch.nan)
+        )
     return torch.cat(means, dim=1)
 
 
 def parts_losses(
     predicted: Tensor, target: Tensor, num_used: int, distance: Literal["l1", "l2"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How well the parts predict what they do not see, and how far apart their predictions of the same patch are.
+    """How well the parts predict what they do not see, and how far apart their predictions of the
+    same patch are.
 
-    ``predicted`` (B, U * M, V, P), lined up by patch; ``target`` (B, K, V, P).  Three float32 scalars:
+    ``predicted`` (B, U * M, V, P), lined up by patch; ``target`` (B, K, V, P).  Three float32
+    scalars:
 
     - the mean squared error of all predictions;
-    - the mean distance, |a - b| or its square, over pixels and pairs of predictions of the same patch;
+    - the mean distance, |a - b| or its square, over pixels and pairs of predictions of the same
+    patch;
     - the mean of |a - b|, whatever the distance is, without a gradient.
 
     Where no patch has two predictions the distances are 0.
@@ -97,9 +113,14 @@ def parts_losses(
     # Each pair of parts predicts the K - 2 others.
     pairs = max(1, num_used * (num_used - 1) // 2 * (num_parts - 2) * (target.numel() // num_parts))
     squares, spread, apart = torch.zeros(3, device=predicted.device)
-    groups, targets = group_by_patch(predicted, num_parts, num_used), target.tensor_split([num_used], dim=1)
+    groups, targets = (
+        group_by_patch(predicted, num_parts, num_used),
+        target.tensor_split([num_used], dim=1),
+    )
     for own, wanted in zip(groups, targets, strict=True):
-        error = own.float() - wanted.float()[:, :, None]  # (B, J, M, V, P), as far apart as the predictions are
+        error = (
+            own.float() - wanted.float()[:, :, None]
+        )  # (B, J, M, V, P), as far apart as the predictions are
         squares = squares + error.square().sum()
         absolute = (error * rank_balance(error.detach())).sum()
         apart = apart + absolute.detach()
@@ -108,5 +129,7 @@ def parts_losses(
 
 
 def _squared_pairs(values: Tensor) -> Tensor:
-    """Sum of (a - b)^2 over pairs along dimension 2: their number times the squares about their mean."""
+    """Sum of (a - b)^2 over pairs along dimension 2: their number times the squares about their
+    mean.
+    """
     return values.shape[2] * (values - values.mean(dim=2, keepdim=True)).square().sum()

@@ -7,15 +7,17 @@ from torch import Tensor
 
 from patchmine.types import Grid
 
-# VideoMAE adds 1e-6 where bytes span [0, 1]; pixels normalised with ImageNet's deviations, .229, .224 and .225, span as
-# much more as these are below 1.
+# VideoMAE adds 1e-6 where bytes span [0, 1]; pixels normalised with ImageNet's deviations, .229,
+# .224 and .225, span as much more as these are below 1.
 CUBE_EPS = 1e-6 / 0.226
 
 
 def gather_patches(images: Tensor, index: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """The patches named by ``index`` (B, V), straight from the pixels: (B, C, *size) -> (B, V, C, *patch).
+    """The patches named by ``index`` (B, V), straight from the pixels: (B, C, *size) -> (B, V, C,
+    *patch).
 
-    Copies only what is asked for; the patches that nobody sees are never touched (spec mae.md, section 8, item 8).
+    Copies only what is asked for; the patches that nobody sees are never touched (spec mae.md,
+    section 8, item 8).
     """
     batch, channels, *size = images.shape
     counts = [side // step for side, step in zip(size, patch, strict=True)]
@@ -24,7 +26,9 @@ def gather_patches(images: Tensor, index: Tensor, patch: tuple[int, ...]) -> Ten
     axes = len(patch)
     grid_axes = [2 + 2 * axis for axis in range(axes)]
     patch_axes = [3 + 2 * axis for axis in range(axes)]
-    blocks = blocks.permute(0, *grid_axes, 1, *patch_axes)  # (B, g0, g1, ..., C, p0, p1, ...), a view
+    blocks = blocks.permute(
+        0, *grid_axes, 1, *patch_axes
+    )  # (B, g0, g1, ..., C, p0, p1, ...), a view
     coordinates = torch.unravel_index(index, counts)
     row = torch.arange(batch, device=images.device)[:, None]
     return blocks[(row, *coordinates)]  # (B, V, C, p0, p1, ...)
@@ -47,12 +51,16 @@ def patch_values(patches: Tensor) -> Tensor:
 
 
 def channels_first(values: Tensor, channels: int) -> Tensor:
-    """Numbers of each patch from MAE's order into PixelShuffle's, (channel, row, column): (B, M, P) -> (B, M, P)."""
+    """Numbers of each patch from MAE's order into PixelShuffle's, (channel, row, column): (B, M, P)
+    -> (B, M, P).
+    """
     return values.reshape(*values.shape[:-1], -1, channels).transpose(-1, -2).flatten(-2)
 
 
 def channels_last(values: Tensor, channels: int) -> Tensor:
-    """The inverse of `channels_first`: (B, M, P) -> (B, M, P) in MAE's order, (row, column, channel)."""
+    """The inverse of `channels_first`: (B, M, P) -> (B, M, P) in MAE's order, (row, column,
+    channel).
+    """
     return values.reshape(*values.shape[:-1], channels, -1).transpose(-1, -2).flatten(-2)
 
 
@@ -78,14 +86,19 @@ def patch_statistics(values: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]
 def cube_statistics(values: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of each cube, (B, V, P) -> two of (B, V, 1, C).
 
-    The variance is unbiased and ``CUBE_EPS`` is added to its root (VideoMAE, engine_for_pretraining.py).
+    The variance is unbiased and ``CUBE_EPS`` is added to its root (VideoMAE,
+    engine_for_pretraining.py).
     """
-    variance, mean = torch.var_mean(_by_channel(values, channels), dim=-2, keepdim=True, correction=1)
+    variance, mean = torch.var_mean(
+        _by_channel(values, channels), dim=-2, keepdim=True, correction=1
+    )
     return mean, variance.sqrt() + CUBE_EPS
 
 
 def restore_cubes(standardised: Tensor, true: Tensor, channels: int) -> Tensor:
-    """``standardised`` (B, V, P) with the mean and deviation of each channel of the ``true`` cubes: (B, V, P)."""
+    """``standardised`` (B, V, P) with the mean and deviation of each channel of the ``true`` cubes:
+    (B, V, P).
+    """
     mean, deviation = cube_statistics(true, channels)
     return (_by_channel(standardised, channels) * deviation + mean).flatten(-2)
 
@@ -95,10 +108,14 @@ def _by_channel(values: Tensor, channels: int) -> Tensor:
     return values.reshape(*values.shape[:-1], -1, channels)
 
 
-def pixel_targets(images: Tensor, index: Tensor, patch: tuple[int, ...], *, norm_pix_loss: bool) -> Tensor:
-    """Pixels to be predicted, float32 (B, M, P); standardised within each patch if ``norm_pix_loss``.
+def pixel_targets(
+    images: Tensor, index: Tensor, patch: tuple[int, ...], *, norm_pix_loss: bool
+) -> Tensor:
+    """Pixels to be predicted, float32 (B, M, P); standardised within each patch if
+    ``norm_pix_loss``.
 
-    A patch of an image is standardised over all channels together, a cube of a clip within each channel.
+    A patch of an image is standardised over all channels together, a cube of a clip within each
+    channel.
     """
     values = patch_values(gather_patches(images.float(), index, patch))
     if not norm_pix_loss:

@@ -1,4 +1,6 @@
-"""Pictures made from patches, for people to look at: what was hidden, what was painted in, one number per patch."""
+"""Pictures made from patches, for people to look at: what was hidden, what was painted in, one
+number per patch.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,28 @@ from patchmine.types import Grid, Mask, Panel
 
 
 def hide_masked(images: Tensor, mask: Mask, grid: Grid) -> Tensor:
-    """The images with every patch that is not visible set to NaN, which the report draws as missing: (B, C, *size)."""
+    """The images with every patch that is not visible set to NaN, which the report draws as
+    missing: (B, C, *size).
+    """
     values = torch.full_like(patch_values(all_patches(images, grid.patch)), float("nan"))
     seen = patch_values(all_patches(images, grid.patch)).gather(1, _wide(mask.visible, values))
-    return images_from_values(values.scatter(1, _wide(mask.visible, values), seen), grid, images.shape[1])
+    return images_from_values(
+        values.scatter(1, _wide(mask.visible, values), seen), grid, images.shape[1]
+    )
 
 
 def paint_masked(images: Tensor, mask: Mask, grid: Grid, painted: Tensor) -> Tensor:
     """The images with the masked patches replaced by ``painted`` (B, M, P): (B, C, *size)."""
     values = patch_values(all_patches(images.float(), grid.patch))
-    return images_from_values(values.scatter(1, _wide(mask.masked, values), painted.float()), grid, images.shape[1])
+    return images_from_values(
+        values.scatter(1, _wide(mask.masked, values), painted.float()), grid, images.shape[1]
+    )
 
 
 def patch_map(numbers: Tensor, grid: Grid, index: Tensor | None = None) -> Tensor:
-    """One number per patch as a map (B, *grid.size): of all (B, L), or of those in ``index`` (B, M), NaN elsewhere."""
+    """One number per patch as a map (B, *grid.size): of all (B, L), or of those in ``index`` (B,
+    M), NaN elsewhere.
+    """
     numbers = numbers.float()
     if index is not None:
         full = torch.full((len(numbers), grid.num_patches), float("nan"), device=numbers.device)
@@ -42,11 +52,13 @@ def _wide(index: Tensor, values: Tensor) -> Tensor:
     return index[:, :, None].expand(-1, -1, values.shape[-1])
 
 
-def reconstruction_panel(images: Tensor, mask: Mask, grid: Grid, painted: Tensor, *, borrow: bool) -> Panel:
+def reconstruction_panel(
+    images: Tensor, mask: Mask, grid: Grid, painted: Tensor, *, borrow: bool
+) -> Panel:
     """The input with the masked patches repainted from ``painted`` (B, M, P).
 
-    With ``borrow`` the prediction is standardised and gets the true mean and deviation of each patch back, which the
-    model does not know: the title says so.
+    With ``borrow`` the prediction is standardised and gets the true mean and deviation of each
+    patch back, which the model does not know: the title says so.
     """
     if not borrow:
         return Panel("reconstruction", paint_masked(images, mask, grid, painted))
@@ -61,7 +73,8 @@ def reconstruction_panel(images: Tensor, mask: Mask, grid: Grid, painted: Tensor
 
 
 def two_parts(images: Tensor, step: int = 1) -> dict[str, Tensor]:
-    """Two parts of the images, half as wide and high (in whole ``step`` pixels), as local crops whose place is known.
+    """Two parts of the images, half as wide and high (in whole ``step`` pixels), as local crops
+    whose place is known.
 
     (B, C, H, W) -> "middle" and "upper left", each (B, C, about H / 2, about W / 2).
     """
@@ -78,6 +91,8 @@ def roles_panel(mask: Mask, grid: Grid, title: str) -> Panel:
     masked, thrown, visible = torch.tensor([(0.85, 0.37, 0.0), (0.45, 0.45, 0.45), (1.0, 1.0, 1.0)])
     colours = thrown.to(mask.masked.device).expand(len(mask.masked), grid.num_patches, 3)
     for index, colour in ((mask.masked, masked), (mask.visible, visible)):
-        colours = colours.scatter(1, _wide(index, colours), colour.to(index.device).expand(*index.shape, 3))
+        colours = colours.scatter(
+            1, _wide(index, colours), colour.to(index.device).expand(*index.shape, 3)
+        )
     pictures = images_from_values(colours.repeat(1, 1, grid.values_per_patch(1)), grid, 3)
     return Panel(f"{title}: masked orange, thrown grey, visible white", pictures, kind="colour")

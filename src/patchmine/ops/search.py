@@ -1,4 +1,6 @@
-"""SCFS's search: where in a map is what a small crop shows?  Cosine similarity at each position, nothing learned."""
+"""SCFS's search: where in a map is what a small crop shows?  Cosine similarity at each position,
+nothing learned.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,20 @@ EPS = 1e-12  # F.normalize's, in the reference (models/scfs.py)
 
 
 def cosine_attention(queries: Tensor, maps: Tensor) -> Tensor:
-    """Cosine of each query with each position of its image's map, float32: (J, B, C), (B, C, h, w) -> (J, B, h, w).
+    """Cosine of each query with each position of its image's map, float32: (J, B, C), (B, C, h, w)
+    -> (J, B, h, w).
 
-    In [0, 1], and 0 where a map has no feature at all.  No softmax, no temperature.  What points away counts as 0: maps
-    that went through a ReLU never do, so that this only matters for those of a transformer.
+    In [0, 1], and 0 where a map has no feature at all.  No softmax, no temperature.  What points
+    away counts as 0: maps that went through a ReLU never do, so that this only matters for those of
+    a transformer.
     """
     with torch.autocast(maps.device.type, enabled=False):
         keys = maps.float().flatten(2)  # (B, C, h * w)
         queries = queries.float().transpose(0, 1)  # (B, J, C)
         # Dividing the products by the lengths spares a normalised copy of the map.
         queries = queries / torch.linalg.vector_norm(queries, dim=2, keepdim=True).clamp(min=EPS)
-        lengths = torch.linalg.vector_norm(keys, dim=1, keepdim=True).clamp(min=EPS)  # (B, 1, h * w)
+        lengths = torch.linalg.vector_norm(keys, dim=1, keepdim=True).clamp(
+            min=EPS
+        )  # (B, 1, h * w)
         cosine = ((queries @ keys) / lengths).clamp(min=0)  # (B, J, h * w)
         return cosine.transpose(0, 1).unflatten(2, maps.shape[2:])

@@ -18,7 +18,8 @@ _COLOURS, _SEEN_FOR_COLOURS, _NEARLY_WHITE = 256, 4, 244
 
 
 def save_animation(sheets: Sequence[Image.Image], out: Path) -> None:
-    """Write sheets of equal size to ``out``, a ``.gif`` (which starts again at its end) or an ``.mp4``.
+    """Write sheets of equal size to ``out``, a ``.gif`` (which starts again at its end) or an
+    ``.mp4``.
 
     Raises UserError for an MP4 where PyAV is not installed.
     """
@@ -29,7 +30,8 @@ def save_animation(sheets: Sequence[Image.Image], out: Path) -> None:
 
 
 def _save_gif(sheets: Sequence[Image.Image], out: Path) -> None:
-    # One palette for all, so that what stands still does not flicker and costs nothing from frame to frame.
+    # One palette for all, so that what stands still does not flicker and costs nothing from frame
+    # to frame.
     some = sheets[:: max(1, len(sheets) // _SEEN_FOR_COLOURS)]
     beneath = Image.fromarray(np.concatenate([np.asarray(sheet) for sheet in some]))
     palette = beneath.quantize(_COLOURS)
@@ -38,7 +40,9 @@ def _save_gif(sheets: Sequence[Image.Image], out: Path) -> None:
     palette.putpalette(colours.flatten().tolist())
     reduced = [sheet.quantize(palette=palette) for sheet in sheets]
     duration = 1000 // FRAMES_PER_SECOND
-    reduced[0].save(out, format="GIF", save_all=True, append_images=reduced[1:], duration=duration, loop=0)
+    reduced[0].save(
+        out, format="GIF", save_all=True, append_images=reduced[1:], duration=duration, loop=0
+    )
 
 
 def _save_mp4(sheets: Sequence[Image.Image], out: Path) -> None:
@@ -49,7 +53,9 @@ def _save_mp4(sheets: Sequence[Image.Image], out: Path) -> None:
             f"out={out}: MP4 is written by PyAV, which is not installed: `pip install av`, "
             f"or write out={out.with_suffix('.gif')}"
         ) from error
-    width, height = (side - side % 2 for side in sheets[0].size)  # colour is stored at half the resolution
+    width, height = (
+        side - side % 2 for side in sheets[0].size
+    )  # colour is stored at half the resolution
     with av.open(str(out), "w", format="mp4") as file:
         stream = file.add_stream(_codec(), rate=FRAMES_PER_SECOND)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

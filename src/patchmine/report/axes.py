@@ -1,4 +1,6 @@
-"""Axes of a chart: where values lie between 0 and 1, and which round numbers are written beside them."""
+"""Axes of a chart: where values lie between 0 and 1, and which round numbers are written beside
+them.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def _round_step(rough: float) -> float:
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """A logarithmic axis around positive values; labels at 1, 2, 5, 10..., within one decade at round values."""
+    """A logarithmic axis around positive values; labels at 1, 2, 5, 10..., within one decade at
+    round values.
+    """
     low, high = low * (low / high) ** 0.04, high * (high / low) ** 0.04
     if high <= low:
         low, high = low / 1.1, high * 1.1
@@ -72,6 +76,8 @@ def tick_texts(axis: Axis) -> list[str]:
     gap = min((b - a for a, b in pairwise(axis.ticks)), default=1.0)
     largest = max((abs(tick) for tick in axis.ticks), default=0.0)
     if largest and largest < 1e-3:
-        return ["0" if abs(tick) < 1e-12 else f"{tick:.1e}".replace("e-0", "e-") for tick in axis.ticks]
+        return [
+            "0" if abs(tick) < 1e-12 else f"{tick:.1e}".replace("e-0", "e-") for tick in axis.ticks
+        ]
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
     return [f"{tick + 0.0:,.{decimals}f}" for tick in axis.ticks]

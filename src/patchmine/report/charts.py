@@ -1,9 +1,9 @@
 """Line charts as HTML with the curves in SVG, complete without JavaScript.
 
-The plot area is an SVG that stretches, its strokes do not; labels are HTML placed by percent.  So letters keep their
-size at any width and on paper.  Every curve is drawn twice, on a linear and on a logarithmic axis, and report.js only
-chooses.  For the read-out it finds positions and ready-made texts in the chart's data: no number is formatted in two
-languages.
+The plot area is an SVG that stretches, its strokes do not; labels are HTML placed by percent.  So
+letters keep their size at any width and on paper.  Every curve is drawn twice, on a linear and on a
+logarithmic axis, and report.js only chooses.  For the read-out it finds positions and ready-made
+texts in the chart's data: no number is formatted in two languages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _VIEW = 1000.0
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's line in a chart: ``mean``, ``low`` and ``high`` at ``steps``, each (N,) with N <= MOST_POINTS.
+    """One run's line in a chart: ``mean``, ``low`` and ``high`` at ``steps``, each (N,) with N <=
+    MOST_POINTS.
 
     ``smooth`` (N,) is a moving mean, or None where the values themselves are the line.
     """
@@ -47,8 +48,9 @@ class Curve:
 class Chart:
     """What a chart shows and how.
 
-    ``wide``: over the whole page.  ``from_zero``: the axis starts at 0.  ``log_axis``: a logarithmic one makes sense.
-    ``dots``: few values, each of them marked.  ``show`` writes a value, ``unit`` stands behind the numbers of the axis.
+    ``wide``: over the whole page.  ``from_zero``: the axis starts at 0.  ``log_axis``: a
+    logarithmic one makes sense. ``dots``: few values, each of them marked.  ``show`` writes a
+    value, ``unit`` stands behind the numbers of the axis.
     """
 
     key: str
@@ -63,8 +65,11 @@ class Chart:
     unit: str = ""
 
 
-def make_curve(run: int, name: str, series: Series, *, smooth: bool, most: int = MOST_POINTS) -> Curve:
-    """The series as it is, or as means with their extremes over ``most`` bins of steps when it is longer.
+def make_curve(
+    run: int, name: str, series: Series, *, smooth: bool, most: int = MOST_POINTS
+) -> Curve:
+    """The series as it is, or as means with their extremes over ``most`` bins of steps when it is
+    longer.
 
     ``smooth``: add a moving mean, because the values are noisy and there are enough of them.
     """
@@ -75,7 +80,8 @@ def make_curve(run: int, name: str, series: Series, *, smooth: bool, most: int =
 
 
 def moving_mean(values: Floats, reach: int) -> Floats:
-    """Mean over ``reach`` neighbours to either side; fewer near the ends, as many as there are on *both* sides.
+    """Mean over ``reach`` neighbours to either side; fewer near the ends, as many as there are on
+    *both* sides.
 
     So a slope stays a slope and the ends stay where they are.
     """
@@ -88,7 +94,9 @@ def moving_mean(values: Floats, reach: int) -> Floats:
 
 def _binned(run: int, name: str, series: Series, most: int) -> Curve:
     if len(series.steps) <= most:
-        return Curve(run, name, series.steps, series.values, series.values, series.values, binned=False)
+        return Curve(
+            run, name, series.steps, series.values, series.values, series.values, binned=False
+        )
     edges = np.linspace(series.steps[0], series.steps[-1], most + 1)
     starts = np.unique(
         np.searchsorted(series.steps, edges[:-1], side="left")
@@ -114,7 +122,11 @@ def draw(chart: Chart, position: int, last_step: float) -> tuple[str, dict[str, 
     low = min(float(curve.low.min()) for curve in chart.curves)
     high = max(float(curve.high.max()) for curve in chart.curves)
     linear = linear_axis(low, high, chart.from_zero)
-    log = log_axis(low, high) if chart.log_axis and low > 0 and (chart.wide or high > 3 * low) else None
+    log = (
+        log_axis(low, high)
+        if chart.log_axis and low > 0 and (chart.wide or high > 3 * low)
+        else None
+    )
     figure = "\n".join(
         [
             f'<figure class="chart{" wide" if chart.wide else ""}" id="chart-{escape(chart.key)}">',
@@ -125,7 +137,10 @@ def draw(chart: Chart, position: int, last_step: float) -> tuple[str, dict[str, 
             _svg(chart, x, linear, log),
             _labels(chart, x, linear, log),
             '<i class="cross off"></i>',
-            *(f'<i class="dot run-{curve.run % 8} off" data-run="{curve.run}"></i>' for curve in chart.curves),
+            *(
+                f'<i class="dot run-{curve.run % 8} off" data-run="{curve.run}"></i>'
+                for curve in chart.curves
+            ),
             "</div>",
             numbers_table(chart),
             "</figure>",
@@ -136,11 +151,17 @@ def draw(chart: Chart, position: int, last_step: float) -> tuple[str, dict[str, 
 
 def _step_axis(last: float) -> Axis:
     axis = linear_axis(0.0, max(last, 1.0), from_zero=True, about=6)
-    return Axis(0.0, max(last, 1.0), [tick for tick in axis.ticks if tick <= last and tick.is_integer()])
+    return Axis(
+        0.0, max(last, 1.0), [tick for tick in axis.ticks if tick <= last and tick.is_integer()]
+    )
 
 
 def _caption(chart: Chart, has_log: bool) -> str:
-    button = '<button type="button" class="log" aria-pressed="false">log scale</button>' if has_log else ""
+    button = (
+        '<button type="button" class="log" aria-pressed="false">log scale</button>'
+        if has_log
+        else ""
+    )
     return f'<figcaption><h3>{escape(chart.title)}</h3><p class="note">{escape(chart.note)}</p>{button}</figcaption>'
 
 
@@ -184,7 +205,9 @@ def _drawing(chart: Chart, x: Axis, y: Axis) -> str:
         across = x.place(curve.steps) * _VIEW
         run = f'data-run="{curve.run}" class="%s run-{curve.run % 8}{" cycle" if curve.run >= 8 else ""}"'
         if curve.binned:
-            parts.append(f'<path {run % "band"} d="{_band(across, y.place(curve.low), y.place(curve.high))}"/>')
+            parts.append(
+                f'<path {run % "band"} d="{_band(across, y.place(curve.low), y.place(curve.high))}"/>'
+            )
         if curve.smooth is not None:
             parts.append(f'<path {run % "faint"} d="{_line(across, y.place(curve.mean))}"/>')
         line = curve.mean if curve.smooth is None else curve.smooth
@@ -218,7 +241,9 @@ def _labels(chart: Chart, x: Axis, linear: Axis, log: Axis | None) -> str:
         f'<span class="tick y {scale}" style="bottom:{100 * place:.2f}%">{escape(text + chart.unit)}</span>'
         for axis, scale in ((linear, "linear"), (log, "log off"))
         if axis is not None
-        for place, text in zip(axis.place(np.asarray(axis.ticks, dtype=float)), tick_texts(axis), strict=True)
+        for place, text in zip(
+            axis.place(np.asarray(axis.ticks, dtype=float)), tick_texts(axis), strict=True
+        )
     ]
     spans += [
         f'<span class="tick x" style="left:{100 * place:.2f}%">{whole(tick)}</span>'
@@ -228,7 +253,9 @@ def _labels(chart: Chart, x: Axis, linear: Axis, log: Axis | None) -> str:
 
 
 def _data(chart: Chart, x: Axis, linear: Axis, log: Axis | None) -> dict[str, object]:
-    """Per curve: steps, and for each the place across, the places up on both axes and the text of the value."""
+    """Per curve: steps, and for each the place across, the places up on both axes and the text of
+    the value.
+    """
     curves = [
         {
             "run": curve.run,
@@ -247,9 +274,15 @@ def numbers_table(chart: Chart) -> str:
     """The same curves as numbers, at most some two dozen rows of each."""
     rows: dict[int, dict[int, str]] = {}
     for curve in chart.curves:
-        chosen = np.unique(np.linspace(0, len(curve.steps) - 1, min(_TABLE_ROWS, len(curve.steps))).round().astype(int))
+        chosen = np.unique(
+            np.linspace(0, len(curve.steps) - 1, min(_TABLE_ROWS, len(curve.steps)))
+            .round()
+            .astype(int)
+        )
         for i in chosen:
-            rows.setdefault(round(float(curve.steps[i])), {})[curve.run] = chart.show(float(curve.mean[i]))
+            rows.setdefault(round(float(curve.steps[i])), {})[curve.run] = chart.show(
+                float(curve.mean[i])
+            )
     head = "".join(f'<th scope="col">{escape(curve.name)}</th>' for curve in chart.curves)
     body = "".join(
         f'<tr><th scope="row">{whole(step)}</th>'

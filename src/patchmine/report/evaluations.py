@@ -1,4 +1,6 @@
-"""The part of a report that shows eval/NAME.json of every run: accuracies as bars, and the floors below them."""
+"""The part of a report that shows eval/NAME.json of every run: accuracies as bars, and the floors
+below them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from patchmine.report.words import NOTHING, number, percent, points, title
 class Result:
     """One evaluation of one run.
 
-    Accuracies in percent, ``floors`` name -> top-1.  ``measures``: the numbers of an evaluation that has no
-    accuracy.  ``notes``: sentences for the reader.  ``conditions``: how it was made.
+    Accuracies in percent, ``floors`` name -> top-1.  ``measures``: the numbers of an evaluation
+    that has no accuracy.  ``notes``: sentences for the reader.  ``conditions``: how it was made.
     """
 
     run: int
@@ -38,7 +40,9 @@ def evaluations_section(runs: Sequence[RunRecord]) -> str:
     if not by_name:
         return ""
     everything = [result for results in by_name.values() for result in results]
-    accuracies = [value for r in everything for value in (r.top1, *r.floors.values()) if value is not None]
+    accuracies = [
+        value for r in everything for value in (r.top1, *r.floors.values()) if value is not None
+    ]
     scale = min(100.0, 10.0 * math.ceil(max(accuracies, default=0.0) * 1.05 / 10)) or 100.0
     columns = max(len(_floors(results)) for results in by_name.values())
     tables = [_table(name, results, scale, columns) for name, results in sorted(by_name.items())]
@@ -55,17 +59,27 @@ def read_result(run: int, name: str, content: Mapping[str, object]) -> Result:
     floors = content.get("floors")
     found = {}
     for floor, accuracies in floors.items() if isinstance(floors, Mapping) else ():
-        accuracy = finite_number(accuracies.get("top1")) if isinstance(accuracies, Mapping) else None
+        accuracy = (
+            finite_number(accuracies.get("top1")) if isinstance(accuracies, Mapping) else None
+        )
         if accuracy is not None:
             found[str(floor)] = accuracy
-    rest = {key: value for key, value in content.items() if key not in ("name", "top1", "top5", "floors", "notes")}
+    rest = {
+        key: value
+        for key, value in content.items()
+        if key not in ("name", "top1", "top5", "floors", "notes")
+    }
     notes = content.get("notes")
     said = [str(note) for note in notes] if isinstance(notes, list) else []
     measures = (
-        {} if top1 is not None else {k: n for k, value in rest.items() if (n := finite_number(value)) is not None}
+        {}
+        if top1 is not None
+        else {k: n for k, value in rest.items() if (n := finite_number(value)) is not None}
     )
     conditions = flatten({key: value for key, value in rest.items() if key not in measures})
-    return Result(run, name, top1, finite_number(content.get("top5")), found, measures, said, conditions)
+    return Result(
+        run, name, top1, finite_number(content.get("top5")), found, measures, said, conditions
+    )
 
 
 def _table(name: str, results: Sequence[Result], scale: float, columns: int) -> str:
@@ -73,7 +87,9 @@ def _table(name: str, results: Sequence[Result], scale: float, columns: int) -> 
     measures = list(dict.fromkeys(key for result in results for key in result.measures))
     floors = _floors(results)
     if measures:
-        head = "".join(f'<th scope="col" class="number">{escape(_spoken(key))}</th>' for key in measures)
+        head = "".join(
+            f'<th scope="col" class="number">{escape(_spoken(key))}</th>' for key in measures
+        )
         rows = [_start(result) + _measures(result, measures) for result in results]
     else:
         spare = '<td class="number"></td>' * (columns - len(floors))
@@ -92,7 +108,9 @@ def _start(result: Result) -> str:
 
 
 def _measures(result: Result, measures: Sequence[str]) -> str:
-    return "".join(f'<td class="number">{number(result.measures.get(key, math.nan))}</td>' for key in measures)
+    return "".join(
+        f'<td class="number">{number(result.measures.get(key, math.nan))}</td>' for key in measures
+    )
 
 
 def _accuracy_head(floors: Sequence[str], scale: float) -> str:
@@ -128,7 +146,10 @@ def _notes(results: Sequence[Result]) -> str:
     for result in results:
         for note in result.notes:
             said.setdefault(note, []).append(result.name)
-    lines = [note if len(names) == len(results) else f"{', '.join(names)}: {note}" for note, names in said.items()]
+    lines = [
+        note if len(names) == len(results) else f"{', '.join(names)}: {note}"
+        for note, names in said.items()
+    ]
     return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)
 
 
@@ -160,7 +181,11 @@ def _accuracy(value: float | None) -> str:
 
 def _bar(result: Result, floors: Sequence[str], scale: float) -> str:
     spoken = [f"{percent(result.top1)} top-1"] if result.top1 is not None else []
-    spoken += [f"{_spoken(floor)} {percent(result.floors[floor])}" for floor in floors if floor in result.floors]
+    spoken += [
+        f"{_spoken(floor)} {percent(result.floors[floor])}"
+        for floor in floors
+        if floor in result.floors
+    ]
     marks = "".join(
         f'<i class="floor floor-{k % 3}" style="left:{_along(result.floors[floor], scale):.2f}%"></i>'
         for k, floor in enumerate(floors)

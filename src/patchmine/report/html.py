@@ -35,8 +35,8 @@ _NOTES = {
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write one self-contained page about these run folders to ``out`` and return its path.
 
-    Raises UserError for a folder that holds no run, and for an ``out`` that cannot be written; whatever else is missing
-    or damaged is left out of the page, which says so.
+    Raises UserError for a folder that holds no run, and for an ``out`` that cannot be written;
+    whatever else is missing or damaged is left out of the page, which says so.
     """
     page = render(read_runs(runs), written=datetime.now(UTC))
     path = Path(out)
@@ -49,11 +49,21 @@ def render(runs: Sequence[RunRecord], written: datetime) -> str:
     """The page as text."""
     figures, data = _draw_all(charts(runs))
     curves = (
-        f'<section id="curves"><h2>Curves</h2>{_LINES}<div class="grid">{figures}</div></section>' if figures else ""
+        f'<section id="curves"><h2>Curves</h2>{_LINES}<div class="grid">{figures}</div></section>'
+        if figures
+        else ""
     )
     heading = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    about = " · ".join(identity(runs[0])) if len(runs) == 1 else " · ".join(run.name for run in runs)
-    body = [overview_section(runs), evaluations_section(runs), curves, pictures_section(runs), settings_section(runs)]
+    about = (
+        " · ".join(identity(runs[0])) if len(runs) == 1 else " · ".join(run.name for run in runs)
+    )
+    body = [
+        overview_section(runs),
+        evaluations_section(runs),
+        curves,
+        pictures_section(runs),
+        settings_section(runs),
+    ]
     return Template(_static("page.html")).substitute(
         title=escape(" · ".join(run.name for run in runs)),
         heading=escape(heading),
@@ -69,7 +79,9 @@ def render(runs: Sequence[RunRecord], written: datetime) -> str:
 
 
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """One chart per logged quantity: the loss, evaluations, the method's own terms, then rate and speed."""
+    """One chart per logged quantity: the loss, evaluations, the method's own terms, then rate and
+    speed.
+    """
     names = list(dict.fromkeys(name for run in runs for name in run.series))
     if not any(run.series["skipped"].values.any() for run in runs if "skipped" in run.series):
         names = [name for name in names if name != "skipped"]  # no step was lost: nothing to see
@@ -95,7 +107,10 @@ def _chart(name: str, runs: Sequence[RunRecord]) -> Chart:
         note=note,
         curves=[
             make_curve(
-                i, run.name, in_percent(run.series[name]) if name == "data_wait" else run.series[name], smooth=smooth
+                i,
+                run.name,
+                in_percent(run.series[name]) if name == "data_wait" else run.series[name],
+                smooth=smooth,
             )
             for i, run in enumerate(runs)
             if name in run.series
@@ -110,7 +125,9 @@ def _chart(name: str, runs: Sequence[RunRecord]) -> Chart:
 
 
 def _draw_all(chosen: Sequence[Chart]) -> tuple[str, list[dict[str, object]]]:
-    last_step = max((float(curve.steps[-1]) for chart in chosen for curve in chart.curves), default=1.0)
+    last_step = max(
+        (float(curve.steps[-1]) for chart in chosen for curve in chart.curves), default=1.0
+    )
     drawn = [draw(chart, position, last_step) for position, chart in enumerate(chosen)]
     return "\n".join(figure for figure, _ in drawn), [data for _, data in drawn]
 

@@ -1,4 +1,6 @@
-"""The top of a report: how far each run is and how it did, as key figures of one run or as a table of several."""
+"""The top of a report: how far each run is and how it did, as key figures of one run or as a table
+of several.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from patchmine.report.words import NOTHING, duration, number, percent, rate, tit
 
 @dataclass(frozen=True)
 class Fact:
-    """One figure of a run: ``value`` as shown, ``best`` the number by which runs are ranked (None: they are not)."""
+    """One figure of a run: ``value`` as shown, ``best`` the number by which runs are ranked (None:
+    they are not).
+    """
 
     label: str
     value: str
@@ -45,7 +49,9 @@ def complaints(runs: Sequence[RunRecord]) -> str:
     lines = [f"{run.name}: {complaint}" for run in runs for complaint in run.unread]
     if not lines:
         return ""
-    return '<ul class="complaints">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    return (
+        '<ul class="complaints">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    )
 
 
 def identity(run: RunRecord) -> list[str]:
@@ -67,9 +73,17 @@ def facts(run: RunRecord) -> list[Fact]:
     found = [Fact("loss", number(run.series["loss"].last))] if "loss" in run.series else []
     found += _accuracies(run)
     if "images_per_second" in run.series:
-        found.append(Fact("samples per second", rate(float(np.median(run.series["images_per_second"].values)))))
+        found.append(
+            Fact(
+                "samples per second", rate(float(np.median(run.series["images_per_second"].values)))
+            )
+        )
     if "data_wait" in run.series:
-        found.append(Fact("waiting for data", percent(100 * float(np.median(run.series["data_wait"].values)))))
+        found.append(
+            Fact(
+                "waiting for data", percent(100 * float(np.median(run.series["data_wait"].values)))
+            )
+        )
     if run.seconds is not None:
         found.append(Fact("time in training", duration(run.seconds)))
     return found
@@ -80,7 +94,9 @@ def _accuracies(run: RunRecord) -> list[Fact]:
     for name, series in run.series.items():
         if name.endswith(".top1"):
             label = f"{title(name.removesuffix('.top1'))} top-1 in training"
-            top = f"best {percent(series.values.max())}" if series.values.max() > series.last else ""
+            top = (
+                f"best {percent(series.values.max())}" if series.values.max() > series.last else ""
+            )
             found.append(Fact(label, percent(series.last), top, best=series.last))
     for name, content in run.evaluations.items():
         top1 = finite_number(content.get("top1"))
@@ -131,12 +147,22 @@ def _comparison(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def _comparison_row(i: int, run: RunRecord, by_run: Sequence[Mapping[str, Fact]], labels: Sequence[str]) -> str:
+def _comparison_row(
+    i: int, run: RunRecord, by_run: Sequence[Mapping[str, Fact]], labels: Sequence[str]
+) -> str:
     cells = []
     for label in labels:
         fact = by_run[i].get(label)
-        rivals = [found[label].best for found in by_run if label in found and found[label].best is not None]
-        best = fact is not None and len(rivals) > 1 and fact.best == max(r for r in rivals if r is not None)
+        rivals = [
+            found[label].best
+            for found in by_run
+            if label in found and found[label].best is not None
+        ]
+        best = (
+            fact is not None
+            and len(rivals) > 1
+            and fact.best == max(r for r in rivals if r is not None)
+        )
         detail = f"<small>{escape(fact.detail)}</small>" if fact is not None and fact.detail else ""
         text = NOTHING if fact is None else escape(fact.value)
         cells.append(f'<td class="number{" best" if best else ""}">{text}{detail}</td>')

@@ -20,7 +20,9 @@ Pixels = npt.NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 LEAST_SIDE, MOST_SIDE = 150, 512
-"""Pixels of a cell's shorter and longer side.  Small images are enlarged by a whole factor: each pixel is a square."""
+"""Pixels of a cell's shorter and longer side.  Small images are enlarged by a whole factor: each
+pixel is a square.
+"""
 LEAST_FRAME_SIDE, MOST_FRAMES = 100, 8
 """Pixels of a frame's shorter side, and frames of a clip, on the contact sheet of clips."""
 
@@ -29,7 +31,8 @@ _INK, _SOFT, _PAPER = (27, 29, 32), (99, 103, 110), (255, 255, 255)
 _TITLE_SIZE, _NOTE_SIZE = 14, 12
 _HATCH_LIGHT, _HATCH_DARK, _HATCH_PERIOD = 236, 176, 8
 
-# Dark blue over green to pale yellow: brightness rises all the way, which any colour vision and a grey printer keep.
+# Dark blue over green to pale yellow: brightness rises all the way, which any colour vision and a
+# grey printer keep.
 _RAMP = np.array(
     [
         (24, 15, 62),
@@ -48,8 +51,8 @@ _RAMP = np.array(
 class _Cell:
     """One picture of a sheet: (C, H, W), or a map (rows, columns).
 
-    ``span``: where the colours of a map begin and end; None: at its own smallest and largest value.  ``bar``: whether
-    the scale is drawn below.
+    ``span``: where the colours of a map begin and end; None: at its own smallest and largest
+    value.  ``bar``: whether the scale is drawn below.
     """
 
     kind: str
@@ -60,7 +63,9 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Table:
-    """What stands on a sheet: rows of cells, a title for each column, a label for each row (or none at all)."""
+    """What stands on a sheet: rows of cells, a title for each column, a label for each row (or none
+    at all).
+    """
 
     rows: Sequence[Sequence[_Cell]]
     titles: Sequence[str]
@@ -71,7 +76,9 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where everything goes, in pixels: cells of ``height`` and ``width``, columns from ``left``, rows at ``tops``."""
+    """Where everything goes, in pixels: cells of ``height`` and ``width``, columns from ``left``,
+    rows at ``tops``.
+    """
 
     height: int
     width: int
@@ -102,12 +109,13 @@ def draw_panels(
 ) -> Image.Image:
     """A labelled contact sheet of the panels of one batch.
 
-    Of images, a row for each and a column for each panel.  Of clips, a row for each panel of each clip, and columns of
-    up to `MOST_FRAMES` frames.
+    Of images, a row for each and a column for each panel.  Of clips, a row for each panel of each
+    clip, and columns of up to `MOST_FRAMES` frames.
 
-    ``mean``, ``std`` (C,): what images were normalised with.  ``labels``: a name for each image or clip.  Of more than
-    three channels the first three are shown, of two the first.  What is NaN is missing and drawn hatched.  Each heat
-    map has its own scale from its smallest to its largest value, both written under it; all of a clip's share one.
+    ``mean``, ``std`` (C,): what images were normalised with.  ``labels``: a name for each image or
+    clip.  Of more than three channels the first three are shown, of two the first.  What is NaN is
+    missing and drawn hatched.  Each heat map has its own scale from its smallest to its largest
+    value, both written under it; all of a clip's share one.
     """
     if panels[0].data.ndim == 5:
         return _draw(_clip_table(panels, labels), mean, std)
@@ -121,7 +129,8 @@ def draw_moments(
     *,
     labels: Sequence[str] = (),
 ) -> Iterator[Image.Image]:
-    """One sheet for each frame of clips, all laid out alike: a row for each clip, a column for each panel.
+    """One sheet for each frame of clips, all laid out alike: a row for each clip, a column for each
+    panel.
 
     The arguments are those of `draw_panels`.
     """
@@ -140,7 +149,10 @@ def draw_moments(
 
 def _image_table(panels: Sequence[Panel], labels: Sequence[str]) -> _Table:
     return _Table(
-        rows=[[_Cell(p.kind, p.data[row], bar=p.kind == "heat") for p in panels] for row in range(len(panels[0].data))],
+        rows=[
+            [_Cell(p.kind, p.data[row], bar=p.kind == "heat") for p in panels]
+            for row in range(len(panels[0].data))
+        ],
         titles=[panel.title for panel in panels],
         labels=[[label] for label in labels],
         size=_cell_size(panels, LEAST_SIDE),
@@ -160,7 +172,10 @@ def _clip_table(panels: Sequence[Panel], labels: Sequence[str]) -> _Table:
         for i, panel in enumerate(panels):
             is_map = panel.kind == "heat"
             rows.append(
-                [_Cell(panel.kind, at[clip], spans[i][clip], is_map and not k) for k, at in enumerate(frames[i])]
+                [
+                    _Cell(panel.kind, at[clip], spans[i][clip], is_map and not k)
+                    for k, at in enumerate(frames[i])
+                ]
             )
             row_labels.append([panel.title] if i else [names[clip], panel.title])
     return _Table(
@@ -173,7 +188,9 @@ def _clip_table(panels: Sequence[Panel], labels: Sequence[str]) -> _Table:
 
 
 def _frame(panel: Panel, moment: int, moments: int) -> Tensor:
-    """What a panel of clips shows at one of ``moments`` frames: (B, C, H, W), or maps (B, rows, columns)."""
+    """What a panel of clips shows at one of ``moments`` frames: (B, C, H, W), or maps (B, rows,
+    columns).
+    """
     axis = 1 if panel.kind == "heat" else 2
     return panel.data.select(axis, moment * panel.data.shape[axis] // moments)
 
@@ -189,7 +206,9 @@ def _ends(values: Tensor) -> tuple[float, float]:
     return (float(there.min()), float(there.max())) if there.numel() else (math.nan, math.nan)
 
 
-def _draw(table: _Table, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Image.Image:
+def _draw(
+    table: _Table, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
+) -> Image.Image:
     layout = _lay_out(table)
     sheet = Image.new("RGB", layout.sheet_size(), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -229,7 +248,8 @@ def _lay_out(table: _Table) -> _Layout:
         tops=tops,
         titles=titles,
         labels=[
-            [part for line in lines for part in _wrap(line, label_width, _measure(note_font))] for lines in table.labels
+            [part for line in lines for part in _wrap(line, label_width, _measure(note_font))]
+            for lines in table.labels
         ],
         legend=_wrap(table.legend, len(table.titles) * (width + _GAP) - _GAP, _measure(note_font)),
         title_font=title_font,
@@ -239,22 +259,33 @@ def _lay_out(table: _Table) -> _Layout:
 
 def _legend(panels: Sequence[Panel], scales: str) -> str:
     """What the drawing means, as far as it needs saying."""
-    missing = "Hatched: nothing there. " if any(bool(panel.data.isnan().any()) for panel in panels) else ""
-    maps = f"Maps: dark is low, light is high, {scales}." if any(p.kind == "heat" for p in panels) else ""
+    missing = (
+        "Hatched: nothing there. "
+        if any(bool(panel.data.isnan().any()) for panel in panels)
+        else ""
+    )
+    maps = (
+        f"Maps: dark is low, light is high, {scales}."
+        if any(p.kind == "heat" for p in panels)
+        else ""
+    )
     return missing + maps
 
 
 def image_pixels(
-    image: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, size: tuple[int, int]
+    image: Tensor,
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    size: tuple[int, int],
 ) -> Pixels:
     """A normalised image (C, H, W) as RGB pixels (*size, 3), NaN hatched."""
     channels = len(image)
     scale = torch.as_tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
     offset = torch.as_tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
     colours = image.detach().float().cpu() * scale + offset  # (C, H, W) in [0, 1]
-    shown = (colours if channels == 3 else colours[:3] if channels > 3 else colours[:1].expand(3, -1, -1)).permute(
-        1, 2, 0
-    )
+    shown = (
+        colours if channels == 3 else colours[:3] if channels > 3 else colours[:1].expand(3, -1, -1)
+    ).permute(1, 2, 0)
     missing = shown.isnan().any(dim=2).numpy()
     filled = (shown.nan_to_num(0.0).clamp(0, 1) * 255).round().byte().numpy()
     return _hatched(_resized(filled, size), _resized(missing, size))
@@ -263,7 +294,8 @@ def image_pixels(
 def heat_pixels(
     heat: Tensor, size: tuple[int, int], span: tuple[float, float] | None = None
 ) -> tuple[Pixels, float, float]:
-    """A map (rows, columns) as RGB pixels (*size, 3), NaN hatched, with the ends of its scale (NaN: none).
+    """A map (rows, columns) as RGB pixels (*size, 3), NaN hatched, with the ends of its scale (NaN:
+    none).
 
     The scale is ``span``, or else goes from the smallest to the largest value.
     """
@@ -278,12 +310,21 @@ def heat_pixels(
 def colour(places: npt.NDArray[np.floating[Any]]) -> Pixels:
     """Colours (..., 3) of places in [0, 1] on the ramp from dark (0) to light (1)."""
     along = np.linspace(0, 1, len(_RAMP))
-    return np.stack([np.interp(places, along, _RAMP[:, i]) for i in range(3)], axis=-1).round().astype(np.uint8)
+    return (
+        np.stack([np.interp(places, along, _RAMP[:, i]) for i in range(3)], axis=-1)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def _cell_size(panels: Sequence[Panel], least: int) -> tuple[int, int]:
-    """Height and width in which every panel is drawn: the images' own, enlarged to ``least`` at least, or shrunk."""
-    shape = next((panel.data.shape[-2:] for panel in panels if panel.kind == "image"), panels[0].data.shape[-2:])
+    """Height and width in which every panel is drawn: the images' own, enlarged to ``least`` at
+    least, or shrunk.
+    """
+    shape = next(
+        (panel.data.shape[-2:] for panel in panels if panel.kind == "image"),
+        panels[0].data.shape[-2:],
+    )
     height, width = int(shape[0]), int(shape[1])
     factor = max(1, math.ceil(least / min(height, width)))
     shrink = min(1.0, MOST_SIDE / (factor * max(height, width)))
@@ -302,12 +343,19 @@ def _resized(values: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any
 def _hatched(pixels: Pixels, missing: npt.NDArray[np.bool_]) -> Pixels:
     """The pixels with diagonal lines where something is missing."""
     down, across = np.indices(missing.shape)
-    stripes = np.where((down + across) % _HATCH_PERIOD < 2, _HATCH_DARK, _HATCH_LIGHT).astype(np.uint8)
+    stripes = np.where((down + across) % _HATCH_PERIOD < 2, _HATCH_DARK, _HATCH_LIGHT).astype(
+        np.uint8
+    )
     return np.where(missing[:, :, None], stripes[:, :, None], pixels)
 
 
 def _place_heat(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: _Cell, at: tuple[int, int], size: tuple[int, int], font: Font
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    cell: _Cell,
+    at: tuple[int, int],
+    size: tuple[int, int],
+    font: Font,
 ) -> None:
     """A heat map, and if the cell wants it a colour bar with its two ends below."""
     (x, y), (height, width) = at, size

@@ -31,7 +31,9 @@ def pictures_section(runs: Sequence[RunRecord]) -> str:
     return '<section id="pictures"><h2>Pictures over training</h2>' + "".join(strips) + "</section>"
 
 
-def choose(samples: Sequence[tuple[int, Path]], most: int = MOST_PICTURES) -> list[tuple[int, Path]]:
+def choose(
+    samples: Sequence[tuple[int, Path]], most: int = MOST_PICTURES
+) -> list[tuple[int, Path]]:
     """At most ``most`` of the pictures, evenly spread, the first and the last included."""
     if len(samples) <= most:
         return list(samples)
@@ -54,7 +56,9 @@ class _NoPictureError(Exception):
 
 def _packed(path: Path) -> tuple[str, bytes, tuple[int, int]]:
     """Kind, content and size (width first) of a picture, made small where it is a photograph."""
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:  # opening a pipe would wait for ever
+    if (
+        not path.is_file() or path.stat().st_size > _MOST_BYTES
+    ):  # opening a pipe would wait for ever
         raise _NoPictureError
     raw = path.read_bytes()
     with Image.open(io.BytesIO(raw)) as picture:
@@ -71,7 +75,9 @@ def _packed(path: Path) -> tuple[str, bytes, tuple[int, int]]:
 
 
 def _strip(i: int, run: RunRecord, named: bool) -> str:
-    pictures = [(step, found) for step, path in choose(run.samples) if (found := embed(path)) is not None]
+    pictures = [
+        (step, found) for step, path in choose(run.samples) if (found := embed(path)) is not None
+    ]
     if not pictures:
         return ""
     last = len(pictures) - 1

@@ -1,7 +1,7 @@
 """What a report needs to know about a run, read from its folder and from nothing else.
 
-The folder may belong to a run that is still going, was killed in the middle of a line, or never had labels: whatever is
-missing is left out, and only a folder that is no run at all is refused.
+The folder may belong to a run that is still going, was killed in the middle of a line, or never had
+labels: whatever is missing is left out, and only a folder that is no run at all is refused.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from patchmine.errors import UserError, foreign_parser
-from patchmine.names import shown_name
+from patchmine.config.words import read_yaml
+from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.train.log import read_line, step_of
-from patchmine.words import read_yaml
 
 Floats = npt.NDArray[np.float64]
 
 _POSITION = ("step", "epoch", "samples")
-_LARGEST, _SMALLEST = 1e100, 1e-100  # beyond it a number is damage, below it 0: charts can divide by any other
+_LARGEST, _SMALLEST = (
+    1e100,
+    1e-100,
+)  # beyond it a number is damage, below it 0: charts can divide by any other
 _DEEPEST, _LONGEST = 8, 500  # of settings and conditions, levels and letters that are shown
 _EVALUATION_BYTES = 2**20
 _SAMPLE_NAME = re.compile(r"step-(\d+)\.png")
@@ -31,7 +33,9 @@ _SAMPLE_NAME = re.compile(r"step-(\d+)\.png")
 
 @dataclass(frozen=True)
 class Series:
-    """One quantity over training: ``values`` at ``steps``, both (N,) float64, steps rising, values finite."""
+    """One quantity over training: ``values`` at ``steps``, both (N,) float64, steps rising, values
+    finite.
+    """
 
     steps: Floats
     values: Floats
@@ -51,10 +55,11 @@ def in_percent(series: Series) -> Series:
 class RunRecord:
     """Everything a report shows about one run.
 
-    ``settings``: dotted name -> value as text.  ``series``: name in metrics.jsonl -> values; those of evaluations made
-    during training are called ``knn.top1``.  ``evaluations``: name -> content of eval/NAME.json.  ``samples``: (step,
-    picture), rising.  ``total_steps`` and ``steps_per_epoch`` are None where the folder does not tell.  ``unread``:
-    complaints about files that could not be read.
+    ``settings``: dotted name -> value as text.  ``series``: name in metrics.jsonl -> values; those
+    of evaluations made during training are called ``knn.top1``.  ``evaluations``: name -> content
+    of eval/NAME.json.  ``samples``: (step, picture), rising.  ``total_steps`` and
+    ``steps_per_epoch`` are None where the folder does not tell.  ``unread``: complaints about files
+    that could not be read.
     """
 
     name: str
@@ -73,9 +78,14 @@ class RunRecord:
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
     """The runs in these folders, named apart.  Raises UserError for a folder that holds no run."""
     if not paths:
-        raise UserError("report needs at least one run folder, for example: patchmine report runs/hpm")
+        raise UserError(
+            "report needs at least one run folder, for example: patchmine report runs/hpm"
+        )
     folders = [Path(path) for path in paths]
-    return [read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
+    return [
+        read_run(folder, name)
+        for folder, name in zip(folders, distinct_names(folders), strict=True)
+    ]
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -86,7 +96,8 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
         depth += 1
     names = ["/".join(p[-depth:]) for p in parts]
     return [
-        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})"
+        for i, name in enumerate(names)
     ]
 
 
@@ -141,7 +152,11 @@ def _as_text(value: object, depth: int = 0) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_as_text(part, depth + 1) for part in value[:_LONGEST]) + "]"
     if isinstance(value, Mapping) and value:
-        return "{" + ", ".join(f"{key}: {_as_text(part, depth + 1)}" for key, part in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{key}: {_as_text(part, depth + 1)}" for key, part in value.items())
+            + "}"
+        )
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
@@ -160,7 +175,9 @@ def _read_config(path: Path, unread: list[str]) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of metrics.jsonl: what was measured at a step, in training or in an evaluation made meanwhile."""
+    """One line of metrics.jsonl: what was measured at a step, in training or in an evaluation made
+    meanwhile.
+    """
 
     step: float
     numbers: Mapping[str, float]
@@ -193,26 +210,36 @@ def _parse(text: bytes) -> _Line | None:
     if not isinstance(evaluation, dict):
         return _Line(step, _numbers(content), evaluation=False)
     name = _short(str(evaluation.get("name", "eval")))
-    numbers = {f"{name}.{key}": value for key, value in _numbers(evaluation).items() if key != "step"}
+    numbers = {
+        f"{name}.{key}": value for key, value in _numbers(evaluation).items() if key != "step"
+    }
     return _Line(step, numbers, evaluation=True)
 
 
 def finite_number(value: object) -> float | None:
     """The value if it is a number that can be drawn (a switch is none)."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not -_LARGEST < value < _LARGEST:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not -_LARGEST < value < _LARGEST
+    ):
         return None
     return float(value) if abs(value) >= _SMALLEST else 0.0
 
 
 def _numbers(content: Mapping[str, object]) -> dict[str, float]:
-    return {_short(key): number for key, value in content.items() if (number := finite_number(value)) is not None}
+    return {
+        _short(key): number
+        for key, value in content.items()
+        if (number := finite_number(value)) is not None
+    }
 
 
 def _keep_newest(lines: Iterator[_Line]) -> tuple[list[_Line], list[_Line]]:
     """Training lines and evaluation lines, by rising step.
 
-    A resumed run starts again from its checkpoint and so writes some steps a second time: a training step that is not
-    above the last one takes back what was written from there on.
+    A resumed run starts again from its checkpoint and so writes some steps a second time: a
+    training step that is not above the last one takes back what was written from there on.
     """
     trained: list[_Line] = []
     evaluated: list[_Line] = []
@@ -239,7 +266,9 @@ def _series(lines: Sequence[_Line]) -> dict[str, Series]:
     for name, points in found.items():
         if name not in _POSITION:
             steps = np.asarray(sorted(points), dtype=np.float64)
-            series[name] = Series(steps, np.asarray([points[step] for step in steps], dtype=np.float64))
+            series[name] = Series(
+                steps, np.asarray([points[step] for step in steps], dtype=np.float64)
+            )
     return series
 
 
@@ -256,7 +285,9 @@ def _seconds(lines: Sequence[_Line]) -> float | None:
 
 
 def _total_steps(config: Mapping[str, object], lines: Sequence[_Line]) -> int | None:
-    """The length of the run: as set, or from the epochs that are set and those that were made so far."""
+    """The length of the run: as set, or from the epochs that are set and those that were made so
+    far.
+    """
     steps, epochs = finite_number(config.get("steps")), finite_number(config.get("epochs"))
     if steps is not None:
         return int(steps)
@@ -302,6 +333,8 @@ def _read_evaluation(path: Path) -> Mapping[str, object]:
 
 def _find_samples(folder: Path) -> list[tuple[int, Path]]:
     found = [
-        (int(match[1]), path) for path in folder.glob("step-*.png") if (match := _SAMPLE_NAME.fullmatch(path.name))
+        (int(match[1]), path)
+        for path in folder.glob("step-*.png")
+        if (match := _SAMPLE_NAME.fullmatch(path.name))
     ]
     return sorted(found)

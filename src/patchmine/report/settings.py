@@ -21,14 +21,19 @@ def settings_section(runs: Sequence[RunRecord]) -> str:
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> set[str]:
-    """Names of the settings that are not the same in all runs; a missing one differs from every value."""
+    """Names of the settings that are not the same in all runs; a missing one differs from every
+    value.
+    """
     names = {name for run in settings for name in run}
-    return {name for name in names - _ALWAYS_DIFFERENT if len({run.get(name) for run in settings}) > 1}
+    return {
+        name for name in names - _ALWAYS_DIFFERENT if len({run.get(name) for run in settings}) > 1
+    }
 
 
 def _list(settings: Mapping[str, str]) -> str:
     rows = "".join(
-        f"<div><dt>{_breakable(name)}</dt><dd>{_breakable(value)}</dd></div>" for name, value in settings.items()
+        f"<div><dt>{_breakable(name)}</dt><dd>{_breakable(value)}</dd></div>"
+        for name, value in settings.items()
     )
     return f'<dl class="settings">{rows}</dl>'
 
@@ -56,4 +61,6 @@ def _table(runs: Sequence[RunRecord]) -> str:
 
 def _breakable(text: str) -> str:
     """Escaped, and allowed to break after the characters at which paths and dotted names are read."""
-    return "".join(f"{escape(letter)}<wbr>" if letter in "./_" else escape(letter) for letter in text)
+    return "".join(
+        f"{escape(letter)}<wbr>" if letter in "./_" else escape(letter) for letter in text
+    )

@@ -10,28 +10,32 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patchmine.config import RunConfig
-from patchmine.data.clips import PlainClips
-from patchmine.data.decode import DecodeError
-from patchmine.data.video import VIDEOS
-from patchmine.data.views import PlainView
+from patchmine.backbones.video import is_video
+from patchmine.config.resolve import RunConfig
+from patchmine.data.decoding.decode import DecodeError
+from patchmine.data.decoding.video import VIDEOS
+from patchmine.data.views.clips import PlainClips
+from patchmine.data.views.images import PlainView
 from patchmine.disk import output
 from patchmine.errors import UserError
-from patchmine.models.video import is_video
 from patchmine.report.animation import MOVING, save_animation
 from patchmine.report.panels import draw_moments, draw_panels
 from patchmine.report.reading import distinct_names, read_run
-from patchmine.run import Run
+from patchmine.runs.run import Run
 from patchmine.types import Batch, Progress
 
 
-def show(run_path: str | Path, paths: Sequence[str | Path], out: str | Path, *, seed: int = 0) -> Path:
-    """Draw what the method of a run makes of some images, at the point that its training has reached; returns ``out``.
+def show(
+    run_path: str | Path, paths: Sequence[str | Path], out: str | Path, *, seed: int = 0
+) -> Path:
+    """Draw what the method of a run makes of some images, at the point that its training has
+    reached; returns ``out``.
 
-    Each image is resized to cover the run's image size and cropped at its centre.  ``seed`` decides the random masks.
-    For a run on videos ``paths`` are video files or folders of frames, the clip is the one in the middle of each, and
-    the end of ``out`` decides what is written: ``.gif`` and ``.mp4`` move, a picture is a contact sheet of frames.
-    Raises UserError for what cannot be read, a run without checkpoint, a name of ``out`` that is no picture's.
+    Each image is resized to cover the run's image size and cropped at its centre.  ``seed`` decides
+    the random masks. For a run on videos ``paths`` are video files or folders of frames, the clip
+    is the one in the middle of each, and the end of ``out`` decides what is written: ``.gif`` and
+    ``.mp4`` move, a picture is a contact sheet of frames. Raises UserError for what cannot be read,
+    a run without checkpoint, a name of ``out`` that is no picture's.
     """
     out = Path(out)
     run = Run(run_path)
@@ -39,10 +43,16 @@ def show(run_path: str | Path, paths: Sequence[str | Path], out: str | Path, *, 
     moves = is_video(config.model)
     _check_ending(out, moves)
     if not paths:
-        raise UserError("show needs something to show: name at least one image, or video of a video run, after the run")
-    inputs = torch.stack([_read(Path(path), config) for path in paths])  # (B, C, H, W) or (B, C, T, H, W)
+        raise UserError(
+            "show needs something to show: name at least one image, or video of a video run, after the run"
+        )
+    inputs = torch.stack(
+        [_read(Path(path), config) for path in paths]
+    )  # (B, C, H, W) or (B, C, T, H, W)
     if config.mean is None or config.std is None:
-        raise UserError(f"{run.config_file} has no mean and std; write those that the run was normalised with into it")
+        raise UserError(
+            f"{run.config_file} has no mean and std; write those that the run was normalised with into it"
+        )
     shape = (-1, *[1] * (inputs.ndim - 2))
     mean, std = (torch.tensor(values).reshape(shape) for values in (config.mean, config.std))
     method = run.method()
@@ -65,7 +75,9 @@ def _check_ending(out: Path, moves: bool) -> None:
         return
     moving = ", or .gif or .mp4 for what moves" if moves else ""
     picture = out.parent / f"{out.stem or 'panel'}.png"
-    raise UserError(f"out={out} does not end like the name of a picture; write for example out={picture}{moving}")
+    raise UserError(
+        f"out={out} does not end like the name of a picture; write for example out={picture}{moving}"
+    )
 
 
 def run_progress(run: Run) -> Progress:
@@ -88,22 +100,33 @@ def _read(path: Path, config: RunConfig) -> Tensor:
     except DecodeError as error:
         raise UserError(f"{path} cannot be shown: {error}") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; name {kind} files after the run") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; name {kind} files after the run"
+        ) from error
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
 
 
 def _read_image(path: Path, config: RunConfig) -> Tensor:
     view = PlainView(config.image_size, crop_pct=1.0, max_pixels=config.max_pixels)
-    return view(path.read_bytes(), config.channels, np.random.default_rng(0))[0]  # a plain view draws nothing
+    return view(path.read_bytes(), config.channels, np.random.default_rng(0))[
+        0
+    ]  # a plain view draws nothing
 
 
 def _read_clip(path: Path, config: RunConfig) -> Tensor:
     """The clip in the middle of a video file, or of a folder of frames."""
     clip = config.clip
     view = PlainClips(
-        config.image_size, clip.frames, clip.stride, clip.short, crop_pct=1.0, max_pixels=config.max_pixels
+        config.image_size,
+        clip.frames,
+        clip.stride,
+        clip.short,
+        crop_pct=1.0,
+        max_pixels=config.max_pixels,
     )
-    return view(VIDEOS.read(str(path)), config.channels, np.random.default_rng(0))[0]  # nor does this one
+    return view(VIDEOS.read(str(path)), config.channels, np.random.default_rng(0))[
+        0
+    ]  # nor does this one
 
 
 def _batch(images: Tensor) -> Batch:

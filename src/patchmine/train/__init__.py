@@ -1,1 +1,3 @@
-"""The training loop and what it stands on: engine, optimizers, checkpoints, log.  Knows no method by name."""
+"""The training loop and what it stands on: engine, optimizers, checkpoints, log.  Knows no method
+by name.
+"""

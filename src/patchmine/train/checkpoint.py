@@ -1,9 +1,11 @@
-"""One safetensors file per checkpoint: weights, optimizer state and a little JSON.  Reading one never executes code.
+"""One safetensors file per checkpoint: weights, optimizer state and a little JSON.  Reading one
+never executes code.
 
-``checkpoints/step-00000123.safetensors`` holds ``model.NAME``, ``optimizer.PARAMETER.KEY`` and, in the metadata, the
-step, the library versions, the run's fingerprints and checksums.  It knows nothing of ranks: any number of processes
-can go on from it. A file appears under its name complete or not at all, and only with a state that is finite.
-``checkpoints/last`` points to the newest, for people; patchmine itself lists the files.
+``checkpoints/step-00000123.safetensors`` holds ``model.NAME``, ``optimizer.PARAMETER.KEY`` and, in
+the metadata, the step, the library versions, the run's fingerprints and checksums.  It knows
+nothing of ranks: any number of processes can go on from it. A file appears under its name complete
+or not at all, and only with a state that is finite. ``checkpoints/last`` points to the newest, for
+people; patchmine itself lists the files.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class NotFiniteError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from ``path``: tensors on the CPU, and ``facts`` as they were given to ``save``."""
+    """What was read from ``path``: tensors on the CPU, and ``facts`` as they were given to
+    ``save``.
+    """
 
     path: Path
     step: int
@@ -59,19 +63,27 @@ class Checkpoint:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, oldest step first."""
-    found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in folder.glob("step-*")
+        if (match := _NAME.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
 def refuse_shared(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError when two names share memory: such a file could not be written or would come apart when read."""
+    """Raise ValueError when two names share memory: such a file could not be written or would come
+    apart when read.
+    """
     owner: dict[tuple[torch.device, int], str] = {}
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             continue
         first = owner.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), name)
         if first != name:
-            raise ValueError(f"{first!r} and {name!r} are one tensor; a tensor needs one owner to be saved")
+            raise ValueError(
+                f"{first!r} and {name!r} are one tensor; a tensor needs one owner to be saved"
+            )
 
 
 def save(
@@ -83,12 +95,14 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of ``step`` atomically, point ``last`` to it and keep the newest ``keep`` files.
+    """Write the checkpoint of ``step`` atomically, point ``last`` to it and keep the newest
+    ``keep`` files.
 
     ``facts`` must be JSON.
 
     Raises:
-        NotFiniteError: the state is not finite; like below, the checkpoints that were there before are untouched.
+        NotFiniteError: the state is not finite; like below, the checkpoints that were there before
+        are untouched.
         UserError: the file cannot be written (a full disk, say).
     """
     path = folder / f"step-{step:08d}.safetensors"
@@ -112,9 +126,12 @@ def save(
 
 
 def point_last(path: Path) -> None:
-    """Make ``last`` beside a checkpoint a link to it, or a small file with its name where there are no links."""
+    """Make ``last`` beside a checkpoint a link to it, or a small file with its name where there are
+    no links.
+    """
     last = path.with_name("last")
-    # Nobody here reads it and the checkpoint stands already, so that failing at it must not end the run.
+    # Nobody here reads it and the checkpoint stands already, so that failing at it must not end the
+    # run.
     try:
         with replacing(last) as new:
             new.symlink_to(path.name)
@@ -127,7 +144,8 @@ def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
     """Read a checkpoint, or only its ``parts`` ("model", "optimizer").
 
     Raises:
-        DamagedCheckpointError: anything in it is not as it was written, or it is not the step that its name says.
+        DamagedCheckpointError: anything in it is not as it was written, or it is not the step that
+        its name says.
         UserError: a newer version wrote it.
     """
     path = _followed(path)
@@ -150,8 +168,11 @@ def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
     return Checkpoint(path, head["step"], tensors["model"], tensors["optimizer"], head["facts"])
 
 
-def load_newest(folder: Path, say: Callable[[str], None], *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
-    """The newest readable checkpoint of a folder; damaged ones are passed over with a warning that names both.
+def load_newest(
+    folder: Path, say: Callable[[str], None], *, parts: tuple[str, ...] = _PARTS
+) -> Checkpoint:
+    """The newest readable checkpoint of a folder; damaged ones are passed over with a warning that
+    names both.
 
     Raises:
         UserError: there is none.
@@ -160,7 +181,9 @@ def load_newest(folder: Path, say: Callable[[str], None], *, parts: tuple[str, .
 
 
 def load_newest_finite(folder: Path, say: Callable[[str], None]) -> Checkpoint:
-    """The same, but states that are not finite, as earlier versions could write them, are passed over too."""
+    """The same, but states that are not finite, as earlier versions could write them, are passed
+    over too.
+    """
     return _first_without_fault(folder, say, _PARTS, _fault_of)
 
 
@@ -195,7 +218,10 @@ def versions() -> dict[str, str]:
 
 
 def _first_without_fault(
-    folder: Path, say: Callable[[str], None], parts: tuple[str, ...], fault_of: Callable[[Checkpoint], str]
+    folder: Path,
+    say: Callable[[str], None],
+    parts: tuple[str, ...],
+    fault_of: Callable[[Checkpoint], str],
 ) -> Checkpoint:
     """The newest checkpoint that can be read and in which ``fault_of`` finds nothing."""
     passed_over: list[str] = []
@@ -214,7 +240,9 @@ def _first_without_fault(
         raise UserError(
             f"no usable checkpoint in {folder} ({'; '.join(passed_over)}); start the run anew in another folder"
         )
-    raise UserError(f"no checkpoint in {folder}; the run stopped before its first one, start it anew")
+    raise UserError(
+        f"no checkpoint in {folder}; the run stopped before its first one, start it anew"
+    )
 
 
 def _fault_of(found: Checkpoint) -> str:
@@ -238,11 +266,23 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write(path: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -> None:
     crc32 = {part: _checksum(tensors) for part, tensors in parts.items()}
-    head = {"format": FORMAT, "step": step, "versions": versions(), "crc32": crc32, "facts": dict(facts)}
+    head = {
+        "format": FORMAT,
+        "step": step,
+        "versions": versions(),
+        "crc32": crc32,
+        "facts": dict(facts),
+    }
     text = json.dumps(head)
-    flat = {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    flat = {
+        f"{part}.{name}": tensor
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
     with system_errors(path):
-        save_file(flat, path, metadata={"patchmine": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
+        save_file(
+            flat, path, metadata={"patchmine": text, "crc32": f"{zlib.crc32(text.encode()):08x}"}
+        )
 
 
 def _read_head(kept: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
@@ -255,7 +295,9 @@ def _read_head(kept: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
     head: dict[str, Any] = json.loads(text)
     version = head["format"]
     if "crc32" in kept and isinstance(version, int) and version > FORMAT:
-        raise UserError(f"{path} was written by a newer patchmine (format {version}): update patchmine to read it")
+        raise UserError(
+            f"{path} was written by a newer patchmine (format {version}): update patchmine to read it"
+        )
     if version != (FORMAT if "crc32" in kept else 1):
         raise DamagedCheckpointError(f"it has no known format ({version!r:.20})")
     wanted = {"step": int, "versions": dict, "crc32": dict, "facts": dict}
@@ -274,7 +316,9 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     value = 0
     for name in sorted(tensors):
         tensor = tensors[name]
-        value = zlib.crc32(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode(), value)
+        value = zlib.crc32(
+            json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode(), value
+        )
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return value
 
@@ -289,7 +333,9 @@ def _checksum_of_format_1(tensors: Mapping[str, Tensor]) -> int:
 
 @contextmanager
 def _scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder for safetensors, which first writes to files with names of its own: those too go when we are killed."""
+    """A folder for safetensors, which first writes to files with names of its own: those too go
+    when we are killed.
+    """
     scratch = folder / f"{SCRATCH}.{os.getpid()}"
     scratch.mkdir()
     try:
@@ -299,14 +345,18 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def _make_way(path: Path) -> None:
-    """Remove what killed processes left half written, and move aside a folder that has the checkpoint's name."""
+    """Remove what killed processes left half written, and move aside a folder that has the
+    checkpoint's name.
+    """
     sweep(path.parent)
     if path.is_dir():
         path.rename(path.with_name(f"{path.name}.{os.getpid()}.folder"))
 
 
 def _followed(path: Path) -> Path:
-    """The checkpoint that ``last`` points to, as a link or as a small file; any other path as it is."""
+    """The checkpoint that ``last`` points to, as a link or as a small file; any other path as it
+    is.
+    """
     if _NAME.fullmatch(path.name):
         return path
     if path.is_symlink():
@@ -318,7 +368,9 @@ def _followed(path: Path) -> Path:
 
 
 def _forget(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the newest ``keep`` files, and those beyond ``step``: faulty ones, which resuming passed over."""
+    """Remove all but the newest ``keep`` files, and those beyond ``step``: faulty ones, which
+    resuming passed over.
+    """
     here = folder / f"step-{step:08d}.safetensors"
     paths = list_checkpoints(folder)
     past = paths[: paths.index(here) + 1]

@@ -1,9 +1,10 @@
-"""Devices, processes and precision of a run, and a thin door on Lightning Fabric, which wraps the method.
+"""Devices, processes and precision of a run, and a thin door on Lightning Fabric, which wraps the
+method.
 
 Importing Fabric takes seconds, so it is done late: mistakes in settings and data are told before.
 
-Everything that the loop needs from "many processes" is here and small; sharding (FSDP2) would be another ``strategy``
-in ``_strategy``, and full tensors gathered where the loop saves.
+Everything that the loop needs from "many processes" is here and small; sharding (FSDP2) would be
+another ``strategy`` in ``_strategy``, and full tensors gathered where the loop saves.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch.distributed
 from torch import Tensor, nn
 
 from patchmine.errors import UserError
-from patchmine.method import Method
-from patchmine.ops.batch_norm import synchronise_batch_norms
-from patchmine.ops.linear import fast_linear
+from patchmine.models.batch_norm import synchronise_batch_norms
+from patchmine.models.onednn import fast_linear
+from patchmine.task import Method
 from patchmine.train.group import LONGEST, Group
 from patchmine.train.launch import Launch, read_launch
 from patchmine.types import Batch, Losses, Progress
@@ -36,7 +37,9 @@ _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 class _Arguments:
-    """Batch and progress as a plain object: Fabric rounds floats in collections to bf16; targets must stay fp32."""
+    """Batch and progress as a plain object: Fabric rounds floats in collections to bf16; targets
+    must stay fp32.
+    """
 
     def __init__(self, batch: Batch, progress: Progress) -> None:
         self.batch = batch
@@ -46,7 +49,9 @@ class _Arguments:
 class _Step(nn.Module):
     """The module that is wrapped: one method's forward."""
 
-    def __init__(self, method: Method, arithmetic: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, method: Method, arithmetic: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         super().__init__()
         self.method = method
         self.arithmetic = arithmetic
@@ -69,18 +74,20 @@ class Forward:
 
 
 class Engine:
-    """Where and in what precision a run computes.  Making one brings its processes together, where there are several.
+    """Where and in what precision a run computes.  Making one brings its processes together, where
+    there are several.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        devices: processes on this machine; a launcher (torchrun, srun) that started them has said so already.
+        devices: processes on this machine; a launcher (torchrun, srun) that started them has said
+        so already.
         num_nodes: machines; likewise.
         precision: "fp32", "bf16" (autocast) or "auto" = bf16 on GPUs that have it.
         say: hears, in one process on each machine, for whom we wait.
 
     Raises:
-        UserError: for what this machine cannot do, for a launcher's variables that do not fit together, and naming the
-            processes that did not come in time.
+        UserError: for what this machine cannot do, for a launcher's variables that do not fit
+            together, and naming the processes that did not come in time.
     """
 
     def __init__(
@@ -95,9 +102,15 @@ class Engine:
         launch = read_launch(os.environ, devices, num_nodes)
         if kind == "cpu":
             _refuse_crowding(launch)
-        self.device = torch.device("cuda", _choose_gpu(launch)) if kind == "cuda" else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", _choose_gpu(launch)) if kind == "cuda" else torch.device("cpu")
+        )
         self.precision = _choose_precision(precision, kind)
-        self.rank, self.world_size, self.local_size = launch.rank, launch.world_size, launch.local_size
+        self.rank, self.world_size, self.local_size = (
+            launch.rank,
+            launch.world_size,
+            launch.local_size,
+        )
         if launch.note is not None:
             say(launch.note)
         self._fabric_made: Fabric | None = None
@@ -106,7 +119,9 @@ class Engine:
         if self.world_size > 1:
             self._group = Group(launch, self.device, say if launch.speaks else lambda text: None)
             self._host_group = torch.distributed.new_group(backend="gloo", timeout=LONGEST)
-            atexit.register(self.close)  # threads of an open group end the interpreter with "terminate called"
+            atexit.register(
+                self.close
+            )  # threads of an open group end the interpreter with "terminate called"
 
     @property
     def is_main(self) -> bool:
@@ -115,10 +130,12 @@ class Engine:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around a run: whatever ends it in one process ends it in all, with one sentence and one exit code.
+        """Around a run: whatever ends it in one process ends it in all, with one sentence and one
+        exit code.
 
         Raises:
-            UserError: a mistake met here, or in another process, or naming a process that ended without a word.
+            UserError: a mistake met here, or in another process, or naming a process that ended
+            without a word.
             EndedElsewhereError: a SystemExit where another process on this machine says so.
         """
         if self._group is None:
@@ -165,7 +182,9 @@ class Engine:
     @property
     def _fabric(self) -> Fabric:
         if self._fabric_made is None:
-            self._fabric_made = _make_fabric(self.device, self.rank, self.world_size, self.precision)
+            self._fabric_made = _make_fabric(
+                self.device, self.rank, self.world_size, self.precision
+            )
         return self._fabric_made
 
     def wrap(self, method: Method, *, compile_blocks: bool = False) -> Forward:
@@ -174,9 +193,13 @@ class Engine:
             _compile_blocks(method)
         if self.world_size > 1:
             synchronise_batch_norms(method)
-        arithmetic = fast_linear if self.device.type == "cpu" and not compile_blocks else nullcontext
+        arithmetic = (
+            fast_linear if self.device.type == "cpu" and not compile_blocks else nullcontext
+        )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch 2.15; 2.11 has no other
+            warnings.filterwarnings(
+                "ignore", "`broadcast_buffers` is deprecated"
+            )  # torch 2.15; 2.11 has no other
             forward = Forward(self._fabric.setup_module(_Step(method, arithmetic)))
         if self.world_size > 1:
             for buffer in method.buffers():  # DDP does so for parameters
@@ -206,11 +229,15 @@ class Engine:
         return total / self.world_size
 
     def largest(self, number: int) -> int:
-        """The largest of the processes' numbers.  Goes from host to host, so that no GPU is waited for."""
+        """The largest of the processes' numbers.  Goes from host to host, so that no GPU is waited
+        for.
+        """
         if self._host_group is None:
             return number
         held = torch.tensor(number)
-        torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MAX, group=self._host_group)
+        torch.distributed.all_reduce(
+            held, op=torch.distributed.ReduceOp.MAX, group=self._host_group
+        )
         return int(held)
 
     def barrier(self) -> None:
@@ -256,7 +283,9 @@ def _choose_gpu(launch: Launch) -> int:
 
 
 def _refuse_crowding(launch: Launch) -> None:
-    """Raise UserError for many more processes than this machine has cores; a few more are how a small one tries it."""
+    """Raise UserError for many more processes than this machine has cores; a few more are how a
+    small one tries it.
+    """
     cores = os.cpu_count() or 1
     if launch.starts >= max(8, cores):
         raise UserError(
@@ -312,8 +341,11 @@ def _strategy(processes: int) -> Strategy | str:
         return "auto"
     from lightning.fabric.strategies.ddp import DDPStrategy
 
-    # Buffers move by rule and are equal on all ranks; every trained parameter takes part in every loss.
-    return DDPStrategy(broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True)
+    # Buffers move by rule and are equal on all ranks; every trained parameter takes part in every
+    # loss.
+    return DDPStrategy(
+        broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True
+    )
 
 
 def _import_fabric() -> type[Fabric]:
@@ -322,16 +354,25 @@ def _import_fabric() -> type[Fabric]:
         warnings.simplefilter("ignore")
         from lightning.fabric import Fabric
     if asked is None:
-        # Fabric switches this on; without a GPU every optimizer step would then look for the driver anew (0.1 ms).
+        # Fabric switches this on; without a GPU every optimizer step would then look for the driver
+        # anew (0.1 ms).
         os.environ.pop(_NVML_CHECK, None)
-    # "Using bfloat16 ...", "All distributed processes registered", tips: nothing that our user asked for.
-    for name in ("lightning", "lightning.fabric", "lightning.pytorch", "lightning.fabric.utilities.rank_zero"):
+    # "Using bfloat16 ...", "All distributed processes registered", tips: nothing that our user
+    # asked for.
+    for name in (
+        "lightning",
+        "lightning.fabric",
+        "lightning.pytorch",
+        "lightning.fabric.utilities.rank_zero",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     return Fabric
 
 
 def _compile_blocks(method: nn.Module) -> None:
-    """Compile the transformer blocks in place: state names stay, and equal blocks share one compilation."""
+    """Compile the transformer blocks in place: state names stay, and equal blocks share one
+    compilation.
+    """
     from timm.models.vision_transformer import Block
 
     for module in method.modules():

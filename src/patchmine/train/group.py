@@ -19,8 +19,8 @@ from patchmine.train.launch import Launch, start_others
 from patchmine.train.peers import Door, Peers
 from patchmine.train.rendezvous import Meeting, wait_seconds
 
-# A collective waits while the first process evaluates or another one makes its list of files; that a process ended is
-# known otherwise.
+# A collective waits while the first process evaluates or another one makes its list of files; that
+# a process ended is known otherwise.
 LONGEST = timedelta(hours=6)
 _LEAVING_SECONDS = 30.0
 
@@ -28,7 +28,8 @@ _LEAVING_SECONDS = 30.0
 class Group:
     """All processes of a run, connected by gloo (CPU) or NCCL (GPU).
 
-    ``hosts``: the machine of each, by rank; ``peers`` knows when one ends.  Raises UserError as `Meeting` does.
+    ``hosts``: the machine of each, by rank; ``peers`` knows when one ends.  Raises UserError as
+    `Meeting` does.
     """
 
     def __init__(self, launch: Launch, device: torch.device, say: Callable[[str], None]) -> None:
@@ -38,7 +39,9 @@ class Group:
         meeting = Meeting(launch, seconds, say)
         self._others = start_others(replace(launch, port=meeting.port))
         try:
-            everyone = meeting.sign_in({} if door is None else door.facts, lives=self._refuse_early_end)
+            everyone = meeting.sign_in(
+                {} if door is None else door.facts, lives=self._refuse_early_end
+            )
             self.hosts: list[str] = [facts["host"] for facts in everyone]
             self.peers = Peers(launch, everyone, door, seconds)
         except BaseException:
@@ -57,7 +60,8 @@ class Group:
         self._end_others()
 
     def _connect(self, launch: Launch, meeting: Meeting, device: torch.device) -> None:
-        # NCCL's watchdog would end the process with a page of C++ when another one is gone, before we can say so.
+        # NCCL's watchdog would end the process with a page of C++ when another one is gone, before
+        # we can say so.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         options: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         try:
@@ -100,7 +104,9 @@ def _share_cores(launch: Launch) -> None:
     """Divide the machine's cores among its processes, where nobody has decided that."""
     if launch.local_size == 1 or "OMP_NUM_THREADS" in os.environ:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = max(1, cores // launch.local_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)

@@ -1,8 +1,9 @@
-"""Who started this process, and which of how many it is: read from what launchers export, before anything is opened.
+"""Who started this process, and which of how many it is: read from what launchers export, before
+anything is opened.
 
-torchrun and srun start all processes of a run.  A process that nobody else accompanies starts those that ``devices``
-asks for itself (`start_others`).  What they leave in a shell in which nothing was started is told
-apart from that and left aside.
+torchrun and srun start all processes of a run.  A process that nobody else accompanies starts those
+that ``devices`` asks for itself (`start_others`).  What they leave in a shell in which nothing was
+started is told apart from that and left aside.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from patchmine.errors import UserError
 STARTED_BY = "PATCHMINE_STARTED_BY"  # set for processes that `start_others` started
 PORT = 29500  # torchrun's
 
-# SLURM's numbers for steps that srun did not start: the batch script, `salloc`'s shell and their like.
+# SLURM's numbers for steps that srun did not start: the batch script, `salloc`'s shell and their
+# like.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
@@ -27,10 +29,10 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 class Launch:
     """This process among those of a run.
 
-    ``by``: who started them, "torchrun", "SLURM", "the environment" or "patchmine"; ``local_size`` of them are on this
-    machine.  ``starts``: how many this one has to start.  The process of rank 0 is at ``address`` and listens at
-    ``port``; 0 is any free one.  ``agent``: torchrun listens there itself, once for each attempt.  ``note``: what the
-    user should know about it.
+    ``by``: who started them, "torchrun", "SLURM", "the environment" or "patchmine"; ``local_size``
+    of them are on this machine.  ``starts``: how many this one has to start.  The process of rank 0
+    is at ``address`` and listens at ``port``; 0 is any free one.  ``agent``: torchrun listens there
+    itself, once for each attempt.  ``note``: what the user should know about it.
     """
 
     by: str = "patchmine"
@@ -52,7 +54,8 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str], devices: int = 1, num_nodes: int = 1) -> Launch:
-    """What the environment and the settings ``devices`` (on each machine) and ``num_nodes`` amount to.
+    """What the environment and the settings ``devices`` (on each machine) and ``num_nodes`` amount
+    to.
 
     Raises:
         UserError: for variables that are incomplete or contradict each other or the settings.
@@ -64,7 +67,9 @@ def read_launch(environment: Mapping[str, str], devices: int = 1, num_nodes: int
     elif _is_slurm_step(environment):
         launch = _from_slurm(environment)
     elif _started_by_mpi(environment):
-        raise UserError("mpirun's variables say nothing of where processes meet: start them with torchrun or srun")
+        raise UserError(
+            "mpirun's variables say nothing of where processes meet: start them with torchrun or srun"
+        )
     elif environment.get("WORLD_SIZE", "1") != "1":
         launch = _from_variables(environment, "the environment")
     else:
@@ -90,7 +95,9 @@ def start_others(launch: Launch) -> list[subprocess.Popen[bytes]]:
     Raises:
         UserError: where there is no program that could be started again, as in a notebook.
     """
-    if launch.starts and (not sys.argv[0] or sys.argv[0] == "-" or hasattr(sys, "ps1") or "ipykernel" in sys.modules):
+    if launch.starts and (
+        not sys.argv[0] or sys.argv[0] == "-" or hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    ):
         raise UserError(
             f"devices={launch.local_size} starts this program {launch.starts} more times, which a notebook or a prompt"
             " cannot: write it into a file, or use devices=1"
@@ -107,13 +114,19 @@ def start_others(launch: Launch) -> list[subprocess.Popen[bytes]]:
             "MASTER_ADDR": launch.address,
             "MASTER_PORT": launch.port,
         }
-        started.append(subprocess.Popen(command, env=os.environ | {name: str(value) for name, value in own.items()}))
+        started.append(
+            subprocess.Popen(
+                command, env=os.environ | {name: str(value) for name, value in own.items()}
+            )
+        )
     return started
 
 
 def _alone(environment: Mapping[str, str], devices: int, num_nodes: int) -> Launch:
     """A process that starts the others on its machine, if there are any."""
-    launch = Launch(local_size=devices, world_size=devices, starts=devices - 1, note=_left_aside(environment))
+    launch = Launch(
+        local_size=devices, world_size=devices, starts=devices - 1, note=_left_aside(environment)
+    )
     if num_nodes == 1:
         return launch
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in environment]
@@ -124,7 +137,9 @@ def _alone(environment: Mapping[str, str], devices: int, num_nodes: int) -> Laun
         )
     node = _number(environment, "NODE_RANK")
     if node >= num_nodes:
-        raise UserError(f"NODE_RANK={node} must be below num_nodes={num_nodes}: machines are numbered from 0")
+        raise UserError(
+            f"NODE_RANK={node} must be below num_nodes={num_nodes}: machines are numbered from 0"
+        )
     return replace(
         launch,
         rank=node * devices,
@@ -143,16 +158,20 @@ def _left_aside(environment: Mapping[str, str]) -> str | None:
             f"SLURM has {tasks} tasks for this job, but srun did not start this process, so that it goes by `devices`:"
             " put srun before the command to use them"
         )
-    stale = [f"{name}={environment[name]}" for name in ("RANK", "LOCAL_RANK") if environment.get(name, "0") != "0"]
+    stale = [
+        f"{name}={environment[name]}"
+        for name in ("RANK", "LOCAL_RANK")
+        if environment.get(name, "0") != "0"
+    ]
     if stale:
-        return (
-            f"{' and '.join(stale)} in the environment, but no WORLD_SIZE: left aside, this process goes by `devices`"
-        )
+        return f"{' and '.join(stale)} in the environment, but no WORLD_SIZE: left aside, this process goes by `devices`"
     return None
 
 
 def _from_variables(environment: Mapping[str, str], by: str) -> Launch:
-    """torchrun's variables, which others set too; without LOCAL_RANK a process is the only one on its machine."""
+    """torchrun's variables, which others set too; without LOCAL_RANK a process is the only one on
+    its machine.
+    """
     wanted = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     if by != "the environment":
         wanted += ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]
@@ -167,9 +186,15 @@ def _from_variables(environment: Mapping[str, str], by: str) -> Launch:
         )
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     if rank >= world_size:
-        raise UserError(f"RANK={rank} must be below WORLD_SIZE={world_size}: processes are numbered from 0")
+        raise UserError(
+            f"RANK={rank} must be below WORLD_SIZE={world_size}: processes are numbered from 0"
+        )
     local_rank = _number(environment, "LOCAL_RANK") if environment.get("LOCAL_RANK") else 0
-    local_size = _number(environment, "LOCAL_WORLD_SIZE") if environment.get("LOCAL_WORLD_SIZE") else local_rank + 1
+    local_size = (
+        _number(environment, "LOCAL_WORLD_SIZE")
+        if environment.get("LOCAL_WORLD_SIZE")
+        else local_rank + 1
+    )
     return Launch(
         by=by,
         rank=rank,
@@ -196,7 +221,9 @@ def _is_slurm_step(environment: Mapping[str, str]) -> bool:
 
 
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
-    return _number(environment, _of_step(environment, "STEP_NUM_TASKS", "NTASKS", "NPROCS"), default=1)
+    return _number(
+        environment, _of_step(environment, "STEP_NUM_TASKS", "NTASKS", "NPROCS"), default=1
+    )
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Launch:
@@ -206,7 +233,9 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
         raise UserError(
             f"srun started {tasks} tasks, but {' and '.join(missing)} is not set: put srun before patchmine"
         )
-    nodes = _number(environment, _of_step(environment, "STEP_NUM_NODES", "NNODES", "JOB_NUM_NODES"), default=1)
+    nodes = _number(
+        environment, _of_step(environment, "STEP_NUM_NODES", "NNODES", "JOB_NUM_NODES"), default=1
+    )
     name = _of_step(environment, "STEP_TASKS_PER_NODE", "TASKS_PER_NODE")
     on_each = environment.get(name, "")
     if len(set(_tasks_per_node(on_each))) > 1 or tasks % nodes:
@@ -215,8 +244,13 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
             f"{shown}: every node must run as many tasks as the others, as in `srun --nodes={nodes}"
             f" --ntasks-per-node={max(1, tasks // nodes)}`"
         )
-    hosts = environment.get(_of_step(environment, "STEP_NODELIST", "NODELIST", "JOB_NODELIST"), "127.0.0.1")
-    job, step = (int(re.sub(r"\D", "", environment.get(key, "")) or 0) for key in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    hosts = environment.get(
+        _of_step(environment, "STEP_NODELIST", "NODELIST", "JOB_NODELIST"), "127.0.0.1"
+    )
+    job, step = (
+        int(re.sub(r"\D", "", environment.get(key, "")) or 0)
+        for key in ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    )
     return Launch(
         by="SLURM",
         rank=_number(environment, "SLURM_PROCID"),
@@ -224,13 +258,16 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
         local_rank=_number(environment, "SLURM_LOCALID"),
         local_size=tasks // nodes,
         address=environment.get("MASTER_ADDR") or first_host(hosts),
-        # All tasks know the same one; another job or another step of this one on the node has another.
+        # All tasks know the same one; another job or another step of this one on the node has
+        # another.
         port=_number(environment, "MASTER_PORT", default=15000 + (job + 131 * step) % 15000),
     )
 
 
 def _of_step(environment: Mapping[str, str], *names: str) -> str:
-    """The first of SLURM's variables that is set; those of the step come before those of the whole job."""
+    """The first of SLURM's variables that is set; those of the step come before those of the whole
+    job.
+    """
     full = [f"SLURM_{name}" for name in names]
     return next((name for name in full if environment.get(name)), full[-1])
 
@@ -248,9 +285,16 @@ def first_host(hosts: str) -> str:
 
 
 def _started_by_mpi(environment: Mapping[str, str]) -> bool:
-    sizes = (environment.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"))
+    sizes = (
+        environment.get(name, "1")
+        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+    )
     in_job = "SLURM_JOB_ID" in environment  # where PMI_SIZE is SLURM's own
-    return not in_job and any(size not in ("", "1") for size in sizes) and "WORLD_SIZE" not in environment
+    return (
+        not in_job
+        and any(size not in ("", "1") for size in sizes)
+        and "WORLD_SIZE" not in environment
+    )
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -258,5 +302,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if not text and default is not None:
         return default
     if not text.isdecimal():
-        raise UserError(f"{name}={text} in the environment is no whole number: correct it, or `unset {name}`")
+        raise UserError(
+            f"{name}={text} in the environment is no whole number: correct it, or `unset {name}`"
+        )
     return int(text)

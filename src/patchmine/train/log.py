@@ -1,8 +1,11 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, wandb, a progress bar or plain lines.
+"""What a run says while it trains: metrics.jsonl, TensorBoard, wandb, a progress bar or plain
+lines.
 
-Only metrics.jsonl is worth stopping for: whatever fails at the others is said once, and training goes on without them.
+Only metrics.jsonl is worth stopping for: whatever fails at the others is said once, and training
+goes on without them.
 
-``Meter`` is the only place where a training tensor is read, and it is read every ``log_every`` steps.
+``Meter`` is the only place where a training tensor is read, and it is read every ``log_every``
+steps.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ class Meter:
         self._sums[names] = counted if held is None else held + counted
 
     def read(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last reading; ``mean`` averages a tensor over processes.  This waits for the device."""
+        """Means since the last reading; ``mean`` averages a tensor over processes.  This waits for
+        the device.
+        """
         if not self._sums:
             return {}
         names = [name for group in self._sums for name in group]
@@ -59,7 +64,9 @@ class Meter:
         for name, total, count in zip(names, sums, counts, strict=True):
             before = totals.get(name, (0.0, 0.0))
             totals[name] = before[0] + total, before[1] + count
-        return {name: total / count if count else math.nan for name, (total, count) in totals.items()}
+        return {
+            name: total / count if count else math.nan for name, (total, count) in totals.items()
+        }
 
 
 class Stopwatch:
@@ -93,12 +100,13 @@ class Stopwatch:
 
 
 class Log:
-    """The written and the visible log of one process; with ``folder=None`` (processes other than the first) it does
-    nothing.
+    """The written and the visible log of one process; with ``folder=None`` (processes other than
+    the first) it does nothing.
 
-    Lines of ``metrics.jsonl`` after ``first_step``, the step that training starts from, are removed: they will come
-    again; those that cannot be read are set aside.  ``wandb`` is the name of a project there.  ``console``: where a bar
-    is drawn when it is a terminal; otherwise ``say`` gets lines.
+    Lines of ``metrics.jsonl`` after ``first_step``, the step that training starts from, are
+    removed: they will come again; those that cannot be read are set aside.  ``wandb`` is the name
+    of a project there.  ``console``: where a bar is drawn when it is a terminal; otherwise ``say``
+    gets lines.
     """
 
     def __init__(
@@ -124,8 +132,12 @@ class Log:
         with self._told():
             folder.mkdir(parents=True, exist_ok=True)
             if aside := trim_metrics(self._path, first_step):
-                say(f"{self._path}: {aside} damaged line{'s' * (aside > 1)} moved to {folder / DAMAGED}.")
-            self._file = self._path.open("ab", buffering=0)  # a line is on its way as soon as it is written
+                say(
+                    f"{self._path}: {aside} damaged line{'s' * (aside > 1)} moved to {folder / DAMAGED}."
+                )
+            self._file = self._path.open(
+                "ab", buffering=0
+            )  # a line is on its way as soon as it is written
         if tensorboard:
             with self._spared("TensorBoard"):
                 self._writers.append(_TensorBoard(folder, first_step))
@@ -172,8 +184,13 @@ class Log:
                 writer.close()
 
     def _append(self, data: bytes) -> None:
-        """One whole line at the end of the file, or none; the file is made again where somebody removed it."""
-        if not (self._path.exists() and os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))):
+        """One whole line at the end of the file, or none; the file is made again where somebody
+        removed it.
+        """
+        if not (
+            self._path.exists()
+            and os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        ):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file.close()
             self._file = self._path.open("ab", buffering=0)
@@ -201,7 +218,9 @@ class Log:
                 yield
         except _WriterError as error:
             self._writers = [other for other in self._writers if other is not writer]
-            self.say(f"warning: {name} gets no more numbers ({error}); training goes on, metrics.jsonl has them all")
+            self.say(
+                f"warning: {name} gets no more numbers ({error}); training goes on, metrics.jsonl has them all"
+            )
 
     def __enter__(self) -> Log:
         return self
@@ -211,7 +230,13 @@ class Log:
 
     def _start_bar(self, first_step: int, console: Console | None) -> None:
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as RichBar
 
         console = console or RichConsole()
@@ -243,7 +268,9 @@ class Log:
         self._last_line = now
         started, first_step = self._clock
         left = (self._total - step) * (now - started) / max(1, step - first_step)
-        self._say(f"step {step}/{self._total}  epoch {line['epoch']:.2f}  {numbers}  {_minutes(left)} left")
+        self._say(
+            f"step {step}/{self._total}  epoch {line['epoch']:.2f}  {numbers}  {_minutes(left)} left"
+        )
 
 
 def describe(line: Mapping[str, Any]) -> str:
@@ -308,7 +335,9 @@ def _flatten(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float
     found = []
     for key, value in line.items():
         if isinstance(value, Mapping):
-            found += _flatten(value, f"{prefix}{key}/{value['name']}/" if "name" in value else f"{prefix}{key}/")
+            found += _flatten(
+                value, f"{prefix}{key}/{value['name']}/" if "name" in value else f"{prefix}{key}/"
+            )
         elif isinstance(value, (int, float)) and key != "step":
             found.append((prefix + key, float(value)))
     return found
@@ -316,7 +345,13 @@ def _flatten(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float
 
 def _minutes(seconds: float) -> str:
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else "under 1 min"
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min"
+        if minutes
+        else "under 1 min"
+    )
 
 
 class _WriterError(Exception):
@@ -351,7 +386,9 @@ class _Wandb:
             ) from error
         # The same folder is the same run, so that a resumed one goes on in the same curves.
         identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-        self._run = wandb.init(project=project, name=folder.name, id=identity, resume="allow", dir=str(folder))
+        self._run = wandb.init(
+            project=project, name=folder.name, id=identity, resume="allow", dir=str(folder)
+        )
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         self._run.log(dict(scalars), step=step)

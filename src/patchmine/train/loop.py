@@ -1,8 +1,8 @@
 """The training loop.
 
-One step: rates -> losses of each micro-batch -> backward -> clip -> update -> ``method.after_step``; then log, look,
-save. Everything that moves with time is a function of ``Progress``, so a run that was stopped goes on as if nothing
-had happened.
+One step: rates -> losses of each micro-batch -> backward -> clip -> update ->
+``method.after_step``; then log, look, save. Everything that moves with time is a function of
+``Progress``, so a run that was stopped goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from patchmine.errors import UserError
-from patchmine.method import Method
+from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint, NotFiniteError, newest_finite, save
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
@@ -42,15 +42,17 @@ def train(
     before_save: Callable[[], None] = lambda: None,
     on_stop: Callable[[], None] = lambda: None,
 ) -> Progress:
-    """Train ``method`` to the end of the run, from ``start`` if given; returns the progress that was reached.
+    """Train ``method`` to the end of the run, from ``start`` if given; returns the progress that
+    was reached.
 
-    ``batches`` yields this process's micro-batches from the first step to be made, normalised and on the device.
-    ``folder`` is the run's checkpoint folder.  ``identity``: fingerprints that are stored and must be equal on resume,
-    by the name of what they stand for ("settings", "data"); ``remembered``: other JSON that is stored with them.
-    ``on_epoch`` is called after each epoch and after the last step, before the checkpoint; ``on_sample`` every
-    ``sample_every`` steps and after the last, with the batch just used; both in the first process only, with the count
-    of finished steps.  ``before_save`` is called there before each checkpoint, ``on_stop`` as soon as a signal asks to
-    stop.
+    ``batches`` yields this process's micro-batches from the first step to be made, normalised and
+    on the device. ``folder`` is the run's checkpoint folder.  ``identity``: fingerprints that are
+    stored and must be equal on resume, by the name of what they stand for ("settings", "data");
+    ``remembered``: other JSON that is stored with them. ``on_epoch`` is called after each epoch and
+    after the last step, before the checkpoint; ``on_sample`` every ``sample_every`` steps and after
+    the last, with the batch just used; both in the first process only, with the count of finished
+    steps.  ``before_save`` is called there before each checkpoint, ``on_stop`` as soon as a signal
+    asks to stop.
 
     Raises:
         UserError: a full disk, no finite loss, a state that is not finite, another identity.
@@ -76,7 +78,10 @@ def train(
                     method.train()
                 asked = engine.largest(stop.received)
                 if engine.is_main and (asked or _due(done, settings.checkpoint_every)):
-                    facts = {"identity": dict(identity or {}), "skipped": skipped_before + stepper.total_skipped()}
+                    facts = {
+                        "identity": dict(identity or {}),
+                        "skipped": skipped_before + stepper.total_skipped(),
+                    }
                     with engine.undisturbed():
                         before_save()
                         _save(stepper, done, folder, {**(remembered or {}), **facts})
@@ -86,19 +91,27 @@ def train(
     return settings.progress(settings.total_steps)
 
 
-def restore(method: Method, optimizers: Optimizers, start: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Put a checkpoint's state into a method and its optimizers; raises UserError when they do not belong together."""
+def restore(
+    method: Method, optimizers: Optimizers, start: Checkpoint, identity: Mapping[str, str]
+) -> None:
+    """Put a checkpoint's state into a method and its optimizers; raises UserError when they do not
+    belong together.
+    """
     refuse_stranger(start, identity)
     try:
         method.load_state_dict(start.model)
         load_optimizer_tensors(optimizers, start.optimizer)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{start.path} does not fit this model and method: {reason[:400]}") from error
+        raise UserError(
+            f"{start.path} does not fit this model and method: {reason[:400]}"
+        ) from error
 
 
 def refuse_stranger(start: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raise UserError when a checkpoint was written with another ``identity`` than it is to go on with."""
+    """Raise UserError when a checkpoint was written with another ``identity`` than it is to go on
+    with.
+    """
     stored = start.facts.get("identity", {})
     for what, value in identity.items():
         if stored.get(what, value) != value:
@@ -118,7 +131,9 @@ def _save(stepper: Stepper, done: Progress, folder: Path, facts: Mapping[str, An
     try:
         save(folder, done.step, model, state, facts, keep=stepper.settings.keep_checkpoints)
     except NotFiniteError as error:
-        raise UserError(f"{error}; training stopped: start a new run with {_calmer(stepper)}") from error
+        raise UserError(
+            f"{error}; training stopped: start a new run with {_calmer(stepper)}"
+        ) from error
 
 
 def _calmer(stepper: Stepper) -> str:
@@ -128,7 +143,11 @@ def _calmer(stepper: Stepper) -> str:
         f"a smaller blr (now {settings.blr:g})",
         f"longer warmup_epochs (now {settings.schedule.warmup_epochs:g})",
     )
-    return f"{rate} or {warmup}" if stepper.engine.precision == "fp32" else f"{rate}, {warmup} or precision=fp32"
+    return (
+        f"{rate} or {warmup}"
+        if stepper.engine.precision == "fp32"
+        else f"{rate}, {warmup} or precision=fp32"
+    )
 
 
 def _say_skipped(skipped: int, stepper: Stepper, log: Log) -> None:
@@ -150,7 +169,11 @@ def _look(
     on_epoch: Callable[[Progress], None] | None,
     on_sample: Callable[[Progress, Batch], None] | None,
 ) -> None:
-    if on_sample is not None and settings.sample_every is not None and _due(done, settings.sample_every):
+    if (
+        on_sample is not None
+        and settings.sample_every is not None
+        and _due(done, settings.sample_every)
+    ):
         on_sample(done, batch)
     if on_epoch is not None and _due(done, settings.steps_per_epoch):
         on_epoch(done)

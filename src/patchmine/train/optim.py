@@ -1,7 +1,8 @@
-"""From a method's parameter groups to updated weights: optimizers, learning rates, clipping, skipped steps.
+"""From a method's parameter groups to updated weights: optimizers, learning rates, clipping,
+skipped steps.
 
-Nothing here waits for the device.  Whether a gradient is finite is a tensor that stays where the gradient is, and the
-fused optimizers read it there.
+Nothing here waits for the device.  Whether a gradient is finite is a tensor that stays where the
+gradient is, and the fused optimizers read it there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch.optim import Optimizer
 from patchmine.ops.schedules import LrSchedule, learning_rate
 from patchmine.types import ParamGroup, Progress
 
-MOMENTUM = 0.9  # SGD and LARS; the value of every recipe that uses them (MAE linear probe, MOKD, SCFS)
+MOMENTUM = (
+    0.9  # SGD and LARS; the value of every recipe that uses them (MAE linear probe, MOKD, SCFS)
+)
 FUSED_DEVICES = ("cuda", "cpu")
 
 
@@ -47,17 +50,21 @@ class Optimizers:
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: two or more dimensions and no bias (timm's rule; MAE's 3-D tokens decay)."""
+    """Whether weight decay applies: two or more dimensions and no bias (timm's rule; MAE's 3-D
+    tokens decay).
+    """
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
 def build_optimizers(
     groups: Sequence[ParamGroup], *, weight_decay: float, blr: float, betas: tuple[float, float]
 ) -> Optimizers:
-    """One torch optimizer per distinct name of a group, for parameters that are already on their device.
+    """One torch optimizer per distinct name of a group, for parameters that are already on their
+    device.
 
-    ``weight_decay`` and ``blr`` hold where a group says nothing.  Raises ValueError for an unknown optimizer, for one
-    name with two kinds of them, for a parameter that stands in two groups, and when there is nothing to train.
+    ``weight_decay`` and ``blr`` hold where a group says nothing.  Raises ValueError for an unknown
+    optimizer, for one name with two kinds of them, for a parameter that stands in two groups, and
+    when there is nothing to train.
     """
     params: dict[str, nn.Parameter] = {}
     kinds: dict[str, str] = {}
@@ -70,7 +77,9 @@ def build_optimizers(
         decay = weight_decay if group.weight_decay is None else group.weight_decay
         name = group.name or group.optimizer
         if kinds.setdefault(name, group.optimizer) != group.optimizer:
-            raise ValueError(f"param_groups() asks for {kinds[name]} and {group.optimizer} under one name, {name!r}")
+            raise ValueError(
+                f"param_groups() asks for {kinds[name]} and {group.optimizer} under one name, {name!r}"
+            )
         torch_groups.setdefault(name, []).extend(_split_by_decay(group, decay, blr))
         members = [parameter for _, parameter in group.params]
         if group.clip_norm is not None:
@@ -88,18 +97,23 @@ def _refuse_repeated(group: ParamGroup, known: Mapping[str, nn.Parameter]) -> No
     names = [name for name, _ in group.params]
     repeated = sorted({name for name in names if name in known or names.count(name) > 1})
     if repeated:
-        raise ValueError(f"param_groups() names {repeated[0]!r} twice; a parameter belongs to one group")
+        raise ValueError(
+            f"param_groups() names {repeated[0]!r} twice; a parameter belongs to one group"
+        )
 
 
 def _split_by_decay(group: ParamGroup, weight_decay: float, blr: float) -> list[dict[str, Any]]:
-    """torch's parameter groups, with what moves their rate and decay carried along under keys of our own."""
+    """torch's parameter groups, with what moves their rate and decay carried along under keys of
+    our own.
+    """
     base = blr if group.blr is None else group.blr
     end = weight_decay if group.weight_decay_end is None else group.weight_decay_end
     matrices = [p for name, p in group.params if is_decayed(name, p)]
     others = [p for name, p in group.params if not is_decayed(name, p)]
     curve = (weight_decay, end)
     parts = [(matrices, curve, True), (others, curve if group.decay_all else (0.0, 0.0), False)]
-    # LARS adapts the rate of matrices whether or not they are decayed, and of nothing else (MAE util/lars.py).
+    # LARS adapts the rate of matrices whether or not they are decayed, and of nothing else (MAE
+    # util/lars.py).
     return [
         {
             "params": members,
@@ -134,17 +148,21 @@ def _make(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -
 
 
 def decay_strength(progress: Progress, start: float, end: float) -> float:
-    """Half a cosine from ``start`` to ``end`` over the whole run, without warm-up (DINO ``utils.cosine_scheduler``)."""
+    """Half a cosine from ``start`` to ``end`` over the whole run, without warm-up (DINO
+    ``utils.cosine_scheduler``).
+    """
     if start == end:
         return start
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress.fraction))
 
 
-def set_rates(optimizers: Optimizers, progress: Progress, *, batch_size: int, schedule: LrSchedule) -> dict[str, float]:
+def set_rates(
+    optimizers: Optimizers, progress: Progress, *, batch_size: int, schedule: LrSchedule
+) -> dict[str, float]:
     """Set every group's rate and weight decay for this step (peak rate = blr x global batch / 256).
 
-    A group's own ``min_lr`` goes before that of ``schedule``.  Returns the rates for the log: of each optimizer's first
-    group.
+    A group's own ``min_lr`` goes before that of ``schedule``.  Returns the rates for the log: of
+    each optimizer's first group.
     """
     rates: dict[str, float] = {}
     for name, optimizer in optimizers.by_name.items():
@@ -158,7 +176,9 @@ def set_rates(optimizers: Optimizers, progress: Progress, *, batch_size: int, sc
 
 
 def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
-    """Drop the gradients of frozen parameters and clip the others; returns their norm before clipping, 0-d."""
+    """Drop the gradients of frozen parameters and clip the others; returns their norm before
+    clipping, 0-d.
+    """
     for frozen_until, members in optimizers.frozen:
         if progress.epoch < frozen_until:
             for parameter in members:
@@ -166,14 +186,18 @@ def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
     params = [p for p in optimizers.params.values() if p.grad is not None]
     if not params:
         return torch.zeros((), device=next(iter(optimizers.params.values())).device)
-    norms = dict(zip(params, torch._foreach_norm(_gradients(params)), strict=True))  # {parameter: 0-d}
+    norms = dict(
+        zip(params, torch._foreach_norm(_gradients(params)), strict=True)
+    )  # {parameter: 0-d}
     for clip in optimizers.clips:
         _clip(clip, norms)
     return _norm(torch.stack(list(norms.values())))
 
 
 def _clip(clip: Clip, norms: Mapping[nn.Parameter, Tensor]) -> None:
-    """Same numbers as ``torch.nn.utils.clip_grad_norm_``, or as DINO's clipping of each parameter by itself."""
+    """Same numbers as ``torch.nn.utils.clip_grad_norm_``, or as DINO's clipping of each parameter
+    by itself.
+    """
     params = [p for p in clip.params if p in norms]
     if not params:
         return
@@ -220,7 +244,9 @@ def optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizers: Optimizers, tensors: Mapping[str, Tensor]) -> None:
-    """Undo ``optimizer_tensors``.  Raises ValueError for state that is not whole, or of what is not trained."""
+    """Undo ``optimizer_tensors``.  Raises ValueError for state that is not whole, or of what is not
+    trained.
+    """
     by_parameter: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter_name, key = name.rsplit(".", 1)

@@ -1,9 +1,10 @@
 """Knowing within seconds that another process of the run has ended, and why.
 
-Every process keeps a connection to the first one.  The system closes it when a process ends, however it does, and when
-its machine no longer answers.  A process that ends on purpose says its sentence before.  So nothing depends on how long
-a step, a checkpoint or a look at the data takes, as it would with a limit on collectives, and a process that is stuck
-in one (NCCL's never return) is ended.
+Every process keeps a connection to the first one.  The system closes it when a process ends,
+however it does, and when its machine no longer answers.  A process that ends on purpose says its
+sentence before.  So nothing depends on how long a step, a checkpoint or a look at the data takes,
+as it would with a limit on collectives, and a process that is stuck in one (NCCL's never return) is
+ended.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ GRACE_SECONDS = 5.0  # between the news that a process ended and the end of one 
 
 
 class EndedElsewhereError(SystemExit):
-    """Another process says, or said, why the run ended; this one ends with the same code and says nothing."""
+    """Another process says, or said, why the run ended; this one ends with the same code and says
+    nothing.
+    """
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Lost:
         who = f"rank {self.rank} on {self.host}"
         if self.sentence is not None:
             return f"{who}: {self.sentence}"
-        return f"{who} ended without a word (killed, out of memory, or its machine is gone); {advice}"
+        return (
+            f"{who} ended without a word (killed, out of memory, or its machine is gone); {advice}"
+        )
 
 
 class Door:
@@ -52,7 +57,9 @@ class Door:
     def __init__(self) -> None:
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
-        self.socket = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=1024)
+        self.socket = socket.create_server(
+            ("", 0), family=family, dualstack_ipv6=dual, backlog=1024
+        )
         self.token = secrets.token_hex(8)
 
     @property
@@ -64,10 +71,13 @@ class Door:
 class Peers:
     """The other processes of a run, as seen from this one.
 
-    ``advice`` follows the news of a process that ended without a word.  While `busy` is held nothing ends this process.
+    ``advice`` follows the news of a process that ended without a word.  While `busy` is held
+    nothing ends this process.
     """
 
-    def __init__(self, launch: Launch, everyone: list[dict[str, Any]], door: Door | None, seconds: float) -> None:
+    def __init__(
+        self, launch: Launch, everyone: list[dict[str, Any]], door: Door | None, seconds: float
+    ) -> None:
         self.launch = launch
         self.advice = "start the run again"
         self.busy = threading.Lock()
@@ -75,15 +85,23 @@ class Peers:
         self._lost: Lost | None = None
         self._news = threading.Event()
         self._ending = False
-        self._sockets = _accept(door, everyone, seconds) if door is not None else _connect(launch, everyone[0], seconds)
+        self._sockets = (
+            _accept(door, everyone, seconds)
+            if door is not None
+            else _connect(launch, everyone[0], seconds)
+        )
         if hasattr(os, "register_at_fork"):
             # A forked data worker would keep the connection open beyond the end of its parent.
             os.register_at_fork(after_in_child=self._close)
         for rank, connection in self._sockets.items():
-            threading.Thread(target=self._listen, args=(rank, connection), daemon=True, name=f"rank {rank}").start()
+            threading.Thread(
+                target=self._listen, args=(rank, connection), daemon=True, name=f"rank {rank}"
+            ).start()
 
     def lost(self, seconds: float = 0.0) -> Lost | None:
-        """The first process that is known to have ended, after waiting for such news for at most ``seconds``."""
+        """The first process that is known to have ended, after waiting for such news for at most
+        ``seconds``.
+        """
         return self._lost if self._news.wait(seconds) else None
 
     def leave(self, sentence: str | None = None) -> None:
@@ -92,7 +110,9 @@ class Peers:
         self._tell({"rank": self.launch.rank, "sentence": sentence})
 
     def close(self) -> None:
-        """Say that this process ends in order, if it has said nothing yet, and close the connections."""
+        """Say that this process ends in order, if it has said nothing yet, and close the
+        connections.
+        """
         if not self._ending:
             self.leave()
         for connection in self._sockets.values():
@@ -101,9 +121,13 @@ class Peers:
             connection.close()
 
     def ending(self, error: BaseException) -> BaseException:
-        """What to raise in the place of ``error``, after the others were told: one process on each machine speaks."""
+        """What to raise in the place of ``error``, after the others were told: one process on each
+        machine speaks.
+        """
         mistake = isinstance(error, UserError)
-        torn = isinstance(error, RuntimeError | OSError)  # a collective without one of its processes may raise this
+        torn = isinstance(
+            error, RuntimeError | OSError
+        )  # a collective without one of its processes may raise this
         lost = self.lost(GRACE_SECONDS if torn else 0.0)
         self.leave(None if lost is not None else _reason(error))
         if isinstance(error, SystemExit):
@@ -123,8 +147,12 @@ class Peers:
             yield
 
     def _speaks(self, lost: Lost | None) -> bool:
-        speaker_is_gone = lost is not None and lost.rank == self.launch.rank - self.launch.local_rank
-        return self.launch.speaks or (speaker_is_gone and lost is not None and lost.sentence is None)
+        speaker_is_gone = (
+            lost is not None and lost.rank == self.launch.rank - self.launch.local_rank
+        )
+        return self.launch.speaks or (
+            speaker_is_gone and lost is not None and lost.sentence is None
+        )
 
     def _listen(self, rank: int, connection: socket.socket) -> None:
         with suppress(OSError, ValueError), connection.makefile("r", encoding="utf-8") as lines:

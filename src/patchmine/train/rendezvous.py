@@ -1,4 +1,5 @@
-"""Where the processes of a run meet: each signs in under its rank, and who is missing is said by name.
+"""Where the processes of a run meet: each signs in under its rank, and who is missing is said by
+name.
 
 torch's own rendezvous waits half an hour and does not say for whom.
 """
@@ -22,7 +23,9 @@ from patchmine.train.launch import Launch
 WAIT_SETTING = "PATCHMINE_JOIN_TIMEOUT"
 WAIT_SECONDS = 60.0
 _FIRST_WORD_SECONDS = 5.0
-_OWN_FACTOR = 4  # for processes that we started ourselves: they are watched, and busy importing torch
+_OWN_FACTOR = (
+    4  # for processes that we started ourselves: they are watched, and busy importing torch
+)
 _LOOK_SECONDS = 0.2
 
 
@@ -36,7 +39,9 @@ def wait_seconds(environment: Mapping[str, str] = os.environ) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise UserError(f"{WAIT_SETTING}={text} must be a number of seconds above 0, as in {WAIT_SETTING}=300")
+        raise UserError(
+            f"{WAIT_SETTING}={text} must be a number of seconds above 0, as in {WAIT_SETTING}=300"
+        )
     return seconds
 
 
@@ -51,7 +56,11 @@ class Meeting:
     """
 
     def __init__(self, launch: Launch, seconds: float, say: Callable[[str], None]) -> None:
-        own = _OWN_FACTOR if launch.by == "patchmine" and launch.world_size == launch.local_size else 1
+        own = (
+            _OWN_FACTOR
+            if launch.by == "patchmine" and launch.world_size == launch.local_size
+            else 1
+        )
         self.launch, self.seconds, self._say = launch, seconds * own, say
         self._quiet = _FIRST_WORD_SECONDS * own
         self._began = time.monotonic()
@@ -65,14 +74,22 @@ class Meeting:
         self._server = server
         self.store = PrefixStore(f"patchmine/{launch.attempt}", server)
 
-    def sign_in(self, facts: Mapping[str, Any], lives: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    def sign_in(
+        self, facts: Mapping[str, Any], lives: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
         """Leave ``facts`` under this rank and wait for everyone's, by rank.
 
         Raises:
-            UserError: naming the ranks that did not come in time, or two processes that took one place.
+            UserError: naming the ranks that did not come in time, or two processes that took one
+            place.
         """
         own = json.dumps(
-            {"host": socket.gethostname(), "process": os.getpid(), "local_rank": self.launch.local_rank} | dict(facts)
+            {
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+                "local_rank": self.launch.local_rank,
+            }
+            | dict(facts)
         )
         keys = [f"rank/{rank}" for rank in range(self.launch.world_size)]
         try:
@@ -96,10 +113,15 @@ class Meeting:
         while True:
             try:
                 # A plain connection first: torch's would fill the terminal while nobody listens.
-                with socket.create_connection((self.launch.address, self.launch.port), timeout=self._left()):
+                with socket.create_connection(
+                    (self.launch.address, self.launch.port), timeout=self._left()
+                ):
                     pass
                 return TCPStore(
-                    self.launch.address, self.launch.port, is_master=False, timeout=timedelta(seconds=self._left())
+                    self.launch.address,
+                    self.launch.port,
+                    is_master=False,
+                    timeout=timedelta(seconds=self._left()),
                 )
             except (OSError, RuntimeError) as error:
                 self._wait(partial("rank 0 at {} ({})".format, self._place(), reason_of(error)))
@@ -108,7 +130,9 @@ class Meeting:
         return max(1.0, self.seconds - (time.monotonic() - self._began))
 
     def _wait(self, missing: Callable[[], str]) -> None:
-        """A short pause; says after some seconds who is ``missing``, and raises when the time is over."""
+        """A short pause; says after some seconds who is ``missing``, and raises when the time is
+        over.
+        """
         waited = time.monotonic() - self._began
         if waited > self.seconds:
             raise UserError(
@@ -117,7 +141,9 @@ class Meeting:
             )
         if waited > self._quiet and not self._spoke:
             self._spoke = True
-            self._say(f"waiting for {missing()} of {self.launch.world_size}, {self.seconds:g} seconds at most ...")
+            self._say(
+                f"waiting for {missing()} of {self.launch.world_size}, {self.seconds:g} seconds at most ..."
+            )
         time.sleep(_LOOK_SECONDS)
 
     def _missing(self, keys: list[str]) -> str:

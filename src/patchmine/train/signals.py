@@ -1,7 +1,7 @@
 """Being asked to stop: the step is finished and saved, and only a second Ctrl-C is obeyed at once.
 
-A lost terminal (SIGHUP) asks like a scheduler (SIGTERM, SIGUSR1) and a person (SIGINT) do, unless `nohup` said that it
-must not.
+A lost terminal (SIGHUP) asks like a scheduler (SIGTERM, SIGUSR1) and a person (SIGINT) do, unless
+`nohup` said that it must not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop and its checkpoint is written; uncaught, the process ends with 128 + the signal."""
+    """The run was asked to stop and its checkpoint is written; uncaught, the process ends with 128
+    + the signal.
+    """
 
     def __init__(self, signal_number: int, step: int, *, is_main: bool) -> None:
         # A launcher kills the first process as soon as it sees another one end with an error.
@@ -27,10 +29,12 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Within this context the signals of `WATCHED` only set ``received``; a second SIGINT raises KeyboardInterrupt.
+    """Within this context the signals of `WATCHED` only set ``received``; a second SIGINT raises
+    KeyboardInterrupt.
 
-    A third one, while that unwinds, ends the process where it stands, as `kill -9` would.  ``on_stop`` is called at the
-    first signal.  Outside of the main thread, where Python cannot listen to signals, nothing changes.
+    A third one, while that unwinds, ends the process where it stands, as `kill -9` would.
+    ``on_stop`` is called at the first signal.  Outside of the main thread, where Python cannot
+    listen to signals, nothing changes.
     """
 
     def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from patchmine.errors import UserError
-from patchmine.method import Method
 from patchmine.ops.schedules import LrSchedule
+from patchmine.task import Method
 from patchmine.train.checkpoint import refuse_shared
 from patchmine.train.engine import Engine
 from patchmine.train.log import Meter, Stopwatch
@@ -20,7 +20,9 @@ from patchmine.types import Batch, Progress
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What training needs of a run's settings.  ``batch_size`` is global; ``*_every`` count optimizer steps."""
+    """What training needs of a run's settings.  ``batch_size`` is global; ``*_every`` count
+    optimizer steps.
+    """
 
     total_steps: int
     steps_per_epoch: int
@@ -42,14 +44,21 @@ class TrainSettings:
 
 
 def fitting_counts(batch_size: int, accumulate: int, near: int) -> str:
-    """The numbers of processes next to ``near`` that a batch can be shared out to, as "2 or 4"; "" where none can."""
+    """The numbers of processes next to ``near`` that a batch can be shared out to, as "2 or 4"; ""
+    where none can.
+    """
     fits = [count for count in range(1, 2 * near + 1) if batch_size % (count * accumulate) == 0]
-    below, above = [count for count in fits if count < near][-1:], [count for count in fits if count > near][:1]
+    below, above = (
+        [count for count in fits if count < near][-1:],
+        [count for count in fits if count > near][:1],
+    )
     return " or ".join(map(str, below + above))
 
 
 class Stepper:
-    """A method on its device with its optimizers.  Raises UserError for a batch that cannot be shared out."""
+    """A method on its device with its optimizers.  Raises UserError for a batch that cannot be
+    shared out.
+    """
 
     def __init__(self, method: Method, engine: Engine, settings: TrainSettings) -> None:
         parts = engine.world_size * settings.accumulate
@@ -65,7 +74,10 @@ class Stepper:
         self.forward = engine.wrap(method, compile_blocks=settings.compile)
         refuse_shared(method.state_dict())
         self.optimizers = build_optimizers(
-            method.param_groups(), weight_decay=settings.weight_decay, blr=settings.blr, betas=settings.betas
+            method.param_groups(),
+            weight_decay=settings.weight_decay,
+            blr=settings.blr,
+            betas=settings.betas,
         )
         self.rates: dict[str, float] = {}
         self.meter = Meter()
@@ -77,10 +89,7 @@ class Stepper:
         """Rates, losses, gradients, update; returns the last micro-batch."""
         settings = self.settings
         self.rates = set_rates(
-            self.optimizers,
-            progress,
-            batch_size=settings.batch_size,
-            schedule=settings.schedule,
+            self.optimizers, progress, batch_size=settings.batch_size, schedule=settings.schedule
         )
         self.optimizers.zero_grad()
         for micro in range(settings.accumulate):
@@ -111,7 +120,9 @@ class Stepper:
             batch = next(batches, None)
         if batch is None or len(batch) != self.rows:
             got = "none" if batch is None else f"{len(batch)}"
-            raise ValueError(f"step {progress.step} needs a batch of {self.rows} images and got {got}")
+            raise ValueError(
+                f"step {progress.step} needs a batch of {self.rows} images and got {got}"
+            )
         return batch
 
     def _add_gradient(self, batch: Batch, progress: Progress, micro: int) -> None:
@@ -119,8 +130,8 @@ class Stepper:
         self.method.noise.begin(progress.step, first_row, self.settings.batch_size)
         losses = self.forward(batch, progress)
         loss = losses["loss"]
-        # A loss that is not finite turns the gradient into NaN, which reaches every process together with the
-        # gradients, so that all skip the step without asking each other.
+        # A loss that is not finite turns the gradient into NaN, which reaches every process
+        # together with the gradients, so that all skip the step without asking each other.
         share = torch.full_like(loss, 1.0 / self.settings.accumulate)
         self.engine.backward(loss, share.where(loss.detach().isfinite(), torch.nan))
         self.meter.add(losses)

@@ -28,15 +28,23 @@ class Drawing:
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator).double()
 
-    def linear(self, name: str, width: int, out: int, *, bias: bool = True, shape: Sequence[int] = ()) -> dict:
-        drawn = {f"{name}.weight": self.normal(out, width, scale=width**-0.5).reshape(shape or (out, width))}
+    def linear(
+        self, name: str, width: int, out: int, *, bias: bool = True, shape: Sequence[int] = ()
+    ) -> dict:
+        drawn = {
+            f"{name}.weight": self.normal(out, width, scale=width**-0.5).reshape(
+                shape or (out, width)
+            )
+        }
         return drawn | ({f"{name}.bias": self.normal(out, scale=0.05)} if bias else {})
 
     def norm(self, name: str, width: int) -> dict[str, Tensor]:
         weight = (1 + self.normal(width, scale=0.05)).float().double()
         return {f"{name}.weight": weight, f"{name}.bias": self.normal(width, scale=0.05)}
 
-    def blocks(self, name: str, width: int, depth: int, *, qkv: str = "one", ratio: float = RATIO) -> dict[str, Tensor]:
+    def blocks(
+        self, name: str, width: int, depth: int, *, qkv: str = "one", ratio: float = RATIO
+    ) -> dict[str, Tensor]:
         """``qkv``: one bias for all three, "none", or "qv" for two that are stored apart."""
         drawn: dict[str, Tensor] = {}
         hidden = int(width * ratio)
@@ -45,9 +53,13 @@ class Drawing:
             drawn |= self.norm(f"{own}.norm1", width) | self.norm(f"{own}.norm2", width)
             drawn |= self.linear(f"{own}.attn.qkv", width, 3 * width, bias=qkv == "one")
             if qkv == "qv":
-                drawn |= {f"{own}.attn.{part}_bias": self.normal(width, scale=0.05) for part in "qv"}
+                drawn |= {
+                    f"{own}.attn.{part}_bias": self.normal(width, scale=0.05) for part in "qv"
+                }
             drawn |= self.linear(f"{own}.attn.proj", width, width)
-            drawn |= self.linear(f"{own}.mlp.fc1", width, hidden) | self.linear(f"{own}.mlp.fc2", hidden, width)
+            drawn |= self.linear(f"{own}.mlp.fc1", width, hidden) | self.linear(
+                f"{own}.mlp.fc2", hidden, width
+            )
         return drawn
 
     def encoder(self, c: dict[str, Any], *, qkv: str = "one") -> dict[str, Tensor]:
@@ -56,7 +68,9 @@ class Drawing:
         table = slow.sincos(width, rows, columns).float().double()
         drawn = {"cls_token": self.normal(1, 1, width, scale=0.3)}
         drawn["pos_embed"] = torch.cat([torch.zeros(1, 1, width), table[None]], dim=1)
-        drawn |= self.linear("patch_embed.proj", 3 * patch**2, width, shape=(width, 3, patch, patch))
+        drawn |= self.linear(
+            "patch_embed.proj", 3 * patch**2, width, shape=(width, 3, patch, patch)
+        )
         return drawn | self.blocks("blocks", width, c["depth"], qkv=qkv) | self.norm("norm", width)
 
     def decoder(self, c: dict[str, Any], out: int, *, qkv: str = "one") -> dict[str, Tensor]:
@@ -76,16 +90,22 @@ def grid(c: dict[str, Any]) -> tuple[int, int]:
 
 def learning(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy whose weights take gradients; fixed tables do not."""
-    return {name: t.clone().requires_grad_(not name.endswith("pos_embed")) for name, t in state.items()}
+    return {
+        name: t.clone().requires_grad_(not name.endswith("pos_embed")) for name, t in state.items()
+    }
 
 
-def gradients(loss: Tensor, state: dict[str, Tensor], names: Sequence[str], prefix: str) -> dict[str, Tensor]:
+def gradients(
+    loss: Tensor, state: dict[str, Tensor], names: Sequence[str], prefix: str
+) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, [state[name] for name in names], retain_graph=True)
     return {f"{prefix}{name}": gradient for name, gradient in zip(names, found, strict=True)}
 
 
 def save(folder: Path, file: str, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Numbers in float32, as the given files have them; keys in reverse order, which must not matter."""
+    """Numbers in float32, as the given files have them; keys in reverse order, which must not
+    matter.
+    """
     stored = {
         name: (t.detach().float() if t.is_floating_point() else t.detach()).contiguous().clone()
         for name, t in tensors.items()
@@ -108,6 +128,10 @@ def run_encoder(tokens: Tensor, state: dict[str, Tensor], heads: int, eps: float
     return slow.layer_norm(tokens, state, "norm", eps)
 
 
-def run_decoder(tokens: Tensor, state: dict[str, Tensor], heads: int, eps: float = 1e-6, kind: str = "") -> Tensor:
+def run_decoder(
+    tokens: Tensor, state: dict[str, Tensor], heads: int, eps: float = 1e-6, kind: str = ""
+) -> Tensor:
     tokens, _ = slow.blocks(tokens, state, f"decoder_blocks{kind}", heads, eps)
-    return slow.linear(slow.layer_norm(tokens, state, f"decoder_norm{kind}", eps), state, f"decoder_pred{kind}")
+    return slow.linear(
+        slow.layer_norm(tokens, state, f"decoder_norm{kind}", eps), state, f"decoder_pred{kind}"
+    )

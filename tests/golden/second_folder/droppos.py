@@ -7,13 +7,24 @@ from typing import Any
 
 import torch
 from second_folder import reference as slow
-from second_folder.drawing import RATIO, SOURCE, Drawing, gradients, learning, named, run_encoder, save
+from second_folder.drawing import (
+    RATIO,
+    SOURCE,
+    Drawing,
+    gradients,
+    learning,
+    named,
+    run_encoder,
+    save,
+)
 from torch import Tensor
 
 EPS, LENGTH, VISIBLE, KEPT = 1e-5, 32, 12, 4  # int(32 * 0.375), int(12 * 0.4)
 
 
-def run_head(tokens: Tensor, state: dict[str, Tensor], prefix: str, heads: int) -> tuple[Tensor, Tensor]:
+def run_head(
+    tokens: Tensor, state: dict[str, Tensor], prefix: str, heads: int
+) -> tuple[Tensor, Tensor]:
     """Blocks and norm, then the linear head behind them."""
     tokens, _ = slow.blocks(tokens, state, f"{prefix}decoder_blocks", heads, EPS)
     seen = slow.layer_norm(tokens, state, f"{prefix}decoder_norm", EPS)
@@ -35,35 +46,65 @@ FLAGS: dict[str, tuple[dict[str, Any], str]] = {
 def droppos(folder: Path) -> None:
     """Write the files of DropPos."""
     draw = Drawing(7)
-    c = dict(img_size=[16, 32], patch_size=4, embed_dim=24, depth=2, num_heads=4, batch=2, mask_ratio=0.625)
-    c |= dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=4, pos_mask_ratio=0.6, sigma0=1.5, epoch=2)
-    c |= dict(epochs=8, pos_weight=0.2, compat_grid=7, norm_eps=EPS, norm_pix_loss=False, temperature=0.25)
+    c = dict(
+        img_size=[16, 32],
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=4,
+        batch=2,
+        mask_ratio=0.625,
+    )
+    c |= dict(
+        decoder_embed_dim=16,
+        decoder_depth=1,
+        decoder_num_heads=4,
+        pos_mask_ratio=0.6,
+        sigma0=1.5,
+        epoch=2,
+    )
+    c |= dict(
+        epochs=8, pos_weight=0.2, compat_grid=7, norm_eps=EPS, norm_pix_loss=False, temperature=0.25
+    )
     c |= dict(mlp_ratio=RATIO)
     weights, images = drawn(draw, c), draw.normal(2, 3, *c["img_size"])
     first, second = draw.uniform(2, LENGTH), draw.uniform(2, VISIBLE)
     shuffle = draw.uniform(2, VISIBLE)
     masking = both_masks(first, second) | dict(seen=shuffle.argsort(dim=1))
-    tensors = named("weights/", weights) | named("masking/", {name: t for name, t in masking.items() if name != "seen"})
+    tensors = named("weights/", weights) | named(
+        "masking/", {name: t for name, t in masking.items() if name != "seen"}
+    )
     tensors |= dict(images=images, noise_patch=first, noise_pos=second, noise_shuffle=shuffle)
 
     at_epoch = 1.5 * (1 - 2 / 8)
     maps = {"zero": slow.smoothing(4, 8, 0), "sigma0": slow.smoothing(4, 8, 1.5)}
     maps |= {"epoch": slow.smoothing(4, 8, at_epoch), "mis": slow.smoothing(7, 7, at_epoch)}
-    tensors |= {"smooth/sigma0": maps["sigma0"], "smooth/sigma_epoch": maps["epoch"], "smooth/compat_grid": maps["mis"]}
+    tensors |= {
+        "smooth/sigma0": maps["sigma0"],
+        "smooth/sigma_epoch": maps["epoch"],
+        "smooth/compat_grid": maps["mis"],
+    }
     whole = slow.smoothing(6, 6, 0.8)
     tensors |= {f"smooth6/sigma0.8_row{row}": whole[row] for row in (0, 20)}
-    tensors |= {"smooth6/sigma0.8_rowsum": whole.sum(dim=1), "smooth6/sigma0.8_colsum": whole.sum(dim=0)}
+    tensors |= {
+        "smooth6/sigma0.8_rowsum": whole.sum(dim=1),
+        "smooth6/sigma0.8_colsum": whole.sum(dim=0),
+    }
 
     cases, scalars = [], {"sigma_epoch": at_epoch}
     for name, (options, sigma) in FLAGS.items():
         smoothed = maps[sigma][:LENGTH, :LENGTH]
-        found, scalars[name] = Case(draw, options, c, learning(weights), images, masking).run(smoothed)
+        found, scalars[name] = Case(draw, options, c, learning(weights), images, masking).run(
+            smoothed
+        )
         tensors |= named(f"{name}/", {key: t for key, t in found.items() if key != "full_feat"})
         tensors["full_feat"] = found.get("full_feat", tensors.get("full_feat"))
         grads = [key.removeprefix("grad/") for key in found if key.startswith("grad/")]
         cases.append(dict(name=name, flags=options, sigma=sigma, grads=grads))
     derived = dict(L=LENGTH, visible=VISIBLE, kept_pos=KEPT, dropped_pos=VISIBLE - KEPT)
-    meta = dict(method="DropPos", config=c, derived=derived, cases=cases, scalars=scalars, reference=SOURCE)
+    meta = dict(
+        method="DropPos", config=c, derived=derived, cases=cases, scalars=scalars, reference=SOURCE
+    )
     save(folder, "droppos", meta, {name: t for name, t in tensors.items() if t is not None})
 
 
@@ -71,7 +112,9 @@ def drawn(draw: Drawing, c: dict[str, Any]) -> dict[str, Tensor]:
     """Weights for both tasks."""
     weights = draw.encoder(c) | {"mask_pos_token": draw.normal(1, 1, 24, scale=0.3)}
     decoder, pixels = draw.decoder(c, LENGTH), draw.decoder(c, 48)
-    weights |= {name: t for name, t in decoder.items() if name not in ("mask_token", "decoder_pos_embed")}
+    weights |= {
+        name: t for name, t in decoder.items() if name not in ("mask_token", "decoder_pos_embed")
+    }
     weights |= {f"aux_{name}": t for name, t in pixels.items() if name != "mask_token"}
     return weights | {"mask_token": pixels["mask_token"]}
 
@@ -104,13 +147,19 @@ class Case:
         masking: dict[str, Tensor],
     ) -> None:
         self.draw, self.options, self.c, self.state, self.images = draw, options, c, state, images
-        self.masking, self.keep, self.lost = masking, masking["ids_keep"], masking["mask_pos"].bool()
+        self.masking, self.keep, self.lost = (
+            masking,
+            masking["ids_keep"],
+            masking["mask_pos"].bool(),
+        )
         self.found: dict[str, Tensor] = {}
 
     def run(self, smoothed: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The tensors and the scalars of the case."""
         names = ["patch_embed.proj.weight", "decoder_embed.weight", "cls_token"]
-        names += ["mask_pos_token"] if self.options.get("mask_token_type", "param") == "param" else []
+        names += (
+            ["mask_pos_token"] if self.options.get("mask_token_type", "param") == "param" else []
+        )
         logits = self.locate()
         targets = smoothed[self.keep]
         entropies = -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)
@@ -119,7 +168,9 @@ class Case:
         total = loss = (counts * entropies).sum() / counts.sum()
         right = (logits.argmax(dim=-1) == self.keep).double()
         weighted = ((counts * right).sum() / counts.sum()).item()
-        scalars = dict(loss=loss.item(), acc_reported=weighted, acc_unweighted=right[self.lost].mean().item())
+        scalars = dict(
+            loss=loss.item(), acc_reported=weighted, acc_unweighted=right[self.lost].mean().item()
+        )
         if self.options.get("multi_task"):
             pixels = self.paint()
             total = self.c["pos_weight"] * loss + pixels
@@ -133,17 +184,25 @@ class Case:
         own = torch.where(self.lost[..., None], self.instead(table), table)
         tokens = slow.rows_of(slow.embed(self.images, self.state, 4), self.keep) + own
         start = (self.state["cls_token"] + self.state["pos_embed"][:, :1]).expand(2, -1, -1)
-        order = self.masking["seen"] if self.options.get("shuffle") else torch.arange(VISIBLE).expand(2, -1)
+        order = (
+            self.masking["seen"]
+            if self.options.get("shuffle")
+            else torch.arange(VISIBLE).expand(2, -1)
+        )
         tokens = slow.rows_of(tokens, order)
         latent = run_encoder(tokens, self.state, 4, EPS)
         narrow = slow.linear(latent, self.state, "decoder_embed")
         if self.options.get("conf_ignore"):  # one token is made sure of its place
             bias = self.state["decoder_pred.bias"].detach().clone()
             bias[self.keep[0][self.lost[0]][0]] += 8
-            self.found["decoder_pred.bias"] = self.state["decoder_pred.bias"] = bias.float().double()
+            self.found["decoder_pred.bias"] = self.state["decoder_pred.bias"] = (
+                bias.float().double()
+            )
         seen, logits = run_head(narrow, self.state, "", 4)
         entered = torch.cat([start, tokens], dim=1)
-        self.found |= dict(enc_in=entered, latent=latent, decoder_embed_out=narrow, decoder_norm_out=seen)
+        self.found |= dict(
+            enc_in=entered, latent=latent, decoder_embed_out=narrow, decoder_norm_out=seen
+        )
         self.found["logits"] = slow.rows_of(logits[:, 1:], order.argsort(dim=1))
         return self.found["logits"]
 
@@ -186,7 +245,9 @@ class Case:
         """The loss of the second task, which is MAE's."""
         narrow = slow.linear(self.found["latent"], self.state, "aux_decoder_embed")
         missing = self.state["mask_token"].expand(2, LENGTH - VISIBLE, -1)
-        filled = slow.rows_of(torch.cat([narrow[:, 1:], missing], dim=1), self.masking["ids_restore"])
+        filled = slow.rows_of(
+            torch.cat([narrow[:, 1:], missing], dim=1), self.masking["ids_restore"]
+        )
         filled = torch.cat([narrow[:, :1], filled], dim=1) + self.state["aux_decoder_pos_embed"]
         pred = run_head(filled, self.state, "aux_", 4)[1][:, 1:]
         per_patch = ((pred - slow.channels_last(self.images, 4)) ** 2).mean(dim=-1)

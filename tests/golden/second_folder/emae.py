@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 from second_folder import reference as slow
-from second_folder.drawing import RATIO, SOURCE, Drawing, gradients, learning, named, run_decoder, run_encoder, save
+from second_folder.drawing import (
+    RATIO,
+    SOURCE,
+    Drawing,
+    gradients,
+    learning,
+    named,
+    run_decoder,
+    run_encoder,
+    save,
+)
 from torch import Tensor
 
 
@@ -25,7 +35,9 @@ def drawn_parts(noise: Tensor, parts: int) -> dict[str, Tensor]:
 
 
 def losses_of(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The losses by name, for predictions (N, U, L, P) of the first U parts; and the loss of each patch (N, U, L)."""
+    """The losses by name, for predictions (N, U, L, P) of the first U parts; and the loss of each
+    patch (N, U, L).
+    """
     images, used, length, _ = pred.shape
     per_patch = ((pred - target[:, None]) ** 2).mean(dim=-1)
     hidden = mask[:, :used]
@@ -39,10 +51,12 @@ def losses_of(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[dict[str, Ten
             first, second = pred[image, a][both], pred[image, b][both]
             if not both.any():
                 continue
-            one = (first.detach() - second).abs().mean(dim=-1).sum() + (first - second.detach()).abs().mean(
-                dim=-1
-            ).sum()
-            two = ((first.detach() - second) ** 2).mean(dim=-1).sum() + ((first - second.detach()) ** 2).mean(-1).sum()
+            one = (first.detach() - second).abs().mean(dim=-1).sum() + (
+                first - second.detach()
+            ).abs().mean(dim=-1).sum()
+            two = ((first.detach() - second) ** 2).mean(dim=-1).sum() + (
+                (first - second.detach()) ** 2
+            ).mean(-1).sum()
             share = 1 / (len(pairs) * images)
             sums["sc_l1_all"] = sums["sc_l1_all"] + share * one / length
             sums["sc_l1_overlap"] = sums["sc_l1_overlap"] + share * one / both.sum()
@@ -52,7 +66,16 @@ def losses_of(pred: Tensor, target: Tensor, mask: Tensor) -> tuple[dict[str, Ten
     return losses | {"total": losses["loss_whole"] + losses["sc_l1_all"]}, per_patch
 
 
-def alone(draw: Drawing, name: str, images: int, parts: int, length: int, width: int, used: int, ties: bool) -> Any:
+def alone(
+    draw: Drawing,
+    name: str,
+    images: int,
+    parts: int,
+    length: int,
+    width: int,
+    used: int,
+    ties: bool,
+) -> Any:
     """A case of the loss alone."""
     tensors = drawn_parts(draw.uniform(images, length), parts)
     pred, target = draw.normal(images, parts, length, width), draw.normal(images, length, width)
@@ -91,8 +114,16 @@ def model(draw: Drawing, name: str, c: dict[str, Any], state: dict[str, Tensor])
         preds.append(run_decoder(tokens, state, c["decoder_num_heads"])[:, 1:])
     pred = torch.stack(preds, dim=1)
     losses, per_patch = losses_of(pred, target, tensors["mask"])
-    tensors |= dict(latent=torch.stack(latents, dim=1), pred=pred, target=target, loss_patch=per_patch)
-    names = ["cls_token", "patch_embed.proj.bias", "blocks.0.mlp.fc1.weight", "mask_token", "decoder_pred.weight"]
+    tensors |= dict(
+        latent=torch.stack(latents, dim=1), pred=pred, target=target, loss_patch=per_patch
+    )
+    names = [
+        "cls_token",
+        "patch_embed.proj.bias",
+        "blocks.0.mlp.fc1.weight",
+        "mask_token",
+        "decoder_pred.weight",
+    ]
     tensors |= gradients(losses["total"], state, names, "grad.")
     numbers = {key: value.item() for key, value in losses.items()}
     return dict(config=c, L=12, V=size, losses=numbers), named(f"{name}.", tensors)
@@ -100,7 +131,16 @@ def model(draw: Drawing, name: str, c: dict[str, Any], state: dict[str, Tensor])
 
 def emae(folder: Path) -> None:
     draw = Drawing(3)
-    c = dict(img_size=[12, 16], patch_size=4, embed_dim=32, depth=1, num_heads=4, batch=2, K=3, mlp_ratio=RATIO)
+    c = dict(
+        img_size=[12, 16],
+        patch_size=4,
+        embed_dim=32,
+        depth=1,
+        num_heads=4,
+        batch=2,
+        K=3,
+        mlp_ratio=RATIO,
+    )
     c |= dict(decoder_embed_dim=20, decoder_depth=2, decoder_num_heads=5, decoder_mlp_ratio=2)
     weights = draw.encoder(c) | draw.decoder(c, 48)
     for name in [n for n in weights if n.startswith("decoder_blocks.") and ".mlp." in n]:
@@ -121,4 +161,6 @@ def emae(folder: Path) -> None:
         cases[name], stored = alone(draw, name, *sizes)
         tensors |= stored
     sentence = "float32 implementation: 1e-5 relative on losses, 2e-5 absolute on pred, 1e-4 relative on gradients"
-    save(folder, "emae", dict(method="emae", source=SOURCE, cases=cases, tolerance=sentence), tensors)
+    save(
+        folder, "emae", dict(method="emae", source=SOURCE, cases=cases, tolerance=sentence), tensors
+    )

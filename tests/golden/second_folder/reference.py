@@ -1,4 +1,5 @@
-"""Plain, slow parts of the methods, written from the specifications alone: loops, float64, nothing of `patchmine`.
+"""Plain, slow parts of the methods, written from the specifications alone: loops, float64, nothing
+of `patchmine`.
 
 Networks are functions of a dictionary of weights under the reference's names.
 """
@@ -30,7 +31,12 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, heads: int, seen: Tensor | None = None, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    seen: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Multi-head attention, head after head: what is mixed (B, N, D), and the shares (B, H, N, M)."""
     width = query.shape[-1] // heads
@@ -49,9 +55,17 @@ def attend(
 
 
 def block(
-    x: Tensor, state: State, name: str, heads: int, eps: float, seen: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    state: State,
+    name: str,
+    heads: int,
+    eps: float,
+    seen: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A pre-norm block, BEiT's with layer scale where there are gammas: tokens (B, N, D), shares (B, H, N, N)."""
+    """A pre-norm block, BEiT's with layer scale where there are gammas: tokens (B, N, D), shares
+    (B, H, N, N).
+    """
     normed = layer_norm(x, state, f"{name}.norm1", eps)
     products = normed @ state[f"{name}.attn.qkv.weight"].T
     if f"{name}.attn.qkv.bias" in state:
@@ -78,7 +92,13 @@ def blocks(x: Tensor, state: State, prefix: str, heads: int, eps: float) -> tupl
 
 
 def count(state: State, prefix: str) -> int:
-    return len({name.removeprefix(f"{prefix}.").split(".")[0] for name in state if name.startswith(f"{prefix}.")})
+    return len(
+        {
+            name.removeprefix(f"{prefix}.").split(".")[0]
+            for name in state
+            if name.startswith(f"{prefix}.")
+        }
+    )
 
 
 def patch_list(images: Tensor, patch: int) -> list[Tensor]:
@@ -90,7 +110,9 @@ def patch_list(images: Tensor, patch: int) -> list[Tensor]:
 
 def channels_last(images: Tensor, patch: int) -> Tensor:
     """Pixels of every patch in the order (row, column, channel): (B, L, p * p * C)."""
-    return torch.stack([each.permute(0, 2, 3, 1).flatten(1) for each in patch_list(images, patch)], dim=1)
+    return torch.stack(
+        [each.permute(0, 2, 3, 1).flatten(1) for each in patch_list(images, patch)], dim=1
+    )
 
 
 def channels_first(images: Tensor, patch: int) -> Tensor:
@@ -111,7 +133,9 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def sincos(width: int, rows: int, columns: int) -> Tensor:
-    """MAE's table (rows * columns, width): the column in the first half of the channels, the row in the second."""
+    """MAE's table (rows * columns, width): the column in the first half of the channels, the row in
+    the second.
+    """
     quarter = width // 4
     table = []
     for row in range(rows):
@@ -119,7 +143,9 @@ def sincos(width: int, rows: int, columns: int) -> Tensor:
             entry = []
             for place in (column, row):
                 angles = [place / 10000 ** (k / quarter) for k in range(quarter)]
-                entry += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+                entry += [math.sin(angle) for angle in angles] + [
+                    math.cos(angle) for angle in angles
+                ]
             table.append(entry)
     return torch.tensor(table, dtype=torch.float64)
 
@@ -127,7 +153,10 @@ def sincos(width: int, rows: int, columns: int) -> Tensor:
 def interleaved(width: int, length: int) -> Tensor:
     """VideoMAE's one-dimensional table (length, width): sine and cosine side by side."""
     table = [
-        [(math.cos if j % 2 else math.sin)(n / 10000 ** (2 * (j // 2) / width)) for j in range(width)]
+        [
+            (math.cos if j % 2 else math.sin)(n / 10000 ** (2 * (j // 2) / width))
+            for j in range(width)
+        ]
         for n in range(length)
     ]
     return torch.tensor(table, dtype=torch.float64)
@@ -142,7 +171,9 @@ def rows_of(values: Tensor, index: Tensor) -> Tensor:
 
 
 def ranking(predicted: Tensor, error: Tensor) -> Tensor:
-    """HPM: the mean of -log(sigmoid(p_a - p_b) + 1e-6) over pairs of one image with error_a > error_b."""
+    """HPM: the mean of -log(sigmoid(p_a - p_b) + 1e-6) over pairs of one image with error_a >
+    error_b.
+    """
     terms = [
         -torch.log(torch.sigmoid(scores[a] - scores[b]) + 1e-6)
         for scores, errors in zip(predicted, error, strict=True)
@@ -166,7 +197,9 @@ def directions_apart(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def dino(student: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-    """The mean cross-entropy of every target (one a global crop) with the logits of every other crop."""
+    """The mean cross-entropy of every target (one a global crop) with the logits of every other
+    crop.
+    """
     terms = [
         -(target * (crop / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean()
         for t, target in enumerate(targets)
@@ -184,21 +217,27 @@ def smoothing(rows: int, columns: int, sigma: float) -> Tensor:
     places = [(row, column) for row in range(rows) for column in range(columns)]
     if sigma == 0:
         return torch.eye(len(places), dtype=torch.float64)
-    raw = [[math.exp(-((r - s) ** 2 + (c - d) ** 2) / sigma**2) for s, d in places] for r, c in places]
+    raw = [
+        [math.exp(-((r - s) ** 2 + (c - d) ** 2) / sigma**2) for s, d in places] for r, c in places
+    ]
     full = torch.tensor(raw, dtype=torch.float64)
     return full / full.sum(dim=0, keepdim=True)
 
 
 def stretched(attention: Tensor) -> Tensor:
-    """AMT: the class token's attention (B, H, L), stretched to [0, 1] by head, mean over heads: (B, L)."""
+    """AMT: the class token's attention (B, H, L), stretched to [0, 1] by head, mean over heads: (B,
+    L).
+    """
     low, high = attention.amin(dim=-1, keepdim=True), attention.amax(dim=-1, keepdim=True)
     return ((attention - low) / (high - low)).mean(dim=1)
 
 
 def area_weights(cells: Tensor, box: Sequence[int]) -> Tensor:
-    """AMT: the mean of a map (rows, columns), constant within each cell, over what each patch of a crop shows.
+    """AMT: the mean of a map (rows, columns), constant within each cell, over what each patch of a
+    crop shows.
 
-    ``box``: height and width of the image, top, left, height and width of the crop in pixels, whether it is mirrored.
+    ``box``: height and width of the image, top, left, height and width of the crop in pixels,
+    whether it is mirrored.
     """
     rows, columns = cells.shape
     height, width, top, left, tall, broad, mirrored = box
@@ -219,7 +258,9 @@ def area_weights(cells: Tensor, box: Sequence[int]) -> Tensor:
 
 
 def relative_index(rows: int, columns: int) -> Tensor:
-    """BEiT: the row of the relative table for every pair of tokens, class token first: (1 + L, 1 + L)."""
+    """BEiT: the row of the relative table for every pair of tokens, class token first: (1 + L, 1 +
+    L).
+    """
     places = [(row, column) for row in range(rows) for column in range(columns)]
     size = (2 * rows - 1) * (2 * columns - 1) + 3
     index = torch.zeros(1 + len(places), 1 + len(places), dtype=torch.int64)
@@ -242,7 +283,9 @@ def gaussian(kernel: int, sigma: float) -> Tensor:
 
 
 def look_earlier(score: Tensor) -> tuple[Tensor, Tensor]:
-    """SemAIM: who may look at whom by score (B, L): content and queries, (B, 1 + L, 1 + L), class token first."""
+    """SemAIM: who may look at whom by score (B, L): content and queries, (B, 1 + L, 1 + L), class
+    token first.
+    """
     batch, length = score.shape
     content = torch.zeros(batch, 1 + length, 1 + length, dtype=torch.bool)
     content[:, :, 0] = True

@@ -1,4 +1,6 @@
-"""Vectors of SemAIM: oblong images, fewer query blocks than blocks, ties by chance, other names and options."""
+"""Vectors of SemAIM: oblong images, fewer query blocks than blocks, ties by chance, other names and
+options.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ EPS, ROWS, COLUMNS, HEADS = 1e-6, 4, 6, 2
 LENGTH = ROWS * COLUMNS
 
 
-def query_block(queries: Tensor, content: Tensor, state: dict[str, Tensor], name: str, seen: Tensor) -> Tensor:
+def query_block(
+    queries: Tensor, content: Tensor, state: dict[str, Tensor], name: str, seen: Tensor
+) -> Tensor:
     own, other = (slow.layer_norm(x, state, f"{name}.norm1", EPS) for x in (queries, content))
     q = slow.linear(own, state, f"{name}.attn.q")
     k, v = (slow.linear(other, state, f"{name}.attn.{part}") for part in "kv")
@@ -25,7 +29,9 @@ def query_block(queries: Tensor, content: Tensor, state: dict[str, Tensor], name
 
 
 def scores(case: dict[str, Any], similarity: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The centre of every image, and the score of every patch as the reference adds it up in float32."""
+    """The centre of every image, and the score of every patch as the reference adds it up in
+    float32.
+    """
     centre = similarity.argmax(dim=1)
     kind = case["permutation_type"]
     if kind == "stochastic":
@@ -51,7 +57,9 @@ def blurred(images: Tensor, blur: list[int] | None) -> Tensor:
     out = torch.zeros_like(images)
     for a in range(blur[0]):
         for b in range(blur[0]):
-            out = out + window[a, b] * padded[:, :, a : a + images.shape[2], b : b + images.shape[3]]
+            out = (
+                out + window[a, b] * padded[:, :, a : a + images.shape[2], b : b + images.shape[3]]
+            )
     return out
 
 
@@ -69,8 +77,9 @@ def semaim(folder: Path) -> None:
     weights |= draw.linear("prediction_head", 24, 75)
     head = draw.linear("prediction_head", 24, 10)
     images, noise = draw.normal(2, 3, *c["img_size"]), draw.uniform(2, LENGTH)
-    # In the first image the noise is nearly one of four numbers: a thousandth of it, added to a distance in float32,
-    # leaves patches of one ring without a difference, as happens by chance on larger grids.
+    # In the first image the noise is nearly one of four numbers: a thousandth of it, added to a
+    # distance in float32, leaves patches of one ring without a difference, as happens by chance on
+    # larger grids.
     noise[0] = ((noise[0] * 4).floor() / 4 + 1e-6 * torch.arange(LENGTH)).float().double()
     teacher = draw.normal(2, 1 + LENGTH, 10)
     tensors = named("sd.", weights) | named("sd_foreign.", head) | dict(images=images, noise=noise)
@@ -86,7 +95,9 @@ def semaim(folder: Path) -> None:
         "in lines": pixels | dict(permutation_type="zigzag", blur=[3, 1]),
         "whole rings": dict(centred),
         "centre": dict(centred),
-        "foreign": dict(permutation_type="attention_center", target="feature (clip-type, out_dim 10)"),
+        "foreign": dict(
+            permutation_type="attention_center", target="feature (clip-type, out_dim 10)"
+        ),
     }
     for name, case in cases.items():
         used = torch.zeros_like(noise) if name == "whole rings" else noise
@@ -118,7 +129,9 @@ def one_case(
     )
     centre, score = scores(case, similarity, noise)
     may, ask = slow.look_earlier(score)
-    found |= dict(center_index=centre, permutation=score, content_mask=may.byte(), query_mask=ask.byte())
+    found |= dict(
+        center_index=centre, permutation=score, content_mask=may.byte(), query_mask=ask.byte()
+    )
     found |= streams(content, state, may, ask)
     predicted = found["pred"][:, 1:]
     if foreign:
@@ -132,8 +145,15 @@ def one_case(
     loss = per_patch.mean()
     found |= dict(loss=loss, loss_map=per_patch, grad_norm=gradient_norm(loss, state))
     if name != "in lines":
-        names = ["cls_token", "patch_embed.proj.weight", "query_blocks.1.attn.v.weight", "query_blocks.0.attn.k.weight"]
-        found |= gradients(loss, state, [*names, "blocks.2.mlp.fc1.bias", "prediction_head.bias"], "grad.")
+        names = [
+            "cls_token",
+            "patch_embed.proj.weight",
+            "query_blocks.1.attn.v.weight",
+            "query_blocks.0.attn.k.weight",
+        ]
+        found |= gradients(
+            loss, state, [*names, "blocks.2.mlp.fc1.bias", "prediction_head.bias"], "grad."
+        )
     ties = [int((row.unique(return_counts=True)[1] > 1).sum()) for row in score]
     return found, [loss.item(), ties]
 
@@ -148,17 +168,25 @@ def looked(
         return attention, dict(self_attention=attention)
     gap = case.get("attention_type") == "gap"
     anchor = tokens[:, 1:].mean(dim=1, keepdim=True) if gap else tokens[:, :1]
-    cosine = (anchor * tokens[:, 1:]).sum(dim=-1) / (anchor.norm(dim=-1) * tokens[:, 1:].norm(dim=-1))
+    cosine = (anchor * tokens[:, 1:]).sum(dim=-1) / (
+        anchor.norm(dim=-1) * tokens[:, 1:].norm(dim=-1)
+    )
     if case["target"] != "pixel":
         low, high = cosine.amin(dim=1, keepdim=True), cosine.amax(dim=1, keepdim=True)
-        return cosine, dict(teacher_tokens=tokens, teacher_similarity=(cosine - low) / (high - low + 1e-6))
+        return cosine, dict(
+            teacher_tokens=tokens, teacher_similarity=(cosine - low) / (high - low + 1e-6)
+        )
     if case["permutation_type"] not in ("attention", "attention_center"):
         return cosine, {}
     return cosine, dict(feature_attention=cosine.softmax(dim=1), enc_tokens=tokens)
 
 
-def streams(content: Tensor, state: dict[str, Tensor], may: Tensor, ask: Tensor) -> dict[str, Tensor]:
-    """What every block makes of content and queries, and the predictions; a query block behind every second block."""
+def streams(
+    content: Tensor, state: dict[str, Tensor], may: Tensor, ask: Tensor
+) -> dict[str, Tensor]:
+    """What every block makes of content and queries, and the predictions; a query block behind
+    every second block.
+    """
     found, queries = {}, state["pos_embed"].expand(2, -1, -1)
     for i in range(4):
         content, _ = slow.block(content, state, f"blocks.{i}", HEADS, EPS, seen=may)

@@ -1,0 +1,1 @@
+"""Encoders: one family a kind, and their weights in all formats."""

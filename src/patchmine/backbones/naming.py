@@ -1,0 +1,351 @@
+"""Which encoders lie in a file of weights, under whose names and prefixes, and the way from these
+names to timm's.
+
+A file is a dictionary, often of dictionaries; its tensors are looked at under one dotted name
+each.  An encoder is recognised by its first layer, and what stands before that layer's name is the
+encoder's prefix, whatever wrappers it is made of:
+``state_dict.model._orig_mod.module.backbone.vit.`` and so on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from patchmine.backbones.loading import Tensors, nested_tensors, plain_tensor
+from patchmine.backbones.videomae import from_videomae_names
+from patchmine.errors import UserError, shown_name
+
+Weights = Literal["auto", "student", "raw", "teacher", "ema"]
+"""Which of several networks in a file: the trained one (student, raw), or its average (teacher,
+ema).
+"""
+
+# Not networks: states of optimizers and of training loops.
+_PASSED_OVER = (
+    "optimizer",
+    "lr_scheduler",
+    "scaler",
+    "loss_scaler",
+    "amp",
+    "callbacks",
+    "loops",
+    "args",
+    "config",
+)
+# torch's wrappers of a module leave their names anywhere in those of its tensors.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_AVERAGE = re.compile(r"(^|_)(ema|teacher|momentum|target|swa)(_|$)|^encoder_k$")
+# Our own checkpoints hold further networks (frozen teachers, the second of a pair) beside these
+# two.
+_OWN = {False: "model.encoder.", True: "model.teacher.encoder."}
+
+# By naming: the first layer, and regular expressions from its names to timm's, applied in turn.
+_FIRST_LAYER = {
+    "timm": "patch_embed.proj.weight",
+    "mmpretrain": "patch_embed.projection.weight",
+    "transformers": "embeddings.patch_embeddings.projection.weight",
+    "torchvision": "conv_proj.weight",
+    "ResNet": "layer1.0.conv1.weight",
+}
+_TO_TIMM: dict[str, dict[str, str]] = {
+    "mmpretrain": {
+        r"^patch_embed\.projection\.": "patch_embed.proj.",
+        r"^pre_norm\.": "norm_pre.",
+        r"^ln1\.": "norm.",
+        r"^ln2\.": "fc_norm.",  # after pooling
+        r"^layers\.": "blocks.",
+        r"\.ln([12])\.": r".norm\1.",
+        r"\.attn\.attn\.in_proj_": ".attn.qkv.",
+        r"\.attn\.attn\.out_proj\.": ".attn.proj.",
+        r"\.attn\.gamma1\.weight$": ".ls1.gamma",
+        r"\.ffn\.gamma2\.weight$": ".ls2.gamma",
+        r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.",
+        r"\.ffn\.layers\.1\.": ".mlp.fc2.",
+    },
+    "transformers": {
+        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+        r"^embeddings\.position_embeddings$": "pos_embed",
+        r"^embeddings\.(cls_token|mask_token|register_tokens)$": r"\1",
+        r"^(encoder\.layer|layers)\.": "blocks.",
+        r"^decoder\.mask_token$": "mask_token",
+        r"^decoder\.decoder_(encoder\.layer|layers)\.": "decoder_blocks.",
+        r"^decoder\.decoder_": "decoder_",
+        r"\.attention\.attention\.(query|key|value)\.": r".attn.\1.",
+        r"\.attention\.(q|k|v)_proj\.": r".attn.\1.",
+        r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+        r"\.layernorm_before\.": ".norm1.",
+        r"\.layernorm_after\.": ".norm2.",
+        r"\.intermediate\.dense\.": ".mlp.fc1.",
+        r"\.output\.dense\.": ".mlp.fc2.",
+        r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+        r"^layernorm\.": "norm.",
+    },
+    "torchvision": {
+        r"^conv_proj\.": "patch_embed.proj.",
+        r"^class_token$": "cls_token",
+        r"^encoder\.pos_embedding$": "pos_embed",
+        r"^encoder\.ln\.": "norm.",
+        r"^encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
+        r"\.ln_([12])\.": r".norm\1.",
+        r"\.self_attention\.in_proj_": ".attn.qkv.",
+        r"\.self_attention\.out_proj\.": ".attn.proj.",
+        r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",
+        r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
+    },
+}
+_ORDER = (("query", "key", "value"), ("q", "k", "v"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """An encoder in a file: its ``prefix``, the ``naming`` of its tensors, and whether it is an
+    average of another.
+    """
+
+    prefix: str
+    naming: str
+    is_average: bool
+
+    @property
+    def root(self) -> str:
+        """What precedes the names of the encoder *and* of the decoder that was trained with it."""
+        if self.naming == "VideoMAE":
+            return self.prefix.removesuffix("encoder.")
+        return self.prefix.removesuffix("vit.") if self.naming == "transformers" else self.prefix
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a file under MAE's names (the encoder's are timm's), in float32.
+
+    ``average``: its EMA weights, where the file has both, and ``average_names`` theirs in the file;
+    ``outside``: names of all tensors in the file that are no part of it, these among them;
+    ``told``: in a few words, where it was found.
+    """
+
+    place: Place
+    tensors: Tensors
+    average: Tensors | None
+    average_names: list[str]
+    outside: list[str]
+    told: str
+
+
+def flatten(content: Mapping[str, Any]) -> Tensors:
+    """Every tensor of nested dictionaries under its dotted name, without the marks of torch's
+    wrappers.
+    """
+    found = nested_tensors(content)
+    return {
+        _WRAPPERS.sub("", name): t for name, t in found.items() if not name.startswith(_PASSED_OVER)
+    }
+
+
+def find_places(flat: Mapping[str, Tensor]) -> list[Place]:
+    """The encoders in a file, recognised by their first layers."""
+    places = []
+    for name, tensor in flat.items():
+        for naming, layer in _FIRST_LAYER.items():
+            if name != layer and not name.endswith(f".{layer}"):
+                continue
+            prefix = name.removesuffix(layer)
+            if naming == "ResNet" and f"{prefix}conv1.weight" not in flat:
+                continue
+            clips = (
+                naming == "timm" and tensor.ndim == 5 and f"{prefix}blocks.0.attn.q_bias" in flat
+            )
+            average = any(_AVERAGE.search(part) for part in prefix.split("."))
+            places.append(Place(prefix, "VideoMAE" if clips else naming, average))
+    return places
+
+
+def find_network(
+    content: Mapping[str, Any], source: str, *, weights: Weights = "auto", prefix: str | None = None
+) -> Network | None:
+    """The network of a file that is wanted; None where the file holds no encoder of a known naming.
+
+    Args:
+        content: what the file holds.
+        source: its name, for messages.
+        weights: the trained network or its average.  ``auto`` is the trained one, but for
+            self-distillation, where file and authors (DINO, iBOT) call the two student and teacher
+            and advise the teacher.
+        prefix: of the encoder's tensors, where the file holds several.
+
+    Raises:
+        UserError: several encoders fit, or none.
+    """
+    flat = flatten(content)
+    places = find_places(flat)
+    if not places:
+        return None
+    place = _choose(places, flat, source, weights, prefix)
+    tensors = _below(place, places, flat)
+    average = _counterpart(place, places)
+    inside = set(_names_below(place, places, flat))
+    return Network(
+        place,
+        tensors,
+        _below(average, places, flat) if average else None,
+        _names_below(average, places, flat) if average else [],
+        [name for name in flat if name not in inside],
+        _told(place, places),
+    )
+
+
+def _told(place: Place, places: Sequence[Place]) -> str:
+    told = f"names as in {place.naming}" + (
+        f" under {shown_name(place.prefix)}" if place.prefix else ""
+    )
+    kinds = {other.is_average for other in places}
+    if len(kinds) == 2:
+        chosen, other = ("EMA", "raw") if place.is_average else ("raw", "ema")
+        return f"{told}; the {chosen} weights are taken (weights={other} takes the others)"
+    return f"{told}; the file has EMA weights only" if place.is_average else told
+
+
+def _choose(
+    places: Sequence[Place],
+    flat: Mapping[str, Tensor],
+    source: str,
+    weights: Weights,
+    prefix: str | None,
+) -> Place:
+    if prefix is not None:
+        wanted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+        found = [place for place in places if place.prefix == wanted]
+        if not found:
+            raise UserError(
+                f"{source} holds no encoder under prefix={prefix!r}: there is {_listed(places)}"
+            )
+        return found[0]
+    trained = [place for place in places if not place.is_average]
+    averages = [place for place in places if place.is_average]
+    if weights in ("teacher", "ema"):
+        if not averages:
+            raise UserError(
+                f"{source} holds no teacher weights (no ema_state_dict, model_ema, teacher): use weights=student"
+            )
+        fitting = averages
+    elif weights in ("student", "raw"):
+        if not trained:
+            raise UserError(
+                f"{source} holds EMA weights only, under {_listed(averages)}: use weights=ema"
+            )
+        fitting = trained
+    else:
+        distilled = any(
+            part.startswith("student") for place in trained for part in place.prefix.split(".")
+        )
+        fitting = averages if averages and (distilled or not trained) else trained
+    own = [place for place in fitting if place.prefix == _OWN[place.is_average]]
+    fitting = own or _distinct(fitting, flat)
+    if len(fitting) > 1:
+        example = fitting[0].prefix or "''"
+        raise UserError(
+            f"{source} holds {len(fitting)} encoders, {_listed(fitting)}: say which with prefix={shown_name(example)}"
+        )
+    return fitting[0]
+
+
+def _listed(places: Sequence[Place]) -> str:
+    return ", ".join(shown_name(place.prefix) or "one without prefix" for place in places[:6])
+
+
+def _distinct(places: Sequence[Place], flat: Mapping[str, Tensor]) -> list[Place]:
+    """The places without those that hold the same network once more, as modules do that are known
+    by two names.
+    """
+    kept: list[Place] = []
+    for place in places:
+        if not any(
+            _equal(_below(place, places, flat), _below(other, places, flat)) for other in kept
+        ):
+            kept.append(place)
+    return kept
+
+
+def _equal(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _counterpart(place: Place, places: Sequence[Place]) -> Place | None:
+    """The average of a trained network, where there is just one of that naming (HPM's teacher)."""
+    averages = [other for other in places if other.is_average and other.naming == place.naming]
+    return averages[0] if len(averages) == 1 else None
+
+
+def _names_below(place: Place, places: Sequence[Place], flat: Mapping[str, Tensor]) -> list[str]:
+    """Names of a network's tensors: those after its root that are not another network's, which has
+    a longer root.
+    """
+    roots = {other.root for other in places}
+    longer = tuple(root for root in roots if root != place.root and root.startswith(place.root))
+    return [
+        name
+        for name in flat
+        if name.startswith(place.root) and not name.startswith(longer or ("\0",))
+    ]
+
+
+def _below(place: Place, places: Sequence[Place], flat: Mapping[str, Tensor]) -> Tensors:
+    """A network's tensors under MAE's names."""
+    encoder = place.prefix.removeprefix(place.root)  # vit. of transformers
+    tensors: Tensors = {}
+    for name in _names_below(place, places, flat):
+        tensor = plain_tensor(flat[name], name)
+        if tensor is not None:
+            short = name.removeprefix(place.root)
+            tensors[short.removeprefix(encoder) if place.naming == "transformers" else short] = (
+                tensor
+            )
+    if place.naming == "VideoMAE":
+        return from_videomae_names(tensors)
+    return _as_dinov2(_fused(_renamed(tensors, _TO_TIMM.get(place.naming, {}))))
+
+
+def _renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _fused(tensors: Tensors) -> Tensors:
+    """Three matrices of queries, keys and values to the one of timm's, in that order; a bias that
+    lacks is zero.
+    """
+    fused = dict(tensors)
+    for query, key, value in _ORDER:
+        for name in [name for name in tensors if f".attn.{query}." in name]:
+            names = [
+                name.replace(f".attn.{query}.", f".attn.{part}.") for part in (query, key, value)
+            ]
+            parts = [fused.pop(part, torch.zeros_like(tensors[name])) for part in names]
+            fused[name.replace(f".attn.{query}.", ".attn.qkv.")] = torch.cat(parts)
+    return fused
+
+
+def _as_dinov2(tensors: Tensors) -> Tensors:
+    """DINOv2's register tokens, which come after positions were added, as timm has them: positions
+    of patches only.
+    """
+    if "register_tokens" not in tensors or not {"pos_embed", "cls_token"} <= tensors.keys():
+        return tensors
+    rest = {name: tensor for name, tensor in tensors.items() if name != "register_tokens"}
+    table = tensors["pos_embed"]
+    return rest | {
+        "reg_token": tensors["register_tokens"],
+        "cls_token": tensors["cls_token"] + table[:, :1],
+        "pos_embed": table[:, 1:],
+    }

@@ -1,0 +1,236 @@
+"""A vision transformer for clips: its patches are cubes of a few frames, its positions one fixed
+table.
+
+Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for
+Self-Supervised Video Pre-Training", NeurIPS 2022, arXiv 2203.12602.  Everything but the first layer
+and the positions is timm's, and so are the names of the tensors: the functions of `models.vit` work
+on it as they do on a ViT for images.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from patchmine.backbones.positions import interleaved_table
+from patchmine.errors import UserError
+from patchmine.ops.patches import all_patches
+
+# Our names, not timm's.  Widths of VideoMAE's ViT-S, -B, -L and -H, and of timm's ViT-Ti.
+VIDEO_MODELS: dict[str, dict[str, int]] = {
+    "video_vit_tiny_patch16": dict(embed_dim=192, depth=12, num_heads=3),
+    "video_vit_small_patch16": dict(embed_dim=384, depth=12, num_heads=6),
+    "video_vit_base_patch16": dict(embed_dim=768, depth=12, num_heads=12),
+    "video_vit_large_patch16": dict(embed_dim=1024, depth=24, num_heads=16),
+    "video_vit_huge_patch16": dict(embed_dim=1280, depth=32, num_heads=16),
+}
+
+
+def is_video(model: str) -> bool:
+    """Whether ``model`` names an encoder of clips, which makes a run a video run."""
+    return model.startswith("video_vit_")
+
+
+class TubeletEmbed(nn.Module):
+    """Cubes of ``tubelet_size`` frames and ``patch_size`` pixels on a side to tokens, (B, C, T, H,
+    W) -> (B, L, D).
+
+    The weight is that of a convolution whose steps are as long as its kernel, applied as a matrix
+    product; tokens come in the order (time, row, column).  Attributes are those of timm's
+    `PatchEmbed`, sizes in three dimensions; ``img_size`` is (height, width).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        *,
+        num_frames: int,
+        tubelet_size: int,
+        bias: bool = True,
+        dynamic_img_pad: bool = False,  # timm passes it; a clip is never padded
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = (tubelet_size, patch_size, patch_size)
+        self.proj = nn.Conv3d(
+            in_chans,
+            embed_dim,
+            self.patch_size,
+            stride=self.patch_size,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.norm = nn.Identity()
+        self.set_input_size(
+            (img_size, img_size) if isinstance(img_size, int) else img_size, num_frames
+        )
+
+    def set_input_size(self, img_size: tuple[int, int], num_frames: int) -> None:
+        """Say which clips are expected.  Raises UserError where cubes do not fill them."""
+        height, width = img_size
+        self.img_size, self.num_frames = (height, width), num_frames
+        self.grid_size = self._grid_of((num_frames, height, width))
+        self.num_patches = self.grid_size[0] * self.grid_size[1] * self.grid_size[2]
+
+    def _grid_of(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        frames, height, width = size
+        tubelet, patch, _ = self.patch_size
+        if frames % tubelet or height % patch or width % patch or not frames:
+            raise UserError(
+                f"clips of {frames} frames of {height}x{width} pixels are not filled by cubes of {tubelet} frames and "
+                f"{patch}x{patch} pixels: choose clip.frames and image_size that clip.tubelet and patch_size divide"
+            )
+        return frames // tubelet, height // patch, width // patch
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """All tokens of clips of any size that cubes fill."""
+        self._grid_of((clips.shape[2], clips.shape[3], clips.shape[4]))
+        cubes = all_patches(clips, self.patch_size).flatten(2)  # (B, L, C * t * p * p)
+        tokens: Tensor = self.norm(F.linear(cubes, self.proj.weight.flatten(1), self.proj.bias))
+        return tokens
+
+
+class VideoTransformer(VisionTransformer):  # type: ignore[misc]  # timm has no types
+    """timm's ViT over cubes, without class token.  ``forward_features`` gives (B, L, D),
+    ``forward`` their mean.
+
+    ``pos_embed`` (1, L, D) is VideoMAE's fixed table over the flattened index; no parameter, and
+    not in the state dict. For clips of another size it is computed for their number of cubes, as
+    VideoMAE does: an index then stands for another place than in training, and only a longer or
+    shorter clip of the same height and width keeps the places of its first frames.
+
+    VideoMAE gives queries and values a bias and keys none.  Here ``attn.qkv.bias`` has a third for
+    the keys, which adds the same number to all scores of a query and which the softmax therefore
+    does not see: it starts at zero and has no influence on anything.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_frames: int = 16,
+        tubelet_size: int = 2,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        fc_norm: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=0,
+            class_token=False,
+            global_pool="avg",
+            pos_embed="none",
+            fc_norm=fc_norm,
+            embed_layer=partial(TubeletEmbed, num_frames=num_frames, tubelet_size=tubelet_size),
+            **arguments,
+        )
+        del self.pos_embed
+        self.register_buffer(
+            "pos_embed", self._table(self.patch_embed.num_patches), persistent=False
+        )
+
+    def _table(self, count: int) -> Tensor:
+        return interleaved_table(self.embed_dim, count)[None]
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """timm's hook: positions for as many tokens as there are."""
+        if x.shape[1] == self.pos_embed.shape[1]:
+            return x + self.pos_embed
+        return x + self._table(x.shape[1]).to(self.pos_embed)
+
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: int | None = None,
+        num_frames: int | None = None,
+    ) -> None:
+        """Expect clips of another size, in place; the patch is part of the weights and cannot
+        change.
+        """
+        embed = self.patch_embed
+        if (
+            patch_size is not None
+            and (embed.patch_size[0], patch_size, patch_size) != embed.patch_size
+        ):
+            raise UserError(
+                f"patch_size={patch_size} is not that of the weights, {embed.patch_size[1]}: leave it out"
+            )
+        embed.set_input_size(img_size or embed.img_size, num_frames or embed.num_frames)
+        self.pos_embed = self._table(embed.num_patches).to(self.pos_embed)
+
+
+def create_video(model: str, **arguments: Any) -> VideoTransformer:
+    """The network called ``model``; ``arguments`` are those of `VideoTransformer`, sizes of the
+    trunk included.
+
+    Raises UserError for a name that there is not, and what timm raises for arguments that do not
+    fit.
+    """
+    if model not in VIDEO_MODELS:
+        near = difflib.get_close_matches(model, VIDEO_MODELS, n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise UserError(
+            f"model={model!r} is no video model; there are {', '.join(VIDEO_MODELS)}{hint}"
+        )
+    return VideoTransformer(**{**VIDEO_MODELS[model], **arguments})
+
+
+def build_video(
+    model: str,
+    *,
+    clip: tuple[int, int] | None,
+    image_size: tuple[int, int],
+    patch_size: int | None,
+    channels: int,
+    model_args: Mapping[str, Any],
+) -> VideoTransformer:
+    """An encoder of clips for the settings of a run, its weights not yet meaningful; ``clip`` is
+    (frames, tubelet).
+
+    Raises UserError for settings that do not fit together.
+    """
+    if clip is None:
+        raise UserError(
+            f"model={model} is for clips of videos: choose a model for images here, such as vit_small_patch16_224"
+        )
+    frames, tubelet = clip
+    patch = patch_size or 16
+    if frames % tubelet:
+        near = max(tubelet, round(frames / tubelet) * tubelet)
+        raise UserError(
+            f"clip.tubelet={tubelet} does not divide clip.frames={frames}: choose clip.frames={near}"
+        )
+    if any(side % patch for side in image_size):
+        size = "x".join(map(str, image_size))
+        near = max(patch, round(image_size[0] / patch) * patch)
+        raise UserError(
+            f"image_size={size} is not a multiple of the patch size {patch} of model={model}: "
+            f"choose image_size={near}, or patch_size=N with N dividing {size}"
+        )
+    sizes = dict(
+        img_size=image_size,
+        patch_size=patch,
+        in_chans=channels,
+        num_frames=frames,
+        tubelet_size=tubelet,
+    )
+    try:
+        return create_video(model, **{**sizes, **model_args})
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"model={model!r} cannot be built ({error}): check model_args") from error

@@ -1,0 +1,1 @@
+"""What users type: settings, overrides, recipes, and messages about them."""

@@ -1,0 +1,323 @@
+"""TIFF: which of a file's pages make up the image, one rule for asking and for reading (a table in
+docs/data.md).
+
+The image is the first page that is neither a reduced copy nor a mask.  If that page has a single
+grey sample, all such pages of its size and type are the image's channels, unless the file states
+what its pages are (ImageJ, OME, tifffile): then they are the channels of the first plane and time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+from patchmine.data.decoding.bounds import PLAIN_WORK, DecodeError, decoding, missing, pixels_of
+from patchmine.data.decoding.orientation import TURNED, upright
+from patchmine.data.decoding.tiff_pages import Page, TiffFile
+
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2  # photometric interpretations
+_GREY = (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
+# What PIL keeps all of: (photometric interpretation, samples) of bytes and what they become; types
+# of grey values.
+_BYTES_BY_PIL = {
+    (0, 1): 1,
+    (1, 1): 1,
+    (1, 2): 2,
+    (2, 3): 3,
+    (2, 4): 4,
+    (3, 1): 3,
+    (5, 4): 3,
+    (6, 3): 3,
+    (8, 3): 3,
+}
+_GREY_BY_PIL = {"u12": "uint16", "u16": "uint16", "f32": "float32"}
+_RAW_COLOURS = (_RGB, 32803, 34892)  # that can be taken as they are stored: RGB, and a sensor's
+_ALPHA = (1, 2)  # kinds of extra samples
+_RARE_CODECS = (34887, 34925, 50000, 50001)  # LERC, LZMA, Zstandard, WebP
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the image is: pages by their place in the file, and what comes of them.  ``height`` and
+    ``width`` upright.
+
+    ``by_pil``: PIL keeps all bits and samples of such a page.  ``has_alpha``: the last channel is
+    no colour.
+    """
+
+    pages: tuple[Page, ...]
+    height: int
+    width: int
+    channels: int
+    dtype: str
+    by_pil: bool
+    has_alpha: bool
+
+
+def read_layout(file: TiffFile) -> Layout:
+    """The image in a TIFF file.  Raises DecodeError for damage, and for kinds of pixels that are
+    none here.
+    """
+    chain = file.pages()
+    first = next(chain)
+    planes = _stated_planes(first)
+    pages = [first, *(chain if planes is None else islice(chain, max(planes)))]
+    if planes is not None and len(pages) > max(planes):
+        pages = [pages[number] for number in planes]
+    main = next((page for page in pages if page.is_full), pages[0])
+    if main.samples == 1 and main.photometric in _GREY:
+        chosen = tuple(page for page in pages if page.is_full and page.kind == main.kind) or (main,)
+    else:
+        chosen = (main,)
+    samples, dtype, by_pil = _kind_of(main)
+    channels = len(chosen) * samples
+    height, width = (
+        (main.width, main.height) if main.orientation in TURNED else (main.height, main.width)
+    )
+    # Of four samples in colour the last one is taken for alpha whatever it is called; four grey
+    # ones are four bands.
+    may_be_alpha = main.photometric not in _GREY or any(meaning in _ALPHA for meaning in main.extra)
+    alpha = (
+        len(chosen) == 1
+        and (channels == 4 or (channels == 2 and bool(main.extra)))
+        and may_be_alpha
+    )
+    return Layout(chosen, height, width, channels, dtype, by_pil, alpha)
+
+
+def read_tiff(file: TiffFile, layout: Layout, max_pixels: int) -> np.ndarray:
+    """(C, H, W) of the image, upright.  Raises DecodeError."""
+    size, is_bytes = np.dtype(layout.dtype).itemsize, layout.dtype == "uint8"
+    # Of one page what PIL holds, or tifffile's array and parts; then the array of all; floats of it
+    # unless it is bytes.
+    work: float = PLAIN_WORK if layout.by_pil else 2 * size * layout.channels / len(layout.pages)
+    if not (layout.by_pil and is_bytes and len(layout.pages) == 1):
+        work += layout.channels * (size if is_bytes else size + 4)
+    for page in layout.pages:
+        file.check(page, max_pixels, work)
+    planes = [plane for page in layout.pages for plane in _read_page(file, page, layout)]
+    array = planes[0][None] if len(planes) == 1 else np.stack(planes)
+    if array.shape[0] != layout.channels or array.dtype.name != layout.dtype:
+        found = f"{array.shape[0]} channels of {array.dtype.name}"
+        raise DecodeError(
+            f"is a damaged TIFF ({found} where its header says {layout.channels} of {layout.dtype})"
+        )
+    return upright(array, layout.pages[0].orientation)
+
+
+def _kind_of(page: Page) -> tuple[int, str, bool]:
+    """(channels, dtype name, whether PIL reads it) of one page."""
+    bits, number = page.bits[0], f"{page.number_kind}{page.bits[0]}"
+    if len(set(page.bits)) > 1 or not page.number_kind:
+        raise DecodeError(
+            f"is a TIFF with samples of {', '.join(map(str, page.bits[:5]))} bits and of different or complex types"
+        )
+    channels = _BYTES_BY_PIL.get((page.photometric, page.samples))
+    if channels is not None and (
+        number == "u8" or (page.samples == 1 and number in {"u1", "u2", "u4"})
+    ):
+        return channels, "uint8", True
+    if page.samples == 1 and page.photometric in _GREY and number in _GREY_BY_PIL:
+        return 1, _GREY_BY_PIL[number], True
+    if page.photometric not in (*_GREY, *_RAW_COLOURS):
+        raise DecodeError(
+            f"is a TIFF of a kind of colour (number {page.photometric}, {bits} bits) that has to be RGB"
+        )
+    wide = next((wide for wide in (8, 16, 32, 64) if bits <= wide), 0)
+    name = {"u": "uint", "i": "int", "f": "float"}[page.number_kind]
+    if not wide or (name == "float" and bits not in (16, 32, 64)):
+        raise DecodeError(f"is a TIFF with samples of {bits} bits, which are no pixels")
+    return page.samples, f"{name}{wide}", False
+
+
+def _read_page(file: TiffFile, page: Page, layout: Layout) -> Iterator[np.ndarray]:
+    """The channels of one page, each (H, W) as stored."""
+    alone = file.alone(page)
+    # libtiff, behind PIL, is often built without these codecs, and then writes to the terminal and
+    # fails.
+    avoid_pil = (
+        page.compression in _RARE_CODECS
+        and page.photometric in (*_GREY, _RGB)
+        and _has_imagecodecs()
+    )
+    array = _by_pil(alone, layout) if layout.by_pil and not avoid_pil else None
+    if array is None and page.photometric not in (*_GREY, *_RAW_COLOURS):
+        raise DecodeError(
+            f"is a TIFF whose compression (number {page.compression}) PIL cannot read in this colour"
+        )
+    by_tifffile = array is None
+    if array is None:
+        array = _by_tifffile(alone, page.compression)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.shape[:2] != (page.height, page.width):
+        raise DecodeError(f"is a damaged TIFF (its pixels have shape {array.shape[:2]})")
+    if (
+        array.dtype.kind == "u"
+        and array.dtype.itemsize <= 2
+        and (by_tifffile or array.dtype != np.uint8)
+    ):
+        array = _filled(array, page)
+    yield from np.moveaxis(array, 2, 0)
+
+
+def _filled(array: np.ndarray, page: Page) -> np.ndarray:
+    """Unsigned values of fewer bits than their type, and those in which white is zero, as PIL gives
+    out bytes.
+    """
+    top, highest = np.iinfo(array.dtype).max, (1 << page.bits[0]) - 1
+    if highest < top:
+        array = (array.astype(np.uint32) * top // highest).astype(array.dtype)
+    return top - array if page.photometric == _WHITE_IS_ZERO else array
+
+
+def _by_pil(data: bytes, layout: Layout) -> np.ndarray | None:
+    """(H, W[, C]); None where PIL does not know the layout or the compression."""
+    try:
+        with decoding("is not known to PIL"):
+            image: Image.Image = Image.open(io.BytesIO(data), formats=["TIFF"])
+    except DecodeError:
+        return None
+    channels = layout.channels if len(layout.pages) == 1 else 1
+    with decoding("is a truncated or damaged TIFF"):
+        if layout.dtype == "uint8":
+            image.load()
+            return pixels_of(image, _MODES[channels])
+        if image.mode != "F" and not image.mode.startswith("I;16"):
+            return None
+        return np.array(image).astype(layout.dtype, copy=False)
+
+
+def _by_tifffile(data: bytes, compression: int) -> np.ndarray:
+    """(H, W) or (H, W, C)."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise missing("a TIFF of a kind", "tifffile", "pip install tifffile") from error
+    try:
+        with (
+            decoding("is a TIFF that cannot be read"),
+            _without_log("tifffile"),
+            tifffile.TiffFile(io.BytesIO(data)) as file,
+        ):
+            page = cast(Any, file.pages[0])
+            array, axes = np.asarray(page.asarray(maxworkers=1)), page.axes
+    except DecodeError as error:
+        wants = "imagecodecs" in str(error) or isinstance(error.__cause__, ImportError)
+        if wants and not _has_imagecodecs():
+            kind = f"a TIFF of a kind (compression {compression})"
+            raise missing(kind, "imagecodecs", "pip install 'patchmine[tiff]'") from error
+        raise
+    if "Y" not in axes or "X" not in axes or array.ndim != len(axes) or array.ndim > 3:
+        raise DecodeError(
+            f"is a TIFF with axes {axes} and shape {array.shape}; rows and columns are needed"
+        )
+    if array.ndim == 3:
+        array = np.moveaxis(
+            array, next(number for number, name in enumerate(axes) if name not in "YX"), 2
+        )
+    return array
+
+
+def _has_imagecodecs() -> bool:
+    return importlib.util.find_spec("imagecodecs") is not None
+
+
+@contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    """A library's log is not shown meanwhile, because it does not name the file."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+# What a file states about its pages
+# -----------------------------------------------------------------------------------
+
+
+def _stated_planes(first: Page) -> list[int] | None:
+    """Numbers of the pages that are the channels of the first plane and time; None where the file
+    does not say.
+    """
+    text = first.description
+    if text.startswith("ImageJ="):
+        stated = re.findall(r"^(channels|slices|frames)=(\d{1,9})\s*$", text, re.MULTILINE)
+        sizes = {name: int(size) for name, size in stated}
+        return list(range(_at_most(sizes.get("channels", 1)))) if sizes else None
+    if "<Pixels" in text or ":Pixels" in text:
+        return _ome_planes(text)
+    if text.startswith('{"shape":'):
+        return _tifffile_planes(text)
+    return None
+
+
+def _at_most(pages: int) -> int:
+    """A stated number of channels, which a description can give any value."""
+    return max(1, min(pages, 1 << 16))
+
+
+def _tifffile_planes(text: str) -> list[int] | None:
+    """Of tifffile's own files: ``axes`` names the axes of ``shape``, C the channels; Q and I are
+    unknown ones.
+    """
+    try:
+        stated = json.loads(text)
+        axes, shape = str(stated["axes"]).upper(), [int(side) for side in stated["shape"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    leading = axes[: min(axes.find("Y"), axes.find("X"))] if "Y" in axes and "X" in axes else ""
+    if len(axes) != len(shape) or not leading or set(leading) & set("QI"):
+        return None
+    if "C" not in leading:
+        return [0]
+    place = leading.index("C")
+    step = math.prod(shape[place + 1 : len(leading)])
+    return [number * step for number in range(_at_most(shape[place]))]
+
+
+def _ome_planes(text: str) -> list[int] | None:
+    """Of OME-TIFF: the order of its axes and their sizes, or where they are listed the pages of
+    planes.
+    """
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]{0,4000}>", text)
+    if pixels is None:
+        return None
+    order = re.search(r'DimensionOrder="XY([CZT]{3})"', pixels[0])
+    sizes = {axis: int(size) for axis, size in re.findall(r'Size([CZT])="(\d{1,9})"', pixels[0])}
+    if order is None or len(sizes) < 3:
+        return None
+    listed: dict[int, int] = {}
+    for block in re.findall(r"<(?:\w+:)?TiffData\b([^>]{0,1000})>", text[pixels.end() :]):
+        at = {
+            name: int(number)
+            for name, number in re.findall(r'(IFD|First[CZT]|PlaneCount)="(\d{1,9})"', block)
+        }
+        if (
+            "IFD" in at
+            and not at.get("FirstZ")
+            and not at.get("FirstT")
+            and at.get("PlaneCount", 1) == 1
+        ):
+            listed.setdefault(at.get("FirstC", 0), at["IFD"])
+    channels = _at_most(sizes["C"])
+    if len(listed) == channels:
+        return [listed[channel] for channel in sorted(listed)]
+    step = math.prod(sizes[axis] for axis in order[1][: order[1].index("C")])
+    return [channel * step for channel in range(channels)]

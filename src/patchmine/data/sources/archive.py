@@ -1,0 +1,242 @@
+"""One pass over the headers of a tar archive: what lies where."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from patchmine.data.sources.members import NO_FILE, PassedOver
+from patchmine.errors import UserError, foreign_parser, shown_name
+
+LOST_LINK = "link to what is not in the archive"
+SPARSE = "sparse member larger than its archive"
+
+_ZEROS = bytes(tarfile.BLOCKSIZE)
+_LARGEST_SPARSE = 2**26
+_MOST_LINKS = 40  # from link to link, as in Linux
+PACKED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip")
+_PACKED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
+
+
+class Member(NamedTuple):
+    """A file in an archive: ``size`` bytes from ``start`` on.
+
+    ``pieces``: of a sparse member, whose holes are not stored: where in it a piece lies, and the
+    piece's size.
+    """
+
+    name: str
+    start: int
+    size: int
+    pieces: tuple[tuple[int, int], ...] = ()
+
+
+def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterator[Member]:
+    """The whole files of one archive in order; links stand for the member that they lead to.
+
+    Args:
+        shard: the archive.
+        passed_over: counts what is no file.
+        trouble: is told, at the end, how the archive was cut or damaged.
+
+    Raises:
+        UserError: where this is no plain tar archive.
+    """
+    size = shard.stat().st_size
+    if size < tarfile.BLOCKSIZE:
+        trouble.append(f"was cut within its first header (it has {size} bytes)")
+        return
+    refuse_packed(shard)
+    targets: _Targets | None = None
+    for info in _headers(shard, trouble):
+        name = _plain(info.name)
+        if info.islnk() or info.issym():
+            targets = _targets(shard) if targets is None else targets
+            found = _resolve(_linked(info), targets)
+            if found is None:
+                passed_over.add(LOST_LINK, name)
+            else:
+                yield found._replace(name=name)
+        elif info.isreg() and info.issparse() and info.size > max(size, _LARGEST_SPARSE):
+            passed_over.add(SPARSE, name)
+        elif info.isreg():
+            yield _member(info)
+        elif not info.isdir():
+            passed_over.add(NO_FILE, name)
+
+
+class _Link(NamedTuple):
+    """What a link leads to: the last file of that name, of a hard link the last one before its own
+    place.
+    """
+
+    name: str
+    before: int | None = None
+
+
+_Targets = dict[str, list[tuple[int, Member | _Link]]]
+
+
+class _DamagedError(Exception):
+    """A header that cannot be read."""
+
+
+def _headers(shard: Path, trouble: list[str]) -> Iterator[tarfile.TarInfo]:
+    """Every header of a file whose data are whole.  Archives that were written one behind the other
+    count as one.
+    """
+    with shard.open("rb") as handle:
+        place: int | None = 0
+        while place is not None:
+            end = yield from _part(handle, place, shard, trouble)
+            place = None if trouble else _next_part(handle, end, trouble)
+
+
+def _part(
+    handle: BinaryIO, place: int, shard: Path, trouble: list[str]
+) -> Generator[tarfile.TarInfo, None, int]:
+    """Headers of the archive that starts at ``place``; returns where the data of the last one end."""
+    size, end = os.fstat(handle.fileno()).st_size, place
+    handle.seek(place)
+    try:
+        with (
+            foreign_parser(_DamagedError),
+            tarfile.open(
+                fileobj=handle, mode="r:", encoding="utf-8", errors="surrogateescape"
+            ) as archive,
+        ):
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # it would remember them all
+                if (
+                    info.size < 0 or archive.offset <= info.offset
+                ):  # a size below zero leads back: forever
+                    trouble.append(f"was damaged at byte {info.offset:,}")
+                    return end
+                end = info.offset_data + _stored(info)
+                if end > size:
+                    trouble.append(
+                        f"was cut in the middle of {shown_name(info.name)} (it has {size:,} bytes)"
+                    )
+                    return end
+                yield info
+    except _DamagedError as error:
+        if end == 0:
+            raise UserError(
+                f"the shard {shown_name(shard)} is no plain tar archive ({error}); unpack or write it again"
+            ) from error
+        trouble.append(f"was damaged at byte {end + -end % tarfile.BLOCKSIZE:,}")
+    return end
+
+
+def _next_part(handle: BinaryIO, end: int, trouble: list[str]) -> int | None:
+    """Where, behind the zeros that end an archive, another one starts; anything but zeros there is
+    damage.
+    """
+    end += -end % tarfile.BLOCKSIZE
+    handle.seek(end)
+    if (block := handle.read(tarfile.BLOCKSIZE)) != _ZEROS:
+        trouble.append(
+            f"was {'damaged' if len(block) == tarfile.BLOCKSIZE else 'cut'} at byte {end:,}"
+        )
+        return None
+    while block == _ZEROS:
+        end += tarfile.BLOCKSIZE
+        block = handle.read(tarfile.BLOCKSIZE)
+    return end if len(block) == tarfile.BLOCKSIZE else None
+
+
+def _stored(info: tarfile.TarInfo) -> int:
+    """Bytes that a header's data take."""
+    if not info.isreg():
+        return 0
+    return sum(length for _, length in _pieces(info)) if info.issparse() else info.size
+
+
+def _pieces(info: tarfile.TarInfo) -> tuple[tuple[int, int], ...]:
+    return tuple(cast("list[tuple[int, int]]", info.sparse or []))
+
+
+def _member(info: tarfile.TarInfo) -> Member:
+    return Member(_plain(info.name), info.offset_data, info.size, _pieces(info))
+
+
+def _plain(name: str) -> str:
+    """A member's name below the archive's root."""
+    return re.sub(r"^(\.?/)+", "", name)
+
+
+def _linked(info: tarfile.TarInfo) -> _Link:
+    """Where a link leads to: a hard link's name counts from the root, a symbolic one's from the
+    link's folder.
+    """
+    if info.islnk():
+        return _Link(posixpath.normpath(_plain(info.linkname)), info.offset)
+    if info.linkname.startswith("/"):
+        return _Link("")  # out of the archive
+    return _Link(
+        posixpath.normpath(posixpath.join(posixpath.dirname(_plain(info.name)), info.linkname))
+    )
+
+
+def _targets(shard: Path) -> _Targets:
+    """The files and links of an archive by their names, those of equal names in order, with the
+    places of headers.
+    """
+    found: _Targets = {}
+    for info in _headers(shard, []):
+        if info.isreg() or info.issym() or info.islnk():
+            what = _member(info) if info.isreg() else _linked(info)
+            found.setdefault(posixpath.normpath(_plain(info.name)), []).append((info.offset, what))
+    return found
+
+
+def _resolve(link: _Link, targets: _Targets) -> Member | None:
+    for _ in range(_MOST_LINKS):
+        named = targets.get(link.name, [])
+        # A file that comes again under its name is a new one: hard links that were made before keep
+        # the old one.
+        earlier = [what for place, what in named if link.before is None or place < link.before]
+        found = earlier[-1] if earlier else named[0][1] if named else None
+        if not isinstance(found, _Link):
+            return found
+        link = found
+    return None
+
+
+def refuse_packed(shard: Path) -> None:
+    """UserError where an archive is packed, with what unpacks it."""
+    with shard.open("rb") as handle:
+        start = handle.read(6)
+    for magic, (what, tool) in _PACKED.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"the shard {shown_name(shard)} is packed with {what}, in which no image can be reached without "
+                f"reading all before it: unpack it with {tool}; images are compressed already"
+            )
+
+
+def read_member(handle: int, start: int, size: int, pieces: list[list[int]] | None = None) -> bytes:
+    """The bytes of a member, fewer where the archive has become shorter; ``pread`` leaves no
+    position behind.
+    """
+    if pieces is None:
+        return os.pread(handle, size, start)
+    data = bytearray(size)
+    for place, length in pieces:
+        piece = os.pread(handle, length, start)
+        if len(piece) < length:
+            return b""
+        data[place : place + length] = piece
+        start += length
+    return bytes(data)

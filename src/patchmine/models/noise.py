@@ -1,0 +1,41 @@
+"""Where a training step takes its randomness from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Noise:
+    """Uniform numbers that depend on the seed, the step and an image's place in the global batch,
+    and on nothing else.
+
+    Every process draws the noise of the *whole* global batch and keeps its own rows (a few thousand
+    images times a few hundred patches: well under a millisecond on a GPU).  So one process, eight
+    processes and eight accumulated micro-batches give the same masks, and a resumed run repeats
+    itself without any stored generator state.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._step = 0
+        self._first_row = 0
+        self._global_rows: int | None = None
+        self.draws = 0  # of this step until now
+
+    def begin(self, step: int, first_row: int = 0, global_rows: int | None = None) -> None:
+        """Go to ``step``; the next draws are rows ``first_row``... of a global batch of
+        ``global_rows`` images.
+        """
+        self._step, self._first_row, self._global_rows, self.draws = step, first_row, global_rows, 0
+
+    def uniform(self, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
+        """(rows, *shape) float32 in [0, 1)."""
+        generator = torch.Generator(device=device)
+        # Distinct streams by arithmetic; the generator itself scrambles its seed, which has 64
+        # bits.
+        generator.manual_seed(((self.seed * 1_000_003 + self._step) * 101 + self.draws) % 2**63)
+        self.draws += 1
+        total = rows if self._global_rows is None else self._global_rows
+        drawn = torch.rand(total, *shape, generator=generator, device=device)
+        return drawn[self._first_row : self._first_row + rows]

@@ -1,0 +1,104 @@
+"""Whether model, method and files of a run's settings fit together: told before data are read, and
+without weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from patchmine.config.resolve import RunConfig
+from patchmine.errors import UserError, foreign_parser
+from patchmine.config.explain import Mistake
+from patchmine.errors import shown_name
+from patchmine.runs.preparing import train_view
+from patchmine.runs.run import build_method
+from patchmine.config.schema import Results
+from patchmine.config.words import exists
+
+_GIB = 2**30
+
+
+class _MisfitError(Exception):
+    """What an argument makes timm or torch raise, which is no sentence of ours."""
+
+
+def misfits(config: RunConfig) -> list[Mistake]:
+    """What is wrong with settings that are right one by one: a model that cannot be built, a method
+    that it does not suit, files that are not there, a device that this machine lacks.
+    """
+    found = [*_misbuilt(config), *_missing_files(config)]
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        text = f"given '{shown_name(config.wandb)}', but wandb is not installed; run `pip install patchmine[wandb]`"
+        found.append(Mistake("wandb", text))
+    if config.device == "cuda" and not torch.cuda.is_available():
+        found.append(Mistake("", "device=cuda, but torch sees no GPU: give device=cpu"))
+    # Data that are not there are refused by who opens them, who knows more; but not beside other
+    # mistakes.
+    return [*found, *_missing("data", config.data)] if found else []
+
+
+def _misbuilt(config: RunConfig) -> list[Mistake]:
+    if config.by_size:
+        return []  # each row has its own model, which is checked with the row
+    told = _refusal(config)
+    if told is None:
+        return []
+    usual = Results.model_fields["model"].default
+    more = None
+    if not told.startswith("method."):  # a model that cannot be built hides what is wrong with the method
+        more = _refusal(config.model_copy(update={"model": usual, "model_args": {}}))
+    return [Mistake("", told), *([Mistake("", more)] if more is not None and more.startswith("method.") else [])]
+
+
+def _refusal(config: RunConfig) -> str | None:
+    """What building the method says; on the meta device, where tensors have shapes and no memory.
+    """
+    try:
+        with torch.device("meta"), foreign_parser(_MisfitError):
+            method = build_method(config)
+            train_view(config, method)
+    except UserError as error:
+        return str(error)
+    except _MisfitError as error:
+        if "meta" in str(error):  # something that only real tensors allow: the run will tell
+            return None
+        return (
+            f"model={shown_name(config.model)} cannot be built for method={config.method.name} ({error}): check "
+            "model_args and the sizes among the method's settings"
+        )
+    size = 4 * sum(tensor.numel() for tensor in method.state_dict().values())  # bytes
+    memory = _memory()
+    if memory is not None and size > memory:
+        return (
+            f"model={config.model} and method={config.method.name} have weights of {size / _GIB:,.0f} GiB, and this "
+            f"machine has {memory / _GIB:,.0f} GiB of memory: choose a smaller model, or smaller sizes"
+        )
+    return None
+
+
+def _memory() -> int | None:
+    """Bytes of memory of this machine, where it tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _missing_files(config: RunConfig) -> list[Mistake]:
+    found = _missing("eval_data", config.eval_data) + _missing("eval_test", config.eval_test)
+    if config.init is not None and not exists(config.init):
+        found.append(Mistake("init", f"given '{shown_name(config.init)}'; there is no such run, export or file"))
+    return found
+
+
+def _missing(setting: str, data: str | list[str] | None) -> list[Mistake]:
+    """Names of data that are neither there nor patterns, which only opening them can judge."""
+    names = data if isinstance(data, list) else [data]
+    return [
+        Mistake(setting, f"given '{shown_name(name)}'; there is no such file or folder")
+        for name in names
+        if isinstance(name, str) and not exists(name) and not any(sign in name for sign in "*?[{:")
+    ]

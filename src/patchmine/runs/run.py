@@ -1,0 +1,346 @@
+"""A run folder: what is in it and how to open it.  Nothing in it is ever executed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from timm.models.beit import Beit
+
+from patchmine.config.resolve import RunConfig, parse, silent
+from patchmine.errors import UserError
+from patchmine.task import Method
+from patchmine.methods import METHODS
+from patchmine.backbones import weights
+from patchmine.backbones.loading import LoadReport
+from patchmine.backbones.naming import Weights
+from patchmine.backbones.video import is_video
+from patchmine.backbones.vit import Encoder, build_encoder
+from patchmine.errors import shown_name
+from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
+from patchmine.train.log import read_line
+
+Which = Literal["student", "teacher", "partner", "partner-teacher"]
+_PLACES: dict[Which, str] = {  # of an encoder's tensors in a checkpoint
+    "student": "encoder.",
+    "teacher": "teacher.encoder.",
+    "partner": "partner.",
+    "partner-teacher": "partner_teacher.encoder.",
+}
+
+_log = logging.getLogger("patchmine")
+
+
+def build_method(config: RunConfig, *, start_from: str | None = None, say: Callable[[str], None] = silent) -> Method:
+    """The method that the settings describe, freshly initialised (seed torch first).
+
+    ``start_from``: a run, export or weights file whose encoder is taken instead of a random one;
+    ``say`` hears what became of its tensors.  Raises UserError where the settings do not fit
+    together.
+    """
+    kind = METHODS[config.method.name]
+    make: Callable[..., Method] = kind
+    encoder = _bare_encoder(config)
+    kind.draw_weights(encoder)
+    if start_from is None:
+        return make(config.method, encoder)
+    report = _initialise(encoder, start_from, config)
+    method = make(config.method, encoder)
+    told_elsewhere = ("encoder.", "teacher.", "foreign.", "partner_teacher.")  # teachers start as their students
+    report.random = [name for name in method.state_dict() if not name.startswith(told_elsewhere)]
+    say(report.render())
+    return method
+
+
+def _initialise(encoder: Encoder, start_from: str, config: RunConfig) -> LoadReport:
+    """Take over the weights of another encoder (init=)."""
+    source = f"init={shown_name(start_from)}"
+    if is_run(start_from):
+        return weights.fill(encoder, Run(start_from).encoder(), source)
+    # Tensors with relative positions do not tell which network they are of; the settings do.
+    named: dict[str, Any] = {}
+    if isinstance(encoder, Beit):
+        arguments = {**config.model_args, "patch_size": encoder.patch_embed.patch_size, "in_chans": config.channels}
+        named = dict(model=config.model, model_args=arguments, image_size=config.image_size)
+    other, found = weights.open_weights(start_from, setting="init", **named)
+    report = weights.fill(encoder, other, source)
+    report.dropped, report.notes = found.dropped, found.notes
+    report.resized = found.resized + report.resized
+    report.assumed = found.assumed + report.assumed
+    return report
+
+
+def _bare_encoder(config: RunConfig) -> Encoder:
+    return build_encoder(
+        config.model,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        channels=config.channels,
+        model_args=config.model_args,
+        clip=(config.clip.frames, config.clip.tubelet),
+    )
+
+
+def partner_config(config: RunConfig) -> RunConfig | None:
+    """The settings with the second network of a pair in the place of the first; None where one
+    network is trained.
+    """
+    model = getattr(config.method, "partner_model", None)
+    if model is None:
+        return None
+    arguments = getattr(config.method, "partner_args", {})
+    return config.model_copy(update={"model": model, "model_args": arguments, "patch_size": None})
+
+
+class Run:
+    """A run that was made, or is being made, in the folder ``path``.  Raises UserError when the
+    folder holds none.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            kind = "is a file, not the folder of a run" if self.path.is_file() else "does not exist"
+            raise UserError(f"{self.path} {kind}; give the folder that `patchmine pretrain` wrote (its out=)")
+        if not self.config_file.is_file():
+            raise UserError(
+                f"{self.path} is no run: it has no config.yaml; give the folder that `patchmine pretrain` wrote"
+            )
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def config_file(self) -> Path:
+        """The settings, fully resolved."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Checkpoints; ``last`` is the newest."""
+        return self.path / "checkpoints"
+
+    @property
+    def sample_dir(self) -> Path:
+        """Pictures made during training."""
+        return self.path / "samples"
+
+    @property
+    def eval_dir(self) -> Path:
+        """Results of evaluations, one JSON file each."""
+        return self.path / "eval"
+
+    @property
+    def export_dir(self) -> Path:
+        """The encoder for timm and transformers."""
+        return self.path / "export"
+
+    @property
+    def partner_export_dir(self) -> Path:
+        """The same of the second network, where a pair was trained."""
+        return self.path / "export-partner"
+
+    @property
+    def bad_files(self) -> Path:
+        """Images that could not be read."""
+        return self.path / "bad_files.txt"
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's settings.  Raises UserError when config.yaml is damaged."""
+        return parse(self.config_file, [])
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint files, oldest first."""
+        return list_checkpoints(self.checkpoint_dir)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; what cannot be read, such as a last line that a kill cut
+        short, is left out.
+        """
+        if not self.metrics_file.is_file():
+            return []
+        lines = [read_line(text) for text in self.metrics_file.read_bytes().split(b"\n")]
+        return [line for line in lines if line is not None]
+
+    def method(self) -> Method:
+        """The method with the weights of the newest readable checkpoint, on the CPU, in eval mode.
+
+        Raises UserError when there is no checkpoint, when it does not fit the settings, or when it
+        is not finite.
+        """
+        found = self._newest()
+        method = build_method(self.config)
+        _load(method, found.model, found.path)
+        return method.eval()
+
+    def encoder(self, which: Which = "student") -> Encoder:
+        """The encoder alone, from the newest readable checkpoint or else from ``export/``, in eval
+        mode.
+
+        ``which="teacher"`` gives the slow copy that some methods keep, ``"partner"`` and
+        ``"partner-teacher"`` those of the second network, where a pair was trained.  Raises
+        UserError where there is none or it is not finite.
+        """
+        config, folder = self.description(which)
+        if not self.checkpoints and weights.is_export(folder) and which in ("student", "partner"):
+            return weights.load_encoder(folder).eval()
+        found = self._newest()
+        prefix = _PLACES[which]
+        tensors = {name.removeprefix(prefix): t for name, t in found.model.items() if name.startswith(prefix)}
+        if not tensors:
+            raise self._lacks(which)
+        encoder = _bare_encoder(config)
+        _load(encoder, tensors, found.path)
+        return encoder.eval()
+
+    def description(self, which: Which) -> tuple[RunConfig, Path]:
+        """Settings that describe one of the run's encoders, and the folder of its export.
+
+        Raises UserError for a partner where one network is trained.
+        """
+        if which in ("student", "teacher"):
+            return self.config, self.export_dir
+        config = partner_config(self.config)
+        if config is None:
+            raise self._lacks(which)
+        return config, self.partner_export_dir
+
+    def _lacks(self, which: Which) -> UserError:
+        return UserError(
+            f"{self.path} holds no {which}: method={self.config.method.name} keeps none; use weights=student"
+        )
+
+    def _newest(self) -> Checkpoint:
+        if not self.checkpoints and weights.is_export(self.export_dir):
+            raise UserError(
+                f"{self.path} was imported as an encoder only, there is no checkpoint in {self.checkpoint_dir}: "
+                "it serves for eval, embed, export and init="
+            )
+        found = load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
+        if bad := not_finite({"model": found.model}):
+            raise UserError(
+                f"{found.path} is of a run that diverged: {bad[0].removeprefix('model.')} holds values that are not"
+                f" finite ({len(bad)} of {len(found.model)} tensors do); `patchmine resume {self.path}` goes on from"
+                " the newest finite state, where there is one"
+            )
+        return found
+
+
+def _load(module: Method | Encoder, tensors: dict[str, Any], path: Path) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise UserError(
+            f"{path} does not fit the settings in config.yaml ({first[0].strip()}); was one of them changed?"
+        ) from error
+
+
+def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str]) -> Path:
+    """The folder that timm and transformers open, for an encoder that was built as ``config`` says.
+
+    Raises UserError where the settings lack what the images were normalised with.
+    """
+    if config.mean is None or config.std is None:
+        raise UserError("mean and std are not set; write those that the images were normalised with into config.yaml")
+    return weights.export_encoder(
+        encoder,
+        Path(folder),
+        model=config.model,
+        model_args=config.model_args,
+        image_size=config.image_size,
+        channels=config.channels,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        interpolation=config.interpolation,
+        stride=config.clip.stride if is_video(config.model) else None,
+    )
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The folder of a run to be made.  Raises UserError for a place where no run can be."""
+    if config.out is None:
+        raise UserError("out is not set: name a new folder for the run, as in out=runs/first")
+    folder = Path(config.out)
+    # Safetensors opens no path that is not UTF-8, and no checkpoint could be read
+    if not str(folder).isprintable():
+        raise UserError(f"out={shown_name(folder)}: name the run's folder by letters that can be printed")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out={folder} is a file: name a new folder for the run")
+    for name in [config.data] if isinstance(config.data, str) else config.data:
+        data = os.path.expanduser(name.split("::")[0])  # noqa: PTH111, Path refuses users that are unknown
+        if os.path.isdir(data) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data)):  # noqa: PTH112
+            raise UserError(
+                f"out={folder} lies in data={shown_name(name)}, where the run's pictures would be taken for images:"
+                " name a folder beside it"
+            )
+    return folder
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Raise UserError where a new run in ``folder`` would write over another one, or over files of
+    somebody's own.
+    """
+    if os.path.lexists(folder / "config.yaml"):
+        raise UserError(
+            f"out={folder} already holds a run, which is left as it is: go on with it by `patchmine resume {folder}`, "
+            "or choose another out"
+        )
+    for name in ("checkpoints", "metrics.jsonl", "samples", "export", "export-partner", "bad_files.txt"):
+        place = folder / name
+        if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
+            raise UserError(f"out={folder} holds no run, but {name}, which a run writes itself: choose a new folder")
+
+
+def is_run(path: str | PathLike[str]) -> bool:
+    """Whether a folder holds the settings of a run."""
+    return (Path(path) / "config.yaml").is_file()
+
+
+def open_encoder(
+    path: str | PathLike[str],
+    model: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    *,
+    which: Weights = "auto",
+    source_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    prefix: str | None = None,
+) -> Encoder:
+    """The encoder of a run folder, an export folder or a weights file, on the CPU, in eval mode.
+
+    Arguments and errors are those of `patchmine.load_encoder`, whose ``weights`` is ``which``.
+    """
+    size = weights.as_size(image_size, "image_size")
+    if not is_run(path):
+        encoder = weights.load_encoder(
+            Path(path),
+            model=model,
+            image_size=size,
+            source_size=weights.as_size(source_size, "source_size"),
+            num_heads=num_heads,
+            weights=which,
+            prefix=prefix,
+        )
+        return encoder.eval()
+    given = dict(model=model, source_size=source_size, num_heads=num_heads, prefix=prefix)
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: leave it out")
+    encoder = Run(path).encoder("teacher" if which in ("teacher", "ema") else "student")
+    if size is not None:
+        weights.resize_encoder(encoder, size)
+    return encoder

@@ -1,0 +1,138 @@
+"""BEiT-style encoders: how they start, what they compute beside timm's own forward, where they are
+refused.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+
+from patchmine.backbones.beit import has_relative_positions
+from patchmine.backbones.vit import Encoder, build_encoder, encode, patch_positions
+from patchmine.backbones.weights import export_encoder, fill, load_encoder
+from patchmine.errors import UserError
+from patchmine.methods import METHODS
+
+TINY = dict(embed_dim=96, depth=3, num_heads=3)
+ABSOLUTE = dict(use_rel_pos_bias=False, use_abs_pos_emb=True)
+SHARED = dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+
+
+def beit(**extra: Any) -> Encoder:
+    torch.manual_seed(0)
+    return build_encoder(
+        "beit_base_patch16_224", image_size=(16, 24), patch_size=4, model_args={**TINY, **extra}
+    )
+
+
+def test_starts_as_simmim_does() -> None:
+    encoder = beit(**SHARED)
+    for depth, block in enumerate(encoder.blocks, start=1):
+        assert block.attn.qkv.weight.abs().max() <= 0.02
+        assert block.attn.qkv.weight.std().item() == pytest.approx(0.0108, rel=0.03)
+        assert block.mlp.fc2.weight.std().item() == pytest.approx(
+            0.0108 / math.sqrt(2 * depth), rel=0.03
+        )
+        assert block.attn.proj.weight.std().item() == pytest.approx(
+            0.0108 / math.sqrt(2 * depth), rel=0.03
+        )
+        assert torch.all(block.gamma_1 == 0.1)
+        assert not block.mlp.fc1.bias.any()
+    assert encoder.patch_embed.proj.weight.abs().max() <= 0.02
+    assert not encoder.patch_embed.proj.bias.any()
+    assert not encoder.rel_pos_bias.relative_position_bias_table.any()
+
+
+@pytest.mark.parametrize("extra", [ABSOLUTE, SHARED, {}], ids=["absolute", "shared", "per block"])
+def test_encodes_as_timm_does(extra: dict[str, bool]) -> None:
+    encoder = beit(**extra).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        images = torch.randn(2, 3, 16, 24)
+        torch.testing.assert_close(
+            encode(encoder, images), encoder.forward_features(images), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_knows_where_positions_enter() -> None:
+    assert not has_relative_positions(beit(**ABSOLUTE))
+    assert has_relative_positions(beit(**SHARED))
+    assert has_relative_positions(beit())
+    assert patch_positions(beit(**ABSOLUTE)).any()
+    assert not patch_positions(beit(**SHARED)).any()
+
+
+@pytest.mark.parametrize("name", ["mae", "hpm"])
+def test_a_method_that_leaves_patches_out_refuses_relative_positions(name: str) -> None:
+    with pytest.raises(UserError, match=r"use_rel_pos_bias=false"):
+        METHODS[name](METHODS[name].Config(), beit(**SHARED))
+
+
+@pytest.mark.parametrize("extra", [ABSOLUTE, SHARED, {}], ids=["absolute", "shared", "per block"])
+def test_export_opens_in_timm_and_here(extra: dict[str, bool], tmp_path: Path) -> None:
+    encoder = beit(**extra).eval()
+    folder = export_encoder(
+        encoder,
+        tmp_path / "export",
+        model="beit_base_patch16_224",
+        model_args={**TINY, **extra},
+        image_size=(16, 24),
+        channels=3,
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+    )
+    images = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        expected = encoder.forward_features(images)
+        for opened in (
+            timm.create_model(f"local-dir:{folder}", pretrained=True),
+            load_encoder(folder),
+        ):
+            assert torch.equal(opened.eval().forward_features(images), expected)
+
+
+@pytest.mark.parametrize("extra", [ABSOLUTE, SHARED, {}], ids=["absolute", "shared", "per block"])
+def test_weights_of_another_grid_are_resampled(extra: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    args = {**TINY, **extra}
+    small = build_encoder(
+        "beit_base_patch16_224", image_size=(16, 16), patch_size=4, model_args=args
+    )
+    large = build_encoder(
+        "beit_base_patch16_224", image_size=(24, 16), patch_size=4, model_args=args
+    )
+    for name, parameter in small.named_parameters():
+        if name.endswith(("bias_table", "pos_embed")):
+            parameter.data = (
+                torch.linspace(-1, 1, parameter.shape[0])[:, None].expand_as(parameter).clone()
+            )
+    report = fill(large, small, "elsewhere")
+    assert len(report.resized) == (1 if extra != {} else TINY["depth"])
+    tables = {
+        name: table for name, table in large.named_parameters() if name.endswith("bias_table")
+    }
+    assert len(tables) == (0 if extra == ABSOLUTE else 1 if extra == SHARED else TINY["depth"])
+    for name, table in tables.items():
+        before = small.get_parameter(name)
+        assert table.shape == (11 * 7 + 3, 3)
+        assert torch.equal(table[-3:], before[-3:])  # the class token's
+        middle, centre = table[11 * 7 // 2], before[7 * 7 // 2]  # distance 0 stays distance 0
+        torch.testing.assert_close(middle, centre, atol=1e-4, rtol=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about timm's own indexing
+            expected = resize_rel_pos_bias_table(before, (6, 4), table.shape)  # from a square
+        assert torch.equal(table, expected)
+    assert encode(large, torch.randn(1, 3, 24, 16)).isfinite().all()
+
+
+def test_a_convolutional_stem_is_refused() -> None:
+    with pytest.raises(UserError, match="convolutional stem"):
+        build_encoder("vit_tiny_r_s16_p8_224")

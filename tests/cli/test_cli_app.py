@@ -1,0 +1,446 @@
+"""The command line: help that is true, words that reach the rooms, mistakes told on stderr with
+exit code 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from patchmine import __version__
+from patchmine.cli.app import app
+from patchmine.cli.program import last_words, say
+from patchmine.config.recipes import recipe_names
+from patchmine.errors import UserError
+
+COMMANDS = [
+    *(["pretrain"], ["resume"], ["embed"], ["show"], ["report"], ["export"], ["import"]),
+    *(
+        ["eval", "knn"],
+        ["eval", "linear"],
+        ["eval", "video"],
+        ["data", "inspect"],
+        ["data", "shard"],
+        ["bench", "step"],
+        ["bench", "data"],
+    ),
+    *(
+        ["list", "methods"],
+        ["list", "models"],
+        ["list", "recipes"],
+        ["config", "show"],
+        ["config", "schema"],
+    ),
+]
+
+# Where each command does its work: (module, function).
+ROOMS = [
+    ("training", "pretrain"),
+    ("training", "resume"),
+    ("evaluate.knn", "evaluate_knn"),
+    ("evaluate.linear", "evaluate_linear"),
+    ("evaluate.video", "evaluate_video"),
+    ("evaluate.measure", "show_result"),
+    ("evaluate.embed", "embed"),
+    ("report.show", "show"),
+    ("report.html", "write_report"),
+    ("runs.transfer", "export_run"),
+    ("runs.transfer", "import_file"),
+    ("data.sources.source", "open_source"),
+    ("data.inspect", "inspect"),
+    ("data.inspect", "render"),
+    ("data.sharding", "write_shards"),
+    ("bench.step", "bench_step"),
+    ("bench.data", "bench_data"),
+    ("bench.video", "bench_video"),
+    ("data.sources.video_sources", "open_videos"),
+]
+Calls = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def name_of(command: list[str]) -> str:
+    return " ".join(command)
+
+
+@pytest.fixture
+def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Stands in for the rooms; remembers the last call of each function."""
+    calls: Calls = {}
+
+    def recorder(name: str) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            calls[name] = (args, kwargs)
+            return SimpleNamespace(path="the run")
+
+        return record
+
+    for module, function in ROOMS:
+        monkeypatch.setattr(
+            importlib.import_module(f"patchmine.{module}"), function, recorder(function)
+        )
+    return calls
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=name_of)
+def test_help_has_one_line_for_the_list_and_an_example(command: list[str]) -> None:
+    text = call(*command, "--help").stdout
+    assert text.startswith("Usage: ")
+    group = call(*command[:-1], "--help").stdout
+    (line,) = re.findall(rf"^  {command[-1]} +(.*)$", group, flags=re.MULTILINE)
+    assert line.endswith(".")
+    assert not line.endswith("..."), "the first sentence is too long for the list"
+    assert f"patchmine {name_of(command)}" in text
+
+
+def test_the_first_help_shows_the_commands_in_the_order_of_work() -> None:
+    result = call("--help")
+    order = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout, flags=re.MULTILINE)
+    assert order[:3] == ["pretrain", "resume", "eval"]
+    assert len(order) == 12
+    assert result.exit_code == 0
+    assert "patchmine list recipes" in result.stdout
+    assert call("--version").stdout == f"patchmine {__version__}\n"
+
+
+def examples() -> list[str]:
+    pages = [call("--help").stdout, *(call(*command, "--help").stdout for command in COMMANDS)]
+    lines = [line.strip() for page in pages for line in page.splitlines()]
+    found = [re.split(r" {2,}| > ", line)[0] for line in lines if line.startswith("patchmine ")]
+    return sorted({line for line in found if "COMMAND" not in line and line[-1] != "."})
+
+
+@pytest.mark.parametrize("line", examples())
+def test_every_example_in_the_help_is_accepted(
+    line: str, rooms: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "config" not in line and "list" not in line:
+        (tmp_path / "my.yaml").write_text("data: photos\n", encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
+    result = call(*shlex.split(line)[1:])
+    assert result.exit_code == 0, result.stderr
+    assert rooms or line.split()[1] in ("config", "list")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = "import sys; from patchmine.cli.app import main\ntry: main()\nfinally: print('LOADED', *sys.modules)"
+    command = [sys.executable, "-c", program, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert not {"torch", "numpy", "timm", "pydantic", "yaml"} & set(
+        done.stdout.split("LOADED")[1].split()
+    )
+
+
+# Words reach the rooms
+
+
+def test_pretrain_gets_the_settings_of_recipe_and_words(rooms: Calls) -> None:
+    result = call(
+        "pretrain",
+        "cifar10-tiny",
+        "data=photos",
+        "method=hpm",
+        "method.mask_ratio=0.8",
+        "out=runs/x",
+    )
+    assert result.exit_code == 0, result.stderr
+    (config,), _ = rooms["pretrain"]
+    assert (config.data, config.out, config.image_size) == ("photos", "runs/x", (32, 32))
+    assert (config.method.name, config.method.mask_ratio, config.method.decoder_depth) == (
+        "hpm",
+        0.8,
+        1,
+    )
+
+
+def test_notes_go_to_stderr(rooms: Calls) -> None:
+    result = call("pretrain", "data=photos", "epochs=2", "out=x")
+    assert "warmup_epochs=10 is shortened" in result.stderr
+    assert result.stdout == ""
+    assert rooms
+
+
+def test_resume_gets_run_and_words(rooms: Calls) -> None:
+    call("resume", "runs/hpm", "workers=4")
+    assert rooms["resume"][0] == ("runs/hpm", ["workers=4"])
+
+
+def test_evaluations_get_typed_settings(rooms: Calls) -> None:
+    call("eval", "knn", "runs/hpm", "data=a", "test=b", "floors=true", "k=10")
+    settings = rooms["evaluate_knn"][0][0]
+    assert (settings.target, settings.data, settings.test, settings.floors, settings.k) == (
+        "runs/hpm",
+        "a",
+        "b",
+        True,
+        10,
+    )
+    call("eval", "linear", "runs/hpm", "data=a", "protocol=mae")
+    assert rooms["evaluate_linear"][0][0].protocol == "mae"
+    call("embed", "vit_tiny_patch16_224", "data=a", "out=e.parquet")
+    assert rooms["embed"][0][0].target == "vit_tiny_patch16_224"
+
+
+def test_pictures_and_pages_get_their_words(rooms: Calls) -> None:
+    call("show", "runs/hpm", "a.jpg", "b.jpg", "out=panel.png")
+    assert rooms["show"] == (("runs/hpm", ["a.jpg", "b.jpg"], "panel.png"), {"seed": 0})
+    call("report", "runs/hpm", "runs/mae")
+    assert rooms["write_report"][0] == (["runs/hpm", "runs/mae"], "report.html")
+
+
+def test_weights_get_their_words(rooms: Calls) -> None:
+    call("export", "runs/hpm", "weights=teacher")
+    assert rooms["export_run"] == (("runs/hpm", None), {"what": "encoder", "weights": "teacher"})
+    result = call("import", "mae.pth", "out=runs/mae", "num_heads=3")
+    given = rooms["import_file"][1]
+    assert (given["file"], given["out"], given["num_heads"]) == ("mae.pth", "runs/mae", 3)
+    assert result.stdout == "the run\n"
+
+
+def test_data_and_benchmarks_get_their_words(rooms: Calls) -> None:
+    call("data", "shard", "photos", "out=shards", "max_side=512", "shard_mb=1")
+    assert rooms["write_shards"][0][1] == Path("shards")
+    assert rooms["write_shards"][1]["max_side"] == 512
+    assert rooms["write_shards"][1]["shard_size"] == 2**20
+    call("data", "inspect", "photos", "full=true")
+    assert rooms["inspect"][1] == {
+        "sample": 1000,
+        "full": True,
+        "video": False,
+        "max_pixels": 134217728,
+    }
+    call("bench", "data", "data=photos", "repeats=2")
+    assert rooms["bench_data"][1]["repeats"] == 2
+    call("bench", "step", "method=mae,hpm", "batch_size=2")
+    assert rooms["bench_step"][1]["batch_size"] == 2
+
+
+# What needs no stand-in
+
+
+def test_config_show_prints_a_recipe_that_pretrain_accepts(tmp_path: Path, rooms: Calls) -> None:
+    result = call("config", "show", "cifar10-tiny", "method=hpm", "data=photos", "blr=2e-3")
+    path = tmp_path / "mine.yaml"
+    path.write_text(result.stdout, encoding="utf-8")
+    assert call("pretrain", str(path), "out=x").exit_code == 0
+    config = rooms["pretrain"][0][0]
+    assert (config.method.name, config.data, config.blr) == ("hpm", "photos", 2e-3)
+
+
+def test_config_show_needs_no_data() -> None:
+    assert yaml.safe_load(call("config", "show", "mae-vit-b-imagenet").stdout)["data"] == "IMAGES"
+    assert (
+        yaml.safe_load(call("config", "show", "photos-demo").stdout)["data"]
+        == "embedded:photos/train"
+    )
+
+
+def test_lists_name_methods_recipes_and_models() -> None:
+    assert {"mae", "hpm"} <= set(
+        re.findall(r"^(\w+): ", call("list", "methods").stdout, flags=re.MULTILINE)
+    )
+    recipes = call("list", "recipes").stdout
+    assert re.findall(r"^([\w-]+): ", recipes, flags=re.MULTILINE) == recipe_names()
+    assert recipes.count("\n  hardware ") == recipes.count("\n  expected ") == len(recipe_names())
+    models = call("list", "models", "small").stdout.split()
+    assert {"vit_small_patch16_224", "video_vit_small_patch16"} <= set(models)
+    assert all("small" in name for name in models)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("pretrain", "data: missing; give a folder"),
+        ("pretrain cifar-tiny data=x", "did you mean cifar10-tiny or cifar10-tiny-samples?"),
+        ("pretrain data=x epoch=3", "epoch: no such setting (given 3); did you mean epochs?"),
+        ("pretrain data=x --epochs 3", "settings are written without dashes, as in epochs="),
+        ("pretrain photos/", "images are given as data=photos/"),
+        ("resume", "Name the folder of a run first"),
+        ("resume nowhere", "nowhere does not exist; give the folder"),
+        (
+            "eval knn nowhere dta=x floors=perhaps",
+            "dta: no such setting (given 'x'); did you mean data?",
+        ),
+        ("eval knn", "target: missing; a run, an export"),
+        ("eval linear x data=y iterations=0", "iterations: given 0; must be"),
+        ("embed x data=y", "out: missing; parquet file"),
+        ("show", "run: missing; name the folder of a run first"),
+        ("show nowhere a.jpg", "nowhere does not exist"),
+        ("report", "runs: missing; name one run folder"),
+        ("report nowhere out=r.html", "nowhere"),
+        ("export nowhere", "nowhere does not exist"),
+        ("export x what=decoder", "what: given 'decoder'; must be encoder or full"),
+        ("import nowhere.pth", "out: missing; name the folder to write"),
+        ("import nowhere.pth out=x", "nowhere.pth does not exist"),
+        ("data inspect", "data: missing; name the images first"),
+        ("data inspect nowhere", "nowhere"),
+        ("data inspect a b", "b: one word too many"),
+        ("data shard nowhere", "out: missing; name the folder to write"),
+        (
+            "data shard nowhere out=x max_size=3",
+            "max_size: no such setting (given 3); did you mean max_side?",
+        ),
+        ("bench data", "data: missing; name the images"),
+        ("bench step method=mea", "mae"),
+        ("list models smll", "did you mean"),
+        ("config schema hmp", "did you mean hpm?"),
+        ("config show cifar10-tiny blr=fast", "blr: given 'fast'; must be a number"),
+    ],
+)
+def test_mistakes_are_told_on_stderr_with_exit_code_2(
+    line: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*shlex.split(line))
+    assert result.exit_code == 2, result.exception
+    assert part in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def test_a_misspelt_command_is_answered_with_the_nearest() -> None:
+    result = call("pretrian")
+    assert result.exit_code == 2
+    assert "Did you mean 'pretrain'?" in result.stderr
+
+
+def fail_with(error: BaseException) -> Callable[..., None]:
+    def fail(*args: Any, **kwargs: Any) -> None:  # noqa: ARG001
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("The disk is full."), 2), (KeyboardInterrupt(), 130), (SystemExit(75), 75)],
+)
+def test_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("patchmine.training"), "pretrain", fail_with(error))
+    result = call("pretrain", "data=x", "out=y")
+    assert result.exit_code == code
+    assert "Traceback" not in result.stderr
+    if code == 2:
+        assert result.stderr == "The disk is full.\n"
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ZeroDivisionError("a bug")
+    monkeypatch.setattr(importlib.import_module("patchmine.training"), "pretrain", fail_with(error))
+    assert call("pretrain", "data=x", "out=y").exception is error
+
+
+# What the system refuses, and who leaves
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            OSError(28, "No space left on device", "/data/x.png"),
+            ["/data/x.png", "No space left on device", "room"],
+        ),
+        (
+            PermissionError(13, "Permission denied", b"/data/caf\xe9"),
+            ["/data/caf\\xe9", "allow writing there"],
+        ),
+        (
+            IsADirectoryError(21, "Is a directory", "out"),
+            ["out cannot be read or written", "a folder has that name"],
+        ),
+        (OSError("no number"), ["no number"]),
+        (
+            BrokenPipeError(32, "Broken pipe"),
+            ["Broken pipe"],
+        ),  # of a pipe to another process, not our output
+    ],
+)
+@pytest.mark.parametrize(
+    "line", ["resume runs/x", "report runs/x", "eval knn runs/x data=a", "export runs/x"]
+)
+def test_what_the_system_refuses_is_one_sentence(
+    line: str, error: OSError, parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    for module, function in ROOMS:
+        monkeypatch.setattr(importlib.import_module(f"patchmine.{module}"), function, fail)
+    result = call(*line.split())
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["pretrain data=a out=b", "eval knn runs/x data=a", "export runs/x"]
+)
+def test_an_interrupt_is_one_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, function in ROOMS:
+        monkeypatch.setattr(importlib.import_module(f"patchmine.{module}"), function, fail)
+    result = call(*line.split())
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+def program(command_line: str) -> tuple[int, str]:
+    """Exit code of the program in a shell line, and all that it says on stderr."""
+    line = command_line.replace("patchmine", f"{shlex.quote(sys.executable)} -m patchmine.cli.app")
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_left_is_no_error() -> None:
+    assert program("set -o pipefail; patchmine list recipes | true") == (141, "")
+    assert program("set -o pipefail; patchmine --help | true")[1] == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_sentence() -> None:
+    code, said = program("patchmine list recipes > /dev/full")
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "No space left on device" in said
+
+
+def test_a_lost_terminal_silences_what_is_said_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=gone, flush=gone))
+    say("step 3")
+
+
+def test_ctrl_c_while_the_program_begins_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending, last_words():
+        raise KeyboardInterrupt
+    assert ending.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"

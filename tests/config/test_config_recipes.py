@@ -1,0 +1,214 @@
+"""The recipes that come with patchmine: complete heads, settings that are valid for every method
+they serve.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from patchmine.config.recipes import ABOUT, list_recipes, load_recipe, recipe_names
+from patchmine.config.resolve import parse, resolve_size
+from patchmine.errors import UserError
+from patchmine.methods import METHODS
+from patchmine.ops.schedules import learning_rate
+from patchmine.runs.preparing import lr_schedule
+from patchmine.runs.run import build_method
+from patchmine.types import Progress
+
+TINY = {"cifar10-tiny", "cifar10-tiny-samples", "photos-demo"}
+PUBLISHED = {"mae-vit-b-imagenet", "mae-vit-l-imagenet", "hpm-vit-b-imagenet", "hpm-vit-l-imagenet"}
+VIDEO = {  # encoder, epochs, frames between two that are taken, decoder's width and heads
+    "video-vit-s-kinetics400": ("video_vit_small_patch16", 1600, 4, 192, 3),
+    "video-vit-b-kinetics400": ("video_vit_base_patch16", 800, 4, 384, 6),
+    "video-vit-b-ssv2": ("video_vit_base_patch16", 800, 2, 384, 6),
+}
+RECIPES = {recipe.name: recipe for recipe in list_recipes()}
+ROWS = [(recipe.name, method) for recipe in RECIPES.values() for method in recipe.method_names]
+
+
+def test_all_promised_recipes_are_there() -> None:
+    assert set(recipe_names()) >= TINY | PUBLISHED | set(VIDEO) | {"my-images", "moving-photos"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_head_states_what_a_reader_needs(name: str) -> None:
+    about = RECIPES[name].about
+    assert set(about) == set(ABOUT)
+    assert all(about.values())
+    assert about["command"].startswith(f"patchmine pretrain {name} ")
+
+
+@pytest.mark.parametrize(("name", "method"), ROWS)
+def test_the_command_in_the_head_and_every_method_parse(name: str, method: str) -> None:
+    words = RECIPES[name].about["command"].split()[3:]
+    assert parse(name, [*words, f"method={method}"]).method.name == method
+
+
+@pytest.mark.parametrize("name", sorted(TINY | {"my-images"}))
+def test_small_recipes_serve_every_method(name: str) -> None:
+    assert set(RECIPES[name].method_names) == set(METHODS)
+
+
+@pytest.mark.parametrize(("name", "method"), [row for row in ROWS if row[0] in TINY])
+def test_tiny_recipes_can_be_built(name: str, method: str) -> None:
+    built = build_method(parse(name, ["data=x", f"method={method}"]))
+    assert sum(p.numel() for p in built.encoder.parameters()) < 2e6
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch"),
+    [(n, 1600, 4096) if "mae" in n else (n, 800, 2048) for n in sorted(PUBLISHED)],
+)
+def test_published_recipes_hold_the_published_numbers(name: str, epochs: int, batch: int) -> None:
+    config = parse(name, ["data=x"])
+    assert (config.epochs, config.batch_size, config.warmup_epochs) == (epochs, batch, 40)
+    assert (config.blr, config.weight_decay, config.betas, config.min_lr) == (
+        1.5e-4,
+        0.05,
+        (0.9, 0.95),
+        0,
+    )
+    assert (config.image_size, config.crop_scale, config.flip) == ((224, 224), (0.2, 1.0), 0.5)
+    method = config.method.model_dump()
+    assert method["norm_pix_loss"] is (method["name"] == "mae")
+    assert method["clip_grad"] == (None if method["name"] == "mae" else 5.0)
+    decoder = (method["decoder_embed_dim"], method["decoder_depth"], method["decoder_num_heads"])
+    assert (method["mask_ratio"], *decoder) == (0.75, 512, 8, 16)
+
+
+# The rate at these epochs, from the authors' schedulers: microsoft/SimMIM, lr_scheduler.py with its
+# 800-epoch setting; timm's CosineLRScheduler(t_initial=200, lr_min=2e-5, warmup_t=10,
+# warmup_lr_init=2e-6) for AMT on SimMIM.
+RATES = {
+    "simmim-vit-b-imagenet": {
+        0: 2e-6,
+        5: 2.01e-4,
+        10: 4e-4,
+        400: 4e-4,
+        699: 4e-4,
+        700: 4e-5,
+        799: 4e-5,
+    },
+    "amt-simmim-vit-b-imagenet": {
+        0: 2e-6,
+        5: 2.01e-4,
+        10: 3.976608417e-4,
+        100: 2.1e-4,
+        150: 7.564971157e-5,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_rates_are_those_of_the_published_schedulers(name: str) -> None:
+    config = parse(name, ["data=x"])
+    assert config.epochs is not None
+    for epoch, expected in RATES[name].items():
+        now = Progress(epoch * 625, config.epochs * 625, 625)
+        assert learning_rate(
+            now, config.blr * config.batch_size / 256, lr_schedule(config)
+        ) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["droppos-vit-b-imagenet", "droppos-vit-l-imagenet"])
+def test_droppos_as_published_has_the_published_grid_of_targets(name: str) -> None:
+    assert parse(name, ["data=x"]).method.model_dump()["smoothing_grid"] == "as_run"
+
+
+@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize("method", ["mae", "hpm"])
+def test_recipes_of_videos_hold_what_is_published_for_videomae(name: str, method: str) -> None:
+    config = parse(name, ["data=x", f"method={method}"])
+    model, epochs, stride, width, heads = VIDEO[name]
+    assert (config.model, config.epochs, config.batch_size, config.warmup_epochs) == (
+        model,
+        epochs,
+        2048,
+        40,
+    )
+    assert (config.blr, config.weight_decay, config.betas) == (1.5e-4, 0.05, (0.9, 0.95))
+    assert config.min_lr == pytest.approx(1e-5 * config.batch_size / 256)
+    assert (config.clip.frames, config.clip.stride, config.clip.tubelet, config.clip.repeats) == (
+        16,
+        stride,
+        2,
+        1,
+    )
+    assert (config.clip.short, config.clip.scales, config.flip) == (
+        "hold",
+        [1.0, 0.875, 0.75, 0.66],
+        0,
+    )
+    settings = config.method.model_dump()
+    decoder = (
+        settings["decoder_embed_dim"],
+        settings["decoder_depth"],
+        settings["decoder_num_heads"],
+    )
+    assert (settings["mask_ratio"], settings["norm_pix_loss"], settings["clip_grad"]) == (
+        0.9,
+        True,
+        None,
+    )
+    assert decoder == (width, 4, heads)
+
+
+@pytest.mark.parametrize("method", ["mae", "hpm"])
+def test_moving_photos_can_be_built(method: str) -> None:
+    config = parse("moving-photos", [f"method={method}"])
+    assert (config.clip.frames, config.clip.stride, config.image_size, config.flip) == (
+        8,
+        2,
+        (32, 32),
+        0,
+    )
+    built = build_method(config)
+    assert built.video
+    assert sum(p.numel() for p in built.encoder.parameters()) < 2e6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_samples_and_equal_compute_differ_in_length_only(method: str) -> None:
+    compute, samples = (
+        parse(name, ["data=x", f"method={method}"]).model_dump(exclude={"epochs", "warmup_epochs"})
+        for name in ("cifar10-tiny", "cifar10-tiny-samples")
+    )
+    assert compute == samples
+    assert parse("cifar10-tiny-samples", ["data=x", f"method={method}"]).epochs == 10
+
+
+def test_my_images_chooses_more_for_more_images() -> None:
+    config = parse("my-images", ["data=x"])
+    sized = [resolve_size(config, count) for count in (500, 10_000, 100_000, 1_000_000, 50_000_000)]
+    epochs = [each.epochs for each in sized]
+    assert epochs == sorted(epochs, reverse=True)  # type: ignore[type-var]
+    assert [each.batch_size for each in sized] == sorted(each.batch_size for each in sized)
+    assert all(
+        each.batch_size * 4 <= count
+        for each, count in zip(sized, (500, 10_000, 100_000), strict=False)
+    )
+
+
+def test_a_misspelt_recipe_names_the_nearest() -> None:
+    with pytest.raises(
+        UserError, match="No recipe 'cifar-tiny', and no such file; did you mean cifar10-tiny"
+    ):
+        load_recipe("cifar-tiny")
+    with pytest.raises(
+        UserError, match="there are amt-simmim-vit-b-imagenet, amt-vit-b-imagenet, cifar10-tiny, "
+    ):
+        load_recipe("xyz")
+
+
+def test_a_folder_is_no_recipe_and_the_message_says_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"images are data=.*`patchmine resume"):
+        load_recipe(tmp_path)
+
+
+def test_a_file_is_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: photos\nblr: 1e-3\n", encoding="utf-8")
+    config = parse(path, [])
+    assert (config.data, config.blr) == ("photos", 1e-3)
