@@ -22,7 +22,8 @@ from patchmine.cli.commands import (
     read_words,
 )
 from patchmine.config.resolve import from_settings, parse
-from patchmine.config.schema import Clip, Crops, RunConfig
+from patchmine.config.schema import RunConfig
+from patchmine.data.settings import Clip, Crops
 from patchmine.errors import UserError
 from patchmine.evaluate.embed import EmbedSettings
 from patchmine.evaluate.knn import KnnSettings

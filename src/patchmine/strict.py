@@ -1,14 +1,26 @@
-"""What every table of settings refuses, whatever its fields are: numbers that no setting means."""
+"""What every table of settings is built on: types with bounds, and checks of one field or several."""
 
 from __future__ import annotations
 
+import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, core_schema
+
+from patchmine.errors import shown_name
 
 LARGEST_SIDE = 8_192  # pixels: a position table for patches of 16 then has 262,144 rows
 LARGEST_COUNT = 65_536
@@ -29,14 +41,43 @@ Positive = Annotated[int, Field(gt=0, le=LARGEST_RUN)]
 """Of steps, epochs and what is counted in them."""
 Workers = Annotated[int, Field(ge=0, le=MOST_WORKERS)] | Literal["auto"]
 """Processes that read images."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """``path`` of a setting (``method.mask_ratio``) and what is wrong with it."""
+
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        path = shown_name(self.path)  # of a file that may hold any letter
+        return f"{path}: {self.text}" if self.path else self.text
+
+
+class CrossMistakesError(ValueError):
+    """Settings that are right one by one but do not fit together."""
+
+    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+        super().__init__("; ".join(map(str, mistakes)))
+        self.mistakes = list(mistakes)
 
 
 class Strict(BaseModel):
-    """Settings without unknown names, NaN, infinity, numbers beyond 64 bits, or true in the place
-    of a number.
+    """Settings without unknown names, NaN, infinity, numbers beyond 64 bits, or true as a number.
+
+    A block says in ``mistakes`` which of its settings do not fit together.  A table that inherits
+    several blocks gathers what all of them say.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, frozen=True, coerce_numbers_to_str=True
+    )
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """What does not fit together in this block alone."""
+        return iter(())
 
     @model_validator(mode="before")
     @classmethod
@@ -58,6 +99,14 @@ class Strict(BaseModel):
             raise ValueError("a whole number of at most 18 digits")
         return value
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Strict:
+        blocks = [kind for kind in reversed(type(self).__mro__) if "mistakes" in vars(kind)]
+        found = [mistake for block in blocks for mistake in vars(block)["mistakes"](self)]
+        if found:
+            raise CrossMistakesError(found)
+        return self
+
 
 def _flat(value: Any) -> list[Any]:
     """A value, or those of a list of any depth; tables check their own."""
@@ -68,9 +117,7 @@ def _flat(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Truth:
-    """In the place of true or false, so that what wants a number refuses it and quotes it as it was
-    typed.
-    """
+    """In the place of true or false, so that a number's check refuses and quotes it as typed."""
 
     value: bool
 
@@ -108,6 +155,65 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_checked_arguments)]
 """Arguments for a network of timm's, whose names and types are not known here."""
 
 
+def expanded(value: Any) -> Any:
+    """Text, or a list of it, with ``~/`` written out, which shells do not do behind ``key=``."""
+    if isinstance(value, list | tuple):
+        return [expanded(part) for part in value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value.startswith("~/"):
+        return value
+    return os.path.expanduser(value)  # noqa: PTH111, Path would drop a slash at the end
+
+
+def _as_size(value: Any) -> Any:
+    """One number means a square."""
+    if isinstance(value, list | tuple):
+        return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("one whole number or [height, width]")  # noqa: TRY004 - pydantic wants this type
+    return (value, value)
+
+
+Text = Annotated[str, BeforeValidator(expanded)]
+"""A path or name, also of pathlib."""
+Texts = Annotated[str | list[str], BeforeValidator(expanded)]
+Size = Annotated[tuple[Side, Side], BeforeValidator(_as_size)]
+"""(height, width) in pixels."""
+
+OF_A_MACHINE = "of a machine"
+"""Marks a setting, in Annotated, that may differ between the processes of one run."""
+
+
+@dataclass(frozen=True)
+class ByName:
+    """Marks a setting, in Annotated, that is one of several tables, told apart by its ``name``.
+
+    The tables are looked up when a value is checked, so that one more may be added by then.
+    ``default`` is the name that a table without one has.
+    """
+
+    tables: Callable[[], Mapping[str, type[BaseModel]]]
+    default: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def _validate(self, value: Any) -> BaseModel:
+        if isinstance(value, str):
+            value = {"name": value}
+        elif isinstance(value, BaseModel):
+            value = value.model_dump()
+        elif not isinstance(value, Mapping):
+            raise ValueError("a method's name, or a table of its settings with its name")  # noqa: TRY004 - pydantic wants this type
+        tables = self.tables()
+        name = value.get("name", self.default)
+        if not isinstance(name, str) or name not in tables:
+            raise PydanticCustomError("unknown_name", "none of these", {"known": sorted(tables)})
+        # The mistakes of the inner table become those of this setting.
+        return tables[name].model_validate({"name": name, **value})
+
+
 def ends_in(*endings: str) -> Callable[[str], str]:
     """A check of the name of a file that is to be written: it says its format."""
 
@@ -120,23 +226,13 @@ def ends_in(*endings: str) -> Callable[[str], str]:
 
 
 _FILES = (
-    ".onnx",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".bin",
-    ".h5",
-    ".safetensors",
-    ".npz",
-    ".zip",
-    ".tar",
-    ".json",
-    ".yaml",
+    *(".pt", ".pth", ".ckpt", ".bin", ".h5", ".safetensors", ".npz"),
+    *(".zip", ".tar", ".json", ".yaml"),
 )
 
 
 def is_folder_name(name: str) -> str:
-    """A check of the name of a folder that is to be written: it does not look like that of a file."""
+    """A check of the name of a folder that is to be written: it does not look like a file's."""
     ending = PurePath(name).suffix.lower()
     if ending == ".onnx":
         raise ValueError(
@@ -145,3 +241,6 @@ def is_folder_name(name: str) -> str:
     if ending in _FILES:
         raise ValueError(f"the name of a folder, which does not end in {ending}")
     return name
+
+
+FolderName = Annotated[str, AfterValidator(is_folder_name)]

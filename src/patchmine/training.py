@@ -16,7 +16,6 @@ from torch import nn
 from patchmine.backbones.resnet import has_cifar_stem
 from patchmine.backbones.video import VideoTransformer, is_video
 from patchmine.config.resolve import (
-    RunConfig,
     changed_results,
     fit_batch,
     parse,
@@ -24,6 +23,7 @@ from patchmine.config.resolve import (
     results_of,
     silent,
 )
+from patchmine.config.schema import RunConfig, names_of_a_machine
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches, train_batches
 from patchmine.data.sampling import changed_stamps, content_stamps
@@ -63,19 +63,6 @@ from patchmine.train.step import TrainSettings
 from patchmine.types import Batch
 
 Say = Callable[[str], None]
-
-OF_A_MACHINE = {
-    "data",
-    "out",
-    "device",
-    "devices",
-    "num_nodes",
-    "workers",
-    "eval_data",
-    "eval_test",
-    "init",
-}
-"""Settings that may differ between the processes of a run."""
 
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 
@@ -202,7 +189,7 @@ def _open(
     config = resolve_size(config, len(images), say)
     config = with_statistics(config, images, say)
     config = _fit_to_length(config, len(images), say)
-    settings = config.model_dump(mode="json", exclude=OF_A_MACHINE)
+    settings = config.model_dump(mode="json", exclude=names_of_a_machine())
     engine.agree(
         {"data": f"{len(images):,} items with fingerprint {images.fingerprint}"} | settings
     )

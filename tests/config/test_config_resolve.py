@@ -10,15 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchmine.config.resolve import (
+from patchmine.config.resolve import changed_results, from_settings, parse, resolve_size, results_of
+from patchmine.config.schema import (
     RunConfig,
-    changed_results,
-    from_settings,
-    parse,
-    resolve_size,
-    results_of,
+    describe_method,
+    describe_run,
+    names_of,
+    names_of_a_machine,
 )
-from patchmine.config.schema import Results, Running, describe_method, describe_run
 from patchmine.config.words import nearest, parse_value, put, split_setting
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
@@ -162,22 +161,27 @@ def test_yaml_is_complete_and_reads_back_equal(method: str, tmp_path: Path) -> N
     )
     text = config.to_yaml()
     assert parse(write(tmp_path, text), []) == config
-    assert all(
-        f"\n{name}:" in f"\n{text}" for name in {**Results.model_fields, **Running.model_fields}
-    )
+    assert all(f"\n{name}:" in f"\n{text}" for name in set(RunConfig.model_fields) - {"by_size"})
 
 
 def test_every_setting_is_either_a_result_or_not() -> None:
-    both = set(Results.model_fields) & set(Running.model_fields)
-    assert not both
-    assert set(RunConfig.model_fields) == set(Results.model_fields) | set(Running.model_fields) | {
-        "by_size"
-    }
+    results, running = names_of(decide_weights=True), names_of(decide_weights=False)
+    assert not set(results) & set(running)
+    assert {*results, *running, "by_size"} == set(RunConfig.model_fields)
+    assert {"data", "method", "model", "batch_size", "seed", "precision", "init"} < set(results)
+    assert {"out", "devices", "workers", "compile", "eval_every", "crop_pct"} < set(running)
+
+
+def test_what_may_differ_between_machines_is_said_at_the_setting() -> None:
+    of_a_machine = {"data", "out", "device", "devices", "num_nodes", "workers", "init"}
+    assert names_of_a_machine() == of_a_machine | {"eval_data", "eval_test"}
 
 
 def test_schema_names_every_setting_and_its_meaning() -> None:
     text = "\n".join(describe_run())
-    for name, field in {**Results.model_fields, **Running.model_fields}.items():
+    for name, field in RunConfig.model_fields.items():
+        if name == "by_size":
+            continue
         assert f"\n{name}=" in text or f"\n{name}.*" in text
         assert str(field.description) in text
     assert "\ncrops.num_local=8 " in text
@@ -236,9 +240,7 @@ def test_crops_that_cannot_be_are_named(monkeypatch: pytest.MonkeyPatch) -> None
         in complaint("data=x", "crops.local_size=50")
     )
     assert parse(None, ["data=x", "crops.local_size=50", "model=resnet18"]).crops.local_size == 50
-    assert "crops.num_global: given 1; two global crops" in complaint(
-        "data=x", "crops.num_global=1"
-    )
+    assert "crops.num_global: given 1; must be 2" in complaint("data=x", "crops.num_global=1")
     assert "crops.local_scale: given [0.5, 0.1]; must be [smallest" in complaint(
         "data=x", "crops.local_scale=[.5,.1]"
     )

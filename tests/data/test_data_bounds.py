@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from patchmine.data.decoding.bounds import MAX_PIXELS, check_pixels, install_command
+from patchmine.data.decoding.bounds import check_pixels, install_command
 from patchmine.data.decoding.decode import DecodeError, decode, probe
 from patchmine.data.decoding.orientation import TURNED, of_matrix, upright, upright_tensor
+from patchmine.data.settings import MAX_PIXELS
 
 HEIGHT, WIDTH = 40, 56
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from patchmine.data.decoding import video, video_pyav, video_torchcodec
-from patchmine.data.decoding.decode import MAX_PIXELS, DecodeError
+from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.orientation import upright_tensor
 from patchmine.data.decoding.video import (
     FrameFiles,
@@ -33,6 +33,7 @@ from patchmine.data.decoding.video import (
 from patchmine.data.decoding.video_matrix import of_file
 from patchmine.data.decoding.video_pyav import PyAVReader
 from patchmine.data.decoding.video_torchcodec import TorchcodecReader, check_frames
+from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import UserError
 
 FRAMES, HEIGHT, WIDTH = 40, 48, 64

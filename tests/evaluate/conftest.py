@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from patchmine.backbones.vit import build_encoder
-from patchmine.config.resolve import RunConfig
+from patchmine.config.schema import RunConfig
 from patchmine.runs.run import write_export
 
 MODEL_ARGS = {"depth": 5, "embed_dim": 24, "num_heads": 3}

@@ -10,7 +10,7 @@ from patchmine.errors import UserError
 from patchmine.report.evaluations import read_result
 from patchmine.report.html import write_report
 from patchmine.report.pictures import choose
-from patchmine.report.settings import differing
+from patchmine.report.settings_table import differing
 
 MakeRun = Callable[..., Path]
 _VOID = {"meta", "link", "img", "input", "wbr", "br", "path"}

@@ -11,7 +11,8 @@ import torch
 
 import patchmine
 from patchmine.backbones.weights import export_encoder
-from patchmine.config.resolve import RunConfig, parse
+from patchmine.config.resolve import (parse)
+from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.runs.run import Run, build_method, is_run, open_encoder, write_export

@@ -31,8 +31,8 @@ from patchmine.bench.measure import (
     seconds,
 )
 from patchmine.config.explain import validate
-from patchmine.config.schema import Crops
 from patchmine.config.words import did_you_mean, shown
+from patchmine.data.settings import Crops
 from patchmine.data.views.crops import NUM_GLOBAL
 from patchmine.errors import UserError
 from patchmine.methods import METHODS

@@ -265,8 +265,8 @@ def data_inspect(context: typer.Context) -> None:
       patchmine data inspect clips/ video=true
     """
     from patchmine.cli.commands import Inspect, read_words
-    from patchmine.data.decoding.bounds import MAX_PIXELS
     from patchmine.data.inspect import inspect, render
+    from patchmine.data.settings import MAX_PIXELS
     from patchmine.data.sources.source import default_cache_dir, open_source
     from patchmine.data.sources.video_sources import open_videos
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
 
-from patchmine.config.explain import Mistake, validate
+from patchmine.config.explain import validate
 from patchmine.config.words import put, read_settings, repeated
 from patchmine.errors import shown_name
-from patchmine.strict import Count, Positive, Side, Strict, ends_in, is_folder_name
+from patchmine.strict import (
+    Count,
+    FolderName,
+    Mistake,
+    Positive,
+    Side,
+    Strict,
+    ends_in,
+    is_folder_name,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
-FolderName = Annotated[str, AfterValidator(is_folder_name)]
 
 
 def read_words(
@@ -55,11 +63,7 @@ def read_words(
     return validate(model, settings, where=f"`patchmine {command}`", before=mistakes, hint=hint)
 
 
-class _Arguments(Strict):
-    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
-
-
-class Show(_Arguments):
+class Show(Strict):
     """`patchmine show`."""
 
     run: str = Field(
@@ -72,7 +76,7 @@ class Show(_Arguments):
     seed: int = Field(0, ge=0, description="decides the random masks")
 
 
-class Report(_Arguments):
+class Report(Strict):
     """`patchmine report`."""
 
     runs: list[str] = Field(
@@ -92,7 +96,7 @@ def _export_name(name: str | None, info: ValidationInfo) -> str | None:
     )
 
 
-class Export(_Arguments):
+class Export(Strict):
     """`patchmine export`."""
 
     run: str = Field(
@@ -111,7 +115,7 @@ class Export(_Arguments):
     )
 
 
-class Import(_Arguments):
+class Import(Strict):
     """`patchmine import`."""
 
     file: str = Field(
@@ -143,7 +147,7 @@ class Import(_Arguments):
     )
 
 
-class Inspect(_Arguments):
+class Inspect(Strict):
     """`patchmine data inspect`."""
 
     data: str = Field(description="name the images first, as in `patchmine data inspect photos/`")
@@ -153,7 +157,7 @@ class Inspect(_Arguments):
     max_pixels: Positive | None = Field(None, description="as in a run; null: its default")
 
 
-class Shard(_Arguments):
+class Shard(Strict):
     """`patchmine data shard`."""
 
     data: str = Field(
@@ -166,7 +170,7 @@ class Shard(_Arguments):
     shard_mb: Count = Field(256, description="size of a shard, in megabytes")
 
 
-class BenchData(_Arguments):
+class BenchData(Strict):
     """`patchmine bench data`."""
 
     data: str = Field(description="name the images, as in data=photos/")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -15,7 +14,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from patchmine.config.words import did_you_mean, nearest, shown
-from patchmine.errors import UserError, shown_name
+from patchmine.errors import UserError
+from patchmine.strict import ByName, CrossMistakesError, Mistake
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -91,26 +91,6 @@ OTHER_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Mistake:
-    """``path`` of a setting (``method.mask_ratio``) and what is wrong with it."""
-
-    path: str
-    text: str
-
-    def __str__(self) -> str:
-        path = shown_name(self.path)  # of a file that may hold any letter
-        return f"{path}: {self.text}" if self.path else self.text
-
-
-class CrossMistakesError(ValueError):
-    """Raised by a model's validator for settings that are right one by one but do not fit together."""
-
-    def __init__(self, mistakes: Sequence[Mistake]) -> None:
-        super().__init__("; ".join(map(str, mistakes)))
-        self.mistakes = list(mistakes)
-
-
 def refusal(mistakes: Sequence[Mistake], where: str) -> UserError:
     """The error that lists all of them; a single one is one sentence.  ``where`` reads like "the
     settings".
@@ -144,7 +124,7 @@ def validate(
     try:
         checked = model.model_validate(dict(values))
     except ValidationError as error:
-        mistakes = explain(error, model, hint)
+        mistakes = explain(error, model, values, hint)
         rest = _without(values, [m.path for m in mistakes]) | _missing(
             model, values, mistakes, placeholders or {}
         )
@@ -164,27 +144,19 @@ def _crosswise(
     try:
         return also(model.model_validate(values))
     except ValidationError as error:
-        return explain(error, model, hint)
+        return explain(error, model, values, hint)
 
 
 def _nearest_branches(error: ValidationError, values: Mapping[str, Any]) -> dict[str, Any]:
     """Tables whose ``name`` is misspelt, with the name that was probably meant."""
     mended: dict[str, Any] = {}
     for details in error.errors(include_url=False):
-        if details["type"] == "union_tag_invalid" and len(details["loc"]) == 1:
-            near = nearest(str(details.get("ctx", {}).get("tag")), _tags(details))
-            if near:
-                key = str(details["loc"][0])
-                mended[key] = {
-                    **(values[key] if isinstance(values[key], Mapping) else {}),
-                    "name": near[0],
-                }
+        if details["type"] == "unknown_name" and len(details["loc"]) == 1:
+            key = str(details["loc"][0])
+            given = values[key] if isinstance(values[key], Mapping) else {"name": values[key]}
+            if near := nearest(str(given.get("name")), details["ctx"]["known"]):
+                mended[key] = {**given, "name": near[0]}
     return mended
-
-
-def _tags(details: ErrorDetails) -> list[str]:
-    expected = str(details.get("ctx", {}).get("expected_tags", ""))
-    return [tag.strip(" '") for tag in expected.split(",") if tag.strip(" '")]
 
 
 def _missing(
@@ -216,7 +188,9 @@ def _without(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     return kept
 
 
-def explain(error: ValidationError, model: type[BaseModel], hint: str = "") -> list[Mistake]:
+def explain(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], hint: str = ""
+) -> list[Mistake]:
     """Pydantic's complaints in plain words, one a setting.  ``hint`` follows a name that resembles
     no setting.
     """
@@ -227,11 +201,12 @@ def explain(error: ValidationError, model: type[BaseModel], hint: str = "") -> l
             continue  # which did not count as elements
         crosswise = details.get("ctx", {}).get("error")
         if isinstance(crosswise, CrossMistakesError):
+            where = ".".join(str(part) for part in details["loc"])
             for mistake in crosswise.mistakes:
-                texts.setdefault(mistake.path, []).append(mistake.text)
+                texts.setdefault(f"{where}.{mistake.path}".strip("."), []).append(mistake.text)
             continue
-        path, field, owner = _locate(details["loc"], model)
-        if details["type"].startswith("union_tag"):
+        path, field, owner = _locate(details["loc"], model, values)
+        if details["type"] == "unknown_name":
             path += ".name"
         if details["type"] == "missing":
             path = path.split("[")[0]  # a list that is too short lacks an element
@@ -267,42 +242,41 @@ def _join(texts: Sequence[str]) -> str:
 
 
 def _locate(
-    location: tuple[int | str, ...], model: type[BaseModel]
-) -> tuple[str, FieldInfo | None, type[BaseModel] | None]:
+    location: tuple[int | str, ...], model: type[BaseModel], values: Any
+) -> tuple[str, FieldInfo | None, type[BaseModel]]:
     """Dotted path, field and owning model of a complaint; names of union branches are left out."""
     path, field, owner = "", None, model
     inside: list[type[BaseModel]] = [model]
     for part in location:
-        holder = (
-            next((m for m in inside if part in m.model_fields), None)
-            if isinstance(part, str)
-            else None
-        )
+        values = values.get(part) if isinstance(values, Mapping) else None
+        holder = next((m for m in inside if part in m.model_fields), None)
         if holder is not None and isinstance(part, str):
             path, field, owner = f"{path}.{part}".strip("."), holder.model_fields[part], holder
-            inside = _models_in(field.annotation)
+            inside = _models_in(field, values)
         elif isinstance(part, int):
             path += f"[{part}]"
-        elif (branch := _branch(inside, part)) is not None:
-            inside, owner = [branch], branch
         elif part == location[-1] and inside:
             return f"{path}.{part}".strip("."), None, inside[0]
     return path, field, owner
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a type may hold: itself, or the branches of a union."""
+def _models_in(field: FieldInfo, value: Any = None) -> list[type[BaseModel]]:
+    """The models that a field may hold; of those told apart by name, the one that ``value`` names."""
+    if (several := _by_name(field)) is None:
+        return _models_of(field.annotation)
+    tables = several.tables()
+    name = value.get("name", several.default) if isinstance(value, Mapping) else value
+    return [tables[name]] if isinstance(name, str) and name in tables else list(tables.values())
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in typing.get_args(annotation) for model in _models_in(part)]
+    return [model for part in typing.get_args(annotation) for model in _models_of(part)]
 
 
-def _branch(models: Sequence[type[BaseModel]], tag: str) -> type[BaseModel] | None:
-    """The branch of a union told apart by ``name``."""
-    return next(
-        (m for m in models if "name" in m.model_fields and m.model_fields["name"].default == tag),
-        None,
-    )
+def _by_name(field: FieldInfo) -> ByName | None:
+    return next((mark for mark in field.metadata if isinstance(mark, ByName)), None)
 
 
 def _describe(
@@ -323,7 +297,7 @@ def _describe(
             field.description if field is not None and field.description else "it has no default"
         )
         return f"missing; {remedy}"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
+    if kind == "unknown_name":
         return _describe_name(details)
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         one_of_several = isinstance(
@@ -365,23 +339,16 @@ def _branches_with(path: str, model: type[BaseModel]) -> list[str]:
     """
     first, _, name = path.partition(".")
     field = model.model_fields.get(first)
-    branches = _models_in(field.annotation) if field is not None else []
-    return [
-        f"{first}={branch.model_fields['name'].default}"
-        for branch in branches
-        if name in branch.model_fields and "name" in branch.model_fields
-    ]
+    several = _by_name(field) if field is not None else None
+    tables = several.tables() if several is not None else {}
+    return [f"{first}={branch}" for branch, table in tables.items() if name in table.model_fields]
 
 
 def all_settings(model: type[BaseModel]) -> list[str]:
     """Dotted names of all settings, those of nested models included."""
     names: list[str] = []
     for name, field in model.model_fields.items():
-        inner = [
-            f"{name}.{part}"
-            for nested in _models_in(field.annotation)
-            for part in all_settings(nested)
-        ]
+        inner = [f"{name}.{part}" for nested in _models_in(field) for part in all_settings(nested)]
         names += dict.fromkeys([name, *inner])
     return names
 
@@ -390,9 +357,10 @@ def _describe_name(details: ErrorDetails) -> str:
     given = details["input"]
     if isinstance(given, Mapping):
         given = given.get("name")
-    expected = _tags(details)
-    one_of = f"; must be one of {', '.join(sorted(expected))}" if expected else ""
-    return f"given {shown(given)}{one_of}{did_you_mean(str(given), expected)}"
+    known = details["ctx"]["known"]
+    return (
+        f"given {shown(given)}; must be one of {', '.join(known)}{did_you_mean(str(given), known)}"
+    )
 
 
 def _must(details: ErrorDetails) -> str:

@@ -12,36 +12,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from patchmine.backbones.video import is_video
-from patchmine.config.explain import Mistake, refusal, validate
+from patchmine.config.explain import refusal, validate
 from patchmine.config.recipes import Recipe, load_recipe
-from patchmine.config.schema import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Results,
-    RunConfig,
-    Running,
-    Size,
-    SizeRow,
-)
+from patchmine.config.schema import RunConfig, SizeRow, names_of
 from patchmine.config.words import exists, merge, put, read_settings, repeated, shown
 from patchmine.errors import UserError, shown_name
 from patchmine.methods import METHODS
-from patchmine.strict import LARGEST_COUNT
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "Results",
-    "RunConfig",
-    "Running",
-    "Size",
-    "changed_results",
-    "fit_batch",
-    "from_settings",
-    "parse",
-    "resolve_size",
-    "results_of",
-]
+from patchmine.strict import LARGEST_COUNT, Mistake
 
 Say = Callable[[str], None]
 Check = Callable[[RunConfig], list[Mistake]]
@@ -143,7 +120,7 @@ def _rates(settings: dict[str, Any]) -> list[Mistake]:
 
 def _conversion(rate: Any, settings: Mapping[str, Any]) -> str:
     """The setting that gives an absolute learning rate."""
-    batch_size = settings.get("batch_size", Results.model_fields["batch_size"].default)
+    batch_size = settings.get("batch_size", RunConfig.model_fields["batch_size"].default)
     numbers = all(
         isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e9
         for x in (rate, batch_size)
@@ -275,9 +252,8 @@ def _shared_out(settings: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """The settings with a batch that nobody chose lowered to what divides among the parts that it
     is cut into.
     """
-    fields = Results.model_fields | Running.model_fields
     batch, *counts = (
-        settings.get(name, fields[name].default)
+        settings.get(name, RunConfig.model_fields[name].default)
         for name in ("batch_size", "accumulate", "devices", "num_nodes")
     )
     clip = settings.get("clip")
@@ -328,7 +304,7 @@ def _parts(config: RunConfig) -> str:
 
 def results_of(config: RunConfig) -> dict[str, Any]:
     """The settings that decide the weights as JSON, by dotted names."""
-    return _flat(config.model_dump(mode="json", include=set(Results.model_fields)))
+    return _flat(config.model_dump(mode="json", include=set(names_of(decide_weights=True))))
 
 
 def changed_results(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

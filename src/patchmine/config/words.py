@@ -15,6 +15,7 @@ import yaml
 from yaml.nodes import MappingNode, Node
 
 from patchmine.errors import UserError, foreign_parser, shown_name
+from patchmine.strict import expanded
 
 _SETTING = re.compile(r"^([A-Za-z_][\w.-]*)=(.*)$", re.DOTALL)
 _SPACED = re.compile(r"([A-Za-z_][\w.-]*)\s+=\s*(.*)", re.DOTALL)
@@ -176,17 +177,6 @@ def split_setting(word: str) -> tuple[str, Any] | None:
     """
     match = _SETTING.match(word)
     return (match[1].replace("-", "_"), expanded(parse_value(match[2]))) if match else None
-
-
-def expanded(value: Any) -> Any:
-    """Text, or a list of it, with ``~/`` at its start written out, which shells do not do behind
-    ``key=``.
-    """
-    if isinstance(value, list | tuple):
-        return [expanded(part) for part in value]
-    if not isinstance(value, str) or not value.startswith("~/"):
-        return value
-    return os.path.expanduser(value)  # noqa: PTH111, Path would drop a slash at the end
 
 
 def read_settings(

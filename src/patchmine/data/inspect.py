@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from patchmine.data.decoding.bounds import install_command, reading_item
-from patchmine.data.decoding.decode import MAX_PIXELS, DecodeError, decode, no_image, probe
+from patchmine.data.decoding.decode import DecodeError, decode, no_image, probe
 from patchmine.data.decoding.video import FrameFiles, VideoFile, open_video
 from patchmine.data.sampling import spread_indices
+from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.sources.contract import Labels, Source, notes_of, open_regular
 from patchmine.errors import UserError, reason_of, shown_name
 

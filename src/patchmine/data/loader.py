@@ -23,11 +23,12 @@ from patchmine.data.decoding.bounds import reading_item
 from patchmine.data.decoding.decode import DecodeError, decode
 from patchmine.data.decoding.video import open_video
 from patchmine.data.sampling import spread_indices
+from patchmine.data.settings import READ_TIMEOUT
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.crops import MultiCropView
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import as_float
-from patchmine.data.workers import READ_TIMEOUT, Desk, Workers
+from patchmine.data.workers import Desk, Workers
 from patchmine.errors import UserError, reason_of, shown_name
 from patchmine.types import Batch
 

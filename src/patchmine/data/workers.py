@@ -28,11 +28,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from patchmine.errors import UserError, reason_of
 
-READ_TIMEOUT = 600.0
-"""Default of ``read_timeout``: seconds that reading one item may take; network disks have been seen
-to need minutes.
-"""
-
 MOST_WORKERS = 1024
 _POLL = 5.0  # seconds of silence after which the workers are looked at
 _RESUME = "then `patchmine resume` goes on from the last checkpoint"

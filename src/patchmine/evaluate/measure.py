@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from patchmine.config.schema import Size
 from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
@@ -26,7 +25,7 @@ from patchmine.evaluate.progress import Say
 from patchmine.evaluate.targets import Target, open_target, random_twin, raw_pixels
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.run import Run
-from patchmine.strict import BatchSize, Count, Strict, Workers
+from patchmine.strict import BatchSize, Count, Size, Strict, Workers
 
 Result = dict[str, Any]
 Score = Callable[[Reader, Features, Features, int], Result]
@@ -37,8 +36,6 @@ is to tell.
 
 class ReadSettings(Strict):
     """What is read, with which weights, and how."""
-
-    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
     target: str = Field(
         description="a run, an export, a timm architecture, random-init:RUN or raw-pixels"

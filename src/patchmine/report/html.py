@@ -17,7 +17,7 @@ from patchmine.report.evaluations import evaluations_section
 from patchmine.report.overview import complaints, identity, legend, overview_section
 from patchmine.report.pictures import pictures_section
 from patchmine.report.reading import RunRecord, in_percent, read_runs
-from patchmine.report.settings import settings_section
+from patchmine.report.settings_table import settings_section
 from patchmine.report.words import number, percent, rate, title
 
 _LAST = ("lr", "images_per_second", "data_wait")

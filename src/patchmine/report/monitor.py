@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from patchmine.backbones.video import is_video
-from patchmine.config.resolve import RunConfig
+from patchmine.config.schema import RunConfig
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchmine.backbones.video import is_video
-from patchmine.config.resolve import RunConfig
+from patchmine.config.schema import RunConfig
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import VIDEOS
 from patchmine.data.views.clips import PlainClips

@@ -9,14 +9,13 @@ import os
 
 import torch
 
-from patchmine.config.resolve import RunConfig
+from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError, foreign_parser
-from patchmine.config.explain import Mistake
 from patchmine.errors import shown_name
 from patchmine.runs.preparing import train_view
 from patchmine.runs.run import build_method
-from patchmine.config.schema import Results
 from patchmine.config.words import exists
+from patchmine.strict import Mistake
 
 _GIB = 2**30
 
@@ -46,7 +45,7 @@ def _misbuilt(config: RunConfig) -> list[Mistake]:
     told = _refusal(config)
     if told is None:
         return []
-    usual = Results.model_fields["model"].default
+    usual = RunConfig.model_fields["model"].default
     more = None
     if not told.startswith("method."):  # a model that cannot be built hides what is wrong with the method
         more = _refusal(config.model_copy(update={"model": usual, "model_args": {}}))

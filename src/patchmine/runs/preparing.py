@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from patchmine.config.resolve import RunConfig
+from patchmine.config.schema import RunConfig
 from patchmine.data.views.clips import PlainClips, TrainClips, middle_frame
 from patchmine.data.sources.contract import Source, notes_of
 from patchmine.data.views.crops import MultiCropView

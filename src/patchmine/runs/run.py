@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from timm.models.beit import Beit
 
-from patchmine.config.resolve import RunConfig, parse, silent
+from patchmine.config.resolve import (parse, silent)
+from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError
 from patchmine.task import Method
 from patchmine.methods import METHODS

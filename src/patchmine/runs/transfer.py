@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.config.resolve import RunConfig, from_settings, silent
+from patchmine.config.resolve import (from_settings, silent)
+from patchmine.config.schema import RunConfig
 from patchmine.disk import output, replacing, system_errors
 from patchmine.errors import UserError
 from patchmine.lock import lock

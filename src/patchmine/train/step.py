@@ -15,6 +15,7 @@ from patchmine.train.checkpoint import refuse_shared
 from patchmine.train.engine import Engine
 from patchmine.train.log import Meter, Stopwatch
 from patchmine.train.optim import build_optimizers, clip_gradients, set_rates, update
+from patchmine.train.settings import fitting_counts
 from patchmine.types import Batch, Progress
 
 
@@ -41,18 +42,6 @@ class TrainSettings:
     def progress(self, step: int) -> Progress:
         """Where the run is when ``step`` steps are finished."""
         return Progress(step, self.total_steps, self.steps_per_epoch)
-
-
-def fitting_counts(batch_size: int, accumulate: int, near: int) -> str:
-    """The numbers of processes next to ``near`` that a batch can be shared out to, as "2 or 4"; ""
-    where none can.
-    """
-    fits = [count for count in range(1, 2 * near + 1) if batch_size % (count * accumulate) == 0]
-    below, above = (
-        [count for count in fits if count < near][-1:],
-        [count for count in fits if count > near][:1],
-    )
-    return " or ".join(map(str, below + above))
 
 
 class Stepper:

@@ -12,12 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 from PIL import Image
 
+from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import foreign_parser
-
-MAX_PIXELS = 1 << 27
-"""Default of ``max_pixels``: photographs of 108 megapixels pass, and decoding so many stays below a
-gigabyte.
-"""
 
 PLAIN_WORK = 8
 """Bytes that decoding holds at its peak for a pixel of an 8-bit image: PIL keeps four, the array

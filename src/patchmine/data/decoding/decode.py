@@ -28,7 +28,6 @@ from torch import Tensor
 
 from patchmine.data.decoding import npy
 from patchmine.data.decoding.bounds import (
-    MAX_PIXELS,
     PLAIN_WORK,
     DecodeError,
     check_pixels,
@@ -57,9 +56,10 @@ from patchmine.data.decoding.orientation import (
 from patchmine.data.decoding.tiff import read_layout, read_tiff
 from patchmine.data.decoding.tiff_pages import MAGIC as TIFF
 from patchmine.data.decoding.tiff_pages import TiffFile
+from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import foreign_parser
 
-__all__ = ["MAX_PIXELS", "DecodeError", "Raw", "decode", "fit_channels", "no_image", "probe"]
+__all__ = ["DecodeError", "Raw", "decode", "fit_channels", "no_image", "probe"]
 
 Raw = bytes | bytearray | memoryview | np.ndarray | Tensor | Image.Image
 

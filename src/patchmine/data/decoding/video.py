@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from patchmine.data.decoding import video_pyav, video_torchcodec
-from patchmine.data.decoding.decode import MAX_PIXELS, DecodeError, decode, fit_channels
+from patchmine.data.decoding.decode import DecodeError, decode, fit_channels
 from patchmine.data.decoding.video_matrix import of_file
 from patchmine.data.decoding.video_torchcodec import check_frames
+from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.sources.contract import IMAGES, Kind, contents, open_regular
 from patchmine.data.sources.members import NO_FILE, head_of, reason_against
 from patchmine.data.sources.series import OTHER_SERIES, frames_of

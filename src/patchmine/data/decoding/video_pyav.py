@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchmine.data.decoding.bounds import MAX_PIXELS, DecodeError, decoding
+from patchmine.data.decoding.bounds import DecodeError, decoding
 from patchmine.data.decoding.orientation import upright
 from patchmine.data.decoding.video_matrix import of_frame
 from patchmine.data.decoding.video_torchcodec import (
@@ -33,6 +33,7 @@ from patchmine.data.decoding.video_torchcodec import (
     check_range,
     size_of,
 )
+from patchmine.data.settings import MAX_PIXELS
 
 MOST_FRAMES = 5_000_000
 """Frames whose times a process remembers, 9 bytes each; beyond that the file used longest ago is

@@ -17,9 +17,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from patchmine.data.decoding.bounds import MAX_PIXELS, DecodeError, check_pixels, decoding
+from patchmine.data.decoding.bounds import DecodeError, check_pixels, decoding
 from patchmine.data.decoding.orientation import upright_tensor
 from patchmine.data.decoding.video_matrix import of_file, remainder
+from patchmine.data.settings import MAX_PIXELS
 
 _FRAME_WORK = 6  # bytes for each pixel of a frame: the frame and its place among the others
 _EXPANSION, _DOUBTED = (

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchmine.data.decoding.decode import MAX_PIXELS, DecodeError
+from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import RawVideo, VideoReader, fit_frames, open_video
+from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.views.images import check_interpolation, check_side, cover, fractions
 from patchmine.errors import UserError
 

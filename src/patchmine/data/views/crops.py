@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchmine.data.decoding.decode import MAX_PIXELS, Raw, decode
+from patchmine.data.decoding.decode import Raw, decode
+from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.views import photometric
 from patchmine.data.views.images import check_interpolation, check_side, crop_box, fractions, resize
 

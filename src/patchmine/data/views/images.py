@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patchmine.data.decoding.decode import MAX_PIXELS, DecodeError, Raw, decode
+from patchmine.data.decoding.decode import DecodeError, Raw, decode
+from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import UserError
 
 _CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params

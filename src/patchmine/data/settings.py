@@ -1,0 +1,158 @@
+"""Settings of what a network is shown: data, sizes and statistics, crops, clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from patchmine.strict import (
+    LARGEST_COUNT,
+    OF_A_MACHINE,
+    Count,
+    Fraction,
+    Mistake,
+    Positive,
+    Side,
+    Size,
+    Strict,
+    Texts,
+)
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+MAX_PIXELS = 1 << 27
+"""Default of ``max_pixels``: 108 megapixels pass, and decoding them stays below a gigabyte."""
+
+READ_TIMEOUT = 600.0
+"""Default of ``read_timeout`` in seconds; network disks have been seen to need minutes."""
+
+
+class DataSettings(Strict):
+    """Where the data are."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    data: Annotated[Texts, OF_A_MACHINE] = Field(
+        description="give a folder, a list file, tar shards or embedded:photos, as in data=photos/"
+    )
+    max_bad_share: Fraction = Field(
+        0.05, description="share of broken images above which the run stops"
+    )
+
+
+class Clip(Strict):
+    """How a clip is taken from a video; of runs whose ``model`` is a video one."""
+
+    frames: Count = Field(default=16, description="frames of a clip; a multiple of clip.tubelet")
+    stride: Count = Field(default=4, description="a clip takes every such frame of the video")
+    tubelet: Count = Field(default=2, description="frames that one patch spans")
+    repeats: Count = Field(
+        default=1, description="clips that one opening of a video gives, all in one batch"
+    )
+    short: Literal["hold", "loop", "refuse"] = Field(
+        default="hold",
+        description="a video shorter than the clip: repeat its last frame, start again, or leave it out",
+    )
+    scales: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
+        default=[1.0, 0.875, 0.75, 0.66],
+        description="sides of a crop, shares of the shorter side of the video",
+    )
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Frames that tubelets do not fill."""
+        frames, tubelet = self.frames, self.tubelet
+        if frames % tubelet:
+            near = max(tubelet, round(frames / tubelet) * tubelet)
+            must = f"must be a multiple of clip.tubelet={tubelet}: try clip.frames={near}"
+            yield Mistake("frames", f"given {frames}; {must}")
+
+
+class InputSettings(Strict):
+    """What an image is when the network sees it: its size, channels and statistics."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    image_size: Size = Field((224, 224), description="pixels, one number or [height, width]")
+    channels: Count = Field(3, description="channels of the images")
+    mean: list[float] | None = Field(
+        None,
+        validate_default=True,
+        description="one a channel; null: ImageNet's for 3 channels, else the data's",
+    )
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, validate_default=True, description="one a channel; null: as for mean"
+    )
+    max_pixels: Positive = Field(
+        MAX_PIXELS,
+        description="pixels of an image or frame above which it counts as broken, undecoded",
+    )
+    clip: Clip = Field(Clip(), description="of video models, which take clips instead of images")
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _imagenet(cls, value: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if value is None and info.data.get("channels") == 3:
+            return IMAGENET_MEAN if info.field_name == "mean" else IMAGENET_STD
+        return value
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Statistics of other channels, or half of them."""
+        statistics = {"mean": self.mean, "std": self.std}
+        if (self.mean is None) != (self.std is None):
+            absent, present = ("mean", "std") if self.mean is None else ("std", "mean")
+            yield Mistake(absent, f"given null while {present} is set; give both or neither")
+            return
+        for name, values in statistics.items():
+            if values is not None and len(values) != self.channels:
+                must = f"must be one for each of channels={self.channels}"
+                yield Mistake(name, f"given {len(values)} numbers; {must}")
+
+
+def _ranges(**ranges: tuple[float, float]) -> Iterator[Mistake]:
+    for name, (low, high) in ranges.items():
+        if not 0 < low <= high:
+            must = "must be [smallest, largest] with 0 < smallest <= largest"
+            yield Mistake(name, f"given [{low}, {high}]; {must}")
+
+
+class Crops(Strict):
+    """Crops of each image, for methods that compare several; ``image_size`` is the global ones'."""
+
+    num_global: Literal[2] = Field(default=2, description="large crops of each image; always 2")
+    num_local: int = Field(
+        default=8, ge=0, le=LARGEST_COUNT, description="small crops of each image"
+    )
+    local_size: Side = Field(default=96, description="pixels; a multiple of the model's patch")
+    global_scale: tuple[Fraction, Fraction] = Field(
+        default=(0.25, 1.0), description="smallest and largest share of the image in a large crop"
+    )
+    local_scale: tuple[Fraction, Fraction] = Field(
+        default=(0.05, 0.25), description="the same of a small crop"
+    )
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Ranges of shares that are none."""
+        yield from _ranges(global_scale=self.global_scale, local_scale=self.local_scale)
+
+
+class ViewSettings(InputSettings):
+    """How crops are taken in training."""
+
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.2, 1.0), description="smallest and largest share of the image in a crop"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (3 / 4, 4 / 3), description="narrowest and widest crop, width / height"
+    )
+    flip: Fraction = Field(0.5, description="probability of a mirrored crop")
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        "bicubic", description="how crops are resized"
+    )
+    crops: Crops = Field(Crops(), description="of methods with several crops of each image")
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Ranges that are none."""
+        yield from _ranges(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio)

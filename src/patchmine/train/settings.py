@@ -1,0 +1,151 @@
+"""Settings of how something is trained, and of where and how the training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from patchmine.data.settings import READ_TIMEOUT
+from patchmine.strict import (
+    LARGEST_RUN,
+    OF_A_MACHINE,
+    BatchSize,
+    Count,
+    Mistake,
+    Positive,
+    Strict,
+    Text,
+    Workers,
+)
+
+
+class ScheduleSettings(Strict):
+    """How long, in which batches and at which rates."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    epochs: Positive | None = Field(100, description="passes over the data")
+    steps: Positive | None = Field(
+        None, description="exact number of optimizer steps; overrules epochs"
+    )
+    batch_size: BatchSize = Field(256, description="images in one optimizer step, over all devices")
+    accumulate: Count = Field(
+        1, description="parts that a batch is cut into, one after the other, to save memory"
+    )
+    blr: float = Field(
+        1.5e-4, gt=0, description="learning rate for 256 images; the rate is blr * batch_size / 256"
+    )
+    warmup_epochs: float = Field(10, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
+    warmup_lr: float = Field(0, ge=0, description="learning rate at step 0")
+    warmup_prefix: bool = Field(
+        True,
+        description="the cosine begins after the warm-up; false: at step 0, as timm's does, its beginning covered",
+    )
+    lr_schedule: Literal["cosine", "multi_step", "constant"] = Field(
+        "cosine", description="how the learning rate goes on after the warm-up"
+    )
+    min_lr: float = Field(0, ge=0, description="learning rate at the end of the cosine")
+    lr_milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [],
+        description="multi_step: shares of the run after which the rate is multiplied by lr_gamma, as in [0.875]",
+    )
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="multi_step: that factor")
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """No length, or a setting that the chosen schedule would pass over in silence."""
+        if self.epochs is None and self.steps is None:
+            yield Mistake("epochs", "given null, and no steps either; give one, as in epochs=100")
+        kind, milestones, rising = (
+            self.lr_schedule,
+            self.lr_milestones,
+            sorted(set(self.lr_milestones)),
+        )
+        useless = f"of no use with lr_schedule={kind}: set lr_schedule"
+        if kind == "multi_step" and not milestones:
+            needs = "not given; lr_schedule=multi_step needs it, as in [0.875]"
+            yield Mistake("lr_milestones", needs)
+        if kind != "multi_step" and milestones:
+            text = f"given {milestones}; {useless}=multi_step, or leave it out"
+            yield Mistake("lr_milestones", text)
+        if milestones != rising:
+            yield Mistake("lr_milestones", f"given {milestones}; must rise, as in {rising}")
+        if kind != "cosine" and self.min_lr:
+            yield Mistake("min_lr", f"given {self.min_lr:g}; {useless}=cosine, or leave it out")
+        peak = self.blr * self.batch_size / 256
+        if self.warmup_lr > peak:
+            must = f"must not be above the highest rate, blr * batch_size / 256 = {peak:g}"
+            yield Mistake("warmup_lr", f"given {self.warmup_lr:g}; {must}")
+
+
+class OptimSettings(Strict):
+    """The optimizer, its arithmetic and its random numbers."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's; biases and norms have none")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="AdamW's"
+    )
+    seed: int = Field(0, ge=0, description="decides initial weights, order, crops and masks")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it, else fp32"
+    )
+
+
+class MachineSettings(Strict):
+    """On what a run is made."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = False
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], OF_A_MACHINE] = Field(
+        "auto", description="auto: cuda where there is one"
+    )
+    devices: Annotated[Count, OF_A_MACHINE] = Field(
+        1, description="processes on each node, one for each GPU"
+    )
+    num_nodes: Annotated[Count, OF_A_MACHINE] = Field(1, description="machines")
+    workers: Annotated[Workers, OF_A_MACHINE] = Field(
+        "auto", description="processes that read images"
+    )
+    read_timeout: float = Field(
+        READ_TIMEOUT,
+        ge=0,
+        le=LARGEST_RUN,
+        description="seconds after which reading one image is given up; 0: never",
+    )
+    compile: bool = Field(False, description="compile the model's blocks")
+
+
+class SavingSettings(Strict):
+    """Where a run is kept, and how often."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = False
+
+    out: Annotated[Text | None, OF_A_MACHINE] = Field(None, description="folder of the run")
+    checkpoint_every: Positive | None = Field(
+        None, description="steps; null: once an epoch, 100 steps apart or more"
+    )
+    keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
+
+
+class LoggingSettings(Strict):
+    """What is told of a run while it is made."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = False
+
+    log_every: Positive = Field(10, description="steps")
+    sample_every: Positive | None = Field(
+        None, description="steps between pictures; null: ten times in the run"
+    )
+    tensorboard: bool = Field(True, description="write TensorBoard events too")
+    wandb: str | None = Field(None, description="project on Weights & Biases to log to")
+
+
+def fitting_counts(batch_size: int, accumulate: int, near: int) -> str:
+    """Numbers of processes next to ``near`` that a batch can be shared out to: "2 or 4", or ""."""
+    fits = [count for count in range(1, 2 * near + 1) if batch_size % (count * accumulate) == 0]
+    below = [count for count in fits if count < near][-1:]
+    above = [count for count in fits if count > near][:1]
+    return " or ".join(map(str, below + above))
