@@ -10,36 +10,34 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from patchmine.bench.step import StepBench
-from patchmine.cli.commands import (
-    BenchData,
-    Export,
-    Import,
-    Inspect,
-    Report,
-    Shard,
-    Show,
-    read_words,
-)
+from patchmine.bench.settings import BenchDataSettings, BenchStepSettings
+from patchmine.cli.commands import read_words
 from patchmine.config.resolve import from_settings, parse
 from patchmine.config.schema import RunConfig
-from patchmine.data.settings import Clip, Crops
+from patchmine.data.settings import Clip, Crops, InspectSettings, ShardSettings
 from patchmine.errors import UserError
-from patchmine.evaluate.embed import EmbedSettings
-from patchmine.evaluate.knn import KnnSettings
-from patchmine.evaluate.linear import LinearSettings
-from patchmine.evaluate.video import VideoSettings
+from patchmine.evaluate.settings import EmbedSettings, KnnSettings, LinearSettings, VideoSettings
 from patchmine.methods import METHODS
+from patchmine.report.settings import ReportSettings, ShowSettings
+from patchmine.runs.settings import ExportSettings, ImportSettings
 from patchmine.strict import Strict, _flat, _leaves
 
-COMMANDS = [Show, Report, Export, Import, Inspect, Shard, BenchData]
+COMMANDS = [
+    ShowSettings,
+    ReportSettings,
+    ExportSettings,
+    ImportSettings,
+    InspectSettings,
+    ShardSettings,
+    BenchDataSettings,
+]
 EVALUATIONS = [EmbedSettings, KnnSettings, LinearSettings, VideoSettings]
 METHOD_CONFIGS = [method.Config for method in METHODS.values()]  # type: ignore[attr-defined]
 TABLES: list[type[BaseModel]] = [
     RunConfig,
     Crops,
     Clip,
-    StepBench,
+    BenchStepSettings,
     *COMMANDS,
     *EVALUATIONS,
     *METHOD_CONFIGS,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from patchmine.bench.measure import count_flops, peak_bytes
-from patchmine.bench.step import StepBench, bench_step
+from patchmine.bench.settings import BenchStepSettings
+from patchmine.bench.step import bench_step
 from patchmine.cli.commands import read_words
 from patchmine.errors import UserError
 from patchmine.models.onednn import onednn_linear, onednn_usable
@@ -138,9 +139,9 @@ def test_peak_memory_counts_what_lives_at_one_time() -> None:
 
 def test_words_of_the_command_line_reach_every_method() -> None:
     words = ["method=mae,hpm", "method.decoder_depth=1", "against=transformers", "rounds=3"]
-    given = read_words(StepBench, words, command="bench step")
+    given = read_words(BenchStepSettings, words, command="bench step")
     assert given.method == {"name": "mae,hpm", "decoder_depth": 1}
-    assert read_words(StepBench, ["method=[mae,hpm]"], command="bench step").method == {
+    assert read_words(BenchStepSettings, ["method=[mae,hpm]"], command="bench step").method == {
         "name": ["mae", "hpm"]
     }
 

@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 
-from patchmine.cli.commands import Export, Import, Report, Shard, Show, read_words
+from patchmine.cli.commands import read_words
 from patchmine.config.explain import OTHER_NAMES, all_settings
 from patchmine.config.recipes import load_recipe
 from patchmine.config.resolve import RATES, from_settings, parse
 from patchmine.config.schema import RunConfig
 from patchmine.config.words import nearest, read_settings, read_yaml
+from patchmine.data.settings import ShardSettings
 from patchmine.errors import UserError
-from patchmine.evaluate.knn import KnnSettings
+from patchmine.evaluate.settings import KnnSettings
 from patchmine.methods import METHODS
+from patchmine.report.settings import ReportSettings, ShowSettings
+from patchmine.runs.settings import ExportSettings, ImportSettings
 
 
 def complaint(*words: str, recipe: str | Path | None = None) -> str:
@@ -90,7 +93,7 @@ def test_the_last_of_two_values_counts_and_this_is_said() -> None:
     assert said == ["epochs is given twice: 40 is used, not 30."]
     said.clear()
     read_words(
-        Report,
+        ReportSettings,
         ["runs/a", "out=a.html", "out=b.html"],
         command="report",
         rest="runs",
@@ -306,7 +309,7 @@ def test_show_needs_no_settings_to_take_a_name_with_a_dash(
     monkeypatch.chdir(tmp_path)
     Path("-a.png").touch()
     assert read_words(
-        Show, ["run", "-a.png"], command="show", first=["run"], rest="images"
+        ShowSettings, ["run", "-a.png"], command="show", first=["run"], rest="images"
     ).images == ["-a.png"]
 
 
@@ -317,38 +320,46 @@ def test_show_needs_no_settings_to_take_a_name_with_a_dash(
     ("model", "words", "part"),
     [
         (
-            Report,
+            ReportSettings,
             ["r", "out=x.pdf"],
             "out: given 'x.pdf'; must be the name of a file that ends in .html or .htm",
         ),
-        (Report, ["r", "out=x"], "must be the name of a file that ends in .html or .htm"),
+        (ReportSettings, ["r", "out=x"], "must be the name of a file that ends in .html or .htm"),
         (
-            Export,
+            ExportSettings,
             ["r", "out=x.onnx"],
             "must be the name of a folder: ONNX is not written yet, but timm and transformers",
         ),
-        (Export, ["r", "out=x.pth"], "must be the name of a folder, which does not end in .pth"),
         (
-            Export,
+            ExportSettings,
+            ["r", "out=x.pth"],
+            "must be the name of a folder, which does not end in .pth",
+        ),
+        (
+            ExportSettings,
             ["r", "out=x.safetensors"],
             "must be the name of a folder, which does not end in .safetensors",
         ),
         (
-            Export,
+            ExportSettings,
             ["r", "what=full", "out=x"],
             "must be the name of a file that ends in .safetensors",
         ),
         (
-            Export,
+            ExportSettings,
             ["r", "out=x.onnx", "what=full"],
             "must be the name of a file that ends in .safetensors",
         ),
         (
-            Import,
+            ImportSettings,
             ["f.pth", "out=x.safetensors"],
             "must be the name of a folder, which does not end in .safetensors",
         ),
-        (Shard, ["d", "out=x.tar"], "must be the name of a folder, which does not end in .tar"),
+        (
+            ShardSettings,
+            ["d", "out=x.tar"],
+            "must be the name of a folder, which does not end in .tar",
+        ),
     ],
 )
 def test_an_ending_that_promises_something_else_is_refused(
@@ -361,9 +372,9 @@ def test_an_ending_that_promises_something_else_is_refused(
 
 def test_folders_with_dots_in_their_names_are_folders() -> None:
     assert (
-        read_words(Export, ["r", "out=runs/v1.2"], command="export", first=["run"]).out
+        read_words(ExportSettings, ["r", "out=runs/v1.2"], command="export", first=["run"]).out
         == "runs/v1.2"
     )
     assert read_words(
-        Export, ["r", "what=full", "out=a.safetensors"], command="export", first=["run"]
+        ExportSettings, ["r", "what=full", "out=a.safetensors"], command="export", first=["run"]
     ).out

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from patchmine.cli.commands import read_words
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
-from patchmine.evaluate.embed import EmbedSettings, embed
+from patchmine.evaluate.embed import embed
 from patchmine.evaluate.features import extract
+from patchmine.evaluate.settings import EmbedSettings
 from patchmine.evaluate.targets import open_target
 
 

@@ -16,11 +16,12 @@ from patchmine.cli.commands import read_words
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reading, extract
-from patchmine.evaluate.knn import KnnSettings, evaluate_knn, online_knn
+from patchmine.evaluate.knn import evaluate_knn, online_knn
 from patchmine.evaluate.labelled import open_labelled
-from patchmine.evaluate.linear import LinearSettings, batch_for, evaluate_linear, iterations_for
+from patchmine.evaluate.linear import batch_for, evaluate_linear, iterations_for
 from patchmine.evaluate.measure import show_result
 from patchmine.evaluate.neighbours import knn_accuracy
+from patchmine.evaluate.settings import KnnSettings, LinearSettings
 from patchmine.evaluate.targets import open_target
 
 HALF = (0.5, 0.5, 0.5)

@@ -21,15 +21,16 @@ from patchmine.backbones.vit import build_encoder
 from patchmine.data.sources.video_sources import open_videos
 from patchmine.data.views.clips import PlainClips, TestClips
 from patchmine.errors import UserError
-from patchmine.evaluate.embed import EmbedSettings, embed
+from patchmine.evaluate.embed import embed
 from patchmine.evaluate.features import FrameReader, Reader, Reading, extract
-from patchmine.evaluate.knn import KnnSettings, evaluate_knn, online_knn
+from patchmine.evaluate.knn import evaluate_knn, online_knn
 from patchmine.evaluate.labelled import open_labelled
-from patchmine.evaluate.linear import LinearSettings, evaluate_linear
-from patchmine.evaluate.measure import show_result
+from patchmine.evaluate.linear import evaluate_linear
+from patchmine.evaluate.measure import opened, show_result
 from patchmine.evaluate.neighbours import knn_accuracy, vote_shares
+from patchmine.evaluate.settings import EmbedSettings, KnnSettings, LinearSettings, VideoSettings
 from patchmine.evaluate.targets import open_target, random_twin, raw_pixels
-from patchmine.evaluate.video import VideoSettings, ViewScores, evaluate_video
+from patchmine.evaluate.video import ViewScores, evaluate_video
 from patchmine.report.evaluations import read_result
 
 
@@ -145,7 +146,7 @@ def test_a_file_of_videomae_is_a_target_and_takes_the_stride_that_is_given(tmp_p
     how = KnnSettings(
         target=str(tmp_path / "w.safetensors"), data="unread", image_size=(32, 32), stride=3
     )
-    target = how.open()
+    target = opened(how)
     assert (target.clip.stride, target.clip.tubelet, target.image_size, target.channels) == (
         3,
         2,
@@ -337,5 +338,5 @@ def test_mistakes_are_explained(video_folder, run_folder, clips, kind, target, m
 
 
 def test_another_stride_spreads_the_frames(video_folder, clips):
-    wide = settings(KnnSettings, video_folder, clips, stride=3).open()
+    wide = opened(settings(KnnSettings, video_folder, clips, stride=3))
     assert (wide.clip.stride, wide.clip.frames) == (3, 4)

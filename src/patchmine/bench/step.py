@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from patchmine.backbones.video import is_video
@@ -30,13 +28,12 @@ from patchmine.bench.measure import (
     peak_bytes,
     seconds,
 )
+from patchmine.bench.settings import BenchStepSettings
 from patchmine.config.explain import validate
 from patchmine.config.words import did_you_mean, shown
-from patchmine.data.settings import Crops
 from patchmine.data.views.crops import NUM_GLOBAL
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.strict import Arguments, BatchSize, Count, Side, Strict
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, build_optimizers, optimizer_tensors
@@ -47,42 +44,6 @@ from patchmine.types import Batch, ParamGroup
 RUN_LENGTH = 1000
 OTHERS = ("transformers", "dino")
 """Opponents that are no methods of ours."""
-
-
-class StepBench(Strict):
-    """Settings of `patchmine bench step`."""
-
-    method: str | list[str] | dict[str, Any] = Field(
-        "mae",
-        description="one method, or several as mae,hpm; method.KEY=VALUE sets KEY of every method that has it",
-    )
-    against: str | None = Field(
-        None,
-        description="also time `transformers` (ViTMAEForPreTraining, same sizes), `dino` or another method",
-    )
-    model: str = Field(
-        "vit_small_patch16_224", description="a plain ViT or ResNet of timm's, or a model of clips"
-    )
-    model_args: Arguments = Field(
-        default_factory=dict, description="extra arguments for timm, such as depth"
-    )
-    image_size: Side | tuple[Side, Side] = Field(
-        224, description="side, or height and width, in pixels"
-    )
-    patch_size: Side | None = Field(None, description="side of a patch; null: the model's own")
-    channels: Count = Field(3, description="channels of the images")
-    frames: Count = Field(16, description="frames of a clip, of a video model")
-    tubelet: Count = Field(2, description="frames in a tubelet, of a video model")
-    batch_size: BatchSize = Field(16, description="images or clips in one step")
-    crops: Crops = Field(
-        Crops(), description="number and size of the crops of methods that compare several"
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 on a GPU, fp32 on a CPU"
-    )
-    rounds: Count = Field(10, description="rounds in which every contestant takes its turn")
-    out: Path | None = Field(None, description="JSON file for the result")
 
 
 @dataclass(frozen=True)
@@ -101,14 +62,14 @@ def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]
     """Time whole training steps on random images, as a run makes them: forward, backward, fused
     AdamW, what comes then.
 
-    ``settings`` are those of `StepBench`.  A method whose first step does other work than one in
+    ``settings`` are those of `BenchStepSettings`.  A method whose first step does other work than one in
     mid-training (nothing hard to look for yet) is timed at both.  Returns what is also written to
     ``out``: settings, hardware, the rate of a large matrix product measured between the steps, and
     for each contestant time, memory, work, rate and share of that product's rate.
 
     Raises UserError for wrong settings, and where transformers is asked for but not installed.
     """
-    config = validate(StepBench, settings, where="the settings of bench step")
+    config = validate(BenchStepSettings, settings, where="the settings of bench step")
     names, options = _methods(config)
     engine = Engine(config.device, precision=config.precision)
     torch.manual_seed(0)
@@ -151,7 +112,7 @@ def bench_step(*, say: Callable[[str], None], **settings: Any) -> dict[str, Any]
 def _contestants(
     names: Sequence[str],
     options: Mapping[str, Mapping[str, Any]],
-    config: StepBench,
+    config: BenchStepSettings,
     engine: Engine,
 ) -> list[Contestant]:
     methods = {name: _build_method(name, options[name], config) for name in names}
@@ -183,7 +144,9 @@ def _known(name: str, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     }
 
 
-def _random(config: StepBench, count: int, size: tuple[int, ...], engine: Engine) -> list[Tensor]:
+def _random(
+    config: BenchStepSettings, count: int, size: tuple[int, ...], engine: Engine
+) -> list[Tensor]:
     """Random crops or clips, (B, C, *size) each."""
     return [
         torch.randn(config.batch_size, config.channels, *size, device=engine.device)
@@ -191,7 +154,7 @@ def _random(config: StepBench, count: int, size: tuple[int, ...], engine: Engine
     ]
 
 
-def _size(config: StepBench) -> tuple[int, int]:
+def _size(config: BenchStepSettings) -> tuple[int, int]:
     return (
         (config.image_size, config.image_size)
         if isinstance(config.image_size, int)
@@ -199,7 +162,7 @@ def _size(config: StepBench) -> tuple[int, int]:
     )
 
 
-def _methods(config: StepBench) -> tuple[list[str], dict[str, dict[str, Any]]]:
+def _methods(config: BenchStepSettings) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Names of the methods in order, and for each the given settings that it has."""
     given = dict(config.method) if isinstance(config.method, dict) else {"name": config.method}
     names = given.pop("name", "mae")
@@ -226,7 +189,7 @@ def _methods(config: StepBench) -> tuple[list[str], dict[str, dict[str, Any]]]:
     }
 
 
-def _build_method(name: str, options: Mapping[str, Any], config: StepBench) -> Method:
+def _build_method(name: str, options: Mapping[str, Any], config: BenchStepSettings) -> Method:
     method_class: Any = METHODS[name]
     settings = validate(method_class.Config, options, where=f"the settings of method {name}")
     encoder = build_encoder(
@@ -242,7 +205,7 @@ def _build_method(name: str, options: Mapping[str, Any], config: StepBench) -> M
 
 
 def _method_contestants(
-    name: str, method: Method, config: StepBench, engine: Engine
+    name: str, method: Method, config: BenchStepSettings, engine: Engine
 ) -> list[Contestant]:
     """The method in mid-training, and at its first step where that does other work."""
     settings = TrainSettings(
@@ -276,7 +239,7 @@ def _method_contestants(
     return [at(f"{name} (mid-training)", RUN_LENGTH // 2), at(f"{name} (first step)", 0)]
 
 
-def _transformers_contestant(ours: Any, config: StepBench, engine: Engine) -> Contestant:
+def _transformers_contestant(ours: Any, config: BenchStepSettings, engine: Engine) -> Contestant:
     """transformers' ViTMAEForPreTraining with the sizes of our model and the settings of our
     decoder.
     """
@@ -418,7 +381,7 @@ def _round(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def _command(config: StepBench) -> str:
+def _command(config: BenchStepSettings) -> str:
     words = ["patchmine bench step"]
     for key in sorted(config.model_fields_set):
         value = getattr(config, key)

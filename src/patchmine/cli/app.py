@@ -169,8 +169,8 @@ def embed(context: typer.Context) -> None:
       patchmine embed runs/hpm data=photos/ out=embeddings.parquet
     """
     from patchmine.cli.commands import read_words
-    from patchmine.evaluate.embed import EmbedSettings
     from patchmine.evaluate.embed import embed as write
+    from patchmine.evaluate.settings import EmbedSettings
 
     write(read_words(EmbedSettings, context.args, command="embed", first=["target"], say=say), say)
 
@@ -186,10 +186,13 @@ def show(context: typer.Context) -> None:
       patchmine show runs/hpm a.jpg b.jpg out=panel.png patchmine show runs/clips a.mp4 out=clip.gif
       or clip.mp4, or .png for a contact sheet of frames
     """
-    from patchmine.cli.commands import Show, read_words
+    from patchmine.cli.commands import read_words
+    from patchmine.report.settings import ShowSettings
     from patchmine.report.show import show as draw
 
-    given = read_words(Show, context.args, command="show", first=["run"], rest="images", say=say)
+    given = read_words(
+        ShowSettings, context.args, command="show", first=["run"], rest="images", say=say
+    )
     print(shown_name(str(draw(given.run, given.images, given.out, seed=given.seed))))
 
 
@@ -201,10 +204,11 @@ def report(context: typer.Context) -> None:
     Example:
       patchmine report runs/hpm runs/mae out=report.html
     """
-    from patchmine.cli.commands import Report, read_words
+    from patchmine.cli.commands import read_words
     from patchmine.report.html import write_report
+    from patchmine.report.settings import ReportSettings
 
-    given = read_words(Report, context.args, command="report", rest="runs", say=say)
+    given = read_words(ReportSettings, context.args, command="report", rest="runs", say=say)
     print(shown_name(str(write_report(given.runs, given.out))))
 
 
@@ -221,10 +225,11 @@ def export(context: typer.Context) -> None:
       patchmine export runs/hpm out=hpm-vit-s
       timm.create_model("local-dir:hpm-vit-s", pretrained=True)
     """
-    from patchmine.cli.commands import Export, read_words
+    from patchmine.cli.commands import read_words
+    from patchmine.runs.settings import ExportSettings
     from patchmine.runs.transfer import export_run
 
-    given = read_words(Export, context.args, command="export", first=["run"], say=say)
+    given = read_words(ExportSettings, context.args, command="export", first=["run"], say=say)
     print(shown_name(str(export_run(given.run, given.out, what=given.what, weights=given.weights))))
 
 
@@ -246,10 +251,11 @@ def import_weights(context: typer.Context) -> None:
     Example:
       patchmine import mae_pretrain_vit_base.pth out=runs/mae-official
     """
-    from patchmine.cli.commands import Import, read_words
+    from patchmine.cli.commands import read_words
+    from patchmine.runs.settings import ImportSettings
     from patchmine.runs.transfer import import_file
 
-    given = read_words(Import, context.args, command="import", first=["file"], say=say)
+    given = read_words(ImportSettings, context.args, command="import", first=["file"], say=say)
     print(shown_name(import_file(**given.model_dump(), say=say).path))
 
 
@@ -264,21 +270,26 @@ def data_inspect(context: typer.Context) -> None:
       patchmine data inspect photos/ full=true
       patchmine data inspect clips/ video=true
     """
-    from patchmine.cli.commands import Inspect, read_words
+    from patchmine.cli.commands import read_words
     from patchmine.data.inspect import inspect, render
-    from patchmine.data.settings import MAX_PIXELS
+    from patchmine.data.settings import InspectSettings
     from patchmine.data.sources.source import default_cache_dir, open_source
     from patchmine.data.sources.video_sources import open_videos
 
-    given = read_words(Inspect, context.args, command="data inspect", first=["data"], say=say)
+    given = read_words(
+        InspectSettings, context.args, command="data inspect", first=["data"], say=say
+    )
     source = (open_videos if given.video else open_source)(
         given.data, cache_dir=default_cache_dir()
     )
-    bound = given.max_pixels or MAX_PIXELS
     print(
         render(
             inspect(
-                source, sample=given.sample, full=given.full, video=given.video, max_pixels=bound
+                source,
+                sample=given.sample,
+                full=given.full,
+                video=given.video,
+                max_pixels=given.max_pixels,
             )
         )
     )
@@ -296,11 +307,12 @@ def data_shard(context: typer.Context) -> None:
     """
     from pathlib import Path
 
-    from patchmine.cli.commands import Shard, read_words
+    from patchmine.cli.commands import read_words
+    from patchmine.data.settings import ShardSettings
     from patchmine.data.sharding import write_shards
     from patchmine.data.sources.source import default_cache_dir, open_source
 
-    given = read_words(Shard, context.args, command="data shard", first=["data"], say=say)
+    given = read_words(ShardSettings, context.args, command="data shard", first=["data"], say=say)
     source = open_source(given.data, cache_dir=default_cache_dir())
     write_shards(
         source, Path(given.out), max_side=given.max_side, shard_size=given.shard_mb * 2**20, say=say
@@ -410,11 +422,11 @@ def bench_step(context: typer.Context) -> None:
     Example:
       patchmine bench step method=mae against=transformers
     """
-    from patchmine.bench.step import StepBench
+    from patchmine.bench.settings import BenchStepSettings
     from patchmine.bench.step import bench_step as measure
     from patchmine.cli.commands import read_words
 
-    given = read_words(StepBench, context.args, command="bench step", say=say)
+    given = read_words(BenchStepSettings, context.args, command="bench step", say=say)
     measure(say=print, **given.model_dump(exclude_unset=True))
 
 
@@ -430,10 +442,11 @@ def bench_data(context: typer.Context) -> None:
       patchmine bench data data=clips/ video=true
     """
     from patchmine.bench.data import bench_data as measure
+    from patchmine.bench.settings import BenchDataSettings
     from patchmine.bench.video import bench_video
-    from patchmine.cli.commands import BenchData, read_words
+    from patchmine.cli.commands import read_words
 
-    given = read_words(BenchData, context.args, command="bench data", say=say)
+    given = read_words(BenchDataSettings, context.args, command="bench data", say=say)
     if given.video:
         bench_video(**given.model_dump(exclude={"data", "video"}), source=given.data, say=print)
         return

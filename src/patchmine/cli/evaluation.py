@@ -27,7 +27,8 @@ def eval_knn(context: typer.Context) -> None:
       patchmine eval knn runs/hpm data=cifar10/train test=cifar10/test floors=true
     """
     from patchmine.cli.commands import read_words
-    from patchmine.evaluate.knn import KnnSettings, evaluate_knn
+    from patchmine.evaluate.knn import evaluate_knn
+    from patchmine.evaluate.settings import KnnSettings
 
     given = read_words(KnnSettings, context.args, command="eval knn", first=["target"], say=say)
     _show(evaluate_knn(given, say))
@@ -48,7 +49,8 @@ def eval_linear(context: typer.Context) -> None:
       patchmine eval linear runs/hpm data=cifar10/train test=cifar10/test floors=true
     """
     from patchmine.cli.commands import read_words
-    from patchmine.evaluate.linear import LinearSettings, evaluate_linear
+    from patchmine.evaluate.linear import evaluate_linear
+    from patchmine.evaluate.settings import LinearSettings
 
     _show(
         evaluate_linear(
@@ -78,7 +80,8 @@ def eval_video(context: typer.Context) -> None:
       patchmine eval video runs/video data=clips/train test=clips/test floors=true
     """
     from patchmine.cli.commands import read_words
-    from patchmine.evaluate.video import VideoSettings, evaluate_video
+    from patchmine.evaluate.settings import VideoSettings
+    from patchmine.evaluate.video import evaluate_video
 
     given = read_words(VideoSettings, context.args, command="eval video", first=["target"], say=say)
     _show(evaluate_video(given, say))

@@ -11,6 +11,7 @@ from patchmine.strict import (
     LARGEST_COUNT,
     OF_A_MACHINE,
     Count,
+    FolderName,
     Fraction,
     Mistake,
     Positive,
@@ -156,3 +157,26 @@ class ViewSettings(InputSettings):
     def mistakes(self) -> Iterator[Mistake]:
         """Ranges that are none."""
         yield from _ranges(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio)
+
+
+class InspectSettings(Strict):
+    """Reports sizes, channels, mean and std, duplicates, and what is broken."""
+
+    data: Texts = Field(description="name the images first, as in `patchmine data inspect photos/`")
+    sample: Positive = Field(1000, description="images that are decoded")
+    full: bool = Field(False, description="decode all images")
+    video: bool = Field(False, description="these are videos; one frame of each is looked at")
+    max_pixels: Positive = Field(MAX_PIXELS, description="pixels above which an image is broken")
+
+
+class ShardSettings(Strict):
+    """The layout is WebDataset's; data=shards/ reads it."""
+
+    data: Texts = Field(
+        description="name the images first, as in `patchmine data shard photos/ out=shards/`"
+    )
+    out: FolderName = Field(description="name the folder to write, as in out=shards/")
+    max_side: Count | None = Field(
+        None, description="shrink larger images to this longest side, in pixels"
+    )
+    shard_mb: Count = Field(256, description="size of a shard, in megabytes")

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, Field
+from typing import Any
 
 from patchmine.data.loader import BadFiles
 from patchmine.disk import output
 from patchmine.errors import shown_name, whole_name
 from patchmine.evaluate.features import Reader, judge_broken, stream
 from patchmine.evaluate.labelled import everything, open_items
-from patchmine.evaluate.measure import ReadSettings
+from patchmine.evaluate.measure import opened, reading_of
 from patchmine.evaluate.progress import Say, progress, silent
-from patchmine.evaluate.tables import ENDINGS, Rows, open_table
+from patchmine.evaluate.settings import EmbedSettings
+from patchmine.evaluate.tables import Rows, open_table
 from patchmine.models.onednn import fast_linear
-from patchmine.strict import ends_in
-
-
-class EmbedSettings(ReadSettings):
-    """Settings of `patchmine embed`."""
-
-    out: Annotated[str, AfterValidator(ends_in(*ENDINGS))] = Field(
-        description="parquet file to write, as in out=embeddings.parquet; or one that ends in .csv or .npz"
-    )
-    pooling: str = Field(
-        "cls", description="cls, mean or cls+mean; without a class token cls means mean"
-    )
 
 
 def embed(settings: EmbedSettings, say: Say = silent) -> Path:
@@ -41,7 +28,7 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
     """
     out = Path(settings.out)
     with output(out) as new:  # a place that cannot be written is told before an hour of work
-        target = settings.open()
+        target = opened(settings)
         if target.note:
             say(target.note)
         source = open_items(settings.data, video=target.clip is not None)
@@ -56,7 +43,7 @@ def _write(
     part, labels, reading, title = (
         everything(source),
         source.labels(),
-        settings.reading(),
+        reading_of(settings),
         "embeddings",
     )
     columns = reader.poolings[reader.choose(settings.pooling)]

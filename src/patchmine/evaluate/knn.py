@@ -4,35 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import Field
 from torch import Tensor
 
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
 from patchmine.evaluate.labelled import LabelledData
-from patchmine.evaluate.measure import EvalSettings, Result, measure
-from patchmine.evaluate.neighbours import NEIGHBOURS, TEMPERATURE, Accuracy, knn_accuracy
+from patchmine.evaluate.measure import Result, measure, reading_of
+from patchmine.evaluate.neighbours import Accuracy, knn_accuracy
 from patchmine.evaluate.progress import Say, silent
+from patchmine.evaluate.settings import HEADLINE, KnnSettings
 from patchmine.evaluate.targets import Target
 from patchmine.models.onednn import fast_linear
-from patchmine.strict import BatchSize
 
 _STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
-HEADLINE = 20  # the k that papers quote
-
-
-class KnnSettings(EvalSettings):
-    """Settings of `patchmine eval knn`."""
-
-    pooling: str = Field(
-        "cls", description="cls, mean or cls+mean; without a class token cls means mean"
-    )
-    neighbours: tuple[BatchSize, ...] = Field(
-        NEIGHBOURS, min_length=1, description="all k that are reported"
-    )
-    k: BatchSize = Field(HEADLINE, description="the one that top1 and top5 stand for")
-    temperature: float = Field(
-        TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)"
-    )
 
 
 def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
@@ -58,7 +41,7 @@ def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
             num_classes,
             neighbours=(*settings.neighbours, settings.k),
             temperature=settings.temperature,
-            device=settings.reading().place(),
+            device=reading_of(settings).place(),
         )
         return _headline(by_k, settings.k, pooling, settings.temperature)
 

@@ -6,64 +6,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reader
 from patchmine.evaluate.heads import accuracy, grid_accuracy, train_grid, train_lars
 from patchmine.evaluate.labelled import split_by_class
-from patchmine.evaluate.measure import EvalSettings, Result, measure
+from patchmine.evaluate.measure import Result, measure, reading_of
 from patchmine.evaluate.progress import Say, progress, silent
-from patchmine.strict import LARGEST_RUN, BatchSize, Positive
+from patchmine.evaluate.settings import GridSettings, LinearSettings
 
-# DINOv2, eval/linear.py, for 256 images; the last three are added because features of masked
-# pre-training ask for more.
-RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 BLOCKS = 4
 MAX_ITERATIONS, MIN_ITERATIONS, EPOCHS = 12_500, 2_000, 100
 # MAE's probe sees 90 epochs of 1.28 million images at blr=0.1.  A LARS step changes weights by a
 # share of the rate, whatever the gradient, so epochs * blr * images decides how far they can grow;
 # below a tenth of MAE's they stay near their start.
 _LARS_GROWTH = 90 * 0.1 * 1.28e6
-
-_Rate = Annotated[float, Field(gt=0, le=1e6)]
-
-
-class GridSettings(EvalSettings):
-    """How many classifiers are trained at once, DINOv2's way."""
-
-    rates: tuple[_Rate, ...] = Field(
-        RATES, min_length=1, description="learning rates for 256 images (dinov2)"
-    )
-    iterations: Positive | None = Field(
-        None, description="training steps (dinov2); null: by the number of images"
-    )
-    held_out: float = Field(
-        0.1,
-        gt=0,
-        lt=1,
-        description="share of the training images that the choice is made on (dinov2)",
-    )
-    train_batch: BatchSize | None = Field(
-        None, description="features in a training step; null: by the number of images"
-    )
-
-
-class LinearSettings(GridSettings):
-    """Settings of `patchmine eval linear`."""
-
-    protocol: Literal["dinov2", "mae"] = Field(
-        "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
-    )
-    epochs: Positive = Field(90, description="passes over the training images (mae)")
-    warmup_epochs: int = Field(
-        10, ge=0, le=LARGEST_RUN, description="of these, with a rising rate (mae)"
-    )
-    blr: _Rate = Field(0.1, description="learning rate for 256 images (mae)")
 
 
 def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
@@ -110,7 +70,7 @@ def _dinov2(
 ) -> Result:
     classify, told = best_of_grid(settings, say, reader, train, num_classes)
     found = accuracy(
-        lambda rows: classify(rows)[..., None], test.x, _known(test), settings.reading().place()
+        lambda rows: classify(rows)[..., None], test.x, _known(test), reading_of(settings).place()
     )
     top1, top5 = found[0].tolist()
     return {"top1": top1, "top5": top5, **told}
@@ -124,7 +84,7 @@ def best_of_grid(
 
     The rows must lie on the device that the settings name.
     """
-    device = settings.reading().place()
+    device = reading_of(settings).place()
     labels = _known(train)
     fit, choice = (
         torch.from_numpy(part) for part in split_by_class(labels.numpy(), settings.held_out)
@@ -192,7 +152,7 @@ def _mae(
     test: Features,
     num_classes: int,
 ) -> Result:
-    device = settings.reading().place()
+    device = reading_of(settings).place()
     pooling = reader.choose("cls")
     columns = reader.poolings[pooling]
     batch = min(

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,10 +21,10 @@ from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
 from patchmine.evaluate.labelled import LabelledData, open_labelled
 from patchmine.evaluate.progress import Say
+from patchmine.evaluate.settings import ProtocolSettings, ReadSettings
 from patchmine.evaluate.targets import Target, open_target, random_twin, raw_pixels
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.run import Run
-from patchmine.strict import BatchSize, Count, Size, Strict, Workers
 
 Result = dict[str, Any]
 Score = Callable[[Reader, Features, Features, int], Result]
@@ -34,86 +33,33 @@ is to tell.
 """
 
 
-class ReadSettings(Strict):
-    """What is read, with which weights, and how."""
+def reading_of(settings: ReadSettings) -> Reading:
+    """The part of the settings that concerns reading images."""
+    return Reading(settings.batch_size, settings.workers, settings.device, settings.max_bad_share)
 
-    target: str = Field(
-        description="a run, an export, a timm architecture, random-init:RUN or raw-pixels"
-    )
-    data: str | list[str] = Field(
-        description="folder, list file, tar shards or embedded:photos; of a video run, videos"
-    )
-    weights: str = Field(
-        "student",
-        description="of a run student, teacher, partner or partner-teacher; a file for a timm architecture",
-    )
-    image_size: Size | None = Field(None, description="pixels; null: the target's own")
-    channels: Count | None = Field(None, description="null: the target's own")
-    crop_pct: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="centre crop, share of the shorter side; null: the target's own",
-    )
-    stride: Count | None = Field(
-        None,
-        description="of a video run: a clip takes every such frame of the video; null: the target's own",
-    )
-    batch_size: BatchSize = Field(
-        256, description="images, or frames of clips, that are encoded at once; changes no result"
-    )
-    workers: Workers = Field("auto", description="processes that decode images")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda where there is one"
-    )
-    max_bad_share: float = Field(
-        0.05, ge=0, le=1, description="share of broken images above which to stop"
-    )
-    seed: int = Field(0, ge=0, description="decides random weights and the order of training")
 
-    def reading(self) -> Reading:
-        """The part that concerns reading images."""
-        return Reading(self.batch_size, self.workers, self.device, self.max_bad_share)
-
-    def open(self) -> Target:
-        """The target, prepared as the settings say."""
-        target = open_target(
-            self.target,
-            image_size=self.image_size,
-            channels=self.channels,
-            weights=self.weights,
-            seed=self.seed,
+def opened(settings: ReadSettings) -> Target:
+    """The target, prepared as the settings say."""
+    target = open_target(
+        settings.target,
+        image_size=settings.image_size,
+        channels=settings.channels,
+        weights=settings.weights,
+        seed=settings.seed,
+    )
+    if settings.crop_pct is not None:
+        target = replace(target, crop_pct=settings.crop_pct)
+    if settings.stride is None:
+        return target
+    if target.clip is None:
+        raise UserError(
+            f"stride={settings.stride} is for clips, but {target.name} takes images: leave the setting out"
         )
-        if self.crop_pct is not None:
-            target = replace(target, crop_pct=self.crop_pct)
-        if self.stride is None:
-            return target
-        if target.clip is None:
-            raise UserError(
-                f"stride={self.stride} is for clips, but {target.name} takes images: leave the setting out"
-            )
-        return replace(target, clip=target.clip.model_copy(update={"stride": self.stride}))
-
-
-class EvalSettings(ReadSettings):
-    """What the protocols share."""
-
-    test: str | list[str] | None = Field(
-        None, description="images to test on; null: a part of data"
-    )
-    floors: bool = Field(
-        False, description="also measure a random twin of the encoder and the raw pixels"
-    )
-    name: str | None = Field(
-        None,
-        pattern=r"^[\w.-]+$",
-        max_length=100,
-        description="of the result's file; null: the protocol's",
-    )
+    return replace(target, clip=target.clip.model_copy(update={"stride": settings.stride}))
 
 
 def measure(
-    settings: EvalSettings,
+    settings: ProtocolSettings,
     protocol: str,
     score: Score,
     say: Say,
@@ -127,16 +73,16 @@ def measure(
     where the target is a run.
     """
     start = time.monotonic()
-    target = settings.open()
+    target = opened(settings)
     readers = readers_of(settings, target, blocks)
     readers[""].choose(pooling)  # a mistake is told before images are read
     data = labelled_for(settings, target, say)
     with fast_linear():
         train = extract_all(
-            readers, data.train, settings.reading(), title=f"train {target.kind}s", say=say
+            readers, data.train, reading_of(settings), title=f"train {target.kind}s", say=say
         )
         test = extract_all(
-            readers, data.test, settings.reading(), title=f"test {target.kind}s", say=say
+            readers, data.test, reading_of(settings), title=f"test {target.kind}s", say=say
         )
         extracted = time.monotonic()
         scores = {}
@@ -159,7 +105,7 @@ def measure(
     )
 
 
-def readers_of(settings: EvalSettings, target: Target, blocks: int) -> dict[str, Reader]:
+def readers_of(settings: ProtocolSettings, target: Target, blocks: int) -> dict[str, Reader]:
     """The target's reader under the name "" and, with ``floors``, those of its random twin and of
     the raw pixels.
     """
@@ -172,7 +118,7 @@ def readers_of(settings: EvalSettings, target: Target, blocks: int) -> dict[str,
     return {name: Reader(each, blocks) for name, each in targets.items()}
 
 
-def labelled_for(settings: EvalSettings, target: Target, say: Say) -> LabelledData:
+def labelled_for(settings: ProtocolSettings, target: Target, say: Say) -> LabelledData:
     """The images, or videos, that the settings name; ``say`` hears what a reader of the numbers
     must know.
     """

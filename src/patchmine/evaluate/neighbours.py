@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.evaluate.settings import NEIGHBOURS, TEMPERATURE
+
 Accuracy = dict[str, float]
 """``{"top1": percent, "top5": percent}``."""
 
-TEMPERATURE = 0.07  # DINO's knn_classifier
-NEIGHBOURS = (10, 20, 100, 200)  # reported by DINO, DINOv2 and HPM
 # 256 x 65,536 similarities are 64 MiB: large enough for the matrix product's full speed, small
 # beside the features.
 _QUERY_ROWS, _BANK_ROWS = 256, 65_536

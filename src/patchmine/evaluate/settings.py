@@ -1,13 +1,37 @@
-"""Settings of the evaluations."""
+"""Settings of the evaluations: of a run on its way, and of each protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from patchmine.strict import LARGEST_RUN, OF_A_MACHINE, Mistake, Strict, Text
+from patchmine.strict import (
+    LARGEST_RUN,
+    OF_A_MACHINE,
+    BatchSize,
+    Count,
+    Fraction,
+    Mistake,
+    Positive,
+    Size,
+    Strict,
+    Text,
+    Texts,
+    Workers,
+    ends_in,
+)
+
+TEMPERATURE = 0.07  # DINO's knn_classifier
+NEIGHBOURS = (10, 20, 100, 200)  # reported by DINO, DINOv2 and HPM
+HEADLINE = 20  # the k that papers quote
+# DINOv2, eval/linear.py, for 256 images; the last three are added because features of masked
+# pre-training ask for more.
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+TABLE_ENDINGS = (".parquet", ".csv", ".npz")
+
+_Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class EvalSettings(Strict):
@@ -33,3 +57,133 @@ class EvalSettings(Strict):
         if self.eval_every and self.eval_data is None:
             text = "but eval_data is not set; name a folder of labelled images"
             yield Mistake("eval_every", f"given {self.eval_every}, {text}")
+
+
+class ReadSettings(Strict):
+    """What is read, with which weights, and how."""
+
+    target: Text = Field(
+        description="a run, an export, a weights file, a timm architecture, random-init:RUN or raw-pixels"
+    )
+    data: Texts = Field(
+        description="folder, list file, tar shards or embedded:photos; of a video run, videos"
+    )
+    weights: str = Field(
+        "student",
+        description="of a run student, teacher, partner or partner-teacher; a file for a timm architecture",
+    )
+    image_size: Size | None = Field(None, description="pixels; null: the target's own")
+    channels: Count | None = Field(None, description="null: the target's own")
+    crop_pct: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="centre crop, share of the shorter side; null: the target's own",
+    )
+    stride: Count | None = Field(
+        None,
+        description="of a video run: a clip takes every such frame of the video; null: the target's own",
+    )
+    batch_size: BatchSize = Field(
+        256, description="images, or frames of clips, that are encoded at once; changes no result"
+    )
+    workers: Workers = Field("auto", description="processes that decode images")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one"
+    )
+    max_bad_share: Fraction = Field(0.05, description="share of broken images above which to stop")
+    seed: int = Field(0, ge=0, description="decides random weights and the order of training")
+
+
+class EmbedSettings(ReadSettings):
+    """Of a run on videos the rows are videos, one clip from the middle of each."""
+
+    out: Annotated[Text, AfterValidator(ends_in(*TABLE_ENDINGS))] = Field(
+        description="parquet file to write, as in out=embeddings.parquet; or one that ends in .csv or .npz"
+    )
+    pooling: str = Field(
+        "cls", description="cls, mean or cls+mean; without a class token cls means mean"
+    )
+
+
+class ProtocolSettings(ReadSettings):
+    """What the protocols share."""
+
+    test: Texts | None = Field(None, description="images to test on; null: a part of data")
+    floors: bool = Field(
+        False, description="also measure a random twin of the encoder and the raw pixels"
+    )
+    name: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+$",
+        max_length=100,
+        description="of the result's file; null: the protocol's",
+    )
+
+
+class KnnSettings(ProtocolSettings):
+    """Nothing is trained, so it is quick.  Folders train/ and test/ in data are used as such."""
+
+    pooling: str = Field(
+        "cls", description="cls, mean or cls+mean; without a class token cls means mean"
+    )
+    neighbours: tuple[BatchSize, ...] = Field(
+        NEIGHBOURS, min_length=1, description="all k that are reported"
+    )
+    k: BatchSize = Field(HEADLINE, description="the one that top1 and top5 stand for")
+    temperature: float = Field(
+        TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)"
+    )
+
+
+class GridSettings(ProtocolSettings):
+    """How many classifiers are trained at once, DINOv2's way."""
+
+    rates: tuple[_Rate, ...] = Field(
+        RATES, min_length=1, description="learning rates for 256 images (dinov2)"
+    )
+    iterations: Positive | None = Field(
+        None, description="training steps (dinov2); null: by the number of images"
+    )
+    held_out: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="share of the training images that the choice is made on (dinov2)",
+    )
+    train_batch: BatchSize | None = Field(
+        None, description="features in a training step; null: by the number of images"
+    )
+
+
+class LinearSettings(GridSettings):
+    """Many learning rates and poolings are trained at once, DINOv2's way; the best is chosen on
+    held-out images."""
+
+    protocol: Literal["dinov2", "mae"] = Field(
+        "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
+    )
+    epochs: Positive = Field(90, description="passes over the training images (mae)")
+    warmup_epochs: int = Field(
+        10, ge=0, le=LARGEST_RUN, description="of these, with a rising rate (mae)"
+    )
+    blr: _Rate = Field(0.1, description="learning rate for 256 images (mae)")
+
+
+class VideoSettings(GridSettings):
+    """kNN and a linear classifier learn from one clip of each training video; of a test video the
+    scores of several clips and crops are averaged.  `eval knn` and `eval linear` take one clip,
+    from the middle."""
+
+    segments: Count = Field(5, description="clips of each test video, at even distances")
+    crops: Count = Field(
+        3, description="crops of each of these, from one end of the longer side to the other"
+    )
+    image: Text | None = Field(
+        None,
+        description="also measure the mean over the frames of an encoder of images: a run, an export, ...",
+    )
+    k: BatchSize = Field(HEADLINE, description="neighbours that vote")
+    temperature: float = Field(
+        TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)"
+    )

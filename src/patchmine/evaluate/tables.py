@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ENDINGS = (".parquet", ".csv", ".npz")
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -32,7 +30,7 @@ Add = Callable[[Rows], None]
 
 @contextmanager
 def open_table(path: Path, ending: str) -> Iterator[Add]:
-    """Yields what adds rows to the file ``path``, in the format that ``ending``, one of `ENDINGS`,
+    """Yields what adds rows to the file ``path``, in the format that ``ending``, one of `TABLE_ENDINGS`,
     stands for.
 
     The columns are path, index, label (where there are labels) and embedding: one list column in

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from patchmine.data.loader import BadFiles
@@ -23,23 +22,24 @@ from patchmine.evaluate.features import (
     judge_broken,
     stream,
 )
-from patchmine.evaluate.knn import HEADLINE
 from patchmine.evaluate.labelled import Part
-from patchmine.evaluate.linear import BLOCKS, GridSettings, best_of_grid
+from patchmine.evaluate.linear import BLOCKS, best_of_grid
 from patchmine.evaluate.measure import (
     Result,
     file_result,
     images_of,
     labelled_for,
     notes_of,
+    opened,
     readers_of,
+    reading_of,
     with_floors,
 )
-from patchmine.evaluate.neighbours import TEMPERATURE, Accuracy, vote_shares
+from patchmine.evaluate.neighbours import Accuracy, vote_shares
 from patchmine.evaluate.progress import Say, progress, silent
+from patchmine.evaluate.settings import VideoSettings
 from patchmine.evaluate.targets import Target, open_target
 from patchmine.models.onednn import fast_linear
-from patchmine.strict import BatchSize, Count
 
 Scorer = Callable[[Tensor], Tensor]
 """Rows (R, S, D) of features -> (R, C) float32 on the CPU, rows that sum to one."""
@@ -47,23 +47,6 @@ Scorer = Callable[[Tensor], Tensor]
 FRAME_FLOOR = "per_frame"
 # Crop_pct: the shorter side is the model's, nothing is cut from it (spec hpm-video.md, section 6)
 FILL = 1.0
-
-
-class VideoSettings(GridSettings):
-    """Settings of `patchmine eval video`."""
-
-    segments: Count = Field(5, description="clips of each test video, at even distances")
-    crops: Count = Field(
-        3, description="crops of each of these, from one end of the longer side to the other"
-    )
-    image: str | None = Field(
-        None,
-        description="also measure the mean over the frames of an encoder of images: a run, an export, ...",
-    )
-    k: BatchSize = Field(HEADLINE, description="neighbours that vote")
-    temperature: float = Field(
-        TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)"
-    )
 
 
 def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
@@ -85,7 +68,9 @@ def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
     data = labelled_for(settings, target, say)
     classes = len(data.classes)
     with fast_linear():
-        train = extract_all(readers, data.train, settings.reading(), title="train videos", say=say)
+        train = extract_all(
+            readers, data.train, reading_of(settings), title="train videos", say=say
+        )
         scorers: dict[tuple[str, str], Scorer] = {}
         told: dict[tuple[str, str], Result] = {}
         for protocol, learn in (("knn", _learn_knn), ("linear", _learn_linear)):
@@ -116,7 +101,7 @@ def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
 
 def _opened(settings: VideoSettings) -> Target:
     """The target, whose clips fill the frame.  Raises UserError for an encoder of images."""
-    target = settings.open()
+    target = opened(settings)
     if target.clip is None:
         raise UserError(
             f"{target.name} is an encoder of images: `patchmine eval video` measures a run with a video model, and "
@@ -149,7 +134,7 @@ def _said_of_image(settings: VideoSettings) -> list[str]:
 def _learn_knn(
     settings: VideoSettings, _: Say, reader: Reader, train: Features, classes: int
 ) -> tuple[Scorer, Result]:
-    pooling, device = reader.choose("cls"), settings.reading().place()
+    pooling, device = reader.choose("cls"), reading_of(settings).place()
     columns, k = reader.poolings[pooling], min(settings.k, len(train))
     bank = F.normalize(train.x[:, columns].flatten(1), dim=1).to(device)
     labels = _known(train.labels).to(device)
@@ -166,7 +151,7 @@ def _learn_knn(
 def _learn_linear(
     settings: VideoSettings, say: Say, reader: Reader, train: Features, classes: int
 ) -> tuple[Scorer, Result]:
-    device = settings.reading().place()
+    device = reading_of(settings).place()
     classify, told = best_of_grid(settings, say, reader, train, classes)
     return lambda rows: classify(rows.to(device)).softmax(dim=1).cpu(), told
 
@@ -226,7 +211,7 @@ def _score(
     middle = view.segments // 2 * view.crops + view.crops // 2
     every = {key: ViewScores(len(part), views, classes) for key in scorers}
     single = {key: ViewScores(len(part), 1, classes) for key in scorers}
-    reading, done, title = settings.reading(), 0, "test videos"
+    reading, done, title = reading_of(settings), 0, "test videos"
     with progress(title, len(part), say) as tick:
         # The share of broken videos is judged at the end: they come in order, so broken ones may
         # come in a row.

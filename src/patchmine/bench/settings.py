@@ -1,0 +1,58 @@
+"""Settings of the benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from patchmine.data.settings import Crops
+from patchmine.strict import Arguments, BatchSize, Count, Side, Strict, Text
+
+
+class BenchStepSettings(Strict):
+    """Prints ms and samples/s, peak memory, and the share of the machine's matrix-multiply rate."""
+
+    method: str | list[str] | dict[str, Any] = Field(
+        "mae",
+        description="one method, or several as mae,hpm; method.KEY=VALUE sets KEY of every method that has it",
+    )
+    against: str | None = Field(
+        None,
+        description="also time `transformers` (ViTMAEForPreTraining, same sizes), `dino` or another method",
+    )
+    model: str = Field(
+        "vit_small_patch16_224", description="a plain ViT or ResNet of timm's, or a model of clips"
+    )
+    model_args: Arguments = Field({}, description="extra arguments for timm, such as depth")
+    image_size: Side | tuple[Side, Side] = Field(
+        224, description="side, or height and width, in pixels"
+    )
+    patch_size: Side | None = Field(None, description="side of a patch; null: the model's own")
+    channels: Count = Field(3, description="channels of the images")
+    frames: Count = Field(16, description="frames of a clip, of a video model")
+    tubelet: Count = Field(2, description="frames in a tubelet, of a video model")
+    batch_size: BatchSize = Field(16, description="images or clips in one step")
+    crops: Crops = Field(
+        Crops(), description="number and size of the crops of methods that compare several"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    rounds: Count = Field(10, description="rounds in which every contestant takes its turn")
+    out: Path | None = Field(None, description="JSON file for the result")
+
+
+class BenchDataSettings(Strict):
+    """Against torchvision's ImageFolder chain with PIL, or PyAV frame after frame, in turns."""
+
+    data: Text = Field(description="name the images, as in data=photos/")
+    image_size: Side = Field(224, description="side of the crops, in pixels")
+    repeats: Count = Field(5, description="times that all images are read")
+    video: bool = Field(False, description="these are videos: time the reading of clips")
+    frames: Count = Field(16, description="of a clip, where these are videos")
+    stride: Count = Field(4, description="a clip takes every such frame of a video")

@@ -1,0 +1,34 @@
+"""Settings of what is drawn of runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from patchmine.strict import Strict, Text, ends_in
+
+
+class ShowSettings(Strict):
+    """Input, mask, reconstruction and error, and what else the method can show of each patch."""
+
+    run: Text = Field(
+        description="name the folder of a run first, as in `patchmine show runs/hpm a.jpg out=panel.png`"
+    )
+    images: list[str] = Field(
+        min_length=1, description="name image files after the run, or videos of a run on videos"
+    )
+    out: Text = Field("panel.png", description="picture to write; of videos also .gif or .mp4")
+    seed: int = Field(0, ge=0, description="decides the random masks")
+
+
+class ReportSettings(Strict):
+    """The page holds curves, pictures, evaluations and settings; it needs no network."""
+
+    runs: list[str] = Field(
+        min_length=1,
+        description="name one run folder or several, as in `patchmine report runs/hpm`",
+    )
+    out: Annotated[Text, AfterValidator(ends_in(".html", ".htm"))] = Field(
+        "report.html", description="page to write"
+    )

@@ -1,0 +1,68 @@
+"""Settings of what goes out of a run folder and into one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from patchmine.strict import Count, FolderName, Size, Strict, Text, ends_in, is_folder_name
+
+
+def _export_name(name: str | None, info: ValidationInfo) -> str | None:
+    if name is None:
+        return None
+    full = info.data.get("what") == "full"
+    return ends_in(".safetensors")(name) if full else is_folder_name(name)
+
+
+class ExportSettings(Strict):
+    """timm and transformers open the folder: timm.create_model("local-dir:FOLDER", pretrained=True)."""
+
+    run: Text = Field(
+        description="name the folder of a run first, as in `patchmine export runs/hpm`"
+    )
+    what: Literal["encoder", "full"] = Field(
+        "encoder",
+        description="the encoder alone, or the whole method under the reference's names",
+    )
+    out: Annotated[Text | None, AfterValidator(_export_name)] = Field(
+        None,
+        description="folder to write; null: export/ or export-partner/ in the run; of what=full a .safetensors file",
+    )
+    weights: Literal["student", "teacher", "partner", "partner-teacher"] = Field(
+        "student",
+        description="teacher: the EMA copy, where the method keeps one; partner: the second network of a pair",
+    )
+
+
+class ImportSettings(Strict):
+    """A report tells what became of every tensor; nothing missing or unexpected is passed over."""
+
+    file: Text = Field(
+        description="name the file first, as in `patchmine import mae_pretrain_vit_base.pth out=runs/mae`"
+    )
+    out: FolderName = Field(description="name the folder to write, as in out=runs/mae")
+    weights: Literal["auto", "student", "raw", "teacher", "ema"] = Field(
+        "auto",
+        description="student (or raw): the trained network; teacher (or ema): its average; auto: DINO's teacher",
+    )
+    prefix: str | None = Field(
+        None, description="of the encoder's names, where the file holds several encoders"
+    )
+    what: Literal["auto", "encoder", "full"] = Field(
+        "auto", description="auto: the decoder too, where the file has one"
+    )
+    image_size: Size | None = Field(
+        None, description="pixels, one number or [height, width]; positions are resampled to it"
+    )
+    source_size: Size | None = Field(
+        None, description="the image size that the file was trained at, where nothing tells it"
+    )
+    num_heads: Count | None = Field(
+        None, description="attention heads, where the width does not tell"
+    )
+    decoder_num_heads: Count | None = Field(None, description="the same of the decoder")
+    allow: list[str] = Field(
+        [], description="tensors that may be missing or unexpected, as in allow=[head.*]"
+    )
