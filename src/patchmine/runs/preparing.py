@@ -54,7 +54,11 @@ def open_data(config: RunConfig, source: Spec | None, say: Say) -> Source:
     else:
         opened = open_videos(spec, cache_dir=default_cache_dir())
         decoder = decoder_of(opened)
-        say(f"Videos are decoded by {decoder}." if decoder else "Frames are read as they are: no video to decode.")
+        say(
+            f"Videos are decoded by {decoder}."
+            if decoder
+            else "Frames are read as they are: no video to decode."
+        )
     for note in notes_of(opened):
         say(note)
     return opened
@@ -80,12 +84,19 @@ def train_view(config: RunConfig, method: Method) -> TrainView | MultiCropView |
     """
     # Of all backbones
     patches = [smallest_side(part) for part in method.modules() if isinstance(part, Encoder)]
-    size, ratio, flip, interpolation = config.image_size, config.crop_ratio, config.flip, config.interpolation
+    size, ratio, flip, interpolation = (
+        config.image_size,
+        config.crop_ratio,
+        config.flip,
+        config.interpolation,
+    )
     bound = config.max_pixels
     if is_video(config.model):
         clip = config.clip
         window = (clip.frames, clip.stride, clip.short)
-        return TrainClips(size, *window, tuple(clip.scales), flip, interpolation, max(patches), bound)
+        return TrainClips(
+            size, *window, tuple(clip.scales), flip, interpolation, max(patches), bound
+        )
     if not method.multi_crop:
         return TrainView(size, config.crop_scale, ratio, flip, interpolation, max(patches), bound)
     crops = config.crops
@@ -132,7 +143,9 @@ def num_workers(config: RunConfig, engine: Engine) -> int:
     """Processes that read images for one training process."""
     if config.workers != "auto":
         return config.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if engine.device.type == "cpu":
         # The cores are needed for arithmetic; one worker overlaps reading with it
         return min(1, cores - 1)
