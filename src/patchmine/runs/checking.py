@@ -10,11 +10,10 @@ import os
 import torch
 
 from patchmine.config.schema import RunConfig
-from patchmine.errors import UserError, foreign_parser
-from patchmine.errors import shown_name
+from patchmine.config.words import exists
+from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.runs.preparing import train_view
 from patchmine.runs.run import build_method
-from patchmine.config.words import exists
 from patchmine.strict import Mistake
 
 _GIB = 2**30

@@ -11,21 +11,21 @@ from functools import partial
 
 import torch
 
-from patchmine.config.schema import RunConfig
-from patchmine.data.views.clips import PlainClips, TrainClips, middle_frame
-from patchmine.data.sources.contract import Source, notes_of
-from patchmine.data.views.crops import MultiCropView
-from patchmine.data.decoding.decode import decode
-from patchmine.data.loader import data_statistics
-from patchmine.data.views.normalise import normalise
-from patchmine.data.sources.source import Spec, default_cache_dir, open_source
-from patchmine.data.sources.video_sources import decoder_of, open_videos
-from patchmine.data.views.images import PlainView, TrainView, View
-from patchmine.errors import UserError
-from patchmine.task import Method
 from patchmine.backbones.video import is_video
 from patchmine.backbones.vit import Encoder, smallest_side
+from patchmine.config.schema import RunConfig
+from patchmine.data.decoding.decode import decode
+from patchmine.data.loader import data_statistics
+from patchmine.data.sources.contract import Source, notes_of
+from patchmine.data.sources.source import Spec, default_cache_dir, open_source
+from patchmine.data.sources.video_sources import decoder_of, open_videos
+from patchmine.data.views.clips import PlainClips, TrainClips, middle_frame
+from patchmine.data.views.crops import MultiCropView
+from patchmine.data.views.images import PlainView, TrainView, View
+from patchmine.data.views.normalise import normalise
+from patchmine.errors import UserError
 from patchmine.ops.schedules import LrSchedule
+from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.types import Batch
 

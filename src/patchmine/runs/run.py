@@ -12,17 +12,16 @@ from typing import Any, Literal
 
 from timm.models.beit import Beit
 
-from patchmine.config.resolve import parse, silent
-from patchmine.config.schema import RunConfig
-from patchmine.errors import UserError
-from patchmine.task import Method
-from patchmine.methods import METHODS
 from patchmine.backbones import weights
 from patchmine.backbones.loading import LoadReport
 from patchmine.backbones.naming import Weights
 from patchmine.backbones.video import is_video
 from patchmine.backbones.vit import Encoder, build_encoder
-from patchmine.errors import shown_name
+from patchmine.config.resolve import parse, silent
+from patchmine.config.schema import RunConfig
+from patchmine.errors import UserError, shown_name
+from patchmine.methods import METHODS
+from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
 from patchmine.train.log import read_line
 
@@ -304,9 +303,8 @@ def new_folder(config: RunConfig) -> Path:
         raise UserError(f"out={folder} is a file: name a new folder for the run")
     for name in [config.data] if isinstance(config.data, str) else config.data:
         data = os.path.expanduser(name.split("::")[0])  # noqa: PTH111, Path refuses users that are unknown
-        if os.path.isdir(data) and Path(os.path.realpath(folder)).is_relative_to(
-            os.path.realpath(data)
-        ):  # noqa: PTH112
+        inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data))
+        if inside and os.path.isdir(data):  # noqa: PTH112
             raise UserError(
                 f"out={folder} lies in data={shown_name(name)}, where the run's pictures would be taken for images:"
                 " name a folder beside it"

@@ -17,12 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.config.resolve import from_settings, silent
-from patchmine.config.schema import RunConfig
-from patchmine.disk import output, replacing, system_errors
-from patchmine.errors import UserError
-from patchmine.lock import lock
-from patchmine.task import Method
 from patchmine.backbones.description import note
 from patchmine.backbones.loading import LoadReport, load_tensors
 from patchmine.backbones.naming import Weights
@@ -39,9 +33,15 @@ from patchmine.backbones.video import is_video
 from patchmine.backbones.videomae import TEACHER, to_videomae_names
 from patchmine.backbones.vit import Encoder
 from patchmine.backbones.weights import as_size
-from patchmine.runs.run import Run, Which, build_method, refuse_used_folder, write_export
-from patchmine.train import checkpoint as checkpoints
+from patchmine.config.resolve import from_settings, silent
+from patchmine.config.schema import RunConfig
 from patchmine.config.words import shown
+from patchmine.disk import output, replacing, system_errors
+from patchmine.errors import UserError
+from patchmine.lock import lock
+from patchmine.runs.run import Run, Which, build_method, refuse_used_folder, write_export
+from patchmine.task import Method
+from patchmine.train import checkpoint as checkpoints
 
 Say = Callable[[str], None]
 What = Literal["auto", "encoder", "full"]
