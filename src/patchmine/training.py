@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from patchmine.backbones.resnet import has_cifar_stem
-from patchmine.backbones.video import VideoTransformer, is_video
+from patchmine.backbones.video import VideoTransformer
 from patchmine.config.resolve import (
     changed_results,
     fit_batch,
@@ -29,8 +29,8 @@ from patchmine.data.loader import plain_batches, train_batches
 from patchmine.data.sampling import changed_stamps, content_stamps
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
-from patchmine.data.views.crops import MultiCropView
 from patchmine.data.views.images import View
+from patchmine.data.workers import num_workers
 from patchmine.disk import replacing, sweep
 from patchmine.errors import UserError, reason_of, shown_name
 from patchmine.lock import HeldLock, lock
@@ -39,10 +39,7 @@ from patchmine.runs.preparing import (
     item_of,
     lr_schedule,
     normaliser,
-    num_workers,
     open_data,
-    plain_view,
-    samples_per_epoch,
     train_view,
     with_statistics,
 )
@@ -200,14 +197,15 @@ def _fit_to_length(config: RunConfig, num_images: int, say: Say) -> RunConfig:
     """Fits the batch to the data, and shortens a warm-up that would outlast half of a run given in
     steps.
     """
-    samples = samples_per_epoch(config, num_images)
+    item = item_of(config)
+    samples = num_images * item.samples(config)
     times = (
         f" (clip.repeats={config.clip.repeats} times {num_images:,})"
         if samples > num_images
         else ""
     )
     config = fit_batch(
-        config, samples, f"{item_of(config)}s of data={shown_name(str(config.data))}{times}", say
+        config, samples, f"{item.noun}s of data={shown_name(str(config.data))}{times}", say
     )
     if config.steps is None:
         return config
@@ -259,7 +257,9 @@ def _train(
         refuse_stranger(start, identity)  # before anything in the folder changes
     first_step = 0 if start is None else start.step
     bad = BadFiles(
-        folder / "bad_files.txt" if engine.is_main else None, config.max_bad_share, item_of(config)
+        folder / "bad_files.txt" if engine.is_main else None,
+        config.max_bad_share,
+        item_of(config).noun,
     )
     stamps = content_stamps(images) if engine.is_main else []
     if start is not None:
@@ -334,7 +334,8 @@ def _export(config: RunConfig, folder: Path, method: Method) -> None:
 
 
 def _settings(config: RunConfig, images: Source) -> TrainSettings:
-    steps_per_epoch = samples_per_epoch(config, len(images)) // config.batch_size
+    samples = len(images) * item_of(config).samples(config)
+    steps_per_epoch = samples // config.batch_size
     total_steps = (
         config.steps if config.steps is not None else (config.epochs or 0) * steps_per_epoch
     )
@@ -361,7 +362,7 @@ def _batches(
     settings: TrainSettings,
     engine: Engine,
     images: Source,
-    view: View | MultiCropView,
+    view: View,
     first_step: int,
     bad: BadFiles,
 ) -> Iterator[Batch]:
@@ -369,19 +370,12 @@ def _batches(
     loaded = train_batches(
         images,
         view,
-        channels=config.channels,
+        config,
+        config,
+        engine,
         seed=config.seed,
-        batch_size=config.batch_size,
+        steps=range(first_step, settings.total_steps),
         steps_per_epoch=settings.steps_per_epoch,
-        start_step=first_step,
-        total_steps=settings.total_steps,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        accumulate=config.accumulate,
-        repeats=samples_per_epoch(config, 1),
-        workers=num_workers(config, engine),
-        read_timeout=config.read_timeout,
-        pin=engine.device.type == "cuda",
         bad=bad,
     )
     return map(normaliser(config, engine), loaded)
@@ -404,13 +398,12 @@ class _PlainData:
         share = range(count * rank // processes, count * (rank + 1) // processes)
         loaded = plain_batches(
             self.images,
-            plain_view(self.config, crop_pct=None),
-            channels=self.config.channels,
+            item_of(self.config).plain_view(self.config, None),
             batch_size=256,
             indices=share,
-            workers=num_workers(self.config, self.engine),
+            workers=num_workers(self.config.workers, self.engine.device, self.engine.local_size),
             read_timeout=self.config.read_timeout,
-            bad=BadFiles(None, self.config.max_bad_share, item_of(self.config)),
+            bad=BadFiles(None, self.config.max_bad_share, item_of(self.config).noun),
         )
         return self._told(map(normaliser(self.config, self.engine), loaded), len(share))
 
@@ -430,10 +423,10 @@ class _PlainData:
 def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine: Engine) -> str:
     height, width = config.image_size
     epochs = settings.total_steps / settings.steps_per_epoch
-    clips = f"{config.clip.frames} frames of " if is_video(config.model) else ""
+    item = item_of(config)
     return (
-        f"{config.method.name} on {len(images):,} {item_of(config)}s of {shown_name(images.name)}: {config.model} at "
-        f"{clips}{height}x{width}, "
+        f"{config.method.name} on {len(images):,} {item.noun}s of {shown_name(images.name)}: {config.model} at "
+        f"{item.describe(config)}{height}x{width}, "
         f"{settings.total_steps:,} steps ({epochs:g} epochs) of {config.batch_size}, lr {config.blr:g} x "
         f"{config.batch_size}/256, {engine.precision} on {engine.world_size} x {engine.device.type}"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,23 @@ Losses = dict[str, Tensor]
 """``"loss"`` is minimised, the rest is logged.  0-d tensors that stay on the device until the log
 reads them.
 """
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item before collation: what `Batch` says of many, without their axis B.
+
+    ``views``: V tensors (C, H, W) or (C, T, H, W).  ``box`` (4,) and ``flip`` () of one view, (V, 4)
+    and (V,) of several, with ``photometric`` (V, P).  ``target``: a class, a mask, boxes, or None.
+    ``index`` is the loader's to fill in.
+    """
+
+    views: list[Tensor]
+    box: Tensor
+    flip: Tensor
+    photometric: Tensor | None = None
+    target: Any = None
+    index: int = -1
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,10 @@ class Batch:
     Where a sample gives V crops, ``views`` has V tensors (the two global crops, then the local
     ones), ``box`` is (B, V, 4) and ``flip`` (B, V).  ``photometric`` (B, V, P) float32 then says
     how the colours of each crop change, which the device does together with mirroring
-    (`data.photometric` names the P numbers).
+    (`data.views.photometric` names the P numbers).
+
+    ``target``: what a supervised task learns, in the frame of the finished (mirrored) view: classes
+    (B,) int64 or masks (B, H, W); None in pre-training.
     """
 
     views: list[Tensor]
@@ -41,17 +61,14 @@ class Batch:
     box: Tensor
     flip: Tensor
     photometric: Tensor | None = None
+    target: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on another device."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return self._each(move)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; torch's loader calls this."""
@@ -62,9 +79,9 @@ class Batch:
         return replace(self, views=views)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        photometric = None if self.photometric is None else change(self.photometric)
-        views = [change(view) for view in self.views]
-        return Batch(views, change(self.index), change(self.box), change(self.flip), photometric)
+        rest = (self.index, self.box, self.flip, self.photometric, self.target)
+        changed = [None if tensor is None else change(tensor) for tensor in rest]
+        return Batch([change(view) for view in self.views], *changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

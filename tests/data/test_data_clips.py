@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loading import clips, start
 
 from patchmine.data import loader
+from patchmine.data.badfiles import BadFiles
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import open_video
-from patchmine.data.loader import BadFiles, plain_batches, train_batches
+from patchmine.data.loader import plain_batches
+from patchmine.data.settings import Clip
 from patchmine.data.sources.contract import Labels
 from patchmine.data.views.clips import (
     PlainClips,
@@ -53,10 +56,11 @@ def test_what_becomes_of_a_video_that_is_shorter_than_the_clip() -> None:
 
 
 def test_training_windows_begin_everywhere_and_fit() -> None:
-    video, view = numbered(70), TrainClips((24, 24), 16, 4, scales=(1.0,))
+    video, view = numbered(70), TrainClips(clips(24, 16, 4, scales=[1.0]))
     seen = Counter()
     for seed in range(200):
-        pixels, _, flip = view(video, 3, np.random.default_rng(seed))
+        sample = view(video, np.random.default_rng(seed))
+        (pixels,), flip = sample.views, sample.flip
         frames = pixels[0, :, 0, 0].tolist()
         assert pixels.shape == (3, 16, 24, 24)
         assert pixels.is_contiguous()
@@ -67,10 +71,11 @@ def test_training_windows_begin_everywhere_and_fit() -> None:
 
 
 def test_one_crop_serves_all_frames_and_the_box_says_which() -> None:
-    video, view = numbered(20), TrainClips((24, 24), 8, 1, scales=SCALES, flip=0.5)
+    video, view = numbered(20), TrainClips(clips(24, 8, 1, scales=list(SCALES), flip=0.5))
     flips = 0
     for seed in range(30):
-        pixels, box, flip = view(video, 3, np.random.default_rng(seed))
+        sample = view(video, np.random.default_rng(seed))
+        (pixels,), box, flip = sample.views, sample.box, int(sample.flip)
         assert (pixels[1:] == pixels[1:, :1]).all()  # rows and columns do not move
         top, left, height, width = (box * torch.tensor([24, 32, 24, 32])).round().int().tolist()
         crop = torch.from_numpy(video[0, top : top + height, left : left + width]).permute(2, 0, 1)
@@ -110,39 +115,39 @@ def test_a_side_that_nearly_fits_is_taken_as_it_is_wanted() -> None:
 
 
 def test_the_plain_clip_lies_in_the_middle() -> None:
-    pixels, box, flip = PlainClips((24, 24), 4, 5)(numbered(40), 3, np.random.default_rng(0))
+    sample = PlainClips(clips(24, 4, 5))(numbered(40), np.random.default_rng(0))
+    (pixels,), box, flip = sample.views, sample.box, sample.flip
     assert pixels[0, :, 0, 0].tolist() == [10, 15, 20, 25]
     assert pixels[2, 0, 0].tolist() == list(range(4, 28))
     assert torch.equal(box, torch.tensor([0.0, 0.125, 1.0, 0.75]))
     assert not flip
-    whole, box, _ = PlainClips((12, 12), 4, 5, crop_pct=None)(
-        numbered(40), 1, np.random.default_rng(0)
-    )
+    view = PlainClips(clips(12, 4, 5, channels=1), crop_pct=None)
+    sample = view(numbered(40), np.random.default_rng(0))
+    (whole,), box = sample.views, sample.box
     assert whole.shape == (1, 4, 12, 12)
     assert box.tolist() == [0, 0, 1, 1]
 
 
 def test_test_clips_cover_the_video_from_end_to_end() -> None:
-    assert [w[0] for w in even_windows(300, 16, 4, 5, "hold")] == [
+    assert [w[0] for w in even_windows(300, Clip(frames=16, stride=4), 5)] == [
         0,
         56,
         116,
         176,
         236,
     ]  # of 75 listed frames
-    assert [w[0] for w in even_windows(30, 16, 4, 5, "hold")] == [0] * 5
+    assert [w[0] for w in even_windows(30, Clip(frames=16, stride=4), 5)] == [0] * 5
     assert even_crops(24, 32, (24, 24), 3) == [(0, 0), (0, 4), (0, 8)]
     assert even_crops(32, 24, (24, 24), 1) == [(4, 0)]
     video = numbered(60)
-    pixels, boxes, _ = TestClips((24, 24), 4, 5, segments=3, crops=2)(
-        video, 3, np.random.default_rng(0)
-    )
+    sample = TestClips(clips(24, 4, 5), segments=3, crops=2)(video, np.random.default_rng(0))
+    (pixels,), boxes = sample.views, sample.box
     assert pixels.shape == (6, 3, 4, 24, 24)
     assert pixels[:, 0, 0, 0, 0].tolist() == [0, 0, 20, 20, 40, 40]  # segments outermost
     assert pixels[:, 2, 0, 0, 0].tolist() == [0, 8] * 3
     assert boxes[:, 1].tolist() == [0, 0.25] * 3
-    for number, start in enumerate((0, 20, 40)):
-        expected = torch.from_numpy(video[start : start + 20 : 5, :, :24]).permute(3, 0, 1, 2)
+    for number, first in enumerate((0, 20, 40)):
+        expected = torch.from_numpy(video[first : first + 20 : 5, :, :24]).permute(3, 0, 1, 2)
         assert torch.equal(pixels[2 * number], expected)
 
 
@@ -169,12 +174,12 @@ class Videos:
 
 
 def batches(
-    source: Videos, repeats: int, *, start: int = 0, rank: int = 0, world: int = 1
+    source: Videos, repeats: int, *, first: int = 0, rank: int = 0, world: int = 1
 ) -> list[loader.Batch]:
-    view = TrainClips((24, 24), 8, 1, short="refuse", flip=0.5)
-    options = dict(channels=3, seed=3, batch_size=4, steps_per_epoch=len(source) * repeats // 4)
-    parts = dict(start_step=start, total_steps=6, rank=rank, world_size=world, repeats=repeats)
-    return list(train_batches(source, view, **options, **parts, bad=BadFiles(None, 1.0)))
+    view = TrainClips(clips(24, 8, 1, short="refuse", flip=0.5, repeats=repeats))
+    options = dict(seed=3, batch_size=4, steps_per_epoch=len(source) * repeats // 4)
+    parts = dict(start_step=first, total_steps=6, rank=rank, world_size=world)
+    return list(start(source, view, **options, **parts, bad=BadFiles(None, 1.0)))
 
 
 def test_several_clips_come_of_one_opening(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +204,7 @@ def test_several_clips_come_of_one_opening(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_batches_of_clips_resume_and_divide_exactly() -> None:
     whole = batches(Videos(6), repeats=2)
-    for batch, again in zip(whole[2:], batches(Videos(6), repeats=2, start=2), strict=True):
+    for batch, again in zip(whole[2:], batches(Videos(6), repeats=2, first=2), strict=True):
         assert torch.equal(batch.views[0], again.views[0])
         assert torch.equal(batch.flip, again.flip)
     halves = [batches(Videos(6), repeats=2, rank=rank, world=2) for rank in (0, 1)]
@@ -209,13 +214,10 @@ def test_batches_of_clips_resume_and_divide_exactly() -> None:
 
 def test_a_video_that_is_refused_is_listed_and_replaced(tmp_path: Path) -> None:
     source, bad = Videos(8, broken=(5,)), BadFiles(tmp_path / "bad.txt", 0.5, "video")
-    view = TrainClips((24, 24), 8, 1, short="refuse")
-    options = dict(
-        channels=3, seed=0, batch_size=4, steps_per_epoch=4, start_step=0, total_steps=4, repeats=2
-    )
-    made = list(train_batches(source, view, **options, bad=bad))
+    view = TrainClips(clips(24, 8, 1, short="refuse", repeats=2))
+    made = list(start(source, view, batch_size=4, total_steps=4, bad=bad))
     assert len(made) == 4
     assert all(5 not in batch.index for batch in made)
     assert (tmp_path / "bad.txt").read_text().startswith("clips[5]\thas 4 frames where a clip of 8")
-    plain = list(plain_batches(source, PlainClips((24, 24), 8, 1), channels=3, batch_size=5))
+    plain = list(plain_batches(source, PlainClips(clips(24, 8, 1)), batch_size=5))
     assert [len(batch) for batch in plain] == [5, 3]  # by default the last frame is held

@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loading import seen, start
 from PIL import Image
 
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.decoding.decode import DecodeError, decode
-from patchmine.data.loader import sample_generator, train_batches
+from patchmine.data.loader import sample_generator
+from patchmine.data.settings import Crops
 from patchmine.data.sources.contract import Labels
-from patchmine.data.views import crops as crops_module
-from patchmine.data.views.crops import MultiCropView
-from patchmine.data.views.images import resize
+from patchmine.data.views import images as images_module
+from patchmine.data.views.geometry import resize
+from patchmine.data.views.images import MultiCropView
 from patchmine.data.views.normalise import normalise
 from patchmine.data.views.photometric import COLUMNS, change_colours
-from patchmine.errors import UserError
-from patchmine.types import Batch
+from patchmine.types import Batch, Sample
 
-VIEW = MultiCropView((16, 24), num_local=3, local_size=8)
+VIEW = MultiCropView(seen(16, 24, crops={"num_local": 3, "local_size": 8}))
 
 
 class Pictures:
@@ -58,21 +59,18 @@ class Pictures:
 def train(
     source: Pictures | None = None, view: MultiCropView = VIEW, **settings: Any
 ) -> list[Batch]:
-    defaults: dict[str, Any] = dict(
-        channels=3,
-        seed=0,
-        batch_size=4,
-        steps_per_epoch=4,
-        start_step=0,
-        total_steps=8,
-        bad=BadFiles(None, 0.5),
-    )
-    return list(train_batches(source or Pictures(), view, **(defaults | settings)))
+    settings = {"batch_size": 4, "bad": BadFiles(None, 0.5), **settings}
+    return list(start(source or Pictures(), view, **settings))
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:
     assert batch.photometric is not None
     return [*batch.views, batch.index, batch.box, batch.flip, batch.photometric]
+
+
+def drawn(sample: Sample) -> list[torch.Tensor]:
+    assert sample.photometric is not None
+    return [sample.box, sample.flip, sample.photometric]
 
 
 def same(left: Batch, right: Batch) -> bool:
@@ -85,11 +83,11 @@ def same(left: Batch, right: Batch) -> bool:
 def test_an_image_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(
-        crops_module, "decode", lambda raw, *rest: calls.append(raw) or decode(raw, *rest)
+        images_module, "decode", lambda raw, *rest: calls.append(raw) or decode(raw, *rest)
     )
     file = io.BytesIO()
     Image.fromarray(Pictures().read(0)).save(file, "JPEG")
-    views = VIEW(file.getvalue(), 3, sample_generator(0, 0, 0)).views
+    views = VIEW(file.getvalue(), sample_generator(0, 0, 0)).views
     assert len(calls) == 1
     assert [tuple(view.shape) for view in views] == [(3, 16, 24)] * 2 + [(3, 8, 8)] * 3
     assert all(view.dtype == torch.uint8 and view.is_contiguous() for view in views)
@@ -99,7 +97,8 @@ def test_boxes_say_which_pixels_were_taken() -> None:
     pixels = Pictures().read(5)
     height, width = pixels.shape[:2]
     for seed in range(10):
-        views, box, flip, photometric = VIEW(pixels, 3, np.random.default_rng(seed))
+        crops = VIEW(pixels, np.random.default_rng(seed))
+        views, box, flip, photometric = crops.views, crops.box, crops.flip, crops.photometric
         assert box.shape == (5, 4)
         assert flip.shape == (5,)
         assert flip.dtype == torch.bool
@@ -114,9 +113,10 @@ def test_boxes_say_which_pixels_were_taken() -> None:
 
 
 def test_shares_of_the_image_are_those_asked_for() -> None:
-    view = MultiCropView((8, 8), 2, 8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4), flip=0.25)
+    crops = Crops(num_local=2, local_size=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4))
+    view = MultiCropView(seen(8, crops=crops, flip=0.25))
     image = np.zeros((300, 300, 3), np.uint8)
-    found = [view(image, 3, np.random.default_rng(seed)) for seed in range(400)]
+    found = [view(image, np.random.default_rng(seed)) for seed in range(400)]
     area = torch.stack([crops.box[:, 2] * crops.box[:, 3] for crops in found])  # (400, V)
     large, small = area[:, :2], area[:, 2:]
     assert 0.39 < large.min() < 0.42
@@ -131,21 +131,23 @@ def test_shares_of_the_image_are_those_asked_for() -> None:
 def test_sizes_do_not_change_what_is_drawn() -> None:
     image = Pictures().read(3)
     one, other = (
-        MultiCropView((side, side), 4, side)(image, 3, np.random.default_rng(7)) for side in (8, 24)
+        MultiCropView(seen(side, crops={"num_local": 4, "local_size": side}))(
+            image, np.random.default_rng(7)
+        )
+        for side in (8, 24)
     )
-    assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(drawn(one), drawn(other), strict=True))
 
 
 def test_there_need_be_no_local_crops() -> None:
-    views, box, _, _ = MultiCropView((8, 8), 0)(Pictures().read(0), 3, np.random.default_rng(0))
-    assert len(views) == len(box) == 2
+    view = MultiCropView(seen(8, crops={"num_local": 0}))
+    crops = view(Pictures().read(0), np.random.default_rng(0))
+    assert len(crops.views) == len(crops.box) == 2
 
 
 def test_mistakes_are_named_and_views_travel() -> None:
-    with pytest.raises(UserError, match="interpolation=nearest"):
-        MultiCropView((8, 8), interpolation="nearest")
     with pytest.raises(DecodeError, match="smaller than a patch of 64x64"):
-        MultiCropView((64, 64), smallest_side=64)(Pictures().read(0), 3, np.random.default_rng(0))
+        MultiCropView(seen(64), smallest_side=64)(Pictures().read(0), np.random.default_rng(0))
     assert pickle.loads(pickle.dumps(VIEW)) == VIEW
 
 
@@ -160,13 +162,13 @@ def test_a_batch_holds_all_crops_in_order() -> None:
         ] * 3
         assert len(batch) == 4
         for row, index in enumerate(batch.index.tolist()):
-            alone = VIEW(Pictures().read(index), 3, sample_generator(0, step // 4, index))
+            alone = VIEW(Pictures().read(index), sample_generator(0, step // 4, index))
             found = [
                 *(view[row] for view in batch.views),
                 *(part[row] for part in tensors(batch)[-3:]),
             ]
             assert all(
-                torch.equal(a, b) for a, b in zip([*alone.views, *alone[1:]], found, strict=True)
+                torch.equal(a, b) for a, b in zip([*alone.views, *drawn(alone)], found, strict=True)
             )
 
 

@@ -14,14 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loading import seen, start
 
-from patchmine.data.loader import (
-    BadFiles,
-    data_statistics,
-    epoch_order,
-    plain_batches,
-    train_batches,
-)
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.loader import data_statistics, epoch_order, plain_batches
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.contract import Labels
 from patchmine.data.views.images import PlainView, TrainView
 from patchmine.data.views.normalise import normalise
@@ -30,8 +27,8 @@ from patchmine.types import Batch
 
 pytestmark = pytest.mark.bitwise
 
-VIEW = TrainView((8, 8))
-PLAIN = PlainView((8, 8), crop_pct=None)
+VIEW = TrainView(seen(8))
+PLAIN = PlainView(seen(8), None, "bicubic")
 
 
 class Images:
@@ -69,16 +66,7 @@ class Noise(Images):
 
 
 def train(source: Images, view: TrainView = VIEW, **settings: Any) -> list[Batch]:
-    defaults: dict[str, Any] = dict(
-        channels=3,
-        seed=0,
-        batch_size=8,
-        steps_per_epoch=4,
-        start_step=0,
-        total_steps=8,
-        bad=BadFiles(None, 0.05),
-    )
-    return list(train_batches(source, view, **(defaults | settings)))
+    return list(start(source, view, **settings))
 
 
 def same(left: Batch, right: Batch) -> bool:
@@ -173,17 +161,7 @@ def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(
         UserError, match=r"batch_size=64 is more than the 32 images of images; set batch_size=32 or"
     ):
-        train_batches(
-            Images(),
-            VIEW,
-            channels=3,
-            seed=0,
-            batch_size=64,
-            steps_per_epoch=1,
-            start_step=0,
-            total_steps=1,
-            bad=BadFiles(None, 0),
-        )
+        start(Images(), VIEW, batch_size=64, steps_per_epoch=1, total_steps=1)
     with pytest.raises(
         UserError, match=r"batch_size=8 .* 3 processes times accumulate=1; set batch_size=6"
     ):
@@ -217,8 +195,8 @@ def test_broken_items_are_replaced_the_same_way_every_time(tmp_path: Path) -> No
 
 def test_a_resumed_run_lists_no_file_twice(tmp_path: Path) -> None:
     path = tmp_path / "bad_files.txt"
-    for start in (0, 4):
-        train(Images(broken=(3,)), bad=BadFiles(path, 0.5), start_step=start)
+    for first in (0, 4):
+        train(Images(broken=(3,)), bad=BadFiles(path, 0.5), start_step=first)
     assert len(path.read_text().splitlines()) == 1
 
 
@@ -280,7 +258,7 @@ def test_a_users_mistake_in_a_worker_stays_one_sentence(workers: int) -> None:
     with pytest.raises(UserError, match=r"^the shard a\.tar is gone$"):
         train(Mistaken(), workers=workers)
     with pytest.raises(UserError, match=r"^the shard a\.tar is gone$"):
-        list(plain_batches(Mistaken(), PLAIN, channels=3, batch_size=8, workers=workers))
+        list(plain_batches(Mistaken(), PLAIN, batch_size=8, workers=workers))
 
 
 def test_names_with_odd_characters_keep_one_line_each(tmp_path: Path) -> None:
@@ -303,31 +281,27 @@ def test_names_with_odd_characters_keep_one_line_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_plain_batches_come_in_order(workers: int) -> None:
-    batches = list(plain_batches(Images(20), PLAIN, channels=3, batch_size=8, workers=workers))
+    batches = list(plain_batches(Images(20), PLAIN, batch_size=8, workers=workers))
     assert [batch.index.tolist() for batch in batches] == [
         [*range(8)],
         [*range(8, 16)],
         [*range(16, 20)],
     ]
     chosen = list(
-        plain_batches(
-            Images(20), PLAIN, channels=3, batch_size=2, indices=[7, 3, 3], workers=workers
-        )
+        plain_batches(Images(20), PLAIN, batch_size=2, indices=[7, 3, 3], workers=workers)
     )
     assert [batch.index.tolist() for batch in chosen] == [[7, 3], [3]]
     assert torch.equal(chosen[0].views[0][:, 0, 0, 0], torch.tensor([7, 3], dtype=torch.uint8))
-    assert not list(
-        plain_batches(Images(20), PLAIN, channels=3, batch_size=2, indices=[], workers=workers)
-    )
+    assert not list(plain_batches(Images(20), PLAIN, batch_size=2, indices=[], workers=workers))
 
 
 def test_plain_batches_leave_broken_items_out_or_name_them() -> None:
     source, bad = Images(20, broken=(0, 1, 2, 3, 9)), BadFiles(None, 0.5)
-    batches = list(plain_batches(source, PLAIN, channels=3, batch_size=4, bad=bad))
+    batches = list(plain_batches(source, PLAIN, batch_size=4, bad=bad))
     assert torch.cat([batch.index for batch in batches]).tolist() == [4, 5, 6, 7, 8, *range(10, 20)]
     assert len(bad) == 5
     with pytest.raises(UserError, match=r"^folder/0\.png cannot be read \(input/output error 0\)$"):
-        list(plain_batches(source, PLAIN, channels=3, batch_size=4))
+        list(plain_batches(source, PLAIN, batch_size=4))
 
 
 def test_bytes_and_deeper_images_share_a_batch() -> None:
@@ -337,7 +311,7 @@ def test_bytes_and_deeper_images_share_a_batch() -> None:
                 np.full((8, 8), 65535, np.uint16) if index % 2 else np.full((8, 8, 3), 51, np.uint8)
             )
 
-    (batch,) = plain_batches(Mixed(4), PLAIN, channels=3, batch_size=4)
+    (batch,) = plain_batches(Mixed(4), PLAIN, batch_size=4)
     assert batch.views[0][:, 0, 0, 0].tolist() == pytest.approx([0.2, 1, 0.2, 1])
 
 
@@ -365,15 +339,16 @@ def test_normalise_mirrors_and_scales(dtype: torch.dtype, shape: tuple[int, ...]
 
 def test_statistics_are_those_of_the_pixels() -> None:
     source = Noise(30, broken=(4,))
-    mean, std = data_statistics(source, 3)
+    mean, std = data_statistics(source, InputSettings())
     pixels = np.stack([source.read(n) for n in range(30) if n != 4]).reshape(-1, 3) / 255
     assert torch.allclose(mean.double(), torch.from_numpy(pixels.mean(0)), atol=1e-6)
     assert torch.allclose(std.double(), torch.from_numpy(pixels.std(0)), atol=1e-6)
     assert (
-        data_statistics(Images(5, channels=13), 13, sample=1)[1].tolist() == [1.0] * 13
+        data_statistics(Images(5, channels=13), InputSettings(channels=13), sample=1)[1].tolist()
+        == [1.0] * 13
     )  # constant
     with pytest.raises(UserError, match=r"none of the 5 items .* set channels=13"):
-        data_statistics(Images(5, channels=13), 3)
+        data_statistics(Images(5, channels=13), InputSettings())
 
 
 # Processes
@@ -381,8 +356,7 @@ def test_statistics_are_those_of_the_pixels() -> None:
 
 
 def test_abandoned_workers_end() -> None:
-    batches = train_batches(Images(), VIEW, channels=3, seed=0, batch_size=8, steps_per_epoch=4, start_step=0,
-                            total_steps=10**9, workers=2, bad=BadFiles(None, 0))  # fmt: skip
+    batches = start(Images(), VIEW, total_steps=10**9, workers=2, bad=BadFiles(None, 0))
     next(batches)
     children = child_processes(os.getpid())
     assert len(children) >= 2
@@ -415,13 +389,12 @@ PROGRAM = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from test_data_loader import VIEW, BadFiles, Images, train_batches
+from test_data_loader import VIEW, BadFiles, Images, start
 
 stop = []
 number = getattr(signal, sys.argv[2])
 signal.signal(number, lambda *_: stop.append(1))
-batches = train_batches(Images(), VIEW, channels=3, seed=0, batch_size=8, steps_per_epoch=4, start_step=0,
-                        total_steps=10**9, workers=2, bad=BadFiles(None, 0))
+batches = start(Images(), VIEW, total_steps=10**9, workers=2, bad=BadFiles(None, 0))
 after = 0
 for step, batch in enumerate(batches):
     if step == 3:
@@ -454,7 +427,7 @@ def test_a_signal_to_the_group_reaches_the_main_process_only(number: str) -> Non
 @pytest.mark.gpu
 def test_batches_are_pinned_and_workers_start_beside_cuda() -> None:
     torch.zeros(1, device="cuda")
-    batches = train(Noise(), workers=2, pin=True)
+    batches = train(Noise(), workers=2, device=torch.device("cuda"))
     assert all(batch.views[0].is_pinned() and batch.box.is_pinned() for batch in batches)
     mean, std = torch.full((3,), 0.5, device="cuda"), torch.full((3,), 0.2, device="cuda")
     for ours, plain in zip(batches, train(Noise()), strict=True):
@@ -466,8 +439,7 @@ def test_batches_are_pinned_and_workers_start_beside_cuda() -> None:
 
 def test_memory_does_not_grow_with_the_length_of_a_run() -> None:
     """Of a run of a thousand million steps nothing but the next few exists."""
-    batches = train_batches(Images(), VIEW, channels=3, seed=0, batch_size=8, steps_per_epoch=4, start_step=10**8,
-                            total_steps=10**9, bad=BadFiles(None, 0))  # fmt: skip
+    batches = start(Images(), VIEW, start_step=10**8, total_steps=10**9, bad=BadFiles(None, 0))
     sizes = []
     for _ in range(2):
         counted = Counter(len(batch) for batch in islice(batches, 50))

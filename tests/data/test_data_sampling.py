@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from patchmine.data.inspect import inspect
 from patchmine.data.loader import data_statistics
 from patchmine.data.sampling import changed_stamps, content_stamps, spread_indices
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.combine import DatasetSource
 from patchmine.data.sources.source import open_source
 
@@ -29,7 +30,7 @@ class BlackAndWhiteInTurn(Dataset[torch.Tensor]):
 
 def test_statistics_and_inspect_see_both_halves_of_a_list_that_alternates() -> None:
     source = DatasetSource(BlackAndWhiteInTurn())
-    mean, _ = data_statistics(source, 1, sample=60)
+    mean, _ = data_statistics(source, InputSettings(channels=1), sample=60)
     assert 0.3 < float(mean) < 0.7
     assert 0.3 < inspect(source, sample=60).mean[0] < 0.7
 

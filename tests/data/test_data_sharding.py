@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loading import seen, start
 from made_files import JPEG, add, write_files
 from PIL import Image
 from torch.utils.data import Dataset
 
 from patchmine.data import sharding
-from patchmine.data.badfiles import BadFiles
 from patchmine.data.decoding.decode import decode
-from patchmine.data.loader import train_batches
 from patchmine.data.sharding import write_shards
 from patchmine.data.sources.contract import Source, key_of, notes_of
 from patchmine.data.sources.source import open_source
@@ -187,16 +186,14 @@ def test_training_sees_the_same_batches_from_shards_as_from_the_folder(
 
     def batches(spec: Path) -> list[Batch]:
         return list(
-            train_batches(
+            start(
                 open_source(spec),
-                TrainView((16, 16)),
-                channels=3,
+                TrainView(seen(16)),
                 seed=3,
                 batch_size=12,
                 steps_per_epoch=3,
                 start_step=1,
                 total_steps=5,
-                bad=BadFiles(None, 0.05),
             )
         )
 

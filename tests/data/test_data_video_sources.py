@@ -14,6 +14,7 @@ from patchmine.data.decoding import video_pyav, video_torchcodec
 from patchmine.data.decoding.video import FrameFiles, VideoFile, backend_name, open_video
 from patchmine.data.inspect import inspect, render
 from patchmine.data.loader import data_statistics
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.source import open_source
 from patchmine.data.sources.video_sources import decoder_of, open_videos
 from patchmine.data.views.clips import middle_frame
@@ -138,7 +139,7 @@ def test_videos_that_nothing_decodes_are_refused_before_any_work(
 def test_statistics_and_inspection_look_at_one_frame_of_each(clips: Path) -> None:
     (clips / "run" / "bad.gif").write_bytes(b"GIF89a")
     source = open_videos(clips)
-    mean, std = data_statistics(source, 3, look=middle_frame)
+    mean, std = data_statistics(source, InputSettings(), look=middle_frame)
     assert mean.tolist() == pytest.approx([52 / 255, 50 / 255, 0], abs=0.01)
     report = inspect(source, video=True)
     assert report.frames == {5: 6}

@@ -12,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from loading import seen
 from PIL import Image
+from pydantic import ValidationError
 from torch.nn import functional as F
 from torchvision import transforms
 
 from patchmine.data.decoding.decode import DecodeError
-from patchmine.data.views.images import PlainView, TrainView, View, crop_box, resize
+from patchmine.data.views.geometry import resize
+from patchmine.data.views.images import PlainView, TrainView, View, crop_box
 from patchmine.errors import UserError
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -99,7 +102,6 @@ def test_bytes_are_resized_as_pil_resizes_them(
     ]
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
     got = resize(image, size, interpolation)
-    assert got.is_contiguous()
     for channel in range(channels):
         expected = np.asarray(
             Image.fromarray(pixels[..., channel]).resize(size[::-1], resample)
@@ -131,10 +133,11 @@ def test_floats_are_resized_like_bytes_without_rounding() -> None:
 
 
 def test_the_box_says_which_pixels_were_taken() -> None:
-    view = TrainView((24, 32), flip=0.5)
+    view = TrainView(seen(24, 32, flip=0.5))
     pixels = photo()
     for seed in range(20):
-        got, box, flip = view(pixels, 3, generator(seed))
+        sample = view(pixels, generator(seed))
+        (got,), box, flip = sample.views, sample.box, sample.flip
         rng = generator(seed)
         top, left, height, width = crop_box(120, 160, SCALE, RATIO, rng)
         assert flip == (rng.random() < 0.5)
@@ -144,13 +147,14 @@ def test_the_box_says_which_pixels_were_taken() -> None:
         )
         assert torch.equal(got, resize(crop, (24, 32)))  # not mirrored: the device does that
         assert got.shape == (3, 24, 32)
+        assert got.is_contiguous()
         assert got.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(("flip", "expected"), [(0.0, 0), (1.0, 50)])
 def test_flip_is_a_probability(flip: float, expected: int) -> None:
-    view = TrainView((8, 8), flip=flip)
-    assert sum(view(photo(20, 20), 3, generator(seed))[2] for seed in range(50)) == expected
+    view = TrainView(seen(8, flip=flip))
+    assert sum(int(view(photo(20, 20), generator(seed)).flip) for seed in range(50)) == expected
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,8 @@ def test_flip_is_a_probability(flip: float, expected: int) -> None:
 )
 def test_the_plain_view_is_resize_and_centre_crop(height: int, width: int) -> None:
     pixels = photo(height, width)
-    got, box, flip = PlainView((28, 28))(pixels, 3, generator())
+    sample = PlainView(seen(28))(pixels, generator())
+    (got,), box, flip = sample.views, sample.box, sample.flip
     both = [transforms.Resize(32, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(28)]
     expected = np.asarray(transforms.Compose(both)(Image.fromarray(pixels))).astype(int)
     assert np.abs(got.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
@@ -169,7 +174,8 @@ def test_the_plain_view_is_resize_and_centre_crop(height: int, width: int) -> No
 
 @pytest.mark.parametrize(("height", "width"), [(120, 160), (160, 120), (50, 50)])
 def test_a_plain_view_may_be_a_rectangle(height: int, width: int) -> None:
-    got, box, _ = PlainView((24, 48), crop_pct=0.8)(photo(height, width), 3, generator())
+    sample = PlainView(seen(24, 48), 0.8)(photo(height, width), generator())
+    (got,), box = sample.views, sample.box
     assert got.shape == (3, 24, 48)
     assert (box >= 0).all()
     assert max(box[2].item(), box[3].item()) == pytest.approx(0.8, abs=0.02)  # one side just fits
@@ -177,25 +183,26 @@ def test_a_plain_view_may_be_a_rectangle(height: int, width: int) -> None:
 
 def test_the_plain_view_can_squash() -> None:
     image = torch.from_numpy(photo().transpose(2, 0, 1).copy())
-    got, box, _ = PlainView((16, 16), crop_pct=None)(image, 3, generator())
+    sample = PlainView(seen(16), None)(image, generator())
+    (got,), box = sample.views, sample.box
     assert torch.equal(got, resize(image, (16, 16)))
     assert box.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
-    "view", [TrainView((32, 32), smallest_side=16), PlainView((32, 32), smallest_side=16)]
+    "view", [TrainView(seen(32), smallest_side=16), PlainView(seen(32), smallest_side=16)]
 )
 def test_an_image_smaller_than_a_patch_is_refused(view: View) -> None:
     with pytest.raises(
         DecodeError, match=r"is 40x15 pixels, smaller than a patch of 16x16; .* patch_size"
     ):
-        view(photo(15, 40), 3, generator())
-    assert view(photo(16, 16), 3, generator())[0].shape == (3, 32, 32)
+        view(photo(15, 40), generator())
+    assert view(photo(16, 16), generator()).views[0].shape == (3, 32, 32)
     assert pickle.loads(pickle.dumps(view)) == view
 
 
 def test_mistaken_settings_are_named() -> None:
-    with pytest.raises(UserError, match=r"interpolation=nearest .* interpolation=bicubic"):
-        TrainView((8, 8), interpolation="nearest")
+    with pytest.raises(ValidationError, match=r"interpolation\n.*'bicubic'"):
+        seen(8, interpolation="nearest")
     with pytest.raises(UserError, match=r"crop_pct=1\.2"):
-        PlainView((8, 8), crop_pct=1.2)
+        PlainView(seen(8), crop_pct=1.2)

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from loading import seen, start
 
 from patchmine.data import workers as workers_module
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.decoding.bounds import DecodeError, missing
-from patchmine.data.loader import data_statistics, plain_batches, train_batches
+from patchmine.data.loader import data_statistics, plain_batches
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.contract import IMAGES, Labels
 from patchmine.data.views.images import PlainView, TrainView
 from patchmine.errors import UserError
@@ -50,10 +52,8 @@ class Images:
 
 def train(source: Images, workers: int = 2, bad: BadFiles | None = None, **settings: Any) -> int:
     """How many batches come."""
-    batches = train_batches(
-        source, TrainView((8, 8)), channels=3, seed=0, batch_size=4, steps_per_epoch=4, start_step=0, total_steps=8,
-        workers=workers, bad=BadFiles(None, 0.5) if bad is None else bad, **settings,
-    )  # fmt: skip
+    settings = {"batch_size": 4, "bad": BadFiles(None, 0.5) if bad is None else bad, **settings}
+    batches = start(source, TrainView(seen(8)), workers=workers, **settings)
     return sum(1 for _ in batches)
 
 
@@ -88,7 +88,7 @@ def test_a_worker_that_dies_is_one_sentence(number: signal.Signals, words: str) 
     assert caught.value.__context__ is None
     assert signal.getsignal(signal.SIGCHLD) == handler
     with pytest.raises(UserError, match=words):
-        list(plain_batches(Images(die), PlainView((8, 8)), channels=3, batch_size=4, workers=2))
+        list(plain_batches(Images(die), PlainView(seen(8)), batch_size=4, workers=2))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -125,7 +125,7 @@ def test_whatever_one_item_raises_is_that_items_failure(
     bad = BadFiles(tmp_path / "bad_files.txt", 0.5)
     assert train(Images(fail), workers=workers, bad=bad) == 8
     assert (tmp_path / "bad_files.txt").read_text() == f"folder/5\\n.png\t{reason}\n"
-    assert data_statistics(Images(fail), 3)[0].shape == (3,)
+    assert data_statistics(Images(fail), InputSettings())[0].shape == (3,)
 
 
 def test_a_missing_package_is_said_once_not_as_broken_files(tmp_path: Path) -> None:
@@ -141,12 +141,12 @@ def test_a_missing_package_is_said_once_not_as_broken_files(tmp_path: Path) -> N
     ):
         train(Telephone(None), workers=0, bad=bad)
     with pytest.raises(UserError, match=r"none of the 16 items"):
-        data_statistics(Telephone(None), 3)
+        data_statistics(Telephone(None), InputSettings())
 
 
 def test_too_many_workers_are_refused() -> None:
     with pytest.raises(UserError, match=r"workers=100000 is more than the 1024"):
-        train(Images(None), workers=100_000)
+        plain_batches(Images(None), PlainView(seen(8)), batch_size=4, workers=100_000)
 
 
 def test_a_bad_list_that_cannot_be_written_does_not_end_a_run(tmp_path: Path) -> None:

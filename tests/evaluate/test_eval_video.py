@@ -43,7 +43,7 @@ def features_of(target, view, source):
     generator = np.random.default_rng(0)
     rows = []
     for number in range(len(source)):
-        pixels = view(source.read(number), 3, generator)[0].float() / 255
+        pixels = view(source.read(number), 3, generator).views[0].float() / 255
         channels = (
             torch.tensor(target.mean)[:, None, None, None],
             torch.tensor(target.std)[:, None, None, None],
@@ -58,7 +58,7 @@ def test_features_of_videos_are_those_of_the_clip_in_the_middle(video_folder, cl
     target, source = open_target(video_folder), open_videos(clips / "train")
     assert (target.kind, target.clip.frames, target.clip.stride) == ("video", 4, 2)
     found = extract(target, source, batch_size=20, workers=0)
-    wanted = features_of(target, PlainClips((16, 16), 4, 2, crop_pct=target.crop_pct), source)[:, 0]
+    wanted = features_of(target, PlainClips(target.input, target.crop_pct), source)[:, 0]
     torch.testing.assert_close(found.x, wanted, rtol=1e-4, atol=1e-5)
     assert found.labels.tolist() == [0] * 6 + [1] * 6
 
@@ -226,9 +226,9 @@ def test_several_clips_of_a_video_equal_the_protocol_done_by_hand(video_folder, 
     ] == [knn, linear]
     target = open_target(video_folder)
     train, test = open_videos(clips / "train"), open_videos(clips / "test")
-    bank = F.normalize(features_of(target, PlainClips((16, 16), 4, 2), train)[:, 0], dim=1)
+    bank = F.normalize(features_of(target, PlainClips(target.input), train)[:, 0], dim=1)
     labels, truth = torch.from_numpy(train.labels().ids), torch.from_numpy(test.labels().ids)
-    views = features_of(target, TestClips((16, 16), 4, 2, segments=2, crops=3), test)  # (6, 6, D)
+    views = features_of(target, TestClips(target.input, segments=2, crops=3), test)  # (6, 6, D)
     shares = torch.stack([vote_shares(bank, labels, own, 2, k=5) for own in views])
     assert knn["top1"] == pytest.approx(
         100 * (shares.mean(1).argmax(1) == truth).float().mean().item()

@@ -146,19 +146,27 @@ def load_images(data: bytes, folder: Path) -> object:
     """What training does: statistics, and batches of crops, whose numbers must be finite."""
     from patchmine.data.badfiles import BadFiles
     from patchmine.data.loader import data_statistics, train_batches
+    from patchmine.data.settings import InputSettings, ViewSettings
     from patchmine.data.sources.source import open_source
     from patchmine.data.views.images import TrainView
+    from patchmine.train.settings import MachineSettings, ScheduleSettings
 
     room = folder / "images"
     room.mkdir(exist_ok=True)
     for ending in (".jpg", ".tif"):
         (room / f"x{ending}").write_bytes(data)
     source = open_source(room)
-    numbers = list(data_statistics(source, 3))
-    view = TrainView((16, 16), (0.2, 1.0), (0.75, 1.33), 0.5, "bicubic", 8)
-    steps = {"steps_per_epoch": 1, "start_step": 0, "total_steps": 2}
+    numbers = list(data_statistics(source, InputSettings()))
+    settings = ViewSettings(image_size=(16, 16))
     batches = train_batches(
-        source, view, channels=3, seed=0, batch_size=2, bad=BadFiles(None, 1.0), **steps
+        source,
+        TrainView(settings, smallest_side=8),
+        ScheduleSettings(batch_size=2),
+        MachineSettings(workers=0),
+        seed=0,
+        steps=range(2),
+        steps_per_epoch=1,
+        bad=BadFiles(None, 1.0),
     )
     numbers += [batch.views[0].float() for batch in batches]
     if not all(bool(each.isfinite().all()) for each in numbers):

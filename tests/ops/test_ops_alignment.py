@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.data.loader import collate
+from patchmine.data.settings import ViewSettings
 from patchmine.data.views.images import TrainView, crop_box
 from patchmine.data.views.normalise import normalise
 from patchmine.ops.alignment import align, attention_map
-from patchmine.types import Batch, Grid
+from patchmine.types import Grid
 
 GRID = Grid(
     (6, 4), (4, 8)
@@ -134,17 +136,15 @@ def test_what_the_loader_cuts_out_is_what_is_aligned() -> None:
     weights' values.
     """
     maps = (random_maps(12) * 255).round() / 255
-    view = TrainView(
-        (GRID.size[0] * GRID.patch[0], GRID.size[1] * GRID.patch[1]), interpolation="bilinear"
-    )
-    pixels, boxes, flips = [], [], []
+    size = GRID.size[0] * GRID.patch[0], GRID.size[1] * GRID.patch[1]
+    view = TrainView(ViewSettings(image_size=size, interpolation="bilinear"))
+    samples = []
     for number, cells in enumerate(maps.reshape(-1, 1, *GRID.size)):
         picture = cells.repeat_interleave(40, 1).repeat_interleave(30, 2)
-        drawn = view((picture * 255).byte().expand(3, -1, -1), 3, np.random.default_rng(number))
-        for part, kept in zip(drawn, (pixels, boxes, flips), strict=True):
-            kept.append(part)
-    assert len(set(flips)) == 2
-    batch = Batch([torch.stack(pixels)], torch.arange(12), torch.stack(boxes), torch.tensor(flips))
+        levels = (picture * 255).byte().expand(3, -1, -1)
+        samples.append(view(levels, np.random.default_rng(number)))
+    batch = collate(samples)
+    assert len(set(batch.flip.tolist())) == 2
     batch = normalise(batch, torch.zeros(3), torch.ones(3), "cpu")
     shown = F.avg_pool2d(batch.views[0][:, :1], GRID.patch).flatten(1)
     weights = align(maps, GRID, batch.box, batch.flip)

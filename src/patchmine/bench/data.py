@@ -22,15 +22,14 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from patchmine.data.decoding.decode import DecodeError, decode
-from patchmine.data.loader import sample_generator
+from patchmine.data.loader import collate, sample_generator
 from patchmine.data.sampling import spread_indices
+from patchmine.data.settings import Crops, ViewSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import open_source
-from patchmine.data.views.crops import NUM_GLOBAL, MultiCropView
-from patchmine.data.views.images import TrainView
+from patchmine.data.views.images import NUM_GLOBAL, MultiCropView, TrainView
 from patchmine.data.views.normalise import normalise
 from patchmine.errors import UserError
-from patchmine.types import Batch
 
 # torchvision's and everybody's ImageNet statistics; their values do not matter here.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -150,19 +149,16 @@ def _ratio(turns: list[dict[str, list[float]]], name: str) -> float:
 
 
 def _ours(image_size: int) -> _Chain:
-    view, numbers = TrainView((image_size, image_size), scale=_SCALE), iter(range(1 << 62))
-    return lambda raw: view(raw, 3, sample_generator(0, 0, next(numbers)))[0]
+    view, numbers = _train_view(image_size), iter(range(1 << 62))
+    return lambda raw: view(raw, sample_generator(0, 0, next(numbers))).views[0]
 
 
 def _ours_float(image_size: int) -> _Chain:
-    view, numbers = TrainView((image_size, image_size), scale=_SCALE), iter(range(1 << 62))
+    view, numbers = _train_view(image_size), iter(range(1 << 62))
     mean, std = torch.tensor(_MEAN), torch.tensor(_STD)
 
     def chain(raw: bytes) -> Tensor:
-        pixels, box, flip = view(raw, 3, sample_generator(0, 0, next(numbers)))
-        batch = Batch(
-            [pixels[None]], torch.zeros(1, dtype=torch.int64), box[None], torch.tensor([flip])
-        )
+        batch = collate([view(raw, sample_generator(0, 0, next(numbers)))])
         return normalise(batch, mean, std, "cpu").views[0][0]
 
     return chain
@@ -186,7 +182,7 @@ def _torchvision(image_size: int) -> _Chain:
 
 def _our_crops(image_size: int, local_size: int) -> _Crops:
     view, numbers = _multi_crop_view(image_size, local_size), iter(range(1 << 62))
-    return lambda raw: view(raw, 3, sample_generator(0, 0, next(numbers))).views
+    return lambda raw: view(raw, sample_generator(0, 0, next(numbers))).views
 
 
 def _our_crops_float(image_size: int, local_size: int) -> _Crops:
@@ -194,19 +190,24 @@ def _our_crops_float(image_size: int, local_size: int) -> _Crops:
     mean, std = torch.tensor(_MEAN), torch.tensor(_STD)
 
     def chain(raw: bytes) -> list[Tensor]:
-        views, *rest = view(raw, 3, sample_generator(0, 0, next(numbers)))
-        batch = Batch(
-            [pixels[None] for pixels in views],
-            torch.zeros(1, dtype=torch.int64),
-            *(t[None] for t in rest),
-        )
+        batch = collate([view(raw, sample_generator(0, 0, next(numbers)))])
         return [pixels[0] for pixels in normalise(batch, mean, std, "cpu").views]
 
     return chain
 
 
 def _multi_crop_view(image_size: int, local_size: int) -> MultiCropView:
-    return MultiCropView((image_size, image_size), _LOCAL, local_size, _GLOBAL_SCALE, _LOCAL_SCALE)
+    crops = Crops(
+        num_local=_LOCAL,
+        local_size=local_size,
+        global_scale=_GLOBAL_SCALE,
+        local_scale=_LOCAL_SCALE,
+    )
+    return MultiCropView(ViewSettings(image_size=(image_size, image_size), crops=crops))
+
+
+def _train_view(image_size: int) -> TrainView:
+    return TrainView(ViewSettings(image_size=(image_size, image_size), crop_scale=_SCALE))
 
 
 def _torchvision_crops(image_size: int, local_size: int) -> _Crops:

@@ -31,7 +31,7 @@ from patchmine.bench.measure import (
 from patchmine.bench.settings import BenchStepSettings
 from patchmine.config.explain import validate
 from patchmine.config.words import did_you_mean, shown
-from patchmine.data.views.crops import NUM_GLOBAL
+from patchmine.data.views.images import NUM_GLOBAL
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.task import Method

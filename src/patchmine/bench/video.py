@@ -22,6 +22,7 @@ from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import VideoFile, open_video
 from patchmine.data.loader import sample_generator
 from patchmine.data.sampling import spread_indices
+from patchmine.data.settings import Clip, ViewSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.video_sources import open_videos
 from patchmine.data.views.clips import TrainClips, window
@@ -168,11 +169,17 @@ def _torchcodec(content: str | bytes, wanted: list[int]) -> Tensor:
 
 def _view_seconds(jobs: Sequence[_Job], image_size: int, frames: int) -> float:
     """Seconds for the crop and resize of one clip whose frames are at hand."""
-    view, spent = TrainClips((image_size, image_size), frames, 1), []
+    settings = ViewSettings(
+        image_size=(image_size, image_size),
+        interpolation="bilinear",
+        flip=0,
+        clip=Clip(frames=frames, stride=1, tubelet=1),
+    )
+    view, spent = TrainClips(settings), []
     for number, job in enumerate(jobs):
         clip = _pyav(*job)
         begin = time.perf_counter()
-        view(clip, 3, sample_generator(0, 0, number))
+        view(clip, sample_generator(0, 0, number))
         spent.append(time.perf_counter() - begin)
     return median(spent)
 

@@ -1,16 +1,15 @@
-"""From a source of images or videos to batches.
+"""From a source of images or videos to batches, the same for any number of workers and processes.
 
-One torch DataLoader serves the whole rest of a run.  What goes to a worker is an epoch and the
-numbers of the items of one micro-batch; what comes back is that batch and which items were broken.
-The order of items is a function of (seed, epoch), the randomness of a sample one of (seed, epoch,
-index), so nothing has to be saved to resume a run exactly.
+What goes to a worker is an epoch and the numbers of the items of one micro-batch; what comes back
+is that batch and which items were broken.  The order of items is a function of (seed, epoch), the
+randomness of a sample one of (seed, epoch, index): nothing is saved to resume a run exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,16 +22,14 @@ from patchmine.data.decoding.bounds import reading_item
 from patchmine.data.decoding.decode import DecodeError, decode
 from patchmine.data.decoding.video import open_video
 from patchmine.data.sampling import spread_indices
-from patchmine.data.settings import READ_TIMEOUT
+from patchmine.data.settings import READ_TIMEOUT, InputSettings
 from patchmine.data.sources.contract import Source
-from patchmine.data.views.crops import MultiCropView
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import as_float
-from patchmine.data.workers import Desk, Workers
+from patchmine.data.workers import Desk, Workers, num_workers
 from patchmine.errors import UserError, reason_of, shown_name
-from patchmine.types import Batch
-
-__all__ = ["BadFiles", "data_statistics", "plain_batches", "train_batches"]
+from patchmine.train.settings import MachineSettings, ScheduleSettings
+from patchmine.types import Batch, Sample
 
 # Items tried in place of a broken one before a worker gives up.
 _REPLACEMENTS = 100
@@ -43,10 +40,32 @@ _Key = tuple[int, NDArray[np.int64]]
 """An epoch and the items of one micro-batch."""
 
 
+class Place(Protocol):
+    """Which process of a run this is, and what it computes on; `train.engine.Engine` is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def local_size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True)
+class Process:
+    """A `Place` by its numbers; by default the only process there is, on the CPU."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
 @dataclass(frozen=True)
 class _Loaded:
-    """What a worker sends back: a batch unless nothing could be read, and the items that failed of
-    those ``tried``.
+    """What a worker sends back: a batch, unless nothing could be read, and the items that failed.
 
     ``mistake``: why the run must end, in a sentence (a UserError would arrive wrapped in a worker's
     traceback).
@@ -59,122 +78,97 @@ class _Loaded:
 
     def pin_memory(self) -> _Loaded:
         """The same in page-locked memory; torch's loader calls this."""
-        batch = self.batch.pin_memory() if self.batch is not None else None
-        return _Loaded(batch, self.tried, self.failures, self.mistake)
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
 def sample_generator(seed: int, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
     """The randomness of one sample; costs about 8 microseconds."""
-    return np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence((_SAMPLE, seed, epoch, index, attempt)))
-    )
+    words = (_SAMPLE, seed, epoch, index, attempt)
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
 def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     """(length,) the order in which an epoch visits the items."""
-    return np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence((_ORDER, seed, epoch)))
-    ).permutation(length)
+    seeds = np.random.SeedSequence((_ORDER, seed, epoch))
+    return np.random.Generator(np.random.PCG64(seeds)).permutation(length)
 
 
 def train_batches(
     source: Source,
-    view: View | MultiCropView,
+    view: View,
+    schedule: ScheduleSettings,
+    machine: MachineSettings,
+    place: Place | None = None,
     *,
-    channels: int,
     seed: int,
-    batch_size: int,
+    steps: range,
     steps_per_epoch: int,
-    start_step: int,
-    total_steps: int,
-    rank: int = 0,
-    world_size: int = 1,
-    accumulate: int = 1,
-    repeats: int = 1,
-    workers: int = 0,
-    read_timeout: float = READ_TIMEOUT,
-    pin: bool = False,
     bad: BadFiles,
+    targets: bool = False,
 ) -> Iterator[Batch]:
-    """``accumulate`` micro-batches per step, from ``start_step`` up to ``total_steps``; workers
-    start at once.
+    """``accumulate`` micro-batches for each of ``steps``; workers start at once.
 
     ``batch_size`` is global.  A step's rows are cut into ``accumulate * world_size`` equal parts;
     micro-batch m of process ``rank`` is part ``m * world_size + rank``.  A broken item is replaced
-    by another, chosen by (seed, epoch, index).  An epoch takes every item ``repeats`` times in a
-    row, differently each time; a part holds all of these, and the item is read and opened once.
-    ``read_timeout``: seconds that a worker may spend on one item; 0 is for ever. UserError when
-    sizes do not fit, or (while iterating) when too many items are broken or a worker is lost.
+    by another, chosen by (seed, epoch, index).  An epoch takes every item ``view.repeats`` times in
+    a row, differently each time; a part holds all of these, and the item is opened once.
+    ``targets``: whether ``batch.target`` is filled.  UserError when sizes do not fit, or (while
+    iterating) when too many items are broken or a worker is lost.
     """
-    _check_sizes(
-        len(source) * repeats,
-        source.name,
-        batch_size,
-        steps_per_epoch,
-        world_size,
-        accumulate * repeats,
-    )
-    steps = range(start_step, total_steps)
-    order = _TrainOrder(
-        seed, len(source), batch_size, steps_per_epoch, steps, rank, world_size, accumulate, repeats
-    )
-    desk = Desk(workers)
-    samples = _TrainSamples(source, view, channels, seed, desk, repeats)
-    return _drain(
-        Workers(samples, order, desk, workers, pin, _names(source)), source, bad, read_timeout
-    )
+    place = place or Process()
+    _check_sizes(source, view.repeats, schedule, steps_per_epoch, place.world_size)
+    order = _TrainOrder(len(source), view.repeats, schedule, seed, steps, steps_per_epoch, place)
+    desk = Desk(num_workers(machine.workers, place.device, place.local_size))
+    samples = _Samples(source, view, desk, seed, targets)
+    workers = Workers(samples, order, desk, _names(source), pin=place.device.type == "cuda")
+    return _drain(workers, source, bad, machine.read_timeout)
 
 
 def plain_batches(
     source: Source,
     view: View,
     *,
-    channels: int,
     batch_size: int,
     indices: Sequence[int] | NDArray[np.int64] | None = None,
     workers: int = 0,
     read_timeout: float = READ_TIMEOUT,
     bad: BadFiles | None = None,
+    targets: bool = False,
 ) -> Iterator[Batch]:
-    """The items in order (or those of ``indices``), the last batch may be partial; ``batch.index``
-    says which they are.
+    """The items in order (or those of ``indices``), each once; the last batch may be partial.
 
-    Broken items are left out and noted in ``bad``; without it the first one is a UserError that
-    names it.
+    Broken items are left out, as ``batch.index`` tells, and noted in ``bad``; without it the first
+    one is a UserError that names it.  ``targets`` as in `train_batches`.
     """
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
-    desk, order = Desk(workers), _PlainOrder(chosen, batch_size)
-    samples = _PlainSamples(source, view, channels, desk)
-    return _drain(
-        Workers(samples, order, desk, workers, False, _names(source)), source, bad, read_timeout
-    )
+    desk = Desk(workers)
+    samples = _Samples(source, view, desk, None, targets)
+    running = Workers(samples, _PlainOrder(chosen, batch_size), desk, _names(source))
+    return _drain(running, source, bad, read_timeout)
 
 
 def data_statistics(
     source: Source,
-    channels: int,
+    settings: InputSettings,
+    look: Callable[[Any, int, int], Tensor] = decode,
     *,
     sample: int = 1000,
-    look: Callable[[Any, int], Tensor] = decode,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every channel, each (C,) float32, in units where bytes span
-    [0, 1].
+    """Mean and deviation of every channel, each (C,) float32, where bytes span [0, 1].
 
     From a seeded choice of ``sample`` items, each weighing the same; broken ones are left out.  A
-    constant channel gets a deviation of 1.  ``look`` gives pixels (C, H, W) of an item.  UserError
-    when no item can be read.
+    constant channel gets a deviation of 1.  ``look(raw, channels, max_pixels)`` gives pixels (C, H,
+    W) of an item.  UserError when no item can be read.
     """
-    chosen = spread_indices(len(source), sample)
-    first, second, count = (
-        torch.zeros(channels, dtype=torch.float64),
-        torch.zeros(channels, dtype=torch.float64),
-        0,
-    )
-    failures: list[Failure] = []
-    for index in chosen.tolist():
+    first, second = torch.zeros(2, settings.channels, dtype=torch.float64)
+    count, failures = 0, list[Failure]()
+    for index in spread_indices(len(source), sample).tolist():
         try:
             with reading_item():
-                pixels = _thin(look(source.read(index), channels)).double().flatten(1)
+                image = look(source.read(index), settings.channels, settings.max_pixels)
+                # Every k-th pixel of a large image is enough.
+                step = max(1, min(image.shape[-2:]) // 256)
+                pixels = as_float(image[:, ::step, ::step]).double().flatten(1)
         except (OSError, DecodeError) as error:
             failures.append((index, _reason(error)))
             continue
@@ -189,43 +183,33 @@ def data_statistics(
 
 
 # Inside a worker
-# ------------------------------------------------------------------------------------------------------
 
 
-class _TrainSamples(Dataset[_Loaded]):
+class _Samples(Dataset[_Loaded]):
+    """Reads micro-batches.  ``seed``: of training, where others stand in for broken items."""
+
     def __init__(
-        self,
-        source: Source,
-        view: View | MultiCropView,
-        channels: int,
-        seed: int,
-        desk: Desk,
-        repeats: int = 1,
+        self, source: Source, view: View, desk: Desk, seed: int | None, targets: bool
     ) -> None:
-        self.source, self.view, self.channels, self.seed, self.repeats = (
-            source,
-            view,
-            channels,
-            seed,
-            repeats,
-        )
-        self.desk = desk
+        self.source, self.view, self.desk, self.seed = source, view, desk, seed
+        self.target_of: Callable[[int], Any] = source.target if targets else lambda index: None  # type: ignore[attr-defined]
 
     def __getitem__(self, key: _Key) -> _Loaded:
         epoch, indices = key
-        samples: list[_Sample] = []
-        failures: list[Failure] = []
-        for start in range(0, len(indices), self.repeats):
+        samples, failures = list[Sample](), list[Failure]()
+        for index in indices[:: self.view.repeats].tolist():
             try:
-                self._add(samples, epoch, int(indices[start]), failures)
+                self._add(samples, epoch, index, failures)
             except UserError as error:
                 return _Loaded(None, len(samples) + len(failures), failures, str(error))
-        return _Loaded(_stack(samples), len(samples) + len(failures), failures)
+        batch = collate(samples) if samples else None
+        return _Loaded(batch, len(samples) + len(failures), failures)
 
-    def _add(self, samples: list[_Sample], epoch: int, index: int, failures: list[Failure]) -> None:
-        """``repeats`` samples of one item."""
-        for attempt in range(1 + _REPLACEMENTS):
-            generator = sample_generator(self.seed, epoch, index, attempt)
+    def _add(self, samples: list[Sample], epoch: int, index: int, failures: list[Failure]) -> None:
+        """As many samples of one item as the view repeats it, or of the one that stands in for it."""
+        attempts = 1 if self.seed is None else 1 + _REPLACEMENTS
+        for attempt in range(attempts):
+            generator = sample_generator(self.seed or 0, epoch, index, attempt)
             chosen = index if attempt == 0 else int(generator.integers(len(self.source)))
             try:
                 with self.desk.reading(chosen), reading_item():
@@ -234,60 +218,34 @@ class _TrainSamples(Dataset[_Loaded]):
                 failures.append((chosen, _reason(error)))
             else:
                 return
-        raise UserError(_nothing_readable(self.source, failures[-1 - _REPLACEMENTS :]))
+        if self.seed is not None:
+            raise UserError(_nothing_readable(self.source, failures[-attempts:]))
 
-    def _samples(self, index: int, generator: np.random.Generator) -> list[_Sample]:
-        raw = self.source.read(index)
-        if self.repeats > 1:  # which is for videos only
-            raw = open_video(raw, self.view.max_pixels)
-        return [(index, *self.view(raw, self.channels, generator)) for _ in range(self.repeats)]
-
-
-class _PlainSamples(Dataset[_Loaded]):
-    def __init__(self, source: Source, view: View, channels: int, desk: Desk) -> None:
-        self.source, self.view, self.channels, self.desk = source, view, channels, desk
-
-    def __getitem__(self, key: _Key) -> _Loaded:
-        samples: list[_Sample] = []
-        failures: list[Failure] = []
-        for index in key[1].tolist():
-            try:
-                with self.desk.reading(index), reading_item():
-                    raw, generator = self.source.read(index), sample_generator(0, 0, index)
-                    samples.append((index, *self.view(raw, self.channels, generator)))
-            except (OSError, DecodeError) as error:
-                failures.append((index, _reason(error)))
-            except UserError as error:
-                return _Loaded(None, len(key[1]), failures, str(error))
-        return _Loaded(_stack(samples) if samples else None, len(key[1]), failures)
+    def _samples(self, index: int, generator: np.random.Generator) -> list[Sample]:
+        raw, target = self.source.read(index), self.target_of(index)
+        if self.view.repeats > 1:  # which is for videos only
+            raw = open_video(raw, self.view.settings.max_pixels)
+        repeats = range(self.view.repeats)
+        return [replace(self.view(raw, generator, target), index=index) for _ in repeats]
 
 
-_Sample = tuple[int, Tensor, Tensor, bool] | tuple[int, list[Tensor], Tensor, Tensor, Tensor]
-"""Index, pixels, box, flip; of several crops index, pixels, boxes, flips, changes of colour."""
-
-
-def _stack(samples: list[_Sample]) -> Batch:
+def collate(samples: Sequence[Sample]) -> Batch:
     """One batch; in a worker default_collate stacks straight into shared memory."""
-    index, pixels, boxes, flips, *changes = (list(column) for column in zip(*samples, strict=True))
-    if not changes:
-        return Batch(
-            [_stack_pixels(pixels)],
-            torch.tensor(index),
-            default_collate(boxes),
-            torch.tensor(flips),
-        )
-    views = [_stack_pixels([*crops]) for crops in zip(*pixels, strict=True)]
+    views = []
+    for crops in zip(*(sample.views for sample in samples), strict=True):
+        mixed = len({crop.dtype for crop in crops}) > 1  # 8-bit and deeper images side by side
+        views.append(default_collate([as_float(crop) for crop in crops] if mixed else [*crops]))
+    first = samples[0]
     return Batch(
         views,
-        torch.tensor(index),
-        *(default_collate(column) for column in (boxes, flips, *changes)),
+        torch.tensor([sample.index for sample in samples]),
+        default_collate([sample.box for sample in samples]),
+        default_collate([sample.flip for sample in samples]),
+        None
+        if first.photometric is None
+        else default_collate([sample.photometric for sample in samples]),
+        None if first.target is None else default_collate([sample.target for sample in samples]),
     )
-
-
-def _stack_pixels(pixels: list[Tensor]) -> Tensor:
-    if len({view.dtype for view in pixels}) > 1:  # 8-bit and deeper images side by side
-        pixels = [as_float(view) for view in pixels]
-    return default_collate(pixels)
 
 
 def _reason(error: Exception) -> str:
@@ -302,31 +260,29 @@ def _names(source: Source) -> Callable[[int], str]:
 
 
 # Inside the main process
-# ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _TrainOrder(Sampler[_Key]):
-    seed: int
     length: int
-    batch_size: int
-    steps_per_epoch: int
+    repeats: int
+    schedule: ScheduleSettings
+    seed: int
     steps: range
-    rank: int
-    world_size: int
-    accumulate: int
-    repeats: int = 1
+    steps_per_epoch: int
+    place: Place
 
     def __iter__(self) -> Iterator[_Key]:
-        rows = self.batch_size // (self.world_size * self.accumulate)
+        batch_size, accumulate = self.schedule.batch_size, self.schedule.accumulate
+        rows = batch_size // (self.place.world_size * accumulate)
         epoch, order = -1, np.empty(0, np.int64)
         for step in self.steps:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = epoch_order(self.seed, epoch, self.length).repeat(self.repeats)
-            step_start = step % self.steps_per_epoch * self.batch_size
-            for micro in range(self.accumulate):
-                start = step_start + (micro * self.world_size + self.rank) * rows
+            step_start = step % self.steps_per_epoch * batch_size
+            for micro in range(accumulate):
+                start = step_start + (micro * self.place.world_size + self.place.rank) * rows
                 yield epoch, order[start : start + rows]
 
 
@@ -378,33 +334,29 @@ def _checked(part: _Loaded, source: Source, bad: BadFiles | None) -> Iterator[Ba
 def _nothing_readable(source: Source, failures: Sequence[Failure]) -> str:
     index, reason = failures[0]
     return (
-        f"none of the {len(dict(failures))} items of {shown_name(source.name)} that were tried can be used; "
-        f"the first is {shown_name(source.path(index))}, which {reason}"
+        f"none of the {len(dict(failures))} items of {shown_name(source.name)} that were tried can "
+        f"be used; the first is {shown_name(source.path(index))}, which {reason}"
     )
 
 
 def _check_sizes(
-    length: int, name: str, batch_size: int, steps_per_epoch: int, world_size: int, accumulate: int
+    source: Source, repeats: int, schedule: ScheduleSettings, steps_per_epoch: int, world_size: int
 ) -> None:
-    parts = world_size * accumulate
+    length, batch_size = len(source) * repeats, schedule.batch_size
+    parts = world_size * schedule.accumulate * repeats
     if batch_size % parts:
         nearest = max(parts, batch_size // parts * parts)
         raise UserError(
-            f"batch_size={batch_size} does not divide into {world_size} processes times accumulate={accumulate}; "
-            f"set batch_size={nearest}"
+            f"batch_size={batch_size} does not divide into {world_size} processes times "
+            f"accumulate={schedule.accumulate * repeats}; set batch_size={nearest}"
         )
-    fitting = max(parts, length // parts * parts)
     if batch_size > length:
+        fitting = max(parts, length // parts * parts)
         raise UserError(
-            f"batch_size={batch_size} is more than the {length} images of {name}; set batch_size={fitting} or lower"
+            f"batch_size={batch_size} is more than the {length} images of {source.name}; set "
+            f"batch_size={fitting} or lower"
         )
     if steps_per_epoch * batch_size > length:
         raise ValueError(
-            f"{steps_per_epoch} steps of {batch_size} images need more than the {length} that there are"
+            f"{steps_per_epoch} steps of {batch_size} images need more than the {length} there are"
         )
-
-
-def _thin(image: Tensor, side: int = 256) -> Tensor:
-    """Every k-th pixel of a large image, as floats: enough for its mean and deviation."""
-    step = max(1, min(image.shape[-2:]) // side)
-    return as_float(image[:, ::step, ::step])

@@ -76,21 +76,25 @@ class InputSettings(Strict):
 
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
-    image_size: Size = Field((224, 224), description="pixels, one number or [height, width]")
-    channels: Count = Field(3, description="channels of the images")
+    image_size: Size = Field(
+        default=(224, 224), description="pixels, one number or [height, width]"
+    )
+    channels: Count = Field(default=3, description="channels of the images")
     mean: list[float] | None = Field(
-        None,
+        default=None,
         validate_default=True,
         description="one a channel; null: ImageNet's for 3 channels, else the data's",
     )
     std: list[Annotated[float, Field(gt=0)]] | None = Field(
-        None, validate_default=True, description="one a channel; null: as for mean"
+        default=None, validate_default=True, description="one a channel; null: as for mean"
     )
     max_pixels: Positive = Field(
-        MAX_PIXELS,
+        default=MAX_PIXELS,
         description="pixels of an image or frame above which it counts as broken, undecoded",
     )
-    clip: Clip = Field(Clip(), description="of video models, which take clips instead of images")
+    clip: Clip = Field(
+        default=Clip(), description="of video models, which take clips instead of images"
+    )
 
     @field_validator("mean", "std")
     @classmethod
@@ -143,16 +147,16 @@ class ViewSettings(InputSettings):
     """How crops are taken in training."""
 
     crop_scale: tuple[Fraction, Fraction] = Field(
-        (0.2, 1.0), description="smallest and largest share of the image in a crop"
+        default=(0.2, 1.0), description="smallest and largest share of the image in a crop"
     )
     crop_ratio: tuple[float, float] = Field(
-        (3 / 4, 4 / 3), description="narrowest and widest crop, width / height"
+        default=(3 / 4, 4 / 3), description="narrowest and widest crop, width / height"
     )
-    flip: Fraction = Field(0.5, description="probability of a mirrored crop")
+    flip: Fraction = Field(default=0.5, description="probability of a mirrored crop")
     interpolation: Literal["bicubic", "bilinear"] = Field(
-        "bicubic", description="how crops are resized"
+        default="bicubic", description="how crops are resized"
     )
-    crops: Crops = Field(Crops(), description="of methods with several crops of each image")
+    crops: Crops = Field(default=Crops(), description="of methods with several crops of each image")
 
     def mistakes(self) -> Iterator[Mistake]:
         """Ranges that are none."""

@@ -20,15 +20,15 @@ from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from patchmine.errors import UserError, reason_of
+from patchmine.strict import MOST_WORKERS
 
-MOST_WORKERS = 1024
 _POLL = 5.0  # seconds of silence after which the workers are looked at
 _RESUME = "then `patchmine resume` goes on from the last checkpoint"
 _SHORT_OF = (
@@ -47,6 +47,9 @@ class Desk:
     def __init__(self, workers: int) -> None:
         self._notes: Tensor = torch.zeros(workers, 3, dtype=torch.float64)
         self._notes.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self._notes)
 
     @contextmanager
     def reading(self, index: int) -> Iterator[None]:
@@ -72,6 +75,18 @@ class Desk:
         ]
 
 
+def num_workers(setting: int | Literal["auto"], device: torch.device, processes: int) -> int:
+    """Processes that read data for one of the ``processes`` that train on this machine."""
+    if setting != "auto":
+        return setting
+    can_ask = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
+    if device.type == "cpu":
+        # The cores are needed for arithmetic; one worker overlaps reading with it.
+        return min(1, cores - 1)
+    return max(1, min(16, cores // processes))
+
+
 class Workers:
     """A started loader, and the processes that belong to it.  ``path`` gives the name of an item.
 
@@ -83,10 +98,11 @@ class Workers:
         samples: Dataset[Any],
         order: Sampler[Any],
         desk: Desk,
-        number: int,
-        pin: bool,
         path: Callable[[int], str],
+        *,
+        pin: bool = False,
     ) -> None:
+        number = len(desk)
         if number > MOST_WORKERS:
             raise UserError(
                 f"workers={number} is more than the {MOST_WORKERS} that can be useful; set a lower number"

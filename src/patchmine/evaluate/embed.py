@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from patchmine.data.loader import BadFiles
+from patchmine.data.badfiles import BadFiles
 from patchmine.disk import output
 from patchmine.errors import shown_name, whole_name
 from patchmine.evaluate.features import Reader, judge_broken, stream

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchmine.backbones.vit import embed_patches
-from patchmine.data.loader import BadFiles, plain_batches
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.loader import plain_batches
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.clips import PlainClips
 from patchmine.data.views.images import PlainView, View
@@ -220,11 +221,8 @@ def plain_view(target: Target) -> View:
     """How items are prepared: shorter side to size / crop_pct, centre crop; of a video one clip
     from its middle.
     """
-    clip = target.clip
-    if clip is None:
-        return PlainView(target.image_size, crop_pct=target.crop_pct, max_pixels=target.max_pixels)
-    window = (clip.frames, clip.stride, clip.short)
-    return PlainClips(target.image_size, *window, target.crop_pct, max_pixels=target.max_pixels)
+    kind = PlainView if target.clip is None else PlainClips
+    return kind(target.input, target.crop_pct)
 
 
 def stream(
@@ -253,7 +251,6 @@ def stream(
     batches = plain_batches(
         part.source,
         view or plain_view(target),
-        channels=target.channels,
         batch_size=max(1, reading.batch_size // (frames * views)),
         indices=part.indices,
         workers=reading.num_workers(),

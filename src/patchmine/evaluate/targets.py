@@ -30,7 +30,7 @@ from patchmine.backbones.vit import build_encoder, initialise_encoder
 from patchmine.backbones.weights import load_encoder, open_weights, resize_encoder
 from patchmine.config.schema import RunConfig
 from patchmine.config.words import exists
-from patchmine.data.settings import MAX_PIXELS, Clip
+from patchmine.data.settings import MAX_PIXELS, Clip, InputSettings
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.runs.run import Run, Which, is_run
 
@@ -76,6 +76,18 @@ class Target:
     def kind(self) -> Literal["image", "video"]:
         """What an item of its data is."""
         return "image" if self.clip is None else "video"
+
+    @property
+    def input(self) -> InputSettings:
+        """What its data are read as."""
+        return InputSettings(
+            image_size=self.image_size,
+            channels=self.channels,
+            mean=list(self.mean),
+            std=list(self.std),
+            max_pixels=self.max_pixels,
+            clip=self.clip or Clip(),
+        )
 
 
 def open_target(

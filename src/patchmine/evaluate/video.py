@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.data.loader import BadFiles
+from patchmine.data.badfiles import BadFiles
 from patchmine.data.views.clips import TestClips
 from patchmine.errors import UserError
 from patchmine.evaluate.features import (
@@ -116,11 +116,7 @@ def _opened(settings: VideoSettings) -> Target:
 
 
 def _test_view(target: Target, settings: VideoSettings) -> TestClips:
-    clip = target.clip
-    assert clip is not None, "an encoder of videos"
-    window = (clip.frames, clip.stride, clip.short)
-    tests = (settings.segments, settings.crops)
-    return TestClips(target.image_size, *window, *tests, max_pixels=target.max_pixels)
+    return TestClips(target.input, settings.segments, settings.crops)
 
 
 def _said_of_image(settings: VideoSettings) -> list[str]:

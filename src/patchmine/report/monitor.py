@@ -14,6 +14,7 @@ from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.contract import Source
+from patchmine.data.workers import num_workers
 from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError, foreign_parser
 from patchmine.evaluate.features import Reading
@@ -21,7 +22,7 @@ from patchmine.evaluate.knn import online_knn
 from patchmine.evaluate.labelled import LabelledData, open_labelled
 from patchmine.evaluate.targets import target_of
 from patchmine.report.panels import draw_panels
-from patchmine.runs.preparing import normaliser, num_workers, plain_view
+from patchmine.runs.preparing import item_of, normaliser
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
@@ -96,14 +97,9 @@ class Monitor:
             SAMPLE_CLIPS if is_video(self.config.model) else SAMPLE_IMAGES,
         )
         chosen = spread_indices(count, shown, self.config.seed)
-        view = plain_view(self.config, crop_pct=1.0)
+        view = item_of(self.config).plain_view(self.config, 1.0)
         loaded = plain_batches(
-            self.images,
-            view,
-            channels=self.config.channels,
-            batch_size=shown,
-            indices=chosen,
-            bad=BadFiles(None, 1.0),
+            self.images, view, batch_size=shown, indices=chosen, bad=BadFiles(None, 1.0)
         )
         return map(normaliser(self.config, self.engine), loaded)
 
@@ -113,7 +109,8 @@ class Monitor:
         if self._labelled is None or (progress.epoch % self.config.eval_every and not last):
             return
         reading = Reading(
-            workers=num_workers(self.config, self.engine), device=str(self.engine.device)
+            workers=num_workers(self.config.workers, self.engine.device, self.engine.local_size),
+            device=str(self.engine.device),
         )
         accuracy: dict[str, float] = {}
         with self._beside_training("the evaluation", progress):

@@ -14,8 +14,7 @@ from patchmine.backbones.video import is_video
 from patchmine.config.schema import RunConfig
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import VIDEOS
-from patchmine.data.views.clips import PlainClips
-from patchmine.data.views.images import PlainView
+from patchmine.data.items import CLIP, IMAGE
 from patchmine.disk import output
 from patchmine.errors import UserError
 from patchmine.report.animation import MOVING, save_animation
@@ -107,26 +106,14 @@ def _read(path: Path, config: RunConfig) -> Tensor:
 
 
 def _read_image(path: Path, config: RunConfig) -> Tensor:
-    view = PlainView(config.image_size, crop_pct=1.0, max_pixels=config.max_pixels)
-    return view(path.read_bytes(), config.channels, np.random.default_rng(0))[
-        0
-    ]  # a plain view draws nothing
+    view = IMAGE.plain_view(config, 1.0)
+    return view(path.read_bytes(), np.random.default_rng(0)).views[0]  # which draws nothing
 
 
 def _read_clip(path: Path, config: RunConfig) -> Tensor:
     """The clip in the middle of a video file, or of a folder of frames."""
-    clip = config.clip
-    view = PlainClips(
-        config.image_size,
-        clip.frames,
-        clip.stride,
-        clip.short,
-        crop_pct=1.0,
-        max_pixels=config.max_pixels,
-    )
-    return view(VIDEOS.read(str(path)), config.channels, np.random.default_rng(0))[
-        0
-    ]  # nor does this one
+    view = CLIP.plain_view(config, 1.0)
+    return view(VIDEOS.read(str(path)), np.random.default_rng(0)).views[0]
 
 
 def _batch(images: Tensor) -> Batch:

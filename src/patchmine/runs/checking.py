@@ -10,10 +10,11 @@ import os
 import torch
 
 from patchmine.config.schema import RunConfig
-from patchmine.config.words import exists
-from patchmine.errors import UserError, foreign_parser, shown_name
+from patchmine.errors import UserError, foreign_parser
+from patchmine.errors import shown_name
 from patchmine.runs.preparing import train_view
 from patchmine.runs.run import build_method
+from patchmine.config.words import exists
 from patchmine.strict import Mistake
 
 _GIB = 2**30
@@ -46,18 +47,14 @@ def _misbuilt(config: RunConfig) -> list[Mistake]:
         return []
     usual = RunConfig.model_fields["model"].default
     more = None
-    if not told.startswith(
-        "method."
-    ):  # a model that cannot be built hides what is wrong with the method
+    if not told.startswith("method."):  # a model that cannot be built hides what is wrong with the method
         more = _refusal(config.model_copy(update={"model": usual, "model_args": {}}))
-    return [
-        Mistake("", told),
-        *([Mistake("", more)] if more is not None and more.startswith("method.") else []),
-    ]
+    return [Mistake("", told), *([Mistake("", more)] if more is not None and more.startswith("method.") else [])]
 
 
 def _refusal(config: RunConfig) -> str | None:
-    """What building the method says; on the meta device, where tensors have shapes and no memory."""
+    """What building the method says; on the meta device, where tensors have shapes and no memory.
+    """
     try:
         with torch.device("meta"), foreign_parser(_MisfitError):
             method = build_method(config)
@@ -92,11 +89,7 @@ def _memory() -> int | None:
 def _missing_files(config: RunConfig) -> list[Mistake]:
     found = _missing("eval_data", config.eval_data) + _missing("eval_test", config.eval_test)
     if config.init is not None and not exists(config.init):
-        found.append(
-            Mistake(
-                "init", f"given '{shown_name(config.init)}'; there is no such run, export or file"
-            )
-        )
+        found.append(Mistake("init", f"given '{shown_name(config.init)}'; there is no such run, export or file"))
     return found
 
 

@@ -1,26 +1,21 @@
-"""A raw video becomes one clip: frames chosen, cropped alike, resized.  Mirroring is only noted;
-the device does it.
-
-The views have the signature of those of images (`data.views`): ``view(raw, channels, generator) ->
-(pixels, box, flip)``, with pixels (C, T, H, W).
-"""
+"""A raw video becomes clips (C, T, H, W): frames chosen, cropped alike, resized."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import RawVideo, VideoReader, fit_frames, open_video
-from patchmine.data.settings import MAX_PIXELS
-from patchmine.data.views.images import check_interpolation, check_side, cover, fractions
-from patchmine.errors import UserError
+from patchmine.data.settings import Clip, InputSettings, ViewSettings
+from patchmine.data.views.geometry import Geometry, resize
+from patchmine.data.views.images import check_crop_pct, check_side, plain_geometry
+from patchmine.types import Sample
 
 Short = Literal["hold", "loop", "refuse"]
 
@@ -38,141 +33,100 @@ _PLACES = (
 
 @dataclass(frozen=True)
 class TrainClips:
-    """VideoMAE's view for pre-training: a window at random, one crop of several scales and places
-    for all its frames.
+    """VideoMAE's view for pre-training: a random window, one crop of 13 places for all its frames.
 
-    ``image_size`` (height, width).  The window spans ``frames * stride`` frames.  ``scales``: sides
-    of a crop as shares of the shorter side of the video; height and width are one of them or
-    neighbours.  ``flip`` is a probability.
-    Source: VideoMAE, appendix and its public training settings (hpm-video.md section 6), which
-    never mirror a clip.
+    Source: VideoMAE, appendix and its public training settings, which never mirror a clip.
     """
 
-    image_size: tuple[int, int]
-    frames: int = 16
-    stride: int = 4
-    short: Short = "hold"
-    scales: Sequence[float] = (1.0, 0.875, 0.75, 0.66)
-    flip: float = 0.0
-    interpolation: str = "bilinear"
+    settings: ViewSettings
     smallest_side: int = 1
-    max_pixels: int = MAX_PIXELS
 
-    def __post_init__(self) -> None:
-        check_interpolation(self.interpolation)
+    @property
+    def repeats(self) -> int:
+        return self.settings.clip.repeats
 
     def __call__(
-        self, raw: RawVideo | VideoReader, channels: int, generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
-        video = open_video(raw, self.max_pixels)
-        start = int(generator.integers(0, max(0, video.num_frames - self.frames * self.stride) + 1))
-        indices = window(video.num_frames, start, self.frames, self.stride, self.short)
-        clip = _read(video, indices, channels, self.smallest_side)
-        full_height, full_width = clip.shape[-2:]
-        top, left, height, width = scaled_crop(
-            full_height, full_width, self.image_size, self.scales, generator
-        )
-        flip = bool(generator.random() < self.flip)
-        box = fractions(clip, top, left, height, width)
-        crop = clip[..., top : top + height, left : left + width]
-        return _as_clip(resize_frames(crop, self.image_size, self.interpolation)), box, flip
+        self, raw: RawVideo | VideoReader, generator: np.random.Generator, target: Any = None
+    ) -> Sample:
+        settings, clip = self.settings, self.settings.clip
+        video = open_video(raw, settings.max_pixels)
+        start = int(generator.integers(0, max(0, video.num_frames - clip.frames * clip.stride) + 1))
+        frames = _window_of(video, start, settings, self.smallest_side)
+        height, width = frames.shape[-2:]
+        box = scaled_crop(height, width, settings.image_size, clip.scales, generator)
+        geometry = Geometry(box, settings.image_size, bool(generator.random() < settings.flip))
+        return _sample(frames, geometry, settings.interpolation, target)
 
 
 @dataclass(frozen=True)
 class PlainClips:
-    """The view of evaluation: the window in the middle, shorter side resized to size / crop_pct,
-    centre crop.
+    """The view of evaluation: the window in the middle, shorter side to size / crop_pct, centre crop.
 
-    ``crop_pct=None`` squashes whole frames to ``image_size``.  Nothing is random or mirrored.
+    ``crop_pct=None`` squashes whole frames to ``image_size``.
     """
 
-    image_size: tuple[int, int]
-    frames: int = 16
-    stride: int = 4
-    short: Short = "hold"
+    settings: InputSettings
     crop_pct: float | None = 1.0
     interpolation: str = "bilinear"
     smallest_side: int = 1
-    max_pixels: int = MAX_PIXELS
+    repeats: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_interpolation(self.interpolation)
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise UserError(
-                f"crop_pct={self.crop_pct} is no share of the frame; set it above 0 and up to 1"
-            )
+        check_crop_pct(self.crop_pct)
 
     def __call__(
-        self, raw: RawVideo | VideoReader, channels: int, generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
-        video = open_video(raw, self.max_pixels)
-        start = max(0, video.num_frames - self.frames * self.stride) // 2
-        indices = window(video.num_frames, start, self.frames, self.stride, self.short)
-        clip = _read(video, indices, channels, self.smallest_side)
-        if self.crop_pct is None:
-            whole = resize_frames(clip, self.image_size, self.interpolation)
-            return _as_clip(whole), torch.tensor([0.0, 0.0, 1.0, 1.0]), False
-        height, width = self.image_size
-        clip = resize_frames(clip, cover(clip, self.image_size, self.crop_pct), self.interpolation)
-        top, left = round((clip.shape[-2] - height) / 2), round((clip.shape[-1] - width) / 2)
-        view = clip[..., top : top + height, left : left + width]
-        return _as_clip(view), fractions(clip, top, left, height, width), False
+        self, raw: RawVideo | VideoReader, generator: np.random.Generator, target: Any = None
+    ) -> Sample:
+        settings, clip = self.settings, self.settings.clip
+        video = open_video(raw, settings.max_pixels)
+        start = max(0, video.num_frames - clip.frames * clip.stride) // 2
+        frames = _window_of(video, start, settings, self.smallest_side)
+        geometry = plain_geometry(frames, settings.image_size, self.crop_pct)
+        return _sample(frames, geometry, self.interpolation, target)
 
 
 @dataclass(frozen=True)
 class TestClips:
-    """VideoMAE's test on Kinetics: ``segments`` windows x ``crops`` places, all of one opening of
-    the video.
+    """VideoMAE's test on Kinetics: ``segments`` windows x ``crops`` places, of one opening.
 
     The shorter side is resized to fill ``image_size``.  Windows lie at even distances in the list
     of every ``stride``-th frame, crops from start to end of the longer side; one of either kind
-    lies in the middle (of the
-    windows: at the start, as there).  Pixels (segments * crops, C, T, H, W), segments outermost;
-    box (segments * crops, 4).
+    lies in the middle (of the windows: at the start, as there).  One view (segments * crops, C, T,
+    H, W), segments outermost; box (segments * crops, 4).
     """
 
-    image_size: tuple[int, int]
-    frames: int = 16
-    stride: int = 4
-    short: Short = "hold"
+    settings: InputSettings
     segments: int = 5
     crops: int = 3
     interpolation: str = "bilinear"
     smallest_side: int = 1
-    max_pixels: int = MAX_PIXELS
-
+    repeats: ClassVar[int] = 1
     __test__ = False  # its name makes pytest curious
 
-    def __post_init__(self) -> None:
-        check_interpolation(self.interpolation)
-
     def __call__(
-        self, raw: RawVideo | VideoReader, channels: int, generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
-        video = open_video(raw, self.max_pixels)
-        windows = even_windows(
-            video.num_frames, self.frames, self.stride, self.segments, self.short
-        )
-        wanted = sorted({index for indices in windows for index in indices})
-        place = {index: number for number, index in enumerate(wanted)}
-        frames = _read(
-            video, wanted, channels, self.smallest_side
-        )  # a frame of two windows is decoded once
-        frames = resize_frames(frames, cover(frames, self.image_size, 1.0), self.interpolation)
-        corners = even_crops(frames.shape[-2], frames.shape[-1], self.image_size, self.crops)
-        height, width = self.image_size
+        self, raw: RawVideo | VideoReader, generator: np.random.Generator, target: Any = None
+    ) -> Sample:
+        settings, size = self.settings, self.settings.image_size
+        video = open_video(raw, settings.max_pixels)
+        windows = even_windows(video.num_frames, settings.clip, self.segments)
+        wanted = sorted({number for numbers in windows for number in numbers})
+        place = {number: row for row, number in enumerate(wanted)}
+        frames = _read(video, wanted, settings.channels, self.smallest_side)  # each decoded once
+        canvas = plain_geometry(frames, size, 1.0).canvas or size
+        frames = resize(frames, canvas, self.interpolation)
+        cuts = [
+            Geometry((top, left, *size), size)
+            for top, left in even_crops(*canvas, size, self.crops)
+        ]
         clips, boxes = [], []
-        for indices in windows:
-            clip = frames[[place[index] for index in indices]]
-            for top, left in corners:
-                clips.append(_as_clip(clip[..., top : top + height, left : left + width]))
-                boxes.append(fractions(frames, top, left, height, width))
-        return torch.stack(clips), torch.stack(boxes), False
+        for numbers in windows:
+            clip = frames[[place[number] for number in numbers]]
+            clips += [_as_clip(cut.apply(clip)) for cut in cuts]
+            boxes += [cut.shares(*canvas) for cut in cuts]
+        return Sample([torch.stack(clips)], torch.stack(boxes), torch.tensor(False), target=target)
 
 
-def middle_frame(
-    raw: RawVideo | VideoReader, channels: int, max_pixels: int = MAX_PIXELS
-) -> Tensor:
+def middle_frame(raw: RawVideo | VideoReader, channels: int, max_pixels: int) -> Tensor:
     """(C, H, W) uint8: one frame that stands for the video, in statistics say."""
     video = open_video(raw, max_pixels)
     return _read(video, [video.num_frames // 2], channels, 1)[0]
@@ -189,8 +143,9 @@ def window(num_frames: int, start: int, frames: int, stride: int, short: Short) 
         return list(indices)
     if short == "refuse":
         raise DecodeError(
-            f"has {num_frames} frame{'s' * (num_frames != 1)} where a clip of {frames}, {stride} apart, needs "
-            f"{(frames - 1) * stride + 1}; set a smaller clip.stride or clip.frames, or clip.short=hold"
+            f"has {num_frames} frame{'s' * (num_frames != 1)} where a clip of {frames}, {stride} "
+            f"apart, needs {(frames - 1) * stride + 1}; set a smaller clip.stride or clip.frames, "
+            "or clip.short=hold"
         )
     if short == "loop":
         return [index % num_frames for index in indices]
@@ -209,42 +164,30 @@ def scaled_crop(
 
     Sides within 3 pixels of those of ``size`` become them, where the frame has room.
     """
+
+    def snapped(side: int, wanted: int, most: int) -> int:
+        return max(1, min(wanted if abs(side - wanted) < _SNAP else side, most))
+
     base = min(height, width)
-    heights = [_snapped(int(base * scale), size[0], height) for scale in scales]
-    widths = [_snapped(int(base * scale), size[1], width) for scale in scales]
+    heights = [snapped(int(base * scale), size[0], height) for scale in scales]
+    widths = [snapped(int(base * scale), size[1], width) for scale in scales]
     pairs = [(h, w) for i, h in enumerate(heights) for j, w in enumerate(widths) if abs(i - j) <= 1]
     crop_height, crop_width = pairs[int(generator.integers(len(pairs)))]
     down, right = _PLACES[int(generator.integers(len(_PLACES)))]
-    return (
-        (height - crop_height) // 4 * down,
-        (width - crop_width) // 4 * right,
-        crop_height,
-        crop_width,
-    )
+    top, left = (height - crop_height) // 4 * down, (width - crop_width) // 4 * right
+    return top, left, crop_height, crop_width
 
 
-def _snapped(side: int, wanted: int, most: int) -> int:
-    return max(1, min(wanted if abs(side - wanted) < _SNAP else side, most))
-
-
-def even_windows(
-    num_frames: int, frames: int, stride: int, segments: int, short: Short
-) -> list[list[int]]:
-    """``segments`` windows at even distances in the list of every ``stride``-th frame; the first
-    begins at 0.
-    """
-    listed = len(range(0, num_frames, stride))
-    step = max(0.0, (listed - frames) / max(1, segments - 1))
-    return [
-        window(num_frames, int(step * number) * stride, frames, stride, short)
-        for number in range(segments)
-    ]
+def even_windows(num_frames: int, clip: Clip, segments: int) -> list[list[int]]:
+    """Windows at even distances in the list of every ``stride``-th frame, the first one at 0."""
+    listed = len(range(0, num_frames, clip.stride))
+    step = max(0.0, (listed - clip.frames) / max(1, segments - 1))
+    starts = [int(step * number) * clip.stride for number in range(segments)]
+    return [window(num_frames, at, clip.frames, clip.stride, clip.short) for at in starts]
 
 
 def even_crops(height: int, width: int, size: tuple[int, int], crops: int) -> list[tuple[int, int]]:
-    """``crops`` corners (top, left) at even distances from start to end of the side that is too
-    long.
-    """
+    """Corners (top, left) at even distances from start to end of the side that is too long."""
     spare_height, spare_width = height - size[0], width - size[1]
     if crops == 1:
         return [(spare_height // 2, spare_width // 2)]
@@ -254,13 +197,12 @@ def even_crops(height: int, width: int, size: tuple[int, int], crops: int) -> li
     ]
 
 
-def resize_frames(frames: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """(T, C, H, W) bytes resized to ``size`` with antialiasing."""
-    if tuple(frames.shape[-2:]) == size:
-        return frames
-    # Bytes that lie together per pixel, as decoders give them, take torch's vectorised path.
-    packed = frames.contiguous(memory_format=torch.channels_last)
-    return F.interpolate(packed, size, mode=interpolation, antialias=True)
+def _window_of(
+    video: VideoReader, start: int, settings: InputSettings, smallest_side: int
+) -> Tensor:
+    clip = settings.clip
+    indices = window(video.num_frames, start, clip.frames, clip.stride, clip.short)
+    return _read(video, indices, settings.channels, smallest_side)
 
 
 def _read(video: VideoReader, indices: Sequence[int], channels: int, smallest_side: int) -> Tensor:
@@ -270,6 +212,12 @@ def _read(video: VideoReader, indices: Sequence[int], channels: int, smallest_si
     frames = fit_frames(video.frames(wanted), channels)
     check_side(frames, smallest_side)
     return frames if wanted == list(indices) else frames[[place[index] for index in indices]]
+
+
+def _sample(frames: Tensor, geometry: Geometry, interpolation: str, target: Any) -> Sample:
+    clip = _as_clip(geometry.apply(frames, interpolation))
+    box, flip = geometry.shares(*frames.shape[-2:]), torch.tensor(geometry.flip)
+    return Sample([clip], box, flip, target=target)
 
 
 def _as_clip(frames: Tensor) -> Tensor:

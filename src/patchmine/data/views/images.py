@@ -1,118 +1,131 @@
-"""A raw item becomes one view: decoded, cropped, resized.  Mirroring is only noted; the device does
-it.
-
-A view is a picklable callable ``view(raw, channels, generator) -> (pixels, box, flip)``: pixels (C,
-H, W) uint8 or float32; box (4,) float32, the crop as fractions of the original (top, left, height,
-width); flip bool.  Several crops of one image are in `data.crops`.
-"""
+"""A raw image becomes its views: decoded once, cropped, resized; the device mirrors and recolours."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from patchmine.data.decoding.decode import DecodeError, Raw, decode
-from patchmine.data.settings import MAX_PIXELS
+from patchmine.data.settings import InputSettings, ViewSettings
+from patchmine.data.views import photometric
+from patchmine.data.views.geometry import Geometry
 from patchmine.errors import UserError
+from patchmine.types import Sample
 
+NUM_GLOBAL = 2
 _CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params
-_FAST_CHANNELS = 4  # torch's vectorised antialiased resize of bytes handles up to four channels
 
 
 class View(Protocol):
-    """What turns a raw item of at most ``max_pixels`` into pixels."""
+    """What turns a raw item into a sample: picklable, and random only by its generator."""
 
     @property
-    def max_pixels(self) -> int: ...
+    def settings(self) -> InputSettings: ...
 
-    def __call__(
-        self, raw: Any, channels: int, generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Pixels (C, H, W), box (4,), flip; of a raw video as `data.clips` says.  Raises
-        DecodeError.
-        """
-        ...
+    @property
+    def repeats(self) -> int:
+        """Samples that one reading of an item gives."""
+
+    def __call__(self, raw: Any, generator: np.random.Generator, target: Any = None) -> Sample:
+        """The sample; ``target`` goes through the same geometry.  Raises DecodeError."""
 
 
 @dataclass(frozen=True)
 class TrainView:
-    """A crop of random area and shape, resized to ``image_size`` (height, width); ``flip`` is a
-    probability.
+    """A crop of random area and shape, by torchvision's RandomResizedCrop; mirrored at random.
 
-    The distribution is that of torchvision's RandomResizedCrop.  Images with a side under
-    ``smallest_side`` pixels (the patch size, say), or of more than ``max_pixels``, are refused.
+    Images with a side under ``smallest_side`` pixels (the patch size, say) are refused.
     """
 
-    image_size: tuple[int, int]
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    interpolation: str = "bicubic"
+    settings: ViewSettings
     smallest_side: int = 1
-    max_pixels: int = MAX_PIXELS
+    repeats: ClassVar[int] = 1
 
-    def __post_init__(self) -> None:
-        check_interpolation(self.interpolation)
-
-    def __call__(
-        self, raw: Raw, channels: int, generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
-        image = decode(raw, channels, self.max_pixels)
-        check_side(image, self.smallest_side)
+    def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
+        settings = self.settings
+        image = decoded(raw, settings, self.smallest_side)
         height, width = image.shape[-2:]
-        top, left, crop_height, crop_width = crop_box(
-            height, width, self.scale, self.ratio, generator
-        )
-        flip = bool(generator.random() < self.flip)
-        crop = image[:, top : top + crop_height, left : left + crop_width]
-        box = fractions(image, top, left, crop_height, crop_width)
-        return resize(crop, self.image_size, self.interpolation), box, flip
+        box = crop_box(height, width, settings.crop_scale, settings.crop_ratio, generator)
+        flip = bool(generator.random() < settings.flip)
+        geometry = Geometry(box, settings.image_size, flip)
+        return viewed(image, geometry, settings.interpolation, target)
 
 
 @dataclass(frozen=True)
 class PlainView:
-    """The view of evaluation: shorter side resized to size / crop_pct, centre crop.  Nothing is
-    random or flipped.
+    """The view of evaluation: shorter side resized to size / crop_pct, centre crop; not mirrored.
 
     ``crop_pct=None`` squashes the whole image to ``image_size``.
     """
 
-    image_size: tuple[int, int]
+    settings: InputSettings
     crop_pct: float | None = 0.875
     interpolation: str = "bicubic"
     smallest_side: int = 1
-    max_pixels: int = MAX_PIXELS
+    repeats: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        check_interpolation(self.interpolation)
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise UserError(
-                f"crop_pct={self.crop_pct} is no share of the image; set it above 0 and up to 1"
-            )
+        check_crop_pct(self.crop_pct)
 
-    def __call__(
-        self, raw: Raw, channels: int, generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor, bool]:
-        image = decode(raw, channels, self.max_pixels)
-        check_side(image, self.smallest_side)
-        if self.crop_pct is None:
-            return (
-                resize(image, self.image_size, self.interpolation),
-                torch.tensor([0.0, 0.0, 1.0, 1.0]),
-                False,
-            )
-        height, width = self.image_size
-        image = resize(image, cover(image, self.image_size, self.crop_pct), self.interpolation)
-        # Python rounds halves to even, as torchvision's CenterCrop does.
-        top, left = round((image.shape[1] - height) / 2), round((image.shape[2] - width) / 2)
-        view = image[:, top : top + height, left : left + width].contiguous()
-        return view, fractions(image, top, left, height, width), False
+    def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
+        image = decoded(raw, self.settings, self.smallest_side)
+        geometry = plain_geometry(image, self.settings.image_size, self.crop_pct)
+        return viewed(image, geometry, self.interpolation, target)
+
+
+@dataclass(frozen=True)
+class MultiCropView:
+    """DINO's multi-crop: two large (global) crops of one image, then ``crops.num_local`` small ones.
+
+    Mirroring and changes of colour are only drawn here.  A JPEG is always decoded at full size: at
+    a half of it the smallest local crops of a usual photograph would have to be enlarged.
+    """
+
+    settings: ViewSettings
+    smallest_side: int = 1
+    repeats: ClassVar[int] = 1
+
+    def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
+        settings, crops = self.settings, self.settings.crops
+        image = decoded(raw, settings, self.smallest_side)
+        height, width = image.shape[-2:]
+        sizes = [settings.image_size] * NUM_GLOBAL
+        sizes += [(crops.local_size, crops.local_size)] * crops.num_local
+        scales = [crops.global_scale] * NUM_GLOBAL + [crops.local_scale] * crops.num_local
+        # All that is random is drawn before pixels are touched: how they are resized cannot change
+        # what is drawn.
+        boxes = [crop_box(height, width, scale, settings.crop_ratio, generator) for scale in scales]
+        flips = generator.random(len(boxes)) < settings.flip
+        changes = photometric.draw(len(boxes), generator)
+        cuts = [Geometry(box, size) for box, size in zip(boxes, sizes, strict=True)]
+        return Sample(
+            [cut.apply(image, settings.interpolation).contiguous() for cut in cuts],
+            torch.stack([cut.shares(height, width) for cut in cuts]),
+            torch.from_numpy(flips),
+            changes,
+            target,
+        )
+
+
+def decoded(raw: Raw, settings: InputSettings, smallest_side: int) -> Tensor:
+    """(C, H, W) of a raw image, with the channels of the run; DecodeError for one too small."""
+    image = decode(raw, settings.channels, settings.max_pixels)
+    check_side(image, smallest_side)
+    return image
+
+
+def viewed(image: Tensor, geometry: Geometry, interpolation: str, target: Any = None) -> Sample:
+    """One view of an image, with its target seen through the same geometry: a mask is cut too."""
+    pixels = geometry.apply(image, interpolation).contiguous()
+    if isinstance(target, Tensor) and target.ndim >= 2:
+        target = geometry.apply_mask(target)
+    flip = torch.tensor(geometry.flip)
+    return Sample([pixels], geometry.shares(*image.shape[-2:]), flip, target=target)
 
 
 def crop_box(
@@ -122,10 +135,9 @@ def crop_box(
     ratio: tuple[float, float],
     generator: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in pixels, drawn as torchvision's RandomResizedCrop draws it.
+    """(top, left, height, width) of torchvision's RandomResizedCrop, in pixels.
 
-    Ten tries of a uniform share of the area and a log-uniform aspect ratio (width / height), then
-    the largest centred crop of an allowed ratio.
+    Ten tries of an area and a shape; then the largest centred crop with an allowed ratio.
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_TRIES):
@@ -144,37 +156,19 @@ def crop_box(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """(C, H, W) resized to ``size`` with antialiasing, contiguous, same dtype."""
-    if tuple(image.shape[-2:]) == size:
-        return image.contiguous()
-    if image.dtype != torch.uint8:
-        return F.interpolate(image[None].contiguous(), size, mode=interpolation, antialias=True)[0]
-    # Bytes of up to four channels that lie together per pixel take torch's vectorised path: 2 times
-    # faster than planes, and groups of four are 4 times faster than 13 channels at once.
-    groups = torch.split(image[None], _FAST_CHANNELS, dim=1)
-    packed = (group.contiguous(memory_format=torch.channels_last) for group in groups)
-    resized = [F.interpolate(group, size, mode=interpolation, antialias=True) for group in packed]
-    return (resized[0] if len(resized) == 1 else torch.cat(resized, 1))[0].contiguous()
-
-
-def cover(image: Tensor, size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
-    """The size to resize (..., H, W) to, aspect kept, such that ``size / crop_pct`` just fits
-    inside.
-    """
+def plain_geometry(image: Tensor, size: tuple[int, int], crop_pct: float | None) -> Geometry:
+    """The centre crop of (..., H, W) that is resized to cover ``size / crop_pct``; None: all of it."""
     height, width = image.shape[-2:]
+    if crop_pct is None:
+        return Geometry((0, 0, height, width), size)
     target_height, target_width = round(size[0] / crop_pct), round(size[1] / crop_pct)
-    if target_height * width >= target_width * height:
-        return target_height, max(target_width, int(target_height * width / height))
-    return max(target_height, int(target_width * height / width)), target_width
-
-
-def fractions(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """(4,) float32: a crop in pixels of ``image`` (..., H, W) as shares of its sides."""
-    full_height, full_width = image.shape[-2:]
-    return torch.tensor(
-        [top / full_height, left / full_width, height / full_height, width / full_width]
-    )
+    if target_height * width >= target_width * height:  # the height is what just fits
+        canvas = target_height, max(target_width, int(target_height * width / height))
+    else:
+        canvas = max(target_height, int(target_width * height / width)), target_width
+    # Python rounds halves to even, as torchvision's CenterCrop does.
+    top, left = round((canvas[0] - size[0]) / 2), round((canvas[1] - size[1]) / 2)
+    return Geometry((top, left, *size), size, canvas=canvas)
 
 
 def check_side(image: Tensor, smallest_side: int) -> None:
@@ -187,9 +181,9 @@ def check_side(image: Tensor, smallest_side: int) -> None:
         )
 
 
-def check_interpolation(interpolation: str) -> None:
-    """Raises UserError for what torch cannot do with antialiasing."""
-    if interpolation not in {"bicubic", "bilinear"}:
+def check_crop_pct(crop_pct: float | None) -> None:
+    """Raises UserError for what is no share."""
+    if crop_pct is not None and not 0 < crop_pct <= 1:
         raise UserError(
-            f"interpolation={interpolation} is not known; set interpolation=bicubic or interpolation=bilinear"
+            f"crop_pct={crop_pct} is no share of the picture; set it above 0 and up to 1"
         )

@@ -1,0 +1,88 @@
+"""What an item of the data is, an image or a clip of a video: how it is opened, viewed, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from patchmine.data.decoding.decode import decode
+from patchmine.data.settings import InputSettings, ViewSettings
+from patchmine.data.sources.contract import Source, notes_of
+from patchmine.data.sources.source import Spec, open_source
+from patchmine.data.sources.video_sources import decoder_of, open_videos
+from patchmine.data.views.clips import PlainClips, TrainClips, middle_frame
+from patchmine.data.views.images import MultiCropView, PlainView, TrainView, View
+
+
+@dataclass(frozen=True)
+class Item:
+    """One kind of item, for everything that must not ask which kind it is.
+
+    ``noun``: for messages.  ``open(spec, cache_dir=...)``: a source of such items.  ``train_view``
+    and ``plain_view`` as below.  ``look(raw, channels, max_pixels)``: pixels (C, H, W) that stand
+    for an item in statistics.  ``samples(settings)``: samples that one item gives in an epoch.
+    ``describe(settings)``: what one item is, before its size, for messages.
+    """
+
+    noun: str
+    open: Callable[..., Source]
+    train_view: Callable[[ViewSettings, int, bool], View]
+    plain_view: Callable[[InputSettings, float | None], View]
+    look: Callable[[Any, int, int], Tensor]
+    samples: Callable[[InputSettings], int]
+    describe: Callable[[InputSettings], str]
+    notes: Callable[[Source], list[str]]
+
+
+def _train_image(settings: ViewSettings, smallest_side: int, multi_crop: bool) -> View:
+    return (MultiCropView if multi_crop else TrainView)(settings, smallest_side)
+
+
+def _plain_image(settings: InputSettings, crop_pct: float | None) -> View:
+    # Squashed images are those that AMT's maps are made of, which its authors resize bilinearly
+    # (torchvision's default, main_pretrain.py).
+    return PlainView(settings, crop_pct, "bilinear" if crop_pct is None else "bicubic")
+
+
+def _notes_of_videos(source: Source) -> list[str]:
+    decoder = decoder_of(source)
+    found = (
+        f"Videos are decoded by {decoder}."
+        if decoder
+        else "Frames are read as they are: no video to decode."
+    )
+    return [found, *notes_of(source)]
+
+
+def _open_images(spec: Spec, cache_dir: Path | None = None) -> Source:
+    return open_source(spec, cache_dir=cache_dir)
+
+
+def _open_videos(spec: Spec, cache_dir: Path | None = None) -> Source:
+    return open_videos(spec, cache_dir=cache_dir)
+
+
+IMAGE = Item(
+    noun="image",
+    open=_open_images,
+    train_view=_train_image,
+    plain_view=_plain_image,
+    look=decode,
+    samples=lambda settings: 1,
+    describe=lambda settings: "",
+    notes=lambda source: list(notes_of(source)),
+)
+CLIP = Item(
+    noun="video",
+    open=_open_videos,
+    train_view=lambda settings, smallest_side, multi_crop: TrainClips(settings, smallest_side),
+    plain_view=PlainClips,
+    look=middle_frame,
+    samples=lambda settings: settings.clip.repeats,
+    describe=lambda settings: f"{settings.clip.frames} frames of ",
+    notes=_notes_of_videos,
+)

@@ -1,1 +1,0 @@
-"""A run folder, and transfer in and out of it."""
