@@ -39,8 +39,9 @@ MAY_IMPORT = {
     "report": PARTS | {"config", "runs", "evaluate"},
     "training": BELOW_TRAINING,
     "bench": PARTS | {"config", "runs"},
-    "cli": BELOW_TRAINING | {"bench", "training", "__init__"},
-    "__init__": BELOW_TRAINING | {"training"},
+    "api": BELOW_TRAINING | {"training"},
+    "cli": BELOW_TRAINING | {"bench", "training", "api", "__init__"},
+    "__init__": BELOW_TRAINING | {"training", "api"},
     "__main__": {"cli"},
 }
 

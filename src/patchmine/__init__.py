@@ -28,14 +28,16 @@ def pretrain(*, data: Any = None, say: Callable[[str], None] = print, **settings
     any torch dataset of images; ``say`` hears what a person should know.  Raises UserError with
     every mistake in the settings.
     """
+    from patchmine.api import CHECKS
     from patchmine.config.resolve import from_settings
-    from patchmine.runs.checking import misfits
-    from patchmine.training import pretrain as start
 
     source = None if data is None or _is_named(data) else data
     if data is not None:
         settings["data"] = data if source is None else f"python:{type(data).__name__}"
-    return start(from_settings(say=say, also=misfits, **settings), source=source, say=say)
+    config = from_settings(say=say, also=CHECKS, **settings)
+    from patchmine.training import pretrain as start
+
+    return start(config, source=source, say=say)
 
 
 def resume(

@@ -10,15 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchmine.config.describe import describe_method, describe_run
+from patchmine.config.explain import nearest
+from patchmine.config.overrides import parse_value, put, split_setting
 from patchmine.config.resolve import changed_results, from_settings, parse, resolve_size, results_of
-from patchmine.config.schema import (
-    RunConfig,
-    describe_method,
-    describe_run,
-    names_of,
-    names_of_a_machine,
-)
-from patchmine.config.words import nearest, parse_value, put, split_setting
+from patchmine.config.schema import RunConfig, names_of, names_of_a_machine
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from patchmine.cli.commands import read_words
-from patchmine.config.explain import OTHER_NAMES, all_settings
+from patchmine.config.explain import OTHER_NAMES, all_settings, nearest
+from patchmine.config.overrides import read_settings, read_yaml
 from patchmine.config.recipes import load_recipe
 from patchmine.config.resolve import RATES, from_settings, parse
 from patchmine.config.schema import RunConfig
-from patchmine.config.words import nearest, read_settings, read_yaml
 from patchmine.data.settings import ShardSettings
 from patchmine.errors import UserError
 from patchmine.evaluate.settings import KnnSettings

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from patchmine.cli.app import app
 from patchmine.config.recipes import list_recipes
-from patchmine.config.resolve import fit_batch, from_settings, parse, resolve_size
+from patchmine.config.resolve import fit_batch, from_settings, missing_files, parse, resolve_size
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.runs import checking
@@ -26,7 +26,7 @@ TINY = ["model=vit_tiny_patch16_224", "model_args.depth=1", "image_size=32", "wo
 
 def complaint(*words: str) -> str:
     with pytest.raises(UserError) as caught:
-        parse(None, words, also=misfits)
+        parse(None, words, also=(missing_files, misfits))
     return str(caught.value)
 
 
@@ -90,7 +90,9 @@ def test_the_model_that_was_refused_is_not_proposed(tmp_path: Path) -> None:
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "device=cuda, but torch sees no GPU: give device=cpu" in complaint("data=x", "device=cuda")
+    assert "device=cuda, but torch sees no GPU: give device=cpu" in complaint(
+        "data=embedded:photos", "device=cuda"
+    )
 
 
 def test_all_mistakes_stand_in_one_message() -> None:
@@ -98,18 +100,37 @@ def test_all_mistakes_stand_in_one_message() -> None:
         *("data=nowhere", "model=vit_smal_patch16_224", "method.decoder_num_heads=7", "init=gone", "epoch=3"),
         *("eval_every=2", "eval_data=lost", "blr=fast", "flip=3"),
     )
-    assert text.startswith("8 mistakes in the settings:")
-    for part in ("data: given 'nowhere'", "vit_small_patch16_224", "method.decoder_num_heads=7", "init: given 'gone'"):
+    assert text.startswith("6 mistakes in the settings:")
+    assert "data: given 'nowhere'" in text
+    assert "init: given 'gone'" in text
+    for part in (
+        "epoch: no such setting",
+        "eval_data: given 'lost'",
+        "blr: given 'fast'",
+        "flip: given 3",
+    ):
         assert part in text
-    for part in ("epoch: no such setting", "eval_data: given 'lost'", "blr: given 'fast'", "flip: given 3"):
-        assert part in text
+
+
+def test_what_needs_torch_is_told_once_the_settings_are_right(tmp_path: Path) -> None:
+    words = ["model=vit_smal_patch16_224", "method.decoder_num_heads=7"]
+    text = complaint(f"data={tmp_path}", *words)
+    assert text.startswith("2 mistakes in the settings:")
+    assert "vit_small_patch16_224" in text
+    assert "method.decoder_num_heads=7" in text
+    assert "vit_small" not in complaint("data=nowhere", *words)
+
+
+def test_a_missing_folder_names_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    assert f"did you mean {tmp_path / 'photos'}?" in complaint(f"data={tmp_path / 'photo'}")
 
 
 def test_a_row_of_a_recipe_is_looked_at_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("data: x\nby_size:\n  - {up_to: null, use: {model: vit_smal_patch16_224}}\n", encoding="utf-8")
     with pytest.raises(UserError, match="vit_small_patch16_224"):
-        parse(file, [], also=misfits)
+        parse(file, [f"data={tmp_path}"], also=(missing_files, misfits))
 
 
 def test_no_data_are_opened_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

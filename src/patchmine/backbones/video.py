@@ -18,23 +18,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from patchmine.backbones.names import VIDEO_MODELS, reads_clips
 from patchmine.backbones.positions import interleaved_table
 from patchmine.errors import UserError
 from patchmine.ops.patches import all_patches
 
 # Our names, not timm's.  Widths of VideoMAE's ViT-S, -B, -L and -H, and of timm's ViT-Ti.
-VIDEO_MODELS: dict[str, dict[str, int]] = {
-    "video_vit_tiny_patch16": dict(embed_dim=192, depth=12, num_heads=3),
-    "video_vit_small_patch16": dict(embed_dim=384, depth=12, num_heads=6),
-    "video_vit_base_patch16": dict(embed_dim=768, depth=12, num_heads=12),
-    "video_vit_large_patch16": dict(embed_dim=1024, depth=24, num_heads=16),
-    "video_vit_huge_patch16": dict(embed_dim=1280, depth=32, num_heads=16),
-}
-
-
-def is_video(model: str) -> bool:
-    """Whether ``model`` names an encoder of clips, which makes a run a video run."""
-    return model.startswith("video_vit_")
+is_video = reads_clips
 
 
 class TubeletEmbed(nn.Module):

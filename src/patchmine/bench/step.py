@@ -29,8 +29,7 @@ from patchmine.bench.measure import (
     seconds,
 )
 from patchmine.bench.settings import BenchStepSettings
-from patchmine.config.explain import validate
-from patchmine.config.words import did_you_mean, shown
+from patchmine.config.explain import did_you_mean, shown, validate
 from patchmine.data.views.images import NUM_GLOBAL
 from patchmine.errors import UserError
 from patchmine.methods import METHODS

@@ -122,16 +122,18 @@ def pretrain(context: typer.Context) -> None:
     Ctrl-C finishes the step and saves; `patchmine resume RUN` goes on.
     `patchmine config schema` lists all settings.
     """
+    from patchmine.api import CHECKS
     from patchmine.config.resolve import parse
-    from patchmine.runs.checking import misfits
+
+    config = parse(*_recipe_and_settings(context.args), say, also=CHECKS)
     from patchmine.training import pretrain as start
 
-    start(parse(*_recipe_and_settings(context.args), say, also=misfits), say=say)
+    start(config, say=say)
 
 
 def _recipe_and_settings(words: list[str]) -> tuple[str | None, list[str]]:
     """The recipe, if the first word is one, and the settings."""
-    from patchmine.config.words import split_setting
+    from patchmine.config.overrides import split_setting
 
     has_recipe = bool(words) and split_setting(words[0]) is None and not words[0].startswith("-")
     return (words[0], words[1:]) if has_recipe else (None, words)
@@ -322,7 +324,7 @@ def data_shard(context: typer.Context) -> None:
 @listing.command("methods", options_metavar="[--help]")
 def list_methods() -> None:
     """The methods and their settings."""
-    from patchmine.config.schema import describe_method
+    from patchmine.config.describe import describe_method
     from patchmine.methods import METHODS
 
     for name, method in METHODS.items():
@@ -338,8 +340,8 @@ def list_models(context: typer.Context) -> None:
     """
     import timm
 
-    from patchmine.backbones.video import VIDEO_MODELS
-    from patchmine.config.words import did_you_mean
+    from patchmine.backbones.names import VIDEO_MODELS
+    from patchmine.config.explain import did_you_mean
 
     names = [
         name
@@ -399,7 +401,7 @@ def config_schema(context: typer.Context) -> None:
 
     METHOD narrows the list to one method's own: `patchmine config schema hpm`.
     """
-    from patchmine.config.schema import describe_method, describe_run
+    from patchmine.config.describe import describe_method, describe_run
 
     print(
         "\n".join(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 
 from patchmine.config.explain import validate
-from patchmine.config.words import put, read_settings, repeated
+from patchmine.config.overrides import read_settings, repeated, tree_of
 from patchmine.errors import shown_name
 from patchmine.strict import Mistake
 
@@ -29,15 +29,9 @@ def read_words(
     Words without ``=`` fill the fields named in ``first``, in order, and then the list ``rest``.
     ``say`` hears of settings that are given twice.  Raises UserError with every mistake.
     """
-    pairs, complaints, plain = read_settings(words)
-    settings: dict[str, Any] = {}
-    mistakes = [Mistake(*complaint) for complaint in complaints]
-    for name, value in pairs:
-        # Here too method=hpm is short for method.name=hpm, so that method.KEY=VALUE may stand
-        # beside it.
-        path = "method.name" if name == "method" and not isinstance(value, dict) else name
-        complaint = put(settings, path, value)
-        mistakes += [Mistake(name, complaint)] if complaint else []
+    pairs, mistakes, plain = read_settings(words)
+    settings, torn = tree_of(pairs)
+    mistakes += torn
     for sentence in repeated(pairs):
         say(sentence)
     settings |= zip(first, plain, strict=False)

@@ -10,9 +10,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from patchmine.backbones.settings import ModelSettings
-from patchmine.config.words import did_you_mean
 from patchmine.data.settings import DataSettings, ViewSettings
-from patchmine.errors import UserError, shown_name
 from patchmine.evaluate.settings import EvalSettings
 from patchmine.methods import METHODS
 from patchmine.strict import OF_A_MACHINE, ByName, Mistake, Positive, Strict
@@ -120,45 +118,3 @@ def names_of_a_machine() -> set[str]:
     """The settings that may differ between the processes of one run."""
     fields = RunConfig.model_fields.items()
     return {name for name, field in fields if OF_A_MACHINE in field.metadata}
-
-
-def describe_run() -> list[str]:
-    """Every setting of a run, a line each, with its default and its meaning."""
-    lines = [
-        "# What decides the weights.",
-        *_describe(RunConfig, names_of(decide_weights=True)),
-        "",
-    ]
-    for name in METHODS:
-        lines += [f"# Of method={name}.", *describe_method(name), ""]
-    title = "# Where and how the run is made; may change on resume."
-    return [*lines, title, *_describe(RunConfig, names_of(decide_weights=False))]
-
-
-def describe_method(name: str) -> list[str]:
-    """The settings of one method.  Raises UserError for a name that is none."""
-    tables = method_tables()
-    if name not in tables:
-        near = did_you_mean(name, tables) or f"; there are {', '.join(tables)}"
-        raise UserError(f"No method '{shown_name(name)}'{near}")
-    return _describe(tables[name], [n for n in tables[name].model_fields if n != "name"], "method.")
-
-
-def _describe(model: type[BaseModel], names: list[str], prefix: str = "") -> list[str]:
-    lines = []
-    for name in names:
-        field = model.model_fields[name]
-        if isinstance(field.default, Strict):  # a table, a line for each of its settings
-            inner = type(field.default)
-            lines.append(f"{f'{prefix}{name}.*':<36} {field.description}")
-            lines += _describe(inner, list(inner.model_fields), f"{name}.")
-            continue
-        default = "" if field.is_required() else _as_word(field.default)
-        lines.append(f"{f'{prefix}{name}={default}':<36} {field.description or ''}".rstrip())
-    return lines
-
-
-def _as_word(value: Any) -> str:
-    """A default as one would type it."""
-    value = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(value, default_flow_style=True).split("\n")[0]

@@ -28,8 +28,8 @@ from patchmine.backbones.naming import Weights
 from patchmine.backbones.video import VideoTransformer, is_video
 from patchmine.backbones.vit import build_encoder, initialise_encoder
 from patchmine.backbones.weights import load_encoder, open_weights, resize_encoder
+from patchmine.config.overrides import exists
 from patchmine.config.schema import RunConfig
-from patchmine.config.words import exists
 from patchmine.data.settings import MAX_PIXELS, Clip, InputSettings
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.runs.run import Run, Which, is_run

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from patchmine.config.words import read_yaml
+from patchmine.config.overrides import read_yaml
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.train.log import read_line, step_of
 

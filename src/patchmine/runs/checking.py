@@ -10,11 +10,9 @@ import os
 import torch
 
 from patchmine.config.schema import RunConfig
-from patchmine.errors import UserError, foreign_parser
-from patchmine.errors import shown_name
+from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.runs.preparing import train_view
 from patchmine.runs.run import build_method
-from patchmine.config.words import exists
 from patchmine.strict import Mistake
 
 _GIB = 2**30
@@ -26,17 +24,15 @@ class _MisfitError(Exception):
 
 def misfits(config: RunConfig) -> list[Mistake]:
     """What is wrong with settings that are right one by one: a model that cannot be built, a method
-    that it does not suit, files that are not there, a device that this machine lacks.
+    that it does not suit, a device that this machine lacks.
     """
-    found = [*_misbuilt(config), *_missing_files(config)]
+    found = _misbuilt(config)
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         text = f"given '{shown_name(config.wandb)}', but wandb is not installed; run `pip install patchmine[wandb]`"
         found.append(Mistake("wandb", text))
     if config.device == "cuda" and not torch.cuda.is_available():
         found.append(Mistake("", "device=cuda, but torch sees no GPU: give device=cpu"))
-    # Data that are not there are refused by who opens them, who knows more; but not beside other
-    # mistakes.
-    return [*found, *_missing("data", config.data)] if found else []
+    return found
 
 
 def _misbuilt(config: RunConfig) -> list[Mistake]:
@@ -84,20 +80,3 @@ def _memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return None
-
-
-def _missing_files(config: RunConfig) -> list[Mistake]:
-    found = _missing("eval_data", config.eval_data) + _missing("eval_test", config.eval_test)
-    if config.init is not None and not exists(config.init):
-        found.append(Mistake("init", f"given '{shown_name(config.init)}'; there is no such run, export or file"))
-    return found
-
-
-def _missing(setting: str, data: str | list[str] | None) -> list[Mistake]:
-    """Names of data that are neither there nor patterns, which only opening them can judge."""
-    names = data if isinstance(data, list) else [data]
-    return [
-        Mistake(setting, f"given '{shown_name(name)}'; there is no such file or folder")
-        for name in names
-        if isinstance(name, str) and not exists(name) and not any(sign in name for sign in "*?[{:")
-    ]

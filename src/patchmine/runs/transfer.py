@@ -41,7 +41,7 @@ from patchmine.backbones.vit import Encoder
 from patchmine.backbones.weights import as_size
 from patchmine.runs.run import Run, Which, build_method, refuse_used_folder, write_export
 from patchmine.train import checkpoint as checkpoints
-from patchmine.config.words import shown
+from patchmine.config.explain import shown
 
 Say = Callable[[str], None]
 What = Literal["auto", "encoder", "full"]

@@ -1,8 +1,7 @@
 """Recipes: settings that are known to do something, as YAML files.
 
-A recipe's head, ``about``, says what it is: title, command, data, hardware, time and expected
-number.  ``methods`` holds settings of each method, ``by_size`` those that depend on the number of
-images; all else are settings of a run.
+``about`` says what a recipe is; ``methods`` holds settings of each method, ``by_size`` those that
+depend on the number of images; all else are settings of a run.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchmine.config.words import did_you_mean, exists, read_yaml
+from patchmine.config.explain import did_you_mean
+from patchmine.config.overrides import exists, read_yaml
 from patchmine.errors import UserError, shown_name
 
 _FOLDER = Path(__file__).parent
@@ -21,9 +21,7 @@ ABOUT = ("title", "command", "data", "hardware", "time", "expected")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe as it was read; nothing in ``settings`` is checked yet.  ``ours``: it comes with
-    patchmine.
-    """
+    """One recipe as it was read, unchecked.  ``ours``: it comes with patchmine."""
 
     name: str
     about: Mapping[str, str]
@@ -51,57 +49,48 @@ def list_recipes() -> list[Recipe]:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by its name or its file.  Raises UserError when there is none, or when it is no
-    recipe.
-    """
+    """A recipe by its name or its file.  Raises UserError when there is none."""
     path = _find(str(name))
     content = read_yaml(path)
-    about = content.pop("about", {})
-    methods = content.pop("methods", {})
+    about, methods = content.pop("about", {}), content.pop("methods", {})
     by_size = content.pop("by_size", [])
+    wrong = ""
     if not isinstance(about, dict):
-        raise UserError(
-            f"{shown_name(path)}: about must be a table with some of {', '.join(ABOUT)}"
-        )
-    if not isinstance(methods, dict) or not all(isinstance(row, dict) for row in methods.values()):
-        raise UserError(
-            f"{shown_name(path)}: methods must hold one table of settings for each method, as in 'hpm: {{epochs: 50}}'"
-        )
-    if not isinstance(by_size, list) or not all(isinstance(row, dict) for row in by_size):
-        raise UserError(
-            f"{shown_name(path)}: by_size must be a list of rows such as '- {{up_to: 5000, use: {{epochs: 400}}}}'"
-        )
+        wrong = f"about must be a table with some of {', '.join(ABOUT)}"
+    elif not isinstance(methods, dict) or not _are_tables(methods.values()):
+        example = "'hpm: {epochs: 50}'"
+        wrong = f"methods must hold one table of settings for each method, as in {example}"
+    elif not isinstance(by_size, list) or not _are_tables(by_size):
+        wrong = "by_size must be a list of rows such as '- {up_to: 5000, use: {epochs: 400}}'"
+    if wrong:
+        raise UserError(f"{shown_name(path)}: {wrong}")
     ours = path.parent == _FOLDER
     known_as = path.stem if ours else shown_name(name)
-    return Recipe(
-        known_as, {key: str(text) for key, text in about.items()}, content, methods, by_size, ours
-    )
+    about = {key: str(text) for key, text in about.items()}
+    return Recipe(known_as, about, content, methods, by_size, ours)
+
+
+def _are_tables(rows: Any) -> bool:
+    return all(isinstance(row, dict) for row in rows)
 
 
 def _find(name: str) -> Path:
-    inside = _FOLDER / f"{name}.yaml"
     if name in recipe_names():
-        return inside
+        return _FOLDER / f"{name}.yaml"
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
     quoted = shown_name(name)
     if exists(name) and path.is_dir():
-        raise UserError(
-            f"{quoted} is a folder, not a recipe: images are data={quoted}, a run goes on with "
-            f"`patchmine resume {quoted}`"
-        )
+        resume = f"a run goes on with `patchmine resume {quoted}`"
+        raise UserError(f"{quoted} is a folder, not a recipe: images are data={quoted}, {resume}")
     if exists(str(path)):
-        if not path.is_file():
-            raise UserError(
-                f"{quoted} is no file that holds settings: name a recipe or a YAML file"
-            )
-        return path
+        if path.is_file():
+            return path
+        raise UserError(f"{quoted} is no file that holds settings: name a recipe or a YAML file")
     if "/" in name and not name.endswith((".yaml", ".yml")):
-        raise UserError(
-            f"{quoted} does not exist and would be no recipe: images are given as data={quoted}"
-        )
-    stem = name.removesuffix(".yaml")
-    near = (
-        f"; did you mean {stem}?" if stem in recipe_names() else did_you_mean(stem, recipe_names())
+        given = f"images are given as data={quoted}"
+        raise UserError(f"{quoted} does not exist and would be no recipe: {given}")
+    stem, names = name.removesuffix(".yaml"), recipe_names()
+    near = f"; did you mean {stem}?" if stem in names else did_you_mean(stem, names)
+    raise UserError(
+        f"No recipe '{quoted}', and no such file{near or '; there are ' + ', '.join(names)}"
     )
-    near = near or f"; there are {', '.join(recipe_names())}"
-    raise UserError(f"No recipe '{quoted}', and no such file{near}")

@@ -1,0 +1,16 @@
+"""Names of encoders, and what they tell, without torch."""
+
+from __future__ import annotations
+
+VIDEO_MODELS: dict[str, dict[str, int]] = {
+    "video_vit_tiny_patch16": dict(embed_dim=192, depth=12, num_heads=3),
+    "video_vit_small_patch16": dict(embed_dim=384, depth=12, num_heads=6),
+    "video_vit_base_patch16": dict(embed_dim=768, depth=12, num_heads=12),
+    "video_vit_large_patch16": dict(embed_dim=1024, depth=24, num_heads=16),
+    "video_vit_huge_patch16": dict(embed_dim=1280, depth=32, num_heads=16),
+}
+
+
+def reads_clips(model: str) -> bool:
+    """Whether ``model`` names an encoder of clips, which makes a run a video run."""
+    return model.startswith("video_vit_")

@@ -1,0 +1,78 @@
+"""Tables of settings as lines to read: every setting with its default and its meaning."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from patchmine.config.explain import did_you_mean
+from patchmine.config.schema import RunConfig, method_tables, names_of
+from patchmine.errors import UserError, shown_name
+from patchmine.methods import METHODS
+from patchmine.strict import Strict
+
+_WIDTH = 36  # columns of a name with its default
+
+
+def describe(
+    model: type[BaseModel], names: Iterable[str] | None = None, prefix: str = ""
+) -> list[str]:
+    """A line for each setting, those of nested tables included: ``name=default   meaning``."""
+    lines = []
+    for name in model.model_fields if names is None else names:
+        field = model.model_fields[name]
+        if isinstance(field.default, Strict):
+            lines.append(f"{f'{prefix}{name}.*':<{_WIDTH}} {field.description}")
+            lines += describe(type(field.default), prefix=f"{prefix}{name}.")
+            continue
+        head = f"{prefix}{name}={'' if field.is_required() else as_word(field.default)}"
+        if len(head) > _WIDTH:
+            lines.append(head)
+            head = ""
+        lines.append(f"{head:<{_WIDTH}} {meaning(field)}")
+    return lines
+
+
+def meaning(field: FieldInfo) -> str:
+    """What a setting means, with its choices where the description names none of them."""
+    text = field.description or ""
+    choices = [str(choice) for choice in _choices(field.annotation)]
+    untold = any(choice not in text for choice in choices)
+    return f"{text}: {', '.join(choices)}" if untold and len(choices) > 1 else text
+
+
+def _choices(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) is Literal:
+        return list(typing.get_args(annotation))
+    return []
+
+
+def as_word(value: Any) -> str:
+    """A default as one would type it."""
+    value = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def describe_run() -> list[str]:
+    """Every setting of a run."""
+    decide, running = names_of(decide_weights=True), names_of(decide_weights=False)
+    lines = ["# What decides the weights.", *describe(RunConfig, decide), ""]
+    for name in METHODS:
+        lines += [f"# Of method={name}.", *describe_method(name), ""]
+    title = "# Where and how the run is made; may change on resume."
+    return [*lines, title, *describe(RunConfig, running)]
+
+
+def describe_method(name: str) -> list[str]:
+    """The settings of one method.  Raises UserError for a name that is none."""
+    if name not in METHODS:
+        near = did_you_mean(name, METHODS) or f"; there are {', '.join(METHODS)}"
+        raise UserError(f"No method '{shown_name(name)}'{near}")
+    table = method_tables()[name]
+    return describe(table, [each for each in table.model_fields if each != "name"], "method.")
