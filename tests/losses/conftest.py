@@ -1,0 +1,8 @@
+"""Makes `small` importable, which is a script too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
