@@ -3,12 +3,14 @@
 # make check     ruff, mypy --strict, documentation and its links
 # make test      the test suite; `make test-all` adds the slow tests, `make test-bits` repeats those that ask for equal bits
 #                with the vectors of older processors
+# make losses    twenty steps of every method's small recipe, equal bit for bit to those of another commit: BASE=main
 # make faults    damaged files, kills, crashes, full disks: tried, survived, faults (MUTANTS=10000 KILLS=100 SEED=0)
 #
 # Each makes or updates .venv by itself.  Another interpreter: make PYTHON=python3.12 install
 
 PYTHON ?= python3
 DEMO ?= runs/demo
+BASE ?= main
 VENV := .venv
 BIN := $(VENV)/bin
 USER_READY := $(VENV)/.ready-user
@@ -19,7 +21,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev demo test test-all test-bits faults check check-code check-docs format clean
+.PHONY: help install install-dev demo test test-all test-bits losses faults check check-code check-docs format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +65,9 @@ test-all: $(DEV_READY)
 test-bits: $(DEV_READY)
 	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m bitwise --timeout 900
 	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(PYTEST) -m bitwise --timeout 900
+
+losses: $(DEV_READY)
+	@$(BIN)/python tests/losses/compare.py $(BASE)
 
 # Sizes come from the environment or the command line, as in make faults MUTANTS=500 KILLS=5 ONLY=mutants,kills
 faults: $(DEV_READY)
