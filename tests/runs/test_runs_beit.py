@@ -24,7 +24,14 @@ pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 SHARED = "use_abs_pos_emb: false, use_rel_pos_bias: false, use_shared_rel_pos_bias: true"
 SIZES = "embed_dim: 32, depth: 2, num_heads: 2"
 WORDS = [
-    *("method=simmim", "model=beit_base_patch16_224", "patch_size=4", "batch_size=8", "blr=1e-2", "warmup_epochs=0"),
+    *(
+        "method=simmim",
+        "model=beit_base_patch16_224",
+        "patch_size=4",
+        "batch_size=8",
+        "blr=1e-2",
+        "warmup_epochs=0",
+    ),
     *("workers=0", "tensorboard=false", "device=cpu"),
 ]
 
@@ -38,18 +45,24 @@ def patchmine_says(*words: str, code: int = 0) -> str:
 def pretrain(data: Path, out: Path, *words: str, args: str = SHARED, code: int = 0) -> str:
     sizes = f"model_args={{{SIZES}, {args}}}"
     size = [] if any(word.startswith("image_size=") for word in words) else ["image_size=16"]
-    return patchmine_says("pretrain", f"data={data}", f"out={out}", *WORDS, sizes, *size, *words, code=code)
+    return patchmine_says(
+        "pretrain", f"data={data}", f"out={out}", *WORDS, sizes, *size, *words, code=code
+    )
 
 
 @pytest.fixture(scope="module")
 def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps with stochastic depth, a checkpoint every three."""
     folder = tmp_path_factory.mktemp("beit") / "run"
-    pretrain(image_folder, folder, "steps=6", "checkpoint_every=3", args=f"{SHARED}, drop_path_rate: 0.3")
+    pretrain(
+        image_folder, folder, "steps=6", "checkpoint_every=3", args=f"{SHARED}, drop_path_rate: 0.3"
+    )
     return folder
 
 
-def test_going_on_from_the_middle_arrives_at_the_same_bits(run: Path, tmp_path: Path, weights: Any) -> None:
+def test_going_on_from_the_middle_arrives_at_the_same_bits(
+    run: Path, tmp_path: Path, weights: Any
+) -> None:
     again = tmp_path / "again"
     shutil.copytree(run, again, symlinks=True)
     (again / "checkpoints" / "step-00000006.safetensors").unlink()
@@ -92,8 +105,12 @@ def test_its_random_twin_starts_as_it_did(run: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [16, 24])
-def test_another_run_starts_from_it(run: Path, image_folder: Path, tmp_path: Path, size: int) -> None:
-    pretrain(image_folder, tmp_path / "next", "steps=1", "blr=1e-9", f"init={run}", f"image_size={size}")
+def test_another_run_starts_from_it(
+    run: Path, image_folder: Path, tmp_path: Path, size: int
+) -> None:
+    pretrain(
+        image_folder, tmp_path / "next", "steps=1", "blr=1e-9", f"init={run}", f"image_size={size}"
+    )
     before, after = Run(run).encoder(), Run(tmp_path / "next").encoder()
     name = "blocks.1.attn.qkv.weight"
     torch.testing.assert_close(after.get_parameter(name), before.get_parameter(name))
@@ -106,13 +123,18 @@ def test_another_run_starts_from_it(run: Path, image_folder: Path, tmp_path: Pat
     ("words", "expected"),
     [
         (["method.mask_unit=6"], ["method.mask_unit=6", "4x4", "method.mask_unit=8"]),
-        (["method.mask_unit=12"], ["method.mask_unit=12", "image_size=16x16", "method.mask_unit=4"]),
+        (
+            ["method.mask_unit=12"],
+            ["method.mask_unit=12", "image_size=16x16", "method.mask_unit=4"],
+        ),
         (["method.mask_ratio=0.9"], ["method.mask_ratio=0.9", "4 mask units", "lower"]),
         (["image_size=20"], ["method.mask_unit=null", "image_size=20x20"]),
         (["method=mae"], ["use_rel_pos_bias=false"]),
     ],
 )
-def test_mistakes(words: list[str], expected: list[str], image_folder: Path, tmp_path: Path) -> None:
+def test_mistakes(
+    words: list[str], expected: list[str], image_folder: Path, tmp_path: Path
+) -> None:
     message: Any = pretrain(image_folder, tmp_path / "run", "steps=1", *words, code=2)
     for part in expected:
         assert part in message, message

@@ -21,7 +21,13 @@ from patchmine.runs.checking import misfits
 from patchmine.runs.run import Run
 
 RECIPES = [recipe.name for recipe in list_recipes()]
-TINY = ["model=vit_tiny_patch16_224", "model_args.depth=1", "image_size=32", "workers=0", "device=cpu"]
+TINY = [
+    "model=vit_tiny_patch16_224",
+    "model_args.depth=1",
+    "image_size=32",
+    "workers=0",
+    "device=cpu",
+]
 
 
 def complaint(*words: str) -> str:
@@ -49,34 +55,68 @@ def test_looking_at_a_method_takes_no_memory_and_draws_nothing(method: str) -> N
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["model=vit_smal_patch16_224"], ["model='vit_smal_patch16_224' is no architecture", "vit_small_patch16_224"]),
+        (
+            ["model=vit_smal_patch16_224"],
+            ["model='vit_smal_patch16_224' is no architecture", "vit_small_patch16_224"],
+        ),
         (["model=resnet18"], ["method=mae hides patches, which a ResNet does not have"]),
         (["model=swin_tiny_patch4_window7_224"], ["plain vision transformer"]),
         (["model=video_vit_small_patch16", "method=amt"], ["method=amt does not train on videos"]),
         (["model_args.num_heads=7"], ["model_args"]),
         (["model_args.num_heads=0"], ["model_args"]),
         (["model_args.act_layer=foo"], ["model_args"]),
-        (["model_args.checkpoint_path=x.pth"], ["checkpoint_path would make timm read or download other weights"]),
-        (["model_args.pretrained=true"], ["pretrained would make timm read or download other weights"]),
+        (
+            ["model_args.checkpoint_path=x.pth"],
+            ["checkpoint_path would make timm read or download other weights"],
+        ),
+        (
+            ["model_args.pretrained=true"],
+            ["pretrained would make timm read or download other weights"],
+        ),
         (["model_args.nonsense=1"], ["nonsense", "model_args"]),
         (["patch_size=32", "image_size=32"], ["method.mask_ratio=0.75 leaves no patch visible"]),
         (["method.mask_ratio=1e-300"], ["method.mask_ratio=1e-300 hides none of 196 patches"]),
-        (["method.mask_ratio=1e-3", "model=video_vit_small_patch16"], ["method.mask_ratio=0.001 hides none of 196"]),
-        (["method=hpm", "method.mask_ratio=1e-3", "model=video_vit_small_patch16"], ["hides none of 196 patches"]),
-        (["method.decoder_num_heads=7"], ["method.decoder_num_heads=7", "try method.decoder_embed_dim="]),
+        (
+            ["method.mask_ratio=1e-3", "model=video_vit_small_patch16"],
+            ["method.mask_ratio=0.001 hides none of 196"],
+        ),
+        (
+            ["method=hpm", "method.mask_ratio=1e-3", "model=video_vit_small_patch16"],
+            ["hides none of 196 patches"],
+        ),
+        (
+            ["method.decoder_num_heads=7"],
+            ["method.decoder_num_heads=7", "try method.decoder_embed_dim="],
+        ),
         (["method=mokd", "method.partner_model=resnet5"], ["resnet5", "resnet50"]),
         (["method=hpm", "method.target=dino"], ["method.target_file"]),
         (
-            ["method=mokd", "model=resnet50", "method.partner_model=vit_small_patch16_224", "crops.local_size=90"],
+            [
+                "method=mokd",
+                "model=resnet50",
+                "method.partner_model=vit_small_patch16_224",
+                "crops.local_size=90",
+            ],
             ["crops.local_size"],
         ),
         (["init=nowhere.pth"], ["init: given 'nowhere.pth'; there is no such run, export or file"]),
-        (["eval_every=1", "eval_data=nowhere"], ["eval_data: given 'nowhere'; there is no such file or folder"]),
-        (["eval_every=1", "eval_data=embedded:photos", "eval_test=nowhere"], ["eval_test: given 'nowhere'"]),
-        (["model_args.depth=8", "model_args.embed_dim=65536", "model_args.num_heads=64"], ["GiB of memory"]),
+        (
+            ["eval_every=1", "eval_data=nowhere"],
+            ["eval_data: given 'nowhere'; there is no such file or folder"],
+        ),
+        (
+            ["eval_every=1", "eval_data=embedded:photos", "eval_test=nowhere"],
+            ["eval_test: given 'nowhere'"],
+        ),
+        (
+            ["model_args.depth=8", "model_args.embed_dim=65536", "model_args.num_heads=64"],
+            ["GiB of memory"],
+        ),
     ],
 )
-def test_what_does_not_fit_is_one_message(words: list[str], parts: list[str], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_message(
+    words: list[str], parts: list[str], tmp_path: Path
+) -> None:
     text = complaint(f"data={tmp_path}", *words)
     assert all(part in text for part in parts), text
     assert len(text.splitlines()) == 1
@@ -85,7 +125,9 @@ def test_what_does_not_fit_is_one_message(words: list[str], parts: list[str], tm
 def test_the_model_that_was_refused_is_not_proposed(tmp_path: Path) -> None:
     data = f"data={tmp_path}"
     assert complaint(data, "model_args.num_heads=7").endswith("check model_args")
-    assert complaint(data, "model_args.num_heads=7", "model=vit_tiny_patch16_224").endswith("vit_small_patch16_224")
+    assert complaint(data, "model_args.num_heads=7", "model=vit_tiny_patch16_224").endswith(
+        "vit_small_patch16_224"
+    )
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +139,13 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_mistakes_stand_in_one_message() -> None:
     text = complaint(
-        *("data=nowhere", "model=vit_smal_patch16_224", "method.decoder_num_heads=7", "init=gone", "epoch=3"),
+        *(
+            "data=nowhere",
+            "model=vit_smal_patch16_224",
+            "method.decoder_num_heads=7",
+            "init=gone",
+            "epoch=3",
+        ),
         *("eval_every=2", "eval_data=lost", "blr=fast", "flip=3"),
     )
     assert text.startswith("6 mistakes in the settings:")
@@ -128,7 +176,10 @@ def test_a_missing_folder_names_what_lies_beside_it(tmp_path: Path) -> None:
 
 def test_a_row_of_a_recipe_is_looked_at_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("data: x\nby_size:\n  - {up_to: null, use: {model: vit_smal_patch16_224}}\n", encoding="utf-8")
+    file.write_text(
+        "data: x\nby_size:\n  - {up_to: null, use: {model: vit_smal_patch16_224}}\n",
+        encoding="utf-8",
+    )
     with pytest.raises(UserError, match="vit_small_patch16_224"):
         parse(file, [f"data={tmp_path}"], also=(missing_files, misfits))
 
@@ -172,7 +223,9 @@ def test_a_batch_that_nobody_chose_is_shared_out(tmp_path: Path) -> None:
     said: list[str] = []
     config = parse(None, ["data=x", "devices=3", "accumulate=2"], said.append)
     assert config.batch_size == 252
-    assert said == ["batch_size=256 is changed to 252, a multiple of the 6 parts that a batch is cut into."]
+    assert said == [
+        "batch_size=256 is changed to 252, a multiple of the 6 parts that a batch is cut into."
+    ]
     assert fit_batch(config, 13, "images").batch_size == 12
     assert parse(None, ["data=x", "accumulate=300"]).batch_size == 300
     assert resolve_size(parse("my-images", ["data=x", "devices=3"]), 500).batch_size == 63
@@ -187,7 +240,9 @@ def test_a_batch_that_nobody_chose_is_shared_out(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_was_chosen_is_refused_with_one_that_fits(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"batch_size=64 is more than the 10 images: set batch_size=8 or lower"):
+    with pytest.raises(
+        UserError, match=r"batch_size=64 is more than the 10 images: set batch_size=8 or lower"
+    ):
         fit_batch(parse(None, ["data=x", "batch_size=64", "accumulate=4"]), 10, "images")
     (tmp_path / "mine.yaml").write_text("data: x\nbatch_size: 64\n", encoding="utf-8")
     with pytest.raises(UserError, match="set batch_size=10 or lower"):
@@ -195,7 +250,8 @@ def test_a_batch_that_was_chosen_is_refused_with_one_that_fits(tmp_path: Path) -
     with pytest.raises(UserError, match="set batch_size=10 or lower"):
         fit_batch(from_settings(data="x", batch_size=64), 10, "images")
     with pytest.raises(
-        UserError, match=r"fewer than the 8 parts of a batch \(accumulate=8 \* devices=1 \* num_nodes=1\)"
+        UserError,
+        match=r"fewer than the 8 parts of a batch \(accumulate=8 \* devices=1 \* num_nodes=1\)",
     ):
         fit_batch(parse(None, ["data=x", "accumulate=8"]), 7, "images")
 

@@ -25,11 +25,36 @@ from patchmine.runs.run import Run
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 
 WORDS = [
-    *("method=mokd", "model=vit_tiny_patch16_224", "model_args={embed_dim: 32, depth: 2, num_heads: 2}"),
-    *("image_size=32", "patch_size=4", "crops.local_size=16", "crops.num_local=2", "batch_size=8", "warmup_epochs=0"),
-    *("method.partner_model=resnet18", "method.partner_args={cifar_stem: true, layers: [1, 1, 1, 1]}"),
-    *("method.out_dim=32", "method.head_hidden=16", "method.head_bottleneck=8", "method.freeze_last_layer=0"),
-    *("method.thead_depth=1", "method.thead_heads=2", "workers=0", "tensorboard=false", "device=cpu"),
+    *(
+        "method=mokd",
+        "model=vit_tiny_patch16_224",
+        "model_args={embed_dim: 32, depth: 2, num_heads: 2}",
+    ),
+    *(
+        "image_size=32",
+        "patch_size=4",
+        "crops.local_size=16",
+        "crops.num_local=2",
+        "batch_size=8",
+        "warmup_epochs=0",
+    ),
+    *(
+        "method.partner_model=resnet18",
+        "method.partner_args={cifar_stem: true, layers: [1, 1, 1, 1]}",
+    ),
+    *(
+        "method.out_dim=32",
+        "method.head_hidden=16",
+        "method.head_bottleneck=8",
+        "method.freeze_last_layer=0",
+    ),
+    *(
+        "method.thead_depth=1",
+        "method.thead_heads=2",
+        "workers=0",
+        "tensorboard=false",
+        "device=cpu",
+    ),
 ]
 
 
@@ -43,11 +68,15 @@ def patchmine_says(*words: str, code: int = 0) -> str:
 def run(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps, a checkpoint every two."""
     folder = tmp_path_factory.mktemp("pair") / "run"
-    patchmine_says("pretrain", f"data={image_folder}", f"out={folder}", *WORDS, "steps=4", "checkpoint_every=2")
+    patchmine_says(
+        "pretrain", f"data={image_folder}", f"out={folder}", *WORDS, "steps=4", "checkpoint_every=2"
+    )
     return folder
 
 
-def test_going_on_from_the_middle_arrives_at_the_same_bits(run: Path, tmp_path: Path, weights: Any) -> None:
+def test_going_on_from_the_middle_arrives_at_the_same_bits(
+    run: Path, tmp_path: Path, weights: Any
+) -> None:
     again = tmp_path / "again"
     shutil.copytree(run, again, symlinks=True)
     (again / "checkpoints" / "step-00000004.safetensors").unlink()
@@ -77,17 +106,25 @@ def test_all_four_encoders_can_be_had(run: Path) -> None:
             assert torch.equal(encoder.forward_features(images), expected), which
         measured = open_target(run, weights=which)
         assert type(measured.encoder) is type(encoder)
-    with pytest.raises(UserError, match="either student or teacher or partner or partner-teacher can be measured"):
+    with pytest.raises(
+        UserError, match="either student or teacher or partner or partner-teacher can be measured"
+    ):
         open_target(run, weights="friend")
 
 
 def test_both_are_exported(run: Path, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     first = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True).eval()
-    second = patchmine.load_encoder(run / "export-partner")  # timm cannot know the stem for small images
+    second = patchmine.load_encoder(
+        run / "export-partner"
+    )  # timm cannot know the stem for small images
     with torch.no_grad():
-        assert torch.equal(first.forward_features(images), Run(run).encoder().forward_features(images))
-        assert torch.equal(second.forward_features(images), Run(run).encoder("partner").forward_features(images))
+        assert torch.equal(
+            first.forward_features(images), Run(run).encoder().forward_features(images)
+        )
+        assert torch.equal(
+            second.forward_features(images), Run(run).encoder("partner").forward_features(images)
+        )
     patchmine_says("export", str(run), f"out={tmp_path / 'x'}", "weights=partner-teacher")
     third = patchmine.load_encoder(tmp_path / "x")
     assert torch.equal(third.conv1.weight, Run(run).encoder("partner-teacher").conv1.weight)
@@ -97,7 +134,15 @@ def test_both_are_exported(run: Path, tmp_path: Path) -> None:
 def test_a_run_of_one_network_has_no_partner(image_folder: Path, tmp_path: Path) -> None:
     words = [word for word in WORDS if not word.startswith(("method", "crops"))]
     small = ("method.decoder_embed_dim=16", "method.decoder_depth=1", "method.decoder_num_heads=2")
-    patchmine_says("pretrain", f"data={image_folder}", f"out={tmp_path / 'r'}", *words, *small, "method=mae", "steps=1")
+    patchmine_says(
+        "pretrain",
+        f"data={image_folder}",
+        f"out={tmp_path / 'r'}",
+        *words,
+        *small,
+        "method=mae",
+        "steps=1",
+    )
     assert not (tmp_path / "r" / "export-partner").exists()
     for command in (
         ("export", str(tmp_path / "r")),
@@ -110,9 +155,19 @@ def test_a_run_of_one_network_has_no_partner(image_folder: Path, tmp_path: Path)
 def test_embed_evaluate_and_show(run: Path, image_folder: Path, tmp_path: Path) -> None:
     for which in ("student", "partner-teacher"):
         out = tmp_path / f"{which}.parquet"
-        patchmine_says("embed", str(run), f"data={image_folder}", f"out={out}", f"weights={which}", "workers=0")
+        patchmine_says(
+            "embed", str(run), f"data={image_folder}", f"out={out}", f"weights={which}", "workers=0"
+        )
         assert out.is_file()
-    patchmine_says("eval", "knn", str(run), f"data={image_folder}", "weights=partner", "name=knn-partner", "workers=0")
+    patchmine_says(
+        "eval",
+        "knn",
+        str(run),
+        f"data={image_folder}",
+        "weights=partner",
+        "name=knn-partner",
+        "workers=0",
+    )
     assert (run / "eval" / "knn-partner.json").is_file()
     picture = tmp_path / "a.png"
     Image.new("RGB", (40, 50), "orange").save(picture)
@@ -120,11 +175,21 @@ def test_embed_evaluate_and_show(run: Path, image_folder: Path, tmp_path: Path) 
     assert (tmp_path / "panel.png").stat().st_size > 1000
 
 
-def test_a_run_may_start_from_the_partner_of_another(run: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_a_run_may_start_from_the_partner_of_another(
+    run: Path, image_folder: Path, tmp_path: Path
+) -> None:
     """``init`` fills the first network; the exported partner of one run may be that."""
-    words = [word for word in WORDS if not word.startswith(("model", "patch_size", "method.partner", "crops"))]
+    words = [
+        word
+        for word in WORDS
+        if not word.startswith(("model", "patch_size", "method.partner", "crops"))
+    ]
     swapped = (
-        *("model=resnet18", "model_args={cifar_stem: true, layers: [1, 1, 1, 1]}", "crops.local_size=16"),
+        *(
+            "model=resnet18",
+            "model_args={cifar_stem: true, layers: [1, 1, 1, 1]}",
+            "crops.local_size=16",
+        ),
         *("method.partner_model=vit_tiny_patch16_224", "crops.num_local=2"),
         "method.partner_args={embed_dim: 32, depth: 1, num_heads: 2, patch_size: 4}",
     )

@@ -1,5 +1,4 @@
-"""Whole runs, as users make them: what a run folder holds, exact resume, shards, several processes.
-"""
+"""Whole runs, as users make them: what a run folder holds, exact resume, shards, several processes."""
 
 from __future__ import annotations
 
@@ -58,7 +57,11 @@ TINY = {
 def tiny(method: str) -> dict[str, Any]:
     """The settings of TINY that the method has."""
     fields = getattr(METHODS[method], "Config").model_fields  # noqa: B009 - each method has its own
-    return {k: v for k, v in TINY.items() if not k.startswith("method.") or k.removeprefix("method.") in fields}
+    return {
+        k: v
+        for k, v in TINY.items()
+        if not k.startswith("method.") or k.removeprefix("method.") in fields
+    }
 
 
 def pretrain(data: Any, out: Path, **settings: Any) -> Run:
@@ -81,9 +84,19 @@ def command(*arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_run_folder_holds_what_is_promised(method: str, image_folder: Path, tmp_path: Path) -> None:
+def test_a_run_folder_holds_what_is_promised(
+    method: str, image_folder: Path, tmp_path: Path
+) -> None:
     evaluation = dict(eval_every=1, eval_data=str(image_folder), crop_pct=1.0)
-    run = pretrain(image_folder, tmp_path / "run", method=method, epochs=2, log_every=2, tensorboard=True, **evaluation)
+    run = pretrain(
+        image_folder,
+        tmp_path / "run",
+        method=method,
+        epochs=2,
+        log_every=2,
+        tensorboard=True,
+        **evaluation,
+    )
     lines = run.metrics()
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == [2, 4, 6, 8]
@@ -112,11 +125,18 @@ def test_a_run_folder_holds_what_is_promised(method: str, image_folder: Path, tm
         assert torch.equal(run.method().encoder.forward_features(images), expected)
 
 
-def test_one_seed_one_result_whatever_the_workers(image_folder: Path, tmp_path: Path, weights: Any) -> None:
+def test_one_seed_one_result_whatever_the_workers(
+    image_folder: Path, tmp_path: Path, weights: Any
+) -> None:
     first = pretrain(image_folder, tmp_path / "a", method="hpm", steps=6)
-    assert_identical(weights(first), weights(pretrain(image_folder, tmp_path / "b", method="hpm", steps=6, workers=2)))
+    assert_identical(
+        weights(first),
+        weights(pretrain(image_folder, tmp_path / "b", method="hpm", steps=6, workers=2)),
+    )
     other = pretrain(image_folder, tmp_path / "c", method="hpm", steps=6, seed=1)
-    assert not torch.equal(weights(first)["model.encoder.cls_token"], weights(other)["model.encoder.cls_token"])
+    assert not torch.equal(
+        weights(first)["model.encoder.cls_token"], weights(other)["model.encoder.cls_token"]
+    )
 
 
 @pytest.mark.slow
@@ -156,16 +176,23 @@ def kill_at_step(start: list[str], folder: Path, step: int) -> None:
 def test_a_run_folder_whose_checkpoints_could_not_be_opened_is_refused(
     image_folder: Path, tmp_path: Path, name: str
 ) -> None:
-    with pytest.raises(UserError, match=r"name the run's folder by letters that can be printed") as told:
+    with pytest.raises(
+        UserError, match=r"name the run's folder by letters that can be printed"
+    ) as told:
         pretrain(image_folder, tmp_path / name, steps=1)
     str(told.value).encode()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_resume_says_that_images_were_replaced_under_equal_names(image_folder: Path, tmp_path: Path) -> None:
+def test_a_resume_says_that_images_were_replaced_under_equal_names(
+    image_folder: Path, tmp_path: Path
+) -> None:
     data = shutil.copytree(image_folder, tmp_path / "data")
     whole = pretrain(data, tmp_path / "out", steps=2)
-    for moved in (data, shutil.copytree(data, tmp_path / "moved")):  # other inodes and times, the same images
+    for moved in (
+        data,
+        shutil.copytree(data, tmp_path / "moved"),
+    ):  # other inodes and times, the same images
         heard: list[str] = []
         patchmine.resume(whole.path, data=moved, say=heard.append)
         assert not any("other contents" in line for line in heard)
@@ -174,10 +201,14 @@ def test_a_resume_says_that_images_were_replaced_under_equal_names(image_folder:
     heard = []
     patchmine.resume(whole.path, data=data, say=heard.append)
     (line,) = (line for line in heard if "other contents" in line)
-    assert line.startswith(f"Beware: 36 of the 36 items looked at in {data} have other contents than when ")
+    assert line.startswith(
+        f"Beware: 36 of the 36 items looked at in {data} have other contents than when "
+    )
 
 
-def test_resume_before_the_first_checkpoint_starts_again(image_folder: Path, tmp_path: Path, weights: Any) -> None:
+def test_resume_before_the_first_checkpoint_starts_again(
+    image_folder: Path, tmp_path: Path, weights: Any
+) -> None:
     whole = pretrain(image_folder, tmp_path / "whole", steps=4)
     again = pretrain(image_folder, tmp_path / "again", steps=4)
     for file in (again.path / "checkpoints").iterdir():
@@ -186,7 +217,9 @@ def test_resume_before_the_first_checkpoint_starts_again(image_folder: Path, tmp
     assert_identical(weights(whole), weights(again))
 
 
-def test_a_damaged_newest_checkpoint_falls_back(image_folder: Path, tmp_path: Path, weights: Any) -> None:
+def test_a_damaged_newest_checkpoint_falls_back(
+    image_folder: Path, tmp_path: Path, weights: Any
+) -> None:
     whole = pretrain(image_folder, tmp_path / "whole", steps=6, checkpoint_every=2)
     newest = whole.checkpoints[-1]
     before = weights(whole)
@@ -198,8 +231,12 @@ def test_a_damaged_newest_checkpoint_falls_back(image_folder: Path, tmp_path: Pa
     assert_identical(weights(whole), before)
 
 
-def test_shards_give_the_same_weights_as_the_folder(image_folder: Path, tmp_path: Path, weights: Any) -> None:
-    write_shards(open_source(image_folder), tmp_path / "shards", shard_size=20_000, say=lambda _: None)
+def test_shards_give_the_same_weights_as_the_folder(
+    image_folder: Path, tmp_path: Path, weights: Any
+) -> None:
+    write_shards(
+        open_source(image_folder), tmp_path / "shards", shard_size=20_000, say=lambda _: None
+    )
     assert len(list((tmp_path / "shards").glob("*.tar"))) > 1
     folder = pretrain(image_folder, tmp_path / "folder", method="hpm", steps=6)
     shards = pretrain(tmp_path / "shards", tmp_path / "tar", method="hpm", steps=6)
@@ -207,7 +244,9 @@ def test_shards_give_the_same_weights_as_the_folder(image_folder: Path, tmp_path
 
 
 def test_a_torch_dataset_from_python(tmp_path: Path, weights: Any) -> None:
-    images = torch.randint(0, 255, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 255, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     data = torch.utils.data.TensorDataset(images, torch.arange(20))
     whole = pretrain(data, tmp_path / "whole", steps=4, checkpoint_every=2)
     before = weights(whole)
@@ -220,17 +259,24 @@ def test_a_torch_dataset_from_python(tmp_path: Path, weights: Any) -> None:
 
 def test_starting_from_given_weights(image_folder: Path, tmp_path: Path) -> None:
     first = pretrain(image_folder, tmp_path / "first", steps=4)
-    second = pretrain(image_folder, tmp_path / "second", method="hpm", steps=1, blr=1e-12, init=str(first.path))
+    second = pretrain(
+        image_folder, tmp_path / "second", method="hpm", steps=1, blr=1e-12, init=str(first.path)
+    )
     for name, value in first.encoder().state_dict().items():
         torch.testing.assert_close(second.encoder().state_dict()[name], value, atol=1e-6, rtol=0)
-        torch.testing.assert_close(second.encoder("teacher").state_dict()[name], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            second.encoder("teacher").state_dict()[name], value, atol=1e-6, rtol=0
+        )
 
 
 def test_statistics_of_other_channels_come_from_the_data(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     (tmp_path / "stacks").mkdir()
     for number in range(10):
-        np.save(tmp_path / "stacks" / f"{number}.npy", generator.integers(0, 60_000, (5, 24, 24), dtype=np.uint16))
+        np.save(
+            tmp_path / "stacks" / f"{number}.npy",
+            generator.integers(0, 60_000, (5, 24, 24), dtype=np.uint16),
+        )
     run = pretrain(tmp_path / "stacks", tmp_path / "run", steps=2, channels=5)
     assert len(run.config.mean) == len(run.config.std) == 5
     assert run.config.mean[0] == pytest.approx(30_000 / 65_535, abs=0.02)
@@ -238,10 +284,16 @@ def test_statistics_of_other_channels_come_from_the_data(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_whole_batch(image_folder: Path, tmp_path: Path, weights: Any) -> None:
+def test_two_processes_equal_one_with_the_whole_batch(
+    image_folder: Path, tmp_path: Path, weights: Any
+) -> None:
     whole = pretrain(image_folder, tmp_path / "one", method="hpm", steps=5)
-    settings = tiny("hpm") | dict(method="hpm", steps=5, devices=2, data=str(image_folder), out=str(tmp_path / "two"))
-    subprocess.run(command("pretrain", *words(settings)), check=True, capture_output=True, timeout=250)
+    settings = tiny("hpm") | dict(
+        method="hpm", steps=5, devices=2, data=str(image_folder), out=str(tmp_path / "two")
+    )
+    subprocess.run(
+        command("pretrain", *words(settings)), check=True, capture_output=True, timeout=250
+    )
     two = weights(tmp_path / "two")
     for name, value in weights(whole).items():
         torch.testing.assert_close(

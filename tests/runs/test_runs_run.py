@@ -11,7 +11,7 @@ import torch
 
 import patchmine
 from patchmine.backbones.weights import export_encoder
-from patchmine.config.resolve import (parse)
+from patchmine.config.resolve import parse
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
@@ -43,7 +43,11 @@ def settings(method: str = "mae") -> RunConfig:
 def known_to(method: str, words: list[str]) -> list[str]:
     """The words without settings that the method does not have."""
     fields = getattr(METHODS[method], "Config").model_fields  # noqa: B009 - each method has its own
-    return [w for w in words if not w.startswith("method.") or w.removeprefix("method.").split("=")[0] in fields]
+    return [
+        w
+        for w in words
+        if not w.startswith("method.") or w.removeprefix("method.").split("=")[0] in fields
+    ]
 
 
 def make_run(folder: Path, method: str = "mae", step: int = 3) -> tuple[Run, Method]:
@@ -59,7 +63,9 @@ def make_run(folder: Path, method: str = "mae", step: int = 3) -> tuple[Run, Met
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return mine.keys() == theirs.keys() and all(
+        torch.equal(mine[name], theirs[name]) for name in mine
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,7 +127,10 @@ def test_a_run_without_checkpoints_but_with_an_export_still_has_an_encoder(tmp_p
 def test_metrics_leave_out_the_line_that_a_kill_cut_short(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
     assert run.metrics() == []
-    lines = [{"step": 1, "loss": 0.5}, {"step": 2, "eval": {"name": "knn", "top1": 40.0, "step": 2}}]
+    lines = [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "eval": {"name": "knn", "top1": 40.0, "step": 2}},
+    ]
     text = "\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo'
     run.metrics_file.write_text(text, encoding="utf-8")
     assert run.metrics() == lines
@@ -129,7 +138,14 @@ def test_metrics_leave_out_the_line_that_a_kill_cut_short(tmp_path: Path) -> Non
 
 def test_paths_are_those_that_users_rely_on(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
-    paths = (run.config_file, run.metrics_file, run.checkpoint_dir, run.sample_dir, run.eval_dir, run.export_dir)
+    paths = (
+        run.config_file,
+        run.metrics_file,
+        run.checkpoint_dir,
+        run.sample_dir,
+        run.eval_dir,
+        run.export_dir,
+    )
     names = ["config.yaml", "metrics.jsonl", "checkpoints", "samples", "eval", "export"]
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == names
     assert run.bad_files == tmp_path / "bad_files.txt"
@@ -137,7 +153,9 @@ def test_paths_are_those_that_users_rely_on(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_runs_are_named_with_what_they_lack(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere does not exist; give the folder that `patchmine pretrain` wrote"):
+    with pytest.raises(
+        UserError, match="nowhere does not exist; give the folder that `patchmine pretrain` wrote"
+    ):
         Run(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"is no run: it has no config\.yaml"):
         Run(tmp_path)
@@ -149,7 +167,9 @@ def test_folders_that_are_no_runs_are_named_with_what_they_lack(tmp_path: Path) 
 def test_a_damaged_config_is_an_error_of_the_user_and_is_never_executed(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
     mark = tmp_path / "executed"
-    run.config_file.write_text(f"data: !!python/object/apply:pathlib.Path.touch [{mark}]\n", encoding="utf-8")
+    run.config_file.write_text(
+        f"data: !!python/object/apply:pathlib.Path.touch [{mark}]\n", encoding="utf-8"
+    )
     with pytest.raises(UserError, match="not valid YAML"):
         _ = Run(tmp_path).config
     assert not mark.exists()
@@ -157,9 +177,13 @@ def test_a_damaged_config_is_an_error_of_the_user_and_is_never_executed(tmp_path
 
 def test_settings_that_do_not_fit_the_checkpoint_are_named(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path)
-    text = run.config_file.read_text(encoding="utf-8").replace("decoder_depth: 1", "decoder_depth: 2")
+    text = run.config_file.read_text(encoding="utf-8").replace(
+        "decoder_depth: 1", "decoder_depth: 2"
+    )
     run.config_file.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"does not fit the settings in config.yaml \(Missing key.*decoder"):
+    with pytest.raises(
+        UserError, match=r"does not fit the settings in config.yaml \(Missing key.*decoder"
+    ):
         Run(tmp_path).method()
 
 
@@ -168,7 +192,9 @@ def test_training_may_start_from_another_runs_encoder(tmp_path: Path) -> None:
     assert same(build_method(settings("hpm"), start_from=str(tmp_path)).encoder, built.encoder)
     larger = parse(None, [*known_to("mae", TINY), "image_size=64"])
     started = build_method(larger, start_from=str(tmp_path)).encoder
-    assert torch.equal(started.get_parameter("norm.weight"), built.encoder.get_parameter("norm.weight"))
+    assert torch.equal(
+        started.get_parameter("norm.weight"), built.encoder.get_parameter("norm.weight")
+    )
     wider = parse(None, [*known_to("mae", TINY), "model_args.embed_dim=96"])
     with pytest.raises(UserError, match=r"init=.*shape"):
         build_method(wider, start_from=str(tmp_path))
@@ -176,7 +202,11 @@ def test_training_may_start_from_another_runs_encoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stem", [False, True])
 def test_a_resnets_export_starts_another_run(tmp_path: Path, stem: bool) -> None:
-    words = ["data=photos", "model=resnet18", f"model_args={{channels: [8, 8, 12, 16], cifar_stem: {stem}}}"]
+    words = [
+        "data=photos",
+        "model=resnet18",
+        f"model_args={{channels: [8, 8, 12, 16], cifar_stem: {stem}}}",
+    ]
     words += ["image_size=32", "method=scfs", "method.out_dim=16", "method.stage_out_dim=16"]
     config = parse(None, words)
     method = build_method(config)
@@ -203,7 +233,9 @@ def test_pretrain_from_python_takes_settings_and_datasets(monkeypatch: pytest.Mo
     module = importlib.import_module("patchmine.training")
     monkeypatch.setattr(module, "pretrain", lambda config, **more: calls.append((config, more)))
     dataset = torch.utils.data.TensorDataset(torch.zeros(3, 3, 32, 32))
-    patchmine.pretrain(data="photos", method="hpm", recipe="cifar10-tiny", out="x", **{"method.mask_ratio": 0.8})
+    patchmine.pretrain(
+        data="photos", method="hpm", recipe="cifar10-tiny", out="x", **{"method.mask_ratio": 0.8}
+    )
     patchmine.pretrain(data=dataset, out="x")
     (named, with_name), (given, with_dataset) = calls
     assert (named.data, named.method.name, named.method.mask_ratio, named.image_size) == (

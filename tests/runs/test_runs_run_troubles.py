@@ -28,8 +28,17 @@ from patchmine.runs.run import Run
 from patchmine.train import checkpoint
 
 SMALL = [
-    *("model=vit_tiny_patch16_224", "model_args={depth: 1, embed_dim: 32, num_heads: 2}", "image_size=16"),
-    *("patch_size=4", "method.decoder_embed_dim=16", "method.decoder_depth=1", "method.decoder_num_heads=2"),
+    *(
+        "model=vit_tiny_patch16_224",
+        "model_args={depth: 1, embed_dim: 32, num_heads: 2}",
+        "image_size=16",
+    ),
+    *(
+        "patch_size=4",
+        "method.decoder_embed_dim=16",
+        "method.decoder_depth=1",
+        "method.decoder_num_heads=2",
+    ),
     *("batch_size=4", "steps=6", "warmup_epochs=0", "workers=0", "tensorboard=false", "device=cpu"),
     *("checkpoint_every=2", "log_every=1", "sample_every=2"),
 ]
@@ -92,14 +101,18 @@ def test_of_two_starts_at_once_one_wins_and_its_run_is_whole(
     winner = codes.index(0)
     assert Run(out).config.seed == winner
     loser = (tmp_path / f"said-{1 - winner}").read_text()
-    assert f"{out} is being written by process " in loser or f"out={out} already holds a run" in loser
+    assert (
+        f"{out} is being written by process " in loser or f"out={out} already holds a run" in loser
+    )
     assert start(image_folder, tmp_path / "alone", f"seed={winner}").exit_code == 0
     alone, found = weights(tmp_path / "alone"), weights(out)
     assert all(torch.equal(found[name], alone[name]) for name in alone)
     assert not (out / ".lock").exists()
 
 
-def test_a_run_that_is_being_written_can_be_read_and_not_resumed(image_folder: Path, out: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_being_written_can_be_read_and_not_resumed(
+    image_folder: Path, out: Path, tmp_path: Path
+) -> None:
     assert start(image_folder, out).exit_code == 0
     with lock(out):
         for result in (patchmine("resume", str(out)), start(image_folder, out)):
@@ -117,9 +130,16 @@ def test_a_mistake_leaves_no_folder(tmp_path: Path, out: Path) -> None:
 # Removed, in the way, full
 
 
-@pytest.mark.parametrize("what", [".", "config.yaml", "checkpoints", "metrics.jsonl", "samples", ".lock"])
+@pytest.mark.parametrize(
+    "what", [".", "config.yaml", "checkpoints", "metrics.jsonl", "samples", ".lock"]
+)
 def test_what_is_removed_in_mid_run_is_made_again(
-    image_folder: Path, out: Path, tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch, what: str
+    image_folder: Path,
+    out: Path,
+    tmp_path: Path,
+    weights: Weights,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
 ) -> None:
     def remove(_: MAE) -> None:
         path = out / what
@@ -153,7 +173,9 @@ def test_a_run_that_somebody_else_took_over_stops(
 
 
 @pytest.mark.parametrize("what", ["samples", "bad_files.txt", "events"])
-def test_foreign_things_in_a_run_folder_do_not_stop_a_resume(image_folder: Path, out: Path, what: str) -> None:
+def test_foreign_things_in_a_run_folder_do_not_stop_a_resume(
+    image_folder: Path, out: Path, what: str
+) -> None:
     assert start(image_folder, out).exit_code == 0
     Run(out).checkpoints[-1].unlink()
     path = out / what
@@ -174,7 +196,9 @@ def test_a_file_in_the_place_of_checkpoints_is_told(image_folder: Path, out: Pat
     assert f"checkpoint {out}/checkpoints/step-" in refused(patchmine("resume", str(out)))
 
 
-def test_a_picture_that_fails_costs_one_line(image_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_fails_costs_one_line(
+    image_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -237,7 +261,11 @@ def test_a_state_that_is_not_finite_ends_a_run_with_a_sentence(
     at_step(monkeypatch, step, spoil)
     told = refused(start(image_folder, out))
     saved = Run(out).checkpoints
-    for part in ("model.encoder.norm.weight", f"after step {saving} ", f"good state is {saved[-1]}"):
+    for part in (
+        "model.encoder.norm.weight",
+        f"after step {saving} ",
+        f"good state is {saved[-1]}",
+    ):
         assert part in told
     assert "Done" not in told
     for path in saved:
@@ -246,8 +274,12 @@ def test_a_state_that_is_not_finite_ends_a_run_with_a_sentence(
 
 
 @pytest.mark.parametrize("blr", ["1e8", "1e20", "1e30"])
-def test_rates_that_blow_the_weights_up_leave_only_finite_checkpoints(image_folder: Path, out: Path, blr: str) -> None:
-    result = start(image_folder, out, f"blr={blr}", "checkpoint_every=1", "steps=30", "keep_checkpoints=3")
+def test_rates_that_blow_the_weights_up_leave_only_finite_checkpoints(
+    image_folder: Path, out: Path, blr: str
+) -> None:
+    result = start(
+        image_folder, out, f"blr={blr}", "checkpoint_every=1", "steps=30", "keep_checkpoints=3"
+    )
     for path in (out / "checkpoints").glob("step-*"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values())
     if result.exit_code != 0:
@@ -268,14 +300,19 @@ def with_nan(state: dict[str, torch.Tensor]) -> None:
     state["encoder.norm.weight"][3] = float("nan")
 
 
-def test_states_of_earlier_versions_that_are_not_finite(image_folder: Path, out: Path, weights: Weights) -> None:
+def test_states_of_earlier_versions_that_are_not_finite(
+    image_folder: Path, out: Path, weights: Weights
+) -> None:
     assert start(image_folder, out).exit_code == 0
     before = weights(out)
     for path in Run(out).checkpoints[1:]:
         write_as_before(path, with_nan)
     shutil.rmtree(out / "export")
     for read in (Run(out).encoder, Run(out).method):
-        with pytest.raises(UserError, match=r"step-00000006.* encoder\.norm\.weight holds values that are not finite"):
+        with pytest.raises(
+            UserError,
+            match=r"step-00000006.* encoder\.norm\.weight holds values that are not finite",
+        ):
             read()
     assert "encoder.norm.weight" in refused(patchmine("export", str(out)))
     result = patchmine("resume", str(out))
@@ -286,7 +323,9 @@ def test_states_of_earlier_versions_that_are_not_finite(image_folder: Path, out:
     assert all(torch.equal(found[name], before[name]) for name in before)
 
 
-def test_skipped_steps_are_summed_up(image_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_steps_are_summed_up(
+    image_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = MAE.forward
 
     def sometimes(self: MAE, batch: Any, progress: Any) -> Any:
@@ -299,17 +338,23 @@ def test_skipped_steps_are_summed_up(image_folder: Path, out: Path, monkeypatch:
     assert "2 of 6 steps were skipped because loss or gradient was not finite" in result.stderr
 
 
-def test_the_remedy_of_a_diverged_run_names_no_precision_that_it_has(image_folder: Path, out: Path) -> None:
+def test_the_remedy_of_a_diverged_run_names_no_precision_that_it_has(
+    image_folder: Path, out: Path
+) -> None:
     told = refused(start(image_folder, out, "blr=1e300"))
     assert "a smaller blr (now 1e+300) or longer warmup_epochs (now 0)" in told
     assert "fp32" not in told.split("not saved")[1]
-    assert "precision=fp32" in refused(start(image_folder, out.with_name("bf16"), "blr=1e300", "precision=bf16"))
+    assert "precision=fp32" in refused(
+        start(image_folder, out.with_name("bf16"), "blr=1e300", "precision=bf16")
+    )
 
 
 # Edited, mixed up
 
 
-def test_settings_that_were_edited_since_a_checkpoint_are_refused(image_folder: Path, out: Path) -> None:
+def test_settings_that_were_edited_since_a_checkpoint_are_refused(
+    image_folder: Path, out: Path
+) -> None:
     """Or a run would go on with weights that no settings describe; where and how it runs may be
     edited.
     """
@@ -317,7 +362,9 @@ def test_settings_that_were_edited_since_a_checkpoint_are_refused(image_folder: 
     Run(out).checkpoints[-1].unlink()
     config = out / "config.yaml"
     whole = config.read_text()
-    config.write_text(whole.replace("blr: 0.00015", "blr: 0.001").replace("log_every: 1", "log_every: 3"))
+    config.write_text(
+        whole.replace("blr: 0.00015", "blr: 0.001").replace("log_every: 1", "log_every: 3")
+    )
     told = refused(patchmine("resume", str(out)))
     assert "step-00000004.safetensors was written with other settings" in told
     assert "blr (was 0.00015, now 0.001)." in told
@@ -338,8 +385,12 @@ def test_a_checkpoint_of_another_run_is_refused(image_folder: Path, out: Path) -
     assert "remove that file if it is of another run" in told
 
 
-@pytest.mark.parametrize("name", ["checkpoints/step-00000001.safetensors", "metrics.jsonl", "export/mine", "samples"])
-def test_files_that_are_no_runs_are_not_written_over(image_folder: Path, out: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step-00000001.safetensors", "metrics.jsonl", "export/mine", "samples"]
+)
+def test_files_that_are_no_runs_are_not_written_over(
+    image_folder: Path, out: Path, name: str
+) -> None:
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
     (out / "notes.txt").write_text("mine too")
@@ -348,7 +399,9 @@ def test_files_that_are_no_runs_are_not_written_over(image_folder: Path, out: Pa
     assert not (out / "config.yaml").exists()
 
 
-def test_empty_folders_and_files_of_other_names_may_wait_for_a_run(image_folder: Path, out: Path) -> None:
+def test_empty_folders_and_files_of_other_names_may_wait_for_a_run(
+    image_folder: Path, out: Path
+) -> None:
     (out.parent / "large disk").mkdir(parents=True)
     out.mkdir()
     (out / "checkpoints").symlink_to("../large disk")
@@ -360,18 +413,21 @@ def test_empty_folders_and_files_of_other_names_may_wait_for_a_run(image_folder:
 
 @pytest.mark.parametrize("place", [".", "run", "../images/run", "a/b"])
 def test_a_run_among_its_own_data_is_refused(image_folder: Path, place: str) -> None:
-    """Its pictures would be images of the data: a resume would find other data than it began with.
-    """
+    """Its pictures would be images of the data: a resume would find other data than it began with."""
     before = sorted(image_folder.rglob("*"))
     place = place.replace("images", image_folder.name)
-    assert "where the run's pictures would be taken for images" in refused(start(image_folder, image_folder / place))
+    assert "where the run's pictures would be taken for images" in refused(
+        start(image_folder, image_folder / place)
+    )
     assert sorted(image_folder.rglob("*")) == before
 
 
 # Progress for `show`
 
 
-@pytest.mark.parametrize("line", [b'{"step": "x", "epoch": []}', b'{"step": 4, "epoch": 1e300}', b"\xff", b"[" * 9000])
+@pytest.mark.parametrize(
+    "line", [b'{"step": "x", "epoch": []}', b'{"step": 4, "epoch": 1e300}', b"\xff", b"[" * 9000]
+)
 def test_show_survives_damaged_metrics(image_folder: Path, out: Path, line: bytes) -> None:
     assert start(image_folder, out).exit_code == 0
     (out / "metrics.jsonl").write_bytes(line)

@@ -20,7 +20,13 @@ from patchmine.task import Method
 from patchmine.train import checkpoint
 from patchmine.types import Batch, Progress
 
-WORDS = ["data=photos", "model=vit_tiny_patch16_224", "model_args.depth=2", "image_size=32", "patch_size=8"]
+WORDS = [
+    "data=photos",
+    "model=vit_tiny_patch16_224",
+    "model_args.depth=2",
+    "image_size=32",
+    "patch_size=8",
+]
 OFFICIAL = ["mae", "hpm"]  # whose files are read and written whole
 DECODER = ["method.decoder_embed_dim=512", "method.decoder_depth=1", "method.decoder_num_heads=16"]
 
@@ -64,14 +70,18 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_a_full_official_file_becomes_the_same_method(name: str, tmp_path: Path) -> None:
     _, built = make_run(tmp_path / "run", name)
     said: list[str] = []
-    run = import_file(str(official_file(tmp_path, built, name)), str(tmp_path / "imported"), say=said.append)
+    run = import_file(
+        str(official_file(tmp_path, built, name)), str(tmp_path / "imported"), say=said.append
+    )
     assert equal(run.method().state_dict(), built.state_dict())
     assert run.config.method.name == name
     assert "unexpected    0" in said[-1]
     exported = timm.create_model(f"local-dir:{run.export_dir}", pretrained=True)
     images = torch.randn(2, 3, 32, 32)
     built.eval()
-    torch.testing.assert_close(exported.eval().forward_features(images), built.encoder.forward_features(images))  # type: ignore[operator]
+    torch.testing.assert_close(
+        exported.eval().forward_features(images), built.encoder.forward_features(images)
+    )  # type: ignore[operator]
 
 
 def test_an_encoder_only_file_becomes_a_run_with_an_encoder(tmp_path: Path) -> None:
@@ -88,7 +98,9 @@ def test_an_encoder_only_file_becomes_a_run_with_an_encoder(tmp_path: Path) -> N
 
 def test_the_decoder_may_be_left_behind(tmp_path: Path) -> None:
     _, built = make_run(tmp_path / "run", "hpm")
-    run = import_file(str(official_file(tmp_path, built, "hpm")), str(tmp_path / "imported"), what="encoder")
+    run = import_file(
+        str(official_file(tmp_path, built, "hpm")), str(tmp_path / "imported"), what="encoder"
+    )
     assert run.checkpoints == []
     assert equal(run.encoder().state_dict(), built.encoder.state_dict())
 
@@ -99,7 +111,9 @@ def test_a_full_export_is_read_back_by_import(name: str, tmp_path: Path) -> None
     path = export_run(run.path, str(tmp_path / "full.safetensors"), what="full", weights="student")
     assert equal(load_file(path), reference_state(built))
     again = import_file(str(path), str(tmp_path / "imported")).method().state_dict()
-    students = {key: tensor for key, tensor in built.state_dict().items() if not key.startswith("teacher.")}
+    students = {
+        key: tensor for key, tensor in built.state_dict().items() if not key.startswith("teacher.")
+    }
     assert equal({key: again[key] for key in students}, students)
 
 
@@ -108,7 +122,10 @@ def test_exports_of_student_and_teacher_open_in_timm(tmp_path: Path) -> None:
     student = export_run(run.path, None, what="encoder", weights="student")
     teacher = export_run(run.path, str(tmp_path / "teacher"), what="encoder", weights="teacher")
     assert student == run.export_dir
-    expected = {student: built.encoder, teacher: built.get_submodule("teacher").get_submodule("encoder")}
+    expected = {
+        student: built.encoder,
+        teacher: built.get_submodule("teacher").get_submodule("encoder"),
+    }
     for folder, encoder in expected.items():
         opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert equal(opened.state_dict(), encoder.state_dict())
@@ -144,18 +161,29 @@ def test_another_image_size_is_imported_with_resampled_positions(tmp_path: Path)
     assert run.encoder().patch_embed.grid_size == (8, 8)
     assert run.encoder("teacher").pos_embed.shape == (1, 65, 192)
     assert "pos_embed from 4x4 to 8x8 patches" in said[-1]
-    assert "assumed in config.yaml, because the file does not tell: method.mask_ratio=0.75" in said[-1]
-    batch = Batch([torch.randn(1, 3, 64, 64)], torch.zeros(1), torch.zeros(1, 4), torch.zeros(1, dtype=torch.bool))
+    assert (
+        "assumed in config.yaml, because the file does not tell: method.mask_ratio=0.75" in said[-1]
+    )
+    batch = Batch(
+        [torch.randn(1, 3, 64, 64)],
+        torch.zeros(1),
+        torch.zeros(1, 4),
+        torch.zeros(1, dtype=torch.bool),
+    )
     assert len(run.method().panels(batch, Progress(0, 1, 1))) > 3
 
 
 def test_surprises_are_passed_over_where_they_are_named(tmp_path: Path) -> None:
     _, built = make_run(tmp_path / "run", "mae")
-    torch.save({"model": reference_state(built) | {"surprise": torch.zeros(3)}}, tmp_path / "odd.pth")
+    torch.save(
+        {"model": reference_state(built) | {"surprise": torch.zeros(3)}}, tmp_path / "odd.pth"
+    )
     with pytest.raises(UserError, match=r"unexpected tensor.*surprise.*allow=\[encoder.surprise\]"):
         import_file(str(tmp_path / "odd.pth"), str(tmp_path / "new"))
     said: list[str] = []
-    import_file(str(tmp_path / "odd.pth"), str(tmp_path / "new"), allow=["*surprise"], say=said.append)
+    import_file(
+        str(tmp_path / "odd.pth"), str(tmp_path / "new"), allow=["*surprise"], say=said.append
+    )
     assert "unexpected    1  encoder.surprise" in said[-1]
 
 
@@ -165,7 +193,10 @@ def test_a_fine_tuned_classifier_becomes_a_run_with_its_encoder(tmp_path: Path) 
         name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t
         for name, t in built.encoder.state_dict().items()
     }
-    torch.save({"model": state | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}}, tmp_path / "f.pth")
+    torch.save(
+        {"model": state | {"head.weight": torch.zeros(5, 192), "head.bias": torch.zeros(5)}},
+        tmp_path / "f.pth",
+    )
     run = import_file(str(tmp_path / "f.pth"), str(tmp_path / "imported"))
     assert equal(run.encoder().state_dict(), state)
     opened = timm.create_model(f"local-dir:{run.export_dir}", pretrained=True)
@@ -177,12 +208,21 @@ def test_a_decoder_that_predicts_features_is_left_to_the_user(tmp_path: Path) ->
     state = reference_state(built)
     state |= {"decoder_pred.weight": torch.zeros(512, 512), "decoder_pred.bias": torch.zeros(512)}
     torch.save({"state_dict": state, "ema_state_dict": state}, tmp_path / "clip.pth")
-    with pytest.raises(UserError, match=r"predicts 512 numbers a patch, not its 192 pixel values.*what=encoder"):
+    with pytest.raises(
+        UserError, match=r"predicts 512 numbers a patch, not its 192 pixel values.*what=encoder"
+    ):
         import_file(str(tmp_path / "clip.pth"), str(tmp_path / "imported"))
-    assert import_file(str(tmp_path / "clip.pth"), str(tmp_path / "imported"), what="encoder").checkpoints == []
+    assert (
+        import_file(
+            str(tmp_path / "clip.pth"), str(tmp_path / "imported"), what="encoder"
+        ).checkpoints
+        == []
+    )
 
 
-def test_an_import_has_its_folder_for_itself_and_leaves_none_behind_a_mistake(tmp_path: Path) -> None:
+def test_an_import_has_its_folder_for_itself_and_leaves_none_behind_a_mistake(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "runs" / "imported"
     with lock(out), pytest.raises(UserError, match=f"{out} is being written by process"):
         import_file(str(tmp_path / "mae.pth"), str(out))

@@ -1,5 +1,4 @@
-"""Whole runs on videos: the same folder, exact resume, repeats, damaged files, several processes.
-"""
+"""Whole runs on videos: the same folder, exact resume, repeats, damaged files, several processes."""
 
 from __future__ import annotations
 
@@ -56,9 +55,13 @@ def pretrain(data: Any, out: Path, say: Any = lambda _: None, **settings: Any) -
 
 
 @pytest.mark.parametrize("method", ["mae", "hpm"])
-def test_a_run_on_clips_that_was_interrupted_goes_on_exactly(method: str, tmp_path: Path, weights: Any) -> None:
+def test_a_run_on_clips_that_was_interrupted_goes_on_exactly(
+    method: str, tmp_path: Path, weights: Any
+) -> None:
     said: list[str] = []
-    whole = pretrain(Clips(), tmp_path / "whole", said.append, method=method, epochs=2, checkpoint_every=2)
+    whole = pretrain(
+        Clips(), tmp_path / "whole", said.append, method=method, epochs=2, checkpoint_every=2
+    )
     # Twelve videos give 24 clips: three steps of 8 make an epoch.
     assert [line["step"] for line in whole.metrics() if "loss" in line][-1] == 6
     assert "Frames are read as they are: no video to decode." in said
@@ -80,16 +83,24 @@ def test_damaged_and_short_videos_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     for number in range(8):
         first, *rest = (
-            Image.new("RGB", (24, 20), (9 * number, 20 * time, 0)) for time in range(3 if number == 5 else 6)
+            Image.new("RGB", (24, 20), (9 * number, 20 * time, 0))
+            for time in range(3 if number == 5 else 6)
         )
         first.save(tmp_path / "clips" / f"{number}.gif", save_all=True, append_images=rest)
     (tmp_path / "clips" / "3.gif").write_bytes(b"")
     said: list[str] = []
     clip = TINY["clip"] | {"short": "refuse"}
-    run = pretrain(tmp_path / "clips", tmp_path / "run", said.append, clip=clip, epochs=1, max_bad_share=0.5)
+    run = pretrain(
+        tmp_path / "clips", tmp_path / "run", said.append, clip=clip, epochs=1, max_bad_share=0.5
+    )
     listed = dict(line.split("\t") for line in run.bad_files.read_text().splitlines())
-    assert listed[str(tmp_path / "clips" / "3.gif")] == "is empty (0 bytes); fetch it again or remove it"
-    assert listed[str(tmp_path / "clips" / "5.gif")].startswith("has 3 frames where a clip of 4, 1 apart, needs 4")
+    assert (
+        listed[str(tmp_path / "clips" / "3.gif")]
+        == "is empty (0 bytes); fetch it again or remove it"
+    )
+    assert listed[str(tmp_path / "clips" / "5.gif")].startswith(
+        "has 3 frames where a clip of 4, 1 apart, needs 4"
+    )
     assert any(line.startswith("Videos are decoded by ") for line in said)
     assert "2 broken videos were left out" in said[-1]
 
@@ -100,11 +111,18 @@ def test_statistics_of_grey_clips_come_from_the_data(tmp_path: Path) -> None:
 
 
 def test_clips_that_tubelets_do_not_fill_are_refused_with_what_fits(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"clip\.frames: given 5; must be a multiple of clip\.tubelet=2: try clip\.fra"):
+    with pytest.raises(
+        UserError,
+        match=r"clip\.frames: given 5; must be a multiple of clip\.tubelet=2: try clip\.fra",
+    ):
         pretrain(Clips(), tmp_path / "run", clip={"frames": 5, "tubelet": 2})
-    with pytest.raises(UserError, match=r"clip\.repeats: given 3; .*must be a multiple of 3: try batch_size=9"):
+    with pytest.raises(
+        UserError, match=r"clip\.repeats: given 3; .*must be a multiple of 3: try batch_size=9"
+    ):
         pretrain(Clips(), tmp_path / "run", clip={"repeats": 3})
-    with pytest.raises(UserError, match=r"batch_size=32 is more than the 24 videos of .*clip\.repeats=2 times 12"):
+    with pytest.raises(
+        UserError, match=r"batch_size=32 is more than the 24 videos of .*clip\.repeats=2 times 12"
+    ):
         pretrain(Clips(), tmp_path / "run", batch_size=32)
 
 
@@ -118,7 +136,9 @@ def test_two_processes_equal_one_on_clips(tmp_path: Path, weights: Any) -> None:
                 folder / f"{number}/{time}.png"
             )
     one = pretrain(folder, tmp_path / "one", method="hpm", epochs=1)
-    settings = TINY | dict(method="hpm", epochs=1, devices=2, data=str(folder), out=str(tmp_path / "two"))
+    settings = TINY | dict(
+        method="hpm", epochs=1, devices=2, data=str(folder), out=str(tmp_path / "two")
+    )
     words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     start = [sys.executable, "-m", "patchmine.cli.app", "pretrain", *words]
     subprocess.run(start, check=True, capture_output=True, timeout=250)

@@ -43,14 +43,18 @@ def _misbuilt(config: RunConfig) -> list[Mistake]:
         return []
     usual = RunConfig.model_fields["model"].default
     more = None
-    if not told.startswith("method."):  # a model that cannot be built hides what is wrong with the method
+    if not told.startswith(
+        "method."
+    ):  # a model that cannot be built hides what is wrong with the method
         more = _refusal(config.model_copy(update={"model": usual, "model_args": {}}))
-    return [Mistake("", told), *([Mistake("", more)] if more is not None and more.startswith("method.") else [])]
+    return [
+        Mistake("", told),
+        *([Mistake("", more)] if more is not None and more.startswith("method.") else []),
+    ]
 
 
 def _refusal(config: RunConfig) -> str | None:
-    """What building the method says; on the meta device, where tensors have shapes and no memory.
-    """
+    """What building the method says; on the meta device, where tensors have shapes and no memory."""
     try:
         with torch.device("meta"), foreign_parser(_MisfitError):
             method = build_method(config)

@@ -12,17 +12,16 @@ from typing import Any, Literal
 
 from timm.models.beit import Beit
 
-from patchmine.config.resolve import (parse, silent)
-from patchmine.config.schema import RunConfig
-from patchmine.errors import UserError
-from patchmine.task import Method
-from patchmine.methods import METHODS
 from patchmine.backbones import weights
 from patchmine.backbones.loading import LoadReport
 from patchmine.backbones.naming import Weights
 from patchmine.backbones.video import is_video
 from patchmine.backbones.vit import Encoder, build_encoder
-from patchmine.errors import shown_name
+from patchmine.config.resolve import parse, silent
+from patchmine.config.schema import RunConfig
+from patchmine.errors import UserError, shown_name
+from patchmine.methods import METHODS
+from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
 from patchmine.train.log import read_line
 
@@ -37,7 +36,9 @@ _PLACES: dict[Which, str] = {  # of an encoder's tensors in a checkpoint
 _log = logging.getLogger("patchmine")
 
 
-def build_method(config: RunConfig, *, start_from: str | None = None, say: Callable[[str], None] = silent) -> Method:
+def build_method(
+    config: RunConfig, *, start_from: str | None = None, say: Callable[[str], None] = silent
+) -> Method:
     """The method that the settings describe, freshly initialised (seed torch first).
 
     ``start_from``: a run, export or weights file whose encoder is taken instead of a random one;
@@ -52,7 +53,12 @@ def build_method(config: RunConfig, *, start_from: str | None = None, say: Calla
         return make(config.method, encoder)
     report = _initialise(encoder, start_from, config)
     method = make(config.method, encoder)
-    told_elsewhere = ("encoder.", "teacher.", "foreign.", "partner_teacher.")  # teachers start as their students
+    told_elsewhere = (
+        "encoder.",
+        "teacher.",
+        "foreign.",
+        "partner_teacher.",
+    )  # teachers start as their students
     report.random = [name for name in method.state_dict() if not name.startswith(told_elsewhere)]
     say(report.render())
     return method
@@ -66,7 +72,11 @@ def _initialise(encoder: Encoder, start_from: str, config: RunConfig) -> LoadRep
     # Tensors with relative positions do not tell which network they are of; the settings do.
     named: dict[str, Any] = {}
     if isinstance(encoder, Beit):
-        arguments = {**config.model_args, "patch_size": encoder.patch_embed.patch_size, "in_chans": config.channels}
+        arguments = {
+            **config.model_args,
+            "patch_size": encoder.patch_embed.patch_size,
+            "in_chans": config.channels,
+        }
         named = dict(model=config.model, model_args=arguments, image_size=config.image_size)
     other, found = weights.open_weights(start_from, setting="init", **named)
     report = weights.fill(encoder, other, source)
@@ -107,7 +117,9 @@ class Run:
         self.path = Path(path)
         if not self.path.is_dir():
             kind = "is a file, not the folder of a run" if self.path.is_file() else "does not exist"
-            raise UserError(f"{self.path} {kind}; give the folder that `patchmine pretrain` wrote (its out=)")
+            raise UserError(
+                f"{self.path} {kind}; give the folder that `patchmine pretrain` wrote (its out=)"
+            )
         if not self.config_file.is_file():
             raise UserError(
                 f"{self.path} is no run: it has no config.yaml; give the folder that `patchmine pretrain` wrote"
@@ -199,7 +211,11 @@ class Run:
             return weights.load_encoder(folder).eval()
         found = self._newest()
         prefix = _PLACES[which]
-        tensors = {name.removeprefix(prefix): t for name, t in found.model.items() if name.startswith(prefix)}
+        tensors = {
+            name.removeprefix(prefix): t
+            for name, t in found.model.items()
+            if name.startswith(prefix)
+        }
         if not tensors:
             raise self._lacks(which)
         encoder = _bare_encoder(config)
@@ -255,7 +271,9 @@ def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str
     Raises UserError where the settings lack what the images were normalised with.
     """
     if config.mean is None or config.std is None:
-        raise UserError("mean and std are not set; write those that the images were normalised with into config.yaml")
+        raise UserError(
+            "mean and std are not set; write those that the images were normalised with into config.yaml"
+        )
     return weights.export_encoder(
         encoder,
         Path(folder),
@@ -278,12 +296,15 @@ def new_folder(config: RunConfig) -> Path:
     folder = Path(config.out)
     # Safetensors opens no path that is not UTF-8, and no checkpoint could be read
     if not str(folder).isprintable():
-        raise UserError(f"out={shown_name(folder)}: name the run's folder by letters that can be printed")
+        raise UserError(
+            f"out={shown_name(folder)}: name the run's folder by letters that can be printed"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out={folder} is a file: name a new folder for the run")
     for name in [config.data] if isinstance(config.data, str) else config.data:
         data = os.path.expanduser(name.split("::")[0])  # noqa: PTH111, Path refuses users that are unknown
-        if os.path.isdir(data) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data)):  # noqa: PTH112
+        inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data))
+        if inside and os.path.isdir(data):  # noqa: PTH112
             raise UserError(
                 f"out={folder} lies in data={shown_name(name)}, where the run's pictures would be taken for images:"
                 " name a folder beside it"
@@ -300,10 +321,19 @@ def refuse_used_folder(folder: Path) -> None:
             f"out={folder} already holds a run, which is left as it is: go on with it by `patchmine resume {folder}`, "
             "or choose another out"
         )
-    for name in ("checkpoints", "metrics.jsonl", "samples", "export", "export-partner", "bad_files.txt"):
+    for name in (
+        "checkpoints",
+        "metrics.jsonl",
+        "samples",
+        "export",
+        "export-partner",
+        "bad_files.txt",
+    ):
         place = folder / name
         if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
-            raise UserError(f"out={folder} holds no run, but {name}, which a run writes itself: choose a new folder")
+            raise UserError(
+                f"out={folder} holds no run, but {name}, which a run writes itself: choose a new folder"
+            )
 
 
 def is_run(path: str | PathLike[str]) -> bool:
@@ -340,7 +370,9 @@ def open_encoder(
     given = dict(model=model, source_size=source_size, num_heads=num_heads, prefix=prefix)
     for name, value in given.items():
         if value is not None:
-            raise UserError(f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: leave it out")
+            raise UserError(
+                f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: leave it out"
+            )
     encoder = Run(path).encoder("teacher" if which in ("teacher", "ema") else "student")
     if size is not None:
         weights.resize_encoder(encoder, size)

@@ -23,8 +23,7 @@ class ExportSettings(Strict):
         description="name the folder of a run first, as in `patchmine export runs/hpm`"
     )
     what: Literal["encoder", "full"] = Field(
-        "encoder",
-        description="the encoder alone, or the whole method under the reference's names",
+        "encoder", description="the encoder alone, or the whole method under the reference's names"
     )
     out: Annotated[Text | None, AfterValidator(_export_name)] = Field(
         None,

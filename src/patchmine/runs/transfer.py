@@ -17,12 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.config.resolve import (from_settings, silent)
-from patchmine.config.schema import RunConfig
-from patchmine.disk import output, replacing, system_errors
-from patchmine.errors import UserError
-from patchmine.lock import lock
-from patchmine.task import Method
 from patchmine.backbones.description import note
 from patchmine.backbones.loading import LoadReport, load_tensors
 from patchmine.backbones.naming import Weights
@@ -39,9 +33,15 @@ from patchmine.backbones.video import is_video
 from patchmine.backbones.videomae import TEACHER, to_videomae_names
 from patchmine.backbones.vit import Encoder
 from patchmine.backbones.weights import as_size
-from patchmine.runs.run import Run, Which, build_method, refuse_used_folder, write_export
-from patchmine.train import checkpoint as checkpoints
 from patchmine.config.explain import shown
+from patchmine.config.resolve import from_settings, silent
+from patchmine.config.schema import RunConfig
+from patchmine.disk import output, replacing, system_errors
+from patchmine.errors import UserError
+from patchmine.lock import lock
+from patchmine.runs.run import Run, Which, build_method, refuse_used_folder, write_export
+from patchmine.task import Method
+from patchmine.train import checkpoint as checkpoints
 
 Say = Callable[[str], None]
 What = Literal["auto", "encoder", "full"]
@@ -52,7 +52,9 @@ _FULL = ("mae", "hpm")  # the methods whose whole files we write and read
 _TOLD = ("mask_ratio", "norm_pix_loss")  # settings of the method that a file may tell
 
 
-def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: Which) -> Path:
+def export_run(
+    path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: Which
+) -> Path:
     """Write the encoder of a run as a folder for timm and transformers, or the ``full`` method as
     one file.
 
@@ -73,13 +75,21 @@ def export_run(path: str | PathLike[str], out: str | None, *, what: Literal["enc
 
 
 def _export_full(run: Run, out: str | None, weights: Which) -> Path:
-    target = Path(out) if out is not None else run.path / f"{run.config.method.name}-{weights}.safetensors"
+    target = (
+        Path(out)
+        if out is not None
+        else run.path / f"{run.config.method.name}-{weights}.safetensors"
+    )
     if target.suffix != ".safetensors":
-        raise UserError(f"out={target}: the full method is one file; write for example out={target}.safetensors")
+        raise UserError(
+            f"out={target}: the full method is one file; write for example out={target}.safetensors"
+        )
     method = run.method()
     tensors = to_reference_names(method.state_dict(), teacher=weights == "teacher")
     if not tensors:
-        raise UserError(f"{run.path} holds no teacher: method={run.config.method.name} keeps none; use weights=student")
+        raise UserError(
+            f"{run.path} holds no teacher: method={run.config.method.name} keeps none; use weights=student"
+        )
     if is_video(run.config.model):
         tensors = to_videomae_names(tensors)
         if weights == "student":
@@ -178,13 +188,17 @@ def import_file(
         method = build_method(config)
         load_tensors(method, _method_tensors(found, method), report, allow=allow)
         report.notes += _assumed(found, config)
-        checkpoints.save(folder / "checkpoints", 0, method.state_dict(), {}, {"imported": file}, keep=1)
+        checkpoints.save(
+            folder / "checkpoints", 0, method.state_dict(), {}, {"imported": file}, keep=1
+        )
         write_export(config, cast(Encoder, method.encoder), folder / "export")
     else:
         encoder = found.architecture.build()
         load_tensors(encoder, found.encoder, report, allow=allow)
         timm = "init= and timm" if found.architecture.clip is None else "and init="
-        report.notes.append(f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume")
+        report.notes.append(
+            f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume"
+        )
         write_export(config, encoder, folder / "export")
     say(report.render())
     with replacing(folder / "config.yaml") as new:
@@ -195,7 +209,9 @@ def import_file(
 def _assumed(found: Checkpoint, config: RunConfig) -> list[str]:
     """Which settings of the method the file does not tell."""
     values = config.method.model_dump()
-    unknown = ", ".join(f"method.{name}={shown(values[name])}" for name in _TOLD if name not in found.settings)
+    unknown = ", ".join(
+        f"method.{name}={shown(values[name])}" for name in _TOLD if name not in found.settings
+    )
     return [f"assumed in config.yaml, because the file does not tell: {unknown}"] if unknown else []
 
 
@@ -211,7 +227,9 @@ def _settings(found: Checkpoint, out: str) -> RunConfig:
         data=f"imported:{found.source}",
         model=architecture.model,
         model_args={
-            name: value for name, value in architecture.model_args.items() if (name, value) != ("fc_norm", False)
+            name: value
+            for name, value in architecture.model_args.items()
+            if (name, value) != ("fc_norm", False)
         },
         image_size=architecture.image_size,
         patch_size=architecture.patch_size,
@@ -244,9 +262,15 @@ def _method_tensors(found: Checkpoint, method: Method) -> dict[str, Tensor]:
     """Every tensor of the method from the file; a teacher that the file lacks is the student."""
     unwanted = set(dropped_names(found, full=True))
     check_decoder_positions(found.tensors, found.architecture.table_grid, found.source)
-    ours = from_reference_names({name: t for name, t in found.tensors.items() if name not in unwanted})
+    ours = from_reference_names(
+        {name: t for name, t in found.tensors.items() if name not in unwanted}
+    )
     names = [name for name in method.state_dict() if name.startswith(_TEACHER)]
-    taught = {name: ours[name.removeprefix(_TEACHER)] for name in names if name.removeprefix(_TEACHER) in ours}
+    taught = {
+        name: ours[name.removeprefix(_TEACHER)]
+        for name in names
+        if name.removeprefix(_TEACHER) in ours
+    }
     if found.teacher is not None:
         stored = {name: t for name, t in found.teacher.items() if name not in unwanted}
         taught |= from_reference_names(stored, teacher=True)

@@ -1,0 +1,1 @@
+"""A run folder, and transfer in and out of it."""

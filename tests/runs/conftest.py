@@ -1,0 +1,8 @@
+"""Makes `drawn` and `pinned`, which several folders of tests share, importable."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
