@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -195,11 +195,9 @@ def test_commands_and_their_settings_exist(
 
 def command_names() -> set[str]:
     """Every command and group: "eval", "eval knn", ..."""
-    import typer
-
     from patchmine.cli.app import app
 
-    top: Any = typer.main.get_command(app)
+    top: Any = app
     groups = {name: set(getattr(command, "commands", ())) for name, command in top.commands.items()}
     return set(groups) | {f"{name} {inner}" for name, inside in groups.items() for inner in inside}
 

@@ -157,7 +157,7 @@ def is_main_guard(node: ast.stmt) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_import_does_no_work(path: Path) -> None:
     for node in tree(path).body:
-        if isinstance(node, ast.Expr) and not ast.unparse(node).startswith("app.add_typer("):
+        if isinstance(node, ast.Expr):
             assert isinstance(node.value, ast.Constant), (
                 f"{named(path)}:{node.lineno} runs at import"
             )

@@ -16,33 +16,18 @@ from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
+from click.testing import CliRunner, Result
 
 from patchmine import __version__
 from patchmine.cli.app import app
+from patchmine.cli.commands import COMMANDS as PROGRAMS
+from patchmine.cli.commands import Command, named
 from patchmine.cli.program import last_words, say
 from patchmine.config.recipes import recipe_names
+from patchmine.config.schema import RunConfig, method_tables
 from patchmine.errors import UserError
 
-COMMANDS = [
-    *(["pretrain"], ["resume"], ["embed"], ["show"], ["report"], ["export"], ["import"]),
-    *(
-        ["eval", "knn"],
-        ["eval", "linear"],
-        ["eval", "video"],
-        ["data", "inspect"],
-        ["data", "shard"],
-        ["bench", "step"],
-        ["bench", "data"],
-    ),
-    *(
-        ["list", "methods"],
-        ["list", "models"],
-        ["list", "recipes"],
-        ["config", "show"],
-        ["config", "schema"],
-    ),
-]
+COMMANDS = [command.name.split() for command in PROGRAMS]
 
 # Where each command does its work: (module, function).
 ROOMS = [
@@ -66,6 +51,7 @@ ROOMS = [
     ("bench.video", "bench_video"),
     ("data.sources.video_sources", "open_videos"),
 ]
+TABLES = [command for command in PROGRAMS if command.settings]
 Calls = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -147,6 +133,37 @@ def test_help_imports_nothing_heavy() -> None:
     assert not {"torch", "numpy", "timm", "pydantic", "yaml"} & set(
         done.stdout.split("LOADED")[1].split()
     )
+
+
+@pytest.mark.parametrize("command", TABLES, ids=lambda command: command.name)
+def test_every_setting_stands_on_its_help_page_and_in_its_schema(command: Command) -> None:
+    fields = named(command.settings).model_fields
+    text = call(*command.name.split(), "--help").stdout
+    schema = call("config", "schema", command.name.replace(" ", ".")).stdout
+    for name, field in fields.items():
+        assert field.description
+        assert f"\n{name}=" in f"\n{schema}" or f"\n{name}.*" in schema
+        assert f"  {name}=" in text or f"  {name}.*" in text or f"  {name.upper()} " in text
+        assert field.description in " ".join(text.split())
+        assert field.description in " ".join(schema.split())
+
+
+def test_every_setting_of_a_run_stands_on_its_help_page_and_in_its_schema() -> None:
+    schema = call("config", "schema").stdout
+    assert schema == call("config", "schema", "pretrain").stdout
+    text = call("pretrain", "--help").stdout
+    for name in RunConfig.model_fields:
+        assert f"\n{name}=" in schema or f"\n{name}.*" in schema
+        assert f"\n  {name}=" in text or f"\n  {name}.*" in text
+    for method, table in method_tables().items():
+        alone, full = (
+            call("config", "schema", method).stdout,
+            call("list", "methods", method).stdout,
+        )
+        for name in set(table.model_fields) - {"name"}:
+            assert f"method.{name}=" in alone
+            assert f"method.{name}=" in full
+            assert f"method.{name}=" in schema
 
 
 # Words reach the rooms

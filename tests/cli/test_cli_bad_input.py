@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from patchmine.cli.app import app
 from patchmine.data.sharding import write_shards

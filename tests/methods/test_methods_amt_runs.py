@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from typer.testing import CliRunner
 
 import patchmine
 from patchmine.cli.app import app

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
-from typer.testing import CliRunner
 
 import patchmine
 from patchmine.cli.app import app

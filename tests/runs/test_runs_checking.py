@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from patchmine.cli.app import app
 from patchmine.config.recipes import list_recipes

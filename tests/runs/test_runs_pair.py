@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
-from typer.testing import CliRunner
 
 import patchmine
 from patchmine.cli.app import app

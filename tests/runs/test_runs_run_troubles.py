@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
 from patchmine import training as pretraining
 from patchmine.cli.app import app

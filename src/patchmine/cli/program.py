@@ -1,6 +1,4 @@
-"""How commands are made and how they end: a group, one that takes its words as they are, messages,
-exit codes.
-"""
+"""How commands speak and how they end: messages and exit codes."""
 
 from __future__ import annotations
 
@@ -8,11 +6,10 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
-import typer
+from click.exceptions import Exit
 
 from patchmine.disk import refusal
 from patchmine.errors import UserError
@@ -20,38 +17,8 @@ from patchmine.errors import UserError
 USER_ERROR, INTERRUPTED, NO_READER = 2, 130, 141
 
 
-def typer_group(help_text: str, **more: Any) -> typer.Typer:
-    """A group of commands in plain text."""
-    return typer.Typer(
-        help=help_text,
-        options_metavar="",
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["--help", "-h"]},
-        **more,
-    )
-
-
-def command(
-    group: typer.Typer, name: str, usage: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that gets its words as they are, "--epochs 3" too, so that it can say how that is
-    written here.
-    """
-    take_all = {
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": ["--help", "-h"],
-    }
-    return group.command(name, options_metavar=usage, context_settings=take_all)
-
-
 def say(text: str) -> None:
-    """For a person, apart from what a command gives.  A run goes on when nobody is there to hear it
-    any more.
-    """
+    """For a person, apart from what a command gives; nobody need be there to hear it any more."""
     if "PATCHMINE_STARTED_BY" in os.environ:
         return  # the process that started this one says it
     with suppress(OSError):
@@ -60,38 +27,34 @@ def say(text: str) -> None:
 
 @contextmanager
 def ended_in_words() -> Iterator[None]:
-    """Around a command: what the user can mend ends it with one sentence and exit code 2, Ctrl-C
-    with one line.
+    """Around a command: what the user can mend ends it with one sentence and exit code 2.
 
-    A reader that left (``patchmine list models | head -1``) ends it in silence.
+    Ctrl-C ends it with one line, and a reader that left (``patchmine list models | head -1``) in
+    silence.
     """
     try:
         yield
     except UserError as error:
         say(str(error))
-        raise typer.Exit(USER_ERROR) from None
+        raise Exit(USER_ERROR) from None
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
-            raise typer.Exit(NO_READER) from None
+            raise Exit(NO_READER) from None
         say(refusal(error))
-        raise typer.Exit(USER_ERROR) from None
+        raise Exit(USER_ERROR) from None
     except KeyboardInterrupt:
         say("Interrupted.")
-        raise typer.Exit(INTERRUPTED) from None
+        raise Exit(INTERRUPTED) from None
 
 
 @contextmanager
 def last_words() -> Iterator[None]:
-    """Around the program: what is still to be written is written now, and not by a dying
-    interpreter that complains.
-    """
+    """Around the program: the rest is written now, not by a dying interpreter that complains."""
     try:
         yield
     except SystemExit as ending:
-        if ending.code == INTERRUPTED:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # an impatient third Ctrl-C leaves no traceback
+        if ending.code == INTERRUPTED:  # an impatient third Ctrl-C leaves no traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise
     except KeyboardInterrupt:  # while the commands were still being made
         say("Interrupted.")
@@ -104,9 +67,8 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python tries, and complains, again
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # else Python tries, and complains, again
         if isinstance(error, BrokenPipeError):
             raise SystemExit(NO_READER) from None
         error.filename = "standard output"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import yaml
@@ -41,15 +41,10 @@ def describe(
 def meaning(field: FieldInfo) -> str:
     """What a setting means, with its choices where the description names none of them."""
     text = field.description or ""
-    choices = [str(choice) for choice in _choices(field.annotation)]
-    untold = any(choice not in text for choice in choices)
-    return f"{text}: {', '.join(choices)}" if untold and len(choices) > 1 else text
-
-
-def _choices(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) is Literal:
-        return list(typing.get_args(annotation))
-    return []
+    is_choice = typing.get_origin(field.annotation) is Literal
+    *choices, last = map(str, typing.get_args(field.annotation) if is_choice else [""])
+    untold = any(choice not in text for choice in [*choices, last])
+    return f"{text} ({', '.join(choices)} or {last})" if choices and untold else text
 
 
 def as_word(value: Any) -> str:
@@ -60,13 +55,17 @@ def as_word(value: Any) -> str:
 
 
 def describe_run() -> list[str]:
-    """Every setting of a run."""
+    """Every setting of a run, and of every method."""
+    methods = [[f"# Of method={name}.", *describe_method(name), ""] for name in METHODS]
+    return describe_blocks([line for lines in methods for line in lines])
+
+
+def describe_blocks(between: Sequence[str] = ()) -> list[str]:
+    """Every setting of a run: first what decides the weights."""
     decide, running = names_of(decide_weights=True), names_of(decide_weights=False)
-    lines = ["# What decides the weights.", *describe(RunConfig, decide), ""]
-    for name in METHODS:
-        lines += [f"# Of method={name}.", *describe_method(name), ""]
+    first = ["# What decides the weights.", *describe(RunConfig, [*decide, "by_size"]), ""]
     title = "# Where and how the run is made; may change on resume."
-    return [*lines, title, *describe(RunConfig, running)]
+    return [*first, *between, title, *describe(RunConfig, running)]
 
 
 def describe_method(name: str) -> list[str]:

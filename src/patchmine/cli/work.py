@@ -1,0 +1,231 @@
+"""What the commands do: the words or settings of each, handed to the room that does its work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patchmine.cli.commands import COMMANDS, Say, named
+from patchmine.errors import UserError, shown_name
+
+if TYPE_CHECKING:
+    from patchmine.bench.settings import BenchDataSettings, BenchStepSettings
+    from patchmine.data.settings import InspectSettings, ShardSettings
+    from patchmine.report.settings import ReportSettings, ShowSettings
+    from patchmine.runs.settings import ExportSettings, ImportSettings
+
+
+def pretrain(words: Sequence[str], say: Say) -> None:
+    """Make a run.
+
+    RECIPE is a name from `patchmine list recipes` or a YAML file; what you set yourself
+    overrules it.  Settings of the method are method.KEY=VALUE, see `patchmine list methods hpm`.
+    Ctrl-C finishes the step and saves; `patchmine resume RUN` goes on.
+    """
+    from patchmine import api
+    from patchmine.config import resolve
+
+    config = resolve.parse(*_recipe_and_settings(words), say, also=api.CHECKS)
+    from patchmine.training import pretrain as start  # after the settings are known to be right
+
+    start(config, say=say)
+
+
+def pretrain_page() -> list[str]:
+    """Every setting of a run but those of the methods."""
+    from patchmine.config.describe import describe_blocks
+
+    return ["", *describe_blocks()]
+
+
+def resume(words: Sequence[str], say: Say) -> None:
+    """Go on with a run.
+
+    Only settings that do not change results may be given, and data where the same images moved.
+    """
+    run, settings = _recipe_and_settings(words)
+    if run is None:
+        raise UserError("Name the folder of a run first, as in `patchmine resume runs/hpm`.")
+    from patchmine.training import resume as go_on
+
+    go_on(run, settings, say=say)
+
+
+def resume_page() -> list[str]:
+    """The settings that may change on resume."""
+    from patchmine.config.describe import describe
+    from patchmine.config.schema import RunConfig, names_of
+
+    return ["", *describe(RunConfig, names_of(decide_weights=False))]
+
+
+def _recipe_and_settings(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """The recipe or run, if the first word is one, and the settings."""
+    from patchmine.config.overrides import split_setting
+
+    has_first = bool(words) and split_setting(words[0]) is None and not words[0].startswith("-")
+    return (words[0], words[1:]) if has_first else (None, words)
+
+
+def show(given: ShowSettings, _: Say) -> Path:
+    """Draw a panel."""
+    from patchmine.report.show import show as draw
+
+    return draw(given.run, given.images, given.out, seed=given.seed)
+
+
+def report(given: ReportSettings, _: Say) -> Path:
+    """Write a page."""
+    from patchmine.report.html import write_report
+
+    return write_report(given.runs, given.out)
+
+
+def export(given: ExportSettings, _: Say) -> Path:
+    """Write an encoder, or a whole method."""
+    from patchmine.runs.transfer import export_run
+
+    return export_run(given.run, given.out, what=given.what, weights=given.weights)
+
+
+def import_weights(given: ImportSettings, say: Say) -> Path:
+    """Make a run of a file."""
+    from patchmine.runs.transfer import import_file
+
+    return import_file(**given.model_dump(), say=say).path
+
+
+def inspect(given: InspectSettings, _: Say) -> str:
+    """Look at a data set."""
+    from patchmine.data.inspect import inspect as look
+    from patchmine.data.inspect import render
+
+    source = _opened(given.data, given.video)
+    options = given.model_dump(exclude={"data"})
+    return render(look(source, **options))
+
+
+def shard(given: ShardSettings, say: Say) -> None:
+    """Pack images."""
+    from patchmine.data.sharding import write_shards
+
+    size = given.shard_mb * 2**20
+    source = _opened(given.data, video=False)
+    write_shards(source, Path(given.out), max_side=given.max_side, shard_size=size, say=say)
+
+
+def _opened(data: str | list[str], video: bool) -> Any:
+    from patchmine.data.sources.source import default_cache_dir, open_source
+    from patchmine.data.sources.video_sources import open_videos
+
+    return (open_videos if video else open_source)(data, cache_dir=default_cache_dir())
+
+
+def bench_step(given: BenchStepSettings, _: Say) -> None:
+    """Time training steps."""
+    from patchmine.bench.step import bench_step as measure
+
+    measure(say=print, **given.model_dump(exclude_unset=True))
+
+
+def bench_data(given: BenchDataSettings, _: Say) -> None:
+    """Time the reading of data."""
+    from patchmine.bench.data import bench_data as measure
+    from patchmine.bench.video import bench_video
+
+    if given.video:
+        bench_video(**given.model_dump(exclude={"data", "video"}), source=given.data, say=print)
+        return
+    measure(given.data, image_size=given.image_size, repeats=given.repeats, say=print)
+
+
+def list_methods(words: Sequence[str], _: Say) -> None:
+    """Every method in a line.
+
+    METHOD gives one in full: what it does, where it is published, and its settings.
+    """
+    from inspect import getdoc
+
+    from patchmine.config.describe import describe_method
+    from patchmine.methods import METHODS
+
+    for name in words:
+        settings = describe_method(name)  # which refuses a name that is none
+        print("\n".join([f"{name}: {getdoc(METHODS[name])}", "", *settings]))
+    for name, method in METHODS.items() if not words else ():
+        print(f"{name}: {' '.join((getdoc(method) or '').split()).split('. ')[0].rstrip('.')}")
+
+
+def list_models(words: Sequence[str], _: Say) -> None:
+    """Names that timm knows, and ours.
+
+    PART narrows the list: `patchmine list models small`.
+    """
+    import timm
+
+    from patchmine.backbones.names import VIDEO_MODELS
+    from patchmine.config.explain import did_you_mean
+
+    modules = ("vision_transformer", "deit", "resnet")
+    names = [name for module in modules for name in timm.list_models(module=module)]
+    names = [name for name in names if "distilled" not in name]  # these have two class tokens
+    names += VIDEO_MODELS
+    found = [name for name in names if all(part in name for part in words)]
+    if not found:
+        part, parts = " ".join(words), {part for name in names for part in name.split("_")}
+        near = did_you_mean(part, [*parts, *names])
+        raise UserError(f"No model has '{shown_name(part)}' in its name{near}")
+    print("\n".join(found))
+
+
+def list_recipes(_: Sequence[str], __: Say) -> None:
+    """What each recipe says of itself."""
+    from patchmine.config.recipes import list_recipes as recipes
+
+    for recipe in recipes():
+        print(f"{recipe.name}: {recipe.about['title']}")
+        print(f"  methods   {', '.join(recipe.method_names)}")
+        for key in ("data", "hardware", "time", "expected", "command"):
+            print(f"  {key:<9} {recipe.about[key]}")
+        print()
+
+
+def config_show(words: Sequence[str], say: Say) -> None:
+    """Settings, resolved.
+
+    What is printed is a YAML file that `patchmine pretrain` takes as a recipe.
+    """
+    from patchmine.config import resolve
+    from patchmine.config.recipes import load_recipe
+
+    recipe, settings = _recipe_and_settings(words)
+    has_data = recipe is not None and "data" in load_recipe(recipe).settings
+    if not has_data and not any(word.startswith("data=") for word in settings):
+        settings = ["data=IMAGES", *settings]  # the one setting that has no default
+    print(resolve.parse(recipe, settings, say).to_yaml(), end="")
+
+
+def config_schema(words: Sequence[str], _: Say) -> None:
+    """Settings, described.
+
+    Without a word those of a run; METHOD gives one method's own, COMMAND those of a command.
+    """
+    from patchmine.config.describe import describe, describe_method, describe_run
+    from patchmine.config.explain import did_you_mean
+    from patchmine.methods import METHODS
+
+    tables = {command.name.replace(" ", "."): command.settings for command in COMMANDS}
+    tables = {name: settings for name, settings in tables.items() if settings}
+    for word in words or ["pretrain"]:
+        if word in METHODS:
+            lines = describe_method(word)
+        elif word in tables:
+            lines = describe(named(tables[word]))
+        elif word == "pretrain":
+            lines = describe_run()
+        else:
+            names = [*METHODS, "pretrain", *tables]
+            near = did_you_mean(word, names) or f"; there are {', '.join(names)}"
+            raise UserError(f"No method or command '{shown_name(word)}'{near}")
+        print("\n".join(lines))
