@@ -150,9 +150,9 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Commands read their words and then stop; the folder they run in holds the recipe that the
     documentation shows.
     """
-    import patchmine.api
     import patchmine.cli.commands
     import patchmine.config.resolve
+    import patchmine.runs.checking
 
     pretrain = importlib.import_module(
         "patchmine.training"
@@ -169,7 +169,7 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         patchmine.cli.commands, "read_words", stops(patchmine.cli.commands.read_words)
     )
     monkeypatch.setattr(patchmine.config.resolve, "parse", stops(patchmine.config.resolve.parse))
-    monkeypatch.setattr(patchmine.api, "CHECKS", ())  # the files shown are not there
+    monkeypatch.setattr(patchmine.runs.checking, "CHECKS", ())  # the files shown are not there
     monkeypatch.setattr(pretrain, "resume", stops(lambda *_, **__: None))
     monkeypatch.chdir(tmp_path)
     return tmp_path

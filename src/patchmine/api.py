@@ -1,17 +1,344 @@
-"""What `import patchmine` gives."""
+"""What `import patchmine` offers beside the parts themselves: to make a run, open it and use it."""
 
 from __future__ import annotations
 
-from patchmine.config.resolve import missing_files
-from patchmine.config.schema import RunConfig
-from patchmine.strict import Mistake
+import os
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+from pydantic import BaseModel
+
+from patchmine.backbones.vit import Encoder
+from patchmine.config.explain import validate
+from patchmine.config.resolve import from_settings
+from patchmine.data.settings import Clip, Crops
+from patchmine.evaluate.embed import embed
+from patchmine.evaluate.knn import evaluate_knn
+from patchmine.evaluate.linear import evaluate_linear
+from patchmine.evaluate.settings import EmbedSettings, KnnSettings, LinearSettings, VideoSettings
+from patchmine.evaluate.video import evaluate_video
+from patchmine.report.html import write_report
+from patchmine.report.show import show
+from patchmine.runs.checking import CHECKS
+from patchmine.runs.run import Run as RunFolder
+from patchmine.runs.run import Which, open_encoder
+from patchmine.runs.transfer import export_run
+from patchmine.training import pretrain as _pretrain
+from patchmine.training import resume as _resume
+
+Say = Callable[[str], None]
+Model = TypeVar("Model", bound=BaseModel)
+Size = int | tuple[int, int]
+Name = str | PathLike[str]
 
 
-def _misfits(config: RunConfig) -> list[Mistake]:
-    from patchmine.runs.checking import misfits  # which takes torch seconds to import
+class RunningSettings(TypedDict, total=False):
+    """Settings that change no weights, as keywords; `patchmine config schema` explains each."""
 
-    return misfits(config)
+    device: Literal["auto", "cpu", "cuda"]
+    devices: int
+    num_nodes: int
+    workers: int | Literal["auto"]
+    read_timeout: float
+    compile: bool
+    out: Name | None
+    checkpoint_every: int | None
+    keep_checkpoints: int
+    eval_every: int
+    eval_data: Name | None
+    eval_test: Name | None
+    crop_pct: float
+    log_every: int
+    sample_every: int | None
+    tensorboard: bool
+    wandb: str | None
 
 
-CHECKS = (missing_files, _misfits)
-"""What is asked of the settings of a new run, in this order."""
+class RunSettings(RunningSettings, total=False):
+    """The settings of a run, as keywords; `patchmine config schema` explains each."""
+
+    max_bad_share: float
+    image_size: Size
+    channels: int
+    mean: list[float] | None
+    std: list[float] | None
+    max_pixels: int
+    clip: Clip | Mapping[str, Any]
+    model: str
+    model_args: dict[str, Any]
+    patch_size: int | None
+    init: Name | None
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    interpolation: Literal["bicubic", "bilinear"]
+    crops: Crops | Mapping[str, Any]
+    method: str | Mapping[str, Any] | BaseModel
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    accumulate: int
+    blr: float
+    warmup_epochs: float
+    warmup_lr: float
+    warmup_prefix: bool
+    lr_schedule: Literal["cosine", "multi_step", "constant"]
+    min_lr: float
+    lr_milestones: list[float]
+    lr_gamma: float
+    weight_decay: float
+    betas: tuple[float, float]
+    seed: int
+    precision: Literal["auto", "fp32", "bf16"]
+    by_size: list[dict[str, Any]]
+
+
+class Run(RunFolder):
+    """A run that was made, or is being made, in a folder.
+
+    Beside its files (`config`, `checkpoints`, `metrics()`) it gives its networks (`encoder()`,
+    `method()`), and does with them what the command line does.
+
+    Args:
+        path: the folder that `pretrain` wrote.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+
+    def eval_knn(self, data: Any, *, say: Say = print, **settings: Any) -> dict[str, Any]:
+        """Measure the frozen encoder by its nearest neighbours.
+
+        Args:
+            data: labelled images; folders train/ and test/ in it are used as such.
+            say: hears about the progress.
+            **settings: those of `KnnSettings`.
+
+        Returns:
+            The result that also stands in ``eval/knn.json``: ``top1``, ``top5`` in percent, ...
+
+        Raises:
+            UserError: settings or data cannot be used.
+        """
+        return evaluate_knn(self._settings(KnnSettings, data, settings), say)
+
+    def eval_linear(self, data: Any, *, say: Say = print, **settings: Any) -> dict[str, Any]:
+        """Measure the frozen encoder by linear classifiers.
+
+        Args:
+            data: labelled images; folders train/ and test/ in it are used as such.
+            say: hears about the progress.
+            **settings: those of `LinearSettings`.
+
+        Returns:
+            The result that also stands in ``eval/linear.json``: ``top1``, ``top5`` in percent, ...
+
+        Raises:
+            UserError: settings or data cannot be used.
+        """
+        return evaluate_linear(self._settings(LinearSettings, data, settings), say)
+
+    def eval_video(self, data: Any, *, say: Say = print, **settings: Any) -> list[dict[str, Any]]:
+        """Measure an encoder of clips with several views of each video.
+
+        Args:
+            data: labelled videos; folders train/ and test/ in it are used as such.
+            say: hears about the progress.
+            **settings: those of `VideoSettings`.
+
+        Returns:
+            The results of the nearest neighbours and of the linear classifier.
+
+        Raises:
+            UserError: settings or data cannot be used.
+        """
+        return evaluate_video(self._settings(VideoSettings, data, settings), say)
+
+    def embed(self, data: Any, out: Name, *, say: Say = print, **settings: Any) -> Path:
+        """Write one feature vector per image, or video, to a file.
+
+        Args:
+            data: images; labels are not needed.
+            out: file that ends in .parquet, .csv or .npz.
+            say: hears about the progress.
+            **settings: those of `EmbedSettings`.
+
+        Returns:
+            The file.
+
+        Raises:
+            UserError: settings or data cannot be used, or the file cannot be written.
+        """
+        return embed(self._settings(EmbedSettings, data, {"out": out, **settings}), say)
+
+    def show(
+        self, images: Name | Sequence[Name], out: Name = "panel.png", *, seed: int = 0
+    ) -> Path:
+        """Draw input, mask, prediction and error for some images, or videos.
+
+        Args:
+            images: their files.
+            out: the picture to write; of videos also .gif or .mp4.
+            seed: decides the random masks.
+
+        Returns:
+            The picture's file.
+
+        Raises:
+            UserError: an image cannot be read, or the run holds no whole method.
+        """
+        names = [images] if isinstance(images, str | PathLike) else images
+        return show(self.path, [str(name) for name in names], str(out), seed=seed)
+
+    def report(self, out: Name = "report.html", *, others: Sequence[Name] = ()) -> Path:
+        """Write one HTML page about this run, beside others if there are any.
+
+        Args:
+            out: the page to write.
+            others: folders of runs to compare it with.
+
+        Returns:
+            The page's file.
+
+        Raises:
+            UserError: one of them is no run, or the page cannot be written.
+        """
+        return write_report([str(self.path), *map(str, others)], str(out))
+
+    def export(
+        self,
+        out: Name | None = None,
+        *,
+        what: Literal["encoder", "full"] = "encoder",
+        weights: Which = "student",
+    ) -> Path:
+        """Write the encoder as a folder that timm and transformers open.
+
+        Args:
+            out: the folder; None: ``export/`` in the run.
+            what: "full" writes the whole method as one .safetensors file instead.
+            weights: which network; "teacher" is the EMA copy, where the method keeps one.
+
+        Returns:
+            The folder or file.
+
+        Raises:
+            UserError: the run lacks that network, or the place cannot be written.
+        """
+        place = None if out is None else str(out)
+        return export_run(self.path, place, what=what, weights=weights)
+
+    def _settings(self, model: type[Model], data: Any, settings: Mapping[str, Any]) -> Model:
+        values = {"target": str(self.path), "data": data, **settings}
+        return validate(model, values, where=f"the settings of {model.__name__}")
+
+
+def pretrain(
+    *,
+    data: Any = None,
+    recipe: Name | None = None,
+    say: Say = print,
+    **settings: Unpack[RunSettings],
+) -> Run:
+    """Pre-train an encoder on unlabelled images or videos.
+
+    Example:
+        ``pretrain(data="photos/", method={"name": "hpm", "mask_ratio": 0.8}, out="runs/hpm")``
+
+    Args:
+        data: what the command line takes (a folder, a list file, shards, or several), or any torch
+            dataset of images.
+        recipe: name or file of settings to start from.
+        say: hears what a person should know.
+        **settings: those of `patchmine config schema`.  Nested ones are dicts or their models;
+            dotted names such as ``**{"method.mask_ratio": 0.8}`` are taken too.
+
+    Returns:
+        The finished run, exported.
+
+    Raises:
+        UserError: settings, data or folders are wrong; the message lists every mistake.
+    """
+    given: dict[str, Any] = dict(settings)
+    source = None if data is None or _is_named(data) else data
+    if data is not None:
+        given["data"] = data if source is None else f"python:{type(data).__name__}"
+    start_from = None if recipe is None else os.fspath(recipe)
+    config = from_settings(start_from, say=say, also=CHECKS, **given)
+    return Run(_pretrain(config, source=source, say=say).path)
+
+
+def resume(
+    path: Name, *, data: Any = None, say: Say = print, **settings: Unpack[RunningSettings]
+) -> Run:
+    """Go on with an interrupted run, exactly.
+
+    Args:
+        path: the run's folder.
+        data: of a run on a torch dataset, or where the same images have moved.
+        say: hears what a person should know.
+        **settings: those that change no weights, such as ``workers``.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: the run cannot go on, or a setting would change its weights.
+    """
+    given: dict[str, Any] = dict(settings)
+    source = None if data is None or _is_named(data) else data
+    if data is not None and source is None:
+        given["data"] = data
+    words = [f"{name}={value}" for name, value in given.items()]
+    return Run(_resume(path, words, source=source, say=say).path)
+
+
+def _is_named(data: Any) -> bool:
+    """Whether data are given by name: a path, or several."""
+    parts = data if isinstance(data, list | tuple) else [data]
+    return all(isinstance(part, str | PathLike) for part in parts)
+
+
+def load_encoder(
+    path: Name,
+    model: str | None = None,
+    image_size: Size | None = None,
+    *,
+    source_size: Size | None = None,
+    num_heads: int | None = None,
+    weights: Literal["auto", "student", "raw", "teacher", "ema"] = "auto",
+    prefix: str | None = None,
+) -> Encoder:
+    """The encoder of a run, an export or a weights file, in eval mode.
+
+    Args:
+        path: the folder of a run or export, a folder of timm or transformers, or a .safetensors,
+            .pth, .pt or .bin file with the names of timm, MAE, HPM, VideoMAE, DINO, transformers,
+            mmpretrain or torchvision.
+        model: timm's name, where neither the tensors nor a config.json tell it.
+        image_size: the size that it is wanted at, in pixels, one number or (height, width);
+            positions are resampled from the grid that they were trained at.  None: that one.
+        source_size: the size that a file was trained at, where nothing tells it.
+        num_heads: attention heads, where the width is an unusual one and nothing tells them.
+        weights: the trained network (student, raw) or its average (teacher, ema), where there are
+            both.
+        prefix: of the encoder's names, where a file holds several encoders.
+
+    Returns:
+        A ``VisionTransformer``, ``Beit`` or ``ResNet`` of timm's, or a `VideoTransformer`, without
+        classifier: images (B, C, H, W), or clips (B, C, T, H, W), to features.
+
+    Raises:
+        UserError: there is no encoder, or it does not fit.
+    """
+    return open_encoder(
+        path,
+        model,
+        image_size,
+        which=weights,
+        source_size=source_size,
+        num_heads=num_heads,
+        prefix=prefix,
+    )

@@ -67,7 +67,9 @@ def name_of(command: list[str]) -> str:
 def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Stands in for the rooms; remembers the last call of each function."""
     calls: Calls = {}
-    monkeypatch.setattr("patchmine.api.CHECKS", ())  # the data of the examples are not there
+    monkeypatch.setattr(
+        "patchmine.runs.checking.CHECKS", ()
+    )  # the data of the examples are not there
 
     def recorder(name: str) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:

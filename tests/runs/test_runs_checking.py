@@ -16,7 +16,6 @@ from patchmine.config.recipes import list_recipes
 from patchmine.config.resolve import fit_batch, from_settings, missing_files, parse, resolve_size
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.runs import checking
 from patchmine.runs.checking import misfits
 from patchmine.runs.run import Run
 
@@ -201,7 +200,7 @@ def test_what_only_real_tensors_allow_is_no_mistake(monkeypatch: pytest.MonkeyPa
     def needs_values(_: object) -> None:
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    monkeypatch.setattr(checking, "build_method", needs_values)
+    monkeypatch.setattr("patchmine.runs.run.build_method", needs_values)
     assert misfits(from_settings(data="x")) == []
 
 

@@ -23,10 +23,10 @@ def pretrain(words: Sequence[str], say: Say) -> None:
     overrules it.  Settings of the method are method.KEY=VALUE, see `patchmine list methods hpm`.
     Ctrl-C finishes the step and saves; `patchmine resume RUN` goes on.
     """
-    from patchmine import api
     from patchmine.config import resolve
+    from patchmine.runs import checking
 
-    config = resolve.parse(*_recipe_and_settings(words), say, also=api.CHECKS)
+    config = resolve.parse(*_recipe_and_settings(words), say, also=checking.CHECKS)
     from patchmine.training import pretrain as start  # after the settings are known to be right
 
     start(config, say=say)

@@ -68,11 +68,21 @@ def inspect(
     max_pixels: int = MAX_PIXELS,
     progress: Callable[[int, int], None] | None = None,
 ) -> InspectReport:
-    """Reads and decodes a seeded choice of ``sample`` items, or all of them; of a ``video`` its
-    middle.
+    """Read and decode a seeded choice of items, or all of them.
 
-    Items of more than ``max_pixels`` count as broken.  ``progress`` is told (items done, items to
-    do).
+    Args:
+        source: opened images or videos (`open_source`).
+        sample: how many items are decoded.
+        full: all are.
+        video: items are videos, of which the middle frame is decoded.
+        max_pixels: items of more count as broken.
+        progress: told (items done, items to do).
+
+    Returns:
+        Counts, sizes, channels, statistics, duplicates and broken items.
+
+    Raises:
+        UserError: nothing can be read.
     """
     count = len(source)
     chosen = spread_indices(count, count if full else sample)

@@ -51,14 +51,24 @@ def write_shards(
     shard_size: int = 256 * 2**20,
     say: Callable[[str], None] = lambda _: None,
 ) -> Written:
-    """Writes every image, in the source's order, into ``out/shard-000000.tar`` and so on.
+    """Write every image, in the source's order, into ``out/shard-000000.tar`` and so on.
 
-    A shard has about ``shard_size`` bytes.  An image keeps its bytes, unless its longer side is
-    above ``max_side``
-    pixels: then it is shrunk to that (Lanczos) and becomes a JPEG of quality 95 with full colour if
-    it was a JPEG, else a PNG.  Its path and its class's name stand in a ``.json`` member beside
-    it.  The folder appears once it is complete.  UserError when ``out`` holds something already, or
-    cannot be written.
+    An image keeps its bytes unless it is shrunk: then a JPEG becomes a JPEG of quality 95 with full
+    colour, else a PNG.  Its path and class stand in a ``.json`` member beside it.  The folder
+    appears once it is complete.
+
+    Args:
+        source: opened images (`open_source`).
+        out: the new folder.
+        max_side: longest side in pixels above which an image is shrunk to it (Lanczos).
+        shard_size: bytes of a shard, about.
+        say: hears about the progress.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: ``out`` holds something already, or cannot be written.
     """
     if max_side is not None and max_side < 1:
         raise UserError(f"max_side={max_side}: give the longest side in pixels, at least 1")

@@ -18,13 +18,19 @@ from patchmine.models.onednn import fast_linear
 
 
 def embed(settings: EmbedSettings, say: Say = silent) -> Path:
-    """Write ``path``, ``index``, ``label`` (the class's name, where there are classes) and the
-    embedding, float32, of every readable image; the end of ``out`` decides the format
-    (`open_table`).
+    """Write a file with a row for every readable image: path, index, class and embedding.
 
-    Broken images have no row.  Of a video run the rows are videos, one clip from the middle of
-    each.  The file appears complete or not at all.  Raises UserError where nothing can be read,
-    features are not finite, or the file cannot be written.
+    Of a run on videos the rows are videos.  The file appears complete or not at all.
+
+    Args:
+        settings: what is read, and the file to write, whose ending decides the format.
+        say: hears about the progress.
+
+    Returns:
+        The file; ``embedding`` is (D,) float32, ``label`` the class's name where there are classes.
+
+    Raises:
+        UserError: nothing can be read, features are not finite, or the file cannot be written.
     """
     out = Path(settings.out)
     with output(out) as new:  # a place that cannot be written is told before an hour of work

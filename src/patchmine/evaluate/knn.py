@@ -19,11 +19,17 @@ _STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"
 
 
 def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
-    """Weighted vote of the k nearest training images, DINO's protocol: ``top1``, ``top5`` at k=20
-    and ``by_k`` for every k.
+    """Weighted vote of the k nearest training images, DINO's protocol.
 
-    k is at most the number of training images.  Raises UserError for a target or data that cannot
-    be used.
+    Args:
+        settings: target, data and protocol; k is at most the number of training images.
+        say: hears about the progress.
+
+    Returns:
+        ``top1`` and ``top5`` in percent at ``settings.k``, ``by_k`` for every k, and what was read.
+
+    Raises:
+        UserError: the target or the data cannot be used.
     """
 
     def score(reader: Reader, train: Features, test: Features, num_classes: int) -> Result:

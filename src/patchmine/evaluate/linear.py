@@ -27,12 +27,20 @@ _LARS_GROWTH = 90 * 0.1 * 1.28e6
 
 
 def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
-    """``top1`` and ``top5`` of a linear classifier on the frozen features, trained on ``data``,
-    reported on the test images.
+    """A linear classifier on the frozen features, trained on ``data``, reported on the test images.
 
-    ``protocol="dinov2"``: classifiers for every pooling and learning rate, trained at once; the
-    best one is chosen on a held-out part of the training images, and only that one is scored on the
-    test images.  ``protocol="mae"``: see ``train_lars``.
+    ``protocol="dinov2"``: classifiers for every pooling and learning rate are trained at once; only
+    the best one on a held-out part is scored on the test images.  ``"mae"``: see ``train_lars``.
+
+    Args:
+        settings: target, data and protocol.
+        say: hears about the progress.
+
+    Returns:
+        ``top1`` and ``top5`` in percent, what was chosen, and what was read.
+
+    Raises:
+        UserError: the target or the data cannot be used, or settings do not fit together.
     """
     if settings.protocol == "mae":
         if settings.warmup_epochs >= settings.epochs:

@@ -50,13 +50,21 @@ FILL = 1.0
 
 
 def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
-    """kNN and linear classifiers on features of clips: ``top1`` and ``top5`` of ``segments`` x
-    ``crops`` test clips.
+    """kNN and linear classifiers on features of several clips and crops of each test video.
 
-    Learnt from one clip from the middle of each training video.  A video's score is the mean over
-    its clips of what sums to one: shares of the vote, or the softmax.  ``one_view``: the same of
-    the middle clip alone.  Filed as eval/video-knn.json and eval/video-linear.json.  Raises
-    UserError for a target or data that cannot be used.
+    They learn from one clip from the middle of each training video.  A video's score is the mean
+    over its clips of what sums to one: shares of the vote, or the softmax.
+
+    Args:
+        settings: target, data and protocol.
+        say: hears about the progress.
+
+    Returns:
+        Two results with ``top1`` and ``top5`` in percent; ``one_view`` has those of the middle clip
+        alone.  Filed as eval/video-knn.json and eval/video-linear.json.
+
+    Raises:
+        UserError: the target or the data cannot be used.
     """
     start = time.monotonic()
     target = _opened(settings)

@@ -33,10 +33,17 @@ _NOTES = {
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write one self-contained page about these run folders to ``out`` and return its path.
+    """Write one self-contained page about run folders.
 
-    Raises UserError for a folder that holds no run, and for an ``out`` that cannot be written;
-    whatever else is missing or damaged is left out of the page, which says so.
+    Args:
+        runs: the folders; what is missing or damaged in one is left out of the page, which says so.
+        out: the page to write.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: a folder holds no run, or ``out`` cannot be written.
     """
     page = render(read_runs(runs), written=datetime.now(UTC))
     path = Path(out)

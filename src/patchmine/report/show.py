@@ -27,14 +27,20 @@ from patchmine.types import Batch, Progress
 def show(
     run_path: str | Path, paths: Sequence[str | Path], out: str | Path, *, seed: int = 0
 ) -> Path:
-    """Draw what the method of a run makes of some images, at the point that its training has
-    reached; returns ``out``.
+    """Draw what the method of a run makes of some images, at the point that its training has reached.
 
-    Each image is resized to cover the run's image size and cropped at its centre.  ``seed`` decides
-    the random masks. For a run on videos ``paths`` are video files or folders of frames, the clip
-    is the one in the middle of each, and the end of ``out`` decides what is written: ``.gif`` and
-    ``.mp4`` move, a picture is a contact sheet of frames. Raises UserError for what cannot be read,
-    a run without checkpoint, a name of ``out`` that is no picture's.
+    Args:
+        run_path: the run's folder.
+        paths: images, which are resized to cover the run's size and cropped at their centre; of a
+            run on videos, files or folders of frames, of which the clip in the middle is taken.
+        out: the picture; of videos ``.gif`` and ``.mp4`` move, others are sheets of frames.
+        seed: decides the random masks.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: something cannot be read or written, or the run has no checkpoint.
     """
     out = Path(out)
     run = Run(run_path)

@@ -7,12 +7,9 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import torch
-
+from patchmine.config.resolve import missing_files
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.runs.preparing import train_view
-from patchmine.runs.run import build_method
 from patchmine.strict import Mistake
 
 _GIB = 2**30
@@ -30,9 +27,15 @@ def misfits(config: RunConfig) -> list[Mistake]:
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         text = f"given '{shown_name(config.wandb)}', but wandb is not installed; run `pip install patchmine[wandb]`"
         found.append(Mistake("wandb", text))
+    import torch  # only now, where all that needs no torch is right
+
     if config.device == "cuda" and not torch.cuda.is_available():
         found.append(Mistake("", "device=cuda, but torch sees no GPU: give device=cpu"))
     return found
+
+
+CHECKS = (missing_files, misfits)
+"""What is asked of the settings of a new run, in this order; torch is imported for the second."""
 
 
 def _misbuilt(config: RunConfig) -> list[Mistake]:
@@ -55,6 +58,11 @@ def _misbuilt(config: RunConfig) -> list[Mistake]:
 
 def _refusal(config: RunConfig) -> str | None:
     """What building the method says; on the meta device, where tensors have shapes and no memory."""
+    import torch
+
+    from patchmine.runs.preparing import train_view
+    from patchmine.runs.run import build_method
+
     try:
         with torch.device("meta"), foreign_parser(_MisfitError):
             method = build_method(config)

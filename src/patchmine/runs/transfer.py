@@ -55,12 +55,20 @@ _TOLD = ("mask_ratio", "norm_pix_loss")  # settings of the method that a file ma
 def export_run(
     path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: Which
 ) -> Path:
-    """Write the encoder of a run as a folder for timm and transformers, or the ``full`` method as
-    one file.
+    """Write the encoder of a run as a folder for timm and transformers, or its ``full`` method.
 
-    The full method goes to ``out``, a .safetensors file under the reference code's names, which
-    `import_file` reads; of clips these are VideoMAE's, with HPM's teacher under ``ema.``. Raises
-    UserError where the run has no such weights or ``out`` cannot be written.
+    Args:
+        path: the run's folder.
+        out: the folder, None for ``export/`` in the run; of the full method a .safetensors file under
+            the reference code's names, which `import_file` reads (of clips VideoMAE's).
+        what: "encoder" or "full".
+        weights: which of the run's networks.
+
+    Returns:
+        The folder or file.
+
+    Raises:
+        UserError: the run has no such weights, or ``out`` cannot be written.
     """
     run = Run(path)
     config, folder = run.description(weights)
@@ -148,7 +156,7 @@ def import_file(
         file: in any layout that `models.naming` knows, or a folder of it with a config.json.
         out: the new folder.
         weights: the trained network of a file or its average; auto is the trained one, but DINO's
-        teacher.
+            teacher.
         prefix: of the encoder's names, where the file holds several.
         what: the encoder only, or the full method, by default as much as the file has.
         image_size: pixels on a side, or (height, width); positions are moved to it.  A file of
@@ -156,14 +164,17 @@ def import_file(
             are assumed.
         source_size: the size that the file was trained at, where nothing tells it.
         num_heads: needed for models of unusual width, whose tensors do not show it, as
-        ``decoder_num_heads``.
+            ``decoder_num_heads``.
         decoder_num_heads: the same of the decoder.
         allow: patterns of tensors that may be missing or unexpected.
         say: hears what became of every tensor.
 
+    Returns:
+        The run.
+
     Raises:
         UserError: a file of another kind, and tensors that are missing, unexpected, of another
-        shape or not finite.
+            shape or not finite.
     """
     folder = Path(out)
     refuse_used_folder(folder)

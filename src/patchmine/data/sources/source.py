@@ -52,13 +52,19 @@ FORMS = {
 def open_source(
     spec: Spec | Source, *, cache_dir: Path | None = None, kind: Kind = IMAGES
 ) -> Source:
-    """The images of a folder, list, tar shards, ``embedded:photos`` or torch Dataset, or of several
-    of these together.
+    """The images of a folder, list, tar shards, ``embedded:photos`` or torch Dataset, or of several.
 
-    ``cache_dir``: where the indices of folders, lists and shards are kept and looked for; None =
-    nowhere.  UserError when there is nothing of that name, or nothing in it.  ``kind``:
-    `data.video.VIDEOS` for `open_videos`.  Behind a name, ``::jpg,left.png`` lets only files with
-    these endings count.
+    Args:
+        spec: one of these, or a list; behind a name, ``::jpg,left.png`` lets only files with these
+            endings count.
+        cache_dir: where the indices of folders, lists and shards are kept; None: nowhere.
+        kind: `VIDEOS` for videos.
+
+    Returns:
+        A source: ``len(source)`` items, ``source.fingerprint`` of all their names and sizes.
+
+    Raises:
+        UserError: there is nothing of that name, or nothing in it.
     """
     if isinstance(spec, Dataset):
         return DatasetSource(spec)
