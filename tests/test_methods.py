@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.task import Method

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from pydantic import BaseModel
 
-from patchmine.backbones.vit import Encoder
+from patchmine.backbones.family import Encoder
 from patchmine.config.explain import validate
 from patchmine.config.resolve import from_settings
 from patchmine.data.settings import Clip, Crops

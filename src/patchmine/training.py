@@ -13,8 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from patchmine.backbones.resnet import has_cifar_stem
-from patchmine.backbones.video import VideoTransformer
+from patchmine.backbones.family import family_of
 from patchmine.config.resolve import (
     changed_results,
     fit_batch,
@@ -434,7 +433,7 @@ def _summary(config: RunConfig, settings: TrainSettings, images: Source, engine:
 
 def _last_words(folder: Path, encoder: nn.Module, bad: BadFiles) -> str:
     opened = f'timm.create_model("local-dir:{folder}/export", pretrained=True)'
-    if has_cifar_stem(encoder) or isinstance(encoder, VideoTransformer):
+    if not family_of(encoder).timm_opens(encoder):
         opened = f'patchmine.load_encoder("{folder}/export")'
     broken = (
         f" {len(bad)} broken {bad.item}s were left out, see {folder / 'bad_files.txt'}."

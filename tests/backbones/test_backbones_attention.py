@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from patchmine.backbones.attention import class_attention
-from patchmine.backbones.vit import Encoder, build_encoder
+from patchmine.backbones.family import Encoder, build_encoder
 from patchmine.errors import UserError
 
 TINY = dict(embed_dim=32, depth=3, num_heads=2)

@@ -14,8 +14,9 @@ import timm
 import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
-from patchmine.backbones.beit import has_relative_positions
-from patchmine.backbones.vit import Encoder, build_encoder, encode, patch_positions
+from patchmine.backbones.beit import BEIT
+from patchmine.backbones.family import Encoder, build_encoder, encode
+from patchmine.backbones.tokens import patch_positions
 from patchmine.backbones.weights import export_encoder, fill, load_encoder
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
@@ -63,9 +64,9 @@ def test_encodes_as_timm_does(extra: dict[str, bool]) -> None:
 
 
 def test_knows_where_positions_enter() -> None:
-    assert not has_relative_positions(beit(**ABSOLUTE))
-    assert has_relative_positions(beit(**SHARED))
-    assert has_relative_positions(beit())
+    assert not BEIT.relative_positions(beit(**ABSOLUTE))
+    assert BEIT.relative_positions(beit(**SHARED))
+    assert BEIT.relative_positions(beit())
     assert patch_positions(beit(**ABSOLUTE)).any()
     assert not patch_positions(beit(**SHARED)).any()
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchmine.backbones.features import extract, stage_names, stage_widths
+from patchmine.backbones.family import build_encoder, encode, stage_features, stage_widths
 from patchmine.backbones.positions import resize_positions
-from patchmine.backbones.vit import build_encoder, encode
+from patchmine.backbones.resnet import RESNET
+from patchmine.backbones.vit import VIT
 from patchmine.errors import UserError
 
 NARROW: dict[str, Any] = {"depth": 3, "embed_dim": 32, "num_heads": 2}
@@ -37,7 +38,7 @@ def resnet() -> Any:
 
 def test_stages_of_a_resnet_are_its_own_intermediates() -> None:
     encoder, images = resnet(), torch.randn(2, 3, 64, 96)
-    found = extract(encoder, images, ["layer4", "layer2", "layer1"])
+    found = stage_features(encoder, images, ["layer4", "layer2", "layer1"])
     theirs = encoder.forward_intermediates(images, intermediates_only=True)
     for mine, number in zip(found.maps, (4, 2, 1), strict=True):
         assert torch.equal(mine, theirs[number])
@@ -57,7 +58,7 @@ def test_stages_of_a_resnet_are_its_own_intermediates() -> None:
 )
 def test_blocks_of_a_vit_are_its_own_intermediates(model: str, model_args: dict[str, Any]) -> None:
     encoder, images = vit(model, **model_args), torch.randn(2, 3, 32, 48)
-    found = extract(encoder, images, ["blocks.2", "blocks.0"])
+    found = stage_features(encoder, images, ["blocks.2", "blocks.0"])
     last, first = (
         encoder.forward_intermediates(
             images, indices=[number], norm=number == 2, intermediates_only=True
@@ -75,7 +76,7 @@ def test_blocks_of_a_vit_are_its_own_intermediates(model: str, model_args: dict[
 
 def test_another_size_is_the_same_network_with_resized_positions() -> None:
     encoder, images = vit(), torch.randn(2, 3, 24, 16)
-    found = extract(encoder, images, ["blocks.2"])
+    found = stage_features(encoder, images, ["blocks.2"])
     positions = encoder.pos_embed.detach()
     twin = vit()
     twin.set_input_size((24, 16))
@@ -124,18 +125,20 @@ def test_positions_of_the_own_grid_stay_as_they_are() -> None:
 def test_learned_positions_get_a_gradient_from_small_crops() -> None:
     encoder = vit()
     encoder.pos_embed.requires_grad_(True)
-    extract(encoder, torch.randn(2, 3, 16, 16)).pooled.sum().backward()
+    stage_features(encoder, torch.randn(2, 3, 16, 16)).pooled.sum().backward()
     assert encoder.pos_embed.grad.abs().sum() > 0
 
 
 def test_what_there_is_not_is_told() -> None:
-    assert stage_names(resnet()) == ["layer1", "layer2", "layer3", "layer4"]
-    assert stage_names(vit()) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert list(RESNET.stages(resnet())) == ["layer1", "layer2", "layer3", "layer4"]
+    assert list(VIT.stages(vit())) == ["blocks.0", "blocks.1", "blocks.2"]
     with pytest.raises(
         UserError, match=r"method.stages=layer5, but .* layer1, layer2, layer3, layer4"
     ):
         stage_widths(resnet(), ["layer2", "layer5"])
     with pytest.raises(UserError, match="images of 36x32 pixels are not filled by patches of 8x8"):
-        extract(vit(), torch.randn(1, 3, 36, 32))
+        stage_features(vit(), torch.randn(1, 3, 36, 32))
     with pytest.raises(UserError, match="relative positions takes images of one size only"):
-        extract(vit("beit_base_patch16_224", use_rel_pos_bias=True), torch.randn(1, 3, 16, 16))
+        stage_features(
+            vit("beit_base_patch16_224", use_rel_pos_bias=True), torch.randn(1, 3, 16, 16)
+        )

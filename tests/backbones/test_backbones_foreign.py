@@ -20,8 +20,8 @@ from timm.data.constants import (
 )
 from torch import Tensor, nn
 
+from patchmine.backbones.family import build_encoder
 from patchmine.backbones.foreign import ForeignTeacher
-from patchmine.backbones.vit import build_encoder
 from patchmine.backbones.weights import export_encoder
 from patchmine.errors import UserError
 from patchmine.methods.hpm import HPM

@@ -360,7 +360,7 @@ def patchmine_mask(noise: Tensor, visible: Tensor) -> Any:
 
 def predicted(method: Any, images: Tensor, mask: Any) -> Tensor:
     """Pixels of the masked patches, in the order of the mask."""
-    from patchmine.backbones.vit import encode
+    from patchmine.backbones.family import encode
 
     tokens = method.decoder_input(encode(method.encoder, images, mask.visible), mask)
     hidden = method.decoder.norm(method.decoder.blocks[0](tokens))

@@ -20,9 +20,9 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor
 
 import patchmine
+from patchmine.backbones.family import Encoder, build_encoder
 from patchmine.backbones.foreign import ForeignTeacher
 from patchmine.backbones.positions import grid_of_fixed_table, move_positions, sincos_table
-from patchmine.backbones.vit import Encoder, build_encoder
 from patchmine.backbones.weights import export_encoder, load_encoder
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from patchmine.backbones.family import build_encoder, encode
+from patchmine.backbones.names import VIDEO_MODELS, reads_clips
 from patchmine.backbones.official import read_official
 from patchmine.backbones.positions import interleaved_table
-from patchmine.backbones.video import VIDEO_MODELS, VideoTransformer, is_video
+from patchmine.backbones.tokens import encoder_grid, project_patches
+from patchmine.backbones.video import VideoTransformer
 from patchmine.backbones.videomae import from_videomae_names, is_videomae, to_videomae_names
-from patchmine.backbones.vit import build_encoder, encode, encoder_grid, project_patches
 from patchmine.backbones.weights import export_encoder, load_encoder
 from patchmine.errors import UserError
 from patchmine.types import Grid
@@ -33,8 +35,8 @@ def build(**settings: Any) -> VideoTransformer:
 
 
 def test_only_video_models_are_called_so() -> None:
-    assert all(is_video(name) for name in VIDEO_MODELS)
-    assert not is_video("vit_small_patch16_224")
+    assert all(reads_clips(name) for name in VIDEO_MODELS)
+    assert not reads_clips("vit_small_patch16_224")
 
 
 def test_tokens_are_those_of_a_convolution_in_the_order_time_row_column() -> None:

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from tests.backbones.test_backbones_loading import Small, save_torchscript
 from torch import Tensor
 
+from patchmine.backbones.family import build_encoder
 from patchmine.backbones.loading import read_checkpoint
-from patchmine.backbones.vit import build_encoder
 from patchmine.backbones.weights import export_encoder, load_encoder, open_weights
 from patchmine.errors import UserError
 

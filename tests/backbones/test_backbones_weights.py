@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
 from patchmine.backbones.weights import export_encoder, is_export, load_encoder
 from patchmine.errors import UserError
 

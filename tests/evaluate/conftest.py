@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
 from patchmine.config.schema import RunConfig
 from patchmine.runs.run import write_export
 

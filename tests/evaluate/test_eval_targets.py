@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
 from patchmine.errors import UserError
 from patchmine.evaluate.targets import open_target, random_twin
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import save_file
 
+from patchmine.backbones.family import build_encoder
 from patchmine.backbones.videomae import to_videomae_names
-from patchmine.backbones.vit import build_encoder
 from patchmine.data.sources.video_sources import open_videos
 from patchmine.data.views.clips import PlainClips, TestClips
 from patchmine.errors import UserError

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from patchmine.backbones.vit import Encoder, build_encoder
+from patchmine.backbones.family import Encoder, build_encoder
 from patchmine.task import Method
 from patchmine.types import Batch
 

@@ -12,8 +12,8 @@ from golden_vectors import FedNoise, Golden, batch_of, cut, load_golden, load_we
 from torch import Tensor
 
 from patchmine.backbones.attention import class_attention
+from patchmine.backbones.family import encode
 from patchmine.backbones.official import from_reference_names
-from patchmine.backbones.vit import encode
 from patchmine.methods.amt import AMT, probe
 from patchmine.ops.alignment import align, attention_map
 from patchmine.ops.losses import squared_error

@@ -26,7 +26,7 @@ from golden_vectors import (
 )
 from torch import Tensor
 
-from patchmine.backbones.vit import build_encoder, encode
+from patchmine.backbones.family import build_encoder, encode
 from patchmine.methods.droppos import DropPos, Puzzle, attentive_weights
 from patchmine.ops.losses import squared_error
 from patchmine.ops.patches import pixel_targets

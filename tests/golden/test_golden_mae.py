@@ -7,8 +7,9 @@ import torch
 from golden_vectors import FedNoise, Golden, batch_of, load_golden, load_weights, stored_names, wide
 from torch import Tensor
 
+from patchmine.backbones.family import encode
 from patchmine.backbones.official import from_reference_names
-from patchmine.backbones.vit import embed_patches, encode, prefix_tokens
+from patchmine.backbones.tokens import embed_patches, prefix_tokens
 from patchmine.methods.mae import MAE
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible

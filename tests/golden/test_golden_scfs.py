@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_vectors import Golden, batch_of, load_golden, normalised_crops, tiny_resnet
 
-from patchmine.backbones.features import extract
+from patchmine.backbones.family import stage_features
 from patchmine.methods.scfs import SCFS, search
 from patchmine.ops.distill import teacher_temperature
 from patchmine.types import Progress
@@ -97,8 +97,11 @@ def test_search_in_stored_maps(golden: Golden, method: SCFS, stage: str) -> None
 def test_maps_and_heads_from_the_images(golden: Golden, method: SCFS) -> None:
     views, stages = normalised_crops(golden), list(STAGES.values())
     large, small = torch.cat(views[:2]), torch.cat(views[2:])
-    taught = extract(method.teacher.encoder, large, stages)
-    seen, searching = extract(method.encoder, large, stages), extract(method.encoder, small, stages)
+    taught = stage_features(method.teacher.encoder, large, stages)
+    seen, searching = (
+        stage_features(method.encoder, large, stages),
+        stage_features(method.encoder, small, stages),
+    )
     golden.check(method.teacher.head(taught.pooled), "act.t_final", "tokens")
     golden.check(method.head(torch.cat([seen.pooled, searching.pooled])), "act.s_final", "tokens")
     for place, stage in enumerate(STAGES):

@@ -16,7 +16,8 @@ from golden_vectors import FedNoise, Golden, batch_of, described, load_golden, s
 from torch import Tensor, nn
 
 from patchmine.backbones.attention import class_attention
-from patchmine.backbones.vit import embed_patches, encode, patch_positions, prefix_tokens
+from patchmine.backbones.family import encode
+from patchmine.backbones.tokens import embed_patches, patch_positions, prefix_tokens
 from patchmine.methods import semaim as semaim_file
 from patchmine.methods.semaim import SemAIM
 from patchmine.models.streams import two_streams

@@ -19,7 +19,7 @@ from golden_vectors import (
 )
 from torch import Tensor
 
-from patchmine.backbones.vit import patch_positions, project_patches
+from patchmine.backbones.tokens import patch_positions, project_patches
 from patchmine.methods.simmim import SimMIM
 from patchmine.types import Mask, Progress
 

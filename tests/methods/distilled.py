@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
 from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
 from patchmine.models.batch_norm import synchronise_batch_norms

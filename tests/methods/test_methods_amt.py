@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
 from patchmine.data.views.images import crop_box
 from patchmine.errors import UserError
 from patchmine.methods.amt import AMT, probe

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchmine.backbones.vit import build_encoder, patch_positions, project_patches
+from patchmine.backbones.family import build_encoder
+from patchmine.backbones.tokens import patch_positions, project_patches
 from patchmine.errors import UserError
 from patchmine.methods.droppos import DropPos, Puzzle, attentive_weights
 from patchmine.ops.pictures import hide_masked
@@ -515,7 +516,7 @@ def test_settings_that_cannot_be(make: Callable[[], DropPos], words: list[str]) 
         ("vit_relpos_small_patch16_224", ["relative positions", "withheld"]),
         ("eva02_tiny_patch14_224", ["rotary positions", "withheld"]),
         ("vit_small_patch16_rope_224", ["rotary positions", "withheld"]),
-        ("vit_tiny_r_s16_p8_224", ["convolutional stem", "gives their places away"]),
+        ("vit_tiny_r_s16_p8_224", ["convolutional stem", "overlap"]),
     ],
 )
 def test_encoders_that_know_places_otherwise(model: str, words: list[str]) -> None:

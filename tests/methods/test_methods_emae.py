@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchmine.backbones.vit import Encoder, build_encoder
+from patchmine.backbones.family import Encoder, build_encoder
 from patchmine.errors import UserError
 from patchmine.methods import emae as emae_file
 from patchmine.methods.emae import EMAE

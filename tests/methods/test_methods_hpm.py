@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
 from patchmine.methods import hpm as hpm_file
 from patchmine.methods.hpm import HPM, predict_difficulty
 from patchmine.methods.mae import MAE

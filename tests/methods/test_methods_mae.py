@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchmine.backbones.vit import build_encoder, encode
+from patchmine.backbones.family import build_encoder, encode
 from patchmine.errors import UserError
 from patchmine.methods.mae import MAE
 from patchmine.ops.patches import gather_patches

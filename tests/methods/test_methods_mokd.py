@@ -9,7 +9,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from patchmine.backbones.vit import Encoder, build_encoder
+from patchmine.backbones.family import Encoder, build_encoder
 from patchmine.errors import UserError
 from patchmine.methods.mokd import MOKD, look, search
 from patchmine.ops.distill import search_cross_entropy, sharpen

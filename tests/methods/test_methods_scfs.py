@@ -10,8 +10,7 @@ import torch
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from patchmine.backbones.features import extract
-from patchmine.backbones.vit import Encoder, build_encoder
+from patchmine.backbones.family import Encoder, build_encoder, stage_features
 from patchmine.errors import UserError
 from patchmine.methods import scfs as scfs_file
 from patchmine.methods.scfs import SCFS
@@ -88,9 +87,9 @@ class Dino(nn.Module):
 
     def forward(self, views: list[Tensor]) -> Tensor:
         large, small = torch.cat(views[:2]), torch.cat(views[2:])
-        pooled = [extract(self.encoder, images).pooled for images in (large, small)]
+        pooled = [stage_features(self.encoder, images).pooled for images in (large, small)]
         with torch.no_grad():
-            self.seen = self.teacher.head(extract(self.teacher.encoder, large).pooled)
+            self.seen = self.teacher.head(stage_features(self.teacher.encoder, large).pooled)
         return view_cross_entropy(
             self.head(torch.cat(pooled)), sharpen(self.seen, self.centre, 0.07)
         )

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.backbones.vit import build_encoder, embed_patches, patch_positions, prefix_tokens
+from patchmine.backbones.family import build_encoder
+from patchmine.backbones.tokens import embed_patches, patch_positions, prefix_tokens
 from patchmine.errors import UserError
 from patchmine.methods import semaim as semaim_file
 from patchmine.methods.semaim import SemAIM

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.backbones.vit import build_encoder, encode
+from patchmine.backbones.family import build_encoder, encode
 from patchmine.errors import UserError
 from patchmine.methods.simmim import SimMIM
 from patchmine.train.optim import build_optimizers

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchmine.backbones.vit import build_encoder, encode
+from patchmine.backbones.family import build_encoder, encode
 from patchmine.errors import UserError
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
 from patchmine.errors import UserError
 from patchmine.methods.amt import AMT
 from patchmine.methods.droppos import DropPos

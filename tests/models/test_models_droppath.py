@@ -8,7 +8,7 @@ import pytest
 import timm.layers
 import torch
 
-from patchmine.backbones.vit import Encoder, build_encoder, encode
+from patchmine.backbones.family import Encoder, build_encoder, encode
 from patchmine.models.droppath import DropPath, draw_drop_paths, seed_drop_paths
 from patchmine.models.noise import Noise
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.backbones.family import build_encoder
 from patchmine.backbones.positions import resize_positions
-from patchmine.backbones.vit import build_encoder
 from patchmine.models.transformer_head import TransformerHead, draw_dino_weights
 
 IMAGES, QUERIES = 2, 3

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-from timm.models.vision_transformer import VisionTransformer
 
 from patchmine.backbones.description import Description
+from patchmine.backbones.family import family_of
 from patchmine.backbones.grids import source_grid
 from patchmine.backbones.loading import Tensors
 from patchmine.backbones.positions import RELATIVE
-from patchmine.backbones.resnet import create
-from patchmine.backbones.video import create_video
+from patchmine.backbones.record import Encoder
 from patchmine.errors import UserError
 
 TIMM_EPS = 1e-6  # of the layer norms of timm's ViTs
@@ -73,10 +72,9 @@ class Architecture:
             f"patch {self.patch_size}, {size}x{self.channels} ({self.model})"
         )
 
-    def build(self) -> VisionTransformer:
+    def build(self) -> Encoder:
         """The timm model, or ours for clips, without classifier, its weights not yet meaningful."""
-        build = create if self.clip is None else create_video
-        return build(self.model, **self.arguments())
+        return family_of(self.model).create(self.model, self.arguments())
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the network, sizes included."""

@@ -14,12 +14,11 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from patchmine.backbones.build import network
 from patchmine.backbones.description import CONFIG, WEIGHTS, note
+from patchmine.backbones.family import Encoder, family_of
 from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.model_card import model_card
 from patchmine.backbones.video import VideoTransformer
-from patchmine.backbones.vit import Encoder
 from patchmine.disk import settle, system_errors
 from patchmine.errors import UserError, shown_name
 
@@ -107,7 +106,9 @@ def _check_description(encoder: Encoder, architecture: str, arguments: dict[str,
     """Build the described model without memory and compare, so that no folder is written that
     nobody can open.
     """
-    rebuilt = network(architecture, {**arguments, "device": "meta"})
+    rebuilt = family_of(architecture).create(
+        architecture, {**arguments, "num_classes": 0, "device": "meta"}
+    )
     wanted = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
     heads = [

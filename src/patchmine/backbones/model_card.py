@@ -6,9 +6,9 @@ from typing import Any
 
 from timm.models.resnet import ResNet
 
+from patchmine.backbones.record import Encoder
 from patchmine.backbones.resnet import has_cifar_stem
 from patchmine.backbones.video import VideoTransformer
-from patchmine.backbones.vit import Encoder
 
 _OPEN_ANYWHERE = """```python
 import timm
@@ -50,7 +50,11 @@ def model_card(encoder: Encoder, config: dict[str, Any]) -> str:
     width = config["num_features"]
     video = isinstance(encoder, VideoTransformer)
     how = (
-        _OPEN_CLIPS if video else _OPEN_HERE if has_cifar_stem(encoder) else _OPEN_ANYWHERE
+        _OPEN_CLIPS
+        if video
+        else _OPEN_HERE
+        if isinstance(encoder, ResNet) and has_cifar_stem(encoder)
+        else _OPEN_ANYWHERE
     ).format(
         shape=f"(batch, {width}, rows, columns)"
         if isinstance(encoder, ResNet)

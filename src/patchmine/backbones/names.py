@@ -1,8 +1,8 @@
-"""Names of encoders, and what they tell, without torch."""
+"""Names of encoders that are ours and not timm's, and what follows from a name; free of torch."""
 
 from __future__ import annotations
 
-VIDEO_MODELS: dict[str, dict[str, int]] = {
+VIDEO_MODELS: dict[str, dict[str, int]] = {  # widths of VideoMAE's S, B, L, H, and timm's Ti
     "video_vit_tiny_patch16": dict(embed_dim=192, depth=12, num_heads=3),
     "video_vit_small_patch16": dict(embed_dim=384, depth=12, num_heads=6),
     "video_vit_base_patch16": dict(embed_dim=768, depth=12, num_heads=12),
@@ -12,5 +12,5 @@ VIDEO_MODELS: dict[str, dict[str, int]] = {
 
 
 def reads_clips(model: str) -> bool:
-    """Whether ``model`` names an encoder of clips, which makes a run a video run."""
+    """Whether ``model`` names an encoder of clips, which makes a run one on videos."""
     return model.startswith("video_vit_")

@@ -1,28 +1,18 @@
-"""What is special about a ResNet of timm's: a stem for small images, how it starts, its name read
-off its tensors.
-"""
+"""ResNets of timm's: a stem for small images, how they start, their names read off tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import timm
-from timm.models import is_model_in_modules
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from patchmine.errors import UserError, foreign_parser
+from patchmine.backbones.record import Blueprint, Encoder, Family, StageFeatures
+from patchmine.backbones.vit import create_timm
+from patchmine.data.items import IMAGE
+from patchmine.errors import UserError, shown_name
 
-# Arguments of timm's create_model that a description of a network, which may be a stranger's, has
-# no business with.
-_READING = {
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
-}
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 # By blocks in each stage, and whether they are bottlenecks (three convolutions).
 _PLAIN: dict[tuple[tuple[int, ...], bool], str] = {
@@ -35,50 +25,49 @@ _PLAIN: dict[tuple[tuple[int, ...], bool], str] = {
 }
 
 
-def names_resnet(architecture: str) -> bool:
-    """Whether timm's ``architecture`` (no prefix, no tag) is built by its ``resnet`` module."""
-    return is_model_in_modules(architecture, {"resnet"})
-
-
-def create(
-    architecture: str, *, cifar_stem: bool = False, norm_eps: float | None = None, **arguments: Any
-) -> nn.Module:
-    """timm's ``architecture`` without stored weights.
-
-    Two arguments are not timm's: ``cifar_stem`` (`use_cifar_stem`), and ``norm_eps``, which every
-    layer norm gets.
-
-    Raises ValueError with what timm says of arguments that do not fit, for those that would make it
-    read or download files, and for a stem that cannot be exchanged.
-    """
-    if reading := _READING & arguments.keys():
-        raise ValueError(
-            f"{', '.join(sorted(reading))} would make timm read or download other weights"
-        )
-    with foreign_parser(ValueError):
-        encoder = timm.create_model(architecture, pretrained=False, **arguments)
-    if cifar_stem:
+def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
+    """timm's network; ``cifar_stem`` among the arguments exchanges its stem (`use_cifar_stem`)."""
+    arguments = dict(arguments)
+    small = arguments.pop("cifar_stem", False)
+    encoder = create_timm(architecture, arguments)
+    if small:
         use_cifar_stem(encoder)
-    if norm_eps is not None:
-        for norm in encoder.modules():
-            if isinstance(norm, nn.LayerNorm):
-                norm.eps = norm_eps
     return encoder
 
 
-def use_cifar_stem(encoder: nn.Module) -> None:
-    """In place, for images of 32 pixels: the first convolution is 3x3 and skips no pixel, and
-    nothing is max-pooled.
+def build(blueprint: Blueprint) -> Encoder:
+    """A ResNet without classifier, for images of any size."""
+    if blueprint.patch_size is not None:
+        raise UserError(
+            f"patch_size={blueprint.patch_size}, but model={shown_name(blueprint.model)} has no "
+            "patches: leave the setting out"
+        )
+    usual = dict(in_chans=blueprint.channels, num_classes=0, zero_init_last=False)
+    try:
+        encoder = create(blueprint.architecture, {**usual, **blueprint.model_args})
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"timm cannot build model='{shown_name(blueprint.model)}' ({error}): check model_args"
+        ) from error
+    encoder.reset_classifier(0, "avg")
+    # No tensor tells the size that it is trained at; timm's own description of a model does.
+    size = (blueprint.channels, *blueprint.image_size)
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": size}
+    return encoder
+
+
+def use_cifar_stem(encoder: Encoder) -> None:
+    """In place, for images of 32 pixels: a first convolution of 3x3 and stride 1, no max-pooling.
 
     The last map of a 32x32 image is then 4x4 instead of 1x1 (SimCLR, arXiv 2002.05709, appendix
-    B.9).  The new weights are drawn like all others, `initialise_resnet`.
+    B.9).
     """
     old = getattr(encoder, "conv1", None)
-    if not isinstance(encoder, ResNet) or type(old) is not nn.Conv2d:
+    if type(old) is not nn.Conv2d:
         raise ValueError(
             "cifar_stem=true is for ResNets that begin with one convolution, such as resnet18"
         )
-    encoder.conv1 = nn.Conv2d(
+    first = nn.Conv2d(
         old.in_channels,
         old.out_channels,
         3,
@@ -87,25 +76,50 @@ def use_cifar_stem(encoder: nn.Module) -> None:
         device=old.weight.device,
         dtype=old.weight.dtype,
     )
+    encoder.conv1 = first
     encoder.maxpool = nn.Identity()
     for stage in encoder.feature_info:
         stage["reduction"] = max(1, stage["reduction"] // 4)
     nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
 
 
-def has_cifar_stem(encoder: nn.Module) -> bool:
+def has_cifar_stem(encoder: Encoder) -> bool:
     """Whether `use_cifar_stem` was applied, so that timm by itself cannot build this network."""
-    return isinstance(encoder, ResNet) and isinstance(encoder.maxpool, nn.Identity)
+    return isinstance(encoder.maxpool, nn.Identity)
 
 
-def initialise_resnet(encoder: ResNet) -> None:
-    """Fresh convolutions in place, normal by fan-out: torchvision's rule, which MOKD and SCFS start
-    from.
-
-    Norms are left as they are made, with gain 1: timm's own default, zero for the last one of each
-    block, is another.
-    """
+def initialise_resnet(encoder: Encoder) -> None:
+    """Fresh convolutions in place, normal by fan-out: torchvision's rule, as MOKD and SCFS have."""
+    # Norms keep gain 1; timm's own default, zero for the last one of a block, is another.
     encoder.init_weights(zero_init_last=False)
+
+
+def stages(encoder: Encoder) -> dict[str, int]:
+    """``layer1`` to ``layer4``, each with its channels."""
+    widths = {info["module"]: int(info["num_chs"]) for info in encoder.feature_info}
+    return {stage: widths[stage] for stage in STAGES}
+
+
+def features(encoder: Encoder, images: Tensor, stages: Sequence[str]) -> StageFeatures:
+    """Maps are the outputs of ``stages``, ``pooled`` is the mean over the map of layer4."""
+    x = encoder.maxpool(encoder.act1(encoder.bn1(encoder.conv1(images))))
+    maps: dict[str, Tensor] = {}
+    for stage in STAGES:
+        x = maps[stage] = getattr(encoder, stage)(x)
+    return StageFeatures(x.mean(dim=(2, 3)), [maps[stage] for stage in stages])
+
+
+def image_size(encoder: Encoder) -> tuple[int, int]:
+    """(height, width) in pixels that it was built for."""
+    height, width = encoder.pretrained_cfg["input_size"][1:]
+    return int(height), int(width)
+
+
+def map_size(encoder: Encoder) -> tuple[int, int]:
+    """(rows, columns) of the last map of such an image."""
+    step = int(encoder.feature_info[-1]["reduction"])
+    height, width = image_size(encoder)
+    return -(-height // step), -(-width // step)
 
 
 def is_resnet(tensors: Mapping[str, Tensor]) -> bool:
@@ -114,11 +128,7 @@ def is_resnet(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def infer_resnet(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Any]]:
-    """(timm's name, its arguments) of the plain ResNet whose tensors these are.
-
-    Raises UserError where blocks are counted that no plain ResNet has; widths are left for loading
-    to compare.
-    """
+    """(timm's name, its arguments) of the plain ResNet whose tensors these are, or UserError."""
     places = {tuple(name.split(".")[:2]) for name in tensors if name.startswith(STAGES)}
     depths = tuple(sum(stage == place[0] for place in places) for stage in STAGES)
     found = _PLAIN.get((depths, "layer1.0.conv3.weight" in tensors))
@@ -130,3 +140,26 @@ def infer_resnet(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[
         )
     arguments: dict[str, Any] = {"in_chans": stem.shape[1]}
     return found, arguments | ({"cifar_stem": True} if stem.shape[-1] == 3 else {})
+
+
+def _no_blocks(_: Encoder, __: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    raise TypeError("a ResNet has no blocks that take tokens")
+
+
+RESNET = Family(
+    name="resnet",
+    module=ResNet,
+    timm_modules=frozenset({"resnet"}),
+    item=IMAGE,
+    convolutional=True,
+    create=create,
+    build=build,
+    initialise=initialise_resnet,
+    stages=stages,
+    features=features,
+    image_size=image_size,
+    map_size=map_size,
+    smallest_side=lambda _: 1,
+    enter_blocks=_no_blocks,
+    timm_opens=lambda encoder: not has_cifar_stem(encoder),
+)

@@ -3,14 +3,15 @@ table.
 
 Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for
 Self-Supervised Video Pre-Training", NeurIPS 2022, arXiv 2203.12602.  Everything but the first layer
-and the positions is timm's, and so are the names of the tensors: the functions of `models.vit` work
-on it as they do on a ViT for images.
+and the positions is timm's, and so are the names of the tensors: functions of
+`tokens` work on it as on a ViT for images.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,13 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from patchmine.backbones.names import VIDEO_MODELS, reads_clips
+from patchmine.backbones import vit
+from patchmine.backbones.names import VIDEO_MODELS
 from patchmine.backbones.positions import interleaved_table
+from patchmine.backbones.record import Blueprint, Encoder, Family
+from patchmine.data.items import CLIP
 from patchmine.errors import UserError
 from patchmine.ops.patches import all_patches
-
-# Our names, not timm's.  Widths of VideoMAE's ViT-S, -B, -L and -H, and of timm's ViT-Ti.
-is_video = reads_clips
 
 
 class TubeletEmbed(nn.Module):
@@ -165,62 +166,66 @@ class VideoTransformer(VisionTransformer):  # type: ignore[misc]  # timm has no 
         self.pos_embed = self._table(embed.num_patches).to(self.pos_embed)
 
 
-def create_video(model: str, **arguments: Any) -> VideoTransformer:
-    """The network called ``model``; ``arguments`` are those of `VideoTransformer`, sizes of the
-    trunk included.
-
-    Raises UserError for a name that there is not, and what timm raises for arguments that do not
-    fit.
-    """
+def create(model: str, arguments: Mapping[str, Any]) -> VideoTransformer:
+    """The network called ``model``; raises UserError for a name that there is not."""
     if model not in VIDEO_MODELS:
         near = difflib.get_close_matches(model, VIDEO_MODELS, n=3)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise UserError(
             f"model={model!r} is no video model; there are {', '.join(VIDEO_MODELS)}{hint}"
         )
-    return VideoTransformer(**{**VIDEO_MODELS[model], **arguments})
+    own = {name: value for name, value in arguments.items() if name != "num_classes"}
+    return VideoTransformer(**{**VIDEO_MODELS[model], **own})
 
 
-def build_video(
-    model: str,
-    *,
-    clip: tuple[int, int] | None,
-    image_size: tuple[int, int],
-    patch_size: int | None,
-    channels: int,
-    model_args: Mapping[str, Any],
-) -> VideoTransformer:
-    """An encoder of clips for the settings of a run, its weights not yet meaningful; ``clip`` is
-    (frames, tubelet).
-
-    Raises UserError for settings that do not fit together.
-    """
-    if clip is None:
+def build(blueprint: Blueprint) -> VideoTransformer:
+    """An encoder of clips for the settings of a run; UserError where they do not fit together."""
+    model, size, patch = blueprint.model, blueprint.image_size, blueprint.patch_size or 16
+    if blueprint.clip is None:
         raise UserError(
-            f"model={model} is for clips of videos: choose a model for images here, such as vit_small_patch16_224"
+            f"model={model} is for clips of videos: choose a model for images here, such as "
+            "vit_small_patch16_224"
         )
-    frames, tubelet = clip
-    patch = patch_size or 16
+    frames, tubelet = blueprint.clip
     if frames % tubelet:
         near = max(tubelet, round(frames / tubelet) * tubelet)
         raise UserError(
             f"clip.tubelet={tubelet} does not divide clip.frames={frames}: choose clip.frames={near}"
         )
-    if any(side % patch for side in image_size):
-        size = "x".join(map(str, image_size))
-        near = max(patch, round(image_size[0] / patch) * patch)
+    if any(side % patch for side in size):
+        shown, near = "x".join(map(str, size)), max(patch, round(size[0] / patch) * patch)
         raise UserError(
-            f"image_size={size} is not a multiple of the patch size {patch} of model={model}: "
-            f"choose image_size={near}, or patch_size=N with N dividing {size}"
+            f"image_size={shown} is not a multiple of the patch size {patch} of model={model}: "
+            f"choose image_size={near}, or patch_size=N with N dividing {shown}"
         )
     sizes = dict(
-        img_size=image_size,
+        img_size=size,
         patch_size=patch,
-        in_chans=channels,
+        in_chans=blueprint.channels,
         num_frames=frames,
         tubelet_size=tubelet,
     )
     try:
-        return create_video(model, **{**sizes, **model_args})
+        return create(model, {**sizes, **blueprint.model_args})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"model={model!r} cannot be built ({error}): check model_args") from error
+
+
+def initialise_video(encoder: Encoder) -> None:
+    """MAE's first weights, but a first layer as torch draws convolutions, which VideoMAE keeps."""
+    encoder.patch_embed.proj.reset_parameters()
+    vit.initialise(encoder)
+
+
+VIDEO: Family = replace(
+    vit.VIT,
+    name="video",
+    module=VideoTransformer,
+    timm_modules=frozenset(),
+    item=CLIP,
+    create=create,
+    build=build,
+    initialise=initialise_video,
+    clip=lambda encoder: (encoder.patch_embed.num_frames, encoder.patch_embed.patch_size[0]),
+    timm_opens=lambda _: False,
+)

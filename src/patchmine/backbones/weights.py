@@ -19,9 +19,9 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 
 from patchmine.backbones.architecture import TIMM_EPS, infer_architecture
-from patchmine.backbones.build import create_encoder
 from patchmine.backbones.description import LARGEST_SIDE, Description, describe, find_weights
 from patchmine.backbones.export import export_encoder, is_export
+from patchmine.backbones.family import create_encoder, family_of
 from patchmine.backbones.grids import source_grid
 from patchmine.backbones.loading import (
     COUNTER,
@@ -31,12 +31,14 @@ from patchmine.backbones.loading import (
     load_tensors,
     read_checkpoint,
 )
+from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights
 from patchmine.backbones.official import encoder_of, require_network, with_usual_eps
 from patchmine.backbones.positions import RELATIVE, move_all_positions
-from patchmine.backbones.resnet import infer_resnet, is_resnet, names_resnet
-from patchmine.backbones.video import VideoTransformer, is_video
-from patchmine.backbones.vit import Encoder, embedded_prefix
+from patchmine.backbones.record import Encoder
+from patchmine.backbones.resnet import infer_resnet, is_resnet
+from patchmine.backbones.tokens import embedded_prefix
+from patchmine.backbones.video import VideoTransformer
 from patchmine.errors import UserError, shown_name
 
 __all__ = [
@@ -174,20 +176,20 @@ def _arguments(
     """Of the described network, at the size that is wanted."""
     arguments = dict(known.model_args)
     assert known.model is not None
-    if not is_video(known.model) and not timm.is_model(known.model):
+    if not reads_clips(known.model) and not timm.is_model(known.model):
         raise UserError(
             f"{source}: timm {timm.__version__} knows no architecture {known.model!r}; a newer timm may"
         )
-    if names_resnet(known.model):
+    if family_of(known.model).convolutional:
         return arguments
     size = image_size or arguments.get("img_size") or known.image_size
     if size is not None:
         arguments["img_size"] = size
     if is_model_in_modules(known.model, {"beit"}) and "fc_norm.weight" not in tensors:
         arguments.setdefault("global_pool", "token")  # timm's default normalises after pooling
-    if is_video(known.model) and known.clip is not None:
+    if reads_clips(known.model) and known.clip is not None:
         arguments |= dict(zip(("num_frames", "tubelet_size"), known.clip, strict=True))
-    if not is_video(known.model) and known.norm_eps not in (None, TIMM_EPS):
+    if not reads_clips(known.model) and known.norm_eps not in (None, TIMM_EPS):
         arguments["norm_eps"] = known.norm_eps
     return arguments
 

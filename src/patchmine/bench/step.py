@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchmine.backbones.video import is_video
-from patchmine.backbones.vit import build_encoder
+from patchmine.backbones.family import build_encoder
+from patchmine.backbones.names import reads_clips
 from patchmine.bench.measure import (
     count_flops,
     hardware,
@@ -121,7 +121,7 @@ def _contestants(
         for entry in _method_contestants(name, methods[name], config, engine)
     ]
     if config.against == "transformers":
-        if is_video(config.model):
+        if reads_clips(config.model):
             raise UserError(
                 "against=transformers times ViTMAE, which is for images: leave it out, or choose a method"
             )
@@ -214,7 +214,7 @@ def _method_contestants(
         checkpoint_every=RUN_LENGTH,
     )
     stepper = Stepper(method, engine, settings)
-    size = (config.frames, *_size(config)) if is_video(config.model) else _size(config)
+    size = (config.frames, *_size(config)) if reads_clips(config.model) else _size(config)
     views = _random(config, NUM_GLOBAL if method.multi_crop else 1, size, engine)
     if method.multi_crop:
         views += _random(

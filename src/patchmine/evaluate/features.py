@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.backbones.vit import embed_patches
+from patchmine.backbones.tokens import embed_patches
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
 from patchmine.data.sources.contract import Source

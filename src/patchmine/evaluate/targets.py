@@ -17,16 +17,13 @@ import timm
 import torch
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.beit import Beit
-from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from patchmine.backbones.description import CONFIG, read_json, weights_in
+from patchmine.backbones.family import build_encoder, family_of, initialise_encoder, is_encoder
 from patchmine.backbones.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
+from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights
-from patchmine.backbones.video import VideoTransformer, is_video
-from patchmine.backbones.vit import build_encoder, initialise_encoder
 from patchmine.backbones.weights import load_encoder, open_weights, resize_encoder
 from patchmine.config.overrides import exists
 from patchmine.config.schema import RunConfig
@@ -231,7 +228,7 @@ def random_twin(target: Target, seed: int = 0) -> Target:
         for module in encoder.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-        if isinstance(encoder, VisionTransformer | Beit | ResNet):
+        if is_encoder(encoder):
             initialise_encoder(encoder)
     return replace(
         target, name=f"{RANDOM_INIT}:{target.name}", encoder=encoder, folder=None, note=""
@@ -284,7 +281,7 @@ def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
         tuple(config.mean),
         tuple(config.std),
         config.crop_pct,
-        config.clip if is_video(config.model) else None,
+        config.clip if reads_clips(config.model) else None,
         max_pixels=config.max_pixels,
     )
 
@@ -320,13 +317,10 @@ def _of_timm_model(name: str, encoder: nn.Module, cfg: Mapping[str, Any] | None 
         )
         mean, std = (tuple(map(float, prepared[key])) for key in ("mean", "std"))
         crop_pct, clip = float(prepared["crop_pct"]), None
-        if isinstance(encoder, VideoTransformer):
-            embed = encoder.patch_embed
-            clip = Clip(
-                frames=embed.num_frames,
-                tubelet=embed.patch_size[0],
-                stride=cfg.get("stride", Clip().stride),
-            )
+        size_of_clip = family_of(encoder).clip(encoder) if is_encoder(encoder) else None
+        if size_of_clip is not None:
+            frames, tubelet = size_of_clip
+            clip = Clip(frames=frames, tubelet=tubelet, stride=cfg.get("stride", Clip().stride))
     if len(mean) != channels:
         mean, std = _imagenet(channels)
     if (
@@ -344,7 +338,7 @@ def _of_timm(
     name: str, size: tuple[int, int] | None, channels: int | None, weights: str, seed: int
 ) -> Target:
     bare = name.removeprefix("timm/")
-    if is_video(bare) and weights == "student":
+    if reads_clips(bare) and weights == "student":
         return _of_video(name, size or (224, 224), channels or 3, seed)
     if not timm.is_model(bare.split(".")[0]):
         near = difflib.get_close_matches(bare.split(".")[0], timm.list_models(), n=3)
@@ -360,7 +354,7 @@ def _of_timm(
         note = f"no weights were loaded: {shown_name(name)} is measured with random ones (give weights=FILE for others)"
         return replace(_sized(_of_timm_model(name, encoder), size), note=note)
     encoder = _create(bare, settings, size)
-    if isinstance(encoder, VisionTransformer | Beit):
+    if is_encoder(encoder) and not family_of(encoder).convolutional:
         encoder = load_encoder(weights, model=bare, image_size=size)
     else:
         content = read_checkpoint(weights, "weights")
@@ -406,6 +400,6 @@ def _resized(target: Target, size: tuple[int, int] | None) -> Target:
     """The target for images of another size: a plain ViT's positions are resampled."""
     if size is None or size == target.image_size:
         return target
-    if isinstance(target.encoder, VisionTransformer | Beit):
+    if target.encoder is not None and is_encoder(target.encoder):
         resize_encoder(target.encoder, size)
     return _sized(target, size)

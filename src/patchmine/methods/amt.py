@@ -18,19 +18,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from patchmine.backbones.attention import class_attention
-from patchmine.backbones.vit import (
+from patchmine.backbones.family import (
     Encoder,
-    embed_patches,
     encode,
-    encoder_grid,
-    initialise,
-    patch_positions,
-    prefix_tokens,
     refuse_relative,
     refuse_video,
     require_vit,
     transform,
 )
+from patchmine.backbones.tokens import embed_patches, encoder_grid, patch_positions, prefix_tokens
+from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths

@@ -15,20 +15,22 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from patchmine.backbones.beit import has_relative_positions
-from patchmine.backbones.vit import (
+from patchmine.backbones.family import (
     Encoder,
-    embed_patches,
     encode,
-    encoder_grid,
-    initialise,
-    patch_positions,
-    prefix_tokens,
-    project_patches,
+    family_of,
     refuse_video,
     require_vit,
     transform,
 )
+from patchmine.backbones.tokens import (
+    embed_patches,
+    encoder_grid,
+    patch_positions,
+    prefix_tokens,
+    project_patches,
+)
+from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.ops.losses import squared_error
@@ -431,7 +433,7 @@ def _refuse_leaks(encoder: Encoder) -> None:
     """UserError for an encoder that knows places otherwise than by the table that is withheld, or
     does not know any.
     """
-    if has_relative_positions(encoder):
+    if family_of(encoder).relative_positions(encoder):
         raise UserError(
             "method=droppos asks where patches belong, and relative positions tell the encoder the answer: set "
             "model_args.use_rel_pos_bias=false model_args.use_shared_rel_pos_bias=false "

@@ -16,17 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchmine.backbones.vit import (
+from patchmine.backbones.family import (
     Encoder,
-    embed_patches,
-    encoder_grid,
-    initialise,
-    prefix_tokens,
     refuse_relative,
     refuse_video,
     require_vit,
     transform,
 )
+from patchmine.backbones.tokens import embed_patches, encoder_grid, prefix_tokens
+from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.ops.parts import (

@@ -21,15 +21,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from patchmine.backbones.family import Encoder, encode, refuse_relative, require_vit
 from patchmine.backbones.foreign import ForeignTeacher
-from patchmine.backbones.vit import (
-    Encoder,
-    encode,
-    encoder_grid,
-    initialise,
-    refuse_relative,
-    require_vit,
-)
+from patchmine.backbones.tokens import encoder_grid
+from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.models.teacher import Teacher

@@ -16,14 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from patchmine.backbones.vit import (
-    Encoder,
-    encode,
-    encoder_grid,
-    initialise,
-    refuse_relative,
-    require_vit,
-)
+from patchmine.backbones.family import Encoder, encode, refuse_relative, require_vit
+from patchmine.backbones.tokens import encoder_grid
+from patchmine.backbones.vit import initialise
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_positions, lowest_visible, tubes

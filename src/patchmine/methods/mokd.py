@@ -20,8 +20,13 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from patchmine.backbones.features import extract, image_size_of, map_size, stage_names
-from patchmine.backbones.vit import Encoder, build_encoder, refuse_video, smallest_side
+from patchmine.backbones.family import (
+    Encoder,
+    build_encoder,
+    family_of,
+    refuse_video,
+    stage_features,
+)
 from patchmine.errors import UserError
 from patchmine.models.centre import Centre
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths
@@ -382,7 +387,9 @@ class MOKD(Method):
         students, teachers = self.students(), self.teachers()
         taught = [look(teacher, images) for teacher in teachers]
         rows, columns = (max(seen.maps.shape[axis] for seen in taught) for axis in (2, 3))
-        step = math.lcm(*(smallest_side(student.encoder) for student in students))
+        step = math.lcm(
+            *(family_of(student.encoder).smallest_side(student.encoder) for student in students)
+        )
         panels = [Panel("input", images)]
         for place, part in two_parts(images, step).items():
             panels.append(
@@ -405,7 +412,9 @@ class MOKD(Method):
 
 def look(network: Network, images: Tensor) -> Seen:
     """What a network makes of images (N, C, H, W) of any size."""
-    features = extract(network.encoder, images, stage_names(network.encoder)[-1:])
+    features = stage_features(
+        network.encoder, images, list(family_of(network.encoder).stages(network.encoder))[-1:]
+    )
     (maps,) = features.maps
     return Seen(features.pooled, maps, network.head(features.pooled), network.thead(maps))
 
@@ -427,7 +436,7 @@ def _build_partner(config: MOKD.Config, encoder: Encoder) -> Encoder:
     try:
         partner = build_encoder(
             config.partner_model,
-            image_size=image_size_of(encoder),
+            image_size=family_of(encoder).image_size(encoder),
             channels=channels,
             model_args=config.partner_args,
         )
@@ -485,7 +494,7 @@ def _thead(config: MOKD.Config, encoder: Encoder, width: int) -> TransformerHead
     return TransformerHead(
         encoder.num_features,
         width,
-        map_size(encoder),
+        family_of(encoder).map_size(encoder),
         config.out_dim,
         depth=config.thead_depth,
         num_heads=config.thead_heads,

@@ -17,8 +17,14 @@ from pydantic import Field
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from patchmine.backbones.features import Features, extract, stage_widths
-from patchmine.backbones.vit import Encoder, refuse_video, smallest_side
+from patchmine.backbones.family import (
+    Encoder,
+    StageFeatures,
+    family_of,
+    refuse_video,
+    stage_features,
+    stage_widths,
+)
 from patchmine.errors import UserError
 from patchmine.models.centre import Centre
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
@@ -153,7 +159,7 @@ class SCFS(Method):
         seen, searching = self._look(large, 2), self._look(small, len(batch.views) - 2)
         logits = self.head(torch.cat([seen.pooled, searching.pooled]))  # ((2 + J) * B, K)
         with torch.no_grad():
-            taught = extract(cast(Encoder, self.teacher.encoder), large, list(self.weights))
+            taught = stage_features(cast(Encoder, self.teacher.encoder), large, list(self.weights))
             teacher_logits = cast(DinoHead, self.teacher.head)(taught.pooled)  # (2B, K)
         targets = sharpen(teacher_logits, self.centre.mean, temperature)
         self.centre.see(teacher_logits)
@@ -171,10 +177,10 @@ class SCFS(Method):
         losses["feature_spread"] = feature_spread(taught.pooled)
         return {"loss": loss, **losses}
 
-    def _look(self, images: Tensor, crops: int) -> Features:
+    def _look(self, images: Tensor, crops: int) -> StageFeatures:
         """What the student makes of ``crops`` crops of each image, crop-major (crops * B, C, H, W)."""
         draw_drop_paths(self.drop_paths, self.noise, images, crops=crops)
-        return extract(self.encoder, images, list(self.weights))
+        return stage_features(self.encoder, images, list(self.weights))
 
     def compare_stage(
         self, place: int, seen: Tensor, searching: Tensor, taught: Tensor, temperature: float
@@ -240,10 +246,12 @@ class SCFS(Method):
         Stages of weight 0 are shown too: a search needs nothing that is learned for it.
         """
         images = batch.views[0]
-        taught = extract(cast(Encoder, self.teacher.encoder), images, self.stages)
+        taught = stage_features(cast(Encoder, self.teacher.encoder), images, self.stages)
         panels = [Panel("input", images)]
-        for name, part in two_parts(images, smallest_side(self.encoder)).items():
-            searching = extract(self.encoder, part, self.stages)
+        for name, part in two_parts(
+            images, family_of(self.encoder).smallest_side(self.encoder)
+        ).items():
+            searching = stage_features(self.encoder, part, self.stages)
             enlarged = F.interpolate(part.float(), size=images.shape[2:], mode="nearest")
             panels.append(Panel(f"{name} part", enlarged))
             for stage, mine, theirs in zip(self.stages, searching.maps, taught.maps, strict=True):

@@ -17,19 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from patchmine.backbones.attention import class_attention
+from patchmine.backbones.family import encode, refuse_relative, refuse_video, require_vit, transform
 from patchmine.backbones.foreign import ForeignTeacher
-from patchmine.backbones.vit import (
-    embed_patches,
-    encode,
-    encoder_grid,
-    initialise,
-    patch_positions,
-    prefix_tokens,
-    refuse_relative,
-    refuse_video,
-    require_vit,
-    transform,
-)
+from patchmine.backbones.tokens import embed_patches, encoder_grid, patch_positions, prefix_tokens
+from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.models.streams import check_causal, only_looking, query_stream, two_streams
 from patchmine.models.teacher import Teacher

@@ -15,16 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from patchmine.backbones.vit import (
-    Encoder,
-    encoder_grid,
-    patch_positions,
-    prefix_tokens,
-    project_patches,
-    refuse_video,
-    require_vit,
-    transform,
-)
+from patchmine.backbones.family import Encoder, refuse_video, require_vit, transform
+from patchmine.backbones.tokens import encoder_grid, patch_positions, prefix_tokens, project_patches
 from patchmine.errors import UserError
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.units import patches_per_unit

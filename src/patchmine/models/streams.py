@@ -16,7 +16,8 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from patchmine.backbones.vit import Encoder, initialise
+from patchmine.backbones.family import Encoder
+from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from patchmine.backbones.video import is_video
+from patchmine.backbones.names import reads_clips
 from patchmine.config.schema import RunConfig
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
@@ -65,7 +65,7 @@ class Monitor:
             self._labelled = open_labelled(
                 config.eval_data,
                 config.eval_test,
-                video=is_video(config.model),
+                video=reads_clips(config.model),
                 settings=("eval_data", "eval_test"),
             )
 
@@ -94,7 +94,7 @@ class Monitor:
     def _fixed_images(self) -> Iterator[Batch]:
         count, shown = (
             len(self.images),
-            SAMPLE_CLIPS if is_video(self.config.model) else SAMPLE_IMAGES,
+            SAMPLE_CLIPS if reads_clips(self.config.model) else SAMPLE_IMAGES,
         )
         chosen = spread_indices(count, shown, self.config.seed)
         view = item_of(self.config).plain_view(self.config, 1.0)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from patchmine.backbones.video import is_video
+from patchmine.backbones.names import reads_clips
 from patchmine.config.schema import RunConfig
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import VIDEOS
@@ -45,7 +45,7 @@ def show(
     out = Path(out)
     run = Run(run_path)
     config = run.config
-    moves = is_video(config.model)
+    moves = reads_clips(config.model)
     _check_ending(out, moves)
     if not paths:
         raise UserError(
@@ -98,8 +98,8 @@ def run_progress(run: Run) -> Progress:
 
 def _read(path: Path, config: RunConfig) -> Tensor:
     """A picture (C, H, W) or a clip (C, T, H, W) as floats in [0, 1]."""
-    kind = "video" if is_video(config.model) else "image"
-    read = _read_clip if is_video(config.model) else _read_image
+    kind = "video" if reads_clips(config.model) else "image"
+    read = _read_clip if reads_clips(config.model) else _read_image
     try:
         pixels = read(path, config)
     except DecodeError as error:

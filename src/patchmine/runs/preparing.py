@@ -8,10 +8,9 @@ from functools import partial
 
 import torch
 
-from patchmine.backbones.video import is_video
-from patchmine.backbones.vit import Encoder, smallest_side
+from patchmine.backbones.family import family_of, is_encoder
 from patchmine.config.schema import RunConfig
-from patchmine.data.items import CLIP, IMAGE, Item
+from patchmine.data.items import Item
 from patchmine.data.loader import data_statistics
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec, default_cache_dir
@@ -28,7 +27,7 @@ Say = Callable[[str], None]
 
 def item_of(config: RunConfig) -> Item:
     """What an item of the data is."""
-    return CLIP if is_video(config.model) else IMAGE
+    return family_of(config.model).item
 
 
 def open_data(config: RunConfig, source: Spec | None, say: Say) -> Source:
@@ -57,7 +56,7 @@ def with_statistics(config: RunConfig, source: Source, say: Say) -> RunConfig:
 def train_view(config: RunConfig, method: Method) -> View:
     """What becomes of an item in training.  UserError for local crops that patches do not fill."""
     # Of all backbones
-    patches = [smallest_side(part) for part in method.modules() if isinstance(part, Encoder)]
+    patches = [family_of(part).smallest_side(part) for part in method.modules() if is_encoder(part)]
     size, step = config.crops.local_size, math.lcm(*patches)
     if method.multi_crop and config.crops.num_local and size % step:
         near = max(step, round(size / step) * step)

@@ -10,13 +10,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from timm.models.beit import Beit
-
 from patchmine.backbones import weights
+from patchmine.backbones.family import Encoder, build_encoder, family_of
 from patchmine.backbones.loading import LoadReport
+from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights
-from patchmine.backbones.video import is_video
-from patchmine.backbones.vit import Encoder, build_encoder
 from patchmine.config.resolve import parse, silent
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError, shown_name
@@ -71,7 +69,7 @@ def _initialise(encoder: Encoder, start_from: str, config: RunConfig) -> LoadRep
         return weights.fill(encoder, Run(start_from).encoder(), source)
     # Tensors with relative positions do not tell which network they are of; the settings do.
     named: dict[str, Any] = {}
-    if isinstance(encoder, Beit):
+    if family_of(encoder).name == "beit":
         arguments = {
             **config.model_args,
             "patch_size": encoder.patch_embed.patch_size,
@@ -285,7 +283,7 @@ def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str
         std=config.std,
         crop_pct=config.crop_pct,
         interpolation=config.interpolation,
-        stride=config.clip.stride if is_video(config.model) else None,
+        stride=config.clip.stride if reads_clips(config.model) else None,
     )
 
 

@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchmine.backbones.description import note
+from patchmine.backbones.family import Encoder
 from patchmine.backbones.loading import LoadReport, load_tensors
+from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights
 from patchmine.backbones.official import (
     Checkpoint,
@@ -29,9 +31,7 @@ from patchmine.backbones.official import (
     read_official,
     to_reference_names,
 )
-from patchmine.backbones.video import is_video
 from patchmine.backbones.videomae import TEACHER, to_videomae_names
-from patchmine.backbones.vit import Encoder
 from patchmine.backbones.weights import as_size
 from patchmine.config.explain import shown
 from patchmine.config.resolve import from_settings, silent
@@ -98,7 +98,7 @@ def _export_full(run: Run, out: str | None, weights: Which) -> Path:
         raise UserError(
             f"{run.path} holds no teacher: method={run.config.method.name} keeps none; use weights=student"
         )
-    if is_video(run.config.model):
+    if reads_clips(run.config.model):
         tensors = to_videomae_names(tensors)
         if weights == "student":
             taught = to_videomae_names(to_reference_names(method.state_dict(), teacher=True))
@@ -115,7 +115,7 @@ def _export_full(run: Run, out: str | None, weights: Which) -> Path:
 def _note(config: RunConfig, method: Method) -> dict[str, str]:
     """What the file says of itself, because its tensors do not."""
     encoder = cast(Encoder, method.encoder)
-    clip = {"clip": (config.clip.frames, config.clip.tubelet)} if is_video(config.model) else {}
+    clip = {"clip": (config.clip.frames, config.clip.tubelet)} if reads_clips(config.model) else {}
     values = config.method.model_dump()
     told = {name: values[name] for name in ("decoder_num_heads", "decoder_norm_eps", *_TOLD)}
     if "norm_eps" in config.model_args:

@@ -16,7 +16,7 @@ from second_folder import reference as slow
 from second_folder.drawing import Drawing, save
 from torch import Tensor, nn
 
-from patchmine.backbones.features import extract
+from patchmine.backbones.family import stage_features
 from patchmine.methods.mokd import MOKD, look
 from patchmine.methods.scfs import SCFS
 from patchmine.types import Batch, Progress
@@ -354,8 +354,11 @@ def scfs_activations(method: SCFS, batch: Batch, c: dict[str, Any]) -> dict[str,
     large, small = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])
     stages = ["layer2", "layer3", "layer4"]
     with torch.no_grad():
-        taught = extract(method.teacher.encoder, large, stages)
-        mine, local = extract(method.encoder, large, stages), extract(method.encoder, small, stages)
+        taught = stage_features(method.teacher.encoder, large, stages)
+        mine, local = (
+            stage_features(method.encoder, large, stages),
+            stage_features(method.encoder, small, stages),
+        )
         seen = {"act.t_final": method.teacher.head(taught.pooled)}
         seen["act.s_final"] = method.head(torch.cat([mine.pooled, local.pooled]))
         for i, (maps, own, asking) in enumerate(

@@ -1,0 +1,199 @@
+"""Which family an encoder is of, and what can be asked of every encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model_in_modules
+from torch import Tensor, nn
+
+from patchmine.backbones import tokens
+from patchmine.backbones.beit import BEIT
+from patchmine.backbones.names import reads_clips
+from patchmine.backbones.record import Blueprint, Encoder, Family, StageFeatures
+from patchmine.backbones.resnet import RESNET
+from patchmine.backbones.settings import ModelSettings
+from patchmine.backbones.video import VIDEO
+from patchmine.backbones.vit import VIT
+from patchmine.errors import UserError
+
+__all__ = [
+    "FAMILIES",
+    "Blueprint",
+    "Encoder",
+    "Family",
+    "StageFeatures",
+    "block_outputs",
+    "build_encoder",
+    "create_encoder",
+    "encode",
+    "family_of",
+    "initialise_encoder",
+    "is_encoder",
+    "stage_features",
+    "stage_widths",
+    "transform",
+]
+
+FAMILIES = {family.name: family for family in (VIT, BEIT, RESNET, VIDEO)}
+_BY_MODULE = {family.module: family for family in FAMILIES.values()}
+
+
+def family_of(encoder: nn.Module | str) -> Family:
+    """The family of an encoder, or of the model of that name: the only place that tells them apart.
+
+    Unknown names count as timm's plain ViTs, whose ``build`` says what is wrong.  Raises TypeError
+    for a module that no family knows (`is_encoder`).
+    """
+    if isinstance(encoder, str):
+        if reads_clips(encoder):
+            return VIDEO
+        name = Blueprint(encoder).architecture
+        found = (f for f in FAMILIES.values() if is_model_in_modules(name, f.timm_modules))
+        return next(found, VIT)
+    for kind in type(encoder).__mro__:
+        if kind in _BY_MODULE:
+            return _BY_MODULE[kind]
+    raise TypeError(f"{type(encoder).__name__} is no encoder that a family knows")
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Whether some family knows the module."""
+    return isinstance(module, tuple(_BY_MODULE))
+
+
+def build_encoder(
+    model: str | ModelSettings,
+    *,
+    image_size: tuple[int, int] = (224, 224),
+    patch_size: int | None = None,
+    channels: int = 3,
+    model_args: Mapping[str, Any] | None = None,
+    clip: tuple[int, int] | None = None,
+) -> Encoder:
+    """An encoder without classifier, freshly drawn, that knows its blueprint (``built_from``).
+
+    Args:
+        model: a name of timm's or ours; or settings that say all of this but ``clip``.
+        image_size: (height, width) in pixels.
+        patch_size: pixels; None is the model's own.
+        channels: of an image.
+        model_args: more arguments of timm's; ``{"cifar_stem": True}`` gives a ResNet a stem for
+            small images.
+        clip: (frames, frames in a tubelet), which a video model needs and no other looks at.
+
+    Raises:
+        UserError: a name that is unknown or of no family, and a patch that does not divide the
+            image or the clip.
+    """
+    if isinstance(model, str):
+        blueprint = Blueprint(model, image_size, patch_size, channels, model_args or {}, clip)
+    else:
+        own = (model.image_size, model.patch_size, model.channels, model.model_args)
+        blueprint = Blueprint(model.model, *own, clip)
+    family = family_of(blueprint.model)
+    encoder = family.build(blueprint)
+    family.initialise(encoder)
+    encoder.built_from = blueprint
+    return encoder
+
+
+def create_encoder(model: str, arguments: Mapping[str, Any], source: str) -> Encoder:
+    """The network that ``source`` describes, without classifier, its weights not meaningful.
+
+    Nothing is downloaded.  Raises UserError where it cannot be built, or is of no family.
+    """
+    family = family_of(model)
+    if not reads_clips(model) and not timm.is_model(model):
+        raise UserError(
+            f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may"
+        )
+    try:
+        encoder = family.create(model, {**arguments, "num_classes": 0})
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        shown = {name: value for name, value in arguments.items() if name != "device"}
+        raise UserError(f"{source}: timm cannot build {model} with {shown} ({error})") from error
+    if not is_encoder(encoder):
+        raise UserError(
+            f"{source}: {model} is a {type(encoder).__name__}, not a plain vision transformer or "
+            "ResNet"
+        )
+    return encoder
+
+
+def initialise_encoder(encoder: Encoder) -> None:
+    """Fresh weights in place, as the encoder's family draws them."""
+    family_of(encoder).initialise(encoder)
+
+
+def block_outputs(encoder: Encoder, embedded: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Embedded tokens (B, N, D) after so many blocks for each of ``counts``; no final norm."""
+    return tokens.block_outputs(encoder, embedded, counts, family_of(encoder).enter_blocks)
+
+
+def transform(encoder: Encoder, embedded: Tensor) -> Tensor:
+    """Embedded tokens (B, N, D) after all blocks and the final norm."""
+    (last,) = block_outputs(encoder, embedded, [len(encoder.blocks)])
+    return encoder.norm(last)
+
+
+def encode(encoder: Encoder, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Normed tokens, prefix first, then the patches in ``visible`` (or all): (B, P + V, D)."""
+    patches = tokens.embed_patches(encoder, images, visible)
+    prefix = tokens.prefix_tokens(encoder, len(patches))
+    return transform(encoder, torch.cat([prefix, patches], dim=1))
+
+
+def stage_features(encoder: Encoder, images: Tensor, stages: Sequence[str] = ()) -> StageFeatures:
+    """The features of ``images`` (N, C, H, W), also of other sizes than the encoder was built for.
+
+    Raises UserError for images that patches do not fill, and for another size where positions are
+    relative.
+    """
+    return family_of(encoder).features(encoder, images, stages)
+
+
+def stage_widths(encoder: Encoder, stages: Sequence[str]) -> list[int]:
+    """Channels of each stage's map; UserError, naming ``method.stages``, where there is no such."""
+    known = family_of(encoder).stages(encoder)
+    if unknown := [stage for stage in stages if stage not in known]:
+        names = list(known)
+        listed = ", ".join(names) if len(names) <= 4 else f"{names[0]} to {names[-1]}"
+        raise UserError(
+            f"method.stages={unknown[0]}, but the backbone's stages are {listed}: choose among them"
+        )
+    return [known[stage] for stage in stages]
+
+
+# Until methods declare which families they train.
+
+
+def require_vit(encoder: Encoder, method: str) -> None:
+    """UserError for an encoder without patches to hide."""
+    if family_of(encoder).convolutional:
+        raise UserError(
+            f"method={method} hides patches, which a ResNet does not have: choose a vision "
+            "transformer, as in model=vit_small_patch16_224, or a method that compares views"
+        )
+
+
+def refuse_video(encoder: Encoder, method: str) -> None:
+    """UserError for an encoder of clips: ``method`` is defined for images."""
+    if family_of(encoder).clip(encoder) is not None:
+        raise UserError(
+            f"method={method} does not train on videos: choose method=mae or method=hpm, or an "
+            "image model such as model=vit_small_patch16_224"
+        )
+
+
+def refuse_relative(encoder: Encoder, method: str) -> None:
+    """UserError for an encoder whose attention knows distances: ``method`` leaves patches out."""
+    if family_of(encoder).relative_positions(encoder):
+        raise UserError(
+            f"method={method} leaves patches out, which an encoder with relative positions does "
+            "not allow: set model_args.use_rel_pos_bias=false model_args.use_abs_pos_emb=true, or "
+            "choose vit_base_patch16_224"
+        )

@@ -1,0 +1,94 @@
+"""What an encoder is built from, and the record of what differs between families of encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+from patchmine.data.items import Item
+
+Encoder: TypeAlias = Any
+"""A module of timm's, or our `VideoTransformer`, that a `Family` knows; timm has no types."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What an encoder is built from; every encoder of ours carries its own as ``built_from``.
+
+    Args:
+        model: a name of timm's, or of `names.VIDEO_MODELS`.
+        image_size: (height, width) in pixels.
+        patch_size: pixels; None is the model's own.
+        channels: of an image.
+        model_args: more arguments of the model.
+        clip: (frames, frames in a tubelet), which only encoders of clips look at.
+    """
+
+    model: str
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int | None = None
+    channels: int = 3
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    clip: tuple[int, int] | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The model's name without ``timm/`` and without the tag of stored weights."""
+        return self.model.removeprefix("timm/").split(".")[0]
+
+
+class StageFeatures(NamedTuple):
+    """``pooled`` (N, C), and one map (N, C_i, h_i, w_i) for each stage, in the order asked for."""
+
+    pooled: Tensor
+    maps: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families of encoders.  A new family is a file with one such record.
+
+    Args:
+        name: as methods list it among the families that they train.
+        module: the class of its encoders.
+        timm_modules: the modules of timm that define its architectures.
+        item: what it reads: images (B, C, H, W) or clips of videos (B, C, T, H, W).
+        convolutional: no part of an image can be left out, and there are no tokens.
+        create: the network of a name and timm's arguments; raises what timm raises.
+        build: the network of a blueprint, its weights not yet meaningful; raises UserError.
+        initialise: fresh weights in place.
+        stages: the parts whose output is a map, by name, with the channels of that map.
+        features: pooled features and the maps of some stages, at any image size.
+        image_size: (height, width) in pixels that an encoder is built for.
+        map_size: (rows, columns) of the last stage's map at that size.
+        smallest_side: pixels of the smallest image that is of use.
+        enter_blocks: what the first block takes of embedded tokens (B, N, D), and the keywords
+            that every block takes.
+        relative_positions: whether attention knows how far apart two patches are, so that no
+            patch can be left out.
+        class_bias: what that adds to the class token's row of scores in the last block.
+        clip: (frames, frames in a tubelet) that an encoder is built for, where it reads clips.
+        timm_opens: whether timm by itself can build the network of an encoder.
+    """
+
+    name: str
+    module: type[nn.Module]
+    timm_modules: frozenset[str]
+    item: Item
+    convolutional: bool
+    create: Callable[[str, Mapping[str, Any]], Encoder]
+    build: Callable[[Blueprint], Encoder]
+    initialise: Callable[[Encoder], None]
+    stages: Callable[[Encoder], dict[str, int]]
+    features: Callable[[Encoder, Tensor, Sequence[str]], StageFeatures]
+    image_size: Callable[[Encoder], tuple[int, int]]
+    map_size: Callable[[Encoder], tuple[int, int]]
+    smallest_side: Callable[[Encoder], int]
+    enter_blocks: Callable[[Encoder, Tensor], tuple[Tensor, dict[str, Any]]]
+    relative_positions: Callable[[Encoder], bool] = lambda _: False
+    class_bias: Callable[[Encoder], Tensor | float] = lambda _: 0.0
+    clip: Callable[[Encoder], tuple[int, int] | None] = lambda _: None
+    timm_opens: Callable[[Encoder], bool] = lambda _: True

@@ -1,0 +1,117 @@
+"""Patch tokens of a stock vision transformer: functions around its parts, so that what survives
+training needs no conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchmine.backbones.positions import resize_positions
+from patchmine.backbones.record import Encoder, StageFeatures
+from patchmine.errors import UserError
+from patchmine.ops.patches import all_patches, gather_patches
+from patchmine.types import Grid
+
+EnterBlocks: TypeAlias = Callable[[Encoder, Tensor], tuple[Tensor, dict[str, Any]]]
+"""See `record.Family`."""
+
+
+def encoder_grid(encoder: Encoder) -> Grid:
+    """The patch grid that the encoder was built for."""
+    return Grid(tuple(encoder.patch_embed.grid_size), tuple(encoder.patch_embed.patch_size))
+
+
+def embedded_prefix(encoder: Encoder) -> int:
+    """Rows of the position table that belong to prefix tokens and not to patches."""
+    return 0 if getattr(encoder, "no_embed_class", False) else encoder.num_prefix_tokens
+
+
+def project_patches(encoder: Encoder, images: Tensor, index: Tensor | None = None) -> Tensor:
+    """Patches without positions, all in raster order or those in ``index`` (B, V), as (B, V, D)."""
+    # The convolution as a matrix product, which only sees the patches that are wanted.
+    embed = encoder.patch_embed
+    if index is None:
+        patches = all_patches(images, embed.patch_size)
+    else:
+        patches = gather_patches(images, index, embed.patch_size)
+    tokens = F.linear(patches.flatten(2), embed.proj.weight.flatten(1), embed.proj.bias)
+    return embed.norm(tokens)
+
+
+def patch_positions(encoder: Encoder) -> Tensor:
+    """(L, D) that is added to say where patches are; zeros where only relative positions say it."""
+    if encoder.pos_embed is None:
+        return encoder.cls_token.new_zeros(encoder.patch_embed.num_patches, encoder.embed_dim)
+    return encoder.pos_embed[0, embedded_prefix(encoder) :]
+
+
+def embed_patches(encoder: Encoder, images: Tensor, index: Tensor | None = None) -> Tensor:
+    """Patches with positions, all in raster order or those in ``index`` (B, V), as (B, V, D)."""
+    positions = patch_positions(encoder)
+    if index is not None:
+        positions = positions[index]
+    return project_patches(encoder, images, index) + positions
+
+
+def prefix_tokens(encoder: Encoder, batch: int) -> Tensor:
+    """Class and register tokens with their positions, (B, P, D); P may be 0."""
+    named = (encoder.cls_token, getattr(encoder, "reg_token", None))
+    parts = [token for token in named if token is not None]
+    if not parts:
+        return encoder.pos_embed.new_zeros(batch, 0, encoder.embed_dim)
+    tokens = torch.cat(parts, dim=1)
+    if encoder.pos_embed is not None and embedded_prefix(encoder):
+        tokens = tokens + encoder.pos_embed[:, : encoder.num_prefix_tokens]
+    return tokens.expand(batch, -1, -1)
+
+
+def block_outputs(
+    encoder: Encoder, tokens: Tensor, counts: Sequence[int], enter_blocks: EnterBlocks
+) -> list[Tensor]:
+    """Embedded tokens (B, N, D) after so many blocks for each of ``counts``; no final norm."""
+    tokens, keywords = enter_blocks(encoder, tokens)
+    found = {0: tokens}
+    for number, block in enumerate(encoder.blocks[: max(counts)], start=1):
+        tokens = found[number] = block(tokens, **keywords)
+        if number not in counts:
+            del found[number]  # a teacher needs no more memory than it must
+    return [found[count] for count in counts]
+
+
+def token_features(
+    encoder: Encoder, images: Tensor, stages: Sequence[str], enter_blocks: EnterBlocks
+) -> StageFeatures:
+    """Maps are patch tokens after the named blocks, normed after the last one and no other.
+
+    ``pooled`` is the normed class token, or the mean of the normed patches where there is none.
+    Positions are resized by `resize_positions`.  Raises UserError for images that patches do not
+    fill.
+    """
+    own = encoder_grid(encoder)
+    sides = images.shape[2:]
+    if any(side % step for side, step in zip(sides, own.patch, strict=True)):
+        shown, patch = ("x".join(map(str, each)) for each in (sides, own.patch))
+        raise UserError(
+            f"images of {shown} pixels are not filled by patches of {patch}: choose image_size and "
+            "crops.local_size among the multiples of the patch"
+        )
+    size = tuple(side // step for side, step in zip(sides, own.patch, strict=True))
+    positions = resize_positions(patch_positions(encoder), own.size, size)
+    prefix = prefix_tokens(encoder, len(images))
+    first, depth = prefix.shape[1], len(encoder.blocks)
+    tokens = torch.cat([prefix, project_patches(encoder, images) + positions], dim=1)
+    counts = [int(stage.removeprefix("blocks.")) + 1 for stage in stages]
+    *outputs, last = block_outputs(encoder, tokens, [*counts, depth], enter_blocks)
+    normed = encoder.norm(last)  # (N, P + L, D)
+    outputs = [
+        normed if count == depth else output for count, output in zip(counts, outputs, strict=True)
+    ]
+    maps = [
+        output[:, first:].transpose(1, 2).reshape(len(images), -1, *size) for output in outputs
+    ]  # (N, D, rows, columns) each
+    pooled = normed[:, first:].mean(dim=1) if encoder.cls_token is None else normed[:, 0]
+    return StageFeatures(pooled, maps)
