@@ -72,7 +72,11 @@ class Strict(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False, frozen=True, coerce_numbers_to_str=True
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        coerce_numbers_to_str=True,
+        defer_build=True,  # a command uses a few of them only
     )
 
     def mistakes(self) -> Iterator[Mistake]:

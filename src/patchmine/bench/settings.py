@@ -12,7 +12,13 @@ from patchmine.strict import Arguments, BatchSize, Count, Side, Strict, Text
 
 
 class BenchStepSettings(Strict):
-    """Prints ms and samples/s, peak memory, and the share of the machine's matrix-multiply rate."""
+    """Time whole training steps.
+
+    Prints ms and samples/s, peak memory, and the share of the machine's matrix-multiply rate.
+
+    Example:
+        patchmine bench step method=mae against=transformers
+    """
 
     method: str | list[str] | dict[str, Any] = Field(
         "mae",
@@ -48,7 +54,14 @@ class BenchStepSettings(Strict):
 
 
 class BenchDataSettings(Strict):
-    """Against torchvision's ImageFolder chain with PIL, or PyAV frame after frame, in turns."""
+    """Time how a worker makes training crops, or clips.
+
+    Against torchvision's ImageFolder chain with PIL, or PyAV frame after frame, in turns.
+
+    Example:
+        patchmine bench data data=photos.tar
+        patchmine bench data data=clips/ video=true
+    """
 
     data: Text = Field(description="name the images, as in data=photos/")
     image_size: Side = Field(224, description="side of the crops, in pixels")

@@ -45,8 +45,11 @@ class _Program(click.Command):
     def __init__(self, command: Command) -> None:
         take_all = dict(allow_extra_args=True, ignore_unknown_options=True, **_HELP_NAMES)
         name = command.name.split()[-1]
-        super().__init__(name, short_help=command.summary, context_settings=take_all)
+        super().__init__(name, context_settings=take_all)
         self.command = command
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return self.command.help.split("\n")[0]
 
     def get_help(self, ctx: click.Context) -> str:
         return "\n".join(page(self.command))

@@ -17,198 +17,65 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """One command; places are "module:name" in patchmine.
 
     Args:
         name: its words, "eval knn".
-        summary: one sentence, for the list of commands and the head of its own page.
-        work: "module:function" that does it, called with the checked settings and ``say``.
-        settings: "module:Model" of its settings; "" where ``work`` takes the words as they are.
-        first: settings that words without an equals sign fill, in this order.
-        rest: the list that takes all further ones.
-        usage: those words, where no model describes them.
-        pages: "module:function" with further lines for its page.
-        examples: complete command lines.
+        work: what does it, called with the checked settings, or with the words where there are
+            no settings, and ``say``.
+        settings: the model of its settings, whose docstring is its help.
+        first: the setting that the first word without an equals sign fills.
+        rest: the list that further ones fill.
+        usage: the words that it takes, where there are no settings.
     """
 
     name: str
-    summary: str
     work: str
     settings: str = ""
-    first: tuple[str, ...] = ()
+    first: str = ""
     rest: str = ""
     usage: str = ""
-    pages: str = ""
-    examples: tuple[str, ...] = ()
+
+    @property
+    def help(self) -> str:
+        """What it does, in a sentence, at length and in examples."""
+        return inspect.getdoc(named(self.settings or self.work)) or ""
 
 
-_LABELLED = "data=cifar10/train test=cifar10/test"
 COMMANDS = (
-    Command(
-        "pretrain",
-        "Pre-train on a folder, list or shards of images.",
-        "patchmine.cli.work:pretrain",
-        usage="[RECIPE] KEY=VALUE...",
-        pages="patchmine.cli.work:pretrain_page",
-        examples=(
-            "patchmine pretrain data=photos/ method=hpm out=runs/hpm",
-            "patchmine pretrain cifar10-tiny data=cifar10/train out=runs/mae",
-            "patchmine pretrain my.yaml out=runs/x epochs=50 method.mask_ratio=0.8",
-        ),
-    ),
-    Command(
-        "resume",
-        "Go on with an interrupted run as if nothing had happened.",
-        "patchmine.cli.work:resume",
-        usage="RUN [KEY=VALUE...]",
-        pages="patchmine.cli.work:resume_page",
-        examples=("patchmine resume runs/hpm workers=4",),
-    ),
-    Command(
-        "eval knn",
-        "Nearest neighbours on frozen features (DINO's protocol).",
-        "patchmine.evaluate.knn:evaluate_knn",
-        "patchmine.evaluate.settings:KnnSettings",
-        first=("target",),
-        examples=(f"patchmine eval knn runs/hpm {_LABELLED} floors=true",),
-    ),
+    Command("pretrain", "cli.work:pretrain", usage="[RECIPE] KEY=VALUE..."),
+    Command("resume", "cli.work:resume", usage="RUN [KEY=VALUE...]"),
+    Command("eval knn", "evaluate.knn:evaluate_knn", "evaluate.settings:KnnSettings", "target"),
     Command(
         "eval linear",
-        "Linear classifiers on frozen features.",
-        "patchmine.evaluate.linear:evaluate_linear",
-        "patchmine.evaluate.settings:LinearSettings",
-        first=("target",),
-        examples=(f"patchmine eval linear runs/hpm {_LABELLED} floors=true",),
+        "evaluate.linear:evaluate_linear",
+        "evaluate.settings:LinearSettings",
+        "target",
     ),
     Command(
-        "eval video",
-        "Videos, as papers test them: several clips of each.",
-        "patchmine.evaluate.video:evaluate_video",
-        "patchmine.evaluate.settings:VideoSettings",
-        first=("target",),
-        examples=("patchmine eval video runs/video data=clips/train test=clips/test floors=true",),
+        "eval video", "evaluate.video:evaluate_video", "evaluate.settings:VideoSettings", "target"
     ),
-    Command(
-        "embed",
-        "Write one feature vector per image to a file.",
-        "patchmine.evaluate.embed:embed",
-        "patchmine.evaluate.settings:EmbedSettings",
-        first=("target",),
-        examples=("patchmine embed runs/hpm data=photos/ out=embeddings.parquet",),
-    ),
-    Command(
-        "show",
-        "Draw what a run makes of some images or videos.",
-        "patchmine.cli.work:show",
-        "patchmine.report.settings:ShowSettings",
-        first=("run",),
-        rest="images",
-        examples=(
-            "patchmine show runs/hpm a.jpg b.jpg out=panel.png",
-            "patchmine show runs/clips a.mp4 out=clip.gif",
-        ),
-    ),
-    Command(
-        "report",
-        "Write one HTML page about a run, or comparing several.",
-        "patchmine.cli.work:report",
-        "patchmine.report.settings:ReportSettings",
-        rest="runs",
-        examples=("patchmine report runs/hpm runs/mae out=report.html",),
-    ),
-    Command(
-        "export",
-        "Write a run's encoder for timm and transformers.",
-        "patchmine.cli.work:export",
-        "patchmine.runs.settings:ExportSettings",
-        first=("run",),
-        examples=("patchmine export runs/hpm out=hpm-vit-s",),
-    ),
-    Command(
-        "import",
-        "Turn a checkpoint of somebody else into a run.",
-        "patchmine.cli.work:import_weights",
-        "patchmine.runs.settings:ImportSettings",
-        first=("file",),
-        examples=("patchmine import mae_pretrain_vit_base.pth out=runs/mae-official",),
-    ),
-    Command(
-        "data inspect",
-        "Count images and decode a sample of them.",
-        "patchmine.cli.work:inspect",
-        "patchmine.data.settings:InspectSettings",
-        first=("data",),
-        examples=(
-            "patchmine data inspect photos/ full=true",
-            "patchmine data inspect clips/ video=true",
-        ),
-    ),
-    Command(
-        "data shard",
-        "Pack images into tar shards, shrunk if wanted.",
-        "patchmine.cli.work:shard",
-        "patchmine.data.settings:ShardSettings",
-        first=("data",),
-        examples=("patchmine data shard photos/ out=shards/ max_side=512",),
-    ),
-    Command(
-        "list methods",
-        "The methods, or one of them with its settings.",
-        "patchmine.cli.work:list_methods",
-        usage="[METHOD]",
-        examples=("patchmine list methods hpm",),
-    ),
-    Command(
-        "list models",
-        "The ViTs, ResNets and encoders of videos to choose from.",
-        "patchmine.cli.work:list_models",
-        usage="[PART...]",
-        examples=("patchmine list models small",),
-    ),
-    Command(
-        "list recipes",
-        "The recipes: what each needs and what it gives.",
-        "patchmine.cli.work:list_recipes",
-        examples=("patchmine list recipes",),
-    ),
-    Command(
-        "config show",
-        "The settings that a recipe and your words amount to.",
-        "patchmine.cli.work:config_show",
-        usage="[RECIPE] [KEY=VALUE...]",
-        examples=("patchmine config show cifar10-tiny method=hpm data=cifar10/train > mine.yaml",),
-    ),
-    Command(
-        "config schema",
-        "Every setting with its default and meaning.",
-        "patchmine.cli.work:config_schema",
-        usage="[METHOD|COMMAND]",
-        examples=("patchmine config schema hpm", "patchmine config schema eval.knn"),
-    ),
-    Command(
-        "bench step",
-        "Time whole training steps.",
-        "patchmine.cli.work:bench_step",
-        "patchmine.bench.settings:BenchStepSettings",
-        examples=("patchmine bench step method=mae against=transformers",),
-    ),
-    Command(
-        "bench data",
-        "Time how a worker makes training crops, or clips.",
-        "patchmine.cli.work:bench_data",
-        "patchmine.bench.settings:BenchDataSettings",
-        examples=(
-            "patchmine bench data data=photos.tar",
-            "patchmine bench data data=clips/ video=true",
-        ),
-    ),
+    Command("embed", "evaluate.embed:embed", "evaluate.settings:EmbedSettings", "target"),
+    Command("show", "cli.work:show", "report.settings:ShowSettings", "run", "images"),
+    Command("report", "cli.work:report", "report.settings:ReportSettings", rest="runs"),
+    Command("export", "cli.work:export", "runs.settings:ExportSettings", "run"),
+    Command("import", "cli.work:import_weights", "runs.settings:ImportSettings", "file"),
+    Command("data inspect", "cli.work:inspect", "data.settings:InspectSettings", "data"),
+    Command("data shard", "cli.work:shard", "data.settings:ShardSettings", "data"),
+    Command("list methods", "cli.work:list_methods", usage="[METHOD]"),
+    Command("list models", "cli.work:list_models", usage="[PART...]"),
+    Command("list recipes", "cli.work:list_recipes"),
+    Command("config show", "cli.work:config_show", usage="[RECIPE] [KEY=VALUE...]"),
+    Command("config schema", "cli.work:config_schema", usage="[METHOD|COMMAND]"),
+    Command("bench step", "cli.work:bench_step", "bench.settings:BenchStepSettings"),
+    Command("bench data", "cli.work:bench_data", "bench.settings:BenchDataSettings"),
 )
 
 
-def named(path: str) -> Any:
+def named(place: str) -> Any:
     """What "module:name" names; its module is imported now."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"patchmine.{module}"), name)
 
 
 def perform(command: Command, words: Sequence[str], say: Say) -> None:
@@ -220,7 +87,7 @@ def perform(command: Command, words: Sequence[str], say: Say) -> None:
         named(command.settings),
         words,
         command=command.name,
-        first=command.first,
+        first=[command.first] if command.first else [],
         rest=command.rest or None,
         say=say,
     )
@@ -274,35 +141,23 @@ def read_words(
     return validate(model, settings, where=f"`patchmine {command}`", before=mistakes, hint=hint)
 
 
-def usage(command: Command) -> str:
-    """The words of a command in one line: TARGET data=... [KEY=VALUE...]."""
-    if not command.settings:
-        return command.usage
-    fields = named(command.settings).model_fields
-    words = [name.upper() for name in command.first]
-    words += [f"{command.rest.upper().removesuffix('S')}..."] if command.rest else []
-    plain = (*command.first, command.rest)
-    needed = [name for name, field in fields.items() if field.is_required() and name not in plain]
-    return " ".join([*words, *(f"{name}=..." for name in needed), "[KEY=VALUE...]"])
-
-
 def page(command: Command) -> Iterator[str]:
-    """The lines of a command's help, from its model."""
-    yield f"Usage: patchmine {command.name} {usage(command)}".rstrip()
-    yield f"\n  {command.summary}"
+    """The lines of a command's help."""
+    usage, lines = command.usage, []
     if command.settings:
         from patchmine.config.describe import describe
 
-        model = named(command.settings)
-        yield f"\n  {' '.join((model.__doc__ or '').split())}\n"
-        for name in [*command.first, *([command.rest] if command.rest else [])]:
-            yield f"  {name.upper():<36} {model.model_fields[name].description}"
-        others = [name for name in model.model_fields if name not in (*command.first, command.rest)]
-        yield from (f"  {line}" for line in describe(model, others))
-    else:
-        more = (inspect.getdoc(named(command.work)) or "").split("\n")[1:]
-        yield from (f"  {line}" for line in more)
-    if command.pages:
-        yield from (f"  {line}" for line in named(command.pages)())
-    yield "\n  Examples:"
-    yield from (f"    {example}" for example in command.examples)
+        fields = named(command.settings).model_fields
+        plain = [name for name in (command.first, command.rest) if name]
+        others = [name for name in fields if name not in plain]
+        needed = [f"{name}=..." for name in others if fields[name].is_required()]
+        shown = [name.upper() + ("..." if name == command.rest else "") for name in plain]
+        usage = " ".join([*shown, *needed, "[KEY=VALUE...]"])
+        lines = [f"{name.upper():<36} {fields[name].description}" for name in plain]
+        lines += describe(named(command.settings), others)
+    elif command.name == "pretrain":
+        from patchmine.config.describe import describe_blocks
+
+        lines = describe_blocks()
+    yield f"Usage: patchmine {command.name} {usage}".rstrip()
+    yield from (f"  {line}".rstrip() for line in ["", *command.help.splitlines(), "", *lines])

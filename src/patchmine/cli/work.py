@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 
 def pretrain(words: Sequence[str], say: Say) -> None:
-    """Make a run.
+    """Pre-train on a folder, list or shards of images.
 
     RECIPE is a name from `patchmine list recipes` or a YAML file; what you set yourself
     overrules it.  Settings of the method are method.KEY=VALUE, see `patchmine list methods hpm`.
     Ctrl-C finishes the step and saves; `patchmine resume RUN` goes on.
+
+    Example:
+        patchmine pretrain data=photos/ method=hpm out=runs/hpm
+        patchmine pretrain cifar10-tiny data=cifar10/train out=runs/mae
+        patchmine pretrain my.yaml out=runs/x epochs=50 method.mask_ratio=0.8
     """
     from patchmine.config import resolve
     from patchmine.runs import checking
@@ -32,17 +37,14 @@ def pretrain(words: Sequence[str], say: Say) -> None:
     start(config, say=say)
 
 
-def pretrain_page() -> list[str]:
-    """Every setting of a run but those of the methods."""
-    from patchmine.config.describe import describe_blocks
-
-    return ["", *describe_blocks()]
-
-
 def resume(words: Sequence[str], say: Say) -> None:
-    """Go on with a run.
+    """Go on with an interrupted run as if nothing had happened.
 
-    Only settings that do not change results may be given, and data where the same images moved.
+    Only settings that do not change results may be given, those at the end of `patchmine config
+    schema`, and data where the same images have moved.
+
+    Example:
+        patchmine resume runs/hpm workers=4
     """
     run, settings = _recipe_and_settings(words)
     if run is None:
@@ -50,14 +52,6 @@ def resume(words: Sequence[str], say: Say) -> None:
     from patchmine.training import resume as go_on
 
     go_on(run, settings, say=say)
-
-
-def resume_page() -> list[str]:
-    """The settings that may change on resume."""
-    from patchmine.config.describe import describe
-    from patchmine.config.schema import RunConfig, names_of
-
-    return ["", *describe(RunConfig, names_of(decide_weights=False))]
 
 
 def _recipe_and_settings(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
@@ -141,9 +135,10 @@ def bench_data(given: BenchDataSettings, _: Say) -> None:
 
 
 def list_methods(words: Sequence[str], _: Say) -> None:
-    """Every method in a line.
+    """The methods, or one of them with its settings.
 
-    METHOD gives one in full: what it does, where it is published, and its settings.
+    Example:
+        patchmine list methods hpm
     """
     from inspect import getdoc
 
@@ -158,9 +153,12 @@ def list_methods(words: Sequence[str], _: Say) -> None:
 
 
 def list_models(words: Sequence[str], _: Say) -> None:
-    """Names that timm knows, and ours.
+    """The ViTs, ResNets and encoders of videos to choose from.
 
-    PART narrows the list: `patchmine list models small`.
+    PART narrows the list.
+
+    Example:
+        patchmine list models small
     """
     import timm
 
@@ -180,7 +178,11 @@ def list_models(words: Sequence[str], _: Say) -> None:
 
 
 def list_recipes(_: Sequence[str], __: Say) -> None:
-    """What each recipe says of itself."""
+    """The recipes: what each needs and what it gives.
+
+    Example:
+        patchmine list recipes
+    """
     from patchmine.config.recipes import list_recipes as recipes
 
     for recipe in recipes():
@@ -192,9 +194,12 @@ def list_recipes(_: Sequence[str], __: Say) -> None:
 
 
 def config_show(words: Sequence[str], say: Say) -> None:
-    """Settings, resolved.
+    """The settings that a recipe and your words amount to.
 
     What is printed is a YAML file that `patchmine pretrain` takes as a recipe.
+
+    Example:
+        patchmine config show cifar10-tiny method=hpm data=cifar10/train > mine.yaml
     """
     from patchmine.config import resolve
     from patchmine.config.recipes import load_recipe
@@ -207,9 +212,13 @@ def config_show(words: Sequence[str], say: Say) -> None:
 
 
 def config_schema(words: Sequence[str], _: Say) -> None:
-    """Settings, described.
+    """Every setting with its default and meaning.
 
     Without a word those of a run; METHOD gives one method's own, COMMAND those of a command.
+
+    Example:
+        patchmine config schema hpm
+        patchmine config schema eval.knn
     """
     from patchmine.config.describe import describe, describe_method, describe_run
     from patchmine.config.explain import did_you_mean

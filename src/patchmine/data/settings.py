@@ -164,7 +164,14 @@ class ViewSettings(InputSettings):
 
 
 class InspectSettings(Strict):
-    """Reports sizes, channels, mean and std, duplicates, and what is broken."""
+    """Count images and decode a sample of them.
+
+    Reports sizes, channels, mean and std, duplicates, and what is broken.
+
+    Example:
+        patchmine data inspect photos/ full=true
+        patchmine data inspect clips/ video=true
+    """
 
     data: Texts = Field(description="name the images first, as in `patchmine data inspect photos/`")
     sample: Positive = Field(1000, description="images that are decoded")
@@ -174,7 +181,13 @@ class InspectSettings(Strict):
 
 
 class ShardSettings(Strict):
-    """The layout is WebDataset's; data=shards/ reads it."""
+    """Pack images into tar shards, shrunk if wanted.
+
+    The layout is WebDataset's; data=shards/ reads it.
+
+    Example:
+        patchmine data shard photos/ out=shards/ max_side=512
+    """
 
     data: Texts = Field(
         description="name the images first, as in `patchmine data shard photos/ out=shards/`"

@@ -96,7 +96,13 @@ class ReadSettings(Strict):
 
 
 class EmbedSettings(ReadSettings):
-    """Of a run on videos the rows are videos, one clip from the middle of each."""
+    """Write one feature vector per image to a file.
+
+    Of a run on videos the rows are videos, one clip from the middle of each.
+
+    Example:
+        patchmine embed runs/hpm data=photos/ out=embeddings.parquet
+    """
 
     out: Annotated[Text, AfterValidator(ends_in(*TABLE_ENDINGS))] = Field(
         description="parquet file to write, as in out=embeddings.parquet; or one that ends in .csv or .npz"
@@ -122,7 +128,13 @@ class ProtocolSettings(ReadSettings):
 
 
 class KnnSettings(ProtocolSettings):
-    """Nothing is trained, so it is quick.  Folders train/ and test/ in data are used as such."""
+    """Nearest neighbours on frozen features (DINO's protocol).
+
+    Nothing is trained, so it is quick.  Folders train/ and test/ in data are used as such.
+
+    Example:
+        patchmine eval knn runs/hpm data=cifar10/train test=cifar10/test floors=true
+    """
 
     pooling: str = Field(
         "cls", description="cls, mean or cls+mean; without a class token cls means mean"
@@ -157,8 +169,14 @@ class GridSettings(ProtocolSettings):
 
 
 class LinearSettings(GridSettings):
-    """Many learning rates and poolings are trained at once, DINOv2's way; the best is chosen on
-    held-out images."""
+    """Linear classifiers on frozen features.
+
+    Many learning rates and poolings are trained at once, DINOv2's way; the best is chosen on
+    held-out images.
+
+    Example:
+        patchmine eval linear runs/hpm data=cifar10/train test=cifar10/test floors=true
+    """
 
     protocol: Literal["dinov2", "mae"] = Field(
         "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
@@ -171,9 +189,14 @@ class LinearSettings(GridSettings):
 
 
 class VideoSettings(GridSettings):
-    """kNN and a linear classifier learn from one clip of each training video; of a test video the
-    scores of several clips and crops are averaged.  `eval knn` and `eval linear` take one clip,
-    from the middle."""
+    """Videos, as papers test them: several clips of each.
+
+    kNN and a linear classifier learn from one clip of each training video; of a test video the
+    scores of several clips and crops are averaged.  `eval knn` and `eval linear` take one clip.
+
+    Example:
+        patchmine eval video runs/video data=clips/train test=clips/test floors=true
+    """
 
     segments: Count = Field(5, description="clips of each test video, at even distances")
     crops: Count = Field(

@@ -10,7 +10,14 @@ from patchmine.strict import Strict, Text, ends_in
 
 
 class ShowSettings(Strict):
-    """Input, mask, reconstruction and error, and what else the method can show of each patch."""
+    """Draw what a run makes of some images or videos.
+
+    Input, mask, reconstruction and error, and what else the method can show of each patch.
+
+    Example:
+        patchmine show runs/hpm a.jpg b.jpg out=panel.png
+        patchmine show runs/clips a.mp4 out=clip.gif
+    """
 
     run: Text = Field(
         description="name the folder of a run first, as in `patchmine show runs/hpm a.jpg out=panel.png`"
@@ -23,7 +30,13 @@ class ShowSettings(Strict):
 
 
 class ReportSettings(Strict):
-    """The page holds curves, pictures, evaluations and settings; it needs no network."""
+    """Write one HTML page about a run, or comparing several.
+
+    The page holds curves, pictures, evaluations and settings; it needs no network.
+
+    Example:
+        patchmine report runs/hpm runs/mae out=report.html
+    """
 
     runs: list[str] = Field(
         min_length=1,

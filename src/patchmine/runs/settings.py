@@ -17,7 +17,13 @@ def _export_name(name: str | None, info: ValidationInfo) -> str | None:
 
 
 class ExportSettings(Strict):
-    """timm and transformers open the folder: timm.create_model("local-dir:FOLDER", pretrained=True)."""
+    """Write a run's encoder for timm and transformers.
+
+    timm.create_model("local-dir:FOLDER", pretrained=True) opens the folder.
+
+    Example:
+        patchmine export runs/hpm out=hpm-vit-s
+    """
 
     run: Text = Field(
         description="name the folder of a run first, as in `patchmine export runs/hpm`"
@@ -36,7 +42,13 @@ class ExportSettings(Strict):
 
 
 class ImportSettings(Strict):
-    """A report tells what became of every tensor; nothing missing or unexpected is passed over."""
+    """Turn a checkpoint of somebody else into a run.
+
+    A report tells what became of every tensor; nothing missing or unexpected is passed over.
+
+    Example:
+        patchmine import mae_pretrain_vit_base.pth out=runs/mae-official
+    """
 
     file: Text = Field(
         description="name the file first, as in `patchmine import mae_pretrain_vit_base.pth out=runs/mae`"
