@@ -1,87 +1,129 @@
-"""The contract between a pre-training method and the loop that trains it."""
+"""What is trained: `Task` is all that the loop knows of it, `Method` what pre-training adds."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from patchmine.models.noise import Noise
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 
-class Method(nn.Module):
-    """One pre-training method: an encoder, whatever else it needs to teach that encoder, and one
-    step's loss.
+class Task(nn.Module):
+    """A network with one step's loss.  A step must not wait for the device.
 
-    A method is built as ``Method(config, encoder)``, where ``config`` is an instance of the class
-    attribute ``Config`` (a pydantic model whose ``name`` is the method's).  Methods never inherit
-    from methods.  A step must not wait for the device: no ``.item()``, no boolean indexing.
+    Args:
+        settings: what the task is built from, kept as ``config``.
 
-    ``averages_rows``: the loss of a batch is the mean over its images, so that a batch may be
-    divided among processes or accumulated parts without changing the step.  False where rows meet:
-    a ratio over the batch, batch statistics. ``multi_crop``: a training batch holds several crops
-    of each image, as the settings ``crops`` say; pictures are still made of batches of one plain
-    view. ``video``: it also trains an encoder of clips (`models.video`), whose views are (B, C, T,
-    H, W).
+    Attributes:
+        noise: where a step takes its random numbers from.
+        averages_rows: the loss of a batch is the mean over its rows, so that a batch may be divided
+            among processes or accumulated parts.  False where rows meet: a ratio over the batch,
+            batch statistics.
+        uses_targets: the loss reads ``Batch.target``, so that a run is one of these targets too.
     """
 
-    encoder: nn.Module
+    config: Any
     noise: Noise
     averages_rows: bool = True
-    multi_crop: ClassVar[bool] = False
-    video: ClassVar[bool] = False
+    uses_targets: ClassVar[bool] = False
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Any) -> None:
         super().__init__()
+        self.config = settings
         self.noise = Noise()
 
-    @classmethod
-    def draw_weights(cls, encoder: nn.Module) -> None:
-        """Draw the first weights of a freshly built encoder, where they differ from those that it
-        was built with.
-
-        Called before the method is made, and before ``init=`` fills the encoder with weights of the
-        user's choice.
-        """
-
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """The losses of one (micro-)batch, whose views are normalised floats on the model's device."""
+        """The losses of one (micro-)batch.
+
+        Args:
+            batch: views are normalised floats on the model's device.
+            progress: which step it is.
+
+        Returns:
+            0-d tensors; ``"loss"`` is minimised, the others are logged.
+        """
         raise NotImplementedError
 
     def after_step(self, progress: Progress) -> None:
-        """Called once after every optimizer step, with the step that was just made (teachers are
-        updated here).
-        """
-
-    def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
-        """Called before the first step of an epoch, in every process; not where a run is resumed
-        within an epoch.
-
-        ``plain_data`` yields, when iterated, this process's share of the whole training set,
-        uncropped; the shares of all processes together are the set, and ``Batch.index`` says which
-        items they are.  Images that cannot be read are missing.
-        """
+        """Called after every optimizer step, with the step that was just made."""
 
     def param_groups(self) -> list[ParamGroup]:
-        """What is trained and how; by default everything that takes a gradient, as the run's
-        settings say.
-        """
+        """What is trained and how; by default all that takes a gradient, as the run's settings say."""
         return [ParamGroup(self.learning())]
 
-    def sparing(self, undecayed: Collection[str], **how: Any) -> list[ParamGroup]:
-        """Everything that takes a gradient, updated as ``how`` says, the ``undecayed`` names
-        without weight decay.
+    def encoders(self) -> dict[str, nn.Module]:
+        """Its encoders by name: student, and teacher, partner, partner-teacher where it has them.
+
+        Those that take a gradient are exported when the run is done.
         """
+        raise NotImplementedError
+
+    def predict(self, batch: Batch) -> Tensor:
+        """What the task says of each row of a batch, where it says anything."""
+        raise NotImplementedError
+
+    def metric(self) -> str | None:
+        """The number of an evaluation by which the best checkpoint is kept; None: the evaluation's."""
+        return None
+
+    def learning(self) -> list[tuple[str, nn.Parameter]]:
+        """Everything that takes a gradient, by name."""
+        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def sparing(self, undecayed: Collection[str], **how: Any) -> list[ParamGroup]:
+        """All that takes a gradient, updated as ``how`` says, ``undecayed`` without weight decay."""
         decayed = [(name, p) for name, p in self.learning() if name not in undecayed]
         spared = [(name, p) for name, p in self.learning() if name in undecayed]
         groups = [ParamGroup(decayed, **how)]
         return [*groups, ParamGroup(spared, weight_decay=0.0, **how)] if spared else groups
 
-    def learning(self) -> list[tuple[str, nn.Parameter]]:
-        """Everything that takes a gradient, by name."""
-        return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+
+class Method(Task):
+    """One pre-training method: an encoder and whatever else it needs to teach that encoder.
+
+    Methods never inherit from methods.
+
+    Args:
+        config: the method's settings.
+        encoder: the network that is trained; it is what survives training.
+
+    Attributes:
+        multi_crop: a training batch holds several crops of each image, as the settings ``crops``
+            say; pictures are still made of batches of one plain view.
+        video: it also trains an encoder of clips, whose views are (B, C, T, H, W).
+    """
+
+    encoder: nn.Module
+    multi_crop: ClassVar[bool] = False
+    video: ClassVar[bool] = False
+
+    def __init__(self, config: Any, encoder: nn.Module) -> None:
+        super().__init__(config)
+        self.encoder = encoder
+
+    @classmethod
+    def draw_weights(cls, encoder: nn.Module) -> None:
+        """Draw first weights of a fresh encoder, where they differ from those it was built with.
+
+        Called before the method is made, and before ``init=`` fills the encoder.
+        """
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The encoder that is trained; a method with more of them names these too."""
+        return {"student": self.encoder}
+
+    def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
+        """Called in every process before the first step of an epoch; not where a run is resumed
+        within one.
+
+        Args:
+            progress: the step that comes.
+            plain_data: yields, when iterated, this process's share of the whole training set,
+                uncropped; ``Batch.index`` says which items they are, broken ones are missing.
+        """
 
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
         """Pictures of what the method does to a batch; the first shows the input."""

@@ -148,7 +148,7 @@ class AMT(Method):
     maps: ItemMaps | None
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         require_vit(encoder, "amt")
         refuse_video(encoder, "amt")
         refuse_relative(encoder, "amt")
@@ -156,7 +156,6 @@ class AMT(Method):
             raise UserError(
                 "method=amt follows the class token's attention, and the model has none: choose another"
             )
-        self.config = config
         self.published = PUBLISHED[config.host]
         self.grid = encoder_grid(encoder)
         self.per_unit = (
@@ -167,7 +166,6 @@ class AMT(Method):
         self.channels = encoder.patch_embed.proj.in_channels
         values = self.grid.values_per_patch(self.channels)
 
-        self.encoder = encoder
         self.drop_paths = seed_drop_paths(encoder)
         self.decoder = None
         if config.host == "mae":
@@ -317,6 +315,11 @@ class AMT(Method):
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
             self.teacher.update(self.config.ema, encoder=self.encoder)
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The student, and its EMA teacher where it has one."""
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.get_submodule("encoder")}
+        return {"student": self.encoder, **teacher}
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns; on SimMIM the class token and learned positions are not decayed,

@@ -161,11 +161,10 @@ class DropPos(Method):
     pixel_decoder: Decoder | None
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         require_vit(encoder, "droppos")
         refuse_video(encoder, "droppos")
         _refuse_leaks(encoder)
-        self.config = config
         self.grid = encoder_grid(encoder)
         self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)
         self.num_kept = count_visible(self.num_visible, config.pos_mask_ratio)
@@ -191,7 +190,6 @@ class DropPos(Method):
         # With one weight for all, every image has as many terms as any other.
         self.averages_rows = not (config.attentive or config.conf_ignore)
 
-        self.encoder = encoder
         self.position_token = None
         if config.mask_token_type == "param":
             self.position_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))

@@ -106,18 +106,16 @@ class EMAE(Method):
     by_patch: Tensor
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         require_vit(encoder, "emae")
         refuse_video(encoder, "emae")
         refuse_relative(encoder, "emae")
-        self.config = config
         self.grid = encoder_grid(encoder)
         self.num_parts, self.num_used = _count_parts(config, self.grid)
         num_visible = self.grid.num_patches // self.num_parts
         width = config.decoder_embed_dim
         check_decoder(width, config.decoder_num_heads, num_visible, 1 - 1 / self.num_parts)
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
-        self.encoder = encoder
         self.decoder_input = DecoderInput(
             encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
         )

@@ -125,10 +125,9 @@ class HPM(Method):
     predictor: Decoder | None
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         require_vit(encoder, "hpm")
         refuse_relative(encoder, "hpm")
-        self.config = config
         self.grid = encoder_grid(encoder)
         # Masks are drawn over units: tubes through all time slots, or cubes.  Of an image both are
         # its patches.
@@ -166,7 +165,6 @@ class HPM(Method):
             )
             target_width = self.foreign.width
 
-        self.encoder = encoder
         self.decoder_input = DecoderInput(
             encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
         )
@@ -287,6 +285,11 @@ class HPM(Method):
                 ramp_epochs=config.ema_ramp_epochs,
             )
             self.teacher.update(decay, **self._taught())
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The student, and its EMA teacher where it has one."""
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.get_submodule("encoder")}
+        return {"student": self.encoder, **teacher}
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped at the published norm."""

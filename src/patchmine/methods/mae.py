@@ -65,10 +65,9 @@ class MAE(Method):
     video: ClassVar[bool] = True
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         require_vit(encoder, "mae")
         refuse_relative(encoder, "mae")
-        self.config = config
         self.grid = encoder_grid(encoder)
         self.num_visible = count_positions(
             self.grid, config.mask_ratio
@@ -76,7 +75,6 @@ class MAE(Method):
         width, heads = config.decoder_embed_dim, config.decoder_num_heads
         check_decoder(width, heads, self.num_visible, config.mask_ratio, self.grid.num_positions)
         channels = encoder.patch_embed.proj.in_channels
-        self.encoder = encoder
         self.decoder_input = DecoderInput(
             encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
         )

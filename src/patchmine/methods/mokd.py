@@ -161,9 +161,8 @@ class MOKD(Method):
     multi_crop: ClassVar[bool] = True
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         refuse_video(encoder, "mokd")
-        self.config = config
         partner = _build_partner(config, encoder)
         width = _thead_width(config, encoder, partner)
         self.drop_paths = []
@@ -172,7 +171,7 @@ class MOKD(Method):
             self.drop_paths.append(add_drop_paths(student, config.drop_path) if is_vit else [])
             if is_vit and student.pos_embed is not None:
                 student.pos_embed.requires_grad_(True)
-        self.encoder, self.partner = encoder, partner
+        self.partner = partner
         self.head, self.partner_head = (_dino_head(config, each) for each in (encoder, partner))
         self.thead, self.partner_thead = (
             _thead(config, each, width) for each in (encoder, partner)
@@ -332,6 +331,15 @@ class MOKD(Method):
             teacher.update(decay, **student._asdict())
         for centre in self.centres.values():
             cast(Centre, centre).update()
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """Both students and their EMA teachers."""
+        return {
+            "student": self.encoder,
+            "teacher": self.teacher.get_submodule("encoder"),
+            "partner": self.partner,
+            "partner-teacher": self.partner_teacher.get_submodule("encoder"),
+        }
 
     def param_groups(self) -> list[ParamGroup]:
         """AdamW for a ViT, SGD for a ResNet, each gradient clipped by itself, the prototypes not

@@ -110,15 +110,13 @@ class SCFS(Method):
     multi_crop: ClassVar[bool] = True
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         refuse_video(encoder, "scfs")
-        self.config = config
         self.stages = config.stages or _usual_stages(encoder)
         widths = dict(zip(self.stages, stage_widths(encoder, self.stages), strict=True))
         factors = {"global": config.stage_global_weight, "search": config.stage_search_weight}
         self.factors = {term: factor for term, factor in factors.items() if factor}
         self.weights = _active_weights(config, self.stages) if self.factors else {}
-        self.encoder = encoder
         self.drop_paths = [] if isinstance(encoder, ResNet) else seed_drop_paths(encoder)
         self.head = DinoHead(
             encoder.num_features,
@@ -216,6 +214,10 @@ class SCFS(Method):
         self.teacher.update(decay, **self._taught())
         for centre in (self.centre, *self.stage_centres):
             cast(Centre, centre).update()
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The student and its EMA teacher."""
+        return {"student": self.encoder, "teacher": self.teacher.get_submodule("encoder")}
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns with each gradient clipped by itself, the prototypes not from the

@@ -132,19 +132,17 @@ class SemAIM(Method):
     blur_columns: Tensor
 
     def __init__(self, config: Config, encoder: VisionTransformer) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         require_vit(encoder, "semaim")
         refuse_video(encoder, "semaim")
         refuse_relative(encoder, "semaim")
         check_causal(encoder, "semaim")
-        self.config = config
         self.grid = encoder_grid(encoder)
         self.by_content = config.order in BY_CONTENT
         channels = encoder.patch_embed.proj.in_channels
         depth = config.query_depth or len(encoder.blocks)
         _check(config, depth=len(encoder.blocks), channels=channels)
 
-        self.encoder = encoder
         self.foreign = None
         width = encoder.embed_dim
         out_width = self.grid.values_per_patch(channels) if config.target == "pixel" else width
@@ -315,6 +313,11 @@ class SemAIM(Method):
                 ramp_epochs=config.ema_ramp_epochs,
             )
             self.teacher.update(decay, encoder=self.encoder)
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The student, and its EMA teacher where it has one."""
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.get_submodule("encoder")}
+        return {"student": self.encoder, **teacher}
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped at the published norm."""

@@ -56,10 +56,9 @@ class SimMIM(Method):
     encoder: Encoder
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(config, encoder)
         require_vit(encoder, "simmim")
         refuse_video(encoder, "simmim")
-        self.config = config
         self.grid = encoder_grid(encoder)
         self.per_unit = patches_per_unit(self.grid, config.mask_unit)
         self.num_units = self.grid.num_patches // math.prod(self.per_unit)
@@ -72,7 +71,6 @@ class SimMIM(Method):
                 f"or set a smaller method.mask_unit={self.grid.patch[0]}"
             )
         self.channels = encoder.patch_embed.proj.in_channels
-        self.encoder = encoder
         self.drop_paths = seed_drop_paths(encoder)
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=TOKEN_STD, a=-TOKEN_STD, b=TOKEN_STD)
