@@ -23,7 +23,7 @@ from patchmine.report.html import write_report
 from patchmine.report.show import show
 from patchmine.runs.checking import CHECKS
 from patchmine.runs.run import Run as RunFolder
-from patchmine.runs.run import Which, open_encoder
+from patchmine.runs.run import open_encoder
 from patchmine.runs.transfer import export_run
 from patchmine.training import pretrain as _pretrain
 from patchmine.training import resume as _resume
@@ -212,7 +212,7 @@ class Run(RunFolder):
         out: Name | None = None,
         *,
         what: Literal["encoder", "full"] = "encoder",
-        weights: Which = "student",
+        weights: str = "student",
     ) -> Path:
         """Write the encoder as a folder that timm and transformers open.
 

@@ -42,14 +42,7 @@ from patchmine.runs.preparing import (
     train_view,
     with_statistics,
 )
-from patchmine.runs.run import (
-    Run,
-    build_method,
-    new_folder,
-    partner_config,
-    refuse_used_folder,
-    write_export,
-)
+from patchmine.runs.run import Run, build_method, new_folder, refuse_used_folder, write_export
 from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint, load_newest_finite, point_last
 from patchmine.train.engine import Engine
@@ -282,6 +275,7 @@ def _train(
         wandb=config.wandb,
     )
     with log:
+        plain_data = _PlainData(config, images, engine, log.say)
         monitor = Monitor(config, folder, engine, images, method, log)
         train(
             method,
@@ -293,7 +287,7 @@ def _train(
             start=start,
             identity=identity,
             remembered={"contents": stamps, "settings": results_of(config)},
-            plain_data=_PlainData(config, images, engine, log.say),
+            before_epoch=lambda now: method.begin_epoch(now, plain_data),
             on_epoch=monitor.evaluate if config.eval_every else None,
             on_sample=monitor.draw,
             before_save=lambda: _put_back(config, folder, held),
@@ -322,9 +316,9 @@ def _tell_replaced(start: Checkpoint, stamps: list[str], images: Source, say: Sa
 def _export(config: RunConfig, folder: Path, method: Method) -> None:
     run = Run(folder)
     try:
-        write_export(config, method.encoder, run.export_dir)
-        if (partner := partner_config(config)) is not None:
-            write_export(partner, method.get_submodule("partner"), run.partner_export_dir)
+        for name, encoder in method.encoders().items():
+            if any(parameter.requires_grad for parameter in encoder.parameters()):
+                write_export(config, encoder, run.export_folder(name), name)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} is trained to its end, but its export could not be written ({reason_of(error)}); make room"

@@ -341,7 +341,7 @@ def test_loss_and_gradients(golden: Golden, monkeypatch: pytest.MonkeyPatch, cas
     patches = embed_patches(method.encoder, images)
     features, similarity = method.look(images, patches)
     order, score = method.draw_order(images, similarity)
-    predicted = method.predict(patches, order, score)
+    predicted = method.predict_patches(patches, order, score)
     back = order.argsort(dim=1)
     if f"{case}.pred" in golden:
         in_raster = predicted.gather(1, back[:, :, None].expand_as(predicted))
@@ -382,7 +382,9 @@ def test_breaking_ties_is_another_model(golden: Golden, monkeypatch: pytest.Monk
         patches = embed_patches(method.encoder, images)
         features, similarity = method.look(images, patches)
         order, score = method.draw_order(images, similarity)
-        broken = method.error(method.predict(patches, order, score), images, features, order)
+        broken = method.error(
+            method.predict_patches(patches, order, score), images, features, order
+        )
         assert score is None
         assert (
             broken.gather(1, order.argsort(dim=1)) - golden[f"{case}.loss_map"]

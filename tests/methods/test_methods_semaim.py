@@ -51,14 +51,16 @@ def images() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def predict(method: SemAIM, images: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def predict(
+    method: SemAIM, images: Tensor, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Predictions by rank and the order."""
     method.noise.begin(0)
     patches = embed_patches(method.encoder, images)
     score = None
     if order is None:
         order, score = method.draw_order(images, method.look(images, patches)[1])
-    return method.predict(patches, order, score), order
+    return method.predict_patches(patches, order, score), order
 
 
 def masked_form(method: SemAIM, images: Tensor, score: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def test_sorted_form_equals_masked_form(
     order, score = fast.draw_order(images, fast.look(images, patches)[1])
     assert (score is None) == plain  # follows from the settings alone
     ranks = torch.arange(L).expand_as(order) if score is None else score.expand_as(order)
-    found = fast.predict(patches, order, score)
+    found = fast.predict_patches(patches, order, score)
     expected = take(masked_form(slow, images, ranks.gather(1, order.argsort(dim=1))), order)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
     for method, predicted in ((fast, found), (slow, expected)):
@@ -112,8 +114,8 @@ def test_sorted_form_equals_masked_form(
 def test_a_group_of_one_is_no_group(images: Tensor) -> None:
     order = build(order="rowmajor").draw_order(images, None)[0]
     patches = embed_patches(build().encoder, images)
-    one_by_one = build().predict(patches, order, torch.arange(L)[None])
-    torch.testing.assert_close(one_by_one, build().predict(patches, order, None))
+    one_by_one = build().predict_patches(patches, order, torch.arange(L)[None])
+    torch.testing.assert_close(one_by_one, build().predict_patches(patches, order, None))
 
 
 def test_the_plain_form_asks_for_causal_attention_without_a_mask(

@@ -61,6 +61,7 @@ def run_toy(engine: Engine, tmp_path: Path) -> Callable[..., Any]:
                 folder=folder / "checkpoints",
                 log=log,
                 start=start,
+                before_epoch=getattr(method, "begin_epoch", lambda now: None),
                 **hooks,
             )
         return method

@@ -39,7 +39,15 @@ def run(
     )
     say = lambda text: print(text, flush=True)  # noqa: E731, T201
     with Log(folder if engine.is_main else None, total_steps=12, say=say, tensorboard=False) as log:
-        train(method, batches, engine, settings, folder=folder / "checkpoints", log=log)
+        train(
+            method,
+            batches,
+            engine,
+            settings,
+            folder=folder / "checkpoints",
+            log=log,
+            before_epoch=method.begin_epoch,
+        )
     save_file(method.state_dict(), folder / f"rank{engine.rank}.safetensors")
 
 

@@ -10,18 +10,18 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from patchmine.task import Method
+from patchmine.task import Task
 from patchmine.types import Batch, Losses, ParamGroup, Progress
 
 
-class Toy(Method):
+class Toy(Task):
     """Predicts an image from a copy with holes; a slowly moving teacher gives a second target."""
 
     encoder: nn.Linear
     teacher: nn.Linear
 
     def __init__(self, *, nan_steps: tuple[int, ...] = (), nan_rank: int | None = None) -> None:
-        super().__init__()
+        super().__init__(None)
         torch.manual_seed(0)
         self.encoder = nn.Linear(12, 8)
         self.decoder = nn.Sequential(nn.GELU(), nn.Linear(8, 12))
@@ -48,7 +48,7 @@ class Toy(Method):
             ):
                 mine.lerp_(theirs, 0.05)
 
-    def begin_epoch(self, progress: Progress, plain_data: object) -> None:
+    def begin_epoch(self, progress: Progress) -> None:
         self.epochs_begun += 1
 
     def param_groups(self) -> list[ParamGroup]:

@@ -29,7 +29,7 @@ from patchmine.config.overrides import exists
 from patchmine.config.schema import RunConfig
 from patchmine.data.settings import MAX_PIXELS, Clip, InputSettings
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.runs.run import Run, Which, is_run
+from patchmine.runs.run import Run, is_run
 
 RAW_PIXELS = "raw-pixels"
 RANDOM_INIT = "random-init"
@@ -97,7 +97,7 @@ def open_target(
 ) -> Target:
     """The target that ``spec`` names, with weights that are finite; nothing is ever downloaded.
 
-    A run folder (``weights`` one of `run.Which`) | an export folder | a file with the weights of a
+    A run folder (``weights`` a name that its method gives an encoder) | an export folder | a file with the weights of a
     plain ViT or ResNet | the name of a timm architecture (``weights`` a local file, else random
     ones, which ``note`` says), or of a video model (random weights only) | ``random-init:SPEC``,
     the same architecture with random weights from ``seed`` | ``raw-pixels`` or ``raw-pixels:SPEC``,
@@ -259,12 +259,7 @@ def _of_run(path: Path, weights: str) -> Target:
         raise UserError(
             f"{run.config_file} has no mean and std: it is no finished set of settings; start the run again"
         )
-    known = get_args(Which)
-    if weights not in known:
-        raise UserError(
-            f"weights={shown_name(weights)}: of the run {shown_name(path)} either {' or '.join(known)} can be measured"
-        )
-    encoder = run.encoder(cast(Which, weights))
+    encoder = run.encoder(weights)
     note = "" if weights == "student" else f"weights: {weights}"
     return replace(target_of(config, encoder, shown_name(path)), folder=path, note=note)
 

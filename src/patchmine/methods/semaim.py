@@ -185,7 +185,7 @@ class SemAIM(Method):
         patches = embed_patches(self.encoder, images)  # (B, L, D)
         features, similarity = self.look(images, patches)
         order, score = self.draw_order(images, similarity)  # (B, L); None, or (1 or B, L)
-        predicted = self.predict(patches, order, score)  # (B, L, T), by rank from here on
+        predicted = self.predict_patches(patches, order, score)  # (B, L, T), by rank from here on
         error = self.error(predicted, images, features, order)  # (B, L)
         by_rank = error.detach().mean(dim=0)
         count = self.grid.num_patches
@@ -261,7 +261,7 @@ class SemAIM(Method):
             )[None]
         return order, None
 
-    def predict(self, patches: Tensor, order: Tensor, score: Tensor | None) -> Tensor:
+    def predict_patches(self, patches: Tensor, order: Tensor, score: Tensor | None) -> Tensor:
         """Predictions by rank: embedded patches (B, L, D) in raster order, (B, L), None or (1 or B,
         L) -> (B, L, T).
 
@@ -332,7 +332,7 @@ class SemAIM(Method):
         patches = embed_patches(self.encoder, images)
         features, similarity = self.look(images, patches)
         order, score = self.draw_order(images, similarity)
-        predicted = self.predict(patches, order, score)
+        predicted = self.predict_patches(patches, order, score)
         panels = [Panel("input", images)]
         if similarity is not None:
             titles = {"cls": "similarity to the class token", "gap": "similarity to the mean patch"}

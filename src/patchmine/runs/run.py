@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from patchmine.backbones import weights
 from patchmine.backbones.family import Encoder, build_encoder, family_of
@@ -22,14 +22,6 @@ from patchmine.methods import METHODS
 from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
 from patchmine.train.log import read_line
-
-Which = Literal["student", "teacher", "partner", "partner-teacher"]
-_PLACES: dict[Which, str] = {  # of an encoder's tensors in a checkpoint
-    "student": "encoder.",
-    "teacher": "teacher.encoder.",
-    "partner": "partner.",
-    "partner-teacher": "partner_teacher.encoder.",
-}
 
 _log = logging.getLogger("patchmine")
 
@@ -156,10 +148,10 @@ class Run:
         """The encoder for timm and transformers."""
         return self.path / "export"
 
-    @property
-    def partner_export_dir(self) -> Path:
-        """The same of the second network, where a pair was trained."""
-        return self.path / "export-partner"
+    def export_folder(self, which: str) -> Path:
+        """Where an encoder of the run is exported to; a teacher takes the place of its student."""
+        name = which.removesuffix("teacher").rstrip("-")
+        return self.path / ("export" if name in ("", "student") else f"export-{name}")
 
     @property
     def bad_files(self) -> Path:
@@ -196,46 +188,34 @@ class Run:
         _load(method, found.model, found.path)
         return method.eval()
 
-    def encoder(self, which: Which = "student") -> Encoder:
-        """The encoder alone, from the newest readable checkpoint or else from ``export/``, in eval
-        mode.
+    def encoder(self, which: str = "student") -> Encoder:
+        """One encoder of the run, from the newest readable checkpoint or else from its export.
 
-        ``which="teacher"`` gives the slow copy that some methods keep, ``"partner"`` and
-        ``"partner-teacher"`` those of the second network, where a pair was trained.  Raises
-        UserError where there is none or it is not finite.
+        Args:
+            which: a name that the method gives it: student, or teacher, partner, partner-teacher
+                where there are such.
+
+        Returns:
+            The encoder alone, on the CPU, in eval mode.
+
+        Raises:
+            UserError: there is no such encoder, or it is not finite.
         """
-        config, folder = self.description(which)
-        if not self.checkpoints and weights.is_export(folder) and which in ("student", "partner"):
+        folder = self.export_folder(which)
+        if not self.checkpoints and weights.is_export(folder) and not which.endswith("teacher"):
             return weights.load_encoder(folder).eval()
-        found = self._newest()
-        prefix = _PLACES[which]
-        tensors = {
-            name.removeprefix(prefix): t
-            for name, t in found.model.items()
-            if name.startswith(prefix)
-        }
-        if not tensors:
-            raise self._lacks(which)
-        encoder = _bare_encoder(config)
-        _load(encoder, tensors, found.path)
-        return encoder.eval()
-
-    def description(self, which: Which) -> tuple[RunConfig, Path]:
-        """Settings that describe one of the run's encoders, and the folder of its export.
-
-        Raises UserError for a partner where one network is trained.
-        """
-        if which in ("student", "teacher"):
-            return self.config, self.export_dir
-        config = partner_config(self.config)
-        if config is None:
-            raise self._lacks(which)
-        return config, self.partner_export_dir
-
-    def _lacks(self, which: Which) -> UserError:
-        return UserError(
-            f"{self.path} holds no {which}: method={self.config.method.name} keeps none; use weights=student"
-        )
+        if which == "student":  # without the method, some of whose files may be gone by now
+            found, prefix, encoder = self._newest(), "encoder.", _bare_encoder(self.config)
+            names = [name for name in found.model if name.startswith(prefix)]
+            _load(encoder, {name[len(prefix) :]: found.model[name] for name in names}, found.path)
+            return encoder.eval()
+        encoders = self.method().encoders()
+        if which not in encoders:
+            raise UserError(
+                f"{self.path} holds no {shown_name(which)}: method={self.config.method.name} keeps"
+                f" none; use weights={' or '.join(encoders)}"
+            )
+        return encoders[which].eval()
 
     def _newest(self) -> Checkpoint:
         if not self.checkpoints and weights.is_export(self.export_dir):
@@ -263,11 +243,12 @@ def _load(module: Method | Encoder, tensors: dict[str, Any], path: Path) -> None
         ) from error
 
 
-def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str]) -> Path:
-    """The folder that timm and transformers open, for an encoder that was built as ``config`` says.
-
-    Raises UserError where the settings lack what the images were normalised with.
-    """
+def write_export(
+    config: RunConfig, encoder: Encoder, folder: str | PathLike[str], which: str = "student"
+) -> Path:
+    """The folder that timm and transformers open, for the encoder that the method calls ``which``."""
+    if which.startswith("partner"):
+        config = partner_config(config) or config
     if config.mean is None or config.std is None:
         raise UserError(
             "mean and std are not set; write those that the images were normalised with into config.yaml"

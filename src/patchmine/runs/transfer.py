@@ -39,7 +39,7 @@ from patchmine.config.schema import RunConfig
 from patchmine.disk import output, replacing, system_errors
 from patchmine.errors import UserError
 from patchmine.lock import lock
-from patchmine.runs.run import Run, Which, build_method, refuse_used_folder, write_export
+from patchmine.runs.run import Run, build_method, refuse_used_folder, write_export
 from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints
 
@@ -53,7 +53,7 @@ _TOLD = ("mask_ratio", "norm_pix_loss")  # settings of the method that a file ma
 
 
 def export_run(
-    path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: Which
+    path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: str
 ) -> Path:
     """Write the encoder of a run as a folder for timm and transformers, or its ``full`` method.
 
@@ -71,7 +71,6 @@ def export_run(
         UserError: the run has no such weights, or ``out`` cannot be written.
     """
     run = Run(path)
-    config, folder = run.description(weights)
     if what == "full":
         if run.config.method.name not in _FULL:
             raise UserError(
@@ -79,10 +78,11 @@ def export_run(
                 f"method={run.config.method.name}: use what=encoder, or take the newest file in {run.checkpoint_dir}"
             )
         return _export_full(run, out, weights)
-    return write_export(config, run.encoder(weights), folder if out is None else out)
+    folder = run.export_folder(weights) if out is None else out
+    return write_export(run.config, run.encoder(weights), folder, weights)
 
 
-def _export_full(run: Run, out: str | None, weights: Which) -> Path:
+def _export_full(run: Run, out: str | None, weights: str) -> Path:
     target = (
         Path(out)
         if out is not None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from patchmine.errors import UserError
 from patchmine.models.batch_norm import synchronise_batch_norms
 from patchmine.models.onednn import fast_linear
-from patchmine.task import Method
+from patchmine.task import Task
 from patchmine.train.group import LONGEST, Group
 from patchmine.train.launch import Launch, read_launch
 from patchmine.types import Batch, Losses, Progress
@@ -49,9 +49,7 @@ class _Arguments:
 class _Step(nn.Module):
     """The module that is wrapped: one method's forward."""
 
-    def __init__(
-        self, method: Method, arithmetic: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
+    def __init__(self, method: Task, arithmetic: Callable[[], AbstractContextManager[Any]]) -> None:
         super().__init__()
         self.method = method
         self.arithmetic = arithmetic
@@ -187,7 +185,7 @@ class Engine:
             )
         return self._fabric_made
 
-    def wrap(self, method: Method, *, compile_blocks: bool = False) -> Forward:
+    def wrap(self, method: Task, *, compile_blocks: bool = False) -> Forward:
         """Move a method to the device and return its forward, autocast and synchronised."""
         if compile_blocks:
             _compile_blocks(method)

@@ -8,12 +8,12 @@ One step: rates -> losses of each micro-batch -> backward -> clip -> update ->
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from patchmine.errors import UserError
-from patchmine.task import Method
+from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, NotFiniteError, newest_finite, save
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
@@ -26,7 +26,7 @@ MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which traini
 
 
 def train(
-    method: Method,
+    method: Task,
     batches: Iterator[Batch],
     engine: Engine,
     settings: TrainSettings,
@@ -36,7 +36,7 @@ def train(
     start: Checkpoint | None = None,
     identity: Mapping[str, str] | None = None,
     remembered: Mapping[str, Any] | None = None,
-    plain_data: Iterable[Batch] = (),
+    before_epoch: Callable[[Progress], None] = lambda now: None,
     on_epoch: Callable[[Progress], None] | None = None,
     on_sample: Callable[[Progress, Batch], None] | None = None,
     before_save: Callable[[], None] = lambda: None,
@@ -67,7 +67,7 @@ def train(
         for step in range(0 if start is None else start.step, settings.total_steps):
             now, done = settings.progress(step), settings.progress(step + 1)
             if step % settings.steps_per_epoch == 0:
-                method.begin_epoch(now, plain_data)
+                before_epoch(now)
             batch = stepper.make(now, batches)
             if _due(done, settings.log_every):
                 _report(stepper, done, log, folder)
@@ -92,7 +92,7 @@ def train(
 
 
 def restore(
-    method: Method, optimizers: Optimizers, start: Checkpoint, identity: Mapping[str, str]
+    method: Task, optimizers: Optimizers, start: Checkpoint, identity: Mapping[str, str]
 ) -> None:
     """Put a checkpoint's state into a method and its optimizers; raises UserError when they do not
     belong together.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patchmine.errors import UserError
 from patchmine.ops.schedules import LrSchedule
-from patchmine.task import Method
+from patchmine.task import Task
 from patchmine.train.checkpoint import refuse_shared
 from patchmine.train.engine import Engine
 from patchmine.train.log import Meter, Stopwatch
@@ -49,7 +49,7 @@ class Stepper:
     shared out.
     """
 
-    def __init__(self, method: Method, engine: Engine, settings: TrainSettings) -> None:
+    def __init__(self, method: Task, engine: Engine, settings: TrainSettings) -> None:
         parts = engine.world_size * settings.accumulate
         if settings.batch_size % parts:
             fits = fitting_counts(settings.batch_size, settings.accumulate, engine.world_size)
