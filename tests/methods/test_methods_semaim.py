@@ -51,9 +51,7 @@ def images() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def predict(
-    method: SemAIM, images: Tensor, order: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def predict(method: SemAIM, images: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Predictions by rank and the order."""
     method.noise.begin(0)
     patches = embed_patches(method.encoder, images)
