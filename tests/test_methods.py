@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchmine.backbones.family import build_encoder
 from patchmine.errors import UserError
-from patchmine.methods import METHODS
+from patchmine.methods import METHODS, method_class
 from patchmine.task import Method
 from patchmine.train.checkpoint import refuse_shared
 from patchmine.types import Batch, Losses, Progress
@@ -47,7 +47,7 @@ CLIP = (4, 2)  # frames, and frames in a tubelet
 
 
 def kind_of(name: str) -> type[Method]:
-    return METHODS[name.removesuffix(CLIPS)]
+    return method_class(METHODS[name.removesuffix(CLIPS)])
 
 
 def build(
@@ -59,8 +59,9 @@ def build(
     encoder = build_encoder(
         model, image_size=size, patch_size=4, channels=channels, model_args=TINY, clip=CLIP
     )
-    known = {key: value for key, value in NARROW.items() if key in kind.Config.model_fields}
-    method = kind(kind.Config(**known, **options), encoder)
+    settings = METHODS[name.removesuffix(CLIPS)]
+    known = {key: value for key, value in NARROW.items() if key in settings.model_fields}
+    method = kind(settings(**known, **options), encoder)
     method.noise.begin(0)
     return method.train()
 
@@ -75,12 +76,14 @@ def images(
     """A training batch as the method is given one: one view of each image, or two global and two
     local crops.
     """
-    sizes: list[tuple[int, ...]] = [size, size, (8, 8), (8, 8)] if method.multi_crop else [size]
+    sizes: list[tuple[int, ...]] = (
+        [size, size, (8, 8), (8, 8)] if method.config.multi_crop else [size]
+    )
     if len(encoder_size(method)) == 3:
         sizes = [(CLIP[0], *side) for side in sizes]
     generator = torch.Generator().manual_seed(seed)
     views = [torch.randn(count, channels, *side, generator=generator) for side in sizes]
-    crops = (count, len(views)) if method.multi_crop else (count,)
+    crops = (count, len(views)) if method.config.multi_crop else (count,)
     box = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(*crops, 4)
     return Batch(views, torch.arange(count), box, torch.zeros(crops, dtype=torch.bool))
 
@@ -105,7 +108,8 @@ def run(method: Method, batch: Batch, progress: Progress) -> Losses:
 
 
 @pytest.fixture(
-    params=sorted(METHODS) + sorted(name + CLIPS for name, kind in METHODS.items() if kind.video)
+    params=sorted(METHODS)
+    + sorted(name + CLIPS for name, kind in METHODS.items() if "video" in kind.families)
 )
 def name(request: pytest.FixtureRequest) -> str:
     """Every method, and once more on clips if it takes them."""
@@ -124,12 +128,13 @@ def progress(request: pytest.FixtureRequest) -> Progress:
 
 
 def test_name_is_the_key_and_the_docstring_names_its_source(image_name: str) -> None:
-    assert METHODS[image_name].Config().name == image_name
-    assert "arXiv" in (inspect.getmodule(METHODS[image_name]).__doc__ or "")
+    assert METHODS[image_name]().name == image_name
+    assert "arXiv" in (inspect.getdoc(METHODS[image_name]) or "")
+    assert "arXiv" in (inspect.getmodule(kind_of(image_name)).__doc__ or "")
 
 
 def test_a_method_for_images_refuses_clips_by_name(image_name: str) -> None:
-    if METHODS[image_name].video:
+    if "video" in METHODS[image_name].families:
         pytest.skip(f"{image_name} trains on clips")
     with pytest.raises(
         UserError, match=f"method={image_name} does not train on videos: choose method="
@@ -138,7 +143,7 @@ def test_a_method_for_images_refuses_clips_by_name(image_name: str) -> None:
 
 
 def test_every_setting_is_explained(image_name: str) -> None:
-    fields = METHODS[image_name].Config.model_fields
+    fields = METHODS[image_name].model_fields
     assert all(field.description for key, field in fields.items() if key != "name")
 
 
@@ -320,10 +325,10 @@ def test_panels(name: str, progress: Progress) -> None:
 def option_cases() -> Iterator[tuple[str, dict[str, Any]]]:
     """Every choice that a method offers by name or by yes and no, one at a time."""
     for name, kind in sorted(METHODS.items()):
-        schema = kind.Config.model_json_schema()["properties"]
+        schema = kind.model_json_schema()["properties"]
         for key, field in schema.items():
             choices = [True, False] if field.get("type") == "boolean" else field.get("enum", [])
-            names = [name, name + CLIPS] if kind.video else [name]
+            names = [name, name + CLIPS] if "video" in kind.families else [name]
             yield from ((each, {key: choice}) for each in names for choice in choices)
 
 

@@ -32,7 +32,7 @@ COMMANDS = [
     BenchDataSettings,
 ]
 EVALUATIONS = [EmbedSettings, KnnSettings, LinearSettings, VideoSettings]
-METHOD_CONFIGS = [method.Config for method in METHODS.values()]  # type: ignore[attr-defined]
+METHOD_CONFIGS = [*METHODS.values()]
 TABLES: list[type[BaseModel]] = [
     RunConfig,
     Crops,

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from patchmine.backbones.family import refuse_unfit
 from patchmine.models.noise import Noise
+from patchmine.models.settings import MethodSettings
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 
@@ -90,18 +92,17 @@ class Method(Task):
         config: the method's settings.
         encoder: the network that is trained; it is what survives training.
 
-    Attributes:
-        multi_crop: a training batch holds several crops of each image, as the settings ``crops``
-            say; pictures are still made of batches of one plain view.
-        video: it also trains an encoder of clips, whose views are (B, C, T, H, W).
+    Where ``config.multi_crop``, a training batch holds several crops of each image, as the settings
+    ``crops`` say; pictures are still made of batches of one plain view.  Views of clips are
+    (B, C, T, H, W).
     """
 
+    config: MethodSettings
     encoder: nn.Module
-    multi_crop: ClassVar[bool] = False
-    video: ClassVar[bool] = False
 
-    def __init__(self, config: Any, encoder: nn.Module) -> None:
+    def __init__(self, config: MethodSettings, encoder: nn.Module) -> None:
         super().__init__(config)
+        refuse_unfit(encoder, config.name, config.families, config.relative_positions)
         self.encoder = encoder
 
     @classmethod

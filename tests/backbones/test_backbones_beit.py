@@ -19,7 +19,7 @@ from patchmine.backbones.family import Encoder, build_encoder, encode
 from patchmine.backbones.tokens import patch_positions
 from patchmine.backbones.weights import export_encoder, fill, load_encoder
 from patchmine.errors import UserError
-from patchmine.methods import METHODS
+from patchmine.methods import METHODS, method_class
 
 TINY = dict(embed_dim=96, depth=3, num_heads=3)
 ABSOLUTE = dict(use_rel_pos_bias=False, use_abs_pos_emb=True)
@@ -73,8 +73,9 @@ def test_knows_where_positions_enter() -> None:
 
 @pytest.mark.parametrize("name", ["mae", "hpm"])
 def test_a_method_that_leaves_patches_out_refuses_relative_positions(name: str) -> None:
+    settings = METHODS[name]()
     with pytest.raises(UserError, match=r"use_rel_pos_bias=false"):
-        METHODS[name](METHODS[name].Config(), beit(**SHARED))
+        method_class(settings)(settings, beit(**SHARED))
 
 
 @pytest.mark.parametrize("extra", [ABSOLUTE, SHARED, {}], ids=["absolute", "shared", "per block"])

@@ -10,10 +10,10 @@ import timm
 import torch
 from torch import nn
 
-from patchmine.backbones.family import build_encoder, require_vit
+from patchmine.backbones.family import build_encoder, refuse_unfit
 from patchmine.backbones.resnet import has_cifar_stem, infer_resnet, is_resnet
 from patchmine.errors import UserError
-from patchmine.methods import METHODS
+from patchmine.methods import METHODS, method_class
 
 TINY: dict[str, Any] = {"channels": (8, 8, 12, 16)}
 
@@ -82,11 +82,11 @@ def test_mistakes_are_told(model: str, given: dict[str, Any], said: str) -> None
 
 def test_methods_that_hide_patches_refuse_it() -> None:
     with pytest.raises(UserError, match=r"method=some hides patches.*model=vit_small_patch16_224"):
-        require_vit(resnet(model_args=TINY), "some")
-    for name, method in METHODS.items():
-        if not method.multi_crop:
+        refuse_unfit(resnet(model_args=TINY), "some", {"vit"}, relative=False)
+    for name, settings in METHODS.items():
+        if "resnet" not in settings.families:
             with pytest.raises(UserError, match=f"method={name} "):
-                method(method.Config(), resnet(model_args=TINY))
+                method_class(settings)(settings(), resnet(model_args=TINY))
 
 
 @pytest.mark.parametrize("stem", [False, True])

@@ -127,7 +127,7 @@ def test_python_and_words_give_the_same_run() -> None:
         image_size=64,
         **{"method.alpha_end": 0.3},
     )
-    settings = METHODS["hpm"].Config(alpha_end=0.3)  # type: ignore[attr-defined]
+    settings = METHODS["hpm"](alpha_end=0.3)  # type: ignore[attr-defined]
     assert (
         words
         == python
@@ -378,7 +378,7 @@ def test_a_method_without_row_uses_its_defaults_and_says_so(tmp_path: Path) -> N
     )
     said: list[str] = []
     config = parse(path, ["method=hpm"], said.append)
-    assert config.method == METHODS["hpm"].Config()  # type: ignore[attr-defined]
+    assert config.method == METHODS["hpm"]()  # type: ignore[attr-defined]
     assert "no settings for method=hpm" in said[0]
 
 

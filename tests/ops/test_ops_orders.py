@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchmine.methods.settings.semaim import Order
 from patchmine.ops.orders import (
     BY_CONTENT,
     IN_GROUPS,
-    Order,
     patch_levels,
     squared_distances,
     take,

@@ -56,7 +56,7 @@ TINY = {
 
 def tiny(method: str) -> dict[str, Any]:
     """The settings of TINY that the method has."""
-    fields = getattr(METHODS[method], "Config").model_fields  # noqa: B009 - each method has its own
+    fields = METHODS[method].model_fields
     return {
         k: v
         for k, v in TINY.items()

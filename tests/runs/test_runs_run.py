@@ -42,7 +42,7 @@ def settings(method: str = "mae") -> RunConfig:
 
 def known_to(method: str, words: list[str]) -> list[str]:
     """The words without settings that the method does not have."""
-    fields = getattr(METHODS[method], "Config").model_fields  # noqa: B009 - each method has its own
+    fields = METHODS[method].model_fields
     return [
         w
         for w in words

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -168,30 +168,21 @@ def stage_widths(encoder: Encoder, stages: Sequence[str]) -> list[int]:
     return [known[stage] for stage in stages]
 
 
-# Until methods declare which families they train.
-
-
-def require_vit(encoder: Encoder, method: str) -> None:
-    """UserError for an encoder without patches to hide."""
-    if family_of(encoder).convolutional:
+def refuse_unfit(encoder: Encoder, method: str, families: Collection[str], relative: bool) -> None:
+    """UserError where a method does not train this family, or not with this attention."""
+    family = family_of(encoder)
+    if family.name not in families and family.convolutional:
         raise UserError(
             f"method={method} hides patches, which a ResNet does not have: choose a vision "
             "transformer, as in model=vit_small_patch16_224, or a method that compares views"
         )
-
-
-def refuse_video(encoder: Encoder, method: str) -> None:
-    """UserError for an encoder of clips: ``method`` is defined for images."""
-    if family_of(encoder).clip(encoder) is not None:
+    if family.name not in families:
         raise UserError(
-            f"method={method} does not train on videos: choose method=mae or method=hpm, or an "
-            "image model such as model=vit_small_patch16_224"
+            f"method={method} does not train on {family.item.noun}s: choose method=mae or "
+            "method=hpm, or an image model such as model=vit_small_patch16_224"
         )
-
-
-def refuse_relative(encoder: Encoder, method: str) -> None:
-    """UserError for an encoder whose attention knows distances: ``method`` leaves patches out."""
-    if family_of(encoder).relative_positions(encoder):
+    # Relative tables belong to the full grid; a sequence with patches missing has no place in them.
+    if not relative and family.relative_positions(encoder):
         raise UserError(
             f"method={method} leaves patches out, which an encoder with relative positions does "
             "not allow: set model_args.use_rel_pos_bias=false model_args.use_abs_pos_emb=true, or "

@@ -32,7 +32,7 @@ from patchmine.bench.settings import BenchStepSettings
 from patchmine.config.explain import did_you_mean, shown, validate
 from patchmine.data.views.images import NUM_GLOBAL
 from patchmine.errors import UserError
-from patchmine.methods import METHODS
+from patchmine.methods import METHODS, method_class
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, build_optimizers, optimizer_tensors
@@ -136,8 +136,7 @@ def _contestants(
 
 def _known(name: str, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Of the settings that any contestant got, those that this method has."""
-    method_class: Any = METHODS[name]
-    fields = method_class.Config.model_fields
+    fields = METHODS[name].model_fields
     return {
         key: value for given in options.values() for key, value in given.items() if key in fields
     }
@@ -175,8 +174,7 @@ def _methods(config: BenchStepSettings) -> tuple[list[str], dict[str, dict[str, 
             raise UserError(
                 f"method={name}: there is no such method, only {', '.join(METHODS)}{near}"
             )
-    classes: dict[str, Any] = dict(METHODS)
-    fields = {name: classes[name].Config.model_fields for name in names}
+    fields = {name: METHODS[name].model_fields for name in names}
     for key in given:
         if not any(key in own for own in fields.values()):
             near = did_you_mean(key, [other for own in fields.values() for other in own])
@@ -189,8 +187,7 @@ def _methods(config: BenchStepSettings) -> tuple[list[str], dict[str, dict[str, 
 
 
 def _build_method(name: str, options: Mapping[str, Any], config: BenchStepSettings) -> Method:
-    method_class: Any = METHODS[name]
-    settings = validate(method_class.Config, options, where=f"the settings of method {name}")
+    settings = validate(METHODS[name], options, where=f"the settings of method {name}")
     encoder = build_encoder(
         config.model,
         image_size=_size(config),
@@ -199,7 +196,7 @@ def _build_method(name: str, options: Mapping[str, Any], config: BenchStepSettin
         model_args=config.model_args,
         clip=(config.frames, config.tubelet),
     )
-    method: Method = method_class(settings, encoder).train()
+    method: Method = method_class(settings)(settings, encoder).train()
     return method
 
 
@@ -215,8 +212,8 @@ def _method_contestants(
     )
     stepper = Stepper(method, engine, settings)
     size = (config.frames, *_size(config)) if reads_clips(config.model) else _size(config)
-    views = _random(config, NUM_GLOBAL if method.multi_crop else 1, size, engine)
-    if method.multi_crop:
+    views = _random(config, NUM_GLOBAL if method.config.multi_crop else 1, size, engine)
+    if method.config.multi_crop:
         views += _random(
             config,
             config.crops.num_local,

@@ -149,7 +149,7 @@ def list_methods(words: Sequence[str], _: Say) -> None:
         settings = describe_method(name)  # which refuses a name that is none
         print("\n".join([f"{name}: {getdoc(METHODS[name])}", "", *settings]))
     for name, method in METHODS.items() if not words else ():
-        print(f"{name}: {' '.join((getdoc(method) or '').split()).split('. ')[0].rstrip('.')}")
+        print(f"{name}: {(getdoc(method) or '').splitlines()[0].rstrip('.')}")
 
 
 def list_models(words: Sequence[str], _: Say) -> None:

@@ -26,8 +26,7 @@ from patchmine.train.settings import (
 
 def method_tables() -> Mapping[str, type[BaseModel]]:
     """The settings of every method that there is now, by its name."""
-    methods: Mapping[str, Any] = METHODS
-    return {name: getattr(method, "Config", method) for name, method in methods.items()}
+    return METHODS
 
 
 class MethodChoice(Strict):

@@ -11,24 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from patchmine.backbones.attention import class_attention
-from patchmine.backbones.family import (
-    Encoder,
-    encode,
-    refuse_relative,
-    refuse_video,
-    require_vit,
-    transform,
-)
+from patchmine.backbones.family import Encoder, encode, transform
 from patchmine.backbones.tokens import embed_patches, encoder_grid, patch_positions, prefix_tokens
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
+from patchmine.methods.settings.amt import AmtSettings
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.maps import ItemMaps
@@ -40,7 +33,6 @@ from patchmine.ops.losses import masked_absolute_error, squared_error
 from patchmine.ops.masks import count_visible, expand_units, sum_in_units, weighted_order
 from patchmine.ops.patches import channels_last, gather_patches, pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel, roles_panel
-from patchmine.strict import Count, Depth, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -72,86 +64,16 @@ class AMT(Method):
     in the encoder).
     """
 
-    class Config(Strict):
-        """Settings of AMT; where one is left open (null), the published value of its host and of
-        the run's length.
-        """
+    Config = AmtSettings
 
-        name: Literal["amt"] = "amt"
-        host: Literal["mae", "simmim"] = Field(
-            "mae", description="what predicts the masked patches: MAE or SimMIM"
-        )
-        mask_ratio: float | None = Field(
-            None, gt=0, lt=1, description="share that is masked; null: 0.45 on MAE, 0.44 on SimMIM"
-        )
-        throw_ratio: float | None = Field(
-            None,
-            ge=0,
-            lt=1,
-            description="share that is thrown away; null: 0.40 on MAE, 0.26 on SimMIM",
-        )
-        start_epoch: int | None = Field(
-            None,
-            ge=0,
-            description="first epoch guided by attention; null: 41, or a tenth of a run below 200 epochs",
-        )
-        refresh_every: int | None = Field(
-            None,
-            gt=0,
-            description="epochs that stored maps serve; null: 40, or a tenth of a run below 200 epochs",
-        )
-        warmup_mask_ratio: float | None = Field(
-            None,
-            gt=0,
-            lt=1,
-            description="share masked at random before; null: 0.75 on MAE, mask_ratio on SimMIM",
-        )
-        maps: Literal["stored", "online"] = Field(
-            "stored",
-            description="a map of each image, renewed now and then; or a slow copy of the encoder looks anew",
-        )
-        alignment: Literal["area", "bilinear", "released"] = Field(
-            "area",
-            description="how a stored map follows the crop; released: the published code's mistake, for parity",
-        )
-        ema: float = Field(0.999, ge=0, le=1, description="decay of the slow copy, for maps=online")
-        norm_pix_loss: bool = Field(
-            False, description="on MAE: predict pixels standardised within each patch"
-        )
-        decoder_embed_dim: Count = Field(512, description="on MAE: width of the decoder")
-        decoder_depth: Depth = Field(8, description="on MAE: blocks of the decoder")
-        decoder_num_heads: Count = Field(16, description="on MAE: attention heads of the decoder")
-        decoder_mlp_ratio: float = Field(
-            4.0,
-            gt=0,
-            le=64,
-            description="on MAE: hidden width of the decoder's MLPs, times its own width",
-        )
-        decoder_norm_eps: float = Field(
-            1e-6, gt=0, description="on MAE: added to the variance in the decoder's layer norms"
-        )
-        decoder_qkv_bias: bool = Field(
-            True,
-            description="on MAE: biases of queries, keys and values in the decoder's attention",
-        )
-        mask_unit: Count | None = Field(
-            None,
-            description="on SimMIM: pixels along a side of what is hidden at once; null: two patches",
-        )
-        clip_grad: float | None = Field(
-            None, gt=0, description="largest global gradient norm; null: none on MAE, 5 on SimMIM"
-        )
-
+    config: AmtSettings
     encoder: Encoder
     decoder: Decoder | None
     teacher: Teacher | None
     maps: ItemMaps | None
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: AmtSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        require_vit(encoder, "amt")
-        refuse_video(encoder, "amt")
-        refuse_relative(encoder, "amt")
         if encoder.cls_token is None:
             raise UserError(
                 "method=amt follows the class token's attention, and the model has none: choose another"

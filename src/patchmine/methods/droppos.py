@@ -8,21 +8,13 @@ give come from the reference code, Haochen-Wang409/DropPos; each names its file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from patchmine.backbones.family import (
-    Encoder,
-    encode,
-    family_of,
-    refuse_video,
-    require_vit,
-    transform,
-)
+from patchmine.backbones.family import Encoder, encode, family_of, transform
 from patchmine.backbones.tokens import (
     embed_patches,
     encoder_grid,
@@ -32,6 +24,7 @@ from patchmine.backbones.tokens import (
 )
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
+from patchmine.methods.settings.droppos import DropPosSettings
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
@@ -44,7 +37,6 @@ from patchmine.ops.position_targets import (
     smoothing_map,
 )
 from patchmine.ops.schedules import falling
-from patchmine.strict import Count, Depth, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -84,86 +76,16 @@ class DropPos(Method):
     pixels predicted.
     """
 
-    class Config(Strict):
-        """Settings of DropPos; the defaults are the published recipe (scripts/,
-        models_DropPos_mae.py).
-        """
+    Config = DropPosSettings
 
-        name: Literal["droppos"] = "droppos"
-        mask_ratio: float = Field(
-            0.75, ge=0, lt=1, description="share of the patches that are removed"
-        )
-        pos_mask_ratio: float = Field(
-            0.75, gt=0, le=1, description="share of the visible patches whose position is withheld"
-        )
-        mask_token_type: Literal["param", "zeros", "wrong_pos"] = Field(
-            "param",
-            description="in place of a withheld position: a learned token, nothing, or the position of another patch "
-            "that lost its own",
-        )
-        smoothing: float = Field(
-            1.0,
-            ge=0,
-            description="width of the smoothed targets in patches: exp(-distance^2 / width^2); 0: none",
-        )
-        smoothing_decay: bool = Field(
-            True, description="let that width fall linearly towards 0, epoch by epoch"
-        )
-        smoothing_grid: Literal["patches", "as_run"] = Field(
-            "patches",
-            description="distances on the grid of patches, or on one as wide as a patch has pixels (published runs)",
-        )
-        smoothing_norm: Literal["column", "row"] = Field(
-            "column",
-            description="divide the smoothed targets by the sum of each place (the code) or of each target",
-        )
-        attentive: bool = Field(
-            True,
-            description="weigh patches by their similarity to the class token, in a pass over the whole image",
-        )
-        temperature: float = Field(
-            0.1, gt=0, description="of the softmax over these similarities (0.1 in the code)"
-        )
-        conf_ignore: bool = Field(
-            False,
-            description="leave out patches that are placed at least as surely as the smoothed target says",
-        )
-        multi_task: bool = Field(
-            False, description="also predict the pixels of removed patches, as MAE does"
-        )
-        pos_weight: float = Field(
-            0.05, gt=0, description="weight of the position loss with multi_task, and only then"
-        )
-        norm_pix_loss: bool = Field(
-            True, description="with multi_task: predict pixels standardised within each patch"
-        )
-        decoder_embed_dim: Count = Field(512, description="width of the decoder")
-        decoder_depth: Depth = Field(2, description="blocks of the decoder")
-        decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
-        decoder_mlp_ratio: float = Field(
-            4.0, gt=0, le=64, description="hidden width of the decoder's MLPs, times its own width"
-        )
-        decoder_norm_eps: float = Field(
-            1e-6, gt=0, description="added to the variance in the decoder's layer norms"
-        )
-        decoder_qkv_bias: bool = Field(
-            True, description="biases of queries, keys and values in the decoder's attention"
-        )
-        clip_grad: float | None = Field(
-            5.0,
-            gt=0,
-            description="largest gradient norm of each parameter by itself (main_pretrain.py: 5)",
-        )
-
+    config: DropPosSettings
     encoder: Encoder
     position_token: nn.Parameter | None
     pixel_input: DecoderInput | None
     pixel_decoder: Decoder | None
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: DropPosSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        require_vit(encoder, "droppos")
-        refuse_video(encoder, "droppos")
         _refuse_leaks(encoder)
         self.grid = encoder_grid(encoder)
         self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)
@@ -410,7 +332,7 @@ def _put(images: Tensor, puzzle: Puzzle, places: Tensor, sureness: Tensor, grid:
     return images_from_values(put, grid, images.shape[1])
 
 
-def _smoothing_size(config: DropPos.Config, grid: Grid) -> tuple[int, ...]:
+def _smoothing_size(config: DropPosSettings, grid: Grid) -> tuple[int, ...]:
     """Rows and columns of the grid on which distances are measured.
 
     The published scripts give patches per side where engine_pretrain.py expects pixels per patch,
@@ -444,7 +366,9 @@ def _refuse_leaks(encoder: Encoder) -> None:
         )
 
 
-def _check(config: DropPos.Config, encoder: Encoder, *, num_dropped: int, num_removed: int) -> None:
+def _check(
+    config: DropPosSettings, encoder: Encoder, *, num_dropped: int, num_removed: int
+) -> None:
     if num_dropped == 0:
         raise UserError(
             f"method.pos_mask_ratio={config.pos_mask_ratio} withholds no patch's position: raise it, or lower "

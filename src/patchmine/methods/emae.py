@@ -10,22 +10,15 @@ is.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from patchmine.backbones.family import (
-    Encoder,
-    refuse_relative,
-    refuse_video,
-    require_vit,
-    transform,
-)
+from patchmine.backbones.family import Encoder, transform
 from patchmine.backbones.tokens import embed_patches, encoder_grid, prefix_tokens
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
+from patchmine.methods.settings.emae import EmaeSettings
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.ops.parts import (
     group_by_patch,
@@ -37,7 +30,6 @@ from patchmine.ops.parts import (
 )
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
-from patchmine.strict import LARGEST_COUNT, Count, Depth, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -49,67 +41,14 @@ class EMAE(Method):
     self-consistency loss.
     """
 
-    class Config(Strict):
-        """Settings of EMAE; where the paper's are not known, those of MAE."""
+    Config = EmaeSettings
 
-        name: Literal["emae"] = "emae"
-        parts: int = Field(
-            4,
-            ge=2,
-            le=LARGEST_COUNT,
-            description="parts an image is divided into; each is seen once, 1 - 1/parts masked",
-        )
-        parts_used: Count | None = Field(
-            None, description="parts that are encoded; null: all of them; 1 is MAE"
-        )
-        sc_weight: float = Field(
-            1.0, ge=0, description="weight of the self-consistency loss; 0: disjoint masks only"
-        )
-        sc_dist: Literal["l1", "l2"] = Field(
-            "l1", description="distance of two predictions: absolute or squared"
-        )
-        sc_norm: Literal["all", "overlap"] = Field(
-            "all",
-            description="a pair's distance is divided by all patches, or by those that both parts predict",
-        )
-        sc_pairs: Literal["mean", "sum"] = Field(
-            "mean", description="pairs of parts are averaged, or added up"
-        )
-        sc_grad: Literal["both", "none"] = Field(
-            "both",
-            description="each distance counted twice, with either side held fixed; or once: only the value halves",
-        )
-        mask_token: Literal["learned", "zeros"] = Field(
-            "learned",
-            description="what the decoder gets for a masked patch: MAE's learned token, or zeros",
-        )
-        norm_pix_loss: bool = Field(
-            True, description="predict pixels standardised within each patch"
-        )
-        decoder_embed_dim: Count = Field(512, description="width of the decoder")
-        decoder_depth: Depth = Field(8, description="blocks of the decoder")
-        decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
-        decoder_mlp_ratio: float = Field(
-            4.0, gt=0, le=64, description="hidden width of the decoder's MLPs, times its own width"
-        )
-        decoder_norm_eps: float = Field(
-            1e-6, gt=0, description="added to the variance in the decoder's layer norms"
-        )
-        decoder_qkv_bias: bool = Field(
-            True, description="biases of queries, keys and values in the decoder's attention"
-        )
-        clip_grad: float | None = Field(
-            None, gt=0, description="largest global gradient norm; MAE does not clip"
-        )
-
+    config: EmaeSettings
     encoder: Encoder
     by_patch: Tensor
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: EmaeSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        require_vit(encoder, "emae")
-        refuse_video(encoder, "emae")
-        refuse_relative(encoder, "emae")
         self.grid = encoder_grid(encoder)
         self.num_parts, self.num_used = _count_parts(config, self.grid)
         num_visible = self.grid.num_patches // self.num_parts
@@ -253,7 +192,7 @@ class EMAE(Method):
         return patch_map(numbers.flatten(1), self.grid, parts.flatten(1))
 
 
-def _count_parts(config: EMAE.Config, grid: Grid) -> tuple[int, int]:
+def _count_parts(config: EmaeSettings, grid: Grid) -> tuple[int, int]:
     """K and U, or a UserError for numbers that do not fit."""
     parts, patches = config.parts, grid.num_patches
     if patches % parts:

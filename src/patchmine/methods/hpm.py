@@ -14,18 +14,18 @@ hpm-video.md, section 4).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from patchmine.backbones.family import Encoder, encode, refuse_relative, require_vit
+from patchmine.backbones.family import Encoder, encode
 from patchmine.backbones.foreign import ForeignTeacher
 from patchmine.backbones.tokens import encoder_grid
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
+from patchmine.methods.settings.hpm import HpmSettings
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.models.teacher import Teacher
 from patchmine.ops.losses import (
@@ -38,7 +38,6 @@ from patchmine.ops.masks import count_positions, hard_masked, tubes
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.ops.schedules import ema_decay, hard_count
-from patchmine.strict import Count, Depth, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -48,86 +47,16 @@ class HPM(Method):
     chooses the masks.
     """
 
-    class Config(Strict):
-        """Settings of HPM; the defaults are the published recipe (models_mae_learn_loss.py,
-        engine_pretrain.py).
-        """
+    Config = HpmSettings
 
-        name: Literal["hpm"] = "hpm"
-        mask_ratio: float = Field(
-            0.75, gt=0, lt=1, description="share of the patches that are removed"
-        )
-        target: Literal["pixel", "ema", "dino", "clip"] = Field(
-            "pixel",
-            description="what is predicted: pixels, the teacher's features, or those of a frozen DINO or CLIP",
-        )
-        target_file: str | None = Field(
-            None, description="local weights of the frozen DINO or CLIP network"
-        )
-        target_renormalise: bool = Field(
-            False,
-            description="give a foreign network images in its own normalisation; the reference does not",
-        )
-        norm_pix_loss: bool = Field(
-            False, description="predict pixels standardised within each patch"
-        )
-        prediction: Literal["relative", "absolute", "none"] = Field(
-            "relative",
-            description="how losses are predicted: their order, their standardised value, or not at all",
-        )
-        losspred_head: Literal["patch", "scalar"] = Field(
-            "patch",
-            description="one output per value of a patch, averaged, as published; or a single output",
-        )
-        alpha_start: float = Field(
-            0.0, ge=0, le=1, description="share of hard patches among the masked, at the start"
-        )
-        alpha_end: float = Field(0.5, ge=0, le=1, description="the same at the end")
-        alpha_offset: int = Field(
-            1, ge=0, description="epochs by which the schedule is ahead (generate_mask: 1)"
-        )
-        ema_start: float = Field(0.999, ge=0, le=1, description="decay of the teacher at the start")
-        ema_end: float = Field(
-            0.9999, ge=0, le=1, description="decay of the teacher after the ramp"
-        )
-        ema_ramp_epochs: int | None = Field(
-            100,
-            gt=0,
-            description="epochs of the ramp, counted absolutely; null: per step, over the whole run",
-        )
-        mask_unit: Literal["tube", "cube"] = Field(
-            "tube",
-            description="of clips: hide a place at all times, or each cube by itself; images know no difference",
-        )
-        tube_score: Literal["mean", "max"] = Field(
-            "mean", description="difficulty of a tube: the mean or the greatest of its cubes"
-        )
-        decoder_embed_dim: Count = Field(512, description="width of both decoders")
-        decoder_depth: Depth = Field(8, description="blocks of each decoder")
-        decoder_num_heads: Count = Field(16, description="attention heads of each decoder")
-        decoder_mlp_ratio: float = Field(
-            4.0, gt=0, le=64, description="hidden width of both decoders' MLPs, times its own width"
-        )
-        decoder_norm_eps: float = Field(
-            1e-6, gt=0, description="added to the variance in both decoders' layer norms"
-        )
-        decoder_qkv_bias: bool = Field(
-            True, description="biases of queries, keys and values in both decoders' attention"
-        )
-        clip_grad: float | None = Field(
-            5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)"
-        )
-
+    config: HpmSettings
     encoder: Encoder
-    video: ClassVar[bool] = True
     teacher: Teacher | None
     foreign: ForeignTeacher | None
     predictor: Decoder | None
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: HpmSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        require_vit(encoder, "hpm")
-        refuse_relative(encoder, "hpm")
         self.grid = encoder_grid(encoder)
         # Masks are drawn over units: tubes through all time slots, or cubes.  Of an image both are
         # its patches.

@@ -10,21 +10,18 @@ Self-Supervised Video Pre-Training", NeurIPS 2022, arXiv 2203.12602.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from patchmine.backbones.family import Encoder, encode, refuse_relative, require_vit
+from patchmine.backbones.family import Encoder, encode
 from patchmine.backbones.tokens import encoder_grid
 from patchmine.backbones.vit import initialise
+from patchmine.methods.settings.mae import MaeSettings
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_positions, lowest_visible, tubes
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
-from patchmine.strict import Count, Depth, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -35,39 +32,13 @@ class MAE(Method):
     References: models_mae.py of facebookresearch/mae, modeling_pretrain.py of MCG-NJU/VideoMAE.
     """
 
-    class Config(Strict):
-        """Settings of MAE; the defaults are the published recipe (PRETRAIN.md, models_mae.py)."""
+    Config = MaeSettings
 
-        name: Literal["mae"] = "mae"
-        mask_ratio: float = Field(
-            0.75, gt=0, lt=1, description="share of the patches that are removed"
-        )
-        norm_pix_loss: bool = Field(
-            True, description="predict pixels standardised within each patch"
-        )
-        decoder_embed_dim: Count = Field(512, description="width of the decoder")
-        decoder_depth: Depth = Field(8, description="blocks of the decoder")
-        decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
-        decoder_mlp_ratio: float = Field(
-            4.0, gt=0, le=64, description="hidden width of the decoder's MLPs, times its own width"
-        )
-        decoder_norm_eps: float = Field(
-            1e-6, gt=0, description="added to the variance in the decoder's layer norms"
-        )
-        decoder_qkv_bias: bool = Field(
-            True, description="biases of queries, keys and values in the decoder's attention"
-        )
-        clip_grad: float | None = Field(
-            None, gt=0, description="largest global gradient norm; MAE does not clip"
-        )
-
+    config: MaeSettings
     encoder: Encoder
-    video: ClassVar[bool] = True
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: MaeSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        require_vit(encoder, "mae")
-        refuse_relative(encoder, "mae")
         self.grid = encoder_grid(encoder)
         self.num_visible = count_positions(
             self.grid, config.mask_ratio

@@ -11,23 +11,17 @@ other pairs are ours.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from patchmine.backbones.family import (
-    Encoder,
-    build_encoder,
-    family_of,
-    refuse_video,
-    stage_features,
-)
+from patchmine.backbones.family import Encoder, build_encoder, family_of, stage_features
 from patchmine.errors import UserError
+from patchmine.methods.settings.mokd import MokdSettings
 from patchmine.models.centre import Centre
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths
 from patchmine.models.heads import DinoHead
@@ -44,7 +38,6 @@ from patchmine.ops.distill import (
 from patchmine.ops.pictures import two_parts
 from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
-from patchmine.strict import LARGEST_BATCH, Arguments, Count, Depth, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
@@ -81,88 +74,15 @@ class MOKD(Method):
     spaces.
     """
 
-    class Config(Strict):
-        """Settings of MOKD; the defaults are the published ones, for a ResNet-50 beside a ViT-S/16."""
+    Config = MokdSettings
 
-        name: Literal["mokd"] = "mokd"
-        partner_model: str = Field(
-            "resnet50", description="the second network, a ViT or ResNet of timm's"
-        )
-        partner_args: Arguments = Field(
-            {}, description="its arguments, as model_args are the first one's"
-        )
-        cross_weight: float | None = Field(
-            None,
-            ge=0,
-            description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for a ViT",
-        )
-        partner_cross_weight: float | None = Field(
-            None,
-            ge=0,
-            description="weight of what the partner learns from model; null: as for cross_weight",
-        )
-        out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of every head")
-        head_hidden: Count = Field(2048, description="hidden width of the perceptron heads")
-        head_bottleneck: Count = Field(
-            256, description="width of the perceptron heads before their prototypes"
-        )
-        thead_width: Count | None = Field(
-            None,
-            description="width of the transformer heads; null: a ViT's own, 384 for two ResNets",
-        )
-        thead_depth: Depth = Field(3, description="blocks of the transformer heads")
-        thead_heads: Count = Field(6, description="attention heads of the transformer heads")
-        drop_path: float = Field(
-            0.1, ge=0, lt=1, description="stochastic depth of a student ViT's last block"
-        )
-        teacher_temp_start: float = Field(
-            0.04, gt=0, description="temperature of the teachers at the start"
-        )
-        teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
-        cnn_temp_warmup_epochs: int = Field(
-            50, ge=0, description="epochs of that warm-up, for a ResNet's own teacher"
-        )
-        vit_temp_warmup_epochs: int = Field(
-            30, ge=0, description="the same for a ViT's own teacher, and between the networks"
-        )
-        centre_momentum: float = Field(
-            0.9, ge=0, lt=1, description="how slowly the teachers' centres move"
-        )
-        ema_start: float = Field(
-            0.996, ge=0, le=1, description="decay of the teachers at the start"
-        )
-        ema_end: float = Field(1.0, ge=0, le=1, description="decay of the teachers at the end")
-        weight_decay_end: float | None = Field(
-            0.4,
-            ge=0,
-            description="AdamW's at the end, by half a cosine from weight_decay; null: it stays",
-        )
-        sgd_blr: float = Field(
-            0.1, gt=0, description="a ResNet's learning rate for 256 images; blr is AdamW's"
-        )
-        sgd_min_lr: float = Field(
-            0.0048, ge=0, description="a ResNet's learning rate at the end; min_lr is AdamW's"
-        )
-        sgd_weight_decay: float = Field(1e-4, ge=0, description="a ResNet's, constant")
-        cnn_thead_optimizer: Literal["sgd", "adamw"] = Field(
-            "sgd",
-            description="of a ResNet's transformer head: SGD at AdamW's rates, as in the code; or AdamW, ours",
-        )
-        clip_grad: float | None = Field(
-            3.0, gt=0, description="largest gradient norm of each parameter by itself"
-        )
-        freeze_last_layer: int = Field(
-            1, ge=0, description="epochs during which the prototypes do not move"
-        )
-
+    config: MokdSettings
     encoder: Encoder
     partner: Encoder
     averages_rows = False  # batch norms and centres
-    multi_crop: ClassVar[bool] = True
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: MokdSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        refuse_video(encoder, "mokd")
         partner = _build_partner(config, encoder)
         width = _thead_width(config, encoder, partner)
         self.drop_paths = []
@@ -439,7 +359,7 @@ def search(thead: TransformerHead, maps: Tensor, queries: Tensor) -> Tensor:
     return logits
 
 
-def _build_partner(config: MOKD.Config, encoder: Encoder) -> Encoder:
+def _build_partner(config: MokdSettings, encoder: Encoder) -> Encoder:
     channels = next(p for p in encoder.parameters() if p.ndim == 4).shape[1]
     try:
         partner = build_encoder(
@@ -456,7 +376,7 @@ def _build_partner(config: MOKD.Config, encoder: Encoder) -> Encoder:
     return partner
 
 
-def _thead_width(config: MOKD.Config, encoder: Encoder, partner: Encoder) -> int:
+def _thead_width(config: MokdSettings, encoder: Encoder, partner: Encoder) -> int:
     """Width of both T-Heads: each gets queries from the other, and a ViT's tokens enter as they
     are.
     """
@@ -484,7 +404,7 @@ def _thead_width(config: MOKD.Config, encoder: Encoder, partner: Encoder) -> int
     return width
 
 
-def _dino_head(config: MOKD.Config, encoder: Encoder) -> DinoHead:
+def _dino_head(config: MokdSettings, encoder: Encoder) -> DinoHead:
     """The gain of the prototypes is learned for a ViT only (main_mokd.py, whatever its command line
     says).
     """
@@ -498,7 +418,7 @@ def _dino_head(config: MOKD.Config, encoder: Encoder) -> DinoHead:
     )
 
 
-def _thead(config: MOKD.Config, encoder: Encoder, width: int) -> TransformerHead:
+def _thead(config: MokdSettings, encoder: Encoder, width: int) -> TransformerHead:
     return TransformerHead(
         encoder.num_features,
         width,

@@ -9,7 +9,7 @@ skyoux/scfs (models/scfs.py, main_scfs.py, README).  The variant for vision tran
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,11 @@ from patchmine.backbones.family import (
     Encoder,
     StageFeatures,
     family_of,
-    refuse_video,
     stage_features,
     stage_widths,
 )
 from patchmine.errors import UserError
+from patchmine.methods.settings.scfs import ScfsSettings
 from patchmine.models.centre import Centre
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.heads import DinoHead, StageHead
@@ -42,7 +42,6 @@ from patchmine.ops.pictures import two_parts
 from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
 from patchmine.ops.search import cosine_attention
-from patchmine.strict import LARGEST_BATCH, Count, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
@@ -54,64 +53,14 @@ class SCFS(Method):
     crops find in them.
     """
 
-    class Config(Strict):
-        """Settings of SCFS; the defaults are the published ones for a ResNet-50."""
+    Config = ScfsSettings
 
-        name: Literal["scfs"] = "scfs"
-        stages: Annotated[list[str], Field(min_length=1)] | None = Field(
-            None,
-            description="stages that are searched; null: layer2 to layer4 of a ResNet, three blocks of a ViT",
-        )
-        stage_weights: Weight | list[Weight] = Field(
-            1.0,
-            description="weight of the stages, one number or one a stage; 0 leaves a stage out, all 0 is DINO",
-        )
-        stage_global_weight: float = Field(
-            0.5, ge=0, description="weight of a stage's loss between global crops"
-        )
-        stage_search_weight: float = Field(
-            0.5, ge=0, description="weight of a stage's loss of local crops"
-        )
-        out_dim: int = Field(
-            65536, gt=1, le=LARGEST_BATCH, description="prototypes of the last head"
-        )
-        head_hidden: Count = Field(2048, description="hidden width of the last head")
-        head_bottleneck: Count = Field(
-            256, description="width of the last head before its prototypes"
-        )
-        stage_out_dim: int = Field(
-            256, gt=1, le=LARGEST_BATCH, description="outputs of the stages' heads"
-        )
-        stage_hidden: Count = Field(2048, description="hidden width of the stages' heads")
-        stage_bottleneck: Count = Field(256, description="channels within the stages' heads")
-        teacher_temp_start: float = Field(
-            0.04, gt=0, description="temperature of the teacher at the start"
-        )
-        teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
-        teacher_temp_warmup_epochs: int = Field(50, ge=0, description="epochs of that warm-up")
-        centre_momentum: float = Field(
-            0.9, ge=0, lt=1, description="how slowly the teacher's centres move"
-        )
-        ema_start: float = Field(0.996, ge=0, le=1, description="decay of the teacher at the start")
-        ema_end: float = Field(1.0, ge=0, le=1, description="decay of the teacher at the end")
-        optimizer: Literal["auto", "sgd", "lars", "adamw"] = Field(
-            "auto",
-            description="auto: SGD with momentum for a ResNet, AdamW for a ViT; set blr to suit it",
-        )
-        clip_grad: float | None = Field(
-            3.0, gt=0, description="largest gradient norm of each parameter by itself"
-        )
-        freeze_last_layer: int = Field(
-            1, ge=0, description="epochs during which the prototypes do not move"
-        )
-
+    config: ScfsSettings
     encoder: Encoder
     averages_rows = False  # batch norms and centres
-    multi_crop: ClassVar[bool] = True
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: ScfsSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        refuse_video(encoder, "scfs")
         self.stages = config.stages or _usual_stages(encoder)
         widths = dict(zip(self.stages, stage_widths(encoder, self.stages), strict=True))
         factors = {"global": config.stage_global_weight, "search": config.stage_search_weight}
@@ -286,7 +235,7 @@ def _usual_stages(encoder: Encoder) -> list[str]:
     ]
 
 
-def _active_weights(config: SCFS.Config, stages: list[str]) -> dict[str, float]:
+def _active_weights(config: ScfsSettings, stages: list[str]) -> dict[str, float]:
     """Weights of the stages that take part in the loss, by name."""
     given = config.stage_weights
     weights = given if isinstance(given, list) else [given] * len(stages)

@@ -8,20 +8,20 @@ Constants come from the reference code, skyoux/SemAIM.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
-from pydantic import Field
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from patchmine.backbones.attention import class_attention
-from patchmine.backbones.family import encode, refuse_relative, refuse_video, require_vit, transform
+from patchmine.backbones.family import encode, transform
 from patchmine.backbones.foreign import ForeignTeacher
 from patchmine.backbones.tokens import embed_patches, encoder_grid, patch_positions, prefix_tokens
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
+from patchmine.methods.settings.semaim import SemAimSettings
 from patchmine.models.streams import check_causal, only_looking, query_stream, two_streams
 from patchmine.models.teacher import Teacher
 from patchmine.ops.blur import blur_matrix, blurred
@@ -29,7 +29,6 @@ from patchmine.ops.losses import absolute_error, direction_error, squared_error
 from patchmine.ops.orders import (
     BY_CONTENT,
     IN_GROUPS,
-    Order,
     patch_levels,
     take,
     token_similarity,
@@ -45,7 +44,6 @@ from patchmine.ops.patches import (
 )
 from patchmine.ops.pictures import patch_map
 from patchmine.ops.schedules import ema_decay
-from patchmine.strict import Count, Depth, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
@@ -55,87 +53,17 @@ class SemAIM(Method):
     earlier.
     """
 
-    class Config(Strict):
-        """Settings of SemAIM; the defaults are the published recipe (README.md, main_pretrain.py)."""
+    Config = SemAimSettings
 
-        name: Literal["semaim"] = "semaim"
-        order: Order = Field(
-            "attention_center",
-            description="attention_center: by distance from the patch most similar to the image; similarity: by "
-            "similarity; stochastic: at random (SAIM); rowmajor, serpentine; center2out, out2center: of the image",
-        )
-        similarity: Literal["cls", "gap", "self"] = Field(
-            "cls",
-            description="of a patch to class token or mean patch, or the class token's attention (self)",
-        )
-        semantic_source: Literal["online", "ema"] = Field(
-            "online",
-            description="who judges similarity when pixels are predicted: the encoder, or its slow copy",
-        )
-        ties: Literal["break", "keep"] = Field(
-            "break",
-            description="patches of equal distance: in random order, or all at once (slower)",
-        )
-        group_size: Count = Field(
-            1, description="patches of consecutive ranks predicted at once (slower above 1)"
-        )
-        query_depth: Depth | None = Field(
-            None,
-            description="query blocks, a divisor of the encoder's depth; null: as many as the encoder has",
-        )
-        head: Literal["mlp", "linear"] = Field(
-            "mlp", description="what turns queries into predictions"
-        )
-        target: Literal["pixel", "ema", "own", "dino", "clip"] = Field(
-            "pixel",
-            description="what is predicted: pixels, features of the encoder's slow copy or of itself, or those of a "
-            "frozen DINO or CLIP",
-        )
-        target_file: str | None = Field(
-            None, description="local weights of the frozen DINO or CLIP network"
-        )
-        target_renormalise: bool = Field(
-            False,
-            description="give a foreign network images in its own normalisation; the reference does not",
-        )
-        pixel_loss: Literal["l2", "l1"] = Field(
-            "l2", description="mean squared or mean absolute error of pixels"
-        )
-        norm_pix_loss: bool = Field(
-            True, description="predict pixels standardised within each patch"
-        )
-        blur_kernel: Count = Field(
-            9, description="side of the window that pixel targets are blurred with, odd"
-        )
-        blur_sigma: float | None = Field(
-            1.0, gt=0, description="deviation of that blur, in pixels; null: none"
-        )
-        ema_start: float = Field(
-            0.999, ge=0, le=1, description="decay of the slow copy at the start"
-        )
-        ema_end: float = Field(
-            0.9999, ge=0, le=1, description="decay of the slow copy after the ramp"
-        )
-        ema_ramp_epochs: int | None = Field(
-            100,
-            gt=0,
-            description="epochs of the ramp, counted absolutely; null: per step, over the whole run",
-        )
-        clip_grad: float | None = Field(
-            3.0, gt=0, description="largest global gradient norm (README.md: 3)"
-        )
-
+    config: SemAimSettings
     encoder: VisionTransformer
     teacher: Teacher | None
     foreign: ForeignTeacher | None
     blur_rows: Tensor
     blur_columns: Tensor
 
-    def __init__(self, config: Config, encoder: VisionTransformer) -> None:
+    def __init__(self, config: SemAimSettings, encoder: VisionTransformer) -> None:
         super().__init__(config, encoder)
-        require_vit(encoder, "semaim")
-        refuse_video(encoder, "semaim")
-        refuse_relative(encoder, "semaim")
         check_causal(encoder, "semaim")
         self.grid = encoder_grid(encoder)
         self.by_content = config.order in BY_CONTENT
@@ -365,7 +293,7 @@ class SemAIM(Method):
         return Panel(title, images_from_values(take(values, back), self.grid, images.shape[1]))
 
 
-def _check(config: SemAIM.Config, *, depth: int, channels: int) -> None:
+def _check(config: SemAimSettings, *, depth: int, channels: int) -> None:
     """UserError for settings that contradict each other or the encoder."""
     foreign = config.target in ("dino", "clip")
     if config.query_depth is not None and depth % config.query_depth:

@@ -9,22 +9,20 @@ microsoft/SimMIM; each names its file.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from patchmine.backbones.family import Encoder, refuse_video, require_vit, transform
+from patchmine.backbones.family import Encoder, transform
 from patchmine.backbones.tokens import encoder_grid, patch_positions, prefix_tokens, project_patches
 from patchmine.errors import UserError
+from patchmine.methods.settings.simmim import SimMimSettings
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.units import patches_per_unit
 from patchmine.ops.losses import masked_absolute_error
 from patchmine.ops.masks import expand_units
 from patchmine.ops.patches import channels_last, gather_patches
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
-from patchmine.strict import Count, Strict
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -36,29 +34,13 @@ class SimMIM(Method):
     hidden; no decoder.
     """
 
-    class Config(Strict):
-        """Settings of SimMIM; the defaults are the published recipe (configs/vit_base__800ep,
-        data_simmim.py).
-        """
+    Config = SimMimSettings
 
-        name: Literal["simmim"] = "simmim"
-        mask_ratio: float = Field(
-            0.6, gt=0, lt=1, description="share of the mask units that are hidden, rounded up"
-        )
-        mask_unit: Count | None = Field(
-            None,
-            description="pixels along a side of what is hidden at once; null: two patches, 32 as published",
-        )
-        clip_grad: float | None = Field(
-            5.0, gt=0, description="largest global gradient norm (config.py: 5)"
-        )
-
+    config: SimMimSettings
     encoder: Encoder
 
-    def __init__(self, config: Config, encoder: Encoder) -> None:
+    def __init__(self, config: SimMimSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        require_vit(encoder, "simmim")
-        refuse_video(encoder, "simmim")
         self.grid = encoder_grid(encoder)
         self.per_unit = patches_per_unit(self.grid, config.mask_unit)
         self.num_units = self.grid.num_patches // math.prod(self.per_unit)

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Order = Literal[
-    "attention_center",
-    "similarity",
-    "stochastic",
-    "rowmajor",
-    "serpentine",
-    "center2out",
-    "out2center",
-]
 
 BY_CONTENT = ("attention_center", "similarity")
 """Orders that need to know how similar each patch is to the image."""
@@ -35,7 +23,7 @@ def token_similarity(anchor: Tensor, tokens: Tensor) -> Tensor:
 
 
 def patch_levels(
-    order: Order, size: tuple[int, ...], similarity: Tensor | None, device: torch.device
+    order: str, size: tuple[int, ...], similarity: Tensor | None, device: torch.device
 ) -> Tensor:
     """What decides first when patches are put in order, lower is earlier: (B, L), or (1, L) alike
     for all images.
@@ -82,7 +70,7 @@ def _in_box(place: Tensor, side: int, half: int) -> Tensor:
     return (2 * place - (side - 1)).abs() < 2 * half
 
 
-def visiting_order(order: Order, levels: Tensor, noise: Tensor) -> Tensor:
+def visiting_order(order: str, levels: Tensor, noise: Tensor) -> Tensor:
     """``visited[:, r]`` is the patch of rank r: (1 or B, L), (B, L) -> (B, L) int64.
 
     Within a level patches are drawn by ``noise`` in [0, 1).  Added to whole numbers in float64 it

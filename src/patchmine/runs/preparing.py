@@ -58,13 +58,13 @@ def train_view(config: RunConfig, method: Method) -> View:
     # Of all backbones
     patches = [family_of(part).smallest_side(part) for part in method.modules() if is_encoder(part)]
     size, step = config.crops.local_size, math.lcm(*patches)
-    if method.multi_crop and config.crops.num_local and size % step:
+    if method.config.multi_crop and config.crops.num_local and size % step:
         near = max(step, round(size / step) * step)
         raise UserError(
             f"crops.local_size={size} is not a multiple of {step}, as the patches of the backbones "
             f"of method={config.method.name} ask for: set crops.local_size={near}"
         )
-    return item_of(config).train_view(config, max(patches), method.multi_crop)
+    return item_of(config).train_view(config, max(patches), method.config.multi_crop)
 
 
 def lr_schedule(config: RunConfig) -> LrSchedule:

@@ -18,7 +18,7 @@ from patchmine.backbones.naming import Weights
 from patchmine.config.resolve import parse, silent
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError, shown_name
-from patchmine.methods import METHODS
+from patchmine.methods import method_class
 from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
 from patchmine.train.log import read_line
@@ -35,7 +35,7 @@ def build_method(
     ``say`` hears what became of its tensors.  Raises UserError where the settings do not fit
     together.
     """
-    kind = METHODS[config.method.name]
+    kind = method_class(config.method)
     make: Callable[..., Method] = kind
     encoder = _bare_encoder(config)
     kind.draw_weights(encoder)

@@ -1,0 +1,1 @@
+"""Settings of the methods, one file each; nothing here needs torch."""

@@ -1,0 +1,66 @@
+"""Settings of HPM."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from patchmine.models.settings import DecoderSettings
+
+
+class HpmSettings(DecoderSettings):
+    """A teacher predicts where reconstruction will be hard, and masks there.
+
+    Wang et al., "Hard Patches Mining", CVPR 2023, arXiv 2304.05919.  The defaults are the
+    published recipe (models_mae_learn_loss.py, engine_pretrain.py).
+    """
+
+    implementation: ClassVar[str] = "patchmine.methods.hpm:HPM"
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "video"})
+    name: Literal["hpm"] = "hpm"
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
+    target: Literal["pixel", "ema", "dino", "clip"] = Field(
+        "pixel",
+        description="what is predicted: pixels, the teacher's features, or those of a frozen DINO or CLIP",
+    )
+    target_file: str | None = Field(
+        None, description="local weights of the frozen DINO or CLIP network"
+    )
+    target_renormalise: bool = Field(
+        False,
+        description="give a foreign network images in its own normalisation; the reference does not",
+    )
+    norm_pix_loss: bool = Field(False, description="predict pixels standardised within each patch")
+    prediction: Literal["relative", "absolute", "none"] = Field(
+        "relative",
+        description="how losses are predicted: their order, their standardised value, or not at all",
+    )
+    losspred_head: Literal["patch", "scalar"] = Field(
+        "patch",
+        description="one output per value of a patch, averaged, as published; or a single output",
+    )
+    alpha_start: float = Field(
+        0.0, ge=0, le=1, description="share of hard patches among the masked, at the start"
+    )
+    alpha_end: float = Field(0.5, ge=0, le=1, description="the same at the end")
+    alpha_offset: int = Field(
+        1, ge=0, description="epochs by which the schedule is ahead (generate_mask: 1)"
+    )
+    ema_start: float = Field(0.999, ge=0, le=1, description="decay of the teacher at the start")
+    ema_end: float = Field(0.9999, ge=0, le=1, description="decay of the teacher after the ramp")
+    ema_ramp_epochs: int | None = Field(
+        100,
+        gt=0,
+        description="epochs of the ramp, counted absolutely; null: per step, over the whole run",
+    )
+    mask_unit: Literal["tube", "cube"] = Field(
+        "tube",
+        description="of clips: hide a place at all times, or each cube by itself; images know no difference",
+    )
+    tube_score: Literal["mean", "max"] = Field(
+        "mean", description="difficulty of a tube: the mean or the greatest of its cubes"
+    )
+    clip_grad: float | None = Field(
+        5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)"
+    )

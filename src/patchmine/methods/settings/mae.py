@@ -1,0 +1,26 @@
+"""Settings of MAE."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from patchmine.models.settings import DecoderSettings
+
+
+class MaeSettings(DecoderSettings):
+    """Predict the pixels of randomly removed patches from the few that are left.
+
+    He et al., CVPR 2022, arXiv 2111.06377; on clips it is VideoMAE (Tong et al., NeurIPS 2022,
+    arXiv 2203.12602).  The defaults are the published recipe (PRETRAIN.md, models_mae.py).
+    """
+
+    implementation: ClassVar[str] = "patchmine.methods.mae:MAE"
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "video"})
+    name: Literal["mae"] = "mae"
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
+    norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
+    clip_grad: float | None = Field(
+        None, gt=0, description="largest global gradient norm; MAE does not clip"
+    )

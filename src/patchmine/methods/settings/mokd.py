@@ -1,0 +1,90 @@
+"""Settings of MOKD."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from patchmine.models.settings import MethodSettings
+from patchmine.strict import LARGEST_BATCH, Arguments, Count, Depth
+
+
+class MokdSettings(MethodSettings):
+    """Two networks, each with an EMA teacher, that also learn from each other's teacher.
+
+    Song et al., CVPR 2023, arXiv 2304.06461.  The defaults are the published ones, for a ResNet-50
+    beside a ViT-S/16.
+    """
+
+    implementation: ClassVar[str] = "patchmine.methods.mokd:MOKD"
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "resnet"})
+    relative_positions: ClassVar[bool] = True
+    multi_crop: ClassVar[bool] = True
+    name: Literal["mokd"] = "mokd"
+    partner_model: str = Field(
+        "resnet50", description="the second network, a ViT or ResNet of timm's"
+    )
+    partner_args: Arguments = Field(
+        {}, description="its arguments, as model_args are the first one's"
+    )
+    cross_weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for a ViT",
+    )
+    partner_cross_weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of what the partner learns from model; null: as for cross_weight",
+    )
+    out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of every head")
+    head_hidden: Count = Field(2048, description="hidden width of the perceptron heads")
+    head_bottleneck: Count = Field(
+        256, description="width of the perceptron heads before their prototypes"
+    )
+    thead_width: Count | None = Field(
+        None, description="width of the transformer heads; null: a ViT's own, 384 for two ResNets"
+    )
+    thead_depth: Depth = Field(3, description="blocks of the transformer heads")
+    thead_heads: Count = Field(6, description="attention heads of the transformer heads")
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth of a student ViT's last block"
+    )
+    teacher_temp_start: float = Field(
+        0.04, gt=0, description="temperature of the teachers at the start"
+    )
+    teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
+    cnn_temp_warmup_epochs: int = Field(
+        50, ge=0, description="epochs of that warm-up, for a ResNet's own teacher"
+    )
+    vit_temp_warmup_epochs: int = Field(
+        30, ge=0, description="the same for a ViT's own teacher, and between the networks"
+    )
+    centre_momentum: float = Field(
+        0.9, ge=0, lt=1, description="how slowly the teachers' centres move"
+    )
+    ema_start: float = Field(0.996, ge=0, le=1, description="decay of the teachers at the start")
+    ema_end: float = Field(1.0, ge=0, le=1, description="decay of the teachers at the end")
+    weight_decay_end: float | None = Field(
+        0.4,
+        ge=0,
+        description="AdamW's at the end, by half a cosine from weight_decay; null: it stays",
+    )
+    sgd_blr: float = Field(
+        0.1, gt=0, description="a ResNet's learning rate for 256 images; blr is AdamW's"
+    )
+    sgd_min_lr: float = Field(
+        0.0048, ge=0, description="a ResNet's learning rate at the end; min_lr is AdamW's"
+    )
+    sgd_weight_decay: float = Field(1e-4, ge=0, description="a ResNet's, constant")
+    cnn_thead_optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd",
+        description="of a ResNet's transformer head: SGD at AdamW's rates, as in the code; or AdamW, ours",
+    )
+    clip_grad: float | None = Field(
+        3.0, gt=0, description="largest gradient norm of each parameter by itself"
+    )
+    freeze_last_layer: int = Field(
+        1, ge=0, description="epochs during which the prototypes do not move"
+    )
