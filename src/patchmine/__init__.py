@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from patchmine.evaluate.settings import VideoSettings as VideoSettings
     from patchmine.evaluate.video import evaluate_video as evaluate_video
     from patchmine.methods import METHODS as METHODS
+    from patchmine.models.settings import MethodSettings as MethodSettings
     from patchmine.report.html import write_report as write_report
     from patchmine.report.show import show as show
     from patchmine.runs.transfer import export_run as export_run
     from patchmine.runs.transfer import import_file as import_file
-    from patchmine.strict import Strict as Strict
     from patchmine.task import Method as Method
+    from patchmine.task import Task as Task
     from patchmine.types import Batch as Batch
     from patchmine.types import Grid as Grid
     from patchmine.types import Losses as Losses
@@ -62,11 +63,11 @@ _HOMES = {
     "evaluate.settings": ("EmbedSettings", "KnnSettings", "LinearSettings", "VideoSettings"),
     "evaluate.video": ("evaluate_video",),
     "methods": ("METHODS",),
+    "models.settings": ("MethodSettings",),
     "report.html": ("write_report",),
     "report.show": ("show",),
     "runs.transfer": ("export_run", "import_file"),
-    "strict": ("Strict",),
-    "task": ("Method",),
+    "task": ("Method", "Task"),
     "types": ("Batch", "Grid", "Losses", "Mask", "Panel", "ParamGroup", "Progress", "Sample"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}

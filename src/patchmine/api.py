@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 from pydantic import BaseModel
 
+from patchmine import training
 from patchmine.backbones.family import Encoder
 from patchmine.config.explain import validate
 from patchmine.config.resolve import from_settings
@@ -25,8 +26,6 @@ from patchmine.runs.checking import CHECKS
 from patchmine.runs.run import Run as RunFolder
 from patchmine.runs.run import open_encoder
 from patchmine.runs.transfer import export_run
-from patchmine.training import pretrain as _pretrain
-from patchmine.training import resume as _resume
 
 Say = Callable[[str], None]
 Model = TypeVar("Model", bound=BaseModel)
@@ -267,7 +266,7 @@ def pretrain(
         given["data"] = data if source is None else f"python:{type(data).__name__}"
     start_from = None if recipe is None else os.fspath(recipe)
     config = from_settings(start_from, say=say, also=CHECKS, **given)
-    return Run(_pretrain(config, source=source, say=say).path)
+    return Run(training.pretrain(config, source=source, say=say).path)
 
 
 def resume(
@@ -292,7 +291,7 @@ def resume(
     if data is not None and source is None:
         given["data"] = data
     words = [f"{name}={value}" for name, value in given.items()]
-    return Run(_resume(path, words, source=source, say=say).path)
+    return Run(training.resume(path, words, source=source, say=say).path)
 
 
 def _is_named(data: Any) -> bool:

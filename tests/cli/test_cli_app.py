@@ -24,8 +24,9 @@ from patchmine.cli.commands import COMMANDS as PROGRAMS
 from patchmine.cli.commands import Command, named
 from patchmine.cli.program import last_words, say
 from patchmine.config.recipes import recipe_names
-from patchmine.config.schema import RunConfig, method_tables
+from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError
+from patchmine.methods import METHODS
 
 COMMANDS = [command.name.split() for command in PROGRAMS]
 
@@ -157,7 +158,7 @@ def test_every_setting_of_a_run_stands_on_its_help_page_and_in_its_schema() -> N
     for name in RunConfig.model_fields:
         assert f"\n{name}=" in schema or f"\n{name}.*" in schema
         assert f"\n  {name}=" in text or f"\n  {name}.*" in text
-    for method, table in method_tables().items():
+    for method, table in METHODS.items():
         alone, full = (
             call("config", "schema", method).stdout,
             call("list", "methods", method).stdout,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -228,18 +229,25 @@ def test_the_public_names_open_runs(tmp_path: Path) -> None:
         _ = patchmine.pretrian  # type: ignore[attr-defined]
 
 
-def test_pretrain_from_python_takes_settings_and_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrain_from_python_takes_settings_and_datasets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls = []
-    module = importlib.import_module("patchmine.training")
-    monkeypatch.setattr(module, "pretrain", lambda config, **more: calls.append((config, more)))
+
+    def pretrain(config: RunConfig, **more: Any) -> SimpleNamespace:
+        calls.append((config, more))
+        return SimpleNamespace(path=tmp_path)
+
+    monkeypatch.setattr("patchmine.training.pretrain", pretrain)
+    monkeypatch.setattr("patchmine.api.Run", str)
     dataset = torch.utils.data.TensorDataset(torch.zeros(3, 3, 32, 32))
     patchmine.pretrain(
-        data="photos", method="hpm", recipe="cifar10-tiny", out="x", **{"method.mask_ratio": 0.8}
+        data=tmp_path, method="hpm", recipe="cifar10-tiny", out="x", **{"method.mask_ratio": 0.8}
     )
     patchmine.pretrain(data=dataset, out="x")
     (named, with_name), (given, with_dataset) = calls
     assert (named.data, named.method.name, named.method.mask_ratio, named.image_size) == (
-        "photos",
+        str(tmp_path),
         "hpm",
         0.8,
         (32, 32),

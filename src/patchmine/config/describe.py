@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from patchmine.config.explain import did_you_mean
-from patchmine.config.schema import RunConfig, method_tables, names_of
+from patchmine.config.schema import RunConfig, names_of
 from patchmine.errors import UserError, shown_name
 from patchmine.methods import METHODS
 from patchmine.strict import Strict
@@ -73,5 +73,5 @@ def describe_method(name: str) -> list[str]:
     if name not in METHODS:
         near = did_you_mean(name, METHODS) or f"; there are {', '.join(METHODS)}"
         raise UserError(f"No method '{shown_name(name)}'{near}")
-    table = method_tables()[name]
+    table = METHODS[name]
     return describe(table, [each for each in table.model_fields if each != "name"], "method.")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from patchmine.backbones.settings import ModelSettings
 from patchmine.data.settings import DataSettings, ViewSettings
 from patchmine.evaluate.settings import EvalSettings
 from patchmine.methods import METHODS
+from patchmine.models.settings import MethodSettings
 from patchmine.strict import OF_A_MACHINE, ByName, Mistake, Positive, Strict
 from patchmine.train.settings import (
     LoggingSettings,
@@ -24,17 +25,12 @@ from patchmine.train.settings import (
 )
 
 
-def method_tables() -> Mapping[str, type[BaseModel]]:
-    """The settings of every method that there is now, by its name."""
-    return METHODS
-
-
 class MethodChoice(Strict):
     """What the network learns from."""
 
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
-    method: Annotated[Any, ByName(method_tables, default="mae")] = Field(
+    method: Annotated[MethodSettings, ByName(lambda: METHODS, default="mae")] = Field(
         "mae", validate_default=True, description="the method's name and its own settings"
     )
 
@@ -66,7 +62,7 @@ class RunConfig(
 
     def mistakes(self) -> Iterator[Mistake]:
         """What does not fit together between blocks."""
-        if METHODS[self.method.name].multi_crop and self.crops.num_local:
+        if self.method.multi_crop and self.crops.num_local:
             yield from self.unfilled("crops.local_size", [self.crops.local_size])
         counts = {name: getattr(self, name) for name in ("accumulate", "devices", "num_nodes")}
         parts, batch, repeats = math.prod(counts.values()), self.batch_size, self.clip.repeats
