@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from patchmine.evaluate.video import evaluate_video as evaluate_video
     from patchmine.methods import METHODS as METHODS
     from patchmine.models.settings import MethodSettings as MethodSettings
-    from patchmine.report.html import write_report as write_report
+    from patchmine.report.page import write_report as write_report
     from patchmine.report.show import show as show
     from patchmine.runs.transfer import export_run as export_run
     from patchmine.runs.transfer import import_file as import_file
@@ -64,7 +64,7 @@ _HOMES = {
     "evaluate.video": ("evaluate_video",),
     "methods": ("METHODS",),
     "models.settings": ("MethodSettings",),
-    "report.html": ("write_report",),
+    "report.page": ("write_report",),
     "report.show": ("show",),
     "runs.transfer": ("export_run", "import_file"),
     "task": ("Method", "Task"),

@@ -20,7 +20,7 @@ from patchmine.evaluate.knn import evaluate_knn
 from patchmine.evaluate.linear import evaluate_linear
 from patchmine.evaluate.settings import EmbedSettings, KnnSettings, LinearSettings, VideoSettings
 from patchmine.evaluate.video import evaluate_video
-from patchmine.report.html import write_report
+from patchmine.report.page import write_report
 from patchmine.report.show import show
 from patchmine.runs.checking import CHECKS
 from patchmine.runs.run import Run as RunFolder

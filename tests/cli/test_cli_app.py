@@ -40,7 +40,7 @@ ROOMS = [
     ("evaluate.measure", "show_result"),
     ("evaluate.embed", "embed"),
     ("report.show", "show"),
-    ("report.html", "write_report"),
+    ("report.page", "write_report"),
     ("runs.transfer", "export_run"),
     ("runs.transfer", "import_file"),
     ("data.sources.source", "open_source"),

@@ -31,7 +31,7 @@ from patchmine.evaluate.neighbours import knn_accuracy, vote_shares
 from patchmine.evaluate.settings import EmbedSettings, KnnSettings, LinearSettings, VideoSettings
 from patchmine.evaluate.targets import open_target, random_twin, raw_pixels
 from patchmine.evaluate.video import ViewScores, evaluate_video
-from patchmine.report.evaluations import read_result
+from patchmine.report.page import read_result
 
 
 def settings(kind, target, data, **more):
@@ -265,7 +265,7 @@ def test_floors_are_measured_on_the_same_clips_and_shown(video_folder, run_folde
         assert words in page.getvalue()
     shown = read_result(0, "run", knn)
     assert shown.top1 == knn["top1"]
-    assert shown.floors.keys() == {"random_init", "raw_pixels", "per_frame"}
+    assert shown.baselines.keys() == {"random_init", "raw_pixels", "per_frame"}
 
 
 def test_the_protocols_of_images_take_one_clip_of_each_video(video_folder, clips, tmp_path):

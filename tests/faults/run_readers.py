@@ -25,7 +25,7 @@ def read_recipe(data: bytes, folder: Path) -> object:
 
 
 def read_config(data: bytes, folder: Path) -> object:
-    from patchmine.report.html import write_report
+    from patchmine.report.page import write_report
     from patchmine.runs.run import Run
 
     (folder / "run").mkdir(exist_ok=True)
@@ -78,7 +78,7 @@ def read_run_file(run: Path, name: str, data: bytes, folder: Path) -> object:
     """Everything that looks at a run's files beside its weights: the run, its report, and a log
     that goes on.
     """
-    from patchmine.report.html import write_report
+    from patchmine.report.page import write_report
     from patchmine.runs.run import Run
     from patchmine.train.log import trim_metrics
 

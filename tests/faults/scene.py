@@ -63,7 +63,7 @@ def preload() -> None:
 
     import patchmine.cli.app
     import patchmine.evaluate.targets
-    import patchmine.report.html
+    import patchmine.report.page
     import patchmine.runs.transfer
     import patchmine.training
 

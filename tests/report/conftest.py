@@ -106,7 +106,7 @@ def _training_lines(
 def _write_evals(folder: Path, method: str) -> None:
     folder.mkdir()
     better = 3.1 if method == "hpm" else 0.0
-    floors = {
+    baselines = {
         "random_init": {"top1": 32.4, "top5": 71.0},
         "raw_pixels": {"top1": 27.9, "top5": 66.2},
     }
@@ -119,7 +119,7 @@ def _write_evals(folder: Path, method: str) -> None:
         "data": "photos/test",
     }
     linear = {"name": "linear", "top1": 51.2 + better, "top5": 91.3}
-    (folder / "knn.json").write_text(json.dumps(knn | {"floors": floors}))
+    (folder / "knn.json").write_text(json.dumps(knn | {"baselines": baselines}))
     (folder / "linear.json").write_text(
         json.dumps(linear | {"floors": {"random_init": {"top1": 39.8, "top5": 84.1}}})
     )

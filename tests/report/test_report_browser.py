@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from patchmine.report.html import write_report
+from patchmine.report.page import write_report
 
 MakeRun = Callable[..., Path]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from patchmine.errors import UserError
-from patchmine.report.html import render, write_report
+from patchmine.report.page import render, write_report
 from patchmine.report.reading import read_runs
 
 MakeRun = Callable[..., Path]

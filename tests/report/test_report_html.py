@@ -4,13 +4,13 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from patchmine.errors import UserError
-from patchmine.report.evaluations import read_result
-from patchmine.report.html import write_report
-from patchmine.report.pictures import choose
-from patchmine.report.settings_table import differing
+from patchmine.report.page import differing, read_result, write_report
+from patchmine.report.reading import choose, embed
 
 MakeRun = Callable[..., Path]
 _VOID = {"meta", "link", "img", "input", "wbr", "br", "path"}
@@ -131,17 +131,18 @@ def test_evaluations_of_other_kinds_are_shown_too(make_run: MakeRun, tmp_path: P
     assert "ade" in page.words
 
 
-def test_results_keep_accuracies_apart_from_conditions() -> None:
+@pytest.mark.parametrize("key", ["baselines", "floors"])  # the older name
+def test_results_keep_accuracies_apart_from_conditions(key: str) -> None:
     content = {
         "name": "knn",
         "top1": 40,
         "top5": 80.0,
         "k": 20,
         "notes": ["few classes"],
-        "floors": {"random_init": {"top1": 30.0}, "x": None},
+        key: {"random_init": {"top1": 30.0}, "x": None},
     }
     result = read_result(0, "run", content)
-    assert (result.top1, result.top5, result.floors) == (40.0, 80.0, {"random_init": 30.0})
+    assert (result.top1, result.top5, result.baselines) == (40.0, 80.0, {"random_init": 30.0})
     assert result.conditions == {"k": "20"}
     assert result.notes == ["few classes"]
     assert result.measures == {}
@@ -177,3 +178,15 @@ def test_a_folder_without_a_run_leaves_no_page(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         write_report([tmp_path / "nowhere"], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_photographs_are_packed_and_drawings_are_not(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (400, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    Image.new("RGB", (300, 400)).save(tmp_path / "drawing.png")
+    photo, drawing = (embed(1, tmp_path / f"{name}.png") for name in ("photo", "drawing"))
+    assert photo is not None
+    assert drawing is not None
+    assert photo.uri.startswith("data:image/webp;base64,")
+    assert drawing.uri.startswith("data:image/png;base64,")
+    assert photo[2:] == drawing[2:] == (300, 400)

@@ -71,7 +71,7 @@ def show(given: ShowSettings, _: Say) -> Path:
 
 def report(given: ReportSettings, _: Say) -> Path:
     """Write a page."""
-    from patchmine.report.html import write_report
+    from patchmine.report.page import write_report
 
     return write_report(given.runs, given.out)
 

@@ -39,9 +39,9 @@ def whole(value: float) -> str:
     return f"{round(value):,}"
 
 
-def percent(value: float) -> str:
+def percent(value: float | None) -> str:
     """A percentage with one decimal: 43.2 %."""
-    return f"{value:.1f} %"
+    return NOTHING if value is None else f"{value:.1f} %"
 
 
 def rate(value: float) -> str:
@@ -58,14 +58,19 @@ def duration(seconds: float) -> str:
     """3 h 05 min · 12 min 30 s · 45 s."""
     if not math.isfinite(seconds):
         return NOTHING
-    whole_seconds = round(seconds)
-    hours, minutes = divmod(whole_seconds // 60, 60)
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {whole_seconds % 60:02d} s" if minutes else f"{whole_seconds} s"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def spoken(name: str) -> str:
+    """``raw_pixels`` -> ``raw pixels``."""
+    return name.replace("_", " ")
 
 
 def title(name: str) -> str:
     """``loss_pixel`` -> ``Loss pixel``; known names as they are usually written."""
-    words = name.replace("_", " ").replace("-", " ").strip()
+    words = spoken(name).replace("-", " ").strip()
     return TITLES.get(name, words[:1].upper() + words[1:])
