@@ -136,6 +136,21 @@ def test_training_knows_no_method() -> None:
         assert not words & set(METHODS), f"{named(path)} names a method"
 
 
+def test_only_few_rooms_see_the_settings_of_a_run_whole() -> None:
+    whole = {"config", "runs", "training", "api", "cli", "__init__"}
+    for name, path in MODULES.items():
+        if room(name) not in whole:
+            text = path.read_text(encoding="utf-8")
+            assert "RunConfig" not in text, f"{named(path)}: take the block that is needed"
+
+
+def test_settings_need_no_torch() -> None:
+    names = [name for name in MODULES if room(name) == "settings"]
+    assert not {"torch", "timm", "numpy", "PIL", "yaml"} & loaded_after(
+        f"import {', '.join(names)}"
+    )
+
+
 def test_no_import_goes_in_a_circle() -> None:
     graph = {name: imports(path) & set(MODULES) - {name} for name, path in MODULES.items()}
     done: set[str] = set()

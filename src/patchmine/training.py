@@ -276,7 +276,17 @@ def _train(
     )
     with log:
         plain_data = _PlainData(config, images, engine, log.say)
-        monitor = Monitor(config, folder, engine, images, method, log)
+        monitor = Monitor(
+            config,
+            config,
+            folder,
+            engine,
+            images,
+            method,
+            log,
+            seed=config.seed,
+            workers=config.workers,
+        )
         train(
             method,
             _batches(config, settings, engine, images, view, first_step, bad),

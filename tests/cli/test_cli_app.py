@@ -169,6 +169,29 @@ def test_every_setting_of_a_run_stands_on_its_help_page_and_in_its_schema() -> N
             assert f"method.{name}=" in schema
 
 
+@pytest.mark.parametrize(
+    ("line", "code", "seconds"),
+    [
+        ("--help", 0, 0.5),
+        ("config schema", 0, 1.0),
+        ("list methods", 0, 1.0),
+        ("eval knn --help", 0, 1.0),
+        ("pretrain data=photos/ epoch=3 out=x", 2, 1.0),
+        ("pretrain data=nowhere/ out=x", 2, 1.0),
+        ("eval knn runs/x data=y floor=true", 2, 1.0),
+    ],
+)
+def test_what_needs_no_torch_is_answered_at_once(line: str, code: int, seconds: float) -> None:
+    program = "import sys; from patchmine.cli.app import main\ntry: main()\n"
+    program += "finally: import time; print('LOADED', time.process_time(), *sys.modules)"
+    command = [sys.executable, "-c", program, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    spent, *modules = done.stdout.split("LOADED")[1].split()
+    assert not {"torch", "numpy", "timm", "lightning"} & set(modules)
+    assert float(spent) < seconds
+
+
 # Words reach the rooms
 
 

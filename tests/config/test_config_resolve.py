@@ -5,10 +5,12 @@ message.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
 from patchmine.config.describe import describe_method, describe_run
 from patchmine.config.explain import nearest
@@ -17,6 +19,7 @@ from patchmine.config.resolve import changed_results, from_settings, parse, reso
 from patchmine.config.schema import RunConfig, names_of, names_of_a_machine
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
+from patchmine.models.settings import MethodSettings
 
 
 def complaint(*words: str, recipe: str | Path | None = None) -> str:
@@ -330,6 +333,34 @@ def test_python_gets_the_same_message() -> None:
         from_settings(data="x", epoch=3)
     with pytest.raises(ValueError, match="multiple of 16"):
         RunConfig(data="x", image_size=225)  # type: ignore[arg-type]  # any way of building one is checked
+
+
+# A method from elsewhere
+
+
+class ToySettings(MethodSettings):
+    """A method that is not in the package."""
+
+    implementation: ClassVar[str] = "elsewhere:Toy"
+    name: Literal["toy"] = "toy"
+    sharpness: float = Field(0.5, gt=0, description="how sharp it looks")
+
+
+def test_a_tenth_method_is_known_once_it_is_registered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "given 'toy'; must be one of amt" in complaint("data=x", "method=toy")
+    monkeypatch.setitem(METHODS, "toy", ToySettings)
+    config = parse(None, ["data=x", "method=toy", "method.sharpness=0.8"])
+    assert config.method == ToySettings(sharpness=0.8)
+    assert parse(write(tmp_path, config.to_yaml()), []) == config
+    assert from_settings(data="x", method=ToySettings()).method == ToySettings()
+    assert "must be above 0" in complaint("data=x", "method=toy", "method.sharpness=-1")
+    assert "did you mean method.sharpness?" in complaint(
+        "data=x", "method=toy", "method.sharpnes=1"
+    )
+    assert "it is one of method=toy" in complaint("data=x", "method.sharpness=1")
+    assert "method.sharpness=0.5" in "\n".join(describe_run())
 
 
 # Warm-up

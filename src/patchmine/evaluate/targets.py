@@ -24,9 +24,9 @@ from patchmine.backbones.family import build_encoder, family_of, initialise_enco
 from patchmine.backbones.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights
+from patchmine.backbones.settings import ModelSettings
 from patchmine.backbones.weights import load_encoder, open_weights, resize_encoder
 from patchmine.config.overrides import exists
-from patchmine.config.schema import RunConfig
 from patchmine.data.settings import MAX_PIXELS, Clip, InputSettings
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.runs.run import Run, is_run
@@ -261,10 +261,12 @@ def _of_run(path: Path, weights: str) -> Target:
         )
     encoder = run.encoder(weights)
     note = "" if weights == "student" else f"weights: {weights}"
-    return replace(target_of(config, encoder, shown_name(path)), folder=path, note=note)
+    return replace(
+        target_of(config, config.crop_pct, encoder, shown_name(path)), folder=path, note=note
+    )
 
 
-def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
+def target_of(config: ModelSettings, crop_pct: float, encoder: nn.Module, name: str) -> Target:
     """The encoder of a run with these settings, which are complete."""
     assert config.mean is not None
     assert config.std is not None
@@ -275,7 +277,7 @@ def target_of(config: RunConfig, encoder: nn.Module, name: str) -> Target:
         config.channels,
         tuple(config.mean),
         tuple(config.std),
-        config.crop_pct,
+        crop_pct,
         config.clip if reads_clips(config.model) else None,
         max_pixels=config.max_pixels,
     )

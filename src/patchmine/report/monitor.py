@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from patchmine.backbones.names import reads_clips
-from patchmine.config.schema import RunConfig
+from patchmine.backbones.settings import ModelSettings
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
@@ -20,6 +21,7 @@ from patchmine.errors import UserError, foreign_parser
 from patchmine.evaluate.features import Reading
 from patchmine.evaluate.knn import online_knn
 from patchmine.evaluate.labelled import LabelledData, open_labelled
+from patchmine.evaluate.settings import EvalSettings
 from patchmine.evaluate.targets import target_of
 from patchmine.report.panels import draw_panels
 from patchmine.runs.preparing import item_of, normaliser
@@ -43,29 +45,28 @@ class Monitor:
 
     def __init__(
         self,
-        config: RunConfig,
+        model: ModelSettings,
+        evaluation: EvalSettings,
         folder: Path,
         engine: Engine,
         images: Source,
         method: Method,
         log: Log,
+        *,
+        seed: int,
+        workers: int | Literal["auto"],
     ) -> None:
-        self.config, self.folder, self.engine, self.method, self.log = (
-            config,
-            folder,
-            engine,
-            method,
-            log,
-        )
+        self.model, self.evaluation, self.seed, self.workers = model, evaluation, seed, workers
+        self.folder, self.engine, self.method, self.log = folder, engine, method, log
         self.images = images
         self._batch: Batch | None = None
         self._failed: set[str] = set()
         self._labelled: LabelledData | None = None
-        if config.eval_every and engine.is_main:
+        if evaluation.eval_every and engine.is_main:
             self._labelled = open_labelled(
-                config.eval_data,
-                config.eval_test,
-                video=reads_clips(config.model),
+                evaluation.eval_data,
+                evaluation.eval_test,
+                video=reads_clips(model.model),
                 settings=("eval_data", "eval_test"),
             )
 
@@ -83,9 +84,9 @@ class Monitor:
         self.method.eval()  # the loop goes back to training by itself
         with torch.no_grad(), self.engine.autocast():
             panels = self.method.panels(self._batch, progress)
-        assert self.config.mean is not None
-        assert self.config.std is not None
-        sheet = draw_panels(panels, self.config.mean, self.config.std)
+        assert self.model.mean is not None
+        assert self.model.std is not None
+        sheet = draw_panels(panels, self.model.mean, self.model.std)
         target = self.folder / "samples" / f"step-{progress.step:08d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as new:
@@ -94,27 +95,29 @@ class Monitor:
     def _fixed_images(self) -> Iterator[Batch]:
         count, shown = (
             len(self.images),
-            SAMPLE_CLIPS if reads_clips(self.config.model) else SAMPLE_IMAGES,
+            SAMPLE_CLIPS if reads_clips(self.model.model) else SAMPLE_IMAGES,
         )
-        chosen = spread_indices(count, shown, self.config.seed)
-        view = item_of(self.config).plain_view(self.config, 1.0)
+        chosen = spread_indices(count, shown, self.seed)
+        view = item_of(self.model).plain_view(self.model, 1.0)
         loaded = plain_batches(
             self.images, view, batch_size=shown, indices=chosen, bad=BadFiles(None, 1.0)
         )
-        return map(normaliser(self.config, self.engine), loaded)
+        return map(normaliser(self.model, self.engine), loaded)
 
     def evaluate(self, progress: Progress) -> None:
         """An evaluation line of metrics.jsonl, every ``eval_every`` epochs and at the end."""
         last = progress.step == progress.total_steps
-        if self._labelled is None or (progress.epoch % self.config.eval_every and not last):
+        if self._labelled is None or (progress.epoch % self.evaluation.eval_every and not last):
             return
         reading = Reading(
-            workers=num_workers(self.config.workers, self.engine.device, self.engine.local_size),
+            workers=num_workers(self.workers, self.engine.device, self.engine.local_size),
             device=str(self.engine.device),
         )
         accuracy: dict[str, float] = {}
         with self._beside_training("the evaluation", progress):
-            target = target_of(self.config, self.method.encoder, "the encoder in training")
+            target = target_of(
+                self.model, self.evaluation.crop_pct, self.method.encoder, "the encoder in training"
+            )
             accuracy = online_knn(target, self._labelled, reading=reading)
         if not accuracy:
             return

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchmine.backbones.names import reads_clips
-from patchmine.config.schema import RunConfig
+from patchmine.backbones.settings import ModelSettings
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import VIDEOS
 from patchmine.data.items import CLIP, IMAGE
@@ -96,7 +96,7 @@ def run_progress(run: Run) -> Progress:
     return Progress(max(0, made - 1), total, max(1, round(record.steps_per_epoch or made)))
 
 
-def _read(path: Path, config: RunConfig) -> Tensor:
+def _read(path: Path, config: ModelSettings) -> Tensor:
     """A picture (C, H, W) or a clip (C, T, H, W) as floats in [0, 1]."""
     kind = "video" if reads_clips(config.model) else "image"
     read = _read_clip if reads_clips(config.model) else _read_image
@@ -111,12 +111,12 @@ def _read(path: Path, config: RunConfig) -> Tensor:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
 
 
-def _read_image(path: Path, config: RunConfig) -> Tensor:
+def _read_image(path: Path, config: ModelSettings) -> Tensor:
     view = IMAGE.plain_view(config, 1.0)
     return view(path.read_bytes(), np.random.default_rng(0)).views[0]  # which draws nothing
 
 
-def _read_clip(path: Path, config: RunConfig) -> Tensor:
+def _read_clip(path: Path, config: ModelSettings) -> Tensor:
     """The clip in the middle of a video file, or of a folder of frames."""
     view = CLIP.plain_view(config, 1.0)
     return view(VIDEOS.read(str(path)), np.random.default_rng(0)).views[0]

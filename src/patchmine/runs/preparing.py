@@ -9,9 +9,11 @@ from functools import partial
 import torch
 
 from patchmine.backbones.family import family_of, is_encoder
+from patchmine.backbones.settings import ModelSettings
 from patchmine.config.schema import RunConfig
 from patchmine.data.items import Item
 from patchmine.data.loader import data_statistics
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec, default_cache_dir
 from patchmine.data.views.images import View
@@ -20,12 +22,13 @@ from patchmine.errors import UserError
 from patchmine.ops.schedules import LrSchedule
 from patchmine.task import Method
 from patchmine.train.engine import Engine
+from patchmine.train.settings import ScheduleSettings
 from patchmine.types import Batch
 
 Say = Callable[[str], None]
 
 
-def item_of(config: RunConfig) -> Item:
+def item_of(config: ModelSettings) -> Item:
     """What an item of the data is."""
     return family_of(config.model).item
 
@@ -67,7 +70,7 @@ def train_view(config: RunConfig, method: Method) -> View:
     return item_of(config).train_view(config, max(patches), method.config.multi_crop)
 
 
-def lr_schedule(config: RunConfig) -> LrSchedule:
+def lr_schedule(config: ScheduleSettings) -> LrSchedule:
     """How the run's learning rates move."""
     return LrSchedule(
         kind=config.lr_schedule,
@@ -80,7 +83,7 @@ def lr_schedule(config: RunConfig) -> LrSchedule:
     )
 
 
-def normaliser(config: RunConfig, engine: Engine) -> Callable[[Batch], Batch]:
+def normaliser(config: InputSettings, engine: Engine) -> Callable[[Batch], Batch]:
     """Moves batches to the device and normalises them."""
     mean, std = (torch.tensor(values, device=engine.device) for values in (config.mean, config.std))
     return partial(normalise, mean=mean, std=std, device=engine.device)
