@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception of another library says, as one printable line for use inside a sentence."""
+    """What an exception of another library says, as one printable line inside a sentence."""
     text = " ".join(
         str(error).split(" <_io.BytesIO")[0].split()
     )  # PIL adds the address of its buffer

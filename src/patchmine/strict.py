@@ -1,4 +1,4 @@
-"""What every table of settings is built on: types with bounds, and checks of one field or several."""
+"""What every table of settings is built on: types with bounds, and checks across fields."""
 
 from __future__ import annotations
 
@@ -175,7 +175,8 @@ def _as_size(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return value
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError("one whole number or [height, width]")  # noqa: TRY004 - pydantic wants this type
+        wanted = "one whole number or [height, width]"
+        raise ValueError(wanted)  # noqa: TRY004 - pydantic wants this type
     return (value, value)
 
 
@@ -209,7 +210,8 @@ class ByName:
         elif isinstance(value, BaseModel):
             value = value.model_dump()
         elif not isinstance(value, Mapping):
-            raise ValueError("a method's name, or a table of its settings with its name")  # noqa: TRY004 - pydantic wants this type
+            wanted = "a method's name, or a table of its settings with its name"
+            raise ValueError(wanted)  # noqa: TRY004 - pydantic wants this type
         tables = self.tables()
         name = value.get("name", self.default)
         if not isinstance(name, str) or name not in tables:
@@ -239,9 +241,8 @@ def is_folder_name(name: str) -> str:
     """A check of the name of a folder that is to be written: it does not look like a file's."""
     ending = PurePath(name).suffix.lower()
     if ending == ".onnx":
-        raise ValueError(
-            "the name of a folder: ONNX is not written yet, but timm and transformers open the folder"
-        )
+        opened = "ONNX is not written yet, but timm and transformers open the folder"
+        raise ValueError(f"the name of a folder: {opened}")
     if ending in _FILES:
         raise ValueError(f"the name of a folder, which does not end in {ending}")
     return name

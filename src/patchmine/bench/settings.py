@@ -21,12 +21,11 @@ class BenchStepSettings(Strict):
     """
 
     method: str | list[str] | dict[str, Any] = Field(
-        "mae",
-        description="one method, or several as mae,hpm; method.KEY=VALUE sets KEY of every method that has it",
+        "mae", description="one method, or several as mae,hpm; method.KEY=VALUE is for all of them"
     )
     against: str | None = Field(
         None,
-        description="also time `transformers` (ViTMAEForPreTraining, same sizes), `dino` or another method",
+        description="also time `transformers` (its ViTMAE, same sizes), `dino` or another method",
     )
     model: str = Field(
         "vit_small_patch16_224", description="a plain ViT or ResNet of timm's, or a model of clips"

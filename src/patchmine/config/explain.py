@@ -313,7 +313,7 @@ def by_name(field: FieldInfo | None) -> Mapping[str, type[BaseModel]]:
 
 
 def tables_in(field: FieldInfo, value: Any = None) -> list[type[BaseModel]]:
-    """The tables that a field may hold; of those told apart by name, the one that ``value`` names."""
+    """The tables that a field may hold; of those told apart by name, the one of ``value``."""
     if tables := by_name(field):
         default = next(mark.default for mark in field.metadata if isinstance(mark, ByName))
         name = value.get("name", default) if isinstance(value, Mapping) else value

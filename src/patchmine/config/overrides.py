@@ -190,7 +190,7 @@ def read_settings(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[Mis
 
 
 def repeated(pairs: Iterable[tuple[str, Any]]) -> list[str]:
-    """A sentence for each setting that is given again with another value, of which the last counts."""
+    """A sentence for each setting that is given again with another value; the last counts."""
     found: dict[str, Any] = {}
     sentences = []
     for path, value in pairs:
@@ -202,7 +202,7 @@ def repeated(pairs: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def tree_of(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], list[Mistake]]:
-    """Dotted settings as nested tables, in which ``method=hpm`` is short for ``method.name=hpm``."""
+    """Dotted settings as nested tables; ``method=hpm`` is short for ``method.name=hpm``."""
     tree: dict[str, Any] = {}
     mistakes = []
     for path, value in pairs:

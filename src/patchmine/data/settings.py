@@ -55,7 +55,7 @@ class Clip(Strict):
     )
     short: Literal["hold", "loop", "refuse"] = Field(
         default="hold",
-        description="a video shorter than the clip: repeat its last frame, start again, or leave it out",
+        description="shorter videos: hold the last frame, start again, or leave them out",
     )
     scales: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
         default=[1.0, 0.875, 0.75, 0.66],

@@ -63,14 +63,14 @@ class ReadSettings(Strict):
     """What is read, with which weights, and how."""
 
     target: Text = Field(
-        description="a run, an export, a weights file, a timm architecture, random-init:RUN or raw-pixels"
+        description="a run, an export, a file, a timm architecture, random-init:RUN or raw-pixels"
     )
     data: Texts = Field(
         description="folder, list file, tar shards or embedded:photos; of a video run, videos"
     )
     weights: str = Field(
         "student",
-        description="of a run student, teacher, partner or partner-teacher; a file for a timm architecture",
+        description="student, teacher, partner or partner-teacher of a run; a timm model's file",
     )
     image_size: Size | None = Field(None, description="pixels; null: the target's own")
     channels: Count | None = Field(None, description="null: the target's own")
@@ -81,8 +81,7 @@ class ReadSettings(Strict):
         description="centre crop, share of the shorter side; null: the target's own",
     )
     stride: Count | None = Field(
-        None,
-        description="of a video run: a clip takes every such frame of the video; null: the target's own",
+        None, description="a clip takes every such frame of the video; null: the target's own"
     )
     batch_size: BatchSize = Field(
         256, description="images, or frames of clips, that are encoded at once; changes no result"
@@ -105,7 +104,7 @@ class EmbedSettings(ReadSettings):
     """
 
     out: Annotated[Text, AfterValidator(ends_in(*TABLE_ENDINGS))] = Field(
-        description="parquet file to write, as in out=embeddings.parquet; or one that ends in .csv or .npz"
+        description="parquet file to write, as in out=embeddings.parquet; or .csv or .npz"
     )
     pooling: str = Field(
         "cls", description="cls, mean or cls+mean; without a class token cls means mean"
@@ -203,8 +202,7 @@ class VideoSettings(GridSettings):
         3, description="crops of each of these, from one end of the longer side to the other"
     )
     image: Text | None = Field(
-        None,
-        description="also measure the mean over the frames of an encoder of images: a run, an export, ...",
+        None, description="also measure an encoder of images, the mean over the frames: a run, ..."
     )
     k: BatchSize = Field(HEADLINE, description="neighbours that vote")
     temperature: float = Field(

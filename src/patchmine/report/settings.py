@@ -20,7 +20,7 @@ class ShowSettings(Strict):
     """
 
     run: Text = Field(
-        description="name the folder of a run first, as in `patchmine show runs/hpm a.jpg out=panel.png`"
+        description="name the folder of a run first, as in `patchmine show runs/hpm a.jpg`"
     )
     images: list[str] = Field(
         min_length=1, description="name image files after the run, or videos of a run on videos"

@@ -32,12 +32,11 @@ class ExportSettings(Strict):
         "encoder", description="the encoder alone, or the whole method under the reference's names"
     )
     out: Annotated[Text | None, AfterValidator(_export_name)] = Field(
-        None,
-        description="folder to write; null: export/ or export-partner/ in the run; of what=full a .safetensors file",
+        None, description="folder to write, or .safetensors of what=full; null: export/ in the run"
     )
     weights: Literal["student", "teacher", "partner", "partner-teacher"] = Field(
         "student",
-        description="teacher: the EMA copy, where the method keeps one; partner: the second network of a pair",
+        description="teacher: the EMA copy, where there is one; partner: the second of a pair",
     )
 
 
@@ -51,12 +50,12 @@ class ImportSettings(Strict):
     """
 
     file: Text = Field(
-        description="name the file first, as in `patchmine import mae_pretrain_vit_base.pth out=runs/mae`"
+        description="name the file first, as in `patchmine import mae.pth out=runs/mae`"
     )
     out: FolderName = Field(description="name the folder to write, as in out=runs/mae")
     weights: Literal["auto", "student", "raw", "teacher", "ema"] = Field(
         "auto",
-        description="student (or raw): the trained network; teacher (or ema): its average; auto: DINO's teacher",
+        description="student, raw: the trained network; teacher, ema: its average; auto: as known",
     )
     prefix: str | None = Field(
         None, description="of the encoder's names, where the file holds several encoders"

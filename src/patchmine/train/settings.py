@@ -40,18 +40,18 @@ class ScheduleSettings(Strict):
     warmup_epochs: float = Field(10, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
     warmup_lr: float = Field(0, ge=0, description="learning rate at step 0")
     warmup_prefix: bool = Field(
-        True,
-        description="the cosine begins after the warm-up; false: at step 0, as timm's does, its beginning covered",
+        True, description="the cosine begins after the warm-up; false: at step 0, as timm's does"
     )
     lr_schedule: Literal["cosine", "multi_step", "constant"] = Field(
         "cosine", description="how the learning rate goes on after the warm-up"
     )
     min_lr: float = Field(0, ge=0, description="learning rate at the end of the cosine")
     lr_milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
-        [],
-        description="multi_step: shares of the run after which the rate is multiplied by lr_gamma, as in [0.875]",
+        [], description="multi_step: shares of the run after which the rate is cut, as in [0.875]"
     )
-    lr_gamma: float = Field(0.1, gt=0, le=1, description="multi_step: that factor")
+    lr_gamma: float = Field(
+        0.1, gt=0, le=1, description="multi_step: what the rate is multiplied by then"
+    )
 
     def mistakes(self) -> Iterator[Mistake]:
         """No length, or a setting that the chosen schedule would pass over in silence."""
