@@ -258,7 +258,7 @@ def pretrain(
         The finished run, exported.
 
     Raises:
-        UserError: settings, data or folders are wrong; the message lists every mistake.
+        UserError: settings, data or folders are wrong; the message lists every error.
     """
     given: dict[str, Any] = dict(settings)
     source = None if data is None or _is_named(data) else data

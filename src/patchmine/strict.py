@@ -45,7 +45,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
-class Mistake:
+class SettingError:
     """``path`` of a setting (``method.mask_ratio``) and what is wrong with it."""
 
     path: str
@@ -56,19 +56,19 @@ class Mistake:
         return f"{path}: {self.text}" if self.path else self.text
 
 
-class CrossMistakesError(ValueError):
+class UnfitSettingsError(ValueError):
     """Settings that are right one by one but do not fit together."""
 
-    def __init__(self, mistakes: Sequence[Mistake]) -> None:
-        super().__init__("; ".join(map(str, mistakes)))
-        self.mistakes = list(mistakes)
+    def __init__(self, errors: Sequence[SettingError]) -> None:
+        super().__init__("; ".join(map(str, errors)))
+        self.errors = list(errors)
 
 
 class Strict(BaseModel):
     """Settings without unknown names, NaN, infinity, numbers beyond 64 bits, or true as a number.
 
-    A block says in ``mistakes`` which of its settings do not fit together.  A table that inherits
-    several blocks gathers what all of them say.
+    A block says in ``setting_errors`` which of its settings do not fit together; a table that
+    inherits several blocks gathers what all of them say.
     """
 
     model_config = ConfigDict(
@@ -79,7 +79,7 @@ class Strict(BaseModel):
         defer_build=True,  # a command uses a few of them only
     )
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """What does not fit together in this block alone."""
         return iter(())
 
@@ -105,10 +105,10 @@ class Strict(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Strict:
-        blocks = [kind for kind in reversed(type(self).__mro__) if "mistakes" in vars(kind)]
-        found = [mistake for block in blocks for mistake in vars(block)["mistakes"](self)]
+        blocks = [kind for kind in reversed(type(self).__mro__) if "setting_errors" in vars(kind)]
+        found = [error for block in blocks for error in vars(block)["setting_errors"](self)]
         if found:
-            raise CrossMistakesError(found)
+            raise UnfitSettingsError(found)
         return self
 
 
@@ -216,7 +216,7 @@ class ByName:
         name = value.get("name", self.default)
         if not isinstance(name, str) or name not in tables:
             raise PydanticCustomError("unknown_name", "none of these", {"known": sorted(tables)})
-        # The mistakes of the inner table become those of this setting.
+        # The errors of the inner table become those of this setting.
         return tables[name].model_validate({"name": name, **value})
 
 

@@ -218,14 +218,14 @@ def test_one_message_lists_every_mistake_with_path_value_and_what_is_allowed() -
         "--lr=3: settings are written without dashes, as in lr=3",
     ):
         assert part in text
-    assert text.startswith("11 mistakes in the settings:\n")
+    assert text.startswith("11 errors in the settings:\n")
     assert len(text.splitlines()) == 12
 
 
 def test_a_single_mistake_is_a_single_sentence() -> None:
     text = complaint("data=x", "method.mask_ratio=1.2")
     assert (
-        text == "Mistake in the settings: method.mask_ratio: given 1.2; must be above 0 and below 1"
+        text == "Error in the settings: method.mask_ratio: given 1.2; must be above 0 and below 1"
     )
 
 
@@ -319,7 +319,7 @@ def test_mistakes(words: list[str], part: str) -> None:
 
 def test_mistakes_in_single_settings_do_not_hide_those_between_settings() -> None:
     text = complaint("epochs=many", "batch_size=30", "accumulate=4", "image_size=225")
-    assert text.startswith("4 mistakes")
+    assert text.startswith("4 errors")
     assert "batch_size: given 30" in text
     assert "image_size: given 225x225" in text
 
@@ -423,9 +423,7 @@ def test_another_model_does_not_inherit_the_recipes_model_args(tmp_path: Path) -
 
 def test_mistakes_in_a_recipe_name_the_recipe(tmp_path: Path) -> None:
     path = write(tmp_path, "data: x\nepoch: 3\n")
-    assert f"Mistake in the settings (with {path}): epoch: no such setting" in complaint(
-        recipe=path
-    )
+    assert f"Error in the settings (with {path}): epoch: no such setting" in complaint(recipe=path)
 
 
 @pytest.mark.parametrize(

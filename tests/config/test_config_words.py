@@ -79,7 +79,7 @@ def test_words_of_every_command_are_read_alike() -> None:
         (["run", "data=x", "name="], "name: nothing stands behind its equals sign"),
         (["run", "data=x", "n" * 5000], "one word too many"),
     ):
-        with pytest.raises(UserError, match="Mistake in") as caught:
+        with pytest.raises(UserError, match="Error in") as caught:
             read_words(KnnSettings, words, command="eval knn", first=["target"])
         assert part in str(caught.value)
 
@@ -168,7 +168,7 @@ def test_an_absolute_rate_is_converted_for_the_batch(name: str) -> None:
 
 def test_a_rate_beside_other_mistakes_is_told_with_them() -> None:
     text = complaint("data=x", "lr=1e-3", "batch_size=many", "epoch=3")
-    assert text.startswith("3 mistakes")
+    assert text.startswith("3 errors")
 
 
 # Hints

@@ -262,7 +262,7 @@ def test_few_images_are_an_answer_or_a_sentence(run_folder, tmp_path):
         (["neighbours=[]"], "neighbours: given []; must be a list with at least 1 of them"),
         (
             ["neighbours=[0]"],
-            "Mistake in `patchmine eval knn`: neighbours[0]: given 0; must be greater than 0",
+            "Error in `patchmine eval knn`: neighbours[0]: given 0; must be greater than 0",
         ),
     ],
 )

@@ -147,7 +147,7 @@ def test_all_mistakes_stand_in_one_message() -> None:
         ),
         *("eval_every=2", "eval_data=lost", "blr=fast", "flip=3"),
     )
-    assert text.startswith("6 mistakes in the settings:")
+    assert text.startswith("6 errors in the settings:")
     assert "data: given 'nowhere'" in text
     assert "init: given 'gone'" in text
     for part in (
@@ -162,7 +162,7 @@ def test_all_mistakes_stand_in_one_message() -> None:
 def test_what_needs_torch_is_told_once_the_settings_are_right(tmp_path: Path) -> None:
     words = ["model=vit_smal_patch16_224", "method.decoder_num_heads=7"]
     text = complaint(f"data={tmp_path}", *words)
-    assert text.startswith("2 mistakes in the settings:")
+    assert text.startswith("2 errors in the settings:")
     assert "vit_small_patch16_224" in text
     assert "method.decoder_num_heads=7" in text
     assert "vit_small" not in complaint("data=nowhere", *words)

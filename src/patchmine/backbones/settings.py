@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from patchmine.data.settings import InputSettings
-from patchmine.strict import OF_A_MACHINE, Arguments, Mistake, Side, Text
+from patchmine.strict import OF_A_MACHINE, Arguments, SettingError, Side, Text
 
 
 class ModelSettings(InputSettings):
@@ -27,12 +27,12 @@ class ModelSettings(InputSettings):
         None, description="checkpoint, run or export to start from"
     )
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """An image size that patches do not fill."""
         yield from self.unfilled("image_size", self.image_size)
 
-    def unfilled(self, name: str, sides: Sequence[int]) -> Iterator[Mistake]:
-        """The mistake of a size that the model's patches do not fill, where its name tells them."""
+    def unfilled(self, name: str, sides: Sequence[int]) -> Iterator[SettingError]:
+        """The error of a size that the model's patches do not fill, where its name tells them."""
         in_name = re.search(r"patch(\d+)", self.model)
         step = self.patch_size or (int(in_name[1]) if in_name else None)
         if step is None or "patch_size" in self.model_args:
@@ -42,4 +42,4 @@ class ModelSettings(InputSettings):
             size = str(near[0]) if len(set(near)) == 1 else f"[{near[0]},{near[1]}]"
             source = "patch_size" if self.patch_size else f"model {self.model}"
             must = f"must be a multiple of {step}, the patch of {source}: try {name}={size}"
-            yield Mistake(name, f"given {'x'.join(map(str, sides))}; {must}")
+            yield SettingError(name, f"given {'x'.join(map(str, sides))}; {must}")

@@ -117,16 +117,16 @@ def read_words(
     """The settings of a command.
 
     Words without ``=`` fill the fields named in ``first``, in order, and then the list ``rest``.
-    ``say`` hears of settings that are given twice.  Raises UserError with every mistake.
+    ``say`` hears of settings that are given twice.  Raises UserError with all errors in them.
     """
     from patchmine.config.explain import validate
     from patchmine.config.overrides import read_settings, repeated, tree_of
     from patchmine.errors import shown_name
-    from patchmine.strict import Mistake
+    from patchmine.strict import SettingError
 
-    pairs, mistakes, plain = read_settings(words)
+    pairs, errors, plain = read_settings(words)
     settings, torn = tree_of(pairs)
-    mistakes += torn
+    errors += torn
     for sentence in repeated(pairs):
         say(sentence)
     settings |= zip(first, plain, strict=False)
@@ -135,10 +135,10 @@ def read_words(
         settings[rest] = more
     else:
         text = "one word too many; settings are written key=value"
-        mistakes += [Mistake(shown_name(word), text) for word in more]
+        errors += [SettingError(shown_name(word), text) for word in more]
     known = ", ".join(name for name in model.model_fields if name not in (*first, rest))
     hint = f"; there are {known}" if known else ""
-    return validate(model, settings, where=f"`patchmine {command}`", before=mistakes, hint=hint)
+    return validate(model, settings, where=f"`patchmine {command}`", before=errors, hint=hint)
 
 
 def page(command: Command) -> Iterator[str]:

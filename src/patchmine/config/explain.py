@@ -1,4 +1,4 @@
-"""From pydantic's complaints to one message: every mistake with its path, value and remedy."""
+"""From pydantic's complaints to one message: every error with its path, value and remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from patchmine.errors import UserError
-from patchmine.strict import ByName, CrossMistakesError, Mistake
+from patchmine.strict import ByName, SettingError, UnfitSettingsError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -101,12 +101,12 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def refusal(mistakes: Sequence[Mistake], where: str) -> UserError:
-    """The error that lists all mistakes.  ``where`` reads like "the settings"."""
-    if len(mistakes) == 1:
-        return UserError(f"Mistake in {where}: {mistakes[0]}")
-    lines = [f"  {mistake}" for mistake in mistakes]
-    return UserError("\n".join([f"{len(mistakes)} mistakes in {where}:", *lines]))
+def refusal(errors: Sequence[SettingError], where: str) -> UserError:
+    """One UserError that lists all of them.  ``where`` reads like "the settings"."""
+    if len(errors) == 1:
+        return UserError(f"Error in {where}: {errors[0]}")
+    lines = [f"  {error}" for error in errors]
+    return UserError("\n".join([f"{len(errors)} errors in {where}:", *lines]))
 
 
 def validate(
@@ -114,39 +114,39 @@ def validate(
     values: Mapping[str, Any],
     *,
     where: str,
-    before: Sequence[Mistake] = (),
+    before: Sequence[SettingError] = (),
     placeholders: Mapping[str, Any] | None = None,
     hint: str = "",
-    also: Sequence[Callable[[Model], list[Mistake]]] = (),
+    also: Sequence[Callable[[Model], list[SettingError]]] = (),
 ) -> Model:
-    """``model(**values)``, or one UserError with every mistake, those found ``before`` included.
+    """``model(**values)``, or one UserError with all errors, those found ``before`` included.
 
     A wrong setting hides others (those of a misspelt method) and what does not fit together.  So
     the wrong ones are mended or taken out (required ones get their ``placeholders``) and the rest
-    is checked once more.  ``also`` finds mistakes that the model cannot know: the first is asked
+    is checked once more.  ``also`` finds errors that the model cannot know: the first is asked
     of mended settings too, each other one only where nothing is wrong so far.
     """
-    mistakes = list(before)
+    errors = list(before)
     try:
         checked = model.model_validate(dict(values))
         ask = also
     except ValidationError as error:
-        mistakes += explain(error, model, values, hint)
+        errors += explain(error, model, values, hint)
         ask = also[:1]
-        mended = _mended(model, values, error, mistakes, placeholders or {})
+        mended = _mended(model, values, error, errors, placeholders or {})
         try:
             checked = model.model_validate(mended)
         except ValidationError as second:
-            wrong = {mistake.path for mistake in mistakes}
+            wrong = {error.path for error in errors}
             found = explain(second, model, mended, hint)
-            mistakes += [mistake for mistake in found if mistake.path not in wrong]
-            raise refusal(mistakes, where) from None
+            errors += [error for error in found if error.path not in wrong]
+            raise refusal(errors, where) from None
     for number, check in enumerate(ask):
-        if number == 0 or not mistakes:
-            wrong = {mistake.path for mistake in mistakes}
-            mistakes += [m for m in check(checked) if m.path not in wrong]
-    if mistakes:
-        raise refusal(mistakes, where)
+        if number == 0 or not errors:
+            wrong = {error.path for error in errors}
+            errors += [m for m in check(checked) if m.path not in wrong]
+    if errors:
+        raise refusal(errors, where)
     return checked
 
 
@@ -154,11 +154,11 @@ def _mended(
     model: type[BaseModel],
     values: Mapping[str, Any],
     error: ValidationError,
-    mistakes: Sequence[Mistake],
+    errors: Sequence[SettingError],
     placeholders: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The values without the wrong ones; a misspelt ``name`` is replaced by the nearest one."""
-    kept = _without(values, [mistake.path for mistake in mistakes])
+    kept = _without(values, [error.path for error in errors])
     for name, field in model.model_fields.items():
         if field.is_required() and name in placeholders and name not in kept:
             kept[name] = placeholders[name]
@@ -186,29 +186,29 @@ def _without(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
 
 def explain(
     error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], hint: str = ""
-) -> list[Mistake]:
+) -> list[SettingError]:
     """Pydantic's complaints in plain words, one a setting; ``hint`` follows an unknown name."""
     texts: dict[str, list[str]] = {}
     found = error.errors(include_url=False)
     for details in found:
         where, crosswise = details["loc"], details.get("ctx", {}).get("error")
-        if isinstance(crosswise, CrossMistakesError):
-            for mistake in crosswise.mistakes:
-                path = ".".join([*map(str, where), mistake.path])
-                texts.setdefault(path, []).append(mistake.text)
+        if isinstance(crosswise, UnfitSettingsError):
+            for each in crosswise.errors:
+                path = ".".join([*map(str, where), each.path])
+                texts.setdefault(path, []).append(each.text)
             continue
         inside = [other for other in found if other["loc"][: len(where)] == where]
         if details["type"] == "too_short" and len(inside) > 1:
             continue  # wrong elements, which are told, did not count
         path, text = _sentence(details, model, values, hint)
         texts.setdefault(path, []).append(text)
-    mistakes = [Mistake(path, _either(several)) for path, several in texts.items()]
+    errors = [SettingError(path, _either(several)) for path, several in texts.items()]
     # What is wrong in the same way with every element of a list is said of the list.
-    alike = [(mistake.path.split("[")[0], mistake.text) for mistake in mistakes]
+    alike = [(error.path.split("[")[0], error.text) for error in errors]
     for place, key in enumerate(alike):
-        if "[" in mistakes[place].path and alike.count(key) > 1:
-            mistakes[place] = Mistake(*key)
-    return list(dict.fromkeys(mistakes))
+        if "[" in errors[place].path and alike.count(key) > 1:
+            errors[place] = SettingError(*key)
+    return list(dict.fromkeys(errors))
 
 
 def _either(texts: Sequence[str]) -> str:

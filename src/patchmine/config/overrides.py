@@ -13,7 +13,7 @@ from yaml.nodes import MappingNode, Node
 
 from patchmine.config.explain import shown
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.strict import Mistake, expanded
+from patchmine.strict import SettingError, expanded
 
 _SETTING = re.compile(r"^([A-Za-z_][\w.-]*)=(.*)$", re.DOTALL)
 _SPACED = re.compile(r"([A-Za-z_][\w.-]*)\s+=\s*(.*)", re.DOTALL)
@@ -144,7 +144,9 @@ def split_setting(word: str) -> tuple[str, Any] | None:
     return (match[1].replace("-", "_"), expanded(parse_value(match[2]))) if match else None
 
 
-def read_settings(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[Mistake], list[str]]:
+def read_settings(
+    words: Sequence[str],
+) -> tuple[list[tuple[str, Any]], list[SettingError], list[str]]:
     """What the words after a command are.
 
     Returns:
@@ -152,7 +154,7 @@ def read_settings(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[Mis
         all other words.
     """
     pairs: list[tuple[str, Any]] = []
-    mistakes: list[Mistake] = []
+    errors: list[SettingError] = []
     others: list[str] = []
     left: list[str] = []
     for word in words:  # "epochs = 3" in quotes becomes the words that it would be without them
@@ -172,21 +174,21 @@ def read_settings(words: Sequence[str]) -> tuple[list[tuple[str, Any]], list[Mis
                 f"{name.replace('-', '_')}={value or (not equals and next_value()) or 'VALUE'}"
             )
             text = f"settings are written without dashes, as in {example}"
-            mistakes.append(Mistake(word, text))
+            errors.append(SettingError(word, text))
         elif _NAME.fullmatch(word) and left and left[0].startswith("="):
             value = left.pop(0).removeprefix("=") or (left.pop(0) if left else "")
             text = f"settings are written without spaces, as in {word}={value or 'VALUE'}"
-            mistakes.append(Mistake(word, text))
+            errors.append(SettingError(word, text))
         elif (pair := split_setting(word)) is None:
             others.append(expanded(word))
         elif word.endswith("=") and word.count("=") == 1:
             value = next_value()
             example = f"as in {word}{value}" if value else "or null for none"
             text = f"nothing stands behind its equals sign: write a value there, {example}"
-            mistakes.append(Mistake(pair[0], text))
+            errors.append(SettingError(pair[0], text))
         else:
             pairs.append(pair)
-    return pairs, mistakes, others
+    return pairs, errors, others
 
 
 def repeated(pairs: Iterable[tuple[str, Any]]) -> list[str]:
@@ -201,15 +203,15 @@ def repeated(pairs: Iterable[tuple[str, Any]]) -> list[str]:
     return sentences
 
 
-def tree_of(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], list[Mistake]]:
+def tree_of(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], list[SettingError]]:
     """Dotted settings as nested tables; ``method=hpm`` is short for ``method.name=hpm``."""
     tree: dict[str, Any] = {}
-    mistakes = []
+    errors = []
     for path, value in pairs:
         place = "method.name" if path == "method" and isinstance(value, str | list) else path
         complaint = put(tree, place, value)
-        mistakes += [Mistake(path, complaint)] if complaint else []
-    return tree, mistakes
+        errors += [SettingError(path, complaint)] if complaint else []
+    return tree, errors
 
 
 def put(tree: dict[str, Any], path: str, value: Any) -> str | None:

@@ -14,10 +14,10 @@ from patchmine.config.recipes import Recipe, load_recipe
 from patchmine.config.schema import RunConfig, names_of
 from patchmine.errors import UserError, shown_name
 from patchmine.methods import METHODS
-from patchmine.strict import LARGEST_COUNT, Mistake
+from patchmine.strict import LARGEST_COUNT, SettingError
 
 Say = Callable[[str], None]
-Checks = Sequence[Callable[[RunConfig], list[Mistake]]]
+Checks = Sequence[Callable[[RunConfig], list[SettingError]]]
 
 RATES = ("lr", "learning_rate", "peak_lr", "max_lr")  # absolute ones, as others call them
 
@@ -31,17 +31,17 @@ def parse(
 ) -> RunConfig:
     """The run that a recipe (name, file or none) and ``key=value`` words describe.
 
-    ``say`` hears what was decided for the user; ``also`` looks for more mistakes (`validate`).
-    Raises UserError with every mistake.
+    ``say`` hears what was decided for the user; ``also`` looks for more errors (`validate`).
+    Raises UserError with all errors in them.
     """
-    pairs, mistakes, others = read_settings(overrides)
+    pairs, errors, others = read_settings(overrides)
     for word in others:
         example = f"data={word}" if exists(word) else "epochs=100"
         text = f"is no setting; settings are written key=value, as in {shown_name(example)}"
-        mistakes.append(Mistake(shown_name(word), text))
+        errors.append(SettingError(shown_name(word), text))
     for sentence in repeated(pairs):
         say(sentence)
-    return _assemble(recipe, pairs, mistakes, say, also)
+    return _assemble(recipe, pairs, errors, say, also)
 
 
 def from_settings(
@@ -54,7 +54,7 @@ def from_settings(
 def _assemble(
     recipe_name: str | Path | None,
     pairs: Sequence[tuple[str, Any]],
-    mistakes: list[Mistake],
+    errors: list[SettingError],
     say: Say,
     also: Checks,
 ) -> RunConfig:
@@ -66,7 +66,7 @@ def _assemble(
         where = f"the settings (with {recipe.name})"
     # A batch size that the user did not choose may be fitted to the machine and to the data.
     own = wanted if recipe is None or recipe.ours else settings
-    config = _checked(settings, where, "batch_size" in own, [*mistakes, *torn], say, also)
+    config = _checked(settings, where, "batch_size" in own, [*errors, *torn], say, also)
     for row in config.by_size:
         text = f"{where} for data sets up to {row.up_to or 'any'} images"
         _with_row(config, row.use, text, silent, also)
@@ -83,18 +83,18 @@ def _checked(
     settings: Mapping[str, Any],
     where: str,
     batch_chosen: bool,
-    mistakes: Sequence[Mistake] = (),
+    errors: Sequence[SettingError] = (),
     say: Say = silent,
     also: Checks = (),
 ) -> RunConfig:
-    """The settings as a run, or every mistake in them."""
+    """The settings as a run, or every error in them."""
     known = dict(settings) if batch_chosen else _shared_out(settings, say)
     rates = [(name, known.pop(name)) for name in RATES if known.get(name) is not None]
     config = validate(
         RunConfig,
         known,
         where=where,
-        before=[*mistakes, *(_rate(name, value, known) for name, value in rates)],
+        before=[*errors, *(_rate(name, value, known) for name, value in rates)],
         placeholders={"data": "data"},
         hint="; `patchmine config schema` lists all",
         also=also,
@@ -104,7 +104,7 @@ def _checked(
     return config
 
 
-def _rate(name: str, rate: Any, settings: Mapping[str, Any]) -> Mistake:
+def _rate(name: str, rate: Any, settings: Mapping[str, Any]) -> SettingError:
     """An absolute learning rate, with the setting that gives it."""
     batch_size = settings.get("batch_size", RunConfig.model_fields["batch_size"].default)
     remedy = "the rate for 256 images: blr = rate * 256 / batch_size"
@@ -112,7 +112,7 @@ def _rate(name: str, rate: Any, settings: Mapping[str, Any]) -> Mistake:
     if are_numbers and "by_size" not in settings:
         blr = f"{rate * 256 / batch_size:.6g}"
         remedy = f"the rate for 256 images: with batch_size={batch_size} give blr={blr}"
-    return Mistake(name, f"no such setting (given {shown(rate)}); it is blr here, {remedy}")
+    return SettingError(name, f"no such setting (given {shown(rate)}); it is blr here, {remedy}")
 
 
 def _settings_of(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _settings_of(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[st
     default = default if isinstance(default, Mapping) else {"name": default}
     name = (method.get("name") if isinstance(method, Mapping) else method) or default.get("name")
     if not isinstance(name, str | None):
-        return settings  # and let the mistake be told
+        return settings  # and let the error be told
     settings["method"] = default if name == default.get("name") else {"name": name}
     if name is not None and name in recipe.methods:
         settings = merge(settings, recipe.methods[name])
@@ -167,7 +167,7 @@ def _fit_warmup(config: RunConfig, may_shorten: bool, say: Say) -> RunConfig:
         return config.model_copy(update={"warmup_epochs": shorter})
     if warmup >= epochs:
         text = f"given {warmup:g}; must be below epochs={epochs}"
-        raise refusal([Mistake("warmup_epochs", text)], "the settings")
+        raise refusal([SettingError("warmup_epochs", text)], "the settings")
     return config
 
 
@@ -203,7 +203,7 @@ def _shared_out(settings: Mapping[str, Any], say: Say) -> dict[str, Any]:
     if reads_clips(str(settings.get("model"))) and isinstance(clip, Mapping):
         counts.append(clip.get("repeats", 1))
     if not all(type(count) is int and 0 < count <= LARGEST_COUNT for count in (batch, *counts)):
-        return dict(settings)  # whose mistakes are told
+        return dict(settings)  # whose errors are told
     parts = math.prod(counts)
     if batch % parts == 0:
         return dict(settings)
@@ -237,7 +237,7 @@ def fit_batch(config: RunConfig, samples: int, items: str, say: Say = silent) ->
     return config.model_copy(update={"batch_size": fitting})
 
 
-def missing_files(config: RunConfig) -> list[Mistake]:
+def missing_files(config: RunConfig) -> list[SettingError]:
     """Files that the settings name and that are not there, for `parse`: it needs no torch."""
     found = []
     for setting in ("data", "eval_data", "eval_test"):
@@ -246,10 +246,10 @@ def missing_files(config: RunConfig) -> list[Mistake]:
             # A pattern or a scheme such as embedded:photos only opening can judge
             if name is not None and not exists(name) and not set(name) & set("*?[{:"):
                 text = f"there is no such file or folder{_neighbour(name)}"
-                found.append(Mistake(setting, f"given '{shown_name(name)}'; {text}"))
+                found.append(SettingError(setting, f"given '{shown_name(name)}'; {text}"))
     if config.init is not None and not exists(config.init):
         text = "there is no such run, export or file"
-        found.append(Mistake("init", f"given '{shown_name(config.init)}'; {text}"))
+        found.append(SettingError("init", f"given '{shown_name(config.init)}'; {text}"))
     return found
 
 

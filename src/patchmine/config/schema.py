@@ -14,7 +14,7 @@ from patchmine.data.settings import DataSettings, ViewSettings
 from patchmine.evaluate.settings import EvalSettings
 from patchmine.methods import METHODS
 from patchmine.models.settings import MethodSettings
-from patchmine.strict import OF_A_MACHINE, ByName, Mistake, Positive, Strict
+from patchmine.strict import OF_A_MACHINE, ByName, Positive, SettingError, Strict
 from patchmine.train.settings import (
     LoggingSettings,
     MachineSettings,
@@ -60,7 +60,7 @@ class RunConfig(
         [], description="settings by the number of images; see the recipe my-images"
     )
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """What does not fit together between blocks."""
         if self.method.multi_crop and self.crops.num_local:
             yield from self.unfilled("crops.local_size", [self.crops.local_size])
@@ -74,14 +74,14 @@ class RunConfig(
             if self.devices > 1 and fits:  # before the batch size, which a resumed run must keep
                 remedy = f"try devices={fits}, or in a new run batch_size={near}"
             must = f"must be a multiple of {parts} ({shares}): {remedy}"
-            yield Mistake("batch_size", f"given {batch}; {must}")
+            yield SettingError("batch_size", f"given {batch}; {must}")
         if repeats > 1 and batch % (parts * repeats):
             near = max(1, round(batch / (parts * repeats))) * parts * repeats
             must = (
                 f"batch_size={batch} must be a multiple of {parts * repeats}: try batch_size={near}"
             )
             text = f"given {repeats}; the clips of one video stay together, so {must}"
-            yield Mistake("clip.repeats", text)
+            yield SettingError("clip.repeats", text)
 
     def to_yaml(self) -> str:
         """The settings, fully resolved, as a file that `patchmine pretrain` accepts."""

@@ -13,8 +13,8 @@ from patchmine.strict import (
     Count,
     FolderName,
     Fraction,
-    Mistake,
     Positive,
+    SettingError,
     Side,
     Size,
     Strict,
@@ -62,13 +62,13 @@ class Clip(Strict):
         description="sides of a crop, shares of the shorter side of the video",
     )
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """Frames that tubelets do not fill."""
         frames, tubelet = self.frames, self.tubelet
         if frames % tubelet:
             near = max(tubelet, round(frames / tubelet) * tubelet)
             must = f"must be a multiple of clip.tubelet={tubelet}: try clip.frames={near}"
-            yield Mistake("frames", f"given {frames}; {must}")
+            yield SettingError("frames", f"given {frames}; {must}")
 
 
 class InputSettings(Strict):
@@ -103,24 +103,24 @@ class InputSettings(Strict):
             return IMAGENET_MEAN if info.field_name == "mean" else IMAGENET_STD
         return value
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """Statistics of other channels, or half of them."""
         statistics = {"mean": self.mean, "std": self.std}
         if (self.mean is None) != (self.std is None):
             absent, present = ("mean", "std") if self.mean is None else ("std", "mean")
-            yield Mistake(absent, f"given null while {present} is set; give both or neither")
+            yield SettingError(absent, f"given null while {present} is set; give both or neither")
             return
         for name, values in statistics.items():
             if values is not None and len(values) != self.channels:
                 must = f"must be one for each of channels={self.channels}"
-                yield Mistake(name, f"given {len(values)} numbers; {must}")
+                yield SettingError(name, f"given {len(values)} numbers; {must}")
 
 
-def _ranges(**ranges: tuple[float, float]) -> Iterator[Mistake]:
+def _ranges(**ranges: tuple[float, float]) -> Iterator[SettingError]:
     for name, (low, high) in ranges.items():
         if not 0 < low <= high:
             must = "must be [smallest, largest] with 0 < smallest <= largest"
-            yield Mistake(name, f"given [{low}, {high}]; {must}")
+            yield SettingError(name, f"given [{low}, {high}]; {must}")
 
 
 class Crops(Strict):
@@ -138,7 +138,7 @@ class Crops(Strict):
         default=(0.05, 0.25), description="the same of a small crop"
     )
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """Ranges of shares that are none."""
         yield from _ranges(global_scale=self.global_scale, local_scale=self.local_scale)
 
@@ -158,7 +158,7 @@ class ViewSettings(InputSettings):
     )
     crops: Crops = Field(default=Crops(), description="of methods with several crops of each image")
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """Ranges that are none."""
         yield from _ranges(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio)
 

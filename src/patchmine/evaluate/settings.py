@@ -13,8 +13,8 @@ from patchmine.strict import (
     BatchSize,
     Count,
     Fraction,
-    Mistake,
     Positive,
+    SettingError,
     Size,
     Strict,
     Text,
@@ -52,11 +52,11 @@ class EvalSettings(Strict):
         0.875, gt=0, le=1, description="centre crop at evaluation, share of the shorter side"
     )
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """Evaluations without data."""
         if self.eval_every and self.eval_data is None:
             text = "but eval_data is not set; name a folder of labelled images"
-            yield Mistake("eval_every", f"given {self.eval_every}, {text}")
+            yield SettingError("eval_every", f"given {self.eval_every}, {text}")
 
 
 class ReadSettings(Strict):

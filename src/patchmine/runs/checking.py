@@ -10,7 +10,7 @@ import os
 from patchmine.config.resolve import missing_files
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.strict import Mistake
+from patchmine.strict import SettingError
 
 _GIB = 2**30
 
@@ -19,18 +19,18 @@ class _MisfitError(Exception):
     """What an argument makes timm or torch raise, which is no sentence of ours."""
 
 
-def misfits(config: RunConfig) -> list[Mistake]:
+def misfits(config: RunConfig) -> list[SettingError]:
     """What is wrong with settings that are right one by one: a model that cannot be built, a method
     that it does not suit, a device that this machine lacks.
     """
     found = _misbuilt(config)
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         text = f"given '{shown_name(config.wandb)}', but wandb is not installed; run `pip install patchmine[wandb]`"
-        found.append(Mistake("wandb", text))
+        found.append(SettingError("wandb", text))
     import torch  # only now, where all that needs no torch is right
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        found.append(Mistake("", "device=cuda, but torch sees no GPU: give device=cpu"))
+        found.append(SettingError("", "device=cuda, but torch sees no GPU: give device=cpu"))
     return found
 
 
@@ -38,7 +38,7 @@ CHECKS = (missing_files, misfits)
 """What is asked of the settings of a new run, in this order; torch is imported for the second."""
 
 
-def _misbuilt(config: RunConfig) -> list[Mistake]:
+def _misbuilt(config: RunConfig) -> list[SettingError]:
     if config.by_size:
         return []  # each row has its own model, which is checked with the row
     told = _refusal(config)
@@ -51,8 +51,8 @@ def _misbuilt(config: RunConfig) -> list[Mistake]:
     ):  # a model that cannot be built hides what is wrong with the method
         more = _refusal(config.model_copy(update={"model": usual, "model_args": {}}))
     return [
-        Mistake("", told),
-        *([Mistake("", more)] if more is not None and more.startswith("method.") else []),
+        SettingError("", told),
+        *([SettingError("", more)] if more is not None and more.startswith("method.") else []),
     ]
 
 

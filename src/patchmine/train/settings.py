@@ -13,8 +13,8 @@ from patchmine.strict import (
     OF_A_MACHINE,
     BatchSize,
     Count,
-    Mistake,
     Positive,
+    SettingError,
     Strict,
     Text,
     Workers,
@@ -53,10 +53,12 @@ class ScheduleSettings(Strict):
         0.1, gt=0, le=1, description="multi_step: what the rate is multiplied by then"
     )
 
-    def mistakes(self) -> Iterator[Mistake]:
+    def setting_errors(self) -> Iterator[SettingError]:
         """No length, or a setting that the chosen schedule would pass over in silence."""
         if self.epochs is None and self.steps is None:
-            yield Mistake("epochs", "given null, and no steps either; give one, as in epochs=100")
+            yield SettingError(
+                "epochs", "given null, and no steps either; give one, as in epochs=100"
+            )
         kind, milestones, rising = (
             self.lr_schedule,
             self.lr_milestones,
@@ -65,18 +67,20 @@ class ScheduleSettings(Strict):
         useless = f"of no use with lr_schedule={kind}: set lr_schedule"
         if kind == "multi_step" and not milestones:
             needs = "not given; lr_schedule=multi_step needs it, as in [0.875]"
-            yield Mistake("lr_milestones", needs)
+            yield SettingError("lr_milestones", needs)
         if kind != "multi_step" and milestones:
             text = f"given {milestones}; {useless}=multi_step, or leave it out"
-            yield Mistake("lr_milestones", text)
+            yield SettingError("lr_milestones", text)
         if milestones != rising:
-            yield Mistake("lr_milestones", f"given {milestones}; must rise, as in {rising}")
+            yield SettingError("lr_milestones", f"given {milestones}; must rise, as in {rising}")
         if kind != "cosine" and self.min_lr:
-            yield Mistake("min_lr", f"given {self.min_lr:g}; {useless}=cosine, or leave it out")
+            yield SettingError(
+                "min_lr", f"given {self.min_lr:g}; {useless}=cosine, or leave it out"
+            )
         peak = self.blr * self.batch_size / 256
         if self.warmup_lr > peak:
             must = f"must not be above the highest rate, blr * batch_size / 256 = {peak:g}"
-            yield Mistake("warmup_lr", f"given {self.warmup_lr:g}; {must}")
+            yield SettingError("warmup_lr", f"given {self.warmup_lr:g}; {must}")
 
 
 class OptimSettings(Strict):
