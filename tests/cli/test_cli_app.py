@@ -50,7 +50,6 @@ ROOMS = [
     ("bench.step", "bench_step"),
     ("bench.data", "bench_data"),
     ("bench.video", "bench_video"),
-    ("data.sources.video_sources", "open_videos"),
 ]
 TABLES = [command for command in PROGRAMS if command.settings]
 Calls = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 from made_files import JPEG, add, write_files, write_tar
 
-from patchmine.data.sources.contract import key_of
 from patchmine.data.sources.shards import ShardSource, open_shards
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
@@ -24,7 +23,7 @@ def opened(file: Path) -> ShardSource:
 
 
 def keys(source: ShardSource) -> list[str]:
-    return [key_of(source, index) for index in range(len(source))]
+    return [source.key(index) for index in range(len(source))]
 
 
 def classes(source: ShardSource) -> list[str] | None:

@@ -8,9 +8,8 @@ import pytest
 from made_files import write_files, write_tar
 
 from patchmine.data.inspect import inspect
-from patchmine.data.sources.classes import division_of, folder_classes, is_divided
+from patchmine.data.sources.contract import division_of, folder_classes, is_divided
 from patchmine.data.sources.source import open_source
-from patchmine.data.sources.video_sources import open_videos
 from patchmine.evaluate.labelled import everything, open_labelled
 
 
@@ -69,5 +68,5 @@ def test_every_command_takes_the_same_classes_from_a_divided_set(tmp_path: Path)
 
 def test_folders_of_frames_by_the_same_rule(tmp_path: Path) -> None:
     write_files(tmp_path, "train/run/a/1.jpg", "train/walk/b/1.jpg", "test/run/c/1.jpg")
-    labels = open_videos(tmp_path).labels()
+    labels = open_source(tmp_path, "video").labels()
     assert [labels.names[number] for number in labels.ids] == ["run", "run", "walk"]

@@ -14,6 +14,7 @@ import pytest
 from patchmine.data.sources import folder, index
 from patchmine.data.sources.contract import IMAGE_SUFFIXES, Kind
 from patchmine.data.sources.folder import FileSource, open_folder
+from patchmine.data.sources.index import save
 from patchmine.errors import UserError
 
 
@@ -329,7 +330,7 @@ def test_a_million_files_are_indexed_in_little_memory(
     try:
         index = folder.list_folder(tmp_path)
         building = tracemalloc.get_traced_memory()[1]
-        saved = folder.save(index, tmp_path / "kept.index")
+        saved = save(index, tmp_path / "kept.index")
         del index
         kept, saving = tracemalloc.get_traced_memory()
     finally:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from made_files import JPEG, write_files, write_tar
 
-from patchmine.data.sources import folder, index, listfile, shards
-from patchmine.data.sources.contract import Source, key_of
+from patchmine.data.sources import folder, index
+from patchmine.data.sources.contract import Source
 from patchmine.data.sources.index import Index, PathList, load, save
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
@@ -30,7 +30,7 @@ def long_ago(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def keys(source: Source) -> list[str]:
-    return [key_of(source, number) for number in range(len(source))]
+    return [source.key(number) for number in range(len(source))]
 
 
 def same_times(place: Path, like: os.stat_result) -> None:
@@ -176,8 +176,7 @@ def test_what_has_just_changed_is_not_trusted(
     write(1)
     before = keys(open_source(place, cache_dir=tmp_path / "cache"))
     write(2)
-    for module in (folder, listfile, shards):  # a clock so coarse that nothing moves
-        monkeypatch.setattr(module, "mark_of", lambda _: [1, 1, 1, 1])
+    monkeypatch.setattr(index, "mark_of", lambda _: [1, 1, 1, 1])  # a clock so coarse
     assert keys(open_source(place, cache_dir=tmp_path / "cache")) == keys(open_source(place))
     assert keys(open_source(place)) != before
 

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 
 from patchmine.data import inspect as inspect_module
 from patchmine.data.inspect import inspect, render
-from patchmine.data.sources.contract import key_of
 from patchmine.data.sources.source import open_source
 
 
@@ -161,7 +160,7 @@ def test_labels_that_cannot_be_read_are_a_note(tmp_path: Path) -> None:
     report = inspect(source)
     assert (report.read, report.classes, len(report.broken)) == (2, None, 0)
     assert "the .json member of" in report.notes[-1]
-    assert [key_of(source, index) for index in range(2)] == ["1.png", "2.png"]
+    assert [source.key(index) for index in range(2)] == ["1.png", "2.png"]
 
 
 def test_items_of_a_dataset_that_are_no_images_are_said_to_be_what_they_are() -> None:

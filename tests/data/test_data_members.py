@@ -12,10 +12,9 @@ from made_files import JPEG, PNG, write_files, write_tar
 from patchmine.data.decoding.video import VIDEOS, frames_in
 from patchmine.data.inspect import inspect, render
 from patchmine.data.sources import members
-from patchmine.data.sources.contract import IMAGES, Source, key_of, notes_of
+from patchmine.data.sources.contract import IMAGES, Source
 from patchmine.data.sources.members import ending_of, ending_told_by, is_hidden, reason_against
 from patchmine.data.sources.source import open_source
-from patchmine.data.sources.video_sources import open_videos
 from patchmine.errors import UserError
 
 COUNT = (
@@ -70,7 +69,7 @@ OTHERS = ("a/notes.txt", "a/labels.csv", "b/x.jpg.part", "b/x.xml")
 
 
 def names(source: Source) -> list[str]:
-    return sorted(key_of(source, index) for index in range(len(source)))
+    return sorted(source.key(index) for index in range(len(source)))
 
 
 @pytest.fixture
@@ -103,8 +102,8 @@ def test_what_a_list_names_counts_by_its_contents_where_its_ending_says_nothing(
     (tmp_path / "list.txt").write_text("a.dat\nb.0001\nc\ntext.dat\nnone\n")
     source = open_source(tmp_path / "list.txt")
     assert names(source) == ["a.dat", "b.0001", "c"]
-    assert "ending .dat, and no image inside: 1, as text.dat" in notes_of(source)[0]
-    assert "no ending, and no image inside: 1, as none" in notes_of(source)[0]
+    assert "ending .dat, and no image inside: 1, as text.dat" in source.notes[0]
+    assert "no ending, and no image inside: 1, as none" in source.notes[0]
 
 
 def test_what_is_passed_over_is_told_by_reason(everything: Path, tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_what_is_passed_over_is_told_by_reason(everything: Path, tmp_path: Path)
     write_files(everything, "words", data=b"no image ")
     source = open_source(everything)
     server.close()
-    (note,) = notes_of(source)
+    (note,) = source.notes
     assert note.startswith(f"data={everything}: ")
     for part in (
         "hidden or of the system: 9, as ",
@@ -132,15 +131,15 @@ def test_what_is_passed_over_is_told_by_reason(everything: Path, tmp_path: Path)
 
 def test_reasons_stay_a_line_however_many(tmp_path: Path) -> None:
     write_files(tmp_path, "x.jpg", *(f"x.e{number}x" for number in range(50)))
-    (note,) = notes_of(open_source(tmp_path))
+    (note,) = open_source(tmp_path).notes
     assert "and 42 more reasons" in note
     assert len(note) < 700
 
 
 def test_clean_data_have_no_note(tmp_path: Path) -> None:
     write_files(tmp_path / "in", "a/1.jpg", "b/2.png")
-    assert notes_of(open_source(tmp_path / "in")) == ()
-    assert notes_of(open_source(write_tar(tmp_path / "x.tar", "1.jpg", "2.jpg"))) == ()
+    assert open_source(tmp_path / "in").notes == ()
+    assert open_source(write_tar(tmp_path / "x.tar", "1.jpg", "2.jpg")).notes == ()
 
 
 @pytest.mark.parametrize("ending", [".heic", ".HEIF", ".hif"])
@@ -156,7 +155,7 @@ def test_heic_counts_where_it_can_be_read(
         tmp_path / "in", cache_dir=tmp_path / "cache"
     )  # a listing of other means is not used
     assert len(source) == 1
-    assert "pip install pillow-heif" in notes_of(source)[0]
+    assert "pip install pillow-heif" in source.notes[0]
 
 
 def test_chosen_endings_are_those_that_count(tmp_path: Path) -> None:
@@ -166,7 +165,7 @@ def test_chosen_endings_are_those_that_count(tmp_path: Path) -> None:
     for place in (folder, archive):
         assert names(open_source(f"{place}::jpg")) == ["1.jpg", "2.JPG"]
         assert names(open_source(f"{place}::.jpg, left.png")) == ["1.jpg", "1.left.png", "2.JPG"]
-        assert "ending .png: 2" in notes_of(open_source(f"{place}::jpg"))[0]
+        assert "ending .png: 2" in open_source(f"{place}::jpg").notes[0]
     with pytest.raises(
         UserError, match=r"\.txt is no ending of images; behind :: stand the endings that count"
     ):
@@ -200,10 +199,10 @@ def test_frames_are_chosen_by_the_same_rule(tmp_path: Path) -> None:
         "2.JFIF",
         "10",
     ]
-    source = open_videos(tmp_path)
-    assert [key_of(source, index) for index in range(len(source))] == ["run/a"]
+    source = open_source(tmp_path, "video")
+    assert [source.key(index) for index in range(len(source))] == ["run/a"]
     assert [Path(path).name for path in source.read(0).paths] == ["1.jpg", "2.JFIF", "10"]
-    assert "no regular file (pipe, socket or device): 1, as run/a/3.jpg" in notes_of(source)[0]
+    assert "no regular file (pipe, socket or device): 1, as run/a/3.jpg" in source.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchmine.data.sources.moving import (
+from patchmine.data.sources.embedded import (
     FRAMES,
     MOTIONS,
     SIDE,
@@ -19,8 +19,8 @@ from patchmine.data.sources.moving import (
     draw_shot,
     film,
     levels_of,
-    open_moving_photos,
 )
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 
 
@@ -94,7 +94,7 @@ def test_clips_are_a_function_of_their_number_and_the_halves_differ() -> None:
     assert not (train.read(11) == test.read(11)).all()
     assert train.labels().names[train.labels().ids[11]] == train.key(11).split("/")[0] == "pan-down"
     assert np.bincount(test.labels().ids).tolist() == [200] * 8
-    both = open_moving_photos("embedded:moving-photos")
+    both = open_source("embedded:moving-photos", "video")
     assert len(both) == len(train) + len(test)
     assert both.labels().names == sorted(MOTIONS)
     with pytest.raises(IndexError):
@@ -103,4 +103,4 @@ def test_clips_are_a_function_of_their_number_and_the_halves_differ() -> None:
 
 def test_another_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean embedded:moving-photos"):
-        open_moving_photos("embedded:moving-fotos")
+        open_source("embedded:moving-fotos", "video")

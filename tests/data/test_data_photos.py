@@ -11,19 +11,19 @@ import pytest
 
 pytest.importorskip("skimage", reason="the photographs come with scikit-image")
 
-from patchmine.data.sources import photos
-from patchmine.data.sources.photos import PhotoCrops, open_photos
+from patchmine.data.sources import embedded
+from patchmine.data.sources.embedded import PhotoCrops
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 
 
 def area(source: PhotoCrops, photograph: int) -> np.ndarray:
     """(height, width) bool: the pixels of a photograph that crops show."""
-    with photos._open(source.folder, photograph, source.name) as image:
+    with embedded.open_photograph(photograph, source.name) as image:
         width, height = image.size
     seen = np.zeros((height, width), bool)
-    first, left, _, _ = photos._half_box((width, height), source.part)
-    for cut in source._cuts:
+    first, left, _, _ = embedded.half_box(photograph, source.part, source.name)
+    for cut in source.cuts:
         if cut.photograph == photograph:
             seen[
                 first + cut.top : first + cut.top + cut.side,
@@ -56,19 +56,19 @@ def test_crops_are_balanced_repeatable_and_need_no_network(monkeypatch: pytest.M
 
 
 def test_train_and_test_show_different_halves() -> None:
-    train, test = open_photos("embedded:photos/train"), open_photos("embedded:photos/test")
+    train, test = open_source("embedded:photos/train"), open_source("embedded:photos/test")
     assert isinstance(train, PhotoCrops)
     assert isinstance(test, PhotoCrops)
-    for photograph in range(len(photos.PHOTOGRAPHS)):
+    for photograph in range(len(embedded.PHOTOGRAPHS)):
         seen, unseen = area(train, photograph), area(test, photograph)
         assert not (seen & unseen).any()
         assert seen.mean() > 0.3  # most of a half
-    retina = photos.PHOTOGRAPHS.index("retina.jpg")
+    retina = embedded.PHOTOGRAPHS.index("retina.jpg")
     assert area(train, retina).sum() > 0
 
 
 def test_both_together() -> None:
-    both = open_photos("embedded:photos")
+    both = open_source("embedded:photos")
     assert len(both) == 4050
     labels = both.labels()
     assert labels is not None
@@ -82,7 +82,7 @@ def test_both_together() -> None:
 def test_a_grid_has_as_many_squares_as_asked_for_all_inside(
     count: int, size: tuple[int, int]
 ) -> None:
-    corners = photos._grid(*size, 64, count)
+    corners = embedded.grid(*size, 64, count)
     assert len(corners) == count
     assert all(0 <= top <= size[0] - 64 and 0 <= left <= size[1] - 64 for top, left in corners)
 
@@ -92,8 +92,10 @@ def test_a_misspelt_name_gets_the_nearest(tmp_path: Path, monkeypatch: pytest.Mo
         open_source("embedded:photo/trian")
     with pytest.raises(UserError, match="did you mean embedded:photos"):
         open_source("embedded:")
-    with pytest.raises(UserError, match=r"carries no readable astronaut\.png"):
-        PhotoCrops("train", tmp_path)
-    monkeypatch.setattr(photos.importlib.util, "find_spec", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded, "_photo_folder", lambda name: tmp_path)
+        with pytest.raises(UserError, match=r"carries no readable astronaut\.png"):
+            PhotoCrops("train")
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'patchmine\[demo\]'"):
         open_source("embedded:photos")

@@ -9,9 +9,8 @@ from made_files import write_files
 
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import frames_in
-from patchmine.data.sources.contract import key_of
-from patchmine.data.sources.series import frames_of
-from patchmine.data.sources.video_sources import open_videos
+from patchmine.data.sources.members import frames_of
+from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 
 
@@ -87,14 +86,14 @@ def test_a_frame_folder_beside_flow_is_a_video_of_its_frames(tmp_path: Path) -> 
     folder = write_files(
         tmp_path / "in/run/a", *numbered("img_{:d}.jpg", "flow_x_{:d}.jpg", "flow_y_{:d}.jpg")
     )
-    source = open_videos(tmp_path / "in")
+    source = open_source(tmp_path / "in", "video")
     assert [Path(path).name for path in source.read(0).paths] == [
         f"img_{number}.jpg" for number in (1, 2, 3, 4)
     ]
     assert "images of another series than the frames': 8, as run/a/flow_x_1.jpg" in source.notes[0]  # type: ignore[attr-defined]
     assert frames_in(str(folder)).paths == source.read(0).paths
     (tmp_path / "list.txt").write_text("in/run/a\n")
-    listed = open_videos(tmp_path / "list.txt")
+    listed = open_source(tmp_path / "list.txt", "video")
     assert listed.read(0).paths == source.read(0).paths
     assert "8, as in/run/a/flow_x_1.jpg" in listed.notes[0]  # type: ignore[attr-defined]
 
@@ -102,17 +101,17 @@ def test_a_frame_folder_beside_flow_is_a_video_of_its_frames(tmp_path: Path) -> 
 def test_frames_of_several_videos_in_a_folder_end_the_start(tmp_path: Path) -> None:
     write_files(tmp_path / "in/a", "left_1.jpg", "right_1.jpg")
     with pytest.raises(UserError, match=r"the folder .*in/a holds several series of frames"):
-        open_videos(tmp_path / "in")
+        open_source(tmp_path / "in", "video")
     write_files(tmp_path / "in/a", "left_1.jpg", "right_1.jpg")
     (tmp_path / "list.txt").write_text("in/a\n")
     with pytest.raises(UserError, match=r"line 1 .*in/a.* holds several series of frames"):
-        open_videos(tmp_path / "list.txt")
+        open_source(tmp_path / "list.txt", "video")
 
 
 def test_chosen_endings_choose_a_series(tmp_path: Path) -> None:
     write_files(tmp_path / "a", *numbered("{:d}.jpg", "{:d}.png"))
-    source = open_videos(f"{tmp_path}::png")
-    assert [key_of(source, index) for index in range(len(source))] == ["a"]
+    source = open_source(f"{tmp_path}::png", "video")
+    assert [source.key(index) for index in range(len(source))] == ["a"]
     assert [Path(path).name for path in source.read(0).paths] == [
         "1.png",
         "2.png",

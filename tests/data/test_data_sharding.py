@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from patchmine.data import sharding
 from patchmine.data.decoding.decode import decode
 from patchmine.data.sharding import write_shards
-from patchmine.data.sources.contract import Source, key_of, notes_of
+from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.images import TrainView
 from patchmine.errors import UserError
@@ -35,7 +35,7 @@ def test_shards_hold_what_the_folder_holds(image_folder: Path, tmp_path: Path) -
     assert done.shards == len(list((tmp_path / "out").iterdir())) > 2
     for index in range(len(source)):
         assert again.read(index) == source.read(index)
-        assert key_of(again, index) == key_of(source, index)
+        assert again.key(index) == source.key(index)
     ours, theirs = source.labels(), again.labels()
     assert ours is not None
     assert theirs is not None
@@ -65,9 +65,7 @@ def test_names_that_tar_readers_would_confuse_stay_apart(
     source = open_source(tmp_path / "in")
     write_shards(source, tmp_path / "out")
     again = open_source(tmp_path / "out")
-    assert [key_of(again, i) for i in range(len(again))] == [
-        key_of(source, i) for i in range(len(source))
-    ]
+    assert [again.key(i) for i in range(len(again))] == [source.key(i) for i in range(len(source))]
     assert [again.read(i) for i in range(len(again))] == [
         source.read(i) for i in range(len(source))
     ]
@@ -226,7 +224,7 @@ AWKWARD = (
 
 
 def names_and_contents(source: Source) -> list[tuple[str, bytes]]:
-    return sorted((key_of(source, index), source.read(index)) for index in range(len(source)))
+    return sorted((source.key(index), source.read(index)) for index in range(len(source)))
 
 
 def test_a_round_trip_keeps_every_item_name_and_class(tmp_path: Path) -> None:
@@ -240,7 +238,7 @@ def test_a_round_trip_keeps_every_item_name_and_class(tmp_path: Path) -> None:
     assert names_and_contents(again) == names_and_contents(source)
     assert again.labels().names == source.labels().names == ["cr\udce8me", "tea"]
     assert (again.labels().ids == source.labels().ids).all()
-    assert notes_of(again) == ()
+    assert again.notes == ()
     members = []
     for shard in (tmp_path / "out").iterdir():
         with tarfile.open(shard) as archive:

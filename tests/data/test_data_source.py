@@ -13,9 +13,8 @@ import torch
 from made_files import write_tar
 from torch.utils.data import Dataset, IterableDataset
 
-from patchmine.data.decoding.video import VIDEOS
 from patchmine.data.sharding import write_shards
-from patchmine.data.sources.contract import IMAGES, ClassNames, Labels, Source, key_of
+from patchmine.data.sources.contract import ClassNames, Labels, Source
 from patchmine.data.sources.source import default_cache_dir, open_source
 from patchmine.errors import UserError
 
@@ -75,7 +74,7 @@ def test_several_sources_are_one(image_folder: Path, tmp_path: Path) -> None:
     first, second = open_source(image_folder), open_source(tmp_path / "more")
     assert contents(both) == contents(first) + contents(second)
     assert both.path(len(first)) == second.path(0)
-    assert key_of(both, len(first)) == "ring/0000.jpg"
+    assert both.key(len(first)) == "ring/0000.jpg"
     labels = both.labels()
     assert labels is not None
     assert labels.names == ["circle", "ring", "square", "stripes"]
@@ -214,9 +213,9 @@ def test_what_cannot_be_a_source_is_refused_before_any_work(
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
-    for kind in (IMAGES, VIDEOS):
-        with pytest.raises(UserError, match=message if kind is IMAGES else "data=") as told:
-            open_source(spec, kind=kind)
+    for kind in ("image", "video"):
+        with pytest.raises(UserError, match=message if kind == "image" else "data=") as told:
+            open_source(spec, kind)
         str(told.value).encode()
 
 
@@ -235,7 +234,7 @@ def test_patterns_of_shards(tmp_path: Path) -> None:
 
     def found(pattern: str) -> list[str]:
         source = open_source(f"{tmp_path}/{pattern}")
-        return [key_of(source, index) for index in range(len(source))]
+        return [source.key(index) for index in range(len(source))]
 
     assert found("{val,train}-00.tar") == ["val-00.jpg", "train-00.jpg"]
     assert found("train-{00..01}.tar") == ["train-00.jpg", "train-01.jpg"]

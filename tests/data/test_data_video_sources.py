@@ -15,8 +15,7 @@ from patchmine.data.decoding.video import FrameFiles, VideoFile, backend_name, o
 from patchmine.data.inspect import inspect, render
 from patchmine.data.loader import data_statistics
 from patchmine.data.settings import InputSettings
-from patchmine.data.sources.source import open_source
-from patchmine.data.sources.video_sources import decoder_of, open_videos
+from patchmine.data.sources.source import decoder_of, open_source
 from patchmine.data.views.clips import middle_frame
 from patchmine.errors import UserError
 
@@ -41,22 +40,22 @@ def clips(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_videos_has_its_classes_in_folders(clips: Path, tmp_path: Path) -> None:
-    source = open_videos(clips, cache_dir=tmp_path / "cache")
+    source = open_source(clips, "video", cache_dir=tmp_path / "cache")
     assert len(source) == 6
     assert source.labels().names == ["run", "walk"]
     assert source.read(3) == VideoFile(str(clips / "walk" / "1.gif"))
     assert open_video(source.read(0)).num_frames == 5
     assert decoder_of(source) == backend_name()
     assert [source.path(i) for i in range(6)] == [
-        open_videos(clips, cache_dir=tmp_path / "cache").path(i) for i in range(6)
+        open_source(clips, "video", cache_dir=tmp_path / "cache").path(i) for i in range(6)
     ]
 
 
 def test_indices_of_images_and_of_videos_are_kept_apart(clips: Path, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(clips / "still.png")
-    assert len(open_videos(clips, cache_dir=tmp_path / "cache")) == 6
+    assert len(open_source(clips, "video", cache_dir=tmp_path / "cache")) == 6
     assert len(open_source(clips, cache_dir=tmp_path / "cache")) == 7  # animations are images too
-    assert len(open_videos(clips, cache_dir=tmp_path / "cache")) == 6
+    assert len(open_source(clips, "video", cache_dir=tmp_path / "cache")) == 6
 
 
 @pytest.mark.usefixtures("clips")
@@ -66,12 +65,12 @@ def test_a_list_names_videos_and_folders_of_frames(tmp_path: Path) -> None:
     for number in range(3):
         Image.new("RGB", (16, 12), (number, 0, 0)).save(frames / f"{number}.png")
     (tmp_path / "list.txt").write_text("clips/run/0.gif run\nframes walk\n")
-    source = open_videos(tmp_path / "list.txt")
+    source = open_source(tmp_path / "list.txt", "video")
     assert source.labels().ids.tolist() == [0, 1]
     assert open_video(source.read(1)).frames([2])[0, 0, 0, 0] == 2
     (tmp_path / "list.txt").write_text("clips/run/0.gif\nclips/gone.gif\n")
     with pytest.raises(UserError, match=r"line 2 names 'clips/gone\.gif', which does not exist"):
-        open_videos(tmp_path / "list.txt")
+        open_source(tmp_path / "list.txt", "video")
     (tmp_path / "list.txt").write_text("frames\n")
     with pytest.raises(UserError, match="names 'frames', which is a folder"):
         open_source(tmp_path / "list.txt")
@@ -83,7 +82,7 @@ def test_shards_hold_videos_with_their_classes(clips: Path, tmp_path: Path) -> N
             archive.add(file, f"{file.stem}.gif")
             (tmp_path / "note.cls").write_text(file.parent.name)
             archive.add(tmp_path / "note.cls", f"{file.stem}.cls")
-    source = open_videos(tmp_path / "shard.tar")
+    source = open_source(tmp_path / "shard.tar", "video")
     assert len(source) == 6
     assert source.labels().names == ["run", "walk"]
     assert torch.equal(
@@ -99,7 +98,7 @@ def test_folders_of_frames_are_videos(tmp_path: Path, monkeypatch: pytest.Monkey
             Image.new("RGB", (16, 12), (10 * number, 0, 0)).save(
                 tmp_path / name / f"frame{number}.png"
             )
-    source = open_videos(tmp_path)
+    source = open_source(tmp_path, "video")
     assert [source.key(i) for i in range(3)] == ["run/a", "run/b", "walk/c"]
     assert source.labels().ids.tolist() == [0, 0, 1]
     raw = source.read(0)
@@ -116,11 +115,11 @@ def test_what_is_no_source_of_videos_is_answered_with_what_is(clips: Path, tmp_p
     with pytest.raises(
         UserError, match=r"no video and no tar shard in this folder; files that count end in \.mp4"
     ):
-        open_videos(tmp_path / "empty")
+        open_source(tmp_path / "empty", "video")
     with pytest.raises(UserError, match="this is a single video"):
-        open_videos(clips / "run" / "0.gif")
+        open_source(clips / "run" / "0.gif", "video")
     with pytest.raises(UserError, match="give a folder of videos or of folders of frames"):
-        open_videos(tmp_path / "gone")
+        open_source(tmp_path / "gone", "video")
 
 
 def test_videos_that_nothing_decodes_are_refused_before_any_work(
@@ -131,14 +130,14 @@ def test_videos_that_nothing_decodes_are_refused_before_any_work(
     backend_name.cache_clear()
     try:
         with pytest.raises(UserError, match="pip install av"):
-            open_videos(clips)
+            open_source(clips, "video")
     finally:
         backend_name.cache_clear()
 
 
 def test_statistics_and_inspection_look_at_one_frame_of_each(clips: Path) -> None:
     (clips / "run" / "bad.gif").write_bytes(b"GIF89a")
-    source = open_videos(clips)
+    source = open_source(clips, "video")
     mean, std = data_statistics(source, InputSettings(), look=middle_frame)
     assert mean.tolist() == pytest.approx([52 / 255, 50 / 255, 0], abs=0.01)
     report = inspect(source, video=True)
@@ -156,7 +155,9 @@ def test_videos_with_equal_contents_are_told(clips: Path) -> None:
     file = min(clips.rglob("*.gif"))
     twin = file.with_name("twin.gif")
     twin.write_bytes(file.read_bytes())
-    assert inspect(open_videos(clips), video=True).duplicates == [sorted([str(file), str(twin)])]
+    assert inspect(open_source(clips, "video"), video=True).duplicates == [
+        sorted([str(file), str(twin)])
+    ]
 
 
 def test_a_dataset_gives_arrays_of_frames() -> None:
@@ -167,7 +168,7 @@ def test_a_dataset_gives_arrays_of_frames() -> None:
         def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
             return np.full((4, 8, 8, 3), index, np.uint8), index
 
-    source = open_videos(Clips())
+    source = open_source(Clips(), "video")
     assert source.labels().ids.tolist() == [0, 1]
     assert decoder_of(source) is None
     assert open_video(source.read(1)).frames([3]).unique().tolist() == [1]

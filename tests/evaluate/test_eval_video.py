@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from patchmine.backbones.family import build_encoder
 from patchmine.backbones.videomae import to_videomae_names
-from patchmine.data.sources.video_sources import open_videos
+from patchmine.data.sources.source import open_source
 from patchmine.data.views.clips import PlainClips, TestClips
 from patchmine.errors import UserError
 from patchmine.evaluate.embed import embed
@@ -55,7 +55,7 @@ def features_of(target, view, source):
 
 
 def test_features_of_videos_are_those_of_the_clip_in_the_middle(video_folder, clips):
-    target, source = open_target(video_folder), open_videos(clips / "train")
+    target, source = open_target(video_folder), open_source(clips / "train", "video")
     assert (target.kind, target.clip.frames, target.clip.stride) == ("video", 4, 2)
     found = extract(target, source, batch_size=20, workers=0)
     wanted = features_of(target, PlainClips(target.input, target.crop_pct), source)[:, 0]
@@ -225,7 +225,7 @@ def test_several_clips_of_a_video_equal_the_protocol_done_by_hand(video_folder, 
         for name in ("knn", "linear")
     ] == [knn, linear]
     target = open_target(video_folder)
-    train, test = open_videos(clips / "train"), open_videos(clips / "test")
+    train, test = open_source(clips / "train", "video"), open_source(clips / "test", "video")
     bank = F.normalize(features_of(target, PlainClips(target.input), train)[:, 0], dim=1)
     labels, truth = torch.from_numpy(train.labels().ids), torch.from_numpy(test.labels().ids)
     views = features_of(target, TestClips(target.input, segments=2, crops=3), test)  # (6, 6, D)

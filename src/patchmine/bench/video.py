@@ -24,7 +24,7 @@ from patchmine.data.loader import sample_generator
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import Clip, ViewSettings
 from patchmine.data.sources.contract import Source
-from patchmine.data.sources.video_sources import open_videos
+from patchmine.data.sources.source import open_source
 from patchmine.data.views.clips import TrainClips, window
 from patchmine.errors import UserError
 
@@ -54,7 +54,7 @@ def bench_video(
     """
     if not video_pyav.is_installed():
         raise UserError("the videos are timed against PyAV, which is missing: pip install av")
-    opened = open_videos(source)
+    opened = open_source(source, "video")
     jobs = _jobs(opened, frames, stride)
     readers: dict[str, _Read] = {"sequential": _sequential, "until": _until, "PyAV": _pyav}
     if video_torchcodec.works():

@@ -111,9 +111,8 @@ def shard(given: ShardSettings, say: Say) -> None:
 
 def _opened(data: str | list[str], video: bool) -> Any:
     from patchmine.data.sources.source import default_cache_dir, open_source
-    from patchmine.data.sources.video_sources import open_videos
 
-    return (open_videos if video else open_source)(data, cache_dir=default_cache_dir())
+    return open_source(data, "video" if video else "image", cache_dir=default_cache_dir())
 
 
 def bench_step(given: BenchStepSettings, _: Say) -> None:

@@ -20,7 +20,7 @@ from patchmine.data.decoding.decode import DecodeError, decode, no_image, probe
 from patchmine.data.decoding.video import FrameFiles, VideoFile, open_video
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import MAX_PIXELS
-from patchmine.data.sources.contract import Labels, Source, notes_of, open_regular
+from patchmine.data.sources.contract import Labels, Source, open_regular
 from patchmine.errors import UserError, reason_of, shown_name
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def inspect(
     """
     count = len(source)
     chosen = spread_indices(count, count if full else sample)
-    report = InspectReport(source.name, count, len(chosen), notes=notes_of(source))
+    report = InspectReport(source.name, count, len(chosen), notes=source.notes)
     try:
         report.classes = _class_sizes(source.labels())
     except (

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from patchmine.data.decoding.decode import decode
 from patchmine.data.settings import InputSettings, ViewSettings
-from patchmine.data.sources.contract import Source, notes_of
-from patchmine.data.sources.source import Spec, open_source
-from patchmine.data.sources.video_sources import decoder_of, open_videos
+from patchmine.data.sources.contract import Source
+from patchmine.data.sources.source import decoder_of, open_source
 from patchmine.data.views.clips import PlainClips, TrainClips, middle_frame
 from patchmine.data.views.images import MultiCropView, PlainView, TrainView, View
 
@@ -55,30 +54,22 @@ def _notes_of_videos(source: Source) -> list[str]:
         if decoder
         else "Frames are read as they are: no video to decode."
     )
-    return [found, *notes_of(source)]
-
-
-def _open_images(spec: Spec, cache_dir: Path | None = None) -> Source:
-    return open_source(spec, cache_dir=cache_dir)
-
-
-def _open_videos(spec: Spec, cache_dir: Path | None = None) -> Source:
-    return open_videos(spec, cache_dir=cache_dir)
+    return [found, *source.notes]
 
 
 IMAGE = Item(
     noun="image",
-    open=_open_images,
+    open=partial(open_source, kind="image"),
     train_view=_train_image,
     plain_view=_plain_image,
     look=decode,
     samples=lambda settings: 1,
     describe=lambda settings: "",
-    notes=lambda source: list(notes_of(source)),
+    notes=lambda source: list(source.notes),
 )
 CLIP = Item(
     noun="video",
-    open=_open_videos,
+    open=partial(open_source, kind="video"),
     train_view=lambda settings, smallest_side, multi_crop: TrainClips(settings, smallest_side),
     plain_view=PlainClips,
     look=middle_frame,

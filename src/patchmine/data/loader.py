@@ -192,7 +192,7 @@ class _Samples(Dataset[_Loaded]):
         self, source: Source, view: View, desk: Desk, seed: int | None, targets: bool
     ) -> None:
         self.source, self.view, self.desk, self.seed = source, view, desk, seed
-        self.target_of: Callable[[int], Any] = source.target if targets else lambda index: None  # type: ignore[attr-defined]
+        self.target_of: Callable[[int], Any] = source.target if targets else lambda index: None
 
     def __getitem__(self, key: _Key) -> _Loaded:
         epoch, indices = key

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchmine.data.decoding.video import FrameFiles, VideoFile
-from patchmine.data.sources.combine import DatasetSource
 from patchmine.data.sources.contract import Source, open_regular
 from patchmine.errors import UserError, foreign_parser
 
@@ -47,7 +46,7 @@ def content_stamps(source: Source) -> list[str]:
         read, or is no file.  Empty where a torch dataset is among the sources, since that may give
         other pixels each time.
     """
-    if any(isinstance(part, DatasetSource) for part in (source, *getattr(source, "parts", ()))):
+    if not source.repeatable:
         return []
     return [_stamp(source, index) for index in spread_indices(len(source), STAMPED).tolist()]
 

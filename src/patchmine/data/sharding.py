@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from patchmine.data.decoding.decode import DecodeError, decode, probe
-from patchmine.data.sources.contract import IMAGE_SUFFIXES, Labels, Source, key_of
+from patchmine.data.sources.contract import IMAGE_SUFFIXES, Labels, Source
 from patchmine.data.sources.members import HEAD, ending_told_by, is_hidden
 from patchmine.disk import remedy, replacing
 from patchmine.errors import UserError, foreign_parser, reason_of, shown_name
@@ -134,7 +134,7 @@ def _item(
 ) -> tuple[str, bytes, str]:
     """Path, contents and ending of an item."""
     with foreign_parser(_UnreadableError):
-        path = key_of(source, index)
+        path = source.key(index)
         return path, *_encoded(source.read(index), path, max_side, done)
 
 

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchmine.data.sources.classes import division_of
-from patchmine.data.sources.contract import Labels, Source
+from patchmine.data.sources.contract import Labels, Source, division_of
 from patchmine.data.sources.source import open_source
-from patchmine.data.sources.video_sources import open_videos
 from patchmine.errors import UserError, shown_name
 
 Index = NDArray[np.int64]
@@ -69,7 +67,7 @@ def everything(source: Source) -> Part:
 
 def open_items(data: Any, *, video: bool) -> Source:
     """The videos or the images that ``data`` names."""
-    return open_videos(data) if video else open_source(data)
+    return open_source(data, "video" if video else "image")
 
 
 def open_labelled(
@@ -79,8 +77,7 @@ def open_labelled(
     video: bool = False,
     settings: tuple[str, str] = ("data", "test"),
 ) -> LabelledData:
-    """Labelled data from one or two sources (anything that ``open_source`` takes, or
-    ``open_videos`` with ``video``).
+    """Labelled data from one or two sources (anything that ``open_source`` takes).
 
     ``test`` given: learn from ``data``, test on it.  Else ``data`` with the folders train and test
     (or val), or embedded:photos and embedded:moving-photos, is used as it is divided; of anything

@@ -26,8 +26,7 @@ from patchmine.data.decoding.video_matrix import of_file
 from patchmine.data.decoding.video_torchcodec import check_frames
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.sources.contract import IMAGES, Kind, contents, open_regular
-from patchmine.data.sources.members import NO_FILE, head_of, reason_against
-from patchmine.data.sources.series import OTHER_SERIES, frames_of
+from patchmine.data.sources.members import NO_FILE, OTHER_SERIES, frames_of, head_of, reason_against
 from patchmine.errors import UserError
 
 VIDEO_SUFFIXES = (
@@ -71,7 +70,7 @@ def frames_in(
 
     Raises:
         DecodeError: where there is no image, or where there are the frames of several videos
-        (`data.series`).
+        (`members.frames_of`).
         OSError: where the folder cannot be read.
     """
     names = []

@@ -16,7 +16,7 @@ from patchmine.errors import UserError, foreign_parser, shown_name
 LOST_LINK = "link to what is not in the archive"
 SPARSE = "sparse member larger than its archive"
 
-_ZEROS = bytes(tarfile.BLOCKSIZE)
+_BLOCK = tarfile.BLOCKSIZE
 _LARGEST_SPARSE = 2**26
 _MOST_LINKS = 40  # from link to link, as in Linux
 PACKED_SUFFIXES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip")
@@ -32,14 +32,27 @@ _PACKED = {
 class Member(NamedTuple):
     """A file in an archive: ``size`` bytes from ``start`` on.
 
-    ``pieces``: of a sparse member, whose holes are not stored: where in it a piece lies, and the
-    piece's size.
+    ``pieces``: of a sparse member, whose holes are not stored: place in it and size of each piece.
     """
 
     name: str
     start: int
     size: int
     pieces: tuple[tuple[int, int], ...] = ()
+
+
+class _Link(NamedTuple):
+    """What a link leads to: the last file of that name; of a hard link, the last ``before`` it."""
+
+    name: str
+    before: int | None = None
+
+
+_Targets = dict[str, list[tuple[int, Member | _Link]]]
+
+
+class _DamagedError(Exception):
+    """A header that cannot be read."""
 
 
 def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterator[Member]:
@@ -54,7 +67,7 @@ def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterato
         UserError: where this is no plain tar archive.
     """
     size = shard.stat().st_size
-    if size < tarfile.BLOCKSIZE:
+    if size < _BLOCK:
         trouble.append(f"was cut within its first header (it has {size} bytes)")
         return
     refuse_packed(shard)
@@ -76,37 +89,19 @@ def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterato
             passed_over.add(NO_FILE, name)
 
 
-class _Link(NamedTuple):
-    """What a link leads to: the last file of that name, of a hard link the last one before its own
-    place.
-    """
-
-    name: str
-    before: int | None = None
-
-
-_Targets = dict[str, list[tuple[int, Member | _Link]]]
-
-
-class _DamagedError(Exception):
-    """A header that cannot be read."""
-
-
 def _headers(shard: Path, trouble: list[str]) -> Iterator[tarfile.TarInfo]:
-    """Every header of a file whose data are whole.  Archives that were written one behind the other
-    count as one.
-    """
+    """Every header of a file whose data are whole, of all archives written one behind the other."""
     with shard.open("rb") as handle:
         place: int | None = 0
         while place is not None:
             end = yield from _part(handle, place, shard, trouble)
-            place = None if trouble else _next_part(handle, end, trouble)
+            place = None if trouble else _next_part(handle, end + -end % _BLOCK, trouble)
 
 
 def _part(
     handle: BinaryIO, place: int, shard: Path, trouble: list[str]
 ) -> Generator[tarfile.TarInfo, None, int]:
-    """Headers of the archive that starts at ``place``; returns where the data of the last one end."""
+    """Headers of the archive that starts at ``place``; returns where the last one's data end."""
     size, end = os.fstat(handle.fileno()).st_size, place
     handle.seek(place)
     try:
@@ -118,49 +113,37 @@ def _part(
         ):
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would remember them all
-                if (
-                    info.size < 0 or archive.offset <= info.offset
-                ):  # a size below zero leads back: forever
+                if info.size < 0 or archive.offset <= info.offset:  # which leads back, forever
                     trouble.append(f"was damaged at byte {info.offset:,}")
                     return end
-                end = info.offset_data + _stored(info)
+                stored = (
+                    sum(length for _, length in _pieces(info)) if info.issparse() else info.size
+                )
+                end = info.offset_data + (stored if info.isreg() else 0)
                 if end > size:
-                    trouble.append(
-                        f"was cut in the middle of {shown_name(info.name)} (it has {size:,} bytes)"
-                    )
+                    name = shown_name(info.name)
+                    trouble.append(f"was cut in the middle of {name} (it has {size:,} bytes)")
                     return end
                 yield info
     except _DamagedError as error:
         if end == 0:
-            raise UserError(
-                f"the shard {shown_name(shard)} is no plain tar archive ({error}); unpack or write it again"
-            ) from error
-        trouble.append(f"was damaged at byte {end + -end % tarfile.BLOCKSIZE:,}")
+            what = f"is no plain tar archive ({error}); unpack or write it again"
+            raise UserError(f"the shard {shown_name(shard)} {what}") from error
+        trouble.append(f"was damaged at byte {end + -end % _BLOCK:,}")
     return end
 
 
 def _next_part(handle: BinaryIO, end: int, trouble: list[str]) -> int | None:
-    """Where, behind the zeros that end an archive, another one starts; anything but zeros there is
-    damage.
-    """
-    end += -end % tarfile.BLOCKSIZE
+    """Where another archive starts behind the zeros that end one; all else there is damage."""
+    zeros = bytes(_BLOCK)
     handle.seek(end)
-    if (block := handle.read(tarfile.BLOCKSIZE)) != _ZEROS:
-        trouble.append(
-            f"was {'damaged' if len(block) == tarfile.BLOCKSIZE else 'cut'} at byte {end:,}"
-        )
+    if (block := handle.read(_BLOCK)) != zeros:
+        trouble.append(f"was {'damaged' if len(block) == _BLOCK else 'cut'} at byte {end:,}")
         return None
-    while block == _ZEROS:
-        end += tarfile.BLOCKSIZE
-        block = handle.read(tarfile.BLOCKSIZE)
-    return end if len(block) == tarfile.BLOCKSIZE else None
-
-
-def _stored(info: tarfile.TarInfo) -> int:
-    """Bytes that a header's data take."""
-    if not info.isreg():
-        return 0
-    return sum(length for _, length in _pieces(info)) if info.issparse() else info.size
+    while block == zeros:
+        end += _BLOCK
+        block = handle.read(_BLOCK)
+    return end if len(block) == _BLOCK else None
 
 
 def _pieces(info: tarfile.TarInfo) -> tuple[tuple[int, int], ...]:
@@ -177,22 +160,17 @@ def _plain(name: str) -> str:
 
 
 def _linked(info: tarfile.TarInfo) -> _Link:
-    """Where a link leads to: a hard link's name counts from the root, a symbolic one's from the
-    link's folder.
-    """
+    """Where a link leads: a hard link's name counts from the root, a symbolic one's from its folder."""
     if info.islnk():
         return _Link(posixpath.normpath(_plain(info.linkname)), info.offset)
     if info.linkname.startswith("/"):
         return _Link("")  # out of the archive
-    return _Link(
-        posixpath.normpath(posixpath.join(posixpath.dirname(_plain(info.name)), info.linkname))
-    )
+    folder = posixpath.dirname(_plain(info.name))
+    return _Link(posixpath.normpath(posixpath.join(folder, info.linkname)))
 
 
 def _targets(shard: Path) -> _Targets:
-    """The files and links of an archive by their names, those of equal names in order, with the
-    places of headers.
-    """
+    """The files and links of an archive by name, those of one name in order, with their places."""
     found: _Targets = {}
     for info in _headers(shard, []):
         if info.isreg() or info.issym() or info.islnk():
@@ -204,8 +182,7 @@ def _targets(shard: Path) -> _Targets:
 def _resolve(link: _Link, targets: _Targets) -> Member | None:
     for _ in range(_MOST_LINKS):
         named = targets.get(link.name, [])
-        # A file that comes again under its name is a new one: hard links that were made before keep
-        # the old one.
+        # A file that comes again under its name is a new one: earlier hard links keep the old one.
         earlier = [what for place, what in named if link.before is None or place < link.before]
         found = earlier[-1] if earlier else named[0][1] if named else None
         if not isinstance(found, _Link):
@@ -221,15 +198,13 @@ def refuse_packed(shard: Path) -> None:
     for magic, (what, tool) in _PACKED.items():
         if start.startswith(magic):
             raise UserError(
-                f"the shard {shown_name(shard)} is packed with {what}, in which no image can be reached without "
-                f"reading all before it: unpack it with {tool}; images are compressed already"
+                f"the shard {shown_name(shard)} is packed with {what}, so no image can be reached "
+                f"without reading all before it: unpack it with {tool}"
             )
 
 
 def read_member(handle: int, start: int, size: int, pieces: list[list[int]] | None = None) -> bytes:
-    """The bytes of a member, fewer where the archive has become shorter; ``pread`` leaves no
-    position behind.
-    """
+    """The bytes of a member, fewer where the archive is shorter; moves no position of the file."""
     if pieces is None:
         return os.pread(handle, size, start)
     data = bytearray(size)

@@ -10,25 +10,20 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
-from patchmine.data.sources.contract import (
-    ClassNames,
-    Labels,
-    Source,
-    fingerprint_of,
-    key_of,
-    notes_of,
-)
-from patchmine.errors import UserError, foreign_parser
+from patchmine.data.sources.contract import ClassNames, Labels, Source, data_error, fingerprint_of
+from patchmine.errors import foreign_parser
 
 
-class Joined:
+class Joined(Source):
     """Several sources, one behind the other.  Classes of one name are one class."""
 
-    def __init__(self, parts: Sequence[Source]) -> None:
-        self.parts = list(parts)
-        self.name = " + ".join(part.name for part in parts)
-        self.fingerprint = fingerprint_of(part.fingerprint.encode() for part in parts)
-        self.notes = tuple(note for part in parts for note in notes_of(part))
+    def __init__(self, parts: Sequence[Source], name: str | None = None) -> None:
+        super().__init__(
+            " + ".join(part.name for part in parts) if name is None else name,
+            fingerprint_of(part.fingerprint.encode() for part in parts),
+            [note for part in parts for note in part.notes],
+        )
+        self.parts, self.repeatable = list(parts), all(part.repeatable for part in parts)
         self._ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
@@ -53,7 +48,7 @@ class Joined:
     def key(self, index: int) -> str:
         """The item's key in its part."""
         part, inside = self._find(index)
-        return key_of(part, inside)
+        return part.key(inside)
 
     def labels(self) -> Labels | None:
         """All parts' classes, numbered together; None where a part has none."""
@@ -66,39 +61,39 @@ class Joined:
         together = names.finish().names
         return Labels(np.concatenate([labels.numbered_as(together) for labels in found]), together)
 
+    @property
+    def encoded(self) -> bool:
+        """Whether a part's items are."""
+        return any(part.encoded for part in self.parts)
 
-class DatasetSource:
-    """A map-style ``torch.utils.data.Dataset`` whose items are images or pairs (image, class
-    number).
+
+class DatasetSource(Source):
+    """A map-style ``torch.utils.data.Dataset`` of images or of pairs (image, class number).
 
     A dataset cannot be asked what it holds, so the fingerprint knows its type and its length only.
     """
 
-    notes: tuple[str, ...] = ()
+    repeatable = False
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        iterable = isinstance(
-            dataset, IterableDataset
-        )  # which may have a length, and inherits a __getitem__
-        if (
-            iterable
-            or not isinstance(dataset, Sized)
-            or not callable(getattr(dataset, "__getitem__", None))
-        ):
-            raise UserError(
-                f"data={type(dataset).__name__}: the dataset must have a length and give item i as dataset[i]; the "
-                "items of an iterable dataset have no numbers, by which to shuffle, to resume exactly or to "
-                "remember something of each image: write its images into a folder or into shards"
+        name = type(dataset).__name__
+        has_items = isinstance(dataset, Sized) and callable(getattr(dataset, "__getitem__", None))
+        # An iterable one may have a length, and inherits a __getitem__.
+        if isinstance(dataset, IterableDataset) or not has_items:
+            what = (
+                "the dataset must have a length and give item i as dataset[i], by which to shuffle"
             )
-        self.dataset = dataset
-        self.name = type(dataset).__name__
+            raise data_error(
+                name, f"{what} and to resume; write an iterable one's images into shards"
+            )
         with foreign_parser(
-            lambda reason: UserError(f"data={self.name}: its length cannot be read ({reason})")
+            lambda reason: data_error(name, f"its length cannot be read ({reason})")
         ):
-            length = len(dataset)
+            length = len(cast(Sized, dataset))
         if not length:
-            raise UserError(f"data={self.name}: the dataset has no items; give one that has some")
-        self.fingerprint = fingerprint_of([self.name.encode(), str(length).encode()])
+            raise data_error(name, "the dataset has no items; give one that has some")
+        super().__init__(name, fingerprint_of([name.encode(), str(length).encode()]))
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -113,34 +108,23 @@ class DatasetSource:
         return f"{self.name}[{index}]"
 
     def labels(self) -> Labels | None:
-        """From ``dataset.targets``, as torchvision has it, else from every item; None where items
-        are no pairs.
-
-        UserError where they are no whole numbers, or cannot be read.
-        """
-        with foreign_parser(
-            lambda reason: UserError(f"data={self.name}: the classes cannot be read ({reason})")
-        ):
-            return self._labels()
-
-    def _labels(self) -> Labels | None:
-        targets = getattr(self.dataset, "targets", None)
-        if targets is None:
-            if not isinstance(self.dataset[0], tuple | list):
-                return None
-            targets = [self.dataset[index][1] for index in range(len(self))]
-        numbers = np.asarray(targets)
-        if numbers.shape != (len(self),) or not np.issubdtype(numbers.dtype, np.integer):
-            raise UserError(
-                f"data={self.name}: the classes must be {len(self)} whole numbers, one an item"
-            )
-        names = getattr(self.dataset, "classes", None)
-        if names and not 0 <= numbers.min() <= numbers.max() < len(names):
-            span = f"{numbers.min()} to {numbers.max()}"
-            raise UserError(
-                f"data={self.name}: the classes are {span}, and there are {len(names)} names of classes"
-            )
-        classes = ClassNames()
-        for number in numbers.tolist():
-            classes.add(str(names[number]) if names else str(number))
-        return classes.finish()
+        """From ``dataset.targets``, as torchvision has it, else from every pair."""
+        unreadable = "the classes cannot be read"
+        with foreign_parser(lambda reason: data_error(self.name, f"{unreadable} ({reason})")):
+            targets = getattr(self.dataset, "targets", None)
+            if targets is None:
+                if not isinstance(self.dataset[0], tuple | list):
+                    return None
+                targets = [self.dataset[index][1] for index in range(len(self))]
+            numbers = np.asarray(targets)
+            names = getattr(self.dataset, "classes", None)
+            if numbers.shape != (len(self),) or not np.issubdtype(numbers.dtype, np.integer):
+                what = f"the classes must be {len(self)} whole numbers, one an item"
+                raise data_error(self.name, what)
+            if names and not 0 <= numbers.min() <= numbers.max() < len(names):
+                what = f"the classes are {numbers.min()} to {numbers.max()}"
+                raise data_error(self.name, f"{what}, and there are {len(names)} names of classes")
+            classes = ClassNames()
+            for number in numbers.tolist():
+                classes.add(str(names[number]) if names else str(number))
+            return classes.finish()

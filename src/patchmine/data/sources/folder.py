@@ -1,139 +1,163 @@
-"""Images, or videos, that lie as files: a folder of any nesting, or whatever a list file names."""
+"""Images, videos or folders of frames that lie as files, below a folder of any nesting."""
 
 from __future__ import annotations
 
 import os
-import time
-from array import array
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from patchmine.data.sources.classes import folder_classes
-from patchmine.data.sources.contract import IMAGES, Kind, Labels, fingerprint_of
-from patchmine.data.sources.index import Index, PathList, index_file, is_recent, load, mark_of, save
-from patchmine.data.sources.members import (
-    HIDDEN,
-    NO_FILE,
-    NO_LINK,
-    NOT_OPENED,
-    PassedOver,
-    head_of,
-    is_hidden,
-    may_change,
-    passed_over_note,
-    reason_against,
-    rule_of,
+from patchmine.data.decoding.bounds import DecodeError
+from patchmine.data.decoding.video import FrameFiles, in_counting_order
+from patchmine.data.sources import members
+from patchmine.data.sources.contract import (
+    IMAGES,
+    Kind,
+    Labels,
+    Source,
+    data_error,
+    fingerprint_of,
+    folder_classes,
 )
-from patchmine.errors import UserError, shown_name
+from patchmine.data.sources.index import (
+    Index,
+    IndexedSource,
+    Marks,
+    PathList,
+    kept_index,
+    new_index,
+    stat_of,
+)
+from patchmine.errors import shown_name
 
 BACK = "link to a folder that is listed anyway"
+UPWARDS = "link to a folder that it lies in"
 
 
-class FileSource:
+class FileSource(IndexedSource):
     """Files below ``root``, or elsewhere where a list gives absolute paths.
 
-    ``index`` holds their paths; its column ``label`` and the stamp's ``names`` hold the classes,
-    where a list gave any.
+    Classes are those of the list (column ``label`` of the index, ``names`` of its stamp) or, of a
+    folder, those of `folder_classes`.
     """
 
-    def __init__(self, root: Path, index: Index, name: str, kind: Kind = IMAGES) -> None:
-        self.root, self.index, self.name, self.kind = root, index, name, kind
-        self.fingerprint: str = index.stamp["fingerprint"]
-        self.notes = (
-            *index.stamp.get("notes", ()),
-            *passed_over_note(name, index.stamp["passed_over"]),
-        )
-
-    def __len__(self) -> int:
-        return len(self.index)
+    def __init__(self, root: Path, index: Index, name: str, kind: Kind) -> None:
+        super().__init__(name, index)
+        self.root, self.kind = root, kind
 
     def read(self, index: int) -> Any:
-        """The file's bytes; of a video, what opens it."""
         return self.kind.read(self.path(index))
 
     def path(self, index: int) -> str:
-        """Where the file lies."""
         return os.path.join(self.root, self.index.path(index))  # noqa: PTH118, once per image
 
+    def labels(self) -> Labels | None:
+        if "label" in self.index.columns:
+            ids = self.index.columns["label"].astype(np.int64)
+            return Labels(ids, list(self.index.stamp["names"]))
+        if self.index.stamp["listed"]:
+            return None
+        return folder_classes(map(self.index.path, range(len(self))))
+
+    @property
+    def encoded(self) -> bool:
+        return os.path.isfile(self.path(0))  # noqa: PTH113, else a folder of frames
+
+
+class FrameFolders(Source):
+    """Videos as folders of images: the folders below a root that hold images, sorted by path."""
+
+    def __init__(self, frames: FileSource) -> None:
+        self.frames = frames
+        found: dict[str, list[int]] = {}
+        for number in range(len(frames)):
+            found.setdefault(os.path.dirname(frames.key(number)), []).append(number)  # noqa: PTH120, once per frame
+        self.folders, passed_over = sorted(found), members.PassedOver()
+        self._numbers = [self._video(folder, found[folder], passed_over) for folder in self.folders]
+        # Which images are frames too, because another rule makes other videos of equal files; but
+        # where every image is one, the fingerprint stays that of earlier versions.
+        chosen = self._numbers if passed_over.found else []
+        fingerprint = fingerprint_of([b"frames", frames.fingerprint.encode(), *chosen])
+        notes = [f"data={shown_name(frames.name)}: {note}" for note in passed_over.note()]
+        super().__init__(frames.name, fingerprint, (*frames.notes, *notes))
+
+    def _video(
+        self, folder: str, numbers: list[int], passed_over: members.PassedOver
+    ) -> NDArray[np.int32]:
+        """The numbers of a folder's frames; UserError where it holds those of several videos."""
+        by_name = {self.frames.key(number): number for number in numbers}
+        try:
+            chosen, others = members.frames_of(list(by_name))
+        except DecodeError as error:
+            place = shown_name(self.frames.root / folder)
+            raise data_error(self.frames.name, f"the folder {place} {error}") from error
+        for name in others:
+            passed_over.add(members.OTHER_SERIES, name)
+        return np.array([by_name[name] for name in chosen], np.int32)
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def read(self, index: int) -> FrameFiles:
+        paths = [self.frames.path(number) for number in self._numbers[index].tolist()]
+        return FrameFiles(tuple(sorted(paths, key=in_counting_order)))
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.frames.root, self.folders[index])  # noqa: PTH118, once per video
+
     def key(self, index: int) -> str:
-        """The path below the root, as listed."""
-        return self.index.path(index)
+        return self.folders[index]
 
     def labels(self) -> Labels | None:
-        """The list's classes, or those of `folder_classes`."""
-        if "label" in self.index.columns:
-            return Labels(
-                self.index.columns["label"].astype(np.int64), list(self.index.stamp["names"])
-            )
-        return (
-            folder_classes(map(self.index.path, range(len(self))))
-            if self.index.stamp["kind"] == "folder"
-            else None
-        )
+        return folder_classes(self.folders)
 
 
 def open_folder(root: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> FileSource:
-    """All files below a folder that count (``data.members``), sorted by path; notes say how many do
-    not, and why.
+    """All files below a folder that count (`data.sources.members`), sorted by path; maybe none.
 
-    The listing is kept in ``cache_dir`` and used again as long as no folder in it has changed.  A
-    source without items is given back as such.  UserError when the folder may not be read.
+    The listing is kept in ``cache_dir`` and used again as long as no folder in it has changed.
+    UserError when the folder may not be read.
     """
-    file = (
-        index_file(cache_dir, f"folder-{kind.name}", os.fspath(root.resolve()))
-        if cache_dir
-        else None
-    )
-    kept = load(file) if file else None
-    if kept is not None and kept.stamp["rule"] == rule_of(kind) and _is_fresh(kept, root):
-        return FileSource(root, kept, name, kind)
     try:
-        index = list_folder(root, kind)
+        index = kept_index(
+            cache_dir, "folder", kind, [root.resolve()], lambda: list_folder(root, kind)
+        )
     except OSError as error:
-        place = shown_name(os.fsdecode(error.filename or root))
-        raise UserError(
-            f"data={shown_name(name)}: {place} cannot be listed ({error.strerror})"
-        ) from error
-    return FileSource(root, save(index, file) if file and len(index) else index, name, kind)
+        at = shown_name(os.fsdecode(error.filename or root))
+        raise data_error(name, f"{at} cannot be listed ({error.strerror})") from error
+    return FileSource(root, index, name, kind)
 
 
 def list_folder(root: Path, kind: Kind = IMAGES) -> Index:
-    """The index of a folder, which also remembers the marks of what it depends on: each folder in
-    it, and what was passed over for its contents or for a link that led nowhere.
+    """The index of a folder.
+
+    It depends on each folder in it, and on what was passed over for its contents or as a broken
+    link.
     """
     paths, listing = PathList(), _Listing(os.fsencode(root), kind)
     for path in listing.paths():
         paths.add(path)
-    columns = paths.columns()
-    marked = {f"marked_{key}": values for key, values in listing.marked.columns().items()}
-    marks = {"marks": np.frombuffer(listing.marks, np.int64)}
-    fingerprint = fingerprint_of([columns["offsets"], columns["blob"]])
-    stamp = {"kind": "folder", "rule": rule_of(kind), "fingerprint": fingerprint}
-    return Index(
-        {**columns, **marked, **marks}, {**stamp, "passed_over": listing.passed_over.facts()}
-    )
+    return new_index(kind, paths, listing.marks, listing.passed_over, {}, listed=False)
 
 
 class _Listing:
-    """One walk through a folder."""
+    """One walk through a folder, in bytes, so that no name is too odd."""
 
     def __init__(self, root: bytes, kind: Kind) -> None:
         self.root, self.kind = root, kind
-        self.marked, self.marks, self.passed_over = PathList(), array("q"), PassedOver()
+        self.marks, self.passed_over = Marks(), members.PassedOver()
         self._real_root = os.path.realpath(root)
-        self._started = time.time_ns()
         self._linked: set[bytes] = set()  # names (with a slash) that are links to folders outside
         self._seen: set[tuple[int, int]] = set()  # folders that were met behind such links
 
     def paths(self) -> Iterator[bytes]:
         """Paths of what counts, below the root, in the order of all paths sorted."""
-        stack = [
-            (b"", self._names(b""), False)
-        ]  # a stack of our own: folders may be nested deeper than calls
+        # A stack of our own, because folders may be nested deeper than calls.
+        stack = [(b"", self._names(b""), False)]
         while stack:
             prefix, names, behind_link = stack[-1]
             if not names:
@@ -148,12 +172,9 @@ class _Listing:
                 stack.append((path, self._names(path), behind_link))
 
     def _is_new(self, path: bytes) -> bool:
-        """Whether a folder behind a link was not met before; so a walk through linked folders comes
-        to an end.
-        """
-        try:
-            info = os.stat(self.root + b"/" + path)  # noqa: PTH116, bytes paths, so that no name is too odd
-        except OSError:
+        """Whether a folder behind a link was not met before: a walk through links comes to an end."""
+        info = stat_of(self.root + b"/" + path)
+        if info is None:
             return True  # which `_names` will tell
         identity = (info.st_dev, info.st_ino)
         if identity in self._seen:
@@ -163,15 +184,14 @@ class _Listing:
         return True
 
     def _names(self, prefix: bytes) -> list[bytes]:
-        """Names in a folder that count, the last one first; a folder has a slash, with which it
-        sorts as its contents.
+        """Names in a folder that count, the last first; a folder's, with a slash, sorts as its files.
 
         OSError of the root; another folder that cannot be read is passed over.
         """
         folder = self.root + b"/" + prefix if prefix else self.root
         names = []
         try:
-            self._note(prefix, os.stat(folder))  # noqa: PTH116
+            self.marks.note(prefix, os.stat(folder))  # noqa: PTH116, bytes paths
             with os.scandir(folder) as entries:
                 for entry in entries:
                     name = self._counted(entry, folder, prefix)
@@ -180,79 +200,46 @@ class _Listing:
         except OSError:
             if not prefix:
                 raise
-            self.passed_over.add(f"folder {NOT_OPENED}", os.fsdecode(prefix))
+            self.passed_over.add(f"folder {members.NOT_OPENED}", os.fsdecode(prefix))
         names.sort(reverse=True)
         return names
 
-    def _note(self, path: bytes, info: os.stat_result | None) -> None:
-        """The listing stands as long as this path bears this mark; one that is too young is none
-        that could be met.
-        """
-        self.marked.add(path)
-        recent = info is not None and is_recent(info, self._started)
-        self.marks.extend([-1] * len(_NOTHING) if recent else mark_of(info) if info else _NOTHING)
-
     def _counted(self, entry: os.DirEntry[bytes], folder: bytes, prefix: bytes) -> bytes | None:
-        """The entry's name where it counts."""
-        text = os.fsdecode(entry.name)
+        """The entry's name where it counts, with a slash behind a folder's."""
+        text, place = os.fsdecode(entry.name), folder + b"/" + entry.name
         reason: str | None
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError:  # links that lead to each other
             is_folder, is_file = False, False
-        if is_folder:
-            reason = HIDDEN if is_hidden(text) else self._reason_against_link(entry, folder, prefix)
-            text += "/"
-        elif is_file or is_hidden(text):
-            reason = reason_against(text, self.kind, partial(head_of, folder + b"/" + entry.name))
+        if is_folder and members.is_hidden(text):
+            reason = members.HIDDEN
+        elif is_folder:
+            reason = self._reason_against_link(entry, place, prefix)
+        elif is_file or members.is_hidden(text):
+            reason = members.reason_against(text, self.kind, partial(members.head_of, place))
         else:
-            reason = (
-                NO_LINK
-                if entry.is_symlink() and _stat(folder + b"/" + entry.name) is None
-                else NO_FILE
-            )
-        if reason is not None:
-            self.passed_over.add(reason, os.fsdecode(prefix) + text)
-            if may_change(reason):
-                self._note(prefix + entry.name, _stat(folder + b"/" + entry.name))
-            return None
-        return entry.name + b"/" if is_folder else entry.name
+            broken = entry.is_symlink() and stat_of(place) is None
+            reason = members.NO_LINK if broken else members.NO_FILE
+        slash = b"/" * is_folder
+        if reason is None:
+            return entry.name + slash
+        self.passed_over.add(reason, os.fsdecode(prefix + entry.name + slash))
+        if members.may_change(reason):
+            self.marks.note(prefix + entry.name, stat_of(place))
+        return None
 
     def _reason_against_link(
-        self, entry: os.DirEntry[bytes], folder: bytes, prefix: bytes
+        self, entry: os.DirEntry[bytes], place: bytes, prefix: bytes
     ) -> str | None:
         """None of a folder that is no link, or a link to one that is not reached otherwise."""
         if not entry.is_symlink():
             return None
-        target = os.path.realpath(folder + b"/" + entry.name)
+        target = os.path.realpath(place)
         inside = target.removeprefix(self._real_root.rstrip(b"/") + b"/")
         if (self._real_root + b"/").startswith(target.rstrip(b"/") + b"/"):
-            return "link to a folder that it lies in"
-        if inside != target and not is_hidden(os.fsdecode(inside)):
+            return UPWARDS
+        if inside != target and not members.is_hidden(os.fsdecode(inside)):
             return BACK
         self._linked.add(prefix + entry.name + b"/")
         return None
-
-
-def _stat(path: str | bytes) -> os.stat_result | None:
-    """None where there is nothing of that name, or a link leads nowhere."""
-    try:
-        return os.stat(path)  # noqa: PTH116, bytes paths
-    except OSError:
-        return None
-
-
-_NOTHING = [0, 0, 0, 0]
-"""The mark of what is not there."""
-
-
-def _is_fresh(kept: Index, root: Path) -> bool:
-    """Whether everything that the listing depends on still bears the mark that it had."""
-    columns = kept.columns
-    marked = Index({"blob": columns["marked_blob"], "offsets": columns["marked_offsets"]}, {})
-    marks = columns["marks"].reshape(len(marked), -1)
-    for number, mark in enumerate(marks.tolist()):
-        info = _stat(os.path.join(root, marked.path(number)))  # noqa: PTH118, once per folder
-        if (mark_of(info) if info else _NOTHING) != mark:
-            return False
-    return True

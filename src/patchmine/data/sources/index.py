@@ -1,12 +1,7 @@
-"""A list of a million items in little memory, kept in one file between runs and memory-mapped from
-there.
-
-A Python list of paths costs 100 bytes an item and more, and is copied into every worker, reference
-count by reference count.  Here the paths are one run of bytes with offsets, beside numeric columns.
+"""A list of a million items in little memory, kept in one file between runs and mapped from there.
 
 A kept index is used only where nothing speaks against it: its checksum fits, it was made by the
-same rule, and every folder or file that it was made of bears the mark that it had.  Else it is made
-again.
+same rule, and all that it was made of bears the mark that it had.  Else it is made again.
 """
 
 from __future__ import annotations
@@ -15,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import time
 from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,32 +20,30 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from patchmine.data.sources.contract import Kind, Source, fingerprint_of
+from patchmine.data.sources.members import PassedOver, rule_of
 from patchmine.disk import replacing
 from patchmine.errors import UserError, shown_name
 
 log = logging.getLogger(__name__)
 
-VERSION = b"patchmine index 3\n"
+VERSION = b"patchmine index 4\n"
 """The first bytes of the file.  Raised whenever an index written before would be read wrongly."""
 
 RECENT = 2_000_000_000
-"""Nanoseconds: what changed so shortly before it was listed could change again without a new time
-stamp.
-"""
+"""Nanoseconds within which a listed file could change again without a new time stamp."""
 
-_DIGEST = (
-    16  # bytes of the checksum, which stands behind the version and is over all that follows it
-)
+_DIGEST = 16  # bytes of the checksum behind the version; it is over all that follows it
 _ALIGNED = 64
 
 
 @dataclass
 class Index:
-    """Paths and columns of N items.
+    """Paths and columns of N items, without a Python object for each.
 
     ``columns``: ``blob`` (bytes of all paths, one after the other), ``offsets`` (N + 1,), and what
-    a source adds. ``stamp``: small JSON facts.  ``file``: where the index lies, once saved; a saved
-    index is pickled by its name.
+    a source adds.  ``stamp``: small JSON facts.  ``file``: where the index lies, once saved; a
+    saved index is pickled by its name.
     """
 
     columns: dict[str, NDArray[Any]]
@@ -68,7 +63,7 @@ class Index:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file is None:
             return Index, (self.columns, self.stamp, None)
-        return _reload, (self.file, self.stamp)
+        return _reload, (self.file, self.stamp["fingerprint"])
 
 
 class PathList:
@@ -84,99 +79,139 @@ class PathList:
     def __getitem__(self, number: int) -> bytes:
         return bytes(self._blob[self._offsets[number] : self._offsets[number + 1]])
 
-    def add(self, path: bytes) -> None:
-        """One more path, as ``os.fsencode`` writes it."""
-        self._blob += path
+    def add(self, path: str | bytes) -> None:
+        """One more path."""
+        self._blob += os.fsencode(path)
         self._offsets.append(len(self._blob))
+
+    def repeats(self) -> int:
+        """How many paths stand before."""
+        hashes = np.fromiter((hash(self[number]) for number in range(len(self))), np.int64)
+        return len(hashes) - len(np.unique(hashes))
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """``blob`` and ``offsets`` of an index."""
-        return {
-            "blob": np.frombuffer(self._blob, np.uint8),
-            "offsets": np.frombuffer(self._offsets, np.int64),
-        }
+        blob = np.frombuffer(self._blob, np.uint8)
+        return {"blob": blob, "offsets": np.frombuffer(self._offsets, np.int64)}
 
 
-def mark_of(info: os.stat_result) -> list[int]:
-    """What tells one state of a file from another: size, time of change, time of its inode's
-    change, inode.
+class Marks:
+    """What a listing depends on: paths below its root, with the marks that tell their states."""
+
+    def __init__(self) -> None:
+        self.paths, self.marks = PathList(), array("q")
+        self.settled = True  # whether nothing may change without another mark
+        self._started = time.time_ns()
+
+    def note(self, path: str | bytes, info: os.stat_result | None) -> None:
+        """The listing stands as long as this path bears this mark; None: as long as it is absent."""
+        self.paths.add(path)
+        self.marks.extend(mark_of(info))
+        if info is not None and max(info.st_mtime_ns, info.st_ctime_ns) >= self._started - RECENT:
+            self.settled = False
+
+
+def mark_of(info: os.stat_result | None) -> list[int]:
+    """What tells one state of a file from another: size, time of change, of its inode's, inode.
 
     A copy that keeps names, sizes and times (``rsync -a``, ``tar x``) has another inode, and what
     is written anew in place has another time of the inode's change, which no program can set.
     """
+    if info is None:
+        return [0, 0, 0, 0]
     return [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino & (2**63 - 1)]
 
 
-def is_recent(info: os.stat_result, now: int) -> bool:
-    """Whether something changed so shortly before ``now`` (nanoseconds) that its mark may stand for
-    two states.
+def stat_of(path: str | bytes | Path) -> os.stat_result | None:
+    """None where there is nothing of that name, or a link leads nowhere."""
+    try:
+        return os.stat(path)  # noqa: PTH116, bytes paths
+    except OSError:
+        return None
+
+
+def new_index(
+    kind: Kind,
+    paths: PathList,
+    marks: Marks,
+    passed_over: PassedOver,
+    columns: dict[str, NDArray[Any]],
+    notes: Iterable[str] = (),
+    **stamp: Any,
+) -> Index:
+    """The index of a listing by today's rule; a ``size`` among its columns counts for its identity."""
+    own = paths.columns()
+    parts = [own["offsets"], own["blob"], *([columns["size"]] if "size" in columns else [])]
+    facts = {"fingerprint": fingerprint_of(parts), "rule": rule_of(kind), "settled": marks.settled}
+    own |= {f"marked_{name}": values for name, values in marks.paths.columns().items()}
+    own |= {"marks": np.frombuffer(marks.marks, np.int64), **columns}
+    return Index(own, {**facts, "notes": [*notes, *passed_over.note()], **stamp})
+
+
+class IndexedSource(Source):
+    """A source whose items stand in an index.  Its notes begin with ``data=`` and its name."""
+
+    def __init__(self, name: str, index: Index, notes: Iterable[str] = ()) -> None:
+        own = (f"data={shown_name(name)}: {note}" for note in index.stamp["notes"])
+        super().__init__(name, index.stamp["fingerprint"], (*notes, *own))
+        self.index = index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def key(self, index: int) -> str:
+        return self.index.path(index)
+
+
+def kept_index(
+    cache_dir: Path | None, what: str, kind: Kind, places: list[Path], make: Callable[[], Index]
+) -> Index:
+    """The index that is kept of ``places`` if it still holds, or a new one, which is then kept.
+
+    Args:
+        cache_dir: where indices are kept; None: nowhere.
+        what: the kind of source, in the name of the file.
+        kind: the kind of items, by whose rule the index must have been made.
+        places: what is listed, resolved; marked paths count from the first.
+        make: lists them; an empty index is not kept.
     """
-    return max(info.st_mtime_ns, info.st_ctime_ns) >= now - RECENT
+    if cache_dir is None:
+        return make()
+    digest = hashlib.sha256(os.fsencode("\n".join(map(os.fspath, places)))).hexdigest()
+    file = cache_dir / f"{what}-{kind.name}-{digest[:20]}.index"
+    index = load(file)
+    if index is not None and index.stamp["rule"] == rule_of(kind) and _holds(index, places[0]):
+        return index
+    index = make()
+    return save(index, file) if len(index) else index
 
 
-def index_file(cache_dir: Path, kind: str, place: str) -> Path:
-    """Where the index of the folder, list or set of shards at ``place`` is kept."""
-    return (
-        cache_dir
-        / f"{kind}-{hashlib.sha256(place.encode('utf-8', 'surrogateescape')).hexdigest()[:20]}.index"
+def _holds(kept: Index, root: Path) -> bool:
+    """Whether everything that the listing depends on still bears the mark that it had."""
+    columns = kept.columns
+    marked = Index({"blob": columns["marked_blob"], "offsets": columns["marked_offsets"]}, {})
+    marks = columns["marks"].reshape(len(marked), -1).tolist()
+    return bool(kept.stamp["settled"]) and all(
+        mark_of(stat_of(os.path.join(root, path) if path else root)) == mark  # noqa: PTH118, once a folder
+        for path, mark in zip(map(marked.path, range(len(marked))), marks, strict=True)
     )
 
 
 def save(index: Index, file: Path) -> Index:
-    """Writes the index and gives its memory-mapped twin; where it cannot be written, says so and
-    gives it back.
-    """
+    """Write the index; its memory-mapped twin, or the index itself where it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary, temporary.open("wb+") as out:
             _write(out, index)
     except OSError as error:
-        log.warning(
-            "the index %s could not be kept (%s); it will be made again next time",
-            shown_name(file),
-            error.strerror,
-        )
+        told = "the index %s could not be kept (%s); it will be made again next time"
+        log.warning(told, shown_name(file), error.strerror)
         return index
     return load(file) or index
 
 
-def load(file: Path) -> Index | None:
-    """The index in a file, memory-mapped; None where there is none, it is damaged, or of another
-    version.
-    """
-    try:
-        if not file.is_file():  # a pipe of that name would be waited for
-            return None
-        data = np.memmap(file, np.uint8, "r")
-        start = len(VERSION) + _DIGEST
-        if data[: len(VERSION)].tobytes() != VERSION:
-            return None
-        if (
-            hashlib.blake2b(data[start:].data, digest_size=_DIGEST).digest()
-            != data[len(VERSION) : start].tobytes()
-        ):
-            return None
-        return _read(np.asarray(data), start, file)  # a plain view: slicing a memmap itself is slow
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _read(data: NDArray[np.uint8], start: int, file: Path) -> Index:
-    """An index whose checksum fits: length of the head, the head, then the columns, each at a
-    multiple of 64 bytes.
-    """
-    length = int.from_bytes(data[start : start + 8].tobytes(), "little")
-    head = json.loads(data[start + 8 : start + 8 + length].tobytes())
-    place, columns = start + 8 + length, dict[str, NDArray[Any]]()
-    for name, dtype, count in head["columns"]:
-        place += -place % _ALIGNED
-        end = place + count * np.dtype(dtype).itemsize
-        columns[name] = data[place:end].view(dtype)
-        place = end
-    return Index(columns, head["stamp"], file)
-
-
 def _write(out: BinaryIO, index: Index) -> None:
+    """Version, checksum, length of the head, head, columns, each at a multiple of 64 bytes."""
     columns = {name: np.ascontiguousarray(values) for name, values in index.columns.items()}
     heads = [(name, values.dtype.str, len(values)) for name, values in columns.items()]
     head = json.dumps({"stamp": index.stamp, "columns": heads}).encode()
@@ -195,10 +230,31 @@ def _write(out: BinaryIO, index: Index) -> None:
     out.write(digest.digest())
 
 
-def _reload(file: Path, stamp: dict[str, Any]) -> Index:
+def load(file: Path) -> Index | None:
+    """The index in a file, memory-mapped; None where there is none, or it is damaged or older."""
+    start = len(VERSION) + _DIGEST
+    try:
+        if not file.is_file():  # a pipe of that name would be waited for
+            return None
+        data = np.asarray(np.memmap(file, np.uint8, "r"))  # slicing a memmap itself is slow
+        digest = hashlib.blake2b(data[start:].data, digest_size=_DIGEST).digest()
+        if data[:start].tobytes() != VERSION + digest:
+            return None
+        end = start + 8 + int.from_bytes(data[start : start + 8].tobytes(), "little")
+        head = json.loads(data[start + 8 : end].tobytes())
+        columns = dict[str, NDArray[Any]]()
+        for name, dtype, count in head["columns"]:
+            begin = end + -end % _ALIGNED
+            end = begin + count * np.dtype(dtype).itemsize
+            columns[name] = data[begin:end].view(dtype)
+        return Index(columns, head["stamp"], file)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _reload(file: Path, fingerprint: str) -> Index:
     index = load(file)
-    if index is None or index.stamp["fingerprint"] != stamp["fingerprint"]:
-        raise UserError(
-            f"the index {shown_name(file)} was replaced while workers started: start again"
-        )
+    if index is None or index.stamp["fingerprint"] != fingerprint:
+        what = "was replaced while workers started: start again"
+        raise UserError(f"the index {shown_name(file)} {what}")
     return index

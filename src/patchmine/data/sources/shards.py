@@ -1,10 +1,7 @@
 """Tar shards in WebDataset's layout, read at any place through an index of offsets.
 
-One pass over the headers finds where every image lies; from then on an image is one ``pread``, in
-any order, so shuffling and resuming are as exact as with files.  Every member that counts
-(``data.members``) is an item.  What is known about an item stands in a ``.json`` or ``.cls`` member
-of its name: ``x.json`` belongs to ``x.jpg``, and to ``x.left.jpg`` where there is no
-``x.left.json``.
+One pass over the headers finds where every image lies; from then on an image is one ``pread``.
+Every member that counts is an item; what is known about it stands in a ``.json`` or ``.cls`` note.
 """
 
 from __future__ import annotations
@@ -13,7 +10,6 @@ import json
 import logging
 import os
 import stat
-import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,153 +21,132 @@ from typing import Any
 import numpy as np
 
 from patchmine.data.sources.archive import Member, members, read_member
-from patchmine.data.sources.classes import folder_classes
-from patchmine.data.sources.contract import IMAGES, ClassNames, Kind, Labels, fingerprint_of
-from patchmine.data.sources.index import Index, PathList, index_file, is_recent, load, mark_of, save
-from patchmine.data.sources.members import (
-    HEAD,
-    PassedOver,
-    is_hidden,
-    passed_over_note,
-    reason_against,
-    rule_of,
+from patchmine.data.sources.contract import (
+    IMAGES,
+    ClassNames,
+    Kind,
+    Labels,
+    data_error,
+    folder_classes,
 )
+from patchmine.data.sources.index import (
+    Index,
+    IndexedSource,
+    Marks,
+    PathList,
+    kept_index,
+    mark_of,
+    new_index,
+)
+from patchmine.data.sources.members import HEAD, PassedOver, is_hidden, reason_against
 from patchmine.errors import UserError, foreign_parser, shown_name
 
 log = logging.getLogger(__name__)
 
 NOTE_SUFFIXES = ("cls", "json")
+LONELY = "note (.cls or .json) of no item"
 
 MOST_OPEN = 64
 """Shards that a process keeps open at once, far below the usual limit of 1,024 files."""
 
+# Of the columns of the index, with the types of `array`.  Without a note, note_size is 0.
+_COLUMNS = dict(shard="i", start="q", size="q", note_start="q", note_size="q", note_json="b")
 
-class ShardSource:
+
+class ShardSource(IndexedSource):
     """The images of tar shards, in the order of the shards and of their members.
 
-    ``index`` has the columns ``shard``, ``start``, ``size``, and for an image with a note
-    ``note_start`` and ``note_size`` (0 where there is none) and ``note_json`` (whether the note is
-    JSON).  ``notes`` names the shards that were cut.
+    ``index`` has the columns ``shard``, ``start``, ``size``, and of an item's note ``note_start``,
+    ``note_size`` and ``note_json`` (whether it is JSON).  ``notes`` names the shards that were cut.
     """
 
-    def __init__(self, shards: Sequence[Path], index: Index, name: str) -> None:
-        self.shards, self.index, self.name = list(shards), index, name
-        self.fingerprint: str = index.stamp["fingerprint"]
-        self.notes = (
-            *index.stamp["cut"],
-            *index.stamp["notes"],
-            *passed_over_note(name, index.stamp["passed_over"]),
-        )
+    def __init__(
+        self, shards: Sequence[Path], index: Index, name: str, notes: Sequence[str] = ()
+    ) -> None:
+        super().__init__(name, index, (*notes, *index.stamp["cut"]))
+        self.shards = list(shards)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # each process opens its own
 
     def read(self, index: int) -> bytes:
-        """The image's bytes.  OSError when the shard is gone or has become shorter."""
-        return self._read(index, "start", "size")
+        pieces = self.index.stamp["pieces"].get(str(index))
+        return self._read(index, "start", "size", pieces)
 
     def path(self, index: int) -> str:
         """``shard:member``."""
-        return f"{self._shard(index)}:{self.index.path(index)}"
+        return f"{self.shards[self.index.columns['shard'][index]]}:{self.index.path(index)}"
 
     def key(self, index: int) -> str:
-        """The path that the image had before it came into the shard, where its JSON tells; else its
-        member's name.
-        """
+        """The path before it came into the shard, where its JSON tells; else the member's name."""
         note: dict[str, Any] | str | None = None
-        with suppress(
-            UserError
-        ):  # a damaged note gives no path; where it should give a label, `labels` tells
+        with suppress(UserError):  # a damaged note gives no path; `labels` tells of it
             note = self._note(index)
-        return (
-            str(note["path"])
-            if isinstance(note, dict) and "path" in note
-            else self.index.path(index)
-        )
+        if isinstance(note, dict) and "path" in note:
+            return str(note["path"])
+        return self.index.path(index)
 
     def labels(self) -> Labels | None:
-        """From ``.cls`` members (their text) or from ``label`` in ``.json`` members, else the
-        classes by folders.
-
-        UserError when some images have a label and some have none.
-        """
-        if not self.index.columns["note_size"].any():
-            return self._folder_classes()
-        classes, labelled, bare = ClassNames(), 0, -1
-        for index in range(len(self)):
-            label = self._label(index)
-            if label is None:
-                bare = index
-            else:
-                classes.add(label)
-                labelled += 1
-            if labelled and bare >= 0:
-                raise UserError(
-                    f"data={shown_name(self.name)}: {shown_name(self.path(bare))} has no label, others have one; give "
-                    "every image a .cls or .json member with a label, or none"
-                )
-        return classes.finish() if labelled else self._folder_classes()
-
-    def _folder_classes(self) -> Labels | None:
+        """From ``.cls`` members, or ``label`` in ``.json`` members, else the classes by folders."""
+        classes, bare = ClassNames(), -1
+        if self.index.columns["note_size"].any():
+            for index in range(len(self)):
+                note = self._note(index)
+                label = note.get("label") if isinstance(note, dict) else note
+                if label is None:
+                    bare = index
+                else:
+                    classes.add(str(label))
+                if len(classes) and bare >= 0:
+                    what = f"{shown_name(self.path(bare))} has no label, others have one"
+                    remedy = "give every image a .cls or .json member with a label, or none"
+                    raise data_error(self.name, f"{what}; {remedy}")
+        if len(classes):
+            return classes.finish()
         return folder_classes(map(self.index.path, range(len(self))))
 
-    def _label(self, index: int) -> str | None:
-        note = self._note(index)
-        label = note.get("label") if isinstance(note, dict) else note
-        return None if label is None else str(label)
+    @property
+    def encoded(self) -> bool:
+        return True
 
     def _note(self, index: int) -> dict[str, Any] | str | None:
+        """What an item's note says: a table of JSON, or the text of a ``.cls`` member."""
         columns = self.index.columns
         if not columns["note_size"][index]:
             return None
+        is_json = columns["note_json"][index]
+        which = f"the {'.json' if is_json else '.cls'} member of {shown_name(self.path(index))}"
         with foreign_parser(
-            lambda reason: UserError(f"{self._said_of_note(index)} cannot be read ({reason})")
+            lambda reason: data_error(self.name, f"{which} cannot be read ({reason})")
         ):
             data = self._read(index, "note_start", "note_size")
         text = data.decode("utf-8-sig", "surrogateescape").strip()
-        if not columns["note_json"][index]:
+        if not is_json:
             return text
         with foreign_parser(
-            lambda reason: UserError(f"{self._said_of_note(index)} is not JSON ({reason})")
+            lambda reason: data_error(self.name, f"{which} is not JSON ({reason})")
         ):
             note = json.loads(text)
         return note if isinstance(note, dict) else None
 
-    def _said_of_note(self, index: int) -> str:
-        ending = ".json" if self.index.columns["note_json"][index] else ".cls"
-        return (
-            f"data={shown_name(self.name)}: the {ending} member of {shown_name(self.path(index))}"
-        )
-
-    def _shard(self, index: int) -> Path:
-        return self.shards[self.index.columns["shard"][index]]
-
-    def _read(self, index: int, start: str, size: str) -> bytes:
+    def _read(
+        self, index: int, start: str, size: str, pieces: list[list[int]] | None = None
+    ) -> bytes:
         columns = self.index.columns
         number, length = int(columns["shard"][index]), int(columns[size][index])
-        handle = self._open.get(number)
-        if handle is None:
-            handle = self._open[number] = _OpenShard(
-                self.shards[number], self.index.stamp["state"][number]
-            )
+        shard = self._open.get(number)
+        if shard is None:
+            mark = columns["marks"].reshape(-1, 4)[number].tolist()
+            shard = self._open[number] = _OpenShard(self.shards[number], mark)
             if len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
-        pieces = self.index.stamp["pieces"].get(str(index)) if size == "size" else None
-        data = read_member(
-            handle.number, int(columns[start][index]), length, pieces
-        )  # safe after a fork
-        if len(data) < length:
-            raise OSError(
-                f"{self.path(index)} ends {length - len(data)} bytes too early: the shard was changed meanwhile"
-            )
-        if handle.was_replaced:
-            raise OSError(
-                f"{self.path(index)} is not where it was: the shard was changed meanwhile"
-            )
+        data = read_member(shard.handle, int(columns[start][index]), length, pieces)
+        fault = f"ends {length - len(data)} bytes too early" if len(data) < length else ""
+        if shard.was_replaced:
+            fault = fault or "is not where it was"
+        if fault:
+            raise OSError(f"{self.path(index)} {fault}: the shard was changed meanwhile")
         return data
 
 
@@ -179,43 +154,40 @@ class _OpenShard:
     """A file descriptor that closes when nobody holds it."""
 
     def __init__(self, path: Path, mark: list[int]) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY)
-        size, modified, _, inode = mark_of(
-            os.fstat(self.number)
-        )  # a changed mode or owner does no harm
-        self.was_replaced = [size, modified, inode] != [mark[0], mark[1], mark[3]]
+        self.handle = -1
+        self.handle = os.open(path, os.O_RDONLY)
+        now = mark_of(os.fstat(self.handle))
+        now[2] = mark[2]  # a changed mode or owner does no harm
+        self.was_replaced = now != mark
 
     def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+        if self.handle >= 0:
+            os.close(self.handle)
 
 
 def open_shards(
-    shards: Sequence[Path], name: str, cache_dir: Path | None, kind: Kind = IMAGES
+    shards: Sequence[Path],
+    name: str,
+    cache_dir: Path | None,
+    kind: Kind = IMAGES,
+    notes: Sequence[str] = (),
 ) -> ShardSource:
-    """The images (or what else ``kind`` says) of some tar shards.
+    """The images (or what else ``kind`` says) of some tar shards; their source has ``notes`` too.
 
     The index is kept in ``cache_dir`` and used again as long as no shard has changed.  What is
-    whole in a shard that was cut can be used; a warning names the shard, and notes say what was
-    passed over.  UserError when a shard is missing, is no tar archive, or when there is no image in
-    any.
+    whole in a shard that was cut can be used.  UserError when a shard is missing, is no tar
+    archive, or when there is no image in any.
     """
-    started = time.time_ns()
-    infos = [_regular(shard, name) for shard in shards]
-    state = [mark_of(info) for info in infos]
-    place = "\n".join(os.fspath(shard.resolve()) for shard in shards)
-    file = index_file(cache_dir, f"shards-{kind.name}", place) if cache_dir else None
-    index = load(file) if file else None
-    if index is None or index.stamp["rule"] != rule_of(kind) or index.stamp["kept"] != state:
-        index = index_shards(shards, name, kind)
-        index.stamp["state"] = state
-        index.stamp["kept"] = None if any(is_recent(info, started) for info in infos) else state
-        index = save(index, file) if file else index
-    source = ShardSource(shards, index, name)
+    places = [shard.resolve() for shard in shards]
+    marks = Marks()
+    for shard, place in zip(shards, places, strict=True):
+        marks.note(os.fspath(place), _regular(shard, name))
+    index = kept_index(
+        cache_dir, "shards", kind, places, lambda: index_shards(shards, marks, name, kind)
+    )
     for note in index.stamp["cut"]:
         log.warning("%s", note)
-    return source
+    return ShardSource(shards, index, name, notes)
 
 
 def _regular(shard: Path, name: str) -> os.stat_result:
@@ -223,13 +195,11 @@ def _regular(shard: Path, name: str) -> os.stat_result:
     try:
         info = shard.stat()
     except OSError as error:
-        raise UserError(
-            f"data={shown_name(name)}: the shard {shown_name(shard)} cannot be read ({error.strerror})"
-        ) from error
+        what = f"cannot be read ({error.strerror})"
+        raise data_error(name, f"the shard {shown_name(shard)} {what}") from error
     if not stat.S_ISREG(info.st_mode):
-        raise UserError(
-            f"data={shown_name(name)}: the shard {shown_name(shard)} is no regular file; give a tar archive"
-        )
+        what = "is no regular file; give a tar archive"
+        raise data_error(name, f"the shard {shown_name(shard)} {what}")
     return info
 
 
@@ -238,74 +208,56 @@ class _Table:
 
     def __init__(self) -> None:
         self.paths = PathList()
-        self.shard, self.start, self.size = array("i"), array("q"), array("q")
-        self.note_start, self.note_size, self.note_json = array("q"), array("q"), array("b")
+        self.columns = {name: array(code) for name, code in _COLUMNS.items()}
         self.pieces: dict[str, list[list[int]]] = {}
-        self.repeated, self.known = 0, set[int]()
         self.beside, self.first_beside = 0, ("", "")
 
     def add(self, shard: int, item: Member, note: Member | None) -> None:
+        """One more item."""
+        number = len(self.paths)
         if item.pieces:
-            self.pieces[str(len(self.paths))] = [list(piece) for piece in item.pieces]
-        self.paths.add(os.fsencode(item.name))
-        self.repeated += hash(item.name) in self.known
-        self.known.add(hash(item.name))
-        self.shard.append(shard)
-        self.start.append(item.start)
-        self.size.append(item.size)
-        for column in (self.note_start, self.note_size, self.note_json):
-            column.append(0)
+            self.pieces[str(number)] = [list(piece) for piece in item.pieces]
+        self.paths.add(item.name)
+        for column, value in zip(
+            self.columns.values(), (shard, item.start, item.size, 0, 0, 0), strict=True
+        ):
+            column.append(value)
         if note is not None:
-            self.annotate(len(self.paths) - 1, note)
+            self.annotate(number, note)
 
     def annotate(self, number: int, note: Member) -> None:
         """Give an item its note."""
-        self.note_start[number], self.note_size[number] = note.start, note.size
-        self.note_json[number] = note.name.lower().endswith(".json")
+        self.columns["note_start"][number] = note.start
+        self.columns["note_size"][number] = note.size
+        self.columns["note_json"][number] = note.name.lower().endswith(".json")
 
     def look_at(self, group: list[Member]) -> None:
-        """Count ``1.mask.png`` beside ``1.jpg``, which WebDataset's readers take for two facts
-        about one sample.
-        """
-        plain = next(
-            (
-                item
-                for item in group
-                if item.name == f"{_key(item.name)}.{item.name.rpartition('.')[2]}"
-            ),
-            None,
-        )
-        others = [item for item in group if item is not plain] if plain else []
-        self.beside += len(others)
-        if plain and others and not self.first_beside[0]:
-            self.first_beside = others[0].name, plain.name
+        """Count ``1.mask.png`` beside ``1.jpg``, which WebDataset takes for facts of one sample."""
+        plain = next((item for item in group if _last(item.name).count(".") == 1), None)
+        if plain is not None and len(group) > 1:
+            self.beside += len(group) - 1
+            if not self.first_beside[0]:
+                other = group[1] if group[0] is plain else group[0]
+                self.first_beside = other.name, plain.name
 
-    def notes(self, name: str, kind: Kind) -> list[str]:
+    def notes(self, kind: Kind) -> list[str]:
         """What a person may not expect of these shards."""
-        notes, name = [], shown_name(name)
-        if self.repeated:
-            notes.append(
-                f"data={name}: {_are(self.repeated, kind)} of a name that stood before; each counts."
-            )
+        notes, repeated = [], self.paths.repeats()
+        if repeated:
+            notes.append(f"{_are(repeated, kind)} of a name that stood before; each counts.")
         if self.beside:
             other, plain = map(shown_name, self.first_beside)
-            ending = plain.rpartition(".")[2].lower()
-            notes.append(
-                f"data={name}: {_are(self.beside, kind)} an item beside another of its key ({other} beside {plain}); "
-                f"to leave such out name the endings that count, as in data={name}::{ending}"
-            )
+            such = f"{_are(self.beside, kind)} an item beside another of its key"
+            advice = f"name the endings that count, as in ::{plain.rpartition('.')[2].lower()}"
+            notes.append(f"{such} ({other} beside {plain}); to leave such out {advice}")
         return notes
 
-    def columns(self) -> dict[str, Any]:
-        kinds = {"shard": np.int32, "note_json": np.int8}
-        names = ("shard", "start", "size", "note_start", "note_size", "note_json")
-        own = {
-            name: np.frombuffer(getattr(self, name), kinds.get(name, np.int64)) for name in names
-        }
-        return {**self.paths.columns(), **own}
+
+def _are(count: int, kind: Kind) -> str:
+    return f"{count:,} {kind.name}s are" if count > 1 else f"1 {kind.name} is"
 
 
-def index_shards(shards: Sequence[Path], name: str, kind: Kind = IMAGES) -> Index:
+def index_shards(shards: Sequence[Path], marks: Marks, name: str, kind: Kind) -> Index:
     """One pass over the headers of all shards."""
     table, passed_over, cut = _Table(), PassedOver(), list[str]()
     for number, shard in enumerate(shards):
@@ -313,29 +265,15 @@ def index_shards(shards: Sequence[Path], name: str, kind: Kind = IMAGES) -> Inde
         _index_shard(shard, number, table, passed_over, trouble, kind)
         if trouble:
             used = f"its {len(table.paths) - before:,} whole {kind.name}s are used"
-            cut.append(
-                f"the shard {shown_name(shard)} {trouble[0]}; {used}; fetch or write it again to have the rest"
-            )
+            what = f"the shard {shown_name(shard)} {trouble[0]}"
+            cut.append(f"{what}; {used}; fetch or write it again to have the rest")
     if not len(table.paths):
-        found = passed_over_note(name, passed_over.facts())
         why = f": {cut[0]}" if cut else f"; {kind.name}s end in {', '.join(kind.suffixes)}"
-        among = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
-        raise UserError(
-            "; ".join(
-                [f"data={shown_name(name)}: there is no whole {kind.name} in {among}{why}", *found]
-            )
-        )
-    columns = table.columns()
-    listed = fingerprint_of([columns["offsets"], columns["blob"], columns["size"]])
-    stamp: dict[str, Any] = {
-        "kind": "shards",
-        "rule": rule_of(kind),
-        "cut": cut,
-        "fingerprint": listed,
-        "pieces": table.pieces,
-    }
-    stamp["notes"] = table.notes(name, kind)
-    return Index(columns, {**stamp, "passed_over": passed_over.facts()})
+        among = f"there is no whole {kind.name} in {len(shards)} shard{'s' * (len(shards) > 1)}"
+        raise data_error(name, "; ".join([f"{among}{why}", *passed_over.note()]))
+    columns = {key: np.frombuffer(values, values.typecode) for key, values in table.columns.items()}
+    stamp = {"cut": cut, "pieces": table.pieces}
+    return new_index(kind, table.paths, marks, passed_over, columns, table.notes(kind), **stamp)
 
 
 def _index_shard(
@@ -347,30 +285,42 @@ def _index_shard(
         for group in _groups(members(shard, passed_over, trouble)):
             items, notes = _sorted_out(group, handle.fileno(), passed_over, kind)
             table.look_at(items)
-            found = [_note_of(item.name, notes) for item in items]
-            if trouble and annotated and None in found:  # cut between an item and its note
-                kept = [place for place, note in enumerate(found) if note is not None]
-                items, found = [items[place] for place in kept], [found[place] for place in kept]
-            for item, note in zip(items, found, strict=True):
+            found = [(item, _note_of(item.name, notes)) for item in items]
+            if trouble and annotated and any(note is None for _, note in found):
+                found = [pair for pair in found if pair[1] is not None]  # cut before its note
+            for item, note in found:
                 if note is None:
                     bare.append(len(table.paths))
-                else:
-                    annotated = True
+                annotated = annotated or note is not None
                 table.add(number, item, note)
-            used = {note.name for note in found if note is not None}
+            used = {note.name for _, note in found if note is not None}
             lonely.update((stem, note) for stem, note in notes.items() if note.name not in used)
-    if lonely:  # as where all images come first and all notes behind them
+    if lonely:
         _join(table, bare, lonely, passed_over)
 
 
+def _join(
+    table: _Table, bare: Iterable[int], lonely: dict[str, Member], passed_over: PassedOver
+) -> None:
+    """Give notes that stand elsewhere in a shard, as behind all images, to the items named so."""
+    joined = set[str]()
+    for place in bare:
+        note = _note_of(os.fsdecode(table.paths[place]), lonely)
+        if note is not None:
+            table.annotate(place, note)
+            joined.add(note.name)
+    for note in lonely.values():
+        if note.name not in joined:
+            passed_over.add(LONELY, note.name)
+
+
 def _groups(listed: Iterable[Member]) -> Iterator[list[Member]]:
-    """Neighbours whose names agree up to the first dot, WebDataset's key; a repeated name starts a
-    new group.
-    """
+    """Neighbours of one key, the name up to its first dot; a repeated name starts a new group."""
     group: dict[str, Member] = {}
     last = ""
     for member in listed:
-        key = _key(member.name)
+        end = _last(member.name)
+        key = member.name.removesuffix(end) + end.partition(".")[0]
         if group and (key != last or member.name in group):
             yield list(group.values())
             group = {}
@@ -382,12 +332,10 @@ def _groups(listed: Iterable[Member]) -> Iterator[list[Member]]:
 def _sorted_out(
     group: list[Member], handle: int, passed_over: PassedOver, kind: Kind
 ) -> tuple[list[Member], dict[str, Member]]:
-    """The items of a group, and its notes by their names without endings."""
+    """The items of a group, and its notes by their names without endings; .cls before .json."""
     items: list[Member] = []
     notes: dict[str, Member] = {}
-    for member in sorted(
-        group, key=lambda member: member.name.lower().endswith(".cls"), reverse=True
-    ):
+    for member in sorted(group, key=lambda member: not member.name.lower().endswith(".cls")):
         stem, dot, ending = member.name.rpartition(".")
         if dot and ending.lower() in NOTE_SUFFIXES and not is_hidden(member.name):
             notes.setdefault(stem, member)
@@ -405,37 +353,15 @@ def _sorted_out(
 
 
 def _note_of(name: str, notes: dict[str, Member]) -> Member | None:
-    """The note named like an item: like the whole of it, or up to one of its dots, the longest
-    first.
-    """
-    if not notes:
-        return None
-    folder, slash, last = name.rpartition("/")
-    parts = last.split(".")
-    stems = (folder + slash + ".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((notes[stem] for stem in stems if stem in notes), None)
+    """The note named like an item: like the whole of it, or up to one of its dots, the last first."""
+    stem, least = name, len(name) - len(_last(name))
+    while notes and len(stem) > least:
+        if stem in notes:
+            return notes[stem]
+        stem = stem[: max(stem.rfind("."), 0)]
+    return None
 
 
-def _join(
-    table: _Table, bare: Iterable[int], lonely: dict[str, Member], passed_over: PassedOver
-) -> None:
-    """Notes without an item beside them go to the items of the same shard that are named like them."""
-    used = set[str]()
-    for number in bare:
-        note = _note_of(os.fsdecode(table.paths[number]), lonely)
-        if note is not None:
-            table.annotate(number, note)
-            used.add(note.name)
-    for note in lonely.values():
-        if note.name not in used:
-            passed_over.add("note (.cls or .json) of no item", note.name)
-
-
-def _are(count: int, kind: Kind) -> str:
-    return f"{count:,} {kind.name}s are" if count > 1 else f"1 {kind.name} is"
-
-
-def _key(name: str) -> str:
-    """A member's name up to the first dot of its last part."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]
+def _last(name: str) -> str:
+    """The last part of a member's name."""
+    return name.rpartition("/")[2]
