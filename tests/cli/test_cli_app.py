@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +72,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
         "patchmine.runs.checking.CHECKS", ()
     )  # the data of the examples are not there
 
-    def recorder(name: str) -> Callable[..., Any]:
+    def recorder(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)  # its parameters say what it takes
         def record(*args: Any, **kwargs: Any) -> Any:
             calls[name] = (args, kwargs)
             return SimpleNamespace(path="the run")
@@ -79,9 +81,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return record
 
     for module, function in ROOMS:
-        monkeypatch.setattr(
-            importlib.import_module(f"patchmine.{module}"), function, recorder(function)
-        )
+        home = importlib.import_module(f"patchmine.{module}")
+        monkeypatch.setattr(home, function, recorder(function, getattr(home, function)))
     return calls
 
 
@@ -227,7 +228,7 @@ def test_resume_gets_run_and_words(rooms: Calls) -> None:
 
 def test_evaluations_get_typed_settings(rooms: Calls) -> None:
     call("eval", "knn", "runs/hpm", "data=a", "test=b", "floors=true", "k=10")
-    settings = rooms["evaluate_knn"][0][0]
+    settings = rooms["evaluate_knn"][1]["settings"]
     assert (settings.target, settings.data, settings.test, settings.floors, settings.k) == (
         "runs/hpm",
         "a",
@@ -236,16 +237,16 @@ def test_evaluations_get_typed_settings(rooms: Calls) -> None:
         10,
     )
     call("eval", "linear", "runs/hpm", "data=a", "protocol=mae")
-    assert rooms["evaluate_linear"][0][0].protocol == "mae"
+    assert rooms["evaluate_linear"][1]["settings"].protocol == "mae"
     call("embed", "vit_tiny_patch16_224", "data=a", "out=e.parquet")
-    assert rooms["embed"][0][0].target == "vit_tiny_patch16_224"
+    assert rooms["embed"][1]["settings"].target == "vit_tiny_patch16_224"
 
 
 def test_pictures_and_pages_get_their_words(rooms: Calls) -> None:
     call("show", "runs/hpm", "a.jpg", "b.jpg", "out=panel.png")
     assert rooms["show"] == (("runs/hpm", ["a.jpg", "b.jpg"], "panel.png"), {"seed": 0})
     call("report", "runs/hpm", "runs/mae")
-    assert rooms["write_report"][0] == (["runs/hpm", "runs/mae"], "report.html")
+    assert rooms["write_report"][1] == {"runs": ["runs/hpm", "runs/mae"], "out": "report.html"}
 
 
 def test_weights_get_their_words(rooms: Calls) -> None:

@@ -21,8 +21,8 @@ class Command:
 
     Args:
         name: its words, "eval knn".
-        work: what does it, called with the checked settings, or with the words where there are
-            no settings, and ``say``.
+        work: what does it; its parameters say what it takes: ``settings``, or some of them by
+            name; ``words``; ``say``.
         settings: the model of its settings, whose docstring is its help.
         first: the setting that the first word without an equals sign fills.
         rest: the list that further ones fill.
@@ -57,9 +57,9 @@ COMMANDS = (
     ),
     Command("embed", "evaluate.embed:embed", "evaluate.settings:EmbedSettings", "target"),
     Command("show", "cli.work:show", "report.settings:ShowSettings", "run", "images"),
-    Command("report", "cli.work:report", "report.settings:ReportSettings", rest="runs"),
+    Command("report", "report.page:write_report", "report.settings:ReportSettings", rest="runs"),
     Command("export", "cli.work:export", "runs.settings:ExportSettings", "run"),
-    Command("import", "cli.work:import_weights", "runs.settings:ImportSettings", "file"),
+    Command("import", "runs.transfer:import_file", "runs.settings:ImportSettings", "file"),
     Command("data inspect", "cli.work:inspect", "data.settings:InspectSettings", "data"),
     Command("data shard", "cli.work:shard", "data.settings:ShardSettings", "data"),
     Command("list methods", "cli.work:list_methods", usage="[METHOD]"),
@@ -80,18 +80,20 @@ def named(place: str) -> Any:
 
 def perform(command: Command, words: Sequence[str], say: Say) -> None:
     """Do the work of a command on the words behind it, and print what comes of it."""
-    if not command.settings:
-        named(command.work)(list(words), say)
-        return
-    given = read_words(
-        named(command.settings),
-        words,
-        command=command.name,
-        first=[command.first] if command.first else [],
-        rest=command.rest or None,
-        say=say,
-    )
-    result = named(command.work)(given, say)
+    gives: dict[str, Any] = {"words": list(words), "say": say}
+    if command.settings:
+        settings = read_words(
+            named(command.settings),
+            words,
+            command=command.name,
+            first=[command.first] if command.first else [],
+            rest=command.rest or None,
+            say=say,
+        )
+        gives |= {"settings": settings, **dict(settings)}
+    work = named(command.work)
+    takes = inspect.signature(work).parameters
+    result = work(**{name: value for name, value in gives.items() if name in takes})
     if isinstance(result, dict | list):
         from rich.console import Console
 
@@ -102,7 +104,7 @@ def perform(command: Command, words: Sequence[str], say: Say) -> None:
     elif result is not None:
         from patchmine.errors import shown_name
 
-        print(shown_name(str(result)))
+        print(shown_name(str(getattr(result, "path", result))))
 
 
 def read_words(

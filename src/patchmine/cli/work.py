@@ -12,8 +12,8 @@ from patchmine.errors import UserError, shown_name
 if TYPE_CHECKING:
     from patchmine.bench.settings import BenchDataSettings, BenchStepSettings
     from patchmine.data.settings import InspectSettings, ShardSettings
-    from patchmine.report.settings import ReportSettings, ShowSettings
-    from patchmine.runs.settings import ExportSettings, ImportSettings
+    from patchmine.report.settings import ShowSettings
+    from patchmine.runs.settings import ExportSettings
 
 
 def pretrain(words: Sequence[str], say: Say) -> None:
@@ -62,51 +62,37 @@ def _recipe_and_settings(words: Sequence[str]) -> tuple[str | None, Sequence[str
     return (words[0], words[1:]) if has_first else (None, words)
 
 
-def show(given: ShowSettings, _: Say) -> Path:
+def show(settings: ShowSettings) -> Path:
     """Draw a panel."""
     from patchmine.report.show import show as draw
 
-    return draw(given.run, given.images, given.out, seed=given.seed)
+    return draw(settings.run, settings.images, settings.out, seed=settings.seed)
 
 
-def report(given: ReportSettings, _: Say) -> Path:
-    """Write a page."""
-    from patchmine.report.page import write_report
-
-    return write_report(given.runs, given.out)
-
-
-def export(given: ExportSettings, _: Say) -> Path:
+def export(settings: ExportSettings) -> Path:
     """Write an encoder, or a whole method."""
     from patchmine.runs.transfer import export_run
 
-    return export_run(given.run, given.out, what=given.what, weights=given.weights)
+    return export_run(settings.run, settings.out, what=settings.what, weights=settings.weights)
 
 
-def import_weights(given: ImportSettings, say: Say) -> Path:
-    """Make a run of a file."""
-    from patchmine.runs.transfer import import_file
-
-    return import_file(**given.model_dump(), say=say).path
-
-
-def inspect(given: InspectSettings, _: Say) -> str:
+def inspect(settings: InspectSettings) -> str:
     """Look at a data set."""
     from patchmine.data.inspect import inspect as look
     from patchmine.data.inspect import render
 
-    source = _opened(given.data, given.video)
-    options = given.model_dump(exclude={"data"})
+    source = _opened(settings.data, settings.video)
+    options = settings.model_dump(exclude={"data"})
     return render(look(source, **options))
 
 
-def shard(given: ShardSettings, say: Say) -> None:
+def shard(settings: ShardSettings, say: Say) -> None:
     """Pack images."""
     from patchmine.data.sharding import write_shards
 
-    size = given.shard_mb * 2**20
-    source = _opened(given.data, video=False)
-    write_shards(source, Path(given.out), max_side=given.max_side, shard_size=size, say=say)
+    size = settings.shard_mb * 2**20
+    source = _opened(settings.data, video=False)
+    write_shards(source, Path(settings.out), max_side=settings.max_side, shard_size=size, say=say)
 
 
 def _opened(data: str | list[str], video: bool) -> Any:
@@ -115,25 +101,27 @@ def _opened(data: str | list[str], video: bool) -> Any:
     return open_source(data, "video" if video else "image", cache_dir=default_cache_dir())
 
 
-def bench_step(given: BenchStepSettings, _: Say) -> None:
+def bench_step(settings: BenchStepSettings) -> None:
     """Time training steps."""
     from patchmine.bench.step import bench_step as measure
 
-    measure(say=print, **given.model_dump(exclude_unset=True))
+    measure(say=print, **settings.model_dump(exclude_unset=True))
 
 
-def bench_data(given: BenchDataSettings, _: Say) -> None:
+def bench_data(settings: BenchDataSettings) -> None:
     """Time the reading of data."""
     from patchmine.bench.data import bench_data as measure
     from patchmine.bench.video import bench_video
 
-    if given.video:
-        bench_video(**given.model_dump(exclude={"data", "video"}), source=given.data, say=print)
+    if settings.video:
+        bench_video(
+            **settings.model_dump(exclude={"data", "video"}), source=settings.data, say=print
+        )
         return
-    measure(given.data, image_size=given.image_size, repeats=given.repeats, say=print)
+    measure(settings.data, image_size=settings.image_size, repeats=settings.repeats, say=print)
 
 
-def list_methods(words: Sequence[str], _: Say) -> None:
+def list_methods(words: Sequence[str]) -> None:
     """The methods, or one of them with its settings.
 
     Example:
@@ -151,7 +139,7 @@ def list_methods(words: Sequence[str], _: Say) -> None:
         print(f"{name}: {(getdoc(method) or '').splitlines()[0].rstrip('.')}")
 
 
-def list_models(words: Sequence[str], _: Say) -> None:
+def list_models(words: Sequence[str]) -> None:
     """The ViTs, ResNets and encoders of videos to choose from.
 
     PART narrows the list.
@@ -176,7 +164,7 @@ def list_models(words: Sequence[str], _: Say) -> None:
     print("\n".join(found))
 
 
-def list_recipes(_: Sequence[str], __: Say) -> None:
+def list_recipes() -> None:
     """The recipes: what each needs and what it gives.
 
     Example:
@@ -210,7 +198,7 @@ def config_show(words: Sequence[str], say: Say) -> None:
     print(resolve.parse(recipe, settings, say).to_yaml(), end="")
 
 
-def config_schema(words: Sequence[str], _: Say) -> None:
+def config_schema(words: Sequence[str]) -> None:
     """Every setting with its default and meaning.
 
     Without a word those of a run; METHOD gives one method's own, COMMAND those of a command.

@@ -115,15 +115,14 @@ def validate(
     *,
     where: str,
     before: Sequence[SettingError] = (),
-    placeholders: Mapping[str, Any] | None = None,
     hint: str = "",
     also: Sequence[Callable[[Model], list[SettingError]]] = (),
 ) -> Model:
     """``model(**values)``, or one UserError with all errors, those found ``before`` included.
 
     A wrong setting hides others (those of a misspelt method) and what does not fit together.  So
-    the wrong ones are mended or taken out (required ones get their ``placeholders``) and the rest
-    is checked once more.  ``also`` finds errors that the model cannot know: the first is asked
+    the wrong ones are mended or taken out (in the place of required ones stands their name) and
+    the rest is checked once more.  ``also`` finds errors that the model cannot know: the first is asked
     of mended settings too, each other one only where nothing is wrong so far.
     """
     errors = list(before)
@@ -133,7 +132,7 @@ def validate(
     except ValidationError as error:
         errors += explain(error, model, values, hint)
         ask = also[:1]
-        mended = _mended(model, values, error, errors, placeholders or {})
+        mended = _mended(model, values, error, errors)
         try:
             checked = model.model_validate(mended)
         except ValidationError as second:
@@ -155,13 +154,12 @@ def _mended(
     values: Mapping[str, Any],
     error: ValidationError,
     errors: Sequence[SettingError],
-    placeholders: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The values without the wrong ones; a misspelt ``name`` is replaced by the nearest one."""
     kept = _without(values, [error.path for error in errors])
     for name, field in model.model_fields.items():
-        if field.is_required() and name in placeholders and name not in kept:
-            kept[name] = placeholders[name]
+        if field.is_required():
+            kept.setdefault(name, name)
     for details in error.errors(include_url=False):
         if details["type"] == "unknown_name" and len(details["loc"]) == 1:
             key = str(details["loc"][0])

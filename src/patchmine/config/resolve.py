@@ -95,7 +95,6 @@ def _checked(
         known,
         where=where,
         before=[*errors, *(_rate(name, value, known) for name, value in rates)],
-        placeholders={"data": "data"},
         hint="; `patchmine config schema` lists all",
         also=also,
     )
