@@ -328,7 +328,7 @@ def _export(config: RunConfig, folder: Path, method: Method) -> None:
     try:
         for name, encoder in method.encoders().items():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
-                write_export(config, encoder, run.export_folder(name), name)
+                write_export(config, encoder, run.export_folder(name))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} is trained to its end, but its export could not be written ({reason_of(error)}); make room"

@@ -15,9 +15,10 @@ import torch
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
 from patchmine.backbones.beit import BEIT
+from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import Encoder, build_encoder, encode
 from patchmine.backbones.tokens import patch_positions
-from patchmine.backbones.weights import export_encoder, fill, load_encoder
+from patchmine.backbones.weights import fill, load_encoder
 from patchmine.errors import UserError
 from patchmine.methods import METHODS, method_class
 
@@ -81,16 +82,7 @@ def test_a_method_that_leaves_patches_out_refuses_relative_positions(name: str) 
 @pytest.mark.parametrize("extra", [ABSOLUTE, SHARED, {}], ids=["absolute", "shared", "per block"])
 def test_export_opens_in_timm_and_here(extra: dict[str, bool], tmp_path: Path) -> None:
     encoder = beit(**extra).eval()
-    folder = export_encoder(
-        encoder,
-        tmp_path / "export",
-        model="beit_base_patch16_224",
-        model_args={**TINY, **extra},
-        image_size=(16, 24),
-        channels=3,
-        mean=[0.5] * 3,
-        std=[0.5] * 3,
-    )
+    folder = export_encoder(encoder, tmp_path / "export", Preprocessing([0.5] * 3, [0.5] * 3))
     images = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
         expected = encoder.forward_features(images)

@@ -389,7 +389,8 @@ def test_files_without_an_encoder_say_what_they_hold(tmp_path: Path) -> None:
     torch.save({"unet.down.weight": torch.ones(2)}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"no plain vision transformer .*it holds unet.down.weight"):
         patchmine.load_encoder(tmp_path / "a.pth")
-    assert find_network({"a": torch.ones(1)}, "file") is None
+    with pytest.raises(UserError, match=r"file holds no plain vision transformer.*it holds a"):
+        find_network({"a": torch.ones(1)}, "file")
 
 
 def test_sizes_of_the_public_function(raw: nn.Module, tmp_path: Path) -> None:

@@ -13,15 +13,10 @@ import timm
 import torch
 from torch import Tensor
 
-from patchmine.backbones.official import (
-    check_decoder_positions,
-    dropped_names,
-    encoder_tensors,
-    from_reference_names,
-    read_official,
-    to_reference_names,
-)
+from patchmine.backbones.naming import encoder_of, find_network
+from patchmine.backbones.official import check_decoder_positions, read_official
 from patchmine.backbones.positions import sincos_table
+from patchmine.backbones.reference import from_reference_names, to_reference_names
 from patchmine.backbones.weights import load_encoder
 from patchmine.errors import UserError
 
@@ -151,7 +146,7 @@ def test_a_full_mae_file_tells_its_decoder_and_its_settings(tmp_path: Path) -> N
     ) == (512, 1, 16, 192)
     assert found.architecture.model_args["depth"] == 2
     assert found.architecture.patch_size == 8
-    assert "MAE, ViT 192 wide, 2 blocks, 3 heads, patch 8, 32x32x3" in found.describe()
+    assert "MAE, ViT 192 wide, 2 blocks, 3 heads, patch 8, 32x32x3" in found.summary()
 
 
 def test_hpm_files_hold_a_student_and_a_teacher(tmp_path: Path) -> None:
@@ -163,7 +158,7 @@ def test_hpm_files_hold_a_student_and_a_teacher(tmp_path: Path) -> None:
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.items())
         assert found.teacher is not None
         assert torch.equal(found.teacher["cls_token"], teacher["cls_token"])
-        dropped = dropped_names(found, full=True)
+        dropped = found.unused()
         assert "decoder_pos_embed" in dropped
         assert "ema_state_dict.decoder_pred.weight" in dropped
         assert not [name for name in dropped if "losspred" in name or "mask_token" in name]
@@ -202,7 +197,7 @@ def test_a_fine_tuned_classifier_gives_its_encoder(tmp_path: Path) -> None:
     tensors |= {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
     torch.save({"model": tensors}, tmp_path / "finetuned.pth")
     found = read_official(tmp_path / "finetuned.pth")
-    assert dropped_names(found, full=False) == ["head.weight", "head.bias"]
+    assert found.unused() == ["head.weight", "head.bias"]
     encoder = load_encoder(tmp_path / "finetuned.pth").eval()
     images = torch.randn(2, 3, 32, 32)
     tokens = encoder.forward_features(images)
@@ -251,12 +246,7 @@ def test_unusual_widths_need_their_heads(tmp_path: Path) -> None:
             read_official(tmp_path / "odd.pth", **given)
     assert read_official(tmp_path / "odd.pth", num_heads=3, with_decoder=False).decoder is None
     found = read_official(tmp_path / "odd.pth", num_heads=3, decoder_num_heads=2)
-    assert found.architecture.model_args == {
-        "embed_dim": 48,
-        "depth": 1,
-        "num_heads": 3,
-        "fc_norm": False,
-    }
+    assert found.architecture.model_args == {"embed_dim": 48, "depth": 1, "num_heads": 3}
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -305,7 +295,7 @@ def test_only_the_encoder_is_taken_from_any_layout(tmp_path: Path) -> None:
         {"state_dict": {"module." + k: t for k, t in small().items()}},
     ]
     for layout in layouts:
-        assert encoder_tensors(layout, "file").keys() == expected
+        assert encoder_of(find_network(layout, "file").tensors).keys() == expected
 
 
 def test_every_tensor_of_a_file_is_accounted_for(tmp_path: Path) -> None:

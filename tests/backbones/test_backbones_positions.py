@@ -20,10 +20,12 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor
 
 import patchmine
+from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import Encoder, build_encoder
 from patchmine.backbones.foreign import ForeignTeacher
 from patchmine.backbones.positions import grid_of_fixed_table, move_positions, sincos_table
-from patchmine.backbones.weights import export_encoder, load_encoder
+from patchmine.backbones.record import Blueprint
+from patchmine.backbones.weights import load_encoder
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
 from patchmine.evaluate.targets import open_target
@@ -57,17 +59,8 @@ def export(
     model: str = MODEL,
     args: dict[str, Any] = TINY,
 ) -> Path:
-    mean = [0.5] * 3
-    return export_encoder(
-        encoder,
-        folder,
-        model=model,
-        model_args=args,
-        image_size=size,
-        channels=3,
-        mean=mean,
-        std=mean,
-    )
+    encoder.built_from = Blueprint(model, size, model_args=args)
+    return export_encoder(encoder, folder, Preprocessing([0.5] * 3, [0.5] * 3))
 
 
 def timms(table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 1) -> Tensor:

@@ -5,20 +5,22 @@ folders and files.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import build_encoder, encode
 from patchmine.backbones.names import VIDEO_MODELS, reads_clips
 from patchmine.backbones.official import read_official
 from patchmine.backbones.positions import interleaved_table
+from patchmine.backbones.reference import from_videomae_names, to_videomae_names
 from patchmine.backbones.tokens import encoder_grid, project_patches
 from patchmine.backbones.video import VideoTransformer
-from patchmine.backbones.videomae import from_videomae_names, is_videomae, to_videomae_names
-from patchmine.backbones.weights import export_encoder, load_encoder
+from patchmine.backbones.weights import load_encoder
 from patchmine.errors import UserError
 from patchmine.types import Grid
 
@@ -139,8 +141,8 @@ def test_an_export_is_opened_again_and_says_who_cannot(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = perturb(build())
-    sizes: dict[str, Any] = dict(image_size=(16, 24), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
-    export_encoder(encoder, tmp_path / "export", model=NAME, model_args=SMALL, **sizes)
+    prepared = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)
+    export_encoder(encoder, tmp_path / "export", prepared)
     opened = load_encoder(tmp_path / "export")
     clips = torch.randn(1, 3, 6, 16, 24)
     assert isinstance(opened, VideoTransformer)
@@ -153,10 +155,9 @@ def test_an_export_is_opened_again_and_says_who_cannot(
     assert "library_name" not in readme
     assert encoder_grid(load_encoder(tmp_path / "export", image_size=(32, 32))).size == (3, 4, 4)
     assert "trained at 16x24 pixels: its positions are VideoMAE's fixed table" in caplog.text
+    encoder.built_from = replace(encoder.built_from, model_args=SMALL | {"depth": 3})
     with pytest.raises(ValueError, match="is not the encoder to be exported"):
-        export_encoder(
-            encoder, tmp_path / "other", model=NAME, model_args=SMALL | {"depth": 3}, **sizes
-        )
+        export_encoder(encoder, tmp_path / "other", prepared)
 
 
 def videomae_state(encoder: VideoTransformer) -> dict[str, torch.Tensor]:
@@ -166,7 +167,6 @@ def videomae_state(encoder: VideoTransformer) -> dict[str, torch.Tensor]:
 def test_names_go_to_videomae_and_back() -> None:
     state = perturb(build()).state_dict()
     theirs = to_videomae_names(state)
-    assert is_videomae(theirs)
     assert {
         "encoder.patch_embed.proj.weight",
         "encoder.blocks.1.attn.q_bias",
@@ -228,6 +228,6 @@ def test_sizes_that_a_file_does_not_tell(tmp_path: Path) -> None:
         read_official(tmp_path / "small.pth", num_heads=3, image_size=(30, 30))
     found = read_official(tmp_path / "small.pth", num_heads=3)
     assert (found.architecture.clip, found.architecture.image_size) == ((16, 2), (224, 224))
-    assert "16x224x224x3 (video_vit_base_patch16)" in found.describe()
+    assert "16x224x224x3 (video_vit_base_patch16)" in found.summary()
     with pytest.raises(UserError, match="holds no teacher weights"):
         read_official(tmp_path / "small.pth", num_heads=3, weights="teacher")

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from tests.backbones.test_backbones_loading import Small, save_torchscript
 from torch import Tensor
 
+from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import build_encoder
 from patchmine.backbones.loading import read_checkpoint
-from patchmine.backbones.weights import export_encoder, load_encoder, open_weights
+from patchmine.backbones.weights import load_encoder, open_weights
 from patchmine.errors import UserError
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -141,23 +142,6 @@ def test_packed_archives_are_not_unpacked(
     assert "claim" in refused(tmp_path / "bomb.pt")
 
 
-def test_modules_that_hold_each_other_are_refused(tmp_path: Path) -> None:
-    save_torchscript(Small(), tmp_path / "good.pt")
-    nested = "c__torch__\nModule\n)\x81}X\x01\x00\x00\x00aK\x01sb"
-    program = b"\x80\x02" + nested.encode("latin1") + b"q\x00"
-    for memo in range(40):  # each module holds the one before it twice
-        program += b"0c__torch__\nModule\n)\x81}(X\x01\x00\x00\x00a" + b"h" + bytes([memo])
-        program += b"X\x01\x00\x00\x00b" + b"h" + bytes([memo]) + b"ub" + b"q" + bytes([memo + 1])
-    program += b"."
-    with (
-        zipfile.ZipFile(tmp_path / "good.pt") as good,
-        zipfile.ZipFile(tmp_path / "laughs.pt", "w") as bad,
-    ):
-        for name in good.namelist():
-            bad.writestr(name, program if name.endswith("/data.pkl") else good.read(name))
-    assert "more than 32,768 modules" in refused(tmp_path / "laughs.pt")
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -238,11 +222,8 @@ def test_an_export_with_weights_that_are_not_finite_is_not_written(tmp_path: Pat
     )
     with torch.no_grad():
         encoder.blocks[1].norm1.bias[2] = float("nan")
-    sizes: dict[str, Any] = dict(image_size=(32, 32), channels=3, mean=[0.5] * 3, std=[0.5] * 3)
     with pytest.raises(UserError, match=r"blocks.1.norm1.bias has 1 of 48 numbers that are NaN"):
-        export_encoder(
-            encoder, tmp_path / "export", model="vit_tiny_patch16_224", model_args=SMALL, **sizes
-        )
+        export_encoder(encoder, tmp_path / "export", Preprocessing([0.5] * 3, [0.5] * 3))
     assert not (tmp_path / "export").exists()
 
 

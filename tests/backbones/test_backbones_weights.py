@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import build_encoder
-from patchmine.backbones.weights import export_encoder, is_export, load_encoder
+from patchmine.backbones.weights import load_encoder
 from patchmine.errors import UserError
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -44,7 +46,7 @@ def make_export(
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     mean = [0.5] * settings["channels"]
-    export_encoder(encoder, folder, model=model, mean=mean, std=mean, **settings)
+    export_encoder(encoder, folder, Preprocessing(mean, mean))
     return encoder.eval()
 
 
@@ -71,7 +73,7 @@ def export_resnet(folder: Path, kind: str) -> Any:
         torch.randn(4, settings["channels"], 32, 48)
     )  # statistics and counters that are not the first
     mean = [0.5] * settings["channels"]
-    export_encoder(encoder, folder, mean=mean, std=mean, **settings)
+    export_encoder(encoder, folder, Preprocessing(mean, mean))
     return encoder.eval()
 
 
@@ -265,17 +267,9 @@ def test_a_failed_export_leaves_the_old_one(
 def test_a_wrong_description_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
     encoder = build_encoder("vit_tiny_patch16_224", image_size=(32, 32), model_args=SMALL)
     wrong = {**SMALL, "num_heads": 6}  # the tensors have the same shapes
+    encoder.built_from = replace(encoder.built_from, model_args=wrong)
     with pytest.raises(ValueError, match="is not the encoder"):
-        export_encoder(
-            encoder,
-            tmp_path / "export",
-            model="vit_tiny_patch16_224",
-            model_args=wrong,
-            image_size=(32, 32),
-            channels=3,
-            mean=[0.5] * 3,
-            std=[0.5] * 3,
-        )
+        export_encoder(encoder, tmp_path / "export", Preprocessing([0.5] * 3, [0.5] * 3))
     assert not (tmp_path / "export").exists()
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from patchmine.backbones.family import build_encoder
-from patchmine.backbones.videomae import to_videomae_names
+from patchmine.backbones.reference import to_videomae_names
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.clips import PlainClips, TestClips
 from patchmine.errors import UserError

@@ -188,7 +188,7 @@ def official_weights() -> dict[str, Tensor]:
     import yaml
     from scene import SETTINGS
 
-    from patchmine.backbones.official import to_reference_names
+    from patchmine.backbones.reference import to_reference_names
     from patchmine.config.resolve import from_settings
     from patchmine.runs.run import build_method
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchmine.backbones.attention import class_attention
 from patchmine.backbones.family import encode
-from patchmine.backbones.official import from_reference_names
+from patchmine.backbones.reference import from_reference_names
 from patchmine.methods.amt import AMT, probe
 from patchmine.ops.alignment import align, attention_map
 from patchmine.ops.losses import squared_error

@@ -23,7 +23,7 @@ from golden_vectors import (
 from torch import Tensor
 
 from patchmine.backbones.family import build_encoder
-from patchmine.backbones.official import from_reference_names
+from patchmine.backbones.reference import from_reference_names
 from patchmine.methods.emae import EMAE
 from patchmine.ops.losses import squared_error
 from patchmine.ops.parts import order_by_patch, parts_losses, split_parts, unseen_patches

@@ -21,7 +21,7 @@ from golden_vectors import (
 from torch import Tensor
 
 from patchmine.backbones.family import encode
-from patchmine.backbones.official import from_reference_names
+from patchmine.backbones.reference import from_reference_names
 from patchmine.methods.hpm import HPM, predict_difficulty
 from patchmine.ops.losses import absolute_difficulty_loss, direction_error, relative_difficulty_loss
 from patchmine.ops.masks import hard_masked, lowest_visible

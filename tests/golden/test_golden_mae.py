@@ -8,7 +8,7 @@ from golden_vectors import FedNoise, Golden, batch_of, load_golden, load_weights
 from torch import Tensor
 
 from patchmine.backbones.family import encode
-from patchmine.backbones.official import from_reference_names
+from patchmine.backbones.reference import from_reference_names
 from patchmine.backbones.tokens import embed_patches, prefix_tokens
 from patchmine.methods.mae import MAE
 from patchmine.ops.losses import squared_error

@@ -12,8 +12,12 @@ from golden_vectors import FedNoise, Golden, batch_of, load_golden, load_weights
 from torch import Tensor
 
 from patchmine.backbones.family import encode
-from patchmine.backbones.official import from_reference_names, to_reference_names
-from patchmine.backbones.videomae import from_videomae_names, to_videomae_names
+from patchmine.backbones.reference import (
+    from_reference_names,
+    from_videomae_names,
+    to_reference_names,
+    to_videomae_names,
+)
 from patchmine.methods.hpm import HPM
 from patchmine.methods.mae import MAE
 from patchmine.ops.losses import squared_error

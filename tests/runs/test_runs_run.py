@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import patchmine
-from patchmine.backbones.weights import export_encoder
+from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.config.resolve import parse
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError
@@ -108,16 +108,7 @@ def test_a_run_without_checkpoints_but_with_an_export_still_has_an_encoder(tmp_p
     config = run.config
     assert config.mean is not None
     assert config.std is not None
-    export_encoder(
-        built.encoder,
-        run.export_dir,
-        model=config.model,
-        model_args=config.model_args,
-        image_size=config.image_size,
-        channels=3,
-        mean=config.mean,
-        std=config.std,
-    )
+    export_encoder(built.encoder, run.export_dir, Preprocessing(config.mean, config.std))
     for path in run.checkpoints:
         path.unlink()
     assert same(run.encoder(), built.encoder)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from patchmine.backbones.official import to_reference_names
+from patchmine.backbones.reference import to_reference_names
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
 from patchmine.lock import lock

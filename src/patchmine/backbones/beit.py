@@ -86,6 +86,8 @@ BEIT: Family = replace(
     initialise=initialise_beit,
     features=features,
     enter_blocks=enter_blocks,
+    export_arguments=lambda encoder: {**vit.sizes(encoder), "global_pool": encoder.global_pool},
     relative_positions=has_relative_positions,
     class_bias=class_bias,
+    inferable=False,
 )

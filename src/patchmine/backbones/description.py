@@ -1,10 +1,6 @@
-"""What is known about a file of weights besides its tensors: the folder that it lies in, and the
-file's own notes.
+"""What is known about a file of weights besides its tensors: the folder that it lies in, its notes.
 
 Tensors tell neither the shape of the images that a network was trained on nor its attention heads.
-The ``config.json`` of timm, of transformers and of our exports does, and so do a run's
-``config.yaml``, the note that we write into safetensors files, and the arguments that the official
-scripts keep in theirs.
 """
 
 from __future__ import annotations
@@ -23,32 +19,31 @@ from patchmine.errors import UserError, foreign_parser, shown_name
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NOTE = "patchmine.weights"  # key of our note in the metadata of a safetensors file
-_WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")
 LARGEST_SIDE = 2**15  # pixels or frames; what states more is damaged
+_WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")
 _LARGEST_TEXT = 2**24  # bytes
+_GELU_ONLY = ("vit", "vit_mae", "dinov2", "dinov2_with_registers")  # model_type of transformers
 
 
 @dataclass(frozen=True)
 class Description:
     """What is known of an encoder's weights; None where nothing says it.
 
-    ``image_size`` is the (height, width) in pixels that they were trained at.  ``model`` and
-    ``model_args`` are names of timm's or ours.  ``norm_eps`` belongs to the norms of a network
-    whose own code has another than timm's 1e-6. ``source`` names what says it all, for messages; it
-    is not ``certain`` where these are arguments of a script.
+    ``image_size`` is the (height, width) in pixels that they were trained at, ``clip`` (frames,
+    frames in a tubelet), ``norm_eps`` of a network whose own code has another than timm's 1e-6,
+    ``method`` the settings of what trained it.  ``source`` names what says it all; it is not
+    ``certain`` where these are arguments of a script.
     """
 
     source: str = ""
     image_size: tuple[int, int] | None = None
-    clip: tuple[int, int] | None = None  # frames and frames in a tubelet
+    clip: tuple[int, int] | None = None
     model: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     num_heads: int | None = None
     decoder_num_heads: int | None = None
     norm_eps: float | None = None
-    method: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # settings of the method that trained it
+    method: Mapping[str, Any] = field(default_factory=dict)
     certain: bool = True
 
     def without_model(self) -> Description:
@@ -57,8 +52,7 @@ class Description:
 
 
 def find_weights(path: Path, setting: str = "file") -> Path:
-    """The file of weights that ``path`` is, or that this folder (or its ``export/``) keeps beside a
-    config.json.
+    """The file of weights that ``path`` is, or that this folder or its ``export/`` holds.
 
     Raises UserError where there is none, and for what is no regular file: reading from a pipe would
     wait for ever.
@@ -68,8 +62,8 @@ def find_weights(path: Path, setting: str = "file") -> Path:
         if found is not None:
             return found
         raise UserError(
-            f"{setting}={shown_name(path)} is a folder, not a file of weights, and holds no {CONFIG} and {WEIGHTS}, "
-            "neither itself nor in export/: give an export or a file, or run `patchmine export` first"
+            f"{setting}={shown_name(path)} is a folder, not a file of weights, and holds no "
+            f"{CONFIG} and {WEIGHTS}: give an export or a file, or run `patchmine export` first"
         )
     if not path.is_file():
         exists = path.exists() or path.is_symlink()
@@ -77,7 +71,10 @@ def find_weights(path: Path, setting: str = "file") -> Path:
         raise UserError(
             f"{setting}={shown_name(path)} {what}: give a .safetensors, .pth or .pt file"
         )
-    return _followed(path)
+    if path.name == "last" and path.stat().st_size < 100:  # a run's pointer to its newest file
+        named = path.with_name(path.read_text(encoding="utf-8", errors="replace").strip())
+        return named if named.parent == path.parent and named.is_file() else path
+    return path
 
 
 def weights_in(folder: Path) -> Path | None:
@@ -86,37 +83,28 @@ def weights_in(folder: Path) -> Path | None:
     return next((path for path in named if path.is_file() and (folder / CONFIG).is_file()), None)
 
 
-def _followed(path: Path) -> Path:
-    """The checkpoint that a run's ``last`` points to, which is a small file where there are no
-    links.
-    """
-    if path.name == "last" and path.stat().st_size < 100:
-        named = path.with_name(path.read_text(encoding="utf-8", errors="replace").strip())
-        return named if named.parent == path.parent and named.is_file() else path
-    return path
-
-
 def is_safetensors(path: Path) -> bool:
     """By the name, or by the first bytes: the file that a link leads to may have any name."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:
         head = file.read(9)
-    return (
-        len(head) == 9
-        and head[8:] == b"{"
-        and int.from_bytes(head[:8], "little") < path.stat().st_size
-    )
+    stated = int.from_bytes(head[:8], "little")
+    return len(head) == 9 and head[8:] == b"{" and stated < path.stat().st_size
 
 
-def describe(file: Path, content: Mapping[str, Any] | None = None) -> Description:
-    """What is known about the weights in ``file``, whose unpickled ``content`` may hold the
-    arguments of a script.
+def describe_weights(file: Path, content: Mapping[str, Any] | None = None) -> Description:
+    """What is known about ``file``, whose unpickled ``content`` may hold a script's arguments.
 
     Raises UserError for a description that cannot be read.
     """
-    found = _by_folder(file) or _by_note(file)
-    return found or _by_arguments((content or {}).get("args"), file) or Description()
+    config, run = file.parent / CONFIG, file.parent.parent / "config.yaml"
+    if file.name in _WEIGHTS_NAMES and config.is_file():
+        return _of_config(read_json(config), config)
+    if file.parent.name == "checkpoints" and run.is_file():
+        return _of_run(run)
+    noted = _of_note(file)
+    return noted or _of_arguments((content or {}).get("args"), file) or Description()
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -136,7 +124,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _by_note(file: Path) -> Description | None:
+def note(image_size: tuple[int, int], num_heads: int, **more: Any) -> dict[str, str]:
+    """Metadata for a safetensors file of ours: what its tensors do not say, wherever it goes."""
+    content = {"image_size": image_size, "num_heads": num_heads, **more}
+    return {"format": "pt", NOTE: json.dumps(content)}
+
+
+def _of_note(file: Path) -> Description | None:
     """Our own note in a safetensors file (`note`)."""
     if not file.is_file() or not is_safetensors(file):
         return None
@@ -158,68 +152,38 @@ def _by_note(file: Path) -> Description | None:
     )
 
 
-def note(image_size: tuple[int, int], num_heads: int, **more: Any) -> dict[str, str]:
-    """Metadata for a safetensors file of ours, so that it says what its tensors do not, wherever it
-    is copied to.
-    """
-    return {
-        "format": "pt",
-        NOTE: json.dumps({"image_size": image_size, "num_heads": num_heads, **more}),
-    }
-
-
-def _by_folder(file: Path) -> Description | None:
-    config = file.parent / CONFIG
-    if file.name in _WEIGHTS_NAMES and config.is_file():
-        return _of_config(read_json(config), config)
-    run = file.parent.parent / "config.yaml"
-    if file.parent.name == "checkpoints" and run.is_file():
-        return _of_run(run)
-    return None
-
-
 def _of_config(config: dict[str, Any], file: Path) -> Description:
+    """A config.json: timm's and ours name an architecture, transformers' a model_type."""
+    name = shown_name(file)
     if isinstance(config.get("architecture"), str):
-        return _of_timm(config, file)
-    if isinstance(config.get("model_type"), str):
-        return _of_transformers(config, file)
-    raise UserError(
-        f"{shown_name(file)} is no configuration of an export: it has neither architecture (timm's and ours) nor "
-        "model_type (transformers')"
-    )
-
-
-def _of_timm(config: dict[str, Any], file: Path) -> Description:
-    arguments = config.get("model_args") or {}
-    prepared = config.get("pretrained_cfg") or {}
-    if not isinstance(arguments, dict) or not isinstance(prepared, dict):
-        raise UserError(
-            f"{shown_name(file)} is no configuration of an export: model_args is no object; export again"
+        arguments, prepared = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+        if not isinstance(arguments, dict) or not isinstance(prepared, dict):
+            raise UserError(
+                f"{name} is no configuration of an export: model_args is no object; export again"
+            )
+        stated = prepared.get("input_size")
+        usual = stated[-2:] if isinstance(stated, list) else None
+        return Description(
+            name,
+            _size(arguments.get("img_size", usual), file),
+            model=config["architecture"],
+            model_args=arguments,
+            norm_eps=_real(config.get("norm_eps")),
         )
-    stated = prepared.get("input_size")
-    size = _size(arguments.get("img_size", stated[-2:] if isinstance(stated, list) else None), file)
-    return Description(
-        shown_name(file),
-        size,
-        model=config["architecture"],
-        model_args=arguments,
-        norm_eps=_real(config.get("norm_eps")),
-    )
-
-
-def _of_transformers(config: dict[str, Any], file: Path) -> Description:
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(
+            f"{name} is no configuration of an export: it has neither architecture (timm's and "
+            "ours) nor model_type (transformers')"
+        )
     vision = config.get("vision_config")
     config = {**config, **vision} if isinstance(vision, dict) else config
     activation = config.get("hidden_act", "gelu")
-    if (
-        config["model_type"] in ("vit", "vit_mae", "dinov2", "dinov2_with_registers")
-        and activation != "gelu"
-    ):
+    if config["model_type"] in _GELU_ONLY and activation != "gelu":
         raise UserError(
-            f"{shown_name(file)} states hidden_act={activation!r}: only networks with gelu are read"
+            f"{name} states hidden_act={activation!r}: only networks with gelu are read"
         )
     return Description(
-        shown_name(file),
+        name,
         _size(config.get("image_size"), file),
         num_heads=_number(config.get("num_attention_heads")),
         decoder_num_heads=_number(config.get("decoder_num_attention_heads")),
@@ -229,14 +193,14 @@ def _of_transformers(config: dict[str, Any], file: Path) -> Description:
 
 
 def _of_run(file: Path) -> Description:
-    with foreign_parser(
-        lambda reason: UserError(f"{shown_name(file)} cannot be read as settings ({reason})")
-    ):
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{shown_name(file)} cannot be read as settings ({reason})")
+
+    with foreign_parser(refuse):
         if file.stat().st_size > _LARGEST_TEXT:
             raise ValueError("too long for settings")
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        clip = settings.get("clip") or {}
-        method = settings.get("method") or {}
+        clip, method = settings.get("clip") or {}, settings.get("method") or {}
         arguments = dict(settings.get("model_args") or {})
         if settings.get("patch_size") is not None:
             arguments["patch_size"] = settings["patch_size"]
@@ -252,30 +216,34 @@ def _of_run(file: Path) -> Description:
         )
 
 
-def _by_arguments(arguments: Any, file: Path) -> Description | None:
+def _of_arguments(arguments: Any, file: Path) -> Description | None:
     """The arguments of MAE's, HPM's and VideoMAE's scripts; their images are square."""
     if not isinstance(arguments, argparse.Namespace):
         return None
-    stated = vars(arguments)
-    size, frames, tubelet = (
-        _number(stated.get(name)) for name in ("input_size", "num_frames", "tubelet_size")
-    )
+    names = ("input_size", "num_frames", "tubelet_size")
+    size, frames, tubelet = (_number(vars(arguments).get(name)) for name in names)
     if size is None or size > LARGEST_SIDE:
         return None
     clip = (frames, tubelet) if frames and tubelet else None
     return Description(f"args in {shown_name(file)}", (size, size), clip, certain=False)
 
 
-def _size(value: Any, file: Path) -> tuple[int, int] | None:
-    """Two sides from a number or a pair."""
-    if value is None:
-        return None
+def as_size(value: Any) -> tuple[int, int] | None:
+    """Two sides from a number or a pair; None for anything else."""
     sides = value if isinstance(value, list | tuple) else [value, value]
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
-        raise UserError(
-            f"{shown_name(file)} states the size {str(value)[:60]}, which is none: write [height, width]"
-        )
+        return None
     return sides[0], sides[1]
+
+
+def _size(value: Any, file: Path) -> tuple[int, int] | None:
+    size = as_size(value)
+    if size is None and value is not None:
+        raise UserError(
+            f"{shown_name(file)} states the size {str(value)[:60]}, which is none: write "
+            "[height, width]"
+        )
+    return size
 
 
 def _number(value: Any) -> int | None:

@@ -5,152 +5,123 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchmine.backbones.description import CONFIG, WEIGHTS, note
-from patchmine.backbones.family import Encoder, family_of
+from patchmine.backbones.family import create_encoder, family_of
 from patchmine.backbones.loading import refuse_non_finite
-from patchmine.backbones.model_card import model_card
-from patchmine.backbones.video import VideoTransformer
+from patchmine.backbones.record import Encoder, Family
 from patchmine.disk import settle, system_errors
 from patchmine.errors import UserError, shown_name
 
 README = "README.md"
+_FILES = {CONFIG, WEIGHTS, README}
+
+_OPEN_HERE = """```python
+import patchmine
+encoder = patchmine.load_encoder("FOLDER").eval()
+features = encoder.forward_features({items})  # {shape}
+```"""
+_OPEN_ANYWHERE = """```python
+import timm
+encoder = timm.create_model("local-dir:FOLDER", pretrained=True)
+features = encoder.forward_features({items})  # {shape}
+```
+
+```python
+from transformers import AutoModel
+features = AutoModel.from_pretrained("FOLDER")({items}).last_hidden_state
+```"""
+_SMALL_STEM = """
+
+timm and transformers cannot open this folder: the network begins with a 3x3 convolution of stride 1
+and no max-pooling (`cifar_stem` in config.json), which timm's ResNets cannot be asked for.  The
+tensors have timm's names: build timm's `{architecture}`, put
+`Conv2d({channels}, 64, 3, padding=1, bias=False)` in the place of `conv1` and `Identity()` in the
+place of `maxpool`, and load `model.safetensors`."""
+_CUBES = """
+
+timm and transformers cannot open this folder: the first layer looks at cubes of several frames and
+the positions are a table over time, rows and columns (VideoMAE, arXiv 2203.12602), which timm's
+vision transformers do not have.  The other tensors have timm's names."""
+_CARD = """---
+{tags}
+---
+# {architecture}, pre-trained without labels by patchmine
+
+Give the path of this folder in place of FOLDER.
+
+{how}
+
+{eps}Input: {size} ({axes}), values in [0, 1], then `(x - mean) / std` with
+mean {mean} and std {std}.
+"""
+_EPS = """The layer norms were trained with eps={norm_eps:g} (`norm_eps` in config.json), as in
+transformers; timm takes 1e-6, which changes features by about as much.  `patchmine.load_encoder`
+sets it.
+
+"""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images came to the encoder.
+
+    Args:
+        mean: in [0, 1] units, one for each channel.
+        std: likewise.
+        crop_pct: share of an image's shorter side that a centre crop keeps.
+        interpolation: that images were resized by.
+        stride: frames from one frame of a clip to the next; None for images.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    stride: int | None = None
 
 
 def export_encoder(
-    encoder: Encoder,
-    folder: str | Path,
-    *,
-    model: str,
-    model_args: Mapping[str, Any],
-    image_size: tuple[int, int],
-    channels: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
-    stride: int | None = None,
+    encoder: Encoder, folder: str | PathLike[str], preprocessing: Preprocessing
 ) -> Path:
-    """Write a folder that `timm.create_model("local-dir:FOLDER")` and `transformers.AutoModel`
-    open.
+    """Write a folder that `timm.create_model("local-dir:FOLDER")` and `transformers.AutoModel` open.
 
     Only `load_encoder` opens that of a video model or of a ResNet with a stem for small images,
-    which timm cannot build; the README in the folder says so.  ``model`` and ``model_args`` are
-    what the encoder was built from; ``mean`` and ``std`` are in [0, 1] units, one for each channel;
-    ``stride`` is the distance of a clip's frames, noted for who opens the folder.  The folder
-    appears complete or not at all; an older export is replaced.  Raises UserError when ``folder``
-    holds anything else, ValueError when the encoder is not what ``model`` and ``model_args``
-    describe.
+    which timm cannot build; the README in the folder says so.  The folder appears complete or not
+    at all; an older export is replaced.
+
+    Args:
+        encoder: of `build_encoder` or `load_encoder`, which says what it was built from.
+        folder: a new or empty one, or an export.
+        preprocessing: noted for who opens the folder.
+
+    Raises:
+        UserError: ``folder`` holds anything else, or a weight is not finite.
+        ValueError: the encoder is not what it was built from any more.
     """
     folder = Path(folder)
     _refuse_other_content(folder)
-    architecture = model.removeprefix("timm/").split(".")[0]
-    arguments: dict[str, Any] = {**model_args, "in_chans": channels}
-    size = [channels, *image_size]
-    pool = encoder.global_pool
-    if isinstance(encoder, ResNet):
-        pool = arguments["global_pool"] = encoder.global_pool.pool_type
-        places = {name: encoder.pretrained_cfg[name] for name in ("first_conv", "classifier")}
-    else:
-        arguments["img_size"] = list(image_size)
-        arguments["patch_size"] = encoder.patch_embed.patch_size[-1]
-        places = {"first_conv": "patch_embed.proj", "classifier": "head"}
-        if isinstance(encoder, VideoTransformer):
-            arguments["num_frames"] = encoder.patch_embed.num_frames
-            arguments["tubelet_size"] = encoder.patch_embed.patch_size[0]
-            size = [channels, encoder.patch_embed.num_frames, *image_size]
-        else:
-            arguments["global_pool"] = pool
-    if isinstance(encoder, VisionTransformer):
-        arguments["fc_norm"] = not isinstance(encoder.fc_norm, nn.Identity)
-    arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
-    norm_eps = arguments.pop("norm_eps", None)  # timm has no argument for it
     refuse_non_finite(encoder.state_dict(), f"out={shown_name(folder)}")
-    any_size = isinstance(encoder, ResNet) or arguments.get("dynamic_img_size", False)
-    _check_description(encoder, architecture, arguments)
-    config = {
-        "architecture": architecture,
-        "num_classes": 0,
-        "num_features": encoder.num_features,
-        "global_pool": pool,
-        "model_args": arguments,
-        **({} if norm_eps is None else {"norm_eps": norm_eps}),
-        "pretrained_cfg": {
-            "custom_load": False,
-            "input_size": size,
-            "fixed_input_size": not any_size,
-            "interpolation": interpolation,
-            "crop_pct": crop_pct,
-            "crop_mode": "center",
-            "mean": list(mean),
-            "std": list(std),
-            "num_classes": 0,
-            "pool_size": None,
-            **({} if stride is None else {"stride": stride}),
-            **places,
-        },
-    }
-    _write(encoder, config, folder)
-    return folder
-
-
-def _check_description(encoder: Encoder, architecture: str, arguments: dict[str, Any]) -> None:
-    """Build the described model without memory and compare, so that no folder is written that
-    nobody can open.
-    """
-    rebuilt = family_of(architecture).create(
-        architecture, {**arguments, "num_classes": 0, "device": "meta"}
-    )
-    wanted = {name: tuple(tensor.shape) for name, tensor in rebuilt.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
-    heads = [
-        None if isinstance(m, ResNet) else m.blocks[0].attn.num_heads for m in (rebuilt, encoder)
-    ]
-    if wanted != given or heads[0] != heads[1]:
-        differing = sorted(
-            name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
-        )
-        raise ValueError(
-            f"model={architecture} with {arguments} is not the encoder to be exported: {differing or 'heads'}"
-        )
-
-
-def _refuse_other_content(folder: Path) -> None:
-    if folder.is_symlink() or folder.is_file():
-        raise UserError(
-            f"out={folder} is a {'link' if folder.is_symlink() else 'file'}: choose another folder for the export"
-        )
-    content = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if not content or (is_export(folder) and set(content) <= {CONFIG, WEIGHTS, README}):
-        return
-    other = next(
-        name for name in content if not is_export(folder) or name not in (CONFIG, WEIGHTS, README)
-    )
-    raise UserError(
-        f"out={folder} holds other things than an export (such as {other}): choose an empty or new folder"
-    )
-
-
-def _write(encoder: Encoder, config: dict[str, Any], folder: Path) -> None:
-    """Fill a folder beside the final one, then rename it into place."""
+    family, config = family_of(encoder), _config(encoder, preprocessing)
+    _check_description(encoder, config["architecture"], config["model_args"])
+    tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     new.mkdir()
     try:
-        tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
         with system_errors(new / WEIGHTS):
             save_file(tensors, new / WEIGHTS, metadata=_note(encoder, config))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (new / README).write_text(model_card(encoder, config), encoding="utf-8")
+        (new / README).write_text(_model_card(encoder, family, config), encoding="utf-8")
         for path in (new / WEIGHTS, new / CONFIG, new):
             settle(path)
         if folder.exists():
@@ -159,6 +130,79 @@ def _write(encoder: Encoder, config: dict[str, Any], folder: Path) -> None:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether ``path`` is a folder with an encoder under timm's names and its configuration."""
+    return (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file()
+
+
+def _config(encoder: Encoder, preprocessing: Preprocessing) -> dict[str, Any]:
+    """timm's config.json, and what timm's arguments cannot say (``norm_eps``, ``stride``)."""
+    family, built = family_of(encoder), encoder.built_from
+    own = family.export_arguments(encoder)
+    arguments = {**built.model_args, "in_chans": built.channels, **own}
+    arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
+    eps = arguments.pop("norm_eps", None)
+    clip, stated = family.clip(encoder), getattr(encoder, "pretrained_cfg", {})
+    frames = () if clip is None else clip[:1]
+    places = {"first_conv": "patch_embed.proj", "classifier": "head"}
+    if family.convolutional:
+        places = {name: stated[name] for name in places}
+    any_size = family.convolutional or arguments.get("dynamic_img_size", False)
+    stride = {} if preprocessing.stride is None else {"stride": preprocessing.stride}
+    return {
+        "architecture": built.architecture,
+        "num_classes": 0,
+        "num_features": encoder.num_features,
+        "global_pool": own.get("global_pool", encoder.global_pool),
+        "model_args": arguments,
+        **({} if eps is None else {"norm_eps": eps}),
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [built.channels, *frames, *family.image_size(encoder)],
+            "fixed_input_size": not any_size,
+            "interpolation": preprocessing.interpolation,
+            "crop_pct": preprocessing.crop_pct,
+            "crop_mode": "center",
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "num_classes": 0,
+            "pool_size": None,
+            **stride,
+            **places,
+        },
+    }
+
+
+def _check_description(encoder: Encoder, architecture: str, arguments: dict[str, Any]) -> None:
+    """Build the described model without memory and compare, so that others can open the folder."""
+    rebuilt = create_encoder(architecture, {**arguments, "device": "meta"}, "the export")
+    shapes, heads = [], []
+    for each in (rebuilt, encoder):
+        shapes.append({name: tuple(tensor.shape) for name, tensor in each.state_dict().items()})
+        heads.append(each.blocks[0].attn.num_heads if hasattr(each, "blocks") else None)
+    if shapes[0] != shapes[1] or heads[0] != heads[1]:
+        names = sorted(shapes[0].keys() | shapes[1].keys())
+        differing = [name for name in names if shapes[0].get(name) != shapes[1].get(name)]
+        raise ValueError(
+            f"model={architecture} with {arguments} is not the encoder to be exported: "
+            f"{differing or 'heads'}"
+        )
+
+
+def _refuse_other_content(folder: Path) -> None:
+    if folder.is_symlink() or folder.is_file():
+        kind = "link" if folder.is_symlink() else "file"
+        raise UserError(f"out={folder} is a {kind}: choose another folder for the export")
+    content = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    other = [name for name in content if not is_export(folder) or name not in _FILES]
+    if other:
+        raise UserError(
+            f"out={folder} holds other things than an export (such as {other[0]}): choose an empty "
+            "or new folder"
+        )
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -169,20 +213,37 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _note(encoder: Encoder, config: dict[str, Any]) -> dict[str, str]:
     """What the file says of itself when it is copied without its folder."""
-    if isinstance(encoder, ResNet):
+    family = family_of(encoder)
+    if family.convolutional:
         return {"format": "pt"}
-    embed = encoder.patch_embed
-    eps = {"norm_eps": config["norm_eps"]} if "norm_eps" in config else {}
-    clip = (
-        {"clip": (embed.num_frames, embed.patch_size[0])}
-        if isinstance(encoder, VideoTransformer)
-        else {}
+    clip = family.clip(encoder)
+    more = {} if clip is None else {"clip": clip}
+    if "norm_eps" in config:
+        more["norm_eps"] = config["norm_eps"]
+    return note(family.image_size(encoder), encoder.blocks[0].attn.num_heads, **more)
+
+
+def _model_card(encoder: Encoder, family: Family, config: dict[str, Any]) -> str:
+    """The README: what the folder holds, and how timm, transformers or patchmine open it."""
+    prepared, width = config["pretrained_cfg"], config["num_features"]
+    video = family.clip(encoder) is not None
+    how = _OPEN_ANYWHERE
+    if not family.timm_opens(encoder):
+        how = _OPEN_HERE + (_CUBES if video else _SMALL_STEM)
+    maps, tokens = f"(batch, {width}, rows, columns)", f"(batch, tokens, {width})"
+    timm_tags = "library_name: timm\ntags: [image-feature-extraction, timm]"
+    return _CARD.format(
+        tags="tags: [video-feature-extraction]" if video else timm_tags,
+        architecture=config["architecture"],
+        how=how.format(
+            items="clips" if video else "images",
+            shape=maps if family.convolutional else tokens,
+            architecture=config["architecture"],
+            channels=prepared["input_size"][0],
+        ),
+        eps=_EPS.format(**config) if "norm_eps" in config else "",
+        size="x".join(map(str, prepared["input_size"])),
+        axes=f"channels, {'frames, ' if video else ''}height, width",
+        mean=prepared["mean"],
+        std=prepared["std"],
     )
-    return note(tuple(embed.img_size), encoder.blocks[0].attn.num_heads, **clip, **eps)
-
-
-def is_export(path: str | Path) -> bool:
-    """Whether ``path`` is a folder with an encoder under timm's names and the configuration to
-    build it.
-    """
-    return (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file()

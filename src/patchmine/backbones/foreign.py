@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
@@ -15,45 +12,39 @@ from timm.data.constants import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
-from timm.models.beit import Beit
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from patchmine.backbones.architecture import count_blocks, known_heads
-from patchmine.backbones.description import describe, find_weights
-from patchmine.backbones.grids import source_grid
-from patchmine.backbones.loading import (
-    LoadReport,
-    Tensors,
-    load_tensors,
-    read_checkpoint,
-    refuse_non_finite,
-    tensors_only,
-)
-from patchmine.backbones.naming import flatten
-from patchmine.backbones.positions import move_all_positions
-from patchmine.backbones.video import VideoTransformer
+from patchmine.backbones.architecture import count_blocks
+from patchmine.backbones.description import describe_weights, find_weights
+from patchmine.backbones.family import family_of
+from patchmine.backbones.loading import read_checkpoint, refuse_non_finite
+from patchmine.backbones.naming import find_network
+from patchmine.backbones.record import Encoder
 from patchmine.backbones.weights import load_encoder
-from patchmine.errors import UserError, foreign_parser
+from patchmine.errors import UserError
 from patchmine.types import Grid
 
 SETTING = "method.target_file"
+# The layer norms' eps of 1e-5 and QuickGELU, which OpenAI trained with, come with this name.
+_CLIP = "vit_base_patch16_clip_quickgelu_224"
 
 
 class ForeignTeacher(nn.Module):
     """A frozen ViT, always in eval mode, that turns images into one feature vector for each patch.
 
-    ``kind="dino"``: any plain ViT under timm's names (DINO's official file, an MAE or HPM
-    checkpoint, an export folder); features are the patch tokens after the final norm.
-    ``kind="clip"``: OpenAI's CLIP image tower; all tokens go through ``ln_post`` and the projection
-    (spec hpm.md, section 3.3).
+    Args:
+        kind: ``"dino"``: any plain ViT that `open_weights` reads (DINO's official file, an MAE or
+            HPM checkpoint, an export folder); features are the patch tokens after the final norm.
+            ``"clip"``: CLIP's image tower as timm keeps it; all tokens go through the final norm
+            and the projection, which timm calls ``head``.
+        file: of its weights.
+        grid: the student's patch grid; a position table of another one is moved.
+        renormalise: turn images that are normalised with ImageNet's mean and deviation into CLIP's
+            own normalisation; the reference does not.
 
-    ``grid`` is the student's patch grid; a position table trained on another one is resampled.
-    ``renormalise``: turn images that are normalised with ImageNet's mean and deviation into CLIP's
-    own normalisation; the reference does not.
-
-    Raises UserError, naming ``method.target_file``, for a file that is missing, broken, of another
-    architecture, or whose patches are not of the student's size.
+    Raises:
+        UserError: a file that is missing, broken, of another architecture, or whose patches are not
+            of the student's size; it names ``method.target_file``.
     """
 
     width: int
@@ -73,21 +64,27 @@ class ForeignTeacher(nn.Module):
         super().__init__()
         if file is None:
             raise UserError(
-                f"{SETTING} is not set, but method.target={kind} needs the local weights of that network"
+                f"{SETTING} is not set, but method.target={kind} needs the local weights of that "
+                "network"
             )
         self.grid = grid
-        self.tower, projection = _open(kind, Path(file), grid)
-        if self.tower.patch_embed.proj.in_channels != len(IMAGENET_DEFAULT_MEAN):
-            raise UserError(
-                f"{SETTING}={file} is a network for {self.tower.patch_embed.proj.in_channels} channels, not three"
-            )
+        size = tuple(count * side for count, side in zip(grid.size, grid.patch, strict=True))
+        try:
+            given, projection = _clip_model(Path(file)) if kind == "clip" else ({}, None)
+            tower = load_encoder(Path(file), image_size=size, setting=SETTING, **given)
+            _check(tower, grid)
+        except UserError as error:
+            if SETTING in str(error):
+                raise
+            raise UserError(f"{SETTING}={file}: {error}") from error
+        self.tower = tower
         self.register_buffer("projection", projection)
-        self.width = self.tower.embed_dim if projection is None else projection.shape[1]
-        scale, shift = (
-            _to_clip_normalisation()
-            if renormalise and kind == "clip"
-            else (torch.ones(3), torch.zeros(3))
-        )
+        self.width = tower.embed_dim if projection is None else projection.shape[1]
+        scale, shift = torch.ones(3), torch.zeros(3)
+        if renormalise and kind == "clip":
+            mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+            own_mean, own_std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
+            scale, shift = std / own_std, (mean - own_mean) / own_std
         self.register_buffer("scale", scale[:, None, None], persistent=False)
         self.register_buffer("shift", shift[:, None, None], persistent=False)
         self.requires_grad_(False)
@@ -104,191 +101,47 @@ class ForeignTeacher(nn.Module):
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
-        """The same with the network's class and register tokens before the patches: (B, P + L,
-        width).
-        """
+        """The same with class and register tokens before the patches: (B, P + L, width)."""
         tokens = self.tower.forward_features(images * self.scale + self.shift)  # (B, P + L, D)
         return tokens if self.projection is None else tokens @ self.projection
 
 
-def _to_clip_normalisation() -> tuple[Tensor, Tensor]:
-    """Factor and summand, (3,) each, that turn ImageNet-normalised values into CLIP-normalised
-    ones.
-    """
-    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-    clip_mean, clip_std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
-    return std / clip_std, (mean - clip_mean) / clip_std
-
-
-def _open(kind: str, file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor | None]:
-    """The network in ``file`` for images of ``grid``, and CLIP's projection."""
-    try:
-        return _clip_tower(file, grid) if kind == "clip" else (_plain_tower(file, grid), None)
-    except UserError as error:
-        if SETTING in str(error):
-            raise
-        raise UserError(f"{SETTING}={file}: {error}") from error
-
-
-def _check_patch(patch: int, grid: Grid, file: Path) -> None:
-    if grid.patch != (patch, patch):
-        own = "x".join(map(str, grid.patch))
+def _check(tower: Encoder, grid: Grid) -> None:
+    """UserError for what gives no features of the student's patches."""
+    family = family_of(tower)
+    if family.convolutional or family.clip(tower) is not None:
+        raise UserError(f"holds a {type(tower).__name__}, no plain vision transformer for images")
+    patch, channels = tower.patch_embed.patch_size, tower.patch_embed.proj.in_channels
+    if grid.patch != tuple(patch):
         raise UserError(
-            f"{SETTING}={file} cuts images into patches of {patch}x{patch} pixels and the student into {own}: "
-            "their patches do not correspond, choose a network or a patch_size that matches"
+            f"it cuts images into patches of {patch[0]}x{patch[1]} pixels and the student into "
+            f"{grid.patch[0]}x{grid.patch[1]}: choose a network or a patch_size that matches"
         )
+    if channels != len(IMAGENET_DEFAULT_MEAN):
+        raise UserError(f"it is a network for {channels} channels, not three")
 
 
-def _image_size(grid: Grid) -> tuple[int, int]:
-    rows, columns = (count * side for count, side in zip(grid.size, grid.patch, strict=True))
-    return rows, columns
-
-
-def _plain_tower(file: Path, grid: Grid) -> VisionTransformer:
-    tower = load_encoder(file, image_size=_image_size(grid), setting=SETTING)
-    if not isinstance(tower, VisionTransformer | Beit) or isinstance(tower, VideoTransformer):
+def _clip_model(file: Path) -> tuple[dict[str, Any], Tensor]:
+    """How `load_encoder` is to open CLIP's image tower, and its projection (D, width)."""
+    path, source = find_weights(file, SETTING), f"{SETTING}={file}"
+    content = read_checkpoint(path, SETTING)
+    tensors = find_network(content, source).tensors
+    projection, norm = tensors.get("head.weight"), tensors.get("norm_pre.weight")
+    patches = tensors["patch_embed.proj.weight"]
+    width, depth = patches.shape[0], count_blocks(tensors, source)
+    if projection is None or norm is None or projection.ndim != 2:
         raise UserError(
-            f"{SETTING}={file} holds a {type(tower).__name__}, no plain vision transformer for images"
+            f"{source} holds no CLIP image tower with its projection under timm's names "
+            "(norm_pre.weight, head.weight): take the model.safetensors of timm's "
+            f"{_CLIP}.openai"
         )
-    _check_patch(tower.patch_embed.patch_size[0], grid, file)
-    return tower
-
-
-def _filled(
-    tower: VisionTransformer, tensors: Tensors, file: Path, content: Mapping[str, Any]
-) -> VisionTransformer:
-    """The tower with the tensors in it, every one of them used, positions moved from the grid that
-    they are of.
-    """
-    source, embed, prefix = f"{SETTING}={file}", tower.patch_embed, tower.num_prefix_tokens
-    found = source_grid(
-        tensors["pos_embed"], (prefix,), embed.patch_size, source, describe(file, content)
-    )
-    tensors, _ = move_all_positions(tensors, found.grid, embed.grid_size, prefix)
-    load_tensors(tower, tensors, LoadReport(source))
-    return tower
-
-
-def _clip_tower(file: Path, grid: Grid) -> tuple[VisionTransformer, Tensor]:
-    """CLIP's image tower as a timm ViT, and its projection (D, width)."""
-    file = find_weights(file, SETTING)
-    content = read_checkpoint(file, SETTING)
-    with foreign_parser(
-        lambda reason: UserError(f"{SETTING}={file} holds no CLIP image tower ({reason})")
-    ):
-        tensors = _clip_names(tensors_only(flatten(content)), file)
-        projection = tensors.pop("projection")
-        width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-    _check_patch(patch, grid, file)
-    if projection.ndim != 2 or projection.shape[0] != width:
+    if projection.shape[1] != width:
         raise UserError(
-            f"{SETTING}={file} projects tokens of width {projection.shape[0]}, but its network gives {width}: "
-            "it was put together from two, give the original file"
+            f"{source} projects tokens of width {projection.shape[1]}, but its network gives "
+            f"{width}: it was put together from two, give the original file"
         )
-    # OpenAI's towers have heads of 64 channels; the layer norms' eps of 1e-5 and QuickGELU come
-    # with timm's name.
-    heads = known_heads(width, {}, "heads", max(1, width // 64))
-    tower = timm.create_model(
-        "vit_base_patch16_clip_quickgelu_224",
-        pretrained=False,
-        num_classes=0,
-        img_size=_image_size(grid),
-        patch_size=patch,
-        embed_dim=width,
-        depth=count_blocks(tensors, str(file)),
-        num_heads=heads,
-    )
-    refuse_non_finite({"its projection": projection}, f"{SETTING}={file}")
-    return _filled(tower, tensors, file, content), projection
-
-
-def _clip_names(tensors: Tensors, file: Path) -> Tensors:
-    """CLIP's image tower under timm's names, from OpenAI's naming or transformers'."""
-    for needed, renamed in (
-        (_OPENAI_NEEDS, _from_openai),
-        (_TRANSFORMERS_NEEDS, _from_transformers),
-    ):
-        if all(name in tensors for name in needed):
-            return renamed(tensors)
-    raise UserError(
-        f"{SETTING}={file} holds no CLIP image tower with its projection: it lacks "
-        f"{', '.join(_OPENAI_NEEDS)} (OpenAI's naming) or {', '.join(_TRANSFORMERS_NEEDS)} (transformers' naming)"
-    )
-
-
-_OPENAI_NEEDS = (
-    "visual.class_embedding",
-    "visual.positional_embedding",
-    "visual.conv1.weight",
-    "visual.proj",
-)
-_TRANSFORMERS_NEEDS = (
-    "vision_model.embeddings.class_embedding",
-    "vision_model.embeddings.position_embedding.weight",
-    "vision_model.embeddings.patch_embedding.weight",
-    "visual_projection.weight",
-)
-_OPENAI_NAMES: dict[str, str] = {
-    r"^conv1\.": "patch_embed.proj.",
-    r"^ln_pre\.": "norm_pre.",
-    r"^ln_post\.": "norm.",
-    r"^transformer\.resblocks\.": "blocks.",
-    r"\.ln_([12])\.": r".norm\1.",
-    r"\.attn\.in_proj_": ".attn.qkv.",
-    r"\.attn\.out_proj\.": ".attn.proj.",
-    r"\.mlp\.c_fc\.": ".mlp.fc1.",
-    r"\.mlp\.c_proj\.": ".mlp.fc2.",
-}
-_TRANSFORMERS_NAMES: dict[str, str] = {
-    r"^embeddings\.patch_embedding\.": "patch_embed.proj.",
-    r"^pre_layrnorm\.": "norm_pre.",  # transformers' own spelling
-    r"^post_layernorm\.": "norm.",
-    r"^encoder\.layers\.": "blocks.",
-    r"\.layer_norm([12])\.": r".norm\1.",
-    r"\.self_attn\.qkv\.": ".attn.qkv.",
-    r"\.self_attn\.out_proj\.": ".attn.proj.",
-}
-
-
-def _renamed(tensors: Tensors, names: dict[str, str]) -> Tensors:
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
-
-
-def _from_openai(tensors: Tensors) -> Tensors:
-    tower = {
-        name.removeprefix("visual."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("visual.")
-    }
-    special: dict[str, Any] = {
-        "cls_token": tower.pop("class_embedding")[None, None],
-        "pos_embed": tower.pop("positional_embedding")[None],
-        "projection": tower.pop("proj").clone(),  # (D, width)
-    }
-    return _renamed(tower, _OPENAI_NAMES) | special
-
-
-def _from_transformers(tensors: Tensors) -> Tensors:
-    prefix = "vision_model."
-    tower = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
-    special = {
-        "cls_token": tower.pop("embeddings.class_embedding")[None, None, :],
-        "pos_embed": tower.pop("embeddings.position_embedding.weight")[None],
-        "projection": tensors["visual_projection.weight"].T.contiguous(),  # (D, width)
-    }
-    for name in [name for name in tower if ".self_attn.q_proj." in name]:
-        parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if all(part in tower for part in parts):
-            tower[name.replace(".q_proj.", ".qkv.")] = torch.cat(
-                [tower.pop(part) for part in parts]
-            )
-    return _renamed(tower, _TRANSFORMERS_NAMES) | special
+    refuse_non_finite({"its projection": projection}, source)
+    own = dict(embed_dim=width, depth=depth, num_heads=max(1, width // 64))  # OpenAI's heads
+    named: dict[str, Any] = {"model": _CLIP, "model_args": {**own, "patch_size": patches.shape[-1]}}
+    described = describe_weights(path, content).model is not None
+    return {} if described else named, projection.T.contiguous()

@@ -1,6 +1,4 @@
-"""Tensors from files into modules: read without executing code, resample positions, say exactly
-what went where.
-"""
+"""Tensors from files into modules: read without executing code, and told exactly what went where."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -21,23 +19,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from patchmine.backbones.description import find_weights, is_safetensors
-from patchmine.backbones.torchscript import check_archive, is_torchscript, read_torchscript
 from patchmine.errors import UserError, foreign_parser, reason_of, shown_name
 
 Tensors = dict[str, Tensor]
 
-COUNTER = (
-    "num_batches_tracked"  # of a batch norm: older files lack it, and nothing is computed from it
-)
+COUNTER = "num_batches_tracked"  # of a batch norm: older files lack it, nothing is computed from it
 _DEEPEST = 8  # dictionaries in dictionaries that are looked through for tensors
 _MOST_ENTRIES = 2**18
 _SMALL = 2**12  # bytes; so much may be written as one number with strides of zero
 
 
 class _Inert:
-    """Stands for a value in a pickle that is no weight: takes whatever it is made of and does
-    nothing with it.
-    """
+    """A value in a pickle that is no weight: takes whatever it is made of, does nothing with it."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Inert:
         return super().__new__(cls)
@@ -49,30 +42,16 @@ class _Inert:
         pass
 
 
-# What training scripts leave beside their weights: paths among their arguments, metrics as numpy's
-# numbers, logs.
+# What training scripts leave beside their weights: paths among arguments, numpy's numbers, logs.
 _BESIDE_WEIGHTS = (
-    *(
-        f"pathlib{local}.{kind}"
-        for local in ("", "._local")
-        for kind in ("PosixPath", "WindowsPath", "PurePosixPath")
-    ),
-    *(
-        f"numpy.{core}.multiarray.{name}"
-        for core in ("core", "_core")
-        for name in ("scalar", "_reconstruct")
-    ),
-    *(
-        "numpy.dtype",
-        "numpy.ndarray",
-        "datetime.datetime",
-        "datetime.timedelta",
-        "datetime.timezone",
-    ),
-    *(
-        "lightning.fabric.utilities.data.AttributeDict",
-        "pytorch_lightning.utilities.parsing.AttributeDict",
-    ),
+    *(f"pathlib.{kind}" for kind in ("PosixPath", "WindowsPath", "PurePosixPath")),
+    *(f"pathlib._local.{kind}" for kind in ("PosixPath", "WindowsPath", "PurePosixPath")),
+    *(f"numpy.core.multiarray.{name}" for name in ("scalar", "_reconstruct")),
+    *(f"numpy._core.multiarray.{name}" for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"datetime.{kind}" for kind in ("datetime", "timedelta", "timezone")),
+    "lightning.fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
     *("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr"),
 )
 
@@ -82,7 +61,8 @@ class LoadReport:
     """What became of every tensor of a file.
 
     ``dropped``: known, and not needed here; ``unexpected``: not known; ``random``: in the network
-    that is made, and not in the file, so that it starts as it was drawn.
+    that is made, and not in the file, so that it starts as it was drawn; ``assumed``: notes about
+    what the file does not tell.
     """
 
     source: str
@@ -93,12 +73,10 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     random: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    assumed: list[str] = field(default_factory=list)  # notes about what the file does not tell
+    assumed: list[str] = field(default_factory=list)
 
     def render(self) -> str:
-        """The report as lines for a person; many tensors are told by their block or kind, few by
-        their names.
-        """
+        """Lines for a person; many tensors are told by their block or kind, few by their names."""
         lines = [self.source]
         for title in ("loaded", "resized", "dropped", "missing", "unexpected"):
             names: list[str] = getattr(self, title)
@@ -109,17 +87,6 @@ class LoadReport:
 
     def __str__(self) -> str:
         return self.render()
-
-
-def _remedy(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> str:
-    """How patches of another size are told, which nothing could turn into those of the model."""
-    if (
-        name.endswith("patch_embed.proj.weight")
-        and len(have) == len(want) == 4
-        and have[:2] == want[:2]
-    ):
-        return f", set patch_size={have[-1]}"
-    return ""
 
 
 def _folded(names: Sequence[str]) -> str:
@@ -134,8 +101,7 @@ def _folded(names: Sequence[str]) -> str:
 
 
 def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
-    """The dictionary in a .safetensors file, a torch pickle or a TorchScript archive, on the CPU;
-    nothing is executed.
+    """The dictionary in a .safetensors file or a torch pickle, on the CPU; nothing is executed.
 
     Besides tensors and plain containers only `argparse.Namespace` (official files keep their
     settings in one) is rebuilt.  No tensor is larger than what the file holds of it.  Raises
@@ -152,73 +118,67 @@ def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
     def refuse(reason: str) -> UserError:
         return UserError(f"{shown} cannot be read as weights ({reason}): is the file complete?")
 
-    with foreign_parser(refuse):
-        content = _parse_or_name(path, shown)
+    with foreign_parser(refuse), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about sparse tensors, which are refused below
+        content = _parse(path, shown)
     if not isinstance(content, dict):
         raise UserError(
-            f"{shown} holds a {type(content).__name__}, not a dictionary of tensors: give a state dict"
+            f"{shown} holds a {type(content).__name__}, not a dictionary of tensors: give a state "
+            "dict"
         )
     with foreign_parser(refuse):
         tensors = nested_tensors(content)
         for name, tensor in tensors.items():
-            _check_tensor(tensor, name, shown)
+            _check_tensor(tensor, f"{shown}: {shown_name(name)}")
         # Views of one storage under many names are a way to make a small file large in memory.
         if sum(map(_num_bytes, tensors.values())) > _SMALL * len(tensors) + 4 * path.stat().st_size:
             raise ValueError("its tensors are many times larger than the file")
     return content
 
 
-def _parse_or_name(path: Path, shown: str) -> Any:
-    """What the file holds; a class that is not let in is named, and torch's text about its settings
-    is left out.
-    """
+def _parse(path: Path, shown: str) -> Any:
+    """What the file holds; a class that is not let in is named, torch's own advice is left out."""
+    let_in: list[Any] = [argparse.Namespace, *((_Inert, name) for name in _BESIDE_WEIGHTS)]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch's, about sparse tensors, which are refused below
-            return _parse(path)
+        if is_safetensors(path):
+            return dict(load_file(path))
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _check_archive(path, shown)
+        with torch.serialization.safe_globals(let_in):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError) as error:
         refused = re.search(r"GLOBAL (\S+\.\S+)", str(error))
         if refused is not None:
             raise UserError(
-                f"{shown} holds a {shown_name(refused[1])}, which patchmine does not unpickle because that can run "
-                "code: save the bare state dict as .safetensors and give that"
+                f"{shown} holds a {shown_name(refused[1])}, which patchmine does not unpickle "
+                "because that can run code: save the bare state dict as .safetensors and give that"
             ) from error
-        raise ValueError(_own_reason(error)) from error
+        unreadable = isinstance(error, pickle.UnpicklingError)
+        raise ValueError("not a file of tensors" if unreadable else reason_of(error)) from error
 
 
-def _own_reason(error: Exception) -> str:
-    return (
-        "not a file of tensors" if isinstance(error, pickle.UnpicklingError) else reason_of(error)
-    )
-
-
-def _parse(path: Path) -> Any:
-    if is_safetensors(path):
-        return dict(load_file(path))
-    if not zipfile.is_zipfile(path):
-        with torch.serialization.safe_globals(_let_in()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    check_archive(path)
-    if is_torchscript(path):
-        return dict(read_torchscript(path))
-    with torch.serialization.safe_globals(_let_in()):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _let_in() -> list[Any]:
-    """Names that may stand in a pickle beside those that torch allows: settings are read, other
-    values are left out.
-    """
-    return [argparse.Namespace, *((_Inert, name) for name in _BESIDE_WEIGHTS)]
+def _check_archive(path: Path, shown: str) -> None:
+    """Refuse TorchScript, and archives whose members claim more bytes than the file has."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    claimed = sum(member.file_size for member in members)
+    if claimed > path.stat().st_size:  # torch packs nothing; unpacking could fill the memory
+        raise zipfile.BadZipFile(
+            f"its parts claim {claimed:,} bytes and the file has {path.stat().st_size:,}"
+        )
+    if any(PurePosixPath(member.filename).name == "constants.pkl" for member in members):
+        raise UserError(
+            f"{shown} is a TorchScript archive, which holds code beside its weights: open it where "
+            "you trust it and save the state dict as .safetensors; of OpenAI's CLIP take timm's "
+            "model.safetensors"
+        )
 
 
 def nested_tensors(content: Mapping[Any, Any]) -> Tensors:
     """Every tensor of a dictionary of dictionaries under its dotted name.
 
-    Raises ValueError where there is no end to it: dictionaries may hold each other, and one of them
-    many times over.
+    Raises ValueError where there is no end to it: one dictionary may stand in many others.
     """
     found: Tensors = {}
     waiting = deque([("", content, 1)])
@@ -240,60 +200,43 @@ def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _check_tensor(tensor: Tensor, name: str, shown: str) -> None:
-    """Refuse what is no plain array in memory, or pretends to be larger than its storage (strides
-    of zero).
-    """
-    plain = (
-        tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    )
-    if not plain or tensor.is_nested:
+def _check_tensor(tensor: Tensor, named: str) -> None:
+    """Refuse what is no plain array in memory, or pretends to be larger than its storage."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized or tensor.is_nested:
+        raise UserError(f"{named} is no plain tensor (sparse, quantised or without data)")
+    if _num_bytes(tensor) > max(_SMALL, tensor.untyped_storage().nbytes()):  # strides of zero
         raise UserError(
-            f"{shown}: {shown_name(name)} is no plain tensor (sparse, quantised or without data)"
-        )
-    if _num_bytes(tensor) > max(_SMALL, tensor.untyped_storage().nbytes()):
-        raise UserError(
-            f"{shown}: {shown_name(name)} has shape {tuple(tensor.shape)}, more numbers than the file holds of it"
+            f"{named} has shape {tuple(tensor.shape)}, more numbers than the file holds of it"
         )
 
 
 def plain_tensor(tensor: Tensor, name: str) -> Tensor | None:
-    """A weight in float32, the counter of a batch norm as it is; None for other numbers, which are
-    no weights.
-    """
+    """A weight in float32, the counter of a batch norm as it is; None for other numbers."""
     if tensor.is_floating_point():
         return tensor.float()
     return tensor if name.endswith(COUNTER) else None
 
 
 def tensors_only(mapping: Mapping[str, Any]) -> Tensors:
-    """The float tensors of a state dict in float32, without the prefixes that DDP and compile add
-    to names.
-
-    Of the others only the counters of batch norms are kept.
-    """
-    plain: Tensors = {}
+    """The weights of a state dict in float32, without the marks that DDP and compile leave."""
+    found: Tensors = {}
     for name, value in mapping.items():
-        tensor = (
-            plain_tensor(value, name)
-            if isinstance(value, Tensor) and isinstance(name, str)
-            else None
-        )
-        if tensor is not None:
-            plain[name.removeprefix("module.").replace("_orig_mod.", "")] = tensor
-    return plain
+        if isinstance(value, Tensor) and isinstance(name, str):
+            tensor = plain_tensor(value, name)
+            if tensor is not None:
+                found[name.removeprefix("module.").replace("_orig_mod.", "")] = tensor
+    return found
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError, naming the first tensor, where weights hold NaN or infinity: nothing made of
-    them is of use.
-    """
+    """UserError, naming the first tensor, where weights hold NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(
-                f"{source}: {shown_name(name)} has {bad} of {tensor.numel()} numbers that are NaN or infinite: the "
-                "training diverged before it was saved, take an earlier file"
+                f"{source}: {shown_name(name)} has {bad} of {tensor.numel()} numbers that are NaN "
+                "or infinite: the training diverged before it was saved, take an earlier file"
             )
 
 
@@ -304,8 +247,7 @@ def check_fit(
     *,
     allow: Sequence[str] = (),
 ) -> None:
-    """Compare names and shapes with those of ``module`` and write missing and unexpected ones into
-    ``report``.
+    """Write missing and unexpected names into ``report``.
 
     Raises UserError for a tensor of another shape, and for a missing or unexpected one that no
     pattern of ``allow`` matches.
@@ -314,21 +256,21 @@ def check_fit(
     for name in sorted(own.keys() & tensors.keys()):
         have, want = tuple(tensors[name].shape), tuple(own[name].shape)
         if have != want:
+            other_patch = name.endswith("patch_embed.proj.weight") and len(have) == len(want) == 4
+            remedy = f", set patch_size={have[-1]}" if other_patch and have[:2] == want[:2] else ""
             raise UserError(
                 f"{report.source}: {shown_name(name)} has shape {have}, the model wants {want}: "
-                f"the architectures differ{_remedy(name, have, want)}"
+                f"the architectures differ{remedy}"
             )
     report.missing += [name for name in own if name not in tensors]
     report.unexpected += [name for name in tensors if name not in own]
     for kind, names in (("missing", report.missing), ("unexpected", report.unexpected)):
-        refused = [
-            name for name in names if not any(fnmatchcase(name, pattern) for pattern in allow)
-        ]
+        refused = [n for n in names if not any(fnmatchcase(n, pattern) for pattern in allow)]
         if refused:
             raise UserError(
-                f"{report.source}: {len(refused)} {kind} tensor(s): {_folded(refused)}.  Does the file belong to this "
-                f"model?  If so, `patchmine import` passes over what it is told to, as in "
-                f"allow=[{shown_name(refused[0])}]"
+                f"{report.source}: {len(refused)} {kind} tensor(s): {_folded(refused)}.  Does the "
+                "file belong to this model?  If so, `patchmine import` passes over what it is told "
+                f"to, as in allow=[{shown_name(refused[0])}]"
             )
 
 

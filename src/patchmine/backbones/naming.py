@@ -1,10 +1,8 @@
-"""Which encoders lie in a file of weights, under whose names and prefixes, and the way from these
-names to timm's.
+"""Whose names the tensors in a file have, as tables of rules, and which networks lie in it.
 
-A file is a dictionary, often of dictionaries; its tensors are looked at under one dotted name
-each.  An encoder is recognised by its first layer, and what stands before that layer's name is the
-encoder's prefix, whatever wrappers it is made of:
-``state_dict.model._orig_mod.module.backbone.vit.`` and so on.
+A file is a dictionary, often of dictionaries; its tensors are looked at under one dotted name each.
+An encoder is recognised by its first layer, and what stands before that layer's name is the
+encoder's prefix, whatever wrappers it is made of: ``state_dict.model._orig_mod.backbone.vit.``.
 """
 
 from __future__ import annotations
@@ -18,34 +16,30 @@ import torch
 from torch import Tensor
 
 from patchmine.backbones.loading import Tensors, nested_tensors, plain_tensor
-from patchmine.backbones.videomae import from_videomae_names
-from patchmine.errors import UserError, shown_name
+from patchmine.backbones.reference import from_videomae_names
+from patchmine.errors import UserError, foreign_parser, shown_name
 
 Weights = Literal["auto", "student", "raw", "teacher", "ema"]
-"""Which of several networks in a file: the trained one (student, raw), or its average (teacher,
-ema).
-"""
+"""Which of several networks in a file: the trained one (student, raw), or its average."""
 
 # Not networks: states of optimizers and of training loops.
 _PASSED_OVER = (
-    "optimizer",
-    "lr_scheduler",
-    "scaler",
-    "loss_scaler",
-    "amp",
-    "callbacks",
-    "loops",
-    "args",
-    "config",
+    *("optimizer", "lr_scheduler", "scaler", "loss_scaler", "amp"),
+    *("callbacks", "loops", "args", "config"),
 )
 # torch's wrappers of a module leave their names anywhere in those of its tensors.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _AVERAGE = re.compile(r"(^|_)(ema|teacher|momentum|target|swa)(_|$)|^encoder_k$")
-# Our own checkpoints hold further networks (frozen teachers, the second of a pair) beside these
-# two.
+# Our checkpoints hold further networks (frozen teachers, the second of a pair) beside these two.
 _OWN = {False: "model.encoder.", True: "model.teacher.encoder."}
+# No encoder's: decoders, classifiers, projections, and what else is trained and thrown away.
+_BESIDE_ENCODER = (
+    *("mask_token", "decoder", "head.", "heads.", "head_dist.", "fc.", "classifier.", "pooler."),
+    *("neck.", "predictor.", "projector.", "projection_head.", "queue", "vis_mask_token"),
+)
+_OTHER_CLIP = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
 
 # By naming: the first layer, and regular expressions from its names to timm's, applied in turn.
 _FIRST_LAYER = {
@@ -101,14 +95,22 @@ _TO_TIMM: dict[str, dict[str, str]] = {
         r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
     },
 }
-_ORDER = (("query", "key", "value"), ("q", "k", "v"))
+_FUSED = (("query", "key", "value"), ("q", "k", "v"))
+
+
+def beside_encoder(name: str) -> bool:
+    """Whether a tensor of a network under MAE's names is no part of its encoder."""
+    return name.startswith(_BESIDE_ENCODER)
+
+
+def encoder_of(tensors: Tensors) -> Tensors:
+    """A network's tensors without its decoder, classifier and projection heads."""
+    return {name: tensor for name, tensor in tensors.items() if not beside_encoder(name)}
 
 
 @dataclass(frozen=True)
 class Place:
-    """An encoder in a file: its ``prefix``, the ``naming`` of its tensors, and whether it is an
-    average of another.
-    """
+    """An encoder in a file: its ``prefix``, the ``naming`` of its tensors, whether an average."""
 
     prefix: str
     naming: str
@@ -116,10 +118,9 @@ class Place:
 
     @property
     def root(self) -> str:
-        """What precedes the names of the encoder *and* of the decoder that was trained with it."""
-        if self.naming == "VideoMAE":
-            return self.prefix.removesuffix("encoder.")
-        return self.prefix.removesuffix("vit.") if self.naming == "transformers" else self.prefix
+        """What precedes the names of the encoder *and* of the decoder that it was trained with."""
+        inner = {"VideoMAE": "encoder.", "transformers": "vit."}.get(self.naming, "")
+        return self.prefix.removesuffix(inner)
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,7 @@ class Network:
 
 
 def flatten(content: Mapping[str, Any]) -> Tensors:
-    """Every tensor of nested dictionaries under its dotted name, without the marks of torch's
-    wrappers.
-    """
+    """Every tensor of nested dictionaries by dotted name, without the marks of torch's wrappers."""
     found = nested_tensors(content)
     return {
         _WRAPPERS.sub("", name): t for name, t in found.items() if not name.startswith(_PASSED_OVER)
@@ -159,18 +158,17 @@ def find_places(flat: Mapping[str, Tensor]) -> list[Place]:
             prefix = name.removesuffix(layer)
             if naming == "ResNet" and f"{prefix}conv1.weight" not in flat:
                 continue
-            clips = (
-                naming == "timm" and tensor.ndim == 5 and f"{prefix}blocks.0.attn.q_bias" in flat
-            )
+            if naming == "timm" and tensor.ndim == 5 and f"{prefix}blocks.0.attn.q_bias" in flat:
+                naming = "VideoMAE"
             average = any(_AVERAGE.search(part) for part in prefix.split("."))
-            places.append(Place(prefix, "VideoMAE" if clips else naming, average))
+            places.append(Place(prefix, naming, average))
     return places
 
 
 def find_network(
-    content: Mapping[str, Any], source: str, *, weights: Weights = "auto", prefix: str | None = None
-) -> Network | None:
-    """The network of a file that is wanted; None where the file holds no encoder of a known naming.
+    content: Mapping[str, Any], source: str, weights: Weights = "auto", prefix: str | None = None
+) -> Network:
+    """The network of a file that is wanted.
 
     Args:
         content: what the file holds.
@@ -181,32 +179,54 @@ def find_network(
         prefix: of the encoder's tensors, where the file holds several.
 
     Raises:
-        UserError: several encoders fit, or none.
+        UserError: several encoders fit, or none, or the file holds none of a known naming.
     """
-    flat = flatten(content)
-    places = find_places(flat)
-    if not places:
-        return None
-    place = _choose(places, flat, source, weights, prefix)
-    tensors = _below(place, places, flat)
-    average = _counterpart(place, places)
-    inside = set(_names_below(place, places, flat))
-    return Network(
-        place,
-        tensors,
-        _below(average, places, flat) if average else None,
-        _names_below(average, places, flat) if average else [],
-        [name for name in flat if name not in inside],
-        _told(place, places),
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{source} cannot be understood as an encoder's weights ({reason})")
+
+    with foreign_parser(refuse):
+        flat = flatten(content)
+        places = find_places(flat)
+        if not places:
+            raise _nothing_known(list(flat), source)
+        place = _choose(places, flat, source, weights, prefix)
+        like = [other for other in places if other.is_average and other.naming == place.naming]
+        average = like[0] if len(like) == 1 else None  # HPM's teacher
+        inside = set(_names_below(place, places, flat))
+        return Network(
+            place,
+            _below(place, places, flat),
+            _below(average, places, flat) if average else None,
+            _names_below(average, places, flat) if average else [],
+            [name for name in flat if name not in inside],
+            _told(place, places),
+        )
+
+
+def _nothing_known(names: list[str], source: str) -> UserError:
+    if not names:
+        return UserError(
+            f"{source} holds no tensors under a known name (model, module, state_dict, "
+            "ema_state_dict, teacher): give a state dict"
+        )
+    if any(name.endswith(_OTHER_CLIP) for name in names):
+        return UserError(
+            f"{source} is a CLIP network under OpenAI's or transformers' names, which are not read:"
+            " take the model.safetensors of timm's vit_base_patch16_clip_quickgelu_224.openai"
+        )
+    held = ", ".join(shown_name(name) for name in names[:3])
+    return UserError(
+        f"{source} holds no plain vision transformer (no patch_embed.proj.weight, or what "
+        f"mmpretrain, transformers and torchvision call it, no pos_embed); it holds {held}, ..."
     )
 
 
 def _told(place: Place, places: Sequence[Place]) -> str:
-    told = f"names as in {place.naming}" + (
-        f" under {shown_name(place.prefix)}" if place.prefix else ""
-    )
-    kinds = {other.is_average for other in places}
-    if len(kinds) == 2:
+    told = f"names as in {place.naming}"
+    if place.prefix:
+        told += f" under {shown_name(place.prefix)}"
+    if len({other.is_average for other in places}) == 2:
         chosen, other = ("EMA", "raw") if place.is_average else ("raw", "ema")
         return f"{told}; the {chosen} weights are taken (weights={other} takes the others)"
     return f"{told}; the file has EMA weights only" if place.is_average else told
@@ -219,39 +239,40 @@ def _choose(
     weights: Weights,
     prefix: str | None,
 ) -> Place:
+    """The one place that is asked for; UserError where it is none or several."""
     if prefix is not None:
         wanted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-        found = [place for place in places if place.prefix == wanted]
-        if not found:
-            raise UserError(
-                f"{source} holds no encoder under prefix={prefix!r}: there is {_listed(places)}"
-            )
-        return found[0]
+        for place in places:
+            if place.prefix == wanted:
+                return place
+        raise UserError(
+            f"{source} holds no encoder under prefix={prefix!r}: there is {_listed(places)}"
+        )
     trained = [place for place in places if not place.is_average]
     averages = [place for place in places if place.is_average]
-    if weights in ("teacher", "ema"):
-        if not averages:
-            raise UserError(
-                f"{source} holds no teacher weights (no ema_state_dict, model_ema, teacher): use weights=student"
-            )
-        fitting = averages
-    elif weights in ("student", "raw"):
-        if not trained:
-            raise UserError(
-                f"{source} holds EMA weights only, under {_listed(averages)}: use weights=ema"
-            )
-        fitting = trained
-    else:
-        distilled = any(
-            part.startswith("student") for place in trained for part in place.prefix.split(".")
+    if weights in ("teacher", "ema") and not averages:
+        raise UserError(
+            f"{source} holds no teacher weights (no ema_state_dict, model_ema, teacher): use "
+            "weights=student"
         )
-        fitting = averages if averages and (distilled or not trained) else trained
-    own = [place for place in fitting if place.prefix == _OWN[place.is_average]]
+    if weights in ("student", "raw") and not trained:
+        raise UserError(
+            f"{source} holds EMA weights only, under {_listed(averages)}: use weights=ema"
+        )
+    distilled = any(
+        part.startswith("student") for place in trained for part in place.prefix.split(".")
+    )
+    average = weights in ("teacher", "ema") or (
+        weights == "auto" and bool(averages) and (distilled or not trained)
+    )
+    fitting = averages if average else trained
+    own = [place for place in fitting if place.prefix == _OWN[average]]
     fitting = own or _distinct(fitting, flat)
     if len(fitting) > 1:
-        example = fitting[0].prefix or "''"
+        example = shown_name(fitting[0].prefix or "''")
         raise UserError(
-            f"{source} holds {len(fitting)} encoders, {_listed(fitting)}: say which with prefix={shown_name(example)}"
+            f"{source} holds {len(fitting)} encoders, {_listed(fitting)}: say which with "
+            f"prefix={example}"
         )
     return fitting[0]
 
@@ -261,32 +282,22 @@ def _listed(places: Sequence[Place]) -> str:
 
 
 def _distinct(places: Sequence[Place], flat: Mapping[str, Tensor]) -> list[Place]:
-    """The places without those that hold the same network once more, as modules do that are known
-    by two names.
-    """
-    kept: list[Place] = []
+    """The places without those of the same network under a second name, as modules may have."""
+    kept: dict[str, tuple[Place, Tensors]] = {}
     for place in places:
-        if not any(
-            _equal(_below(place, places, flat), _below(other, places, flat)) for other in kept
-        ):
-            kept.append(place)
-    return kept
-
-
-def _equal(one: Tensors, other: Tensors) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def _counterpart(place: Place, places: Sequence[Place]) -> Place | None:
-    """The average of a trained network, where there is just one of that naming (HPM's teacher)."""
-    averages = [other for other in places if other.is_average and other.naming == place.naming]
-    return averages[0] if len(averages) == 1 else None
+        tensors = _below(place, places, flat)
+        same = (
+            tensors.keys() == other.keys()
+            and all(torch.equal(tensors[name], other[name]) for name in tensors)
+            for _, other in kept.values()
+        )
+        if not any(same):
+            kept[place.prefix] = place, tensors
+    return [place for place, _ in kept.values()]
 
 
 def _names_below(place: Place, places: Sequence[Place], flat: Mapping[str, Tensor]) -> list[str]:
-    """Names of a network's tensors: those after its root that are not another network's, which has
-    a longer root.
-    """
+    """Names after a network's root that are not another network's, which has a longer root."""
     roots = {other.root for other in places}
     longer = tuple(root for root in roots if root != place.root and root.startswith(place.root))
     return [
@@ -298,48 +309,33 @@ def _names_below(place: Place, places: Sequence[Place], flat: Mapping[str, Tenso
 
 def _below(place: Place, places: Sequence[Place], flat: Mapping[str, Tensor]) -> Tensors:
     """A network's tensors under MAE's names."""
-    encoder = place.prefix.removeprefix(place.root)  # vit. of transformers
+    inner = place.prefix.removeprefix(place.root) if place.naming == "transformers" else ""
     tensors: Tensors = {}
     for name in _names_below(place, places, flat):
         tensor = plain_tensor(flat[name], name)
         if tensor is not None:
-            short = name.removeprefix(place.root)
-            tensors[short.removeprefix(encoder) if place.naming == "transformers" else short] = (
-                tensor
-            )
+            short = name.removeprefix(place.root).removeprefix(inner)
+            for pattern, replacement in _TO_TIMM.get(place.naming, {}).items():
+                short = re.sub(pattern, replacement, short)
+            tensors[short] = tensor
     if place.naming == "VideoMAE":
         return from_videomae_names(tensors)
-    return _as_dinov2(_fused(_renamed(tensors, _TO_TIMM.get(place.naming, {}))))
-
-
-def _renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
-    renamed: Tensors = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in names.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
-    return renamed
+    return _as_dinov2(_fused(tensors))
 
 
 def _fused(tensors: Tensors) -> Tensors:
-    """Three matrices of queries, keys and values to the one of timm's, in that order; a bias that
-    lacks is zero.
-    """
+    """Matrices of queries, keys and values as the one of timm's; a bias that lacks is zero."""
     fused = dict(tensors)
-    for query, key, value in _ORDER:
-        for name in [name for name in tensors if f".attn.{query}." in name]:
-            names = [
-                name.replace(f".attn.{query}.", f".attn.{part}.") for part in (query, key, value)
-            ]
+    for first, *others in _FUSED:
+        for name in [name for name in tensors if f".attn.{first}." in name]:
+            names = [name.replace(f".attn.{first}.", f".attn.{p}.") for p in (first, *others)]
             parts = [fused.pop(part, torch.zeros_like(tensors[name])) for part in names]
-            fused[name.replace(f".attn.{query}.", ".attn.qkv.")] = torch.cat(parts)
+            fused[name.replace(f".attn.{first}.", ".attn.qkv.")] = torch.cat(parts)
     return fused
 
 
 def _as_dinov2(tensors: Tensors) -> Tensors:
-    """DINOv2's register tokens, which come after positions were added, as timm has them: positions
-    of patches only.
-    """
+    """DINOv2's register tokens as timm has them: they come after positions were added."""
     if "register_tokens" not in tensors or not {"pos_embed", "cls_token"} <= tensors.keys():
         return tensors
     rest = {name: tensor for name, tensor in tensors.items() if name != "register_tokens"}

@@ -1,12 +1,11 @@
-"""Position tables: fixed ones of sines and cosines, tables moved to another grid, and which grid a
-table is of.
-"""
+"""Position tables: fixed ones, the grid that a table is of, and tables moved to another grid."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +13,18 @@ from timm.layers import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor
 
+from patchmine.backbones.description import Description
+from patchmine.errors import UserError
+
 RELATIVE = "relative_position_bias_table"  # BEiT's name for a table of distances
-_CLASS_ROWS = (
-    3  # of such a table, behind its distances: class to patch, patch to class, class to itself
-)
+_CLASS_ROWS = 3  # of such a table, at its end: class to patch, patch to class, class to itself
 
 
 def sincos_table(width: int, size: tuple[int, ...]) -> Tensor:
-    """(L, width) float32 for a grid of ``size`` = (rows, columns), raster order, computed in
-    float64.
+    """(L, width) float32 for a grid of (rows, columns) in raster order, as every MAE file has it.
 
-    The first half of the channels encodes the *column*, the second the row, as in every published
-    MAE checkpoint (spec mae.md, section 3; the reference calls the first half ``emb_h`` but its
-    mesh puts the column first).
-
-    Raises ValueError when four does not divide ``width``, or the grid has other than two axes.
+    The first half of the channels is of the *column*, the second of the row (the reference calls
+    the first half ``emb_h``, but its mesh puts the column first); computed in float64.
     """
     if len(size) != 2:
         raise ValueError(f"a sine-cosine table of rows and columns was asked for a grid of {size}")
@@ -36,22 +32,17 @@ def sincos_table(width: int, size: tuple[int, ...]) -> Tensor:
         raise ValueError(f"a sine-cosine position table needs a width that 4 divides, got {width}")
     quarter = width // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)  # (width / 4,)
-    rows, columns = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij"
-    )
-    angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]  # two of (L, width / 4)
-    return torch.cat(
-        [part for angle in angles for part in (angle.sin(), angle.cos())], dim=1
-    ).float()
+    axes = [torch.arange(side, dtype=torch.float64) for side in size]
+    rows, columns = torch.meshgrid(*axes, indexing="ij")
+    angles = [axis.flatten()[:, None] * omega for axis in (columns, rows)]  # (L, width / 4) each
+    parts = [part for angle in angles for part in (angle.sin(), angle.cos())]
+    return torch.cat(parts, dim=1).float()
 
 
 def interleaved_table(width: int, count: int) -> Tensor:
-    """(count, width) float32 for tokens numbered from 0, computed in float64: VideoMAE's
-    one-dimensional table.
+    """(count, width) float32, VideoMAE's table: sine and cosine of the flattened index in turn.
 
-    Channel j has the angle n / 10000^(2 floor(j / 2) / width) of token n, even channels its sine
-    and odd ones its cosine, side by side (spec hpm-video.md, section 3.2); for a grid of space and
-    time n is the flattened index.
+    Channel j has the angle n / 10000^(2 floor(j / 2) / width) of token n; computed in float64.
     """
     channel = torch.arange(width, dtype=torch.float64)
     rate = 10000.0 ** (-2 * (channel // 2) / width)
@@ -60,22 +51,26 @@ def interleaved_table(width: int, count: int) -> Tensor:
 
 
 def fixed_table(width: int, size: tuple[int, ...]) -> Tensor:
-    """(L, width), the fixed positions that a decoder adds: MAE's for rows and columns, VideoMAE's
-    for clips.
-    """
-    return (
-        sincos_table(width, size) if len(size) == 2 else interleaved_table(width, math.prod(size))
-    )
+    """(L, width) that a decoder adds: MAE's for rows and columns, VideoMAE's for clips."""
+    if len(size) == 2:
+        return sincos_table(width, size)
+    return interleaved_table(width, math.prod(size))
+
+
+def num_rows(table: Tensor, grid: Sequence[int], num_prefix: int) -> int:
+    """Rows of a table of this kind for ``grid``: absolute (1, P + L, D), or BEiT's distances."""
+    if table.ndim == 3:
+        return num_prefix + math.prod(grid)
+    return math.prod(2 * side - 1 for side in grid) + _CLASS_ROWS
 
 
 def move_positions(
     table: Tensor, source: tuple[int, int], wanted: tuple[int, int], num_prefix: int = 1
 ) -> Tensor:
-    """The position table of a grid of ``source`` = (rows, columns) for the ``wanted`` grid.
+    """The position table of the grid ``source`` for the grid ``wanted``, (rows, columns) each.
 
     The one way in which stored positions come to another image size, whoever opens them.  Grids are
-    compared and never
-    counts: 8x8 and 4x16 have as many patches and other places.
+    compared and never counts: 8x8 and 4x16 have as many patches and other places.
 
     Args:
         table: (1, P + L, D), added to tokens, of which the first P = ``num_prefix`` rows belong to
@@ -83,33 +78,26 @@ def move_positions(
             whose last three rows stay.
         source: the grid that the table was trained at.
         wanted: the grid that it is needed for.
+        num_prefix: rows of no patch.
 
     Returns:
         `timm.layers.resample_abs_pos_embed` of the first, timm's ``resize_rel_pos_bias_table`` of
         the second (which spaces distances geometrically, as BEiT does); the table itself where the
         grids are equal.
-
-    Raises:
-        ValueError: the table has not the rows of ``source``.
     """
-    relative = table.ndim == 2
-    spans = [2 * side - 1 for side in source]
-    rows = math.prod(spans) + _CLASS_ROWS if relative else num_prefix + math.prod(source)
-    if table.shape[-2] != rows:
+    if table.shape[-2] != num_rows(table, source, num_prefix):
         raise ValueError(
-            f"a table of {table.shape[-2]} rows is not one of {source[0]}x{source[1]} patches, {rows} rows"
+            f"a table of {table.shape[-2]} rows is not one of {source[0]}x{source[1]} patches, "
+            f"{num_rows(table, source, num_prefix)} rows"
         )
     if source == wanted:
         return table
-    if not relative:
+    if table.ndim == 3:
         return resample_abs_pos_embed(
             table, list(wanted), list(source), num_prefix_tokens=num_prefix
         )
-    # Told apart by head and axis, a table may be of any rectangle; flat, older timm takes it for a
-    # square.
-    distances = table[:-_CLASS_ROWS].T.reshape(
-        -1, spans[0], spans[1]
-    )  # (H, 2 rows - 1, 2 columns - 1)
+    # Told apart by head and axis, since flat ones are taken for squares by older versions of timm.
+    distances = table[:-_CLASS_ROWS].T.reshape(-1, *(2 * side - 1 for side in source))
     shape = (len(distances), 2 * wanted[0] - 1, 2 * wanted[1] - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about how timm indexes
@@ -117,20 +105,20 @@ def move_positions(
     return torch.cat([moved.flatten(1).T, table[-_CLASS_ROWS:]])
 
 
+def is_position_table(name: str) -> bool:
+    """Whether a tensor of an encoder is a table that `move_positions` takes."""
+    return name == "pos_embed" or name.endswith(RELATIVE)
+
+
 def move_all_positions(
     tensors: Mapping[str, Tensor], source: tuple[int, int], wanted: tuple[int, int], num_prefix: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """An encoder's tensors with every position table moved (`move_positions`), and what was moved,
-    for a report.
-    """
-    moved = dict(tensors)
-    told = []
-    for name, table in tensors.items():
-        if source == wanted or not (name == "pos_embed" or name.endswith(RELATIVE)):
-            continue
-        moved[name] = move_positions(table, source, wanted, num_prefix)
-        told.append(f"{name} from {source[0]}x{source[1]} to {wanted[0]}x{wanted[1]} patches")
-    return moved, told
+    """An encoder's tensors with every table moved, and what was moved, for a report."""
+    moved, report = dict(tensors), []
+    for name in filter(is_position_table, tensors if source != wanted else ()):
+        moved[name] = move_positions(tensors[name], source, wanted, num_prefix)
+        report.append(f"{name} from {source[0]}x{source[1]} to {wanted[0]}x{wanted[1]} patches")
+    return moved, report
 
 
 def grids_of(count: int) -> list[tuple[int, int]]:
@@ -143,8 +131,7 @@ def grids_of(count: int) -> list[tuple[int, int]]:
 def grid_of_fixed_table(table: Tensor) -> tuple[int, int] | None:
     """The grid whose `sincos_table` the rows (L, D) are; None where they are learned.
 
-    MAE's positions take no gradient, so that its files tell their grid although they do not state
-    it.
+    MAE's positions take no gradient, so that its files tell their grid without stating it.
     """
     count, width = table.shape
     if width % 4 or count > 2**16:
@@ -155,18 +142,117 @@ def grid_of_fixed_table(table: Tensor) -> tuple[int, int] | None:
     return None
 
 
+class SourceGrid(NamedTuple):
+    """The grid of a stored table, its rows of no patch, and what was assumed, if anything."""
+
+    grid: tuple[int, int]
+    num_prefix: int
+    note: str = ""
+
+
+def _prefix_at(table: Tensor, grid: tuple[int, int], prefix_rows: Sequence[int]) -> int | None:
+    """Rows of no patch in a table of that grid; None where the table is of another."""
+    rows = table.shape[-2]
+    return next((n for n in prefix_rows if num_rows(table, grid, n) == rows), None)
+
+
+def source_grid(
+    table: Tensor,
+    prefix_rows: Sequence[int],
+    patch: tuple[int, int],
+    source: str,
+    known: Description,
+    source_size: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> SourceGrid:
+    """The grid of a position table, from what knows it best.
+
+    In this order: what the user says, what lies beside the file, the table itself where it is MAE's
+    fixed one, and for a file that nothing describes a square, or ``image_size`` where its count of
+    patches is no square.
+
+    Args:
+        table: (1, P + L, D), or BEiT's (distances + 3, H).
+        prefix_rows: values that P may have, the likeliest first.
+        patch: pixels on a side.
+        source: the file, for messages.
+        known: what is known about it.
+        source_size: (height, width) in pixels that the user says it was trained at.
+        image_size: (height, width) that it is wanted at.
+
+    Raises:
+        UserError: the rows are not those of the stated size, or of no square where none is stated.
+    """
+    doubtful = () if known.certain else (known.source,)
+    for size, who in ((source_size, "source_size"), (known.image_size, known.source)):
+        if size is None:
+            continue
+        grid = (size[0] // patch[0], size[1] // patch[1])
+        prefix = _prefix_at(table, grid, prefix_rows)
+        why = f"which patches of {patch[0]}x{patch[1]} do not fill"
+        if size == (grid[0] * patch[0], grid[1] * patch[1]):
+            if prefix is not None:
+                return SourceGrid(grid, prefix)
+            why = (
+                f"{grid[0]}x{grid[1]} patches, but its position table has {table.shape[-2]} rows "
+                f"and not {num_rows(table, grid, prefix_rows[0])}: correct the one that is wrong"
+            )
+        if who not in doubtful:
+            raise UserError(
+                f"{source}: {who} says that it was trained at {size[0]}x{size[1]} pixels, {why}"
+            )
+    for prefix in prefix_rows if table.ndim == 3 else ():
+        fixed = grid_of_fixed_table(table[0, prefix:])
+        if fixed is not None:
+            return SourceGrid(fixed, prefix)
+    return _assumed(table, prefix_rows, patch, source, image_size)
+
+
+def _assumed(
+    table: Tensor,
+    prefix_rows: Sequence[int],
+    patch: tuple[int, int],
+    source: str,
+    image_size: tuple[int, int] | None,
+) -> SourceGrid:
+    """A square, or else the grid of ``image_size``, where the table has as many rows."""
+    for prefix in prefix_rows:
+        side = math.isqrt(max(0, table.shape[-2] - (prefix if table.ndim == 3 else _CLASS_ROWS)))
+        side = side if table.ndim == 3 else (side + 1) // 2
+        if side > 0 and num_rows(table, (side, side), prefix) == table.shape[-2]:
+            if len(grids_of(side * side)) == 1:
+                return SourceGrid((side, side), prefix)
+            note = (
+                f"its positions are taken as those of a square, {side}x{side} patches "
+                f"({side * patch[0]}x{side * patch[1]} pixels), because nothing says the image "
+                "size; if it was trained at another, give source_size=[height,width]"
+            )
+            return SourceGrid((side, side), prefix, note)
+    if image_size is not None:
+        grid = (image_size[0] // patch[0], image_size[1] // patch[1])
+        found = _prefix_at(table, grid, prefix_rows)
+        if found is not None:
+            note = f"its positions are taken as those of image_size, {grid[0]}x{grid[1]} patches"
+            return SourceGrid(grid, found, f"{note}, because nothing says what it was trained at")
+    count = table.shape[-2] - (prefix_rows[0] if table.ndim == 3 else _CLASS_ROWS)
+    what = "patches form" if table.ndim == 3 else f"distances of {RELATIVE} form"
+    raise UserError(
+        f"{source}: its {count} {what} no square grid: give the image_size that it was trained at "
+        "as source_size=[height,width], or keep its config.json beside it"
+    )
+
+
 def resize_positions(table: Tensor, size: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
-    """(L, D) of a grid of ``size`` = (rows, columns) -> (L', D) for the ``wanted`` one; as it is
-    where they are equal.
+    """(L, D) of a grid of ``size`` = (rows, columns) -> (L', D) of the grid ``wanted``.
 
     For crops of other sizes within a training step, not for stored tables (`move_positions`).
-    DINO's rule, which MOKD shares (spec mokd.md, 3.2): bicubic at the scale (wanted + 0.1) / size,
-    not at the ratio of the sizes, and without antialiasing.  The 0.1 moves every sample: leaving it
-    out changes a table of deviation 0.15 by up to 0.1.
+    DINO's rule, which MOKD shares (docs/methods/mokd.md): bicubic at the scale (wanted + 0.1) /
+    size, not at the ratio of the sizes, and without antialiasing.  The 0.1 moves every sample:
+    leaving it out changes a table of deviation 0.15 by up to 0.1.
     """
     if size == wanted:
         return table
     image = table.reshape(1, *size, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
     scale = [(new + 0.1) / old for new, old in zip(wanted, size, strict=True)]
     resized = F.interpolate(image, scale_factor=scale, mode="bicubic", align_corners=False)
-    return resized.flatten(2)[0].T
+    return resized.flatten(2)[0].T  # (L', D)

@@ -24,6 +24,7 @@ class Blueprint:
         patch_size: pixels; None is the model's own.
         channels: of an image.
         model_args: more arguments of the model.
+        export_arguments: what `export_encoder` writes of an encoder beside its blueprint's.
         clip: (frames, frames in a tubelet), which only encoders of clips look at.
     """
 
@@ -38,6 +39,15 @@ class Blueprint:
     def architecture(self) -> str:
         """The model's name without ``timm/`` and without the tag of stored weights."""
         return self.model.removeprefix("timm/").split(".")[0]
+
+    def arguments(self) -> dict[str, Any]:
+        """Keywords of the network, sizes included; those of ``model_args`` count more."""
+        own: dict[str, Any] = {"img_size": self.image_size, "in_chans": self.channels}
+        if self.patch_size is not None:
+            own["patch_size"] = self.patch_size
+        if self.clip is not None:
+            own |= dict(zip(("num_frames", "tubelet_size"), self.clip, strict=True))
+        return own | dict(self.model_args)
 
 
 class StageFeatures(NamedTuple):
@@ -70,7 +80,10 @@ class Family:
         relative_positions: whether attention knows how far apart two patches are, so that no
             patch can be left out.
         class_bias: what that adds to the class token's row of scores in the last block.
+        export_arguments: what `export_encoder` writes of an encoder beside its blueprint's.
         clip: (frames, frames in a tubelet) that an encoder is built for, where it reads clips.
+        stores_positions: whether position tables are among its tensors.
+        inferable: whether its tensors tell which network they are of.
         timm_opens: whether timm by itself can build the network of an encoder.
     """
 
@@ -88,7 +101,10 @@ class Family:
     map_size: Callable[[Encoder], tuple[int, int]]
     smallest_side: Callable[[Encoder], int]
     enter_blocks: Callable[[Encoder, Tensor], tuple[Tensor, dict[str, Any]]]
+    export_arguments: Callable[[Encoder], dict[str, Any]]
     relative_positions: Callable[[Encoder], bool] = lambda _: False
     class_bias: Callable[[Encoder], Tensor | float] = lambda _: 0.0
     clip: Callable[[Encoder], tuple[int, int] | None] = lambda _: None
+    stores_positions: bool = False
+    inferable: bool = True
     timm_opens: Callable[[Encoder], bool] = lambda _: True

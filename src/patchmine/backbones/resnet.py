@@ -26,7 +26,7 @@ _PLAIN: dict[tuple[tuple[int, ...], bool], str] = {
 
 
 def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
-    """timm's network; ``cifar_stem`` among the arguments exchanges its stem (`use_cifar_stem`)."""
+    """timm's network for any image size; ``cifar_stem`` exchanges its stem (`use_cifar_stem`)."""
     arguments = dict(arguments)
     small = arguments.pop("cifar_stem", False)
     encoder = create_timm(architecture, arguments)
@@ -161,5 +161,6 @@ RESNET = Family(
     map_size=map_size,
     smallest_side=lambda _: 1,
     enter_blocks=_no_blocks,
+    export_arguments=lambda encoder: {"global_pool": encoder.global_pool.pool_type},
     timm_opens=lambda encoder: not has_cifar_stem(encoder),
 )

@@ -217,6 +217,18 @@ def initialise_video(encoder: Encoder) -> None:
     vit.initialise(encoder)
 
 
+def clip_of(encoder: Encoder) -> tuple[int, int]:
+    """(frames, frames in a tubelet) that it was built for."""
+    return encoder.patch_embed.num_frames, encoder.patch_embed.patch_size[0]
+
+
+def export_arguments(encoder: Encoder) -> dict[str, Any]:
+    """Sizes of frames and cubes, and whether there is a norm after pooling."""
+    frames, tubelet = clip_of(encoder)
+    cube = {"num_frames": frames, "tubelet_size": tubelet}
+    return {**vit.sizes(encoder), **cube, "fc_norm": vit.has_fc_norm(encoder)}
+
+
 VIDEO: Family = replace(
     vit.VIT,
     name="video",
@@ -226,6 +238,8 @@ VIDEO: Family = replace(
     create=create,
     build=build,
     initialise=initialise_video,
-    clip=lambda encoder: (encoder.patch_embed.num_frames, encoder.patch_embed.patch_size[0]),
+    export_arguments=export_arguments,
+    clip=clip_of,
+    stores_positions=False,  # fixed, and not in the state dict
     timm_opens=lambda _: False,
 )

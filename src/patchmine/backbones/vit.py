@@ -176,6 +176,17 @@ def patch_side(encoder: Encoder) -> int:
     return max(encoder_grid(encoder).patch[-2:])
 
 
+def sizes(encoder: Encoder) -> dict[str, Any]:
+    """timm's arguments for the sizes of images and patches."""
+    embed = encoder.patch_embed
+    return {"img_size": list(embed.img_size), "patch_size": embed.patch_size[-1]}
+
+
+def has_fc_norm(encoder: Encoder) -> bool:
+    """Whether there is a norm after pooling."""
+    return not isinstance(encoder.fc_norm, nn.Identity)
+
+
 VIT = Family(
     name="vit",
     module=VisionTransformer,
@@ -191,4 +202,10 @@ VIT = Family(
     map_size=map_size,
     smallest_side=patch_side,
     enter_blocks=enter_blocks,
+    export_arguments=lambda encoder: {
+        **sizes(encoder),
+        "global_pool": encoder.global_pool,
+        "fc_norm": has_fc_norm(encoder),
+    },
+    stores_positions=True,
 )

@@ -1,6 +1,4 @@
-"""Encoders out of files: our exports, timm's and transformers' folders, checkpoints in other
-people's layouts.
-"""
+"""Encoders out of files: our exports, timm's and transformers' folders, other people's layouts."""
 
 from __future__ import annotations
 
@@ -14,15 +12,11 @@ from typing import Any
 
 import timm
 from timm.models import is_model_in_modules
-from timm.models.beit import Beit
-from timm.models.resnet import ResNet
-from timm.models.vision_transformer import VisionTransformer
 
-from patchmine.backbones.architecture import TIMM_EPS, infer_architecture
-from patchmine.backbones.description import LARGEST_SIDE, Description, describe, find_weights
-from patchmine.backbones.export import export_encoder, is_export
+from patchmine.backbones import description
+from patchmine.backbones.architecture import TIMM_EPS, infer_architecture, refuse_unfilled
+from patchmine.backbones.description import Description, describe_weights, find_weights
 from patchmine.backbones.family import create_encoder, family_of
-from patchmine.backbones.grids import source_grid
 from patchmine.backbones.loading import (
     COUNTER,
     LoadReport,
@@ -31,49 +25,30 @@ from patchmine.backbones.loading import (
     load_tensors,
     read_checkpoint,
 )
-from patchmine.backbones.names import reads_clips
-from patchmine.backbones.naming import Weights
-from patchmine.backbones.official import encoder_of, require_network, with_usual_eps
-from patchmine.backbones.positions import RELATIVE, move_all_positions
-from patchmine.backbones.record import Encoder
+from patchmine.backbones.naming import Weights, encoder_of, find_network
+from patchmine.backbones.official import with_usual_eps
+from patchmine.backbones.positions import is_position_table, move_all_positions, source_grid
+from patchmine.backbones.record import Blueprint, Encoder
 from patchmine.backbones.resnet import infer_resnet, is_resnet
 from patchmine.backbones.tokens import embedded_prefix
-from patchmine.backbones.video import VideoTransformer
 from patchmine.errors import UserError, shown_name
-
-__all__ = [
-    "as_size",
-    "export_encoder",
-    "fill",
-    "is_export",
-    "load_encoder",
-    "open_weights",
-    "resize_encoder",
-]
 
 _MOST_POSITIONS = 2**28  # numbers of a position table, one gibibyte
 _log = logging.getLogger("patchmine")
 
 
 def as_size(value: int | Sequence[int] | None, setting: str) -> tuple[int, int] | None:
-    """(height, width) from a number or a pair.  Raises UserError, naming ``setting``, for anything
-    else.
-    """
-    if value is None:
-        return None
-    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(sides) != 2 or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides):
+    """(height, width) from a number or a pair; UserError, naming ``setting``, for anything else."""
+    size = None if value is None else description.as_size(value)
+    if size is None and value is not None:
         raise UserError(
             f"{setting}={value!r} is no size: give pixels, one number or (height, width)"
         )
-    return sides[0], sides[1]
+    return size
 
 
 def load_encoder(path: str | Path, **how: Any) -> Encoder:
-    """The encoder in a file or folder of weights; ``how`` and errors are those of `open_weights`.
-
-    What had to be assumed about the file goes to the log.
-    """
+    """`open_weights` without the report; what had to be assumed about the file goes to the log."""
     encoder, report = open_weights(path, **how)
     for note in report.assumed:
         _log.warning("%s: %s", report.source, note)
@@ -92,12 +67,11 @@ def open_weights(
     prefix: str | None = None,
     setting: str | None = None,
 ) -> tuple[Encoder, LoadReport]:
-    """The encoder in an export folder, in a run's export, or in a .safetensors, .pth, .pt or .bin
-    file, and a report.
+    """The encoder in a file of weights or in a folder of one, and a report.
 
     Args:
-        path: a file in any layout that `naming` knows, or a folder of it with timm's or
-        transformers' config.json.
+        path: a .safetensors, .pth, .pt or .bin file in any layout that `naming` knows, an export, a
+            run's export, or a folder with timm's or transformers' config.json.
         model: timm's name, where neither the tensors nor a config.json tell it.
         model_args: its arguments.
         image_size: (height, width) in pixels that it is wanted at; positions are moved there
@@ -110,62 +84,66 @@ def open_weights(
 
     Raises:
         UserError: the path holds no encoder, or weights that do not fit, or numbers that are not
-        finite.
+            finite.
     """
     file = find_weights(Path(path), setting or "file")
     source = shown_name(path) if setting is None else f"{setting}={shown_name(path)}"
     content = read_checkpoint(file, setting or "file")
-    network = require_network(content, source, weights, prefix)
+    network = find_network(content, source, weights, prefix)
     tensors = encoder_of(network.tensors)
-    known = with_usual_eps(describe(file, content), network)
+    known = with_usual_eps(describe_weights(file, content), network)
     if "partner" in network.place.prefix:
         known = known.without_model()  # config.yaml names the first network of a pair
     if model is not None:
         known = _named(known, model, model_args or {}, source)
-    report = LoadReport(source, dropped=network.outside)
-    report.notes.append(network.told)
-    heads = num_heads or (model_args or {}).get("num_heads")
-    if known.model is None and is_resnet(tensors):
+    report = LoadReport(source, dropped=network.outside, notes=[network.told])
+    if known.model is not None:
+        name, arguments = known.model, _arguments(known, image_size, tensors, source)
+    elif is_resnet(tensors):
         name, arguments = infer_resnet(tensors, source)
-    elif known.model is None:
+    else:
         architecture = infer_architecture(
             tensors,
             source,
-            num_heads=heads,
+            num_heads=num_heads or (model_args or {}).get("num_heads"),
             image_size=image_size,
             source_size=source_size,
             known=known,
         )
         name, arguments = architecture.model, architecture.arguments()
-    else:
-        name, arguments = known.model, _arguments(known, image_size, tensors, source)
     _refuse_giants(arguments, tensors, source)
     empty = create_encoder(name, {**arguments, "device": "meta"}, source)
-    if isinstance(empty, VideoTransformer):
-        report.assumed += _clip_notes(empty, source_size or known.image_size)
-    elif not isinstance(empty, ResNet):
+    family = family_of(empty)
+    if family.stores_positions:
         tensors = _fitted(empty, tensors, report, known, source_size, image_size)
+    else:
+        report.assumed += clip_notes(empty, source_size or known.image_size)
+    # Compared before there is memory for what a small file claims.
     allow = [f"*.{COUNTER}"]
-    check_fit(
-        empty, tensors, LoadReport(source), allow=allow
-    )  # before there is memory for what a small file claims
+    check_fit(empty, tensors, LoadReport(source), allow=allow)
     encoder = create_encoder(name, arguments, source)
     load_tensors(encoder, tensors, report, allow=allow)
+    encoder.built_from = Blueprint(
+        model=name,
+        image_size=family.image_size(encoder),
+        channels=arguments.get("in_chans", 3),
+        model_args=arguments,
+        clip=family.clip(encoder),
+    )
     return encoder, report
 
 
 def _named(
     known: Description, model: str, model_args: Mapping[str, Any], source: str
 ) -> Description:
-    """What is known, with a name from the user; a config.json beside the file that names another
-    one contradicts.
-    """
-    name = model.removeprefix("timm/").split(".")[0]
+    """What is known, with a name from the user, which a config.json must not contradict."""
+    name = Blueprint(model).architecture
     if known.model is None:
         return replace(known, model=name, model_args=dict(model_args))
-    if known.model.removeprefix("timm/").split(".")[0] != name:
+    if Blueprint(known.model).architecture != name:
         raise UserError(
-            f"model={model}, but {known.source} says that {source} is a {known.model}: leave model out"
+            f"model={model}, but {known.source} says that {source} is a {known.model}: leave model "
+            "out"
         )
     return known
 
@@ -174,30 +152,29 @@ def _arguments(
     known: Description, image_size: tuple[int, int] | None, tensors: Tensors, source: str
 ) -> dict[str, Any]:
     """Of the described network, at the size that is wanted."""
-    arguments = dict(known.model_args)
-    assert known.model is not None
-    if not reads_clips(known.model) and not timm.is_model(known.model):
+    model, arguments = str(known.model), dict(known.model_args)
+    family = family_of(model)
+    clips = family.name == "video"
+    if not clips and not timm.is_model(model):
         raise UserError(
-            f"{source}: timm {timm.__version__} knows no architecture {known.model!r}; a newer timm may"
+            f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may"
         )
-    if family_of(known.model).convolutional:
+    if family.convolutional:
         return arguments
     size = image_size or arguments.get("img_size") or known.image_size
     if size is not None:
         arguments["img_size"] = size
-    if is_model_in_modules(known.model, {"beit"}) and "fc_norm.weight" not in tensors:
-        arguments.setdefault("global_pool", "token")  # timm's default normalises after pooling
-    if reads_clips(known.model) and known.clip is not None:
+    if clips and known.clip is not None:
         arguments |= dict(zip(("num_frames", "tubelet_size"), known.clip, strict=True))
-    if not reads_clips(known.model) and known.norm_eps not in (None, TIMM_EPS):
+    if is_model_in_modules(model, {"beit"}) and "fc_norm.weight" not in tensors:
+        arguments.setdefault("global_pool", "token")  # timm's default normalises after pooling
+    if not clips and known.norm_eps not in (None, TIMM_EPS):
         arguments["norm_eps"] = known.norm_eps
     return arguments
 
 
 def _refuse_giants(arguments: Mapping[str, Any], tensors: Tensors, source: str) -> None:
-    """Bounds before work: a description of a few bytes can ask for any number of blocks, pixels and
-    channels.
-    """
+    """Bounds before work: a description of a few bytes can ask for any number of blocks, pixels."""
     layers = arguments.get("layers", ())
     counts = [arguments.get("depth", 0), *(layers if isinstance(layers, list | tuple) else ())]
     if any(isinstance(count, int) and count > len(tensors) for count in counts):
@@ -210,17 +187,17 @@ def _refuse_giants(arguments: Mapping[str, Any], tensors: Tensors, source: str) 
     width, patch = first.shape[0], first.shape[-1]
     size = arguments.get("img_size", 0)
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    times = arguments.get("num_frames", 1)
-    tokens = math.prod(side // patch for side in sides) * times
+    tokens = math.prod(side // patch for side in sides) * arguments.get("num_frames", 1)
     if tokens * max(width, arguments.get("embed_dim", width)) > _MOST_POSITIONS:
         shown = "x".join(map(str, sides))
         raise UserError(
-            f"{source}: at {shown} pixels it has {tokens:,} patches, more than can be held: choose a lower size"
+            f"{source}: at {shown} pixels it has {tokens:,} patches, more than can be held: choose "
+            "a lower size"
         )
 
 
 def _fitted(
-    encoder: VisionTransformer | Beit,
+    encoder: Encoder,
     tensors: Tensors,
     report: LoadReport,
     known: Description,
@@ -228,91 +205,77 @@ def _fitted(
     image_size: tuple[int, int] | None,
 ) -> Tensors:
     """The file's tensors with positions of the encoder's grid."""
-    _check_filled(encoder, encoder.patch_embed.img_size, report.source)
-    table = next(
-        (t for name, t in tensors.items() if name == "pos_embed" or name.endswith(RELATIVE)), None
-    )
+    embed, rows = encoder.patch_embed, embedded_prefix(encoder)
+    refuse_unfilled(embed.img_size, embed.patch_size, report.source)
+    table = next((tensors[name] for name in filter(is_position_table, tensors)), None)
     if table is None or table.ndim not in (2, 3):
         return tensors
-    patch, rows = encoder.patch_embed.patch_size, embedded_prefix(encoder)
-    found = source_grid(table, (rows,), patch, report.source, known, source_size, image_size)
+    patch, source = embed.patch_size, report.source
+    found = source_grid(table, (rows,), patch, source, known, source_size, image_size)
     report.assumed += [found.note] if found.note else []
-    tensors, moved = move_all_positions(tensors, found.grid, encoder.patch_embed.grid_size, rows)
+    tensors, moved = move_all_positions(tensors, found.grid, embed.grid_size, rows)
     report.resized += moved
     return tensors
 
 
-def _clip_notes(encoder: VideoTransformer, trained_at: tuple[int, int] | None) -> list[str]:
+def clip_notes(encoder: Encoder, trained_at: tuple[int, int] | None) -> list[str]:
     """What is to be known about the positions of a video model, which no file stores."""
-    embed = encoder.patch_embed
-    size = "x".join(map(str, (embed.num_frames, *embed.img_size)))
+    family = family_of(encoder)
+    clip, image_size = family.clip(encoder), family.image_size(encoder)
+    if clip is None or trained_at == image_size:
+        return []
+    size = "x".join(map(str, (clip[0], *image_size)))
     if trained_at is None:
         return [
-            f"clips of {size} are assumed, because the file does not tell; image_size=[height,width] says another"
+            f"clips of {size} are assumed, because the file does not tell; "
+            "image_size=[height,width] says another"
         ]
-    if trained_at == embed.img_size:
-        return []
-    before = "x".join(map(str, trained_at))
     return [
-        f"trained at {before} pixels: its positions are VideoMAE's fixed table over all cubes, computed anew for clips "
-        f"of {size}, where a number stands for another place"
+        f"trained at {trained_at[0]}x{trained_at[1]} pixels: its positions are VideoMAE's fixed "
+        f"table over all cubes, computed anew for clips of {size}, where a number stands for "
+        "another place"
     ]
 
 
-def _check_filled(
-    encoder: VisionTransformer | Beit, image_size: tuple[int, int], source: str
-) -> None:
-    patch = encoder.patch_embed.patch_size[-2:]
-    if any(side % step for side, step in zip(image_size, patch, strict=True)):
-        size, step = (
-            "x".join(map(str, image_size)),
-            patch[0] if patch[0] == patch[1] else "x".join(map(str, patch)),
-        )
-        raise UserError(f"image_size={size} is not a multiple of the patch size {step} of {source}")
-
-
 def resize_encoder(encoder: Encoder, image_size: tuple[int, int]) -> None:
-    """Make an encoder expect images of ``image_size`` (height, width), in place; its positions are
-    moved there.
+    """Make an encoder expect another image size (height, width), in place; positions are moved.
 
     A ResNet takes any.  Raises UserError for a size that its patches do not fill.
     """
-    if isinstance(encoder, ResNet) or tuple(encoder.patch_embed.img_size) == tuple(image_size):
+    family = family_of(encoder)
+    trained_at = family.image_size(encoder)
+    if family.convolutional or trained_at == tuple(image_size):
         return
-    _check_filled(encoder, image_size, "the weights")
-    source = encoder.patch_embed.grid_size
-    if isinstance(encoder, VideoTransformer):
-        trained_at = encoder.patch_embed.img_size
-        encoder.set_input_size(image_size)
-        for note in _clip_notes(encoder, trained_at):
-            _log.warning(note)
-        return
+    source, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size
+    refuse_unfilled(image_size, patch, "the weights")
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about how timm indexes relative tables
         encoder.set_input_size(image_size)
-    # Written anew, because not every timm that we allow knows that a table may be of a rectangle.
-    moved, _ = move_all_positions(
-        before, source, encoder.patch_embed.grid_size, embedded_prefix(encoder)
-    )
-    encoder.load_state_dict(moved)
+    for note in clip_notes(encoder, trained_at):
+        _log.warning(note)
+    if family.stores_positions:
+        # Written anew, because not every timm knows that a table may be of a rectangle.
+        grid, rows = encoder.patch_embed.grid_size, embedded_prefix(encoder)
+        encoder.load_state_dict(move_all_positions(before, source, grid, rows)[0])
+    built = getattr(encoder, "built_from", None)
+    if built is not None:
+        own = {name: value for name, value in built.model_args.items() if name != "img_size"}
+        encoder.built_from = replace(built, image_size=tuple(image_size), model_args=own)
 
 
 def fill(encoder: Encoder, other: Encoder, source: str) -> LoadReport:
-    """Load the weights of ``other``; positions, absolute and relative, are moved from its grid.
+    """Load the weights of ``other``, positions moved from its grid; what became of every tensor.
 
-    Returns what became of every tensor.  Raises UserError, naming ``source``, for tensors that do
-    not fit.
+    Raises UserError, naming ``source``, for tensors that do not fit.
     """
-    report = LoadReport(source)
-    tensors = other.state_dict()
-    videos = [isinstance(each, VideoTransformer) for each in (other, encoder)]
-    if all(videos):
-        report.assumed += _clip_notes(encoder, other.patch_embed.img_size)
-    elif not any(videos) and not isinstance(other, ResNet) and not isinstance(encoder, ResNet):
+    report, tensors = LoadReport(source), other.state_dict()
+    families = family_of(other), family_of(encoder)
+    if all(family.stores_positions for family in families):
         grids = [tuple(each.patch_embed.grid_size) for each in (other, encoder)]
-        tensors, report.resized = move_all_positions(
-            tensors, grids[0], grids[1], embedded_prefix(other)
-        )
+        rows = embedded_prefix(other)
+        tensors, report.resized = move_all_positions(tensors, grids[0], grids[1], rows)
+    elif families[0] is families[1]:
+        report.assumed += clip_notes(encoder, families[0].image_size(other))
     load_tensors(encoder, tensors, report, allow=[f"*.{COUNTER}"])
     return report

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from patchmine.backbones import weights
+from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import Encoder, build_encoder, family_of
 from patchmine.backbones.loading import LoadReport
-from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights
 from patchmine.config.resolve import parse, silent
 from patchmine.config.schema import RunConfig
@@ -41,7 +41,7 @@ def build_method(
     kind.draw_weights(encoder)
     if start_from is None:
         return make(config.method, encoder)
-    report = _initialise(encoder, start_from, config)
+    report = _initialise(encoder, start_from)
     method = make(config.method, encoder)
     told_elsewhere = (
         "encoder.",
@@ -54,20 +54,18 @@ def build_method(
     return method
 
 
-def _initialise(encoder: Encoder, start_from: str, config: RunConfig) -> LoadReport:
+def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
     """Take over the weights of another encoder (init=)."""
     source = f"init={shown_name(start_from)}"
     if is_run(start_from):
         return weights.fill(encoder, Run(start_from).encoder(), source)
     # Tensors with relative positions do not tell which network they are of; the settings do.
     named: dict[str, Any] = {}
-    if family_of(encoder).name == "beit":
-        arguments = {
-            **config.model_args,
-            "patch_size": encoder.patch_embed.patch_size,
-            "in_chans": config.channels,
-        }
-        named = dict(model=config.model, model_args=arguments, image_size=config.image_size)
+    if not family_of(encoder).inferable:
+        built = encoder.built_from
+        sizes = {"patch_size": encoder.patch_embed.patch_size, "in_chans": built.channels}
+        arguments = {**built.model_args, **sizes}
+        named = dict(model=built.model, model_args=arguments, image_size=built.image_size)
     other, found = weights.open_weights(start_from, setting="init", **named)
     report = weights.fill(encoder, other, source)
     report.dropped, report.notes = found.dropped, found.notes
@@ -202,7 +200,7 @@ class Run:
             UserError: there is no such encoder, or it is not finite.
         """
         folder = self.export_folder(which)
-        if not self.checkpoints and weights.is_export(folder) and not which.endswith("teacher"):
+        if not self.checkpoints and is_export(folder) and not which.endswith("teacher"):
             return weights.load_encoder(folder).eval()
         if which == "student":  # without the method, some of whose files may be gone by now
             found, prefix, encoder = self._newest(), "encoder.", _bare_encoder(self.config)
@@ -218,7 +216,7 @@ class Run:
         return encoders[which].eval()
 
     def _newest(self) -> Checkpoint:
-        if not self.checkpoints and weights.is_export(self.export_dir):
+        if not self.checkpoints and is_export(self.export_dir):
             raise UserError(
                 f"{self.path} was imported as an encoder only, there is no checkpoint in {self.checkpoint_dir}: "
                 "it serves for eval, embed, export and init="
@@ -243,29 +241,22 @@ def _load(module: Method | Encoder, tensors: dict[str, Any], path: Path) -> None
         ) from error
 
 
-def write_export(
-    config: RunConfig, encoder: Encoder, folder: str | PathLike[str], which: str = "student"
-) -> Path:
-    """The folder that timm and transformers open, for the encoder that the method calls ``which``."""
-    if which.startswith("partner"):
-        config = partner_config(config) or config
+def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str]) -> Path:
+    """The folder that timm and transformers open, for an encoder that saw images as ``config`` says."""
     if config.mean is None or config.std is None:
         raise UserError(
-            "mean and std are not set; write those that the images were normalised with into config.yaml"
+            "mean and std are not set; write those that the images were normalised with into "
+            "config.yaml"
         )
-    return weights.export_encoder(
-        encoder,
-        Path(folder),
-        model=config.model,
-        model_args=config.model_args,
-        image_size=config.image_size,
-        channels=config.channels,
+    clips = family_of(encoder).clip(encoder) is not None
+    preprocessing = Preprocessing(
         mean=config.mean,
         std=config.std,
         crop_pct=config.crop_pct,
         interpolation=config.interpolation,
-        stride=config.clip.stride if reads_clips(config.model) else None,
+        stride=config.clip.stride if clips else None,
     )
+    return export_encoder(encoder, folder, preprocessing)
 
 
 def new_folder(config: RunConfig) -> Path:

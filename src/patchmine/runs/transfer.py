@@ -1,37 +1,22 @@
-"""Runs out of and into other people's formats: exports for timm and transformers, official
-checkpoints.
-
-These are MAE's and HPM's, and on clips VideoMAE's.
-"""
+"""Runs out of and into other people's formats: exports for timm, and whole files of MAE and HPM."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, cast
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from patchmine.backbones import official, reference
 from patchmine.backbones.description import note
-from patchmine.backbones.family import Encoder
+from patchmine.backbones.family import Encoder, family_of
 from patchmine.backbones.loading import LoadReport, load_tensors
-from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights
-from patchmine.backbones.official import (
-    Checkpoint,
-    DecoderShape,
-    check_decoder_positions,
-    dropped_names,
-    from_reference_names,
-    read_official,
-    to_reference_names,
-)
-from patchmine.backbones.videomae import TEACHER, to_videomae_names
+from patchmine.backbones.official import OfficialFile
 from patchmine.backbones.weights import as_size
 from patchmine.config.explain import shown
 from patchmine.config.resolve import from_settings, silent
@@ -45,10 +30,10 @@ from patchmine.train import checkpoint as checkpoints
 
 Say = Callable[[str], None]
 What = Literal["auto", "encoder", "full"]
-P = ParamSpec("P")
 
 _TEACHER = "teacher."
 _FULL = ("mae", "hpm")  # the methods whose whole files we write and read
+_DECODER_TOLD = ("decoder_num_heads", "decoder_norm_eps")
 _TOLD = ("mask_ratio", "norm_pix_loss")  # settings of the method that a file may tell
 
 
@@ -59,8 +44,8 @@ def export_run(
 
     Args:
         path: the run's folder.
-        out: the folder, None for ``export/`` in the run; of the full method a .safetensors file under
-            the reference code's names, which `import_file` reads (of clips VideoMAE's).
+        out: the folder, None for ``export/`` in the run; of the full method a .safetensors file
+            under the reference code's names, which `import_file` reads (of clips VideoMAE's).
         what: "encoder" or "full".
         weights: which of the run's networks.
 
@@ -71,71 +56,56 @@ def export_run(
         UserError: the run has no such weights, or ``out`` cannot be written.
     """
     run = Run(path)
-    if what == "full":
-        if run.config.method.name not in _FULL:
-            raise UserError(
-                f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and {run.path} is of "
-                f"method={run.config.method.name}: use what=encoder, or take the newest file in {run.checkpoint_dir}"
-            )
-        return _export_full(run, out, weights)
-    folder = run.export_folder(weights) if out is None else out
-    return write_export(run.config, run.encoder(weights), folder, weights)
-
-
-def _export_full(run: Run, out: str | None, weights: str) -> Path:
-    target = (
-        Path(out)
-        if out is not None
-        else run.path / f"{run.config.method.name}-{weights}.safetensors"
-    )
+    if what == "encoder":
+        folder = run.export_folder(weights) if out is None else out
+        return write_export(run.config, run.encoder(weights), folder)
+    name = run.config.method.name
+    if name not in _FULL:
+        raise UserError(
+            f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and {run.path} "
+            f"is of method={name}: use what=encoder, or take the newest file in "
+            f"{run.checkpoint_dir}"
+        )
+    target = run.path / f"{name}-{weights}.safetensors" if out is None else Path(out)
     if target.suffix != ".safetensors":
         raise UserError(
             f"out={target}: the full method is one file; write for example out={target}.safetensors"
         )
     method = run.method()
-    tensors = to_reference_names(method.state_dict(), teacher=weights == "teacher")
+    tensors = reference.to_reference_names(method.state_dict(), teacher=weights == "teacher")
     if not tensors:
         raise UserError(
-            f"{run.path} holds no teacher: method={run.config.method.name} keeps none; use weights=student"
+            f"{run.path} holds no teacher: method={name} keeps none; use weights=student"
         )
-    if reads_clips(run.config.model):
-        tensors = to_videomae_names(tensors)
-        if weights == "student":
-            taught = to_videomae_names(to_reference_names(method.state_dict(), teacher=True))
-            tensors |= {TEACHER + name: tensor for name, tensor in taught.items()}
-    else:
+    encoder: Encoder = method.encoder
+    clip = family_of(encoder).clip(encoder)
+    if clip is None:
         table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
         tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    else:
+        tensors = _as_videomae(tensors, method if weights == "student" else None)
+    told = {each: getattr(run.config.method, each) for each in (*_DECODER_TOLD, *_TOLD)}
+    if "norm_eps" in run.config.model_args:
+        told["norm_eps"] = run.config.model_args["norm_eps"]
+    if clip is not None:
+        told["clip"] = clip
+    metadata = note(run.config.image_size, encoder.blocks[0].attn.num_heads, **told)
+    contiguous = {each: tensor.contiguous() for each, tensor in tensors.items()}
     with output(target) as new, system_errors(target):
-        save_file(contiguous, new, metadata=_note(run.config, method))
+        save_file(contiguous, new, metadata=metadata)
     return target
 
 
-def _note(config: RunConfig, method: Method) -> dict[str, str]:
-    """What the file says of itself, because its tensors do not."""
-    encoder = cast(Encoder, method.encoder)
-    clip = {"clip": (config.clip.frames, config.clip.tubelet)} if reads_clips(config.model) else {}
-    values = config.method.model_dump()
-    told = {name: values[name] for name in ("decoder_num_heads", "decoder_norm_eps", *_TOLD)}
-    if "norm_eps" in config.model_args:
-        told["norm_eps"] = config.model_args["norm_eps"]
-    return note(config.image_size, encoder.blocks[0].attn.num_heads, **told, **clip)
+def _as_videomae(tensors: dict[str, Tensor], method: Method | None) -> dict[str, Tensor]:
+    """Under VideoMAE's names, and the teacher of ``method`` beside them."""
+    found = reference.to_videomae_names(tensors)
+    if method is not None:
+        taught = reference.to_reference_names(method.state_dict(), teacher=True)
+        for name, tensor in reference.to_videomae_names(taught).items():
+            found[reference.TEACHER + name] = tensor
+    return found
 
 
-def _alone(import_to: Callable[P, Run]) -> Callable[P, Run]:
-    """Hold the lock of the folder ``out`` from the first check to the end."""
-    arguments = inspect.signature(import_to)
-
-    @wraps(import_to)
-    def locked(*args: P.args, **kwargs: P.kwargs) -> Run:
-        with lock(Path(arguments.bind(*args, **kwargs).arguments["out"])):
-            return import_to(*args, **kwargs)
-
-    return locked
-
-
-@_alone
 def import_file(
     file: str,
     out: str,
@@ -153,7 +123,7 @@ def import_file(
     """Turn a checkpoint of others into a run in the new folder ``out``, with an encoder's export.
 
     Args:
-        file: in any layout that `models.naming` knows, or a folder of it with a config.json.
+        file: in any layout that `backbones.naming` knows, or a folder of it with a config.json.
         out: the new folder.
         weights: the trained network of a file or its average; auto is the trained one, but DINO's
             teacher.
@@ -177,71 +147,80 @@ def import_file(
             shape or not finite.
     """
     folder = Path(out)
-    refuse_used_folder(folder)
-    found = read_official(
-        file,
-        weights=weights,
-        prefix=prefix,
-        image_size=as_size(image_size, "image_size"),
-        source_size=as_size(source_size, "source_size"),
-        num_heads=num_heads,
-        decoder_num_heads=decoder_num_heads,
-        with_decoder=what != "encoder",
-    )
-    say(found.describe())
-    if what == "full" and found.decoder is None:
-        raise UserError(f"{file} holds an encoder only: use what=encoder")
-    full = found.decoder is not None
-    config = _settings(found, out)
-    dropped = [*dropped_names(found, full=full), *found.dropped]
-    report = LoadReport(file, resized=found.resized, dropped=dropped, notes=found.notes)
-    if full:
-        method = build_method(config)
-        load_tensors(method, _method_tensors(found, method), report, allow=allow)
-        report.notes += _assumed(found, config)
-        checkpoints.save(
-            folder / "checkpoints", 0, method.state_dict(), {}, {"imported": file}, keep=1
+    with lock(folder):  # from the first check to the end
+        refuse_used_folder(folder)
+        found = official.read_official(
+            file,
+            weights=weights,
+            prefix=prefix,
+            image_size=as_size(image_size, "image_size"),
+            source_size=as_size(source_size, "source_size"),
+            num_heads=num_heads,
+            decoder_num_heads=decoder_num_heads,
+            with_decoder=what != "encoder",
         )
-        write_export(config, cast(Encoder, method.encoder), folder / "export")
-    else:
-        encoder = found.architecture.build()
-        load_tensors(encoder, found.encoder, report, allow=allow)
-        timm = "init= and timm" if found.architecture.clip is None else "and init="
-        report.notes.append(
-            f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume"
-        )
+        say(found.summary())
+        if what == "full" and found.decoder is None:
+            raise UserError(f"{file} holds an encoder only: use what=encoder")
+        config, dropped = _settings(found, out), [*found.unused(), *found.dropped]
+        report = LoadReport(file, resized=found.resized, dropped=dropped, notes=found.notes)
+        if found.decoder is None:
+            encoder = found.architecture.build(file)
+            load_tensors(encoder, found.encoder, report, allow=allow)
+            timm = "init= and timm" if found.architecture.clip is None else "and init="
+            report.notes.append(
+                f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume"
+            )
+        else:
+            method = build_method(config)
+            encoder = method.encoder
+            load_tensors(method, _method_tensors(found, method), report, allow=allow)
+            report.notes += _assumed(found, config)
+            state = method.state_dict()
+            checkpoints.save(folder / "checkpoints", 0, state, {}, {"imported": file}, keep=1)
         write_export(config, encoder, folder / "export")
-    say(report.render())
-    with replacing(folder / "config.yaml") as new:
-        new.write_text(config.to_yaml(), encoding="utf-8")
+        say(report.render())
+        with replacing(folder / "config.yaml") as new:
+            new.write_text(config.to_yaml(), encoding="utf-8")
     return Run(folder)
 
 
-def _assumed(found: Checkpoint, config: RunConfig) -> list[str]:
+def _assumed(found: OfficialFile, config: RunConfig) -> list[str]:
     """Which settings of the method the file does not tell."""
-    values = config.method.model_dump()
-    unknown = ", ".join(
-        f"method.{name}={shown(values[name])}" for name in _TOLD if name not in found.settings
-    )
-    return [f"assumed in config.yaml, because the file does not tell: {unknown}"] if unknown else []
+    unknown = [name for name in _TOLD if name not in found.settings]
+    told = [f"method.{name}={shown(getattr(config.method, name))}" for name in unknown]
+    because = "assumed in config.yaml, because the file does not tell"
+    return [f"{because}: {', '.join(told)}"] if told else []
 
 
-def _settings(found: Checkpoint, out: str) -> RunConfig:
-    architecture = found.architecture
+def _settings(found: OfficialFile, out: str) -> RunConfig:
+    """The settings of a run that would have made the file, as far as it tells."""
+    architecture, decoder = found.architecture, found.decoder
+    patch = architecture.patch_size or 0
     method: dict[str, Any] = {"name": found.method}
-    if found.decoder is not None:
-        method |= _decoder_settings(found, found.decoder)
+    if decoder is not None:
+        pixels = patch**2 * architecture.channels
+        pixels *= 1 if architecture.clip is None else architecture.clip[1]
+        if decoder.values != pixels:
+            raise UserError(
+                f"{found.source}: its decoder predicts {decoder.values} numbers a patch, not its "
+                f"{pixels} pixel values: import the encoder only, with what=encoder"
+            )
+        method |= {
+            "decoder_embed_dim": decoder.width,
+            "decoder_depth": decoder.depth,
+            "decoder_num_heads": decoder.num_heads,
+            "decoder_mlp_ratio": decoder.mlp_ratio,
+            "decoder_qkv_bias": decoder.qkv_bias,
+            **found.settings,
+        }
     clip: dict[str, Any] = {}
     if architecture.clip is not None:
         clip["clip"] = dict(zip(("frames", "tubelet"), architecture.clip, strict=True))
     return from_settings(
         data=f"imported:{found.source}",
         model=architecture.model,
-        model_args={
-            name: value
-            for name, value in architecture.model_args.items()
-            if (name, value) != ("fc_norm", False)
-        },
+        model_args=dict(architecture.model_args),
         image_size=architecture.image_size,
         patch_size=architecture.patch_size,
         channels=architecture.channels,
@@ -251,38 +230,16 @@ def _settings(found: Checkpoint, out: str) -> RunConfig:
     )
 
 
-def _decoder_settings(found: Checkpoint, decoder: DecoderShape) -> dict[str, Any]:
-    tubelet = 1 if found.architecture.clip is None else found.architecture.clip[1]
-    pixels = found.architecture.patch_size**2 * found.architecture.channels * tubelet
-    if decoder.values != pixels:
-        raise UserError(
-            f"{found.source}: its decoder predicts {decoder.values} numbers a patch, not its {pixels} pixel values: "
-            "import the encoder only, with what=encoder"
-        )
-    return {
-        "decoder_embed_dim": decoder.width,
-        "decoder_depth": decoder.depth,
-        "decoder_num_heads": decoder.num_heads,
-        "decoder_mlp_ratio": decoder.mlp_ratio,
-        "decoder_qkv_bias": decoder.qkv_bias,
-        **found.settings,
-    }
-
-
-def _method_tensors(found: Checkpoint, method: Method) -> dict[str, Tensor]:
+def _method_tensors(found: OfficialFile, method: Method) -> dict[str, Tensor]:
     """Every tensor of the method from the file; a teacher that the file lacks is the student."""
-    unwanted = set(dropped_names(found, full=True))
-    check_decoder_positions(found.tensors, found.architecture.table_grid, found.source)
-    ours = from_reference_names(
-        {name: t for name, t in found.tensors.items() if name not in unwanted}
-    )
-    names = [name for name in method.state_dict() if name.startswith(_TEACHER)]
-    taught = {
-        name: ours[name.removeprefix(_TEACHER)]
-        for name in names
-        if name.removeprefix(_TEACHER) in ours
-    }
+    official.check_decoder_positions(found.tensors, found.architecture.table_grid, found.source)
+    unwanted = set(found.unused())
+    wanted = {name: t for name, t in found.tensors.items() if name not in unwanted}
+    ours = reference.from_reference_names(wanted)
+    for name in method.state_dict():
+        if name.startswith(_TEACHER) and name.removeprefix(_TEACHER) in ours:
+            ours[name] = ours[name.removeprefix(_TEACHER)]
     if found.teacher is not None:
         stored = {name: t for name, t in found.teacher.items() if name not in unwanted}
-        taught |= from_reference_names(stored, teacher=True)
-    return ours | taught
+        ours |= reference.from_reference_names(stored, teacher=True)
+    return ours
