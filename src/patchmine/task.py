@@ -53,7 +53,7 @@ class Task(nn.Module):
         """Called after every optimizer step, with the step that was just made."""
 
     def param_groups(self) -> list[ParamGroup]:
-        """What is trained and how; by default all that takes a gradient, as the run's settings say."""
+        """What is trained and how; by default all that takes a gradient, as the settings say."""
         return [ParamGroup(self.learning())]
 
     def encoders(self) -> dict[str, nn.Module]:
@@ -68,7 +68,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def metric(self) -> str | None:
-        """The number of an evaluation by which the best checkpoint is kept; None: the evaluation's."""
+        """The number by which the best checkpoint is kept; None: the evaluation's own."""
         return None
 
     def learning(self) -> list[tuple[str, nn.Parameter]]:
@@ -76,7 +76,7 @@ class Task(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if p.requires_grad]
 
     def sparing(self, undecayed: Collection[str], **how: Any) -> list[ParamGroup]:
-        """All that takes a gradient, updated as ``how`` says, ``undecayed`` without weight decay."""
+        """All that takes a gradient, ``undecayed`` names without weight decay."""
         decayed = [(name, p) for name, p in self.learning() if name not in undecayed]
         spared = [(name, p) for name, p in self.learning() if name in undecayed]
         groups = [ParamGroup(decayed, **how)]
@@ -113,8 +113,10 @@ class Method(Task):
         """
 
     def encoders(self) -> dict[str, nn.Module]:
-        """The encoder that is trained; a method with more of them names these too."""
-        return {"student": self.encoder}
+        """The encoder that is trained, and that of an EMA teacher; a pair names its partner too."""
+        teacher = getattr(self, "teacher", None)
+        copies = {} if teacher is None else {"teacher": teacher.get_submodule("encoder")}
+        return {"student": self.encoder, **copies}
 
     def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
         """Called in every process before the first step of an epoch; not where a run is resumed

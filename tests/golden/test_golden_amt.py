@@ -139,7 +139,7 @@ def test_forward(golden: Golden, method: AMT) -> None:
 def test_guided_loss_and_gradients(golden: Golden, method: AMT) -> None:
     """The whole step, with the stored weights in place of a map."""
     method.noise = FedNoise(uniform_for(golden["amt.exp_noise"]))
-    method.look = lambda batch: golden["amt.token_weights"]
+    method.attend = lambda batch: golden["amt.token_weights"]
     losses = method(batch_of(golden["amt.images"]), Progress(golden.config["epoch"], 400, 1))
     golden.check_number(losses["loss"], golden.scalar("amt.loss"))
     losses["loss"].backward()
@@ -234,7 +234,7 @@ def test_simmim_loss_and_gradients(
     golden_simmim: Golden, on_simmim: AMT, patch_weights: Tensor
 ) -> None:
     golden, images = golden_simmim, golden_simmim["images"]
-    on_simmim.look = lambda batch: patch_weights
+    on_simmim.attend = lambda batch: patch_weights
     entered: list[Tensor] = []
     on_simmim.encoder.norm.register_forward_hook(
         lambda module, inputs, output: entered.append(output)

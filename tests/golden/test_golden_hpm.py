@@ -108,10 +108,10 @@ def test_fixed_positions(golden: Golden) -> None:
 
 def test_teacher(golden: Golden) -> None:
     method = build(golden)
-    _, difficulty = method.look(golden["imgs"], True)
+    _, difficulty = method.ask_teachers(golden["imgs"], True)
     golden.check(difficulty, "teacher.loss_pred", "tokens")
     golden.check(encode(method.teacher.encoder, golden["imgs"]), "teacher.features", "tokens")
-    features, _ = build(golden, target="ema").look(golden["imgs"], False)
+    features, _ = build(golden, target="ema").ask_teachers(golden["imgs"], False)
     golden.check(features, golden["teacher.features"][:, 1:], "tokens")
 
 

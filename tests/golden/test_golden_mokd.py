@@ -19,7 +19,7 @@ from golden_vectors import (
 from torch import Tensor
 
 from patchmine.backbones.positions import resize_positions
-from patchmine.methods.mokd import MOKD, look, search
+from patchmine.methods.mokd import MOKD, outputs_of, search
 from patchmine.ops.distill import teacher_temperature
 from patchmine.ops.schedules import LrSchedule
 from patchmine.train.optim import build_optimizers, clip_gradients, set_rates, update
@@ -142,7 +142,7 @@ def test_activations(golden: Golden, batch: Batch) -> None:
             (method.study(number, large, crops=2), method.study(number, small, crops=crops))
             for number in (CNN, VIT)
         ]
-        taught = [look(teacher, large) for teacher in method.teachers()]
+        taught = [outputs_of(teacher, large) for teacher in method.teachers()]
         queries = [
             student.thead.query(local.pooled)
             for student, (_, local) in zip(method.students(), seen, strict=True)

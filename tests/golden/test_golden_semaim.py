@@ -156,7 +156,7 @@ def build(golden: Golden, case: str, monkeypatch: pytest.MonkeyPatch) -> SemAIM:
 
 def look(golden: Golden, method: SemAIM) -> tuple[Tensor | None, Tensor | None]:
     images = golden["images"]
-    return method.look(images, embed_patches(method.encoder, images))
+    return method.judge(images, embed_patches(method.encoder, images))
 
 
 def stored_masks(golden: Golden, case: str) -> tuple[Tensor, Tensor]:
@@ -339,7 +339,7 @@ def test_loss_and_gradients(golden: Golden, monkeypatch: pytest.MonkeyPatch, cas
     follow(golden, case, method)
     images = golden["images"]
     patches = embed_patches(method.encoder, images)
-    features, similarity = method.look(images, patches)
+    features, similarity = method.judge(images, patches)
     order, score = method.draw_order(images, similarity)
     predicted = method.predict_patches(patches, order, score)
     back = order.argsort(dim=1)
@@ -380,7 +380,7 @@ def test_breaking_ties_is_another_model(golden: Golden, monkeypatch: pytest.Monk
         method.config = method.config.model_copy(update={"ties": "break"})
         images = golden["images"]
         patches = embed_patches(method.encoder, images)
-        features, similarity = method.look(images, patches)
+        features, similarity = method.judge(images, patches)
         order, score = method.draw_order(images, similarity)
         broken = method.error(
             method.predict_patches(patches, order, score), images, features, order

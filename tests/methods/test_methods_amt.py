@@ -204,7 +204,7 @@ def test_thrown_pixels_change_nothing(host: str) -> None:
     method.maps.replace([(torch.arange(3), torch.rand(3, 96))])
     method.noise.begin(0)
     pixels = images()
-    gone = on_pixels(thrown(method.draw_mask(pixels, method.look(batch_of(pixels)))))
+    gone = on_pixels(thrown(method.draw_mask(pixels, method.attend(batch_of(pixels)))))
     assert gone.any()
     found = []
     for shown in (pixels, torch.where(gone, images(seed=1), pixels)):
@@ -306,7 +306,7 @@ def test_a_refresh_keeps_what_the_encoder_looks_at(host: str) -> None:
         method.maps(torch.arange(5)), expected, atol=0.5 / 255 + 1e-5, rtol=0
     )
     assert method.maps.values.shape == (5, 96)
-    weights = method.look(batch_of(images(2), index=torch.tensor([4, 1])))
+    weights = method.attend(batch_of(images(2), index=torch.tensor([4, 1])))
     torch.testing.assert_close(weights, expected[[4, 1]], atol=0.5 / 255 + 1e-5, rtol=0)
     method.begin_epoch(Progress(42, 400, 1), [])  # nothing to be done
     assert method.maps.values.shape == (5, 96)
@@ -320,7 +320,7 @@ def test_a_refresh_without_images_is_no_silent_uniform_draw() -> None:
 def test_images_without_a_map_are_drawn_uniformly() -> None:
     method = build()
     method.maps.replace([(torch.tensor([0]), torch.rand(1, 96))])
-    weights = method.look(batch_of(images(3), index=torch.tensor([0, 1, 70])))
+    weights = method.attend(batch_of(images(3), index=torch.tensor([0, 1, 70])))
     assert weights[0].any()
     assert not weights[1:].any()
     mask = method.draw_mask(images(3), weights)
@@ -333,11 +333,11 @@ def test_online_maps_follow_the_slow_copy_on_the_crop_itself() -> None:
     with torch.no_grad():
         for parameter in method.encoder.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    assert not torch.equal(method.look(batch_of(images())), probe(method.encoder, images()))
+    assert not torch.equal(method.attend(batch_of(images())), probe(method.encoder, images()))
     for _ in range(40):
         method.after_step(GUIDED)
     torch.testing.assert_close(
-        method.look(batch_of(images())), probe(method.encoder, images()), atol=1e-4, rtol=1e-4
+        method.attend(batch_of(images())), probe(method.encoder, images()), atol=1e-4, rtol=1e-4
     )
     assert not any("teacher" in name for name, _ in method.learning())
 
@@ -372,7 +372,7 @@ def test_what_is_looked_at_is_masked_wherever_the_crop_moves_it(how: str, follow
     box = torch.tensor(cuts) / torch.tensor([96, 144, 96, 144])
     flip = torch.from_numpy(generator.random(400) < 0.5)
     batch = Batch([torch.zeros(400, 3, 32, 48)], torch.arange(400), box, flip)
-    mask = method.draw_mask(batch.views[0], method.look(batch))
+    mask = method.draw_mask(batch.views[0], method.attend(batch))
     shown = pixel_truth(inside, cuts, flip)
     masked = mask.as_bool()
     visible = ~masked & ~thrown(mask)

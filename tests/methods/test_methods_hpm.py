@@ -97,7 +97,7 @@ def test_each_loss_teaches_its_own_decoder(images: Tensor) -> None:
 
 def test_the_hardest_for_the_teacher_are_masked(images: Tensor) -> None:
     method = build()
-    _, difficulty = method.look(images, True)
+    _, difficulty = method.ask_teachers(images, True)
     for epoch in (10, 100, 199):
         mask = method.draw_mask(images, difficulty, Progress(epoch, 200, 1))
         hard = int(48 * 0.5 * (epoch + 1) / 200)
@@ -173,7 +173,7 @@ def test_without_prediction_it_is_mae(images: Tensor) -> None:
 def test_feature_targets_are_the_teachers_own(images: Tensor) -> None:
     method = build(target="ema")
     assert method.decoder.head.out_features == 32
-    features, difficulty = method.look(images, False)
+    features, difficulty = method.ask_teachers(images, False)
     assert features.shape == (3, 64, 32)
     assert difficulty is None
     assert 0 < method(batch_of(images), EARLY)["reconstruction"].item() < 4
@@ -200,7 +200,7 @@ def test_it_learns_where_the_noise_is(prediction: str) -> None:
         losses["loss"].backward()
         optimizer.step()
         method.after_step(Progress(step, 120, 1))
-    _, difficulty = method.look(half_noisy(16), True)
+    _, difficulty = method.ask_teachers(half_noisy(16), True)
     columns = difficulty.argsort(dim=1)[:, -24:] % 8
     assert (columns >= 4).float().mean() > 0.8
     if prediction == "relative":

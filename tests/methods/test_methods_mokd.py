@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchmine.backbones.family import Encoder, build_encoder
 from patchmine.errors import UserError
-from patchmine.methods.mokd import MOKD, look, search
+from patchmine.methods.mokd import MOKD, outputs_of, search
 from patchmine.ops.distill import search_cross_entropy, sharpen
 from patchmine.ops.schedules import LrSchedule
 from patchmine.train.optim import Optimizers, build_optimizers, clip_gradients, set_rates, update
@@ -98,7 +98,7 @@ def test_each_loss_pulls_at_its_own_student(views: list[Tensor], pair: tuple[str
     seen = [
         (method.study(n, large, crops=2), method.study(n, small, crops=LOCALS)) for n in range(2)
     ]
-    taught = [look(teacher, large) for teacher in method.teachers()]
+    taught = [outputs_of(teacher, large) for teacher in method.teachers()]
     learning = {name for name, _ in method.learning()}
     for number in range(2):
         method.zero_grad()
@@ -198,7 +198,7 @@ def test_a_search_is_paired_with_its_own_image(views: list[Tensor]) -> None:
         torch.testing.assert_close(moved[name], first[name], atol=1e-4, rtol=1e-4)
     large, small = torch.cat(views[:2]), torch.cat(views[2:])
     student, teacher = method.students()[0], method.teachers()[1]
-    local, taught = look(student, small), look(teacher, large)
+    local, taught = outputs_of(student, small), outputs_of(teacher, large)
     query = student.thead.query(local.pooled)
     right, wrong = (search(teacher.thead, taught.maps, q) for q in (query, query.roll(1, 0)))
     assert (right - wrong).abs().max() > 1e-5
@@ -228,7 +228,7 @@ def test_centres(views: list[Tensor]) -> None:
         expected = [
             0.1 * out.mean(dim=0)
             for t in method.teachers()
-            for out in (look(t, large).head, look(t, large).thead)
+            for out in (outputs_of(t, large).head, outputs_of(t, large).thead)
         ]
     method.after_step(LATE)
     for name, mean in zip(
@@ -353,7 +353,7 @@ def test_positions_of_a_vit_are_learned_and_teachers_drop_nothing() -> None:
             method.noise.begin(number)
             if not same:
                 method.study(0, images, crops=2)
-            made.append(look(network, images).head)
+            made.append(outputs_of(network, images).head)
         assert torch.equal(*made) is same
 
 

@@ -57,7 +57,7 @@ def predict(method: SemAIM, images: Tensor, order: Tensor | None = None) -> tupl
     patches = embed_patches(method.encoder, images)
     score = None
     if order is None:
-        order, score = method.draw_order(images, method.look(images, patches)[1])
+        order, score = method.draw_order(images, method.judge(images, patches)[1])
     return method.predict_patches(patches, order, score), order
 
 
@@ -95,7 +95,7 @@ def test_sorted_form_equals_masked_form(
     fast, slow = (build(**options).double() for _ in range(2))
     images = images.double()
     patches = embed_patches(fast.encoder, images)
-    order, score = fast.draw_order(images, fast.look(images, patches)[1])
+    order, score = fast.draw_order(images, fast.judge(images, patches)[1])
     assert (score is None) == plain  # follows from the settings alone
     ranks = torch.arange(L).expand_as(order) if score is None else score.expand_as(order)
     found = fast.predict_patches(patches, order, score)
@@ -212,7 +212,7 @@ def test_everything_learns_and_teachers_do_not(
 def test_the_look_at_the_image_is_without_dropout(images: Tensor) -> None:
     method = build(model_args=ARGS | dict(drop_path_rate=0.5, proj_drop_rate=0.5)).train()
     patches = embed_patches(method.encoder, images)
-    assert torch.equal(method.look(images, patches)[1], method.look(images, patches)[1])
+    assert torch.equal(method.judge(images, patches)[1], method.judge(images, patches)[1])
     assert not torch.equal(predict(method, images)[0], predict(method, images)[0])
 
 
@@ -221,7 +221,7 @@ def test_the_look_at_the_image_is_without_dropout(images: Tensor) -> None:
 
 def test_the_centre_comes_first_and_rings_follow(images: Tensor) -> None:
     method = build()
-    similarity = method.look(images, embed_patches(method.encoder, images))[1]
+    similarity = method.judge(images, embed_patches(method.encoder, images))[1]
     order, _ = method.draw_order(images, similarity)
     assert torch.equal(order[:, 0], similarity.argmax(dim=1))
     distance = ((order // 8 - order[:, :1] // 8) ** 2 + (order % 8 - order[:, :1] % 8) ** 2).float()
@@ -265,13 +265,13 @@ def test_nothing_is_looked_at_that_nobody_asks_for(
 def test_the_slow_copy_judges_where_asked(images: Tensor, similarity: str) -> None:
     online, ema = build(similarity=similarity), build(similarity=similarity, semantic_source="ema")
     patches = embed_patches(online.encoder, images)
-    expected = online.look(images, patches)[1]
-    torch.testing.assert_close(ema.look(images, patches)[1], expected)
+    expected = online.judge(images, patches)[1]
+    torch.testing.assert_close(ema.judge(images, patches)[1], expected)
     with torch.no_grad():
         ema.encoder.blocks[0].attn.qkv.weight.mul_(2)
-    torch.testing.assert_close(ema.look(images, patches)[1], expected)
+    torch.testing.assert_close(ema.judge(images, patches)[1], expected)
     ema.after_step(START)
-    assert not torch.equal(ema.look(images, patches)[1], expected)
+    assert not torch.equal(ema.judge(images, patches)[1], expected)
 
 
 def test_slow_copy_moves_at_the_published_pace() -> None:
@@ -305,7 +305,7 @@ def test_a_foreign_network_gives_targets_and_similarity(
     method = build(target="dino", target_file=str(dino), similarity=similarity)
     tokens = method.foreign.tower.forward_features(images)
     anchor = tokens[:, 0] if similarity == "cls" else tokens[:, 1:].mean(dim=1)
-    features, found = method.look(images, embed_patches(method.encoder, images))
+    features, found = method.judge(images, embed_patches(method.encoder, images))
     assert torch.equal(features, tokens[:, 1:])
     torch.testing.assert_close(found, F.cosine_similarity(anchor[:, None], tokens[:, 1:], dim=-1))
     losses = method(batch_of(images), START)
@@ -415,9 +415,7 @@ def test_a_foreign_network_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         global_pool="avg",
     )
     torch.save(bare.state_dict(), tmp_path / "bare.pth")
-    with pytest.raises(
-        UserError, match=r"bare.pth is a network without class token.*method.similarity=gap"
-    ):
+    with pytest.raises(UserError, match=r"bare.pth has no class token.*method.similarity=gap"):
         build(target="dino", target_file=str(tmp_path / "bare.pth"))
     assert (
         build(target="dino", target_file=str(tmp_path / "bare.pth"), similarity="gap").foreign.width

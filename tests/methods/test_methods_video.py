@@ -209,7 +209,7 @@ def test_it_learns_which_places_are_hard() -> None:
         3e-3,
     )
     clips = crossed_by_noise(texture, torch.ones(16, dtype=torch.int64), generator)
-    scores = method.look(clips, True)[1].unflatten(1, (SLOTS, PLACES)).mean(dim=1)
+    scores = method.ask_teachers(clips, True)[1].unflatten(1, (SLOTS, PLACES)).mean(dim=1)
     path = (torch.arange(PLACES) // 4 == 1).expand(16, -1)
     assert area(scores, path) > 0.9
 
@@ -242,7 +242,7 @@ def test_it_learns_where_a_clip_moves() -> None:
     train(method, lambda: crossed_by_noise(texture, rows(32), generator), 1200, 3e-3)
     crossed = rows(256)
     clips = crossed_by_noise(texture, crossed, generator)
-    difficulty = method.look(clips, True)[1]
+    difficulty = method.ask_teachers(clips, True)[1]
     path = torch.arange(PLACES) // 4 == crossed[:, None]
     assert area(difficulty.unflatten(1, (SLOTS, PLACES)).mean(dim=1), path) > 0.7
     hidden = {

@@ -22,11 +22,13 @@ BLOCKS = dict(decoder_mlp_ratio=1.5, decoder_norm_eps=1e-3, decoder_qkv_bias=Fal
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(mlp_ratio=2.5, norm_eps=1e-3), dict(qkv_bias=False)], ids=str
+    "options",
+    [{}, dict(decoder_mlp_ratio=2.5, decoder_norm_eps=1e-3), dict(decoder_qkv_bias=False)],
+    ids=str,
 )
 def test_the_last_rows_are_those_of_the_plain_blocks(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    decoder = Decoder(16, 2, 2, 5, **options)
+    decoder = Decoder(MAE.Config(**SIZES, **options), 5)
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.3)
     tokens = torch.randn(3, 7, 16)
@@ -68,7 +70,8 @@ def test_the_blocks_are_those_of_mae_unless_asked_for_otherwise(kind: Any) -> No
 
 
 def test_a_perceptron_without_hidden_units_is_refused() -> None:
+    settings = MAE.Config(decoder_embed_dim=16, decoder_num_heads=2, decoder_mlp_ratio=0.01)
     with pytest.raises(
         UserError, match=r"method\.decoder_mlp_ratio=0\.01 .*method\.decoder_embed_dim=16"
     ):
-        Decoder(16, 1, 2, 5, mlp_ratio=0.01)
+        Decoder(settings, 5)

@@ -30,7 +30,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "mokd": MokdSettings,
     "scfs": ScfsSettings,
 }
-"""Looked up when settings are checked, so that a program may add a method of its own before that."""
+"""Looked up when settings are checked, so that a program may add a method of its own first."""
 
 
 def method_class(settings: MethodSettings | type[MethodSettings]) -> type[Method]:

@@ -8,34 +8,22 @@ give come from the reference code, Haochen-Wang409/DropPos; each names its file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchmine.backbones import tokens as vit_tokens
 from patchmine.backbones.family import Encoder, encode, family_of, transform
-from patchmine.backbones.tokens import (
-    embed_patches,
-    encoder_grid,
-    patch_positions,
-    prefix_tokens,
-    project_patches,
-)
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.methods.settings.droppos import DropPosSettings
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
+from patchmine.ops import position_targets as places_of
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
 from patchmine.ops.patches import all_patches, images_from_values, patch_values, pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map
-from patchmine.ops.position_targets import (
-    least_cross_entropy,
-    paint_patches,
-    place_colours,
-    smoothing_map,
-)
 from patchmine.ops.schedules import falling
 from patchmine.task import Method
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
@@ -43,11 +31,8 @@ from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progre
 
 @dataclass(frozen=True)
 class Puzzle:
-    """Who is who among the patches of each image, by number, in raster order: the encoder sees
-    ``kept``, ``dropped``.
-
-    ``kept`` (B, K) keep their position embedding, ``dropped`` (B, Q) lose it, ``removed`` (B, L -
-    V) are not there.
+    """Numbers of the patches of each image that keep their position (B, K), lose it (B, Q), or are
+    removed (B, L - V), each in raster order.
     """
 
     kept: Tensor
@@ -56,25 +41,18 @@ class Puzzle:
 
     @property
     def visible(self) -> Tensor:
-        """(B, V), in the order in which the encoder sees them: those whose place is asked for come
-        last.
-        """
+        """(B, V), in the encoder's order: those whose place is asked for come last."""
         return torch.cat([self.kept, self.dropped], dim=1)
 
     @property
     def mask(self) -> Mask:
         """The same as MAE sees it; ``visible`` is in the encoder's order."""
-        return Mask(
-            self.visible,
-            self.removed,
-            self.kept.shape[1] + self.dropped.shape[1] + self.removed.shape[1],
-        )
+        visible = self.visible
+        return Mask(visible, self.removed, visible.shape[1] + self.removed.shape[1])
 
 
 class DropPos(Method):
-    """A classifier over all places for visible patches without position; few patches seen, no
-    pixels predicted.
-    """
+    """A classifier over all places for visible patches without position."""
 
     Config = DropPosSettings
 
@@ -87,28 +65,14 @@ class DropPos(Method):
     def __init__(self, config: DropPosSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         _refuse_leaks(encoder)
-        self.grid = encoder_grid(encoder)
+        self.grid = vit_tokens.encoder_grid(encoder)
         self.num_visible = count_visible(self.grid.num_patches, config.mask_ratio)
         self.num_kept = count_visible(self.num_visible, config.pos_mask_ratio)
         self.num_dropped = self.num_visible - self.num_kept
         self.smoothing_size = _smoothing_size(config, self.grid)
-        width, depth, heads = (
-            config.decoder_embed_dim,
-            config.decoder_depth,
-            config.decoder_num_heads,
-        )
-        blocks: dict[str, Any] = dict(
-            mlp_ratio=config.decoder_mlp_ratio,
-            norm_eps=config.decoder_norm_eps,
-            qkv_bias=config.decoder_qkv_bias,
-        )
-        check_decoder(width, heads, self.num_visible, config.mask_ratio)
-        _check(
-            config,
-            encoder,
-            num_dropped=self.num_dropped,
-            num_removed=self.grid.num_patches - self.num_visible,
-        )
+        width = config.decoder_embed_dim
+        check_decoder(config, self.num_visible, config.mask_ratio)
+        _check(config, encoder, self.num_dropped, self.grid.num_patches - self.num_visible)
         # With one weight for all, every image has as many terms as any other.
         self.averages_rows = not (config.attentive or config.conf_ignore)
 
@@ -117,15 +81,14 @@ class DropPos(Method):
             self.position_token = nn.Parameter(torch.empty(1, 1, encoder.embed_dim))
             nn.init.normal_(self.position_token, std=0.02)
         self.decoder_embed = nn.Linear(encoder.embed_dim, width)
-        self.decoder = Decoder(width, depth, heads, self.grid.num_patches, **blocks)
+        self.decoder = Decoder(config, self.grid.num_patches)
         parts: list[nn.Module] = [self.decoder_embed, self.decoder]
         self.pixel_input = self.pixel_decoder = None
         if config.multi_task:
-            self.pixel_input = DecoderInput(
-                encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
-            )
+            prefix = encoder.num_prefix_tokens
+            self.pixel_input = DecoderInput(encoder.embed_dim, width, self.grid, prefix)
             values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
-            self.pixel_decoder = Decoder(width, depth, heads, values, **blocks)
+            self.pixel_decoder = Decoder(config, values)
             parts += [self.pixel_input, self.pixel_decoder]
         for part in parts:
             initialise(part)
@@ -140,44 +103,31 @@ class DropPos(Method):
         if self.pixel_input is None or self.pixel_decoder is None:
             return losses
         tokens = self.pixel_input(latent, puzzle.mask)
-        painted = self.pixel_decoder.head(
-            self.pixel_decoder(tokens, puzzle.removed.shape[1])
-        )  # (B, L - V, P)
-        target = pixel_targets(
-            images, puzzle.removed, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss
-        )
-        position, pixels = losses["loss"], squared_error(painted, target).mean()
-        return {
-            **losses,
-            "loss": self.config.pos_weight * position + pixels,
-            "position": position,
-            "pixels": pixels,
-        }
+        features = self.pixel_decoder(tokens, puzzle.removed.shape[1])
+        predicted = self.pixel_decoder.head(features)  # (B, L - V, P)
+        norm, patch = self.config.norm_pix_loss, self.grid.patch
+        target = pixel_targets(images, puzzle.removed, patch, norm_pix_loss=norm)
+        position, pixels = losses["loss"], squared_error(predicted, target).mean()
+        loss = self.config.pos_weight * position + pixels
+        return {**losses, "loss": loss, "position": position, "pixels": pixels}
 
     def draw_puzzle(self, images: Tensor) -> Puzzle:
-        """Two independent draws for each image: which patches stay, and which of those keep their
-        position.
-        """
-        noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
+        """Which patches stay, and which of those keep their position: two independent draws."""
+        count, device = len(images), images.device
+        noise = self.noise.uniform(count, self.grid.num_patches, device=device)
         there = lowest_visible(noise, self.num_visible)
-        slots = lowest_visible(
-            self.noise.uniform(len(images), self.num_visible, device=images.device), self.num_kept
-        )  # numbers among the visible ones
+        noise = self.noise.uniform(count, self.num_visible, device=device)
+        slots = lowest_visible(noise, self.num_kept)  # numbers among the visible ones
         kept, dropped = (there.visible.gather(1, index) for index in (slots.visible, slots.masked))
         return Puzzle(kept, dropped, there.masked)
 
     def encode(self, images: Tensor, puzzle: Puzzle) -> Tensor:
-        """Tokens of the visible patches after the final norm, prefix first, then those with
-        position: (B, P + V, D).
-        """
-        kept = embed_patches(self.encoder, images, puzzle.kept)  # (B, K, D)
-        dropped = project_patches(
-            self.encoder, images, puzzle.dropped
-        ) + self._in_place_of_positions(puzzle)
-        return transform(
-            self.encoder,
-            torch.cat([prefix_tokens(self.encoder, len(images)), kept, dropped], dim=1),
-        )
+        """Final tokens: prefix, visible patches with position, those without: (B, P + V, D)."""
+        kept = vit_tokens.embed_patches(self.encoder, images, puzzle.kept)  # (B, K, D)
+        dropped = vit_tokens.project_patches(self.encoder, images, puzzle.dropped)  # (B, Q, D)
+        dropped = dropped + self._in_place_of_positions(puzzle)
+        prefix = vit_tokens.prefix_tokens(self.encoder, len(images))
+        return transform(self.encoder, torch.cat([prefix, kept, dropped], dim=1))
 
     def _in_place_of_positions(self, puzzle: Puzzle) -> Tensor | float:
         """What dropped patches get instead, (B, Q, D) or less."""
@@ -185,43 +135,34 @@ class DropPos(Method):
             return self.position_token
         if self.config.mask_token_type == "zeros":
             return 0.0
-        # Some patch may get its own position back; it is asked for it all the same, as in the
-        # reference.
-        order = self.noise.uniform(*puzzle.dropped.shape, device=puzzle.dropped.device).argsort(
-            dim=1, stable=True
-        )
-        return patch_positions(self.encoder)[puzzle.dropped.gather(1, order)]
+        # Some patch may get its own position back and is asked for it all the same (reference).
+        noise = self.noise.uniform(*puzzle.dropped.shape, device=puzzle.dropped.device)
+        other = puzzle.dropped.gather(1, noise.argsort(dim=1, stable=True))
+        return vit_tokens.patch_positions(self.encoder)[other]
 
     def locate(self, latent: Tensor, num_last: int) -> Tensor:
-        """Logits over all places for the last ``num_last`` tokens: (B, P + V, D) -> (B, num_last,
-        L).
-
-        The decoder gets no positions either: they would be the answer.
-        """
+        """Logits over all places for the last tokens: (B, P + V, D) -> (B, num_last, L)."""
+        # The decoder gets no positions either: they would be the answer.
         return self.decoder.head(self.decoder(self.decoder_embed(latent), num_last))
 
     @torch.no_grad()
     def weigh(self, images: Tensor, puzzle: Puzzle) -> Tensor | None:
-        """How much each dropped patch counts: by what the encoder itself makes of the whole image,
-        (B, Q) or None.
-        """
+        """How much each dropped patch counts, from a pass over the whole image: (B, Q) or None."""
         if not self.config.attentive:
             return None
         features = encode(self.encoder, images)  # (B, P + L, D)
         wanted = puzzle.visible[:, :, None].expand(-1, -1, features.shape[-1])
         patches = features[:, self.encoder.num_prefix_tokens :].gather(1, wanted)
-        return attentive_weights(features[:, 0], patches, self.config.temperature)[
-            :, self.num_kept :
-        ]
+        weights = attentive_weights(features[:, 0], patches, self.config.temperature)
+        return weights[:, self.num_kept :]
 
     def position_losses(
         self, logits: Tensor, places: Tensor, weights: Tensor | None, progress: Progress
     ) -> Losses:
-        """Cross-entropy with the smoothed places (B, Q), one ratio over the batch (spec droppos.md,
-        section 3.6).
+        """Cross-entropy with the smoothed places (B, Q), one ratio over the batch.
 
-        ``above_floor`` is what is left of it when the smallest possible value is taken off, which
-        falls with the width of the targets.  ``accuracy`` counts all dropped patches alike.
+        ``above_floor`` is the loss less its smallest possible value, which falls with the width of
+        the targets; ``accuracy`` counts all dropped patches alike (docs/methods/droppos.md).
         """
         smoothed = self.smoothed_places(progress, logits.device)  # (L, L)
         scores = logits.float().log_softmax(dim=-1)
@@ -234,20 +175,20 @@ class DropPos(Method):
         # All may be ignored; then there is nothing to learn, and 0 / 0 would say NaN.
         total = counted.sum().clamp(min=torch.finfo(torch.float32).tiny)
         loss = (counted * entropies).sum() / total
-        floor = (counted * least_cross_entropy(smoothed)[places]).sum() / total
+        floor = (counted * places_of.least_cross_entropy(smoothed)[places]).sum() / total
         losses = {"loss": loss, "above_floor": loss.detach() - floor, "accuracy": right.mean()}
         if not self.averages_rows:
             losses["weighted_accuracy"] = (counted * right).sum() / total
         return losses
 
     def smoothed_places(self, progress: Progress, device: torch.device) -> Tensor:
-        """(target L, place L): how the target of each place is spread over the grid in this epoch."""
+        """(target L, place L): how each place's target is spread over the grid in this epoch."""
         config = self.config
         width = falling(progress, config.smoothing) if config.smoothing_decay else config.smoothing
         count = self.grid.num_patches
-        return smoothing_map(self.smoothing_size, width, norm=config.smoothing_norm, device=device)[
-            :count, :count
-        ]
+        size, norm = self.smoothing_size, config.smoothing_norm
+        full = places_of.smoothing_map(size, width, norm=norm, device=device)
+        return full[:count, :count]
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns; each parameter's gradient is clipped by itself."""
@@ -255,70 +196,47 @@ class DropPos(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, what the encoder saw, the weights, true and predicted places as colours, the
-        patches put there.
-        """
+        """Input, visible patches, weights, true and predicted places, the patches put there."""
         images = batch.views[0]
         puzzle = self.draw_puzzle(images)
         weights = self.weigh(images, puzzle)
-        sureness, places = (
-            self.locate(self.encode(images, puzzle), self.num_dropped)
-            .float()
-            .softmax(-1)
-            .max(dim=-1)
-        )
-        panels = [
-            Panel("input", images),
-            Panel("visible", hide_masked(images, puzzle.mask, self.grid)),
-        ]
+        logits = self.locate(self.encode(images, puzzle), self.num_dropped)
+        sureness, places = logits.float().softmax(-1).max(dim=-1)
+        visible = hide_masked(images, puzzle.mask, self.grid)
+        panels = [Panel("input", images), Panel("visible", visible)]
         if weights is not None:
-            panels.append(
-                Panel(
-                    "weight in the loss", patch_map(weights, self.grid, puzzle.dropped), kind="heat"
-                )
-            )
-        true, predicted = (
-            _as_colours(puzzle, where, self.grid) for where in (puzzle.dropped, places)
-        )
+            heat = patch_map(weights, self.grid, puzzle.dropped)
+            panels.append(Panel("weight in the loss", heat, kind="heat"))
+        both = (puzzle.dropped, places)
+        true, predicted = (_as_colours(puzzle, where, self.grid) for where in both)
+        put = _put(images, puzzle, places, sureness, self.grid)
         return [
             *panels,
             Panel("true places as colours (white: position kept)", true, kind="colour"),
             Panel("predicted places in the same colours", predicted, kind="colour"),
-            Panel(
-                "patches put where predicted, the surest on top",
-                _put(images, puzzle, places, sureness, self.grid),
-            ),
+            Panel("patches put where predicted, the surest on top", put),
         ]
 
 
 def attentive_weights(whole: Tensor, patches: Tensor, temperature: float) -> Tensor:
-    """Softmax of each patch's cosine with the token of the whole image: (B, D), (B, V, D) -> (B,
-    V), float32.
-    """
+    """Softmax of patches' cosines with the image's token: (B, D), (B, V, D) -> float32 (B, V)."""
     cosines = F.cosine_similarity(patches.float(), whole.float()[:, None], dim=-1, eps=1e-8)
     return (cosines / temperature).softmax(dim=-1)
 
 
 def _as_colours(puzzle: Puzzle, places: Tensor, grid: Grid) -> Tensor:
-    """Each dropped patch in the colour of its place in ``places`` (B, Q), kept ones white: (B, 3,
-    H, W), NaN: removed.
-
-    A removed patch has no grey, which is about the colour of the middle.
-    """
+    """Dropped patches in the colour of their ``places`` (B, Q), kept ones white: (B, 3, H, W)."""
+    # Removed ones are NaN, not grey, which is about the colour of the middle.
     colours = torch.full((len(places), grid.num_patches, 3), float("nan"), device=places.device)
-    for index, paint in (
-        (puzzle.kept, 1.0),
-        (puzzle.dropped, place_colours(grid, places.device)[places]),
-    ):
+    wanted = places_of.place_colours(grid, places.device)[places]  # (B, Q, 3)
+    for index, paint in ((puzzle.kept, 1.0), (puzzle.dropped, wanted)):
         filled = torch.zeros(*index.shape, 3, device=places.device) + paint
         colours = colours.scatter(1, index[:, :, None].expand_as(filled), filled)
-    return paint_patches(colours, grid)
+    return places_of.paint_patches(colours, grid)
 
 
 def _put(images: Tensor, puzzle: Puzzle, places: Tensor, sureness: Tensor, grid: Grid) -> Tensor:
-    """Dropped patches at ``places`` (B, Q), the surest of several on top; the others where they
-    belong; NaN: nobody.
-    """
+    """Dropped patches at ``places`` (B, Q), the surest of several on top; NaN: nobody."""
     values = patch_values(all_patches(images.float(), grid.patch))  # (B, L, P)
 
     def wide(index: Tensor) -> Tensor:
@@ -333,31 +251,29 @@ def _put(images: Tensor, puzzle: Puzzle, places: Tensor, sureness: Tensor, grid:
 
 
 def _smoothing_size(config: DropPosSettings, grid: Grid) -> tuple[int, ...]:
-    """Rows and columns of the grid on which distances are measured.
-
-    The published scripts give patches per side where engine_pretrain.py expects pixels per patch,
-    so that it counts image side / patches per side: 16 in place of 14 for 224 pixels.
-    """
+    """Rows and columns of the grid on which distances are measured."""
     if config.smoothing_grid == "patches":
         return grid.size
+    # The published scripts give patches per side where engine_pretrain.py expects pixels per patch,
+    # so that it counts image side / patches per side: 16 in place of 14 for 224 pixels.
     if grid.size[0] != grid.size[1] or grid.patch[0] < grid.size[0]:
         raise UserError(
-            "method.smoothing_grid=as_run repeats published runs, whose grid had as many places a side as a patch has "
-            f"pixels, which needs a square image of no more patches a side; here it is {grid.size[0]}x{grid.size[1]} "
-            f"patches of {grid.patch[0]} pixels: set method.smoothing_grid=patches"
+            "method.smoothing_grid=as_run repeats published runs, with as many places a side as a "
+            "patch has pixels, which needs a square image of no more patches a side; here are "
+            f"{grid.size[0]}x{grid.size[1]} patches of {grid.patch[0]} pixels: set "
+            "method.smoothing_grid=patches"
         )
     return grid.patch
 
 
 def _refuse_leaks(encoder: Encoder) -> None:
-    """UserError for an encoder that knows places otherwise than by the table that is withheld, or
-    does not know any.
-    """
+    """UserError for an encoder that knows places otherwise than by the table that is withheld."""
     if family_of(encoder).relative_positions(encoder):
         raise UserError(
-            "method=droppos asks where patches belong, and relative positions tell the encoder the answer: set "
-            "model_args.use_rel_pos_bias=false model_args.use_shared_rel_pos_bias=false "
-            "model_args.use_abs_pos_emb=true, or choose vit_base_patch16_224"
+            "method=droppos asks where patches belong, and relative positions tell the encoder the "
+            "answer: set model_args.use_rel_pos_bias=false "
+            "model_args.use_shared_rel_pos_bias=false model_args.use_abs_pos_emb=true, or choose "
+            "vit_base_patch16_224"
         )
     if encoder.pos_embed is None:
         raise UserError(
@@ -366,21 +282,19 @@ def _refuse_leaks(encoder: Encoder) -> None:
         )
 
 
-def _check(
-    config: DropPosSettings, encoder: Encoder, *, num_dropped: int, num_removed: int
-) -> None:
+def _check(config: DropPosSettings, encoder: Encoder, num_dropped: int, num_removed: int) -> None:
     if num_dropped == 0:
         raise UserError(
-            f"method.pos_mask_ratio={config.pos_mask_ratio} withholds no patch's position: raise it, or lower "
-            f"method.mask_ratio={config.mask_ratio}, or use smaller patches"
+            f"method.pos_mask_ratio={config.pos_mask_ratio} withholds no patch's position: raise "
+            f"it, or lower method.mask_ratio={config.mask_ratio}, or use smaller patches"
         )
     if config.attentive and encoder.cls_token is None:
         raise UserError(
-            "method.attentive=true compares patches with the class token, and the model has none: set "
-            "model_args.class_token=true or method.attentive=false"
+            "method.attentive=true compares patches with the class token, and the model has none: "
+            "set model_args.class_token=true or method.attentive=false"
         )
     if config.multi_task and num_removed == 0:
         raise UserError(
-            f"method.multi_task=true predicts removed patches, and method.mask_ratio={config.mask_ratio} removes none: "
-            "raise it, or set method.multi_task=false"
+            "method.multi_task=true predicts removed patches, and method.mask_ratio="
+            f"{config.mask_ratio} removes none: raise it, or set method.multi_task=false"
         )

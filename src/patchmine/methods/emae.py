@@ -1,10 +1,8 @@
-"""EMAE: all parts of an image take turns at predicting the rest in one step, and must agree where
-they overlap.
+"""EMAE: all parts of an image predict the rest in one step, and must agree where they overlap.
 
 Li, Zhu, Chen, Li, Zhao, Zhao, Tang, Wang, "Efficient Masked Autoencoders with Self-Consistency",
-arXiv 2302.14431. The authors published no code.  What their abstract leaves open follows an
-independent re-implementation or MAE; the page docs/methods/emae.md says for each choice which it
-is.
+arXiv 2302.14431, without published code.  What the abstract leaves open follows an independent
+re-implementation or MAE; docs/methods/emae.md says for each choice which.
 """
 
 from __future__ import annotations
@@ -16,18 +14,10 @@ from torch import Tensor
 
 from patchmine.backbones.family import Encoder, transform
 from patchmine.backbones.tokens import embed_patches, encoder_grid, prefix_tokens
-from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.methods.settings.emae import EmaeSettings
-from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
-from patchmine.ops.parts import (
-    group_by_patch,
-    order_by_patch,
-    parts_losses,
-    patch_disagreement,
-    split_parts,
-    unseen_patches,
-)
+from patchmine.models.decoder import check_decoder, masked_decoder
+from patchmine.ops import parts as image_parts
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.task import Method
@@ -37,9 +27,7 @@ MOST_SHOWN = 4  # parts in a picture; more would make it too wide to read
 
 
 class EMAE(Method):
-    """Masked autoencoder over K disjoint visible parts of each image at once, with a
-    self-consistency loss.
-    """
+    """MAE over K disjoint visible parts of each image at once, with a self-consistency loss."""
 
     Config = EmaeSettings
 
@@ -52,42 +40,27 @@ class EMAE(Method):
         self.grid = encoder_grid(encoder)
         self.num_parts, self.num_used = _count_parts(config, self.grid)
         num_visible = self.grid.num_patches // self.num_parts
-        width = config.decoder_embed_dim
-        check_decoder(width, config.decoder_num_heads, num_visible, 1 - 1 / self.num_parts)
+        check_decoder(config, num_visible, 1 - 1 / self.num_parts)
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
-        self.decoder_input = DecoderInput(
-            encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
-        )
-        self.decoder = Decoder(
-            width,
-            config.decoder_depth,
-            config.decoder_num_heads,
-            values,
-            mlp_ratio=config.decoder_mlp_ratio,
-            norm_eps=config.decoder_norm_eps,
-            qkv_bias=config.decoder_qkv_bias,
-        )
-        initialise(self.decoder_input)
-        initialise(self.decoder)
+        self.decoder_input, self.decoder = masked_decoder(encoder, self.grid, config, values)
         if config.mask_token == "zeros":
             self.decoder_input.mask_token.requires_grad_(False).zero_()
-        self.register_buffer(
-            "by_patch", order_by_patch(self.num_parts, self.num_used), persistent=False
-        )
+        by_patch = image_parts.order_by_patch(self.num_parts, self.num_used)
+        self.register_buffer("by_patch", by_patch, persistent=False)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W)
         parts = self.draw_parts(images)  # (B, K, V)
         predicted = self.reconstruct(images, parts)  # (B, U * (K - 1), V, P)
-        reconstruction, distance, disagreement = parts_losses(
-            predicted, self.targets(images, parts), self.num_used, self.config.sc_dist
+        target = self.targets(images, parts)  # (B, K, V, P)
+        reconstruction, distance, disagreement = image_parts.parts_losses(
+            predicted, target, self.num_used, self.config.sc_dist
         )
         if self.num_parts == 2 or self.num_used == 1:  # no patch has two predictions
             return {"loss": reconstruction}
         consistency = self.pull * distance
         if self.config.sc_grad == "both":
-            # Two terms, each with the other side held fixed, have the gradient of one plain term
-            # and twice its value.
+            # Two terms, each with the other side fixed: one plain term's gradient, twice its value.
             consistency = consistency + consistency.detach()
         return {
             "loss": reconstruction + self.config.sc_weight * consistency,
@@ -98,59 +71,44 @@ class EMAE(Method):
 
     @property
     def pull(self) -> float:
-        """Factor of the mean distance over pairs of parts and the patches that both predict, 1 -
-        2/K of an image.
-        """
+        """Factor of the mean distance over pairs of parts and the patches that both predict."""
+        # Both of a pair predict 1 - 2/K of an image.
         share = 1 - 2 / self.num_parts if self.config.sc_norm == "all" else 1.0
-        return share * (
-            self.num_used * (self.num_used - 1) // 2 if self.config.sc_pairs == "sum" else 1
-        )
+        pairs = self.num_used * (self.num_used - 1) // 2
+        return share * (pairs if self.config.sc_pairs == "sum" else 1)
 
     def draw_parts(self, images: Tensor) -> Tensor:
         """Numbers of the patches in each part, (B, K, V)."""
         noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
-        return split_parts(noise, self.num_parts)
+        return image_parts.split_parts(noise, self.num_parts)
 
     def encode_parts(self, images: Tensor, parts: Tensor) -> Tensor:
-        """The parts in use as sequences of their own, each with its own class token: (B * U, P + V,
-        D).
-
-        Every patch is embedded once, in the order of the parts, so that splitting the sequences
-        costs nothing.
-        """
+        """The parts in use as sequences, each with a class token of its own: (B * U, P + V, D)."""
+        # Every patch is embedded once, in the order of the parts: splitting then costs nothing.
         used = parts[:, : self.num_used]
         tokens = embed_patches(self.encoder, images, used.flatten(1))  # (B, U * V, D)
         tokens = tokens.reshape(-1, used.shape[2], tokens.shape[-1])  # (B * U, V, D)
-        return transform(
-            self.encoder, torch.cat([prefix_tokens(self.encoder, len(tokens)), tokens], dim=1)
-        )
+        prefix = prefix_tokens(self.encoder, len(tokens))
+        return transform(self.encoder, torch.cat([prefix, tokens], dim=1))
 
     def reconstruct(self, images: Tensor, parts: Tensor) -> Tensor:
-        """What every part in use predicts for what it does not see, lined up by patch: (B, U * (K -
-        1), V, P).
-        """
+        """What each part predicts of what it does not see, by patch: (B, U * (K - 1), V, P)."""
         features = self.decoder(*self.decoder_tokens(images, parts))  # (B * U, (K - 1) * V, W)
         features = features.reshape(len(images), len(self.by_patch), -1, features.shape[-1])
         return self.decoder.head(features.index_select(1, self.by_patch))
 
     def decoder_tokens(self, images: Tensor, parts: Tensor) -> tuple[Tensor, int]:
-        """What enters the decoder, (B * U, P + V + (K - 1) * V, W), and how many of the last tokens
-        are masked ones.
-        """
-        seen, unseen = (
-            parts[:, : self.num_used].flatten(0, 1),
-            unseen_patches(parts, self.num_used).flatten(0, 1),
-        )
-        # Part after part instead of raster order: attention does not mind, and predictions line up
-        # without a search.
-        mask = Mask(seen, unseen, self.grid.num_patches)
+        """What enters the decoder, (B * U, P + K * V, W), and how many at its end are masked."""
+        visible = parts[:, : self.num_used].flatten(0, 1)  # (B * U, V)
+        unseen = image_parts.unseen_patches(parts, self.num_used).flatten(0, 1)
+        # Part after part, not in raster order: attention does not mind, and predictions line up.
+        mask = Mask(visible, unseen, self.grid.num_patches)
         return self.decoder_input(self.encode_parts(images, parts), mask), unseen.shape[1]
 
     def targets(self, images: Tensor, parts: Tensor) -> Tensor:
         """What is to be predicted, once for each patch of each part: float32 (B, K, V, P)."""
-        values = pixel_targets(
-            images, parts.flatten(1), self.grid.patch, norm_pix_loss=self.config.norm_pix_loss
-        )
+        norm, patch = self.config.norm_pix_loss, self.grid.patch
+        values = pixel_targets(images, parts.flatten(1), patch, norm_pix_loss=norm)
         return values.reshape(*parts.shape, -1)
 
     def param_groups(self) -> list[ParamGroup]:
@@ -159,24 +117,21 @@ class EMAE(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input; each part and what it makes of the rest; mean error and disagreement of the
-        predictions of a patch.
-        """
+        """Input; each part and its reconstruction of the rest; mean error and disagreement."""
         images = batch.views[0]
         parts = self.draw_parts(images)
         predicted = self.reconstruct(images, parts)  # (B, U * (K - 1), V, P)
         panels = [Panel("input", images)]
-        unseen = unseen_patches(parts, self.num_used)  # (B, U, (K - 1) * V)
+        unseen = image_parts.unseen_patches(parts, self.num_used)  # (B, U, (K - 1) * V)
         by_part = predicted.index_select(1, self.by_patch.argsort()).reshape(*unseen.shape, -1)
         for part in range(min(self.num_used, MOST_SHOWN)):
             mask = Mask(parts[:, part], unseen[:, part], self.grid.num_patches)
-            painted = reconstruction_panel(
-                images, mask, self.grid, by_part[:, part], borrow=self.config.norm_pix_loss
-            )
+            borrow, own = self.config.norm_pix_loss, by_part[:, part]
+            drawn = reconstruction_panel(images, mask, self.grid, own, borrow=borrow)
             title = f"part {part + 1} of {self.num_parts}"
             panels.append(Panel(title, hide_masked(images, mask, self.grid)))
-            panels.append(replace(painted, title=f"{title}: {painted.title}"))
-        groups = group_by_patch(predicted.float(), self.num_parts, self.num_used)
+            panels.append(replace(drawn, title=f"{title}: {drawn.title}"))
+        groups = image_parts.group_by_patch(predicted.float(), self.num_parts, self.num_used)
         targets = self.targets(images, parts).tensor_split([self.num_used], dim=1)
         errors = [
             (own - wanted[:, :, None]).square().mean(dim=(2, 4))
@@ -184,7 +139,7 @@ class EMAE(Method):
         ]
         panels.append(Panel("error", self._map(torch.cat(errors, dim=1), parts), kind="heat"))
         if self.num_parts > 2 and self.num_used > 1:
-            apart = patch_disagreement(predicted, self.num_parts, self.num_used)
+            apart = image_parts.patch_disagreement(predicted, self.num_parts, self.num_used)
             panels.append(Panel("disagreement", self._map(apart, parts), kind="heat"))
         return panels
 
@@ -196,13 +151,13 @@ def _count_parts(config: EmaeSettings, grid: Grid) -> tuple[int, int]:
     """K and U, or a UserError for numbers that do not fit."""
     parts, patches = config.parts, grid.num_patches
     if patches % parts:
-        fitting = sorted(
-            (n for n in range(2, patches + 1) if patches % n == 0), key=lambda n: abs(n - parts)
-        )[:3]
+        divisors = [n for n in range(2, patches + 1) if patches % n == 0]
+        fitting = sorted(divisors, key=lambda n: abs(n - parts))[:3]
         remedy = " or ".join(f"method.parts={n}" for n in sorted(fitting)) or "a smaller patch_size"
         size = "x".join(map(str, grid.size))
         raise UserError(
-            f"method.parts={parts} does not divide the {patches} patches of a {size} grid: set {remedy}"
+            f"method.parts={parts} does not divide the {patches} patches of a {size} grid: set "
+            f"{remedy}"
         )
     used = parts if config.parts_used is None else config.parts_used
     if used > parts:

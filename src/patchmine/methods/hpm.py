@@ -1,20 +1,15 @@
-"""HPM: a teacher predicts where reconstruction will be hard, and that is where the student's input
-is masked.
+"""HPM: a teacher predicts where reconstruction will be hard, and the student is masked there.
 
 Wang, Song, Fan, Wang, Xie, Zhang, "Hard Patches Mining for Masked Image Modeling", CVPR 2023, arXiv
-2304.05919. Constants that the paper's abstract does not give come from the reference code,
-Haochen-Wang409/HPM; each names its file.
-
-On clips the patches are VideoMAE's cubes.  The extension to video (Wang, Fan, Wang, Song, Wang,
-Zhang, Zhang, "Bootstrap Masked Visual Modeling via Hard Patches Mining", TPAMI, arXiv 2312.13714)
-has no public code: what is established is that it adapts the image method with almost no
-modification; how a tube is scored, the constants and the second decoder are inferred (spec
-hpm-video.md, section 4).
+2304.05919.  Constants that the abstract does not give come from the reference code,
+Haochen-Wang409/HPM; each names its file.  On clips the patches are VideoMAE's cubes; that extension
+(arXiv 2312.13714) has no public code: how a tube is scored, the constants and the second decoder
+are inferred (docs/methods/hpm.md).
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +21,16 @@ from patchmine.backbones.tokens import encoder_grid
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.methods.settings.hpm import HpmSettings
-from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
+from patchmine.models.decoder import Decoder, DecoderInput, check_decoder, masked_decoder
 from patchmine.models.teacher import Teacher
-from patchmine.ops.losses import (
-    absolute_difficulty_loss,
-    direction_error,
-    relative_difficulty_loss,
-    squared_error,
-)
-from patchmine.ops.masks import count_positions, hard_masked, tubes
-from patchmine.ops.patches import pixel_targets
-from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
+from patchmine.ops import losses, masks, patches, pictures
 from patchmine.ops.schedules import ema_decay, hard_count
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 
 class HPM(Method):
-    """Masked autoencoder with a second decoder that predicts each patch's loss; an EMA copy of it
-    chooses the masks.
-    """
+    """MAE with a second decoder that predicts each patch's loss; its EMA copy chooses the masks."""
 
     Config = HpmSettings
 
@@ -58,99 +43,72 @@ class HPM(Method):
     def __init__(self, config: HpmSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.grid = encoder_grid(encoder)
-        # Masks are drawn over units: tubes through all time slots, or cubes.  Of an image both are
-        # its patches.
-        places = count_positions(self.grid, config.mask_ratio)
+        # Masks are drawn over units: tubes through all time slots, or cubes; an image's patches.
+        places = masks.count_positions(self.grid, config.mask_ratio)
         tube = config.mask_unit == "tube"
         self.num_units = self.grid.num_positions if tube else self.grid.num_patches
         self.visible_units = places if tube else places * self.grid.num_slots
         self.num_masked = self.grid.num_patches - places * self.grid.num_slots
-        width, depth, heads = (
-            config.decoder_embed_dim,
-            config.decoder_depth,
-            config.decoder_num_heads,
-        )
-        check_decoder(width, heads, places, config.mask_ratio, self.grid.num_positions)
-        blocks: dict[str, Any] = dict(
-            mlp_ratio=config.decoder_mlp_ratio,
-            norm_eps=config.decoder_norm_eps,
-            qkv_bias=config.decoder_qkv_bias,
-        )
+        check_decoder(config, places, config.mask_ratio, self.grid.num_positions)
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
 
-        self.foreign = None
-        target_width = values if config.target == "pixel" else encoder.embed_dim
-        if config.target in ("dino", "clip"):
-            if len(self.grid.size) == 3:
-                raise UserError(
-                    f"method.target={config.target} is a network for images, which does not describe cubes of clips: "
-                    "choose method.target=pixel or method.target=ema"
-                )
-            self.foreign = ForeignTeacher(
-                config.target,
-                config.target_file,
-                grid=self.grid,
-                renormalise=config.target_renormalise,
-            )
-            target_width = self.foreign.width
-
-        self.decoder_input = DecoderInput(
-            encoder.embed_dim, width, self.grid, encoder.num_prefix_tokens
-        )
-        self.decoder = Decoder(width, depth, heads, target_width, **blocks)
-        self.decoder_input.draw_weights()
-        initialise(self.decoder)
+        self.foreign = self._foreign_teacher()
+        width = values if config.target == "pixel" else encoder.embed_dim
+        width = width if self.foreign is None else self.foreign.width
+        self.decoder_input, self.decoder = masked_decoder(encoder, self.grid, config, width)
         self.predictor = None
         if config.prediction != "none":
-            self.predictor = Decoder(width, depth, heads, values, **blocks)
+            self.predictor = Decoder(config, values)
             initialise(self.predictor)
             if config.losspred_head == "scalar":
                 _shrink_head(self.predictor)
-        # No pixel decoder: the teacher looks and predicts difficulty, it never paints.
-        taught = self.predictor is not None or config.target == "ema"
-        self.teacher = Teacher(own_statistics=False, **self._taught()) if taught else None
+        # No pixel decoder: the teacher predicts difficulty and reconstructs nothing.
+        needed = self.predictor is not None or config.target == "ema"
+        self.teacher = Teacher(own_statistics=False, **self._copied()) if needed else None
 
-    def _taught(self) -> dict[str, nn.Module]:
-        """The student's modules of which the teacher keeps a slow copy."""
+    def _foreign_teacher(self) -> ForeignTeacher | None:
+        kind, file = self.config.target, self.config.target_file
+        if kind not in ("dino", "clip"):
+            return None
+        if len(self.grid.size) == 3:
+            raise UserError(
+                f"method.target={kind} is a network for images, which does not describe cubes of "
+                "clips: choose method.target=pixel or method.target=ema"
+            )
+        renormalise = self.config.target_renormalise
+        return ForeignTeacher(kind, file, grid=self.grid, renormalise=renormalise)
+
+    def _copied(self) -> dict[str, nn.Module]:
+        """The student's modules of which the EMA teacher holds copies."""
         if self.predictor is None:
             return {"encoder": self.encoder}
-        return {
-            "encoder": self.encoder,
-            "decoder_input": self.decoder_input,
-            "predictor": self.predictor,
-        }
+        beside = {"decoder_input": self.decoder_input, "predictor": self.predictor}
+        return {"encoder": self.encoder, **beside}
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
-        features, difficulty = self.look(images, self._hard_count(progress) > 0)
+        features, difficulty = self.ask_teachers(images, self._hard_count(progress) > 0)
         mask = self.draw_mask(images, difficulty, progress)
 
         latent = encode(self.encoder, images, mask.visible)  # (B, P + V, D)
         tokens = self.decoder_input(latent, mask)  # (B, P + V + M, W), the start of both decoders
-        painted = self.decoder.head(self.decoder(tokens, self.num_masked))  # (B, M, T)
-        error = self.error(painted, images, features, mask)  # (B, M)
+        output = self.decoder.head(self.decoder(tokens, self.num_masked))  # (B, M, T)
+        error = self.error(output, images, features, mask)  # (B, M)
         reconstruction = error.mean()
         if self.predictor is None:
             return {"loss": reconstruction}
         predicted = predict_difficulty(self.predictor, tokens, self.num_masked)  # (B, M)
         relative = self.config.prediction == "relative"
-        prediction = (relative_difficulty_loss if relative else absolute_difficulty_loss)(
-            predicted, error.detach()
-        )
-        return {
-            "loss": reconstruction + prediction,
-            "reconstruction": reconstruction,
-            "prediction": prediction,
-        }
+        objective = losses.relative_difficulty_loss if relative else losses.absolute_difficulty_loss
+        prediction = objective(predicted, error.detach())
+        parts = {"reconstruction": reconstruction, "prediction": prediction}
+        return {"loss": reconstruction + prediction, **parts}
 
     @torch.no_grad()
-    def look(self, images: Tensor, want_difficulty: bool) -> tuple[Tensor | None, Tensor | None]:
-        """What the teachers see in the whole image: target features (B, L, T) or None, difficulty
-        (B, L) or None.
-
-        Nothing is computed that nobody asks for: pixels need no features, and a step without hard
-        patches no difficulty.
-        """
+    def ask_teachers(
+        self, images: Tensor, want_difficulty: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Target features (B, L, T) and difficulty (B, L) of the whole images, where needed."""
         features, difficulty = None, None
         if self.foreign is not None:
             features = self.foreign(images)
@@ -160,109 +118,79 @@ class HPM(Method):
                 features = latent[:, self.encoder.num_prefix_tokens :]
             if want_difficulty:
                 tokens = cast(DecoderInput, self.teacher.decoder_input).all_visible(latent)
-                difficulty = predict_difficulty(
-                    cast(Decoder, self.teacher.predictor), tokens, self.grid.num_patches
-                )
+                predictor = cast(Decoder, self.teacher.predictor)
+                difficulty = predict_difficulty(predictor, tokens, self.grid.num_patches)
         return features, difficulty
 
     def draw_mask(self, images: Tensor, difficulty: Tensor | None, progress: Progress) -> Mask:
-        """The hardest patches are masked, as many as the schedule asks for; the rest is drawn
-        (spec, section 3.2).
-
-        Of clips the hardest tubes, at all times, or the hardest cubes, as ``mask_unit`` says.
-        """
+        """The hardest units are masked, as many as the schedule asks for; the rest is drawn."""
         noise = self.noise.uniform(len(images), self.num_units, device=images.device)
-        if difficulty is None:
-            return tubes(hard_masked(noise, noise, 0, self.visible_units), self.grid)
-        scores = difficulty.reshape(
-            len(difficulty), -1, self.num_units
-        )  # (B, slots of a unit, units)
-        scores = scores.mean(dim=1) if self.config.tube_score == "mean" else scores.amax(dim=1)
-        return tubes(
-            hard_masked(noise, scores, self._hard_count(progress), self.visible_units), self.grid
-        )
+        scores, count = noise, 0
+        if difficulty is not None:
+            slots = difficulty.reshape(len(noise), -1, self.num_units)  # (B, slots, units)
+            mean = self.config.tube_score == "mean"
+            scores = slots.mean(dim=1) if mean else slots.amax(dim=1)
+            count = self._hard_count(progress)
+        return masks.tubes(masks.hard_masked(noise, scores, count, self.visible_units), self.grid)
 
     def _hard_count(self, progress: Progress) -> int:
+        config, masked = self.config, self.num_units - self.visible_units
         if self.predictor is None:
             return 0
-        config = self.config
-        return hard_count(
-            progress,
-            self.num_units - self.visible_units,
-            start=config.alpha_start,
-            end=config.alpha_end,
-            offset=config.alpha_offset,
-        )
+        start, end, offset = config.alpha_start, config.alpha_end, config.alpha_offset
+        return hard_count(progress, masked, start=start, end=end, offset=offset)
 
-    def error(self, painted: Tensor, images: Tensor, features: Tensor | None, mask: Mask) -> Tensor:
+    def error(self, output: Tensor, images: Tensor, features: Tensor | None, mask: Mask) -> Tensor:
         """Reconstruction loss of each masked patch, float32 (B, M)."""
         if features is None:
-            target = pixel_targets(
-                images, mask.masked, self.grid.patch, norm_pix_loss=self.config.norm_pix_loss
-            )
-            return squared_error(painted, target)
-        wanted = mask.masked[:, :, None].expand(-1, -1, features.shape[-1])
-        return direction_error(painted, features.gather(1, wanted))
+            norm, patch = self.config.norm_pix_loss, self.grid.patch
+            target = patches.pixel_targets(images, mask.masked, patch, norm_pix_loss=norm)
+            return losses.squared_error(output, target)
+        masked = mask.masked[:, :, None].expand(-1, -1, features.shape[-1])
+        return losses.direction_error(output, features.gather(1, masked))
 
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
-            config = self.config
-            decay = ema_decay(
-                progress,
-                start=config.ema_start,
-                end=config.ema_end,
-                ramp_epochs=config.ema_ramp_epochs,
-            )
-            self.teacher.update(decay, **self._taught())
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The student, and its EMA teacher where it has one."""
-        teacher = {} if self.teacher is None else {"teacher": self.teacher.get_submodule("encoder")}
-        return {"student": self.encoder, **teacher}
+            start, end = self.config.ema_start, self.config.ema_end
+            ramp = self.config.ema_ramp_epochs
+            decay = ema_decay(progress, start=start, end=end, ramp_epochs=ramp)
+            self.teacher.update(decay, **self._copied())
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped at the published norm."""
-        return self.sparing(
-            self.decoder_input.undecayed("decoder_input."), clip_norm=self.config.clip_grad
-        )
+        undecayed = self.decoder_input.undecayed("decoder_input.")
+        return self.sparing(undecayed, clip_norm=self.config.clip_grad)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, the teacher's predicted difficulty, what the student saw, the reconstruction, the
-        true error.
-        """
-        images = batch.views[0]
-        features, difficulty = self.look(images, self.predictor is not None)
+        """Input, predicted difficulty, what the student saw, the reconstruction, the true error."""
+        images, grid = batch.views[0], self.grid
+        features, difficulty = self.ask_teachers(images, self.predictor is not None)
         mask = self.draw_mask(images, difficulty, progress)
         latent = encode(self.encoder, images, mask.visible)
-        painted = self.decoder.head(self.decoder(self.decoder_input(latent, mask), self.num_masked))
+        output = self.decoder.head(self.decoder(self.decoder_input(latent, mask), self.num_masked))
         panels = [Panel("input", images)]
         if difficulty is not None:
-            panels.append(
-                Panel("predicted difficulty", patch_map(difficulty, self.grid), kind="heat")
-            )
-        panels.append(Panel("visible", hide_masked(images, mask, self.grid)))
+            heat = pictures.patch_map(difficulty, grid)
+            panels.append(Panel("predicted difficulty", heat, kind="heat"))
+        drawn = None
         if features is None:
             borrow = self.config.norm_pix_loss
-            panels.append(reconstruction_panel(images, mask, self.grid, painted, borrow=borrow))
-        error = self.error(painted, images, features, mask)
-        panels.append(Panel("error", patch_map(error, self.grid, mask.masked), kind="heat"))
-        return panels
+            drawn = pictures.reconstruction_panel(images, mask, grid, output, borrow=borrow)
+        error = self.error(output, images, features, mask)
+        return [*panels, *pictures.masked_panels(images, mask, grid, drawn, error)]
 
 
 def predict_difficulty(predictor: Decoder, tokens: Tensor, num_last: int) -> Tensor:
-    """Predicted loss of the last ``num_last`` patches, float32 (B, num_last).
-
-    The published head has one output per value of a patch and averages them; the average of a
-    linear map's outputs is a dot product with its mean row (spec hpm.md, section 3.1), and in
-    float32 the order of close predictions survives.
-    """
+    """Predicted loss of the last ``num_last`` patches, float32 (B, num_last)."""
     features = predictor(tokens, num_last)
+    # The published head has one output per value of a patch and averages them: the average of a
+    # linear map's outputs is a dot product with its mean row (docs/methods/hpm.md).  In float32 the
+    # order of close predictions survives.
     with torch.autocast(features.device.type, enabled=False):
         row = predictor.head.weight.float().mean(dim=0, keepdim=True)
-        return F.linear(
-            features.float(), row, predictor.head.bias.float().mean(dim=0, keepdim=True)
-        ).squeeze(-1)
+        bias = predictor.head.bias.float().mean(dim=0, keepdim=True)
+        return F.linear(features.float(), row, bias).squeeze(-1)
 
 
 def _shrink_head(predictor: Decoder) -> None:

@@ -1,5 +1,4 @@
-"""SCFS: local crops search the teacher's map of a global crop for what they show, and learn from
-what they find.
+"""SCFS: local crops search the teacher's map of a global crop and learn from what they find.
 
 Song, Zhang, Luo, Wang, Xie, "Semantics-Consistent Feature Search for Self-Supervised Visual
 Representation Learning", ICCV 2023, arXiv 2212.06486.  On DINO's multi-crop distillation, arXiv
@@ -9,35 +8,21 @@ skyoux/scfs (models/scfs.py, main_scfs.py, README).  The variant for vision tran
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from patchmine.backbones.family import (
-    Encoder,
-    StageFeatures,
-    family_of,
-    stage_features,
-    stage_widths,
-)
+from patchmine.backbones import family as backbones
+from patchmine.backbones.family import Encoder, StageFeatures, stage_features
 from patchmine.errors import UserError
 from patchmine.methods.settings.scfs import ScfsSettings
 from patchmine.models.centre import Centre
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.heads import DinoHead, StageHead
 from patchmine.models.teacher import Teacher
-from patchmine.ops.distill import (
-    feature_spread,
-    mean_entropy,
-    search_cross_entropy,
-    sharpen,
-    teacher_temperature,
-    view_cross_entropy,
-)
+from patchmine.ops import distill
 from patchmine.ops.pictures import two_parts
 from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
@@ -45,13 +30,9 @@ from patchmine.ops.search import cosine_attention
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
-Weight = Annotated[float, Field(ge=0)]
-
 
 class SCFS(Method):
-    """DINO, and at some stages of the backbone a head that compares global maps and what local
-    crops find in them.
-    """
+    """DINO, and at some stages a head that compares global maps and what local crops find there."""
 
     Config = ScfsSettings
 
@@ -62,18 +43,14 @@ class SCFS(Method):
     def __init__(self, config: ScfsSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.stages = config.stages or _usual_stages(encoder)
-        widths = dict(zip(self.stages, stage_widths(encoder, self.stages), strict=True))
+        widths = dict(zip(self.stages, backbones.stage_widths(encoder, self.stages), strict=True))
         factors = {"global": config.stage_global_weight, "search": config.stage_search_weight}
         self.factors = {term: factor for term, factor in factors.items() if factor}
         self.weights = _active_weights(config, self.stages) if self.factors else {}
-        self.drop_paths = [] if isinstance(encoder, ResNet) else seed_drop_paths(encoder)
-        self.head = DinoHead(
-            encoder.num_features,
-            config.out_dim,
-            config.head_hidden,
-            config.head_bottleneck,
-            trainable_gain=False,
-        )
+        convolutional = backbones.family_of(encoder).convolutional
+        self.drop_paths = [] if convolutional else seed_drop_paths(encoder)
+        widths_of_head = (config.out_dim, config.head_hidden, config.head_bottleneck)
+        self.head = DinoHead(encoder.num_features, *widths_of_head, trainable_gain=False)
         self.centre = Centre(config.out_dim, config.centre_momentum)
         sizes = dict(hidden=config.stage_hidden, bottleneck=config.stage_bottleneck)
         outputs = config.stage_out_dim
@@ -83,156 +60,127 @@ class SCFS(Method):
         self.stage_centres = nn.ModuleList(
             Centre(outputs, config.centre_momentum) for _ in self.weights
         )
-        self.teacher = Teacher(own_statistics=True, **self._taught())
+        self.teacher = Teacher(own_statistics=True, **self._copied())
 
-    def _taught(self) -> dict[str, nn.Module]:
-        """The student's modules of which the teacher keeps a slow copy."""
+    def _copied(self) -> dict[str, nn.Module]:
+        """The student's modules of which the EMA teacher holds copies."""
         return {"encoder": self.encoder, "head": self.head, "stage_heads": self.stage_heads}
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         _check_views(batch)
         config = self.config
-        large, small = (
-            torch.cat(batch.views[:2]),
-            torch.cat(batch.views[2:]),
-        )  # (2B, C, H, W), (J * B, C, h, w)
-        temperature = teacher_temperature(
+        large, small = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])  # 2B and J * B crops
+        temperature = distill.teacher_temperature(
             progress,
             start=config.teacher_temp_start,
             end=config.teacher_temp_end,
             warmup_epochs=config.teacher_temp_warmup_epochs,
         )
         # Each size by itself, as in the reference: batch norms must not mix them.
-        seen, searching = self._look(large, 2), self._look(small, len(batch.views) - 2)
-        logits = self.head(torch.cat([seen.pooled, searching.pooled]))  # ((2 + J) * B, K)
+        whole, local = self._study(large, 2), self._study(small, len(batch.views) - 2)
+        logits = self.head(torch.cat([whole.pooled, local.pooled]))  # ((2 + J) * B, K)
         with torch.no_grad():
-            taught = stage_features(cast(Encoder, self.teacher.encoder), large, list(self.weights))
-            teacher_logits = cast(DinoHead, self.teacher.head)(taught.pooled)  # (2B, K)
-        targets = sharpen(teacher_logits, self.centre.mean, temperature)
+            teacher = cast(Encoder, self.teacher.encoder)
+            known = stage_features(teacher, large, list(self.weights))
+            teacher_logits = cast(DinoHead, self.teacher.head)(known.pooled)  # (2B, K)
+        targets = distill.sharpen(teacher_logits, self.centre.mean, temperature)
         self.centre.see(teacher_logits)
 
-        loss = view_cross_entropy(logits, targets)
+        loss = distill.view_cross_entropy(logits, targets)
         losses = {"dino": loss}
         for place, (stage, weight) in enumerate(self.weights.items()):
-            maps = seen.maps[place], searching.maps[place], taught.maps[place]
+            maps = whole.maps[place], local.maps[place], known.maps[place]
             terms = self.compare_stage(place, *maps, temperature)
-            loss = loss + weight * sum(
-                factor * terms[term] for term, factor in self.factors.items()
-            )
+            parts = [factor * terms[term] for term, factor in self.factors.items()]
+            loss = loss + weight * sum(parts)
             losses |= {f"{term}_{stage}": value for term, value in terms.items()}
-        losses["entropy"] = mean_entropy(targets)
-        losses["feature_spread"] = feature_spread(taught.pooled)
+        losses["entropy"] = distill.mean_entropy(targets)
+        losses["feature_spread"] = distill.feature_spread(known.pooled)
         return {"loss": loss, **losses}
 
-    def _look(self, images: Tensor, crops: int) -> StageFeatures:
-        """What the student makes of ``crops`` crops of each image, crop-major (crops * B, C, H, W)."""
+    def _study(self, images: Tensor, crops: int) -> StageFeatures:
+        """The student's features of crop-major images (crops * B, C, H, W)."""
         draw_drop_paths(self.drop_paths, self.noise, images, crops=crops)
         return stage_features(self.encoder, images, list(self.weights))
 
     def compare_stage(
-        self, place: int, seen: Tensor, searching: Tensor, taught: Tensor, temperature: float
+        self, place: int, whole: Tensor, local: Tensor, known: Tensor, temperature: float
     ) -> Losses:
-        """The two losses of one stage as far as they count, without their weights, and the entropy
-        of its targets.
+        """The two losses of one stage without their weights, and the entropy of its targets.
 
-        ``seen`` (2B, C, H, W) and ``searching`` (J * B, C, h, w): the student's maps of global and
-        local crops; ``taught`` (2B, C, H, W): the teacher's.
+        ``whole`` (2B, C, H, W) and ``local`` (J * B, C, h, w) are the student's maps of global and
+        local crops, ``known`` (2B, C, H, W) the teacher's.
         """
         head, centre = self.stage_heads[place], cast(Centre, self.stage_centres[place])
         teacher_head = cast(nn.ModuleList, self.teacher.stage_heads)[place]
         terms: Losses = {}
         if "global" in self.factors:
             with torch.no_grad():
-                outputs = teacher_head(taught)  # (2B, S)
-            targets = sharpen(outputs, centre.mean, temperature)
+                outputs = teacher_head(known)  # (2B, S)
+            targets = distill.sharpen(outputs, centre.mean, temperature)
             centre.see(outputs)
-            terms["global"] = view_cross_entropy(head(seen), targets)
-            terms["entropy"] = mean_entropy(targets)
+            terms["global"] = distill.view_cross_entropy(head(whole), targets)
+            terms["entropy"] = distill.mean_entropy(targets)
         if "search" in self.factors:
             with torch.no_grad():
-                first = taught.chunk(2)[0]  # global crop 0 is searched, by every local crop
-                found = teacher_head(first, search(searching, first))  # (J * B, S)
+                first = known.chunk(2)[0]  # global crop 0 is searched, by every local crop
+                found = teacher_head(first, search(local, first))  # (J * B, S)
             # Not centred, as in the reference (DINOShallowLoss in models/scfs.py).
-            terms["search"] = search_cross_entropy(
-                head(searching), sharpen(found, None, temperature)
-            )
+            wanted = distill.sharpen(found, None, temperature)
+            terms["search"] = distill.search_cross_entropy(head(local), wanted)
         return terms
 
     def after_step(self, progress: Progress) -> None:
         decay = cosine_decay(progress, start=self.config.ema_start, end=self.config.ema_end)
-        self.teacher.update(decay, **self._taught())
+        self.teacher.update(decay, **self._copied())
         for centre in (self.centre, *self.stage_centres):
             cast(Centre, centre).update()
 
-    def encoders(self) -> dict[str, nn.Module]:
-        """The student and its EMA teacher."""
-        return {"student": self.encoder, "teacher": self.teacher.get_submodule("encoder")}
-
     def param_groups(self) -> list[ParamGroup]:
-        """Everything that learns with each gradient clipped by itself, the prototypes not from the
-        first epoch on.
-        """
-        config = self.config
-        optimizer: str = config.optimizer
-        if optimizer == "auto":
-            optimizer = "sgd" if isinstance(self.encoder, ResNet) else "adamw"
+        """Each gradient is clipped by itself; the prototypes do not move in the first epoch."""
+        config, convolutional = self.config, backbones.family_of(self.encoder).convolutional
+        usual = "sgd" if convolutional else "adamw"
+        optimizer = usual if config.optimizer == "auto" else config.optimizer
+        how: dict[str, Any] = dict(clip_norm=config.clip_grad, clip_each=True)
         prototypes = [(name, p) for name, p in self.learning() if "last_layer" in name]
         others = [(name, p) for name, p in self.learning() if "last_layer" not in name]
         return [
-            ParamGroup(others, optimizer, clip_norm=config.clip_grad, clip_each=True),
-            ParamGroup(
-                prototypes,
-                optimizer,
-                clip_norm=config.clip_grad,
-                clip_each=True,
-                frozen_until=config.freeze_last_layer,
-            ),
+            ParamGroup(others, optimizer, **how),
+            ParamGroup(prototypes, optimizer, frozen_until=config.freeze_last_layer, **how),
         ]
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, and for two parts of it, half as wide and high: the part, and where each stage
-        finds it.
-
-        Stages of weight 0 are shown too: a search needs nothing that is learned for it.
-        """
+        """Input, and for two parts of it the part and where each stage finds it."""
+        # Stages of weight 0 are shown too: a search needs nothing that is learned for it.
         images = batch.views[0]
-        taught = stage_features(cast(Encoder, self.teacher.encoder), images, self.stages)
+        known = stage_features(cast(Encoder, self.teacher.encoder), images, self.stages)
         panels = [Panel("input", images)]
-        for name, part in two_parts(
-            images, family_of(self.encoder).smallest_side(self.encoder)
-        ).items():
-            searching = stage_features(self.encoder, part, self.stages)
+        step = backbones.family_of(self.encoder).smallest_side(self.encoder)
+        for name, part in two_parts(images, step).items():
+            local = stage_features(self.encoder, part, self.stages)
             enlarged = F.interpolate(part.float(), size=images.shape[2:], mode="nearest")
             panels.append(Panel(f"{name} part", enlarged))
-            for stage, mine, theirs in zip(self.stages, searching.maps, taught.maps, strict=True):
-                panels.append(
-                    Panel(f"{name} part sought in {stage}", search(mine, theirs)[0], kind="heat")
-                )
+            for stage, mine, theirs in zip(self.stages, local.maps, known.maps, strict=True):
+                title = f"{name} part sought in {stage}"
+                panels.append(Panel(title, search(mine, theirs)[0], kind="heat"))
         return panels
 
 
-def search(searching: Tensor, maps: Tensor) -> Tensor:
-    """Where the local crops find themselves: student maps (J * B, C, h, w), teacher maps (B, C, H,
-    W) -> (J, B, H, W).
-
-    The query is the mean feature of a local crop; it takes no gradient (models/scfs.py).
-    """
-    queries = searching.detach().float().mean(dim=(2, 3))  # (J * B, C)
+def search(local: Tensor, maps: Tensor) -> Tensor:
+    """Where local crops find themselves: (J * B, C, h, w), (B, C, H, W) -> (J, B, H, W)."""
+    # The query is the mean feature of a local crop; it takes no gradient (models/scfs.py).
+    queries = local.detach().float().mean(dim=(2, 3))  # (J * B, C)
     return cosine_attention(queries.view(-1, *maps.shape[:2]), maps)
 
 
 def _usual_stages(encoder: Encoder) -> list[str]:
-    """The published stages of a ResNet; of a ViT the blocks at one half, three quarters and the
-    end, which is ours.
-    """
-    if isinstance(encoder, ResNet):
+    """The published stages of a ResNet; of a ViT (ours) the blocks at 1/2, 3/4 and the end."""
+    if backbones.family_of(encoder).convolutional:
         return ["layer2", "layer3", "layer4"]
     depth = len(encoder.blocks)
-    return [
-        f"blocks.{number}"
-        for number in sorted({max(0, depth * quarters // 4 - 1) for quarters in (2, 3, 4)})
-    ]
+    numbers = {max(0, depth * quarters // 4 - 1) for quarters in (2, 3, 4)}
+    return [f"blocks.{number}" for number in sorted(numbers)]
 
 
 def _active_weights(config: ScfsSettings, stages: list[str]) -> dict[str, float]:
@@ -241,8 +189,8 @@ def _active_weights(config: ScfsSettings, stages: list[str]) -> dict[str, float]
     weights = given if isinstance(given, list) else [given] * len(stages)
     if len(weights) != len(stages):
         raise UserError(
-            f"method.stage_weights has {len(weights)} numbers for {len(stages)} stages ({', '.join(stages)}): give one "
-            "number for all of them, or one a stage"
+            f"method.stage_weights has {len(weights)} numbers for {len(stages)} stages "
+            f"({', '.join(stages)}): give one number for all of them, or one a stage"
         )
     if len(set(stages)) < len(stages):
         raise UserError(
@@ -255,11 +203,11 @@ def _check_views(batch: Batch) -> None:
     """UserError for batches that give the method nothing to compare."""
     if len(batch.views) < 3:
         raise UserError(
-            "method=scfs searches global crops for what local crops show, and there are no local ones: set "
-            "crops.num_local=1 or more"
+            "method=scfs searches global crops for what local crops show, and there are no local "
+            "ones: set crops.num_local=1 or more"
         )
     if len(batch) * num_processes() < 2:
         raise UserError(
-            "method=scfs has batch norms, which need 2 images or more at a time, and gets 1: raise batch_size, or "
-            "lower accumulate"
+            "method=scfs has batch norms, which need 2 images or more at a time, and gets 1: raise "
+            "batch_size, or lower accumulate"
         )

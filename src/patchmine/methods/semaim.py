@@ -12,11 +12,10 @@ from typing import cast
 
 import torch
 from timm.layers import Mlp
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from patchmine.backbones.attention import class_attention
-from patchmine.backbones.family import encode, transform
+from patchmine.backbones.family import Encoder, encode, transform
 from patchmine.backbones.foreign import ForeignTeacher
 from patchmine.backbones.tokens import embed_patches, encoder_grid, patch_positions, prefix_tokens
 from patchmine.backbones.vit import initialise
@@ -24,24 +23,9 @@ from patchmine.errors import UserError
 from patchmine.methods.settings.semaim import SemAimSettings
 from patchmine.models.streams import check_causal, only_looking, query_stream, two_streams
 from patchmine.models.teacher import Teacher
+from patchmine.ops import losses, orders
+from patchmine.ops import patches as cut
 from patchmine.ops.blur import blur_matrix, blurred
-from patchmine.ops.losses import absolute_error, direction_error, squared_error
-from patchmine.ops.orders import (
-    BY_CONTENT,
-    IN_GROUPS,
-    patch_levels,
-    take,
-    token_similarity,
-    visibility,
-    visiting_order,
-)
-from patchmine.ops.patches import (
-    gather_patches,
-    images_from_values,
-    patch_statistics,
-    patch_values,
-    pixel_targets,
-)
 from patchmine.ops.pictures import patch_map
 from patchmine.ops.schedules import ema_decay
 from patchmine.task import Method
@@ -49,24 +33,22 @@ from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 
 class SemAIM(Method):
-    """The encoder under a causal mask, and a second stream that knows positions and reads what came
-    earlier.
-    """
+    """The encoder under a causal mask, and a query stream that reads what came earlier."""
 
     Config = SemAimSettings
 
     config: SemAimSettings
-    encoder: VisionTransformer
+    encoder: Encoder
     teacher: Teacher | None
     foreign: ForeignTeacher | None
     blur_rows: Tensor
     blur_columns: Tensor
 
-    def __init__(self, config: SemAimSettings, encoder: VisionTransformer) -> None:
+    def __init__(self, config: SemAimSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         check_causal(encoder, "semaim")
         self.grid = encoder_grid(encoder)
-        self.by_content = config.order in BY_CONTENT
+        self.by_content = config.order in orders.BY_CONTENT
         channels = encoder.patch_embed.proj.in_channels
         depth = config.query_depth or len(encoder.blocks)
         _check(config, depth=len(encoder.blocks), channels=channels)
@@ -75,43 +57,35 @@ class SemAIM(Method):
         width = encoder.embed_dim
         out_width = self.grid.values_per_patch(channels) if config.target == "pixel" else width
         if config.target in ("dino", "clip"):
+            renormalise = config.target_renormalise
             self.foreign = ForeignTeacher(
-                config.target,
-                config.target_file,
-                grid=self.grid,
-                renormalise=config.target_renormalise,
+                config.target, config.target_file, grid=self.grid, renormalise=renormalise
             )
             out_width = self.foreign.width
-            if (
-                self.by_content
-                and config.similarity == "cls"
-                and self.foreign.tower.cls_token is None
-            ):
+            compared = self.by_content and config.similarity == "cls"
+            if compared and self.foreign.tower.cls_token is None:
                 raise UserError(
-                    f"method.target_file={config.target_file} is a network without class token, which "
-                    "method.similarity=cls compares its patches with: set method.similarity=gap"
+                    f"method.target_file={config.target_file} has no class token, which method."
+                    "similarity=cls compares its patches with: set method.similarity=gap"
                 )
 
         self.query_blocks = query_stream(encoder, depth)
-        self.head = (
-            Mlp(width, 4 * width, out_width)
-            if config.head == "mlp"
-            else nn.Linear(width, out_width)
-        )
+        mlp = config.head == "mlp"
+        self.head = Mlp(width, 4 * width, out_width) if mlp else nn.Linear(width, out_width)
         initialise(self.head)
 
         asked = self.by_content and config.target == "pixel" and config.semantic_source == "ema"
         self.teacher = Teacher(encoder=encoder) if asked or config.target == "ema" else None
         for name, count, side in zip(
-            ("blur_rows", "blur_columns"), self.grid.size, self.grid.patch, strict=True
+            ("rows", "columns"), self.grid.size, self.grid.patch, strict=True
         ):
             matrix = blur_matrix(count * side, config.blur_kernel, config.blur_sigma or 1.0)
-            self.register_buffer(name, matrix, persistent=False)
+            self.register_buffer(f"blur_{name}", matrix, persistent=False)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W)
         patches = embed_patches(self.encoder, images)  # (B, L, D)
-        features, similarity = self.look(images, patches)
+        features, similarity = self.judge(images, patches)
         order, score = self.draw_order(images, similarity)  # (B, L); None, or (1 or B, L)
         predicted = self.predict_patches(patches, order, score)  # (B, L, T), by rank from here on
         error = self.error(predicted, images, features, order)  # (B, L)
@@ -119,98 +93,75 @@ class SemAIM(Method):
         count = self.grid.num_patches
         return {
             "loss": error.mean(),
-            "first_patch": by_rank[
-                0
-            ],  # known from its position only: below 1 here means a leak or a bias of the data
+            # Known from its position only: below 1 here means a leak or a bias of the data.
+            "first_patch": by_rank[0],
             "first_tenth": by_rank[: -(-count // 10)].mean(),
             "last_half": by_rank[count // 2 :].mean(),
         }
 
     @torch.no_grad()
-    def look(self, images: Tensor, patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What the whole image says: target features (B, L, T) or None, similarity of each patch
-        (B, L) or None.
+    def judge(self, images: Tensor, patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Target features (B, L, T) and similarities (B, L) of whole images, where needed.
 
-        One pass makes both (spec semaim.md, section 3.1); nothing is computed that nobody asks
-        for.  ``patches`` are the encoder's own (B, L, D), which its pass here shares with the step.
+        One pass makes both; ``patches`` (B, L, D) are the encoder's own, which it shares.
         """
         config = self.config
         wants_features, by_attention = config.target != "pixel", config.similarity == "self"
         if not (wants_features or self.by_content):
             return None, None
         tokens, num_prefix = None, 1
-        looking = (
-            self.encoder if self.teacher is None else cast(VisionTransformer, self.teacher.encoder)
-        )
+        judging = self.encoder if self.teacher is None else cast(Encoder, self.teacher.encoder)
         similarity = None
-        with only_looking(looking, images.device):
+        with only_looking(judging, images.device):
             if self.foreign is not None:
-                tokens, num_prefix = (
-                    self.foreign.tokens(images),
-                    self.foreign.tower.num_prefix_tokens,
-                )
+                tokens = self.foreign.tokens(images)
+                num_prefix = self.foreign.tower.num_prefix_tokens
             elif wants_features or not by_attention:
                 tokens = self._encode(images, patches)
             if self.by_content and by_attention:
-                similarity = class_attention(looking, images)[:, :, 1:].mean(dim=1)
+                similarity = class_attention(judging, images)[:, :, 1:].mean(dim=1)
         if tokens is None:
             return None, similarity
         features = tokens[:, num_prefix:]
         if self.by_content and not by_attention:
             anchor = tokens[:, 0] if config.similarity == "cls" else features.float().mean(dim=1)
-            similarity = token_similarity(anchor, features)
+            similarity = orders.token_similarity(anchor, features)
         return (features if wants_features else None), similarity
 
     def _encode(self, images: Tensor, patches: Tensor) -> Tensor:
-        """Final tokens (B, 1 + L, D) of the slow copy if there is one, else of the encoder; nobody
-        is masked.
-        """
+        """Final tokens (B, 1 + L, D) of the EMA teacher or else the encoder, nothing masked."""
         if self.teacher is not None:
-            return encode(cast(VisionTransformer, self.teacher.encoder), images)
-        return transform(
-            self.encoder, torch.cat([prefix_tokens(self.encoder, len(patches)), patches], dim=1)
-        )
+            return encode(cast(Encoder, self.teacher.encoder), images)
+        prefix = prefix_tokens(self.encoder, len(patches))
+        return transform(self.encoder, torch.cat([prefix, patches], dim=1))
 
     def draw_order(self, images: Tensor, similarity: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The patch of each rank (B, L), and the score of each rank (1 or B, L) where some are
-        predicted at once.
-
-        Whether there are scores follows from the settings alone.
-        """
-        config = self.config
-        noise = self.noise.uniform(len(images), self.grid.num_patches, device=images.device)
-        levels = patch_levels(config.order, self.grid.size, similarity, images.device)
-        order = visiting_order(config.order, levels, noise)
+        """The patch of each rank (B, L); scores (1 or B, L) where some are predicted at once."""
+        config, count = self.config, self.grid.num_patches
+        noise = self.noise.uniform(len(images), count, device=images.device)
+        levels = orders.patch_levels(config.order, self.grid.size, similarity, images.device)
+        order = orders.visiting_order(config.order, levels, noise)
         if config.ties == "keep":
             return order, levels.expand(len(images), -1).gather(1, order)
         if config.group_size > 1:
-            return order, (
-                torch.arange(self.grid.num_patches, device=images.device) // config.group_size
-            )[None]
+            return order, (torch.arange(count, device=images.device) // config.group_size)[None]
         return order, None
 
     def predict_patches(self, patches: Tensor, order: Tensor, score: Tensor | None) -> Tensor:
-        """Predictions by rank: embedded patches (B, L, D) in raster order, (B, L), None or (1 or B,
-        L) -> (B, L, T).
-
-        Sorted by rank, what may be looked at is exactly the lower triangle, in both streams:
-        content is the class token and all patches but the last, which nobody reads, and the query
-        of rank r reads the first r + 1 of them.  Only where patches are predicted at once does it
-        take masks.
-        """
-        content = torch.cat(
-            [prefix_tokens(self.encoder, len(patches)), take(patches, order[:, :-1])], dim=1
-        )
+        """Predictions by rank, (B, L, T), of embedded patches (B, L, D) in raster order."""
+        # Sorted by rank, attention is exactly the lower triangle, in both streams: content is the
+        # class token and all patches but the last, which nobody reads, and the query of rank r
+        # reads the first r + 1 of them.  Only patches that are predicted at once take masks.
+        prefix = prefix_tokens(self.encoder, len(patches))
+        content = torch.cat([prefix, orders.take(patches, order[:, :-1])], dim=1)  # (B, L, D)
         queries = patch_positions(self.encoder)[order].to(content.dtype)  # (B, L, D)
         content_mask = query_mask = None
         if score is not None:
             length = order.shape[1]
-            content_mask, query_mask = (
-                seen[:, None, :length, :length] for seen in visibility(score)
-            )
-        _, answers = two_streams(
-            self.encoder, self.query_blocks, content, queries, content_mask, query_mask
-        )
+            both = orders.visibility(score)
+            content_mask, query_mask = (mask[:, None, :length, :length] for mask in both)
+        streams = (content, queries, content_mask, query_mask)
+        _, answers = two_streams(self.encoder, self.query_blocks, *streams)
         return self.head(self.encoder.norm(answers[-1]))
 
     def error(
@@ -218,12 +169,11 @@ class SemAIM(Method):
     ) -> Tensor:
         """Loss of each patch by rank, float32 (B, L)."""
         if features is not None:
-            return direction_error(predicted, take(features, order))
-        config = self.config
-        target = pixel_targets(
-            self.soften(images), order, self.grid.patch, norm_pix_loss=config.norm_pix_loss
-        )
-        return (squared_error if config.pixel_loss == "l2" else absolute_error)(predicted, target)
+            return losses.direction_error(predicted, orders.take(features, order))
+        soft, norm = self.soften(images), self.config.norm_pix_loss
+        target = cut.pixel_targets(soft, order, self.grid.patch, norm_pix_loss=norm)
+        squared = self.config.pixel_loss == "l2"
+        return (losses.squared_error if squared else losses.absolute_error)(predicted, target)
 
     def soften(self, images: Tensor) -> Tensor:
         """What pixel targets are cut from, float32 (B, C, H, W)."""
@@ -233,19 +183,10 @@ class SemAIM(Method):
 
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
-            config = self.config
-            decay = ema_decay(
-                progress,
-                start=config.ema_start,
-                end=config.ema_end,
-                ramp_epochs=config.ema_ramp_epochs,
-            )
+            start, end = self.config.ema_start, self.config.ema_end
+            ramp = self.config.ema_ramp_epochs
+            decay = ema_decay(progress, start=start, end=end, ramp_epochs=ramp)
             self.teacher.update(decay, encoder=self.encoder)
-
-    def encoders(self) -> dict[str, nn.Module]:
-        """The student, and its EMA teacher where it has one."""
-        teacher = {} if self.teacher is None else {"teacher": self.teacher.get_submodule("encoder")}
-        return {"student": self.encoder, **teacher}
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped at the published norm."""
@@ -253,12 +194,10 @@ class SemAIM(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, similarity, rank of each patch, each patch as predicted from those before it, the
-        error.
-        """
+        """Input, similarity, rank of each patch, each as predicted from those before it, error."""
         images = batch.views[0]
         patches = embed_patches(self.encoder, images)
-        features, similarity = self.look(images, patches)
+        features, similarity = self.judge(images, patches)
         order, score = self.draw_order(images, similarity)
         predicted = self.predict_patches(patches, order, score)
         panels = [Panel("input", images)]
@@ -267,30 +206,27 @@ class SemAIM(Method):
             title = titles.get(self.config.similarity, "attention of the class token")
             panels.append(Panel(title, patch_map(similarity, self.grid), kind="heat"))
         together = "" if score is None else ", some at once"
-        ranks = (
-            torch.arange(self.grid.num_patches, device=images.device).expand_as(order)
-            if score is None
-            else score
-        )
+        ranks = torch.arange(self.grid.num_patches, device=images.device)
+        ranks = ranks if score is None else score
         rank_map = patch_map(ranks.expand_as(order), self.grid, order)
         panels.append(Panel(f"order: dark is predicted first{together}", rank_map, kind="heat"))
         if features is None:
-            panels.append(self._painted(images, predicted, order))
+            panels.append(self._drawn(images, predicted, order))
         error = self.error(predicted, images, features, order)
         panels.append(Panel("error", patch_map(error, self.grid, order), kind="heat"))
         return panels
 
-    def _painted(self, images: Tensor, predicted: Tensor, order: Tensor) -> Panel:
+    def _drawn(self, images: Tensor, predicted: Tensor, order: Tensor) -> Panel:
         """All patches as predicted, each from the true ones before it."""
         title = "each patch as predicted from the true ones before it"
         values = predicted.float()
         if self.config.norm_pix_loss:
-            true = patch_values(gather_patches(self.soften(images), order, self.grid.patch))
-            mean, deviation = patch_statistics(true)
+            true = cut.gather_patches(self.soften(images), order, self.grid.patch)
+            mean, deviation = cut.patch_statistics(cut.patch_values(true))
             values = values * deviation + mean
             title += " (patch statistics borrowed from the input)"
-        back = order.argsort(dim=1)
-        return Panel(title, images_from_values(take(values, back), self.grid, images.shape[1]))
+        raster = orders.take(values, order.argsort(dim=1))
+        return Panel(title, cut.images_from_values(raster, self.grid, images.shape[1]))
 
 
 def _check(config: SemAimSettings, *, depth: int, channels: int) -> None:
@@ -299,35 +235,36 @@ def _check(config: SemAimSettings, *, depth: int, channels: int) -> None:
     if config.query_depth is not None and depth % config.query_depth:
         divisors = ", ".join(str(n) for n in range(1, depth + 1) if depth % n == 0)
         raise UserError(
-            f"method.query_depth={config.query_depth} does not divide the {depth} blocks of the encoder: "
-            f"choose one of {divisors}"
+            f"method.query_depth={config.query_depth} does not divide the {depth} blocks of the "
+            f"encoder: choose one of {divisors}"
         )
     if config.blur_sigma is not None and config.blur_kernel % 2 == 0:
         raise UserError(
             f"method.blur_kernel={config.blur_kernel} has no middle pixel: "
             f"try method.blur_kernel={config.blur_kernel + 1}"
         )
-    if config.ties == "keep" and config.order not in IN_GROUPS:
+    if config.ties == "keep" and config.order not in orders.IN_GROUPS:
         raise UserError(
             f"method.ties=keep means nothing for method.order={config.order}, which has no ties: "
-            f"choose method.order={', '.join(IN_GROUPS)}, or method.group_size=N"
+            f"choose method.order={', '.join(orders.IN_GROUPS)}, or method.group_size=N"
         )
     if config.ties == "keep" and config.group_size > 1:
         raise UserError(
-            f"method.ties=keep and method.group_size={config.group_size} are two ways to group patches: "
-            "give one of them"
+            f"method.ties=keep and method.group_size={config.group_size} are two ways to group "
+            "patches: give one of them"
         )
     if config.semantic_source == "ema" and config.target not in ("pixel", "ema"):
         raise UserError(
-            f"method.semantic_source=ema is not used with method.target={config.target}, whose own pass gives the "
-            "similarity: leave it out"
+            f"method.semantic_source=ema is not used with method.target={config.target}, whose own "
+            "pass gives the similarity: leave it out"
         )
     if foreign and config.similarity == "self":
         raise UserError(
-            f"method.similarity=self needs attention of the encoder, but with method.target={config.target} that "
-            "network judges: set method.similarity=cls or gap"
+            "method.similarity=self needs attention of the encoder, but with method.target="
+            f"{config.target} that network judges: set method.similarity=cls or gap"
         )
     if foreign and channels != 3:
         raise UserError(
-            f"method.target={config.target} is a network for three channels, not for channels={channels}"
+            f"method.target={config.target} is a network for three channels, not for "
+            f"channels={channels}"
         )

@@ -1,6 +1,4 @@
-"""The light transformer that looks at encoded visible patches and says something about the masked
-ones.
-"""
+"""The light transformer that reads encoded visible patches and predicts the masked ones."""
 
 from __future__ import annotations
 
@@ -11,22 +9,21 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from patchmine.backbones.family import Encoder
 from patchmine.backbones.positions import fixed_table
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
+from patchmine.models.settings import DecoderSettings
 from patchmine.types import Grid, Mask
 
 
 class DecoderInput(nn.Module):
-    """From encoder tokens to decoder tokens: narrow, put a mask token wherever a patch is missing,
-    add positions.
+    """From encoder tokens to decoder tokens: narrowed, with mask tokens and positions.
 
-    The order is [prefix | visible | masked], each part in raster order.  Gathering the position
-    table instead of un-shuffling the tokens gives MAE's result and leaves the masked patches in one
-    contiguous slice (spec mae.md, section 8, item 9).
-
-    For clips, a ``grid`` of three axes, it is VideoMAE's: the linear layer has no bias and the
-    positions are its one-dimensional table.
+    The order is [prefix | visible | masked], each part in raster order: the position table is
+    gathered instead of un-shuffling the tokens (docs/methods/mae.md), so that masked patches are one
+    contiguous slice.  For clips it is VideoMAE's: a linear layer without bias and its
+    one-dimensional table of positions.
     """
 
     pos_embed: Tensor
@@ -40,22 +37,16 @@ class DecoderInput(nn.Module):
         self.register_buffer("pos_embed", fixed_table(width, grid.size), persistent=False)  # (L, W)
 
     def draw_weights(self) -> None:
-        """Fresh weights: `initialise`; for clips VideoMAE's, whose linear layer stays as torch
-        draws it.
-
-        Its mask token is normal with deviation 0.02, cut off at one deviation
-        (modeling_pretrain.py, trunc_normal_).
-        """
+        """Fresh weights in place: MAE's for images, VideoMAE's for clips."""
         if not self.of_clips:
             initialise(self)
             return
         self.embed.reset_parameters()
+        # Cut off at one deviation: modeling_pretrain.py, trunc_normal_.
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def undecayed(self, prefix: str) -> list[str]:
-        """Names of parameters without weight decay: for clips the mask token (VideoMAE,
-        ``no_weight_decay``).
-        """
+        """Names of parameters without weight decay: VideoMAE's mask token (``no_weight_decay``)."""
         return [f"{prefix}mask_token"] if self.of_clips else []
 
     def forward(self, latent: Tensor, mask: Mask) -> Tensor:
@@ -67,9 +58,8 @@ class DecoderInput(nn.Module):
     def all_visible(self, latent: Tensor) -> Tensor:
         """(B, P + L, D), nothing masked -> (B, P + L, W)."""
         tokens = self.embed(latent)
-        return torch.cat(
-            [tokens[:, : self.num_prefix], tokens[:, self.num_prefix :] + self.pos_embed], dim=1
-        )
+        prefix, patches = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
+        return torch.cat([prefix, patches + self.pos_embed], dim=1)
 
 
 class Decoder(nn.Module):
@@ -78,62 +68,61 @@ class Decoder(nn.Module):
     timm's `Block`; the defaults are MAE's (models_mae.py).
     """
 
-    def __init__(
-        self,
-        width: int,
-        depth: int,
-        num_heads: int,
-        out_width: int,
-        *,
-        mlp_ratio: float = 4.0,
-        norm_eps: float = 1e-6,
-        qkv_bias: bool = True,
-    ) -> None:
+    def __init__(self, settings: DecoderSettings, out_width: int) -> None:
         super().__init__()
-        if int(width * mlp_ratio) == 0:
+        width, ratio = settings.decoder_embed_dim, settings.decoder_mlp_ratio
+        if int(width * ratio) == 0:
             raise UserError(
-                f"method.decoder_mlp_ratio={mlp_ratio} leaves no hidden unit in a decoder of "
+                f"method.decoder_mlp_ratio={ratio} leaves no hidden unit in a decoder of "
                 f"method.decoder_embed_dim={width}: set it to 1 or more"
             )
-        norm = partial(nn.LayerNorm, eps=norm_eps)
+        norm = partial(nn.LayerNorm, eps=settings.decoder_norm_eps)
+        sizes = dict(mlp_ratio=ratio, qkv_bias=settings.decoder_qkv_bias, norm_layer=norm)
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm)
-            for _ in range(depth)
+            Block(width, settings.decoder_num_heads, **sizes) for _ in range(settings.decoder_depth)
         )
         self.norm = norm(width)
         self.head = nn.Linear(width, out_width)
 
     def forward(self, tokens: Tensor, num_last: int) -> Tensor:
-        """Normalised features of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W).
-
-        The last block works out queries, projection and MLP for those rows only; nobody reads the
-        others.
-        """
+        """Normalised features of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
         for block in self.blocks[:-1]:
             tokens = block(tokens)
+        # The last block computes queries, projection and MLP of those rows only.
         return self.norm(_block_on_last(self.blocks[-1], tokens, num_last))
 
 
-def check_decoder(
-    width: int, num_heads: int, num_visible: int, mask_ratio: float, num_patches: int | None = None
-) -> None:
-    """UserError for settings of a masked autoencoder that no network can be built from.
+def masked_decoder(
+    encoder: Encoder, grid: Grid, settings: DecoderSettings, out_width: int
+) -> tuple[DecoderInput, Decoder]:
+    """A decoder of masked patches and what stands before it, freshly drawn."""
+    width, prefix = settings.decoder_embed_dim, encoder.num_prefix_tokens
+    decoder_input = DecoderInput(encoder.embed_dim, width, grid, prefix)
+    decoder = Decoder(settings, out_width)
+    decoder_input.draw_weights()
+    initialise(decoder)
+    return decoder_input, decoder
 
-    ``num_visible`` of ``num_patches`` are left; None where some are always hidden.
+
+def check_decoder(
+    settings: DecoderSettings, num_visible: int, mask_ratio: float, num_patches: int | None = None
+) -> None:
+    """UserError for settings that no network can be built from.
+
+    ``num_visible`` of ``num_patches`` are left; None where some are always masked.
     """
-    if width % num_heads or width % 4:
+    width, heads = settings.decoder_embed_dim, settings.decoder_num_heads
+    if width % heads or width % 4:
         raise UserError(
-            f"method.decoder_embed_dim={width} must be a multiple of 4 and of method.decoder_num_heads={num_heads}: "
-            f"try method.decoder_embed_dim={-(-width // (4 * num_heads)) * 4 * num_heads}"
+            f"method.decoder_embed_dim={width} must be a multiple of 4 and of "
+            f"method.decoder_num_heads={heads}: "
+            f"try method.decoder_embed_dim={-(-width // (4 * heads)) * 4 * heads}"
         )
+    given = f"method.mask_ratio={mask_ratio}"
     if num_visible == 0:
-        raise UserError(
-            f"method.mask_ratio={mask_ratio} leaves no patch visible: lower it, or use smaller patches"
-        )
+        raise UserError(f"{given} leaves no patch visible: lower it, or use smaller patches")
     if num_visible == num_patches:
-        raise UserError(
-            f"method.mask_ratio={mask_ratio} hides none of {num_patches} patches: raise it"
-        )
+        raise UserError(f"{given} hides none of {num_patches} patches: raise it")
 
 
 def _block_on_last(block: Block, tokens: Tensor, num_last: int) -> Tensor:
@@ -147,15 +136,11 @@ def _block_on_last(block: Block, tokens: Tensor, num_last: int) -> Tensor:
     key_value = F.linear(normed, weight[width:], key_value_bias)
 
     def heads(part: Tensor) -> Tensor:
-        return part.reshape(batch, part.shape[1], attention.num_heads, -1).transpose(
-            1, 2
-        )  # (B, heads, N, W / heads)
+        split = part.reshape(batch, part.shape[1], attention.num_heads, -1)
+        return split.transpose(1, 2)  # (B, heads, N, W / heads)
 
     key, value = key_value.chunk(2, dim=-1)
-    mixed = F.scaled_dot_product_attention(
-        heads(query), heads(key), heads(value)
-    )  # (B, heads, num_last, W / heads)
-    last = tokens[:, -num_last:] + attention.proj(
-        mixed.transpose(1, 2).reshape(batch, num_last, width)
-    )
+    mixed = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+    mixed = mixed.transpose(1, 2).reshape(batch, num_last, width)
+    last = tokens[:, -num_last:] + attention.proj(mixed)
     return last + block.mlp(block.norm2(last))

@@ -1,4 +1,4 @@
-"""Projection heads of the methods that compare views; none of them is part of what a run exports."""
+"""Projection heads of the methods that compare views; no export holds them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class MethodSettings(Strict):
             work starts.
         families: names of the encoder families that the method trains.
         relative_positions: it takes encoders whose attention knows how far apart two patches are.
-        multi_crop: a training batch holds several crops of each image, as the settings ``crops`` say.
+        multi_crop: a training batch holds several crops of each image, as ``crops`` says.
     """
 
     implementation: ClassVar[str]

@@ -130,12 +130,15 @@ def check_causal(encoder: Encoder, method: str) -> None:
     prefix = encoder.num_prefix_tokens
     if encoder.cls_token is None or prefix != 1:
         raise UserError(
-            f"method={method} starts every sequence from one class token, and this model has {prefix} tokens before "
-            "its patches: set model_args.class_token=true model_args.reg_tokens=0, or choose vit_base_patch16_224"
+            f"method={method} starts every sequence from one class token, and this model has "
+            f"{prefix} tokens before "
+            "its patches: set model_args.class_token=true model_args.reg_tokens=0, or choose "
+            "vit_base_patch16_224"
         )
     if not all(type(block) is Block and _plain(block.attn) for block in encoder.blocks):
         raise UserError(
-            f"method={method} runs the blocks of a plain vision transformer under a causal mask, and this "
+            f"method={method} runs the blocks of a plain vision transformer under a causal mask, "
+            "and this "
             f"{type(encoder).__name__} has others: choose one such as vit_base_patch16_224"
         )
 

@@ -18,14 +18,16 @@ def patches_per_unit(grid: Grid, mask_unit: int | None) -> tuple[int, ...]:
     if mask_unit is not None and sides != (mask_unit,) * len(sides):
         step = math.lcm(*grid.patch)
         raise UserError(
-            f"method.mask_unit={mask_unit} is not a multiple of the patch, {_by(grid.patch)} pixels: "
+            f"method.mask_unit={mask_unit} is not a multiple of the patch, {_by(grid.patch)} "
+            "pixels: "
             f"try method.mask_unit={max(step, round(mask_unit / step) * step)}"
         )
     if any(size % count for size, count in zip(grid.size, per_unit, strict=True)):
         image = tuple(size * step for size, step in zip(grid.size, grid.patch, strict=True))
         given = "null, two patches," if mask_unit is None else str(mask_unit)
         raise UserError(
-            f"method.mask_unit={given} makes units of {_by(sides)} pixels, which do not fill image_size={_by(image)}: "
+            f"method.mask_unit={given} makes units of {_by(sides)} pixels, which do not fill "
+            f"image_size={_by(image)}: "
             f"try method.mask_unit={math.lcm(*grid.patch)}, or another image_size"
         )
     return per_unit

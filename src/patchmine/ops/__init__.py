@@ -1,1 +1,1 @@
-"""Pure functions of tensors: masks, targets, losses, schedules.  Randomness is passed in as noise."""
+"""Pure functions of tensors: masks, targets, losses, schedules; randomness comes in as noise."""

@@ -1,4 +1,4 @@
-"""Orders in which the patches of an image are visited, and who may look at whom in such an order."""
+"""Orders in which the patches of an image are visited, and attention in such an order."""
 
 from __future__ import annotations
 

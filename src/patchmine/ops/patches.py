@@ -1,4 +1,4 @@
-"""Cutting images into patches and putting them together again, for two and three dimensions alike."""
+"""Cutting images and clips into patches and putting them together again."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def all_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 
 def patch_values(patches: Tensor) -> Tensor:
-    """Numbers of each patch in MAE's order, (row, column, channel): (B, V, C, *patch) -> (B, V, P)."""
+    """Numbers of each patch in MAE's order, channels last: (B, V, C, *patch) -> (B, V, P)."""
     return patches.movedim(2, -1).flatten(2)
 
 
@@ -65,7 +65,7 @@ def channels_last(values: Tensor, channels: int) -> Tensor:
 
 
 def images_from_values(values: Tensor, grid: Grid, channels: int) -> Tensor:
-    """The inverse of `patch_values` over all patches in raster order: (B, L, P) -> (B, C, *size)."""
+    """The inverse of `patch_values` over all patches: (B, L, P) -> (B, C, *size)."""
     axes = len(grid.size)
     blocks = values.reshape(values.shape[0], *grid.size, *grid.patch, channels)
     order = [part for axis in range(axes) for part in (1 + axis, 1 + axes + axis)]

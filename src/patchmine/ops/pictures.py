@@ -1,6 +1,4 @@
-"""Pictures made from patches, for people to look at: what was hidden, what was painted in, one
-number per patch.
-"""
+"""Pictures made from patches: what was masked, the reconstruction, one number per patch."""
 
 from __future__ import annotations
 
@@ -70,6 +68,15 @@ def reconstruction_panel(
         restored = painted * deviation + mean
     repainted = paint_masked(images, mask, grid, restored)
     return Panel("reconstruction (patch statistics borrowed from the input)", repainted)
+
+
+def masked_panels(
+    images: Tensor, mask: Mask, grid: Grid, reconstruction: Panel | None, error: Tensor
+) -> list[Panel]:
+    """What the encoder saw, the reconstruction, the error (B, M) of each masked patch."""
+    visible = Panel("visible", hide_masked(images, mask, grid))
+    errors = Panel("error", patch_map(error, grid, mask.masked), kind="heat")
+    return [visible, *([] if reconstruction is None else [reconstruction]), errors]
 
 
 def two_parts(images: Tensor, step: int = 1) -> dict[str, Tensor]:

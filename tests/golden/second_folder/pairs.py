@@ -17,7 +17,7 @@ from second_folder.drawing import Drawing, save
 from torch import Tensor, nn
 
 from patchmine.backbones.family import stage_features
-from patchmine.methods.mokd import MOKD, look
+from patchmine.methods.mokd import MOKD, outputs_of
 from patchmine.methods.scfs import SCFS
 from patchmine.types import Batch, Progress
 
@@ -193,9 +193,9 @@ def activations(method: MOKD, batch: Batch, c: dict[str, Any]) -> dict[str, Tens
         taught = {}
         for name, student, teacher in networks:
             mine, local, taught[name] = (
-                look(student, large),
-                look(student, small),
-                look(teacher, large),
+                outputs_of(student, large),
+                outputs_of(student, small),
+                outputs_of(teacher, large),
             )
             seen |= {
                 f"s_{name}_m": torch.cat([mine.head, local.head]),

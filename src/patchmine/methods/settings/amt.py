@@ -32,7 +32,8 @@ class AmtSettings(DecoderSettings):
     start_epoch: int | None = Field(
         None,
         ge=0,
-        description="first epoch guided by attention; null: 41, or a tenth of a run below 200 epochs",
+        description="first epoch guided by attention; null: 41, or a tenth of a run below 200 "
+        "epochs",
     )
     refresh_every: int | None = Field(
         None,
@@ -51,7 +52,8 @@ class AmtSettings(DecoderSettings):
     )
     alignment: Literal["area", "bilinear", "released"] = Field(
         "area",
-        description="how a stored map follows the crop; released: the published code's mistake, for parity",
+        description="how a stored map follows the crop; released: the published code's mistake, "
+        "for parity",
     )
     ema: float = Field(0.999, ge=0, le=1, description="decay of the EMA teacher, for maps=online")
     norm_pix_loss: bool = Field(

@@ -27,7 +27,8 @@ class DropPosSettings(DecoderSettings):
     )
     mask_token_type: Literal["param", "zeros", "wrong_pos"] = Field(
         "param",
-        description="in place of a withheld position: a learned token, nothing, or the position of another patch "
+        description="in place of a withheld position: a learned token, nothing, or the position "
+        "of another patch "
         "that lost its own",
     )
     smoothing: float = Field(
@@ -40,22 +41,26 @@ class DropPosSettings(DecoderSettings):
     )
     smoothing_grid: Literal["patches", "as_run"] = Field(
         "patches",
-        description="distances on the grid of patches, or on one as wide as a patch has pixels (published runs)",
+        description="distances on the grid of patches, or on one as wide as a patch has pixels "
+        "(published runs)",
     )
     smoothing_norm: Literal["column", "row"] = Field(
         "column",
-        description="divide the smoothed targets by the sum of each place (the code) or of each target",
+        description="divide the smoothed targets by the sum of each place (the code) or of each "
+        "target",
     )
     attentive: bool = Field(
         True,
-        description="weigh patches by their similarity to the class token, in a pass over the whole image",
+        description="weigh patches by their similarity to the class token, in a pass over the "
+        "whole image",
     )
     temperature: float = Field(
         0.1, gt=0, description="of the softmax over these similarities (0.1 in the code)"
     )
     conf_ignore: bool = Field(
         False,
-        description="leave out patches that are placed at least as surely as the smoothed target says",
+        description="leave out patches that are placed at least as surely as the smoothed target "
+        "says",
     )
     multi_task: bool = Field(
         False, description="also predict the pixels of removed patches, as MAE does"

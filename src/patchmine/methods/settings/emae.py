@@ -37,14 +37,16 @@ class EmaeSettings(DecoderSettings):
     )
     sc_norm: Literal["all", "overlap"] = Field(
         "all",
-        description="a pair's distance is divided by all patches, or by those that both parts predict",
+        description="a pair's distance is divided by all patches, or by those that both parts "
+        "predict",
     )
     sc_pairs: Literal["mean", "sum"] = Field(
         "mean", description="pairs of parts are averaged, or added up"
     )
     sc_grad: Literal["both", "none"] = Field(
         "both",
-        description="each distance counted twice, with either side held fixed; or once: only the value halves",
+        description="each distance counted twice, with either side held fixed; or once: only the "
+        "value halves",
     )
     mask_token: Literal["learned", "zeros"] = Field(
         "learned",

@@ -22,19 +22,22 @@ class HpmSettings(DecoderSettings):
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
     target: Literal["pixel", "ema", "dino", "clip"] = Field(
         "pixel",
-        description="what is predicted: pixels, the teacher's features, or those of a frozen DINO or CLIP",
+        description="what is predicted: pixels, the teacher's features, or those of a frozen "
+        "DINO or CLIP",
     )
     target_file: str | None = Field(
         None, description="local weights of the frozen DINO or CLIP network"
     )
     target_renormalise: bool = Field(
         False,
-        description="give a foreign network images in its own normalisation; the reference does not",
+        description="give a foreign network images in its own normalisation; the reference does "
+        "not",
     )
     norm_pix_loss: bool = Field(False, description="predict pixels standardised within each patch")
     prediction: Literal["relative", "absolute", "none"] = Field(
         "relative",
-        description="how losses are predicted: their order, their standardised value, or not at all",
+        description="how losses are predicted: their order, their standardised value, or not at "
+        "all",
     )
     losspred_head: Literal["patch", "scalar"] = Field(
         "patch",
@@ -56,7 +59,8 @@ class HpmSettings(DecoderSettings):
     )
     mask_unit: Literal["tube", "cube"] = Field(
         "tube",
-        description="of clips: hide a place at all times, or each cube by itself; images know no difference",
+        description="of clips: hide a place at all times, or each cube by itself; images know no "
+        "difference",
     )
     tube_score: Literal["mean", "max"] = Field(
         "mean", description="difficulty of a tube: the mean or the greatest of its cubes"

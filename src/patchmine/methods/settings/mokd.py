@@ -31,7 +31,8 @@ class MokdSettings(MethodSettings):
     cross_weight: float | None = Field(
         None,
         ge=0,
-        description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for a ViT",
+        description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for "
+        "a ViT",
     )
     partner_cross_weight: float | None = Field(
         None,
@@ -80,7 +81,8 @@ class MokdSettings(MethodSettings):
     sgd_weight_decay: float = Field(1e-4, ge=0, description="a ResNet's, constant")
     cnn_thead_optimizer: Literal["sgd", "adamw"] = Field(
         "sgd",
-        description="of a ResNet's transformer head: SGD at AdamW's rates, as in the code; or AdamW, ours",
+        description="of a ResNet's transformer head: SGD at AdamW's rates, as in the code; or "
+        "AdamW, ours",
     )
     clip_grad: float | None = Field(
         3.0, gt=0, description="largest gradient norm of each parameter by itself"

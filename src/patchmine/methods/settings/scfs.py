@@ -23,11 +23,13 @@ class ScfsSettings(MethodSettings):
     name: Literal["scfs"] = "scfs"
     stages: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
-        description="stages that are searched; null: layer2 to layer4 of a ResNet, three blocks of a ViT",
+        description="stages that are searched; null: layer2 to layer4 of a ResNet, three blocks "
+        "of a ViT",
     )
     stage_weights: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = Field(
         1.0,
-        description="weight of the stages, one number or one a stage; 0 leaves a stage out, all 0 is DINO",
+        description="weight of the stages, one number or one a stage; 0 leaves a stage out, all "
+        "0 is DINO",
     )
     stage_global_weight: float = Field(
         0.5, ge=0, description="weight of a stage's loss between global crops"

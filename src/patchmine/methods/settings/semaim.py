@@ -32,16 +32,20 @@ class SemAimSettings(MethodSettings):
     name: Literal["semaim"] = "semaim"
     order: Order = Field(
         "attention_center",
-        description="attention_center: by distance from the patch most similar to the image; similarity: by "
-        "similarity; stochastic: at random (SAIM); rowmajor, serpentine; center2out, out2center: of the image",
+        description="attention_center: by distance from the patch most similar to the image; "
+        "similarity: by "
+        "similarity; stochastic: at random (SAIM); rowmajor, serpentine; center2out, out2center: "
+        "of the image",
     )
     similarity: Literal["cls", "gap", "self"] = Field(
         "cls",
-        description="of a patch to class token or mean patch, or the class token's attention (self)",
+        description="of a patch to class token or mean patch, or the class token's attention "
+        "(self)",
     )
     semantic_source: Literal["online", "ema"] = Field(
         "online",
-        description="who judges similarity when pixels are predicted: the encoder, or its EMA teacher",
+        description="who judges similarity when pixels are predicted: the encoder, or its EMA "
+        "teacher",
     )
     ties: Literal["break", "keep"] = Field(
         "break", description="patches of equal distance: in random order, or all at once (slower)"
@@ -51,12 +55,14 @@ class SemAimSettings(MethodSettings):
     )
     query_depth: Depth | None = Field(
         None,
-        description="query blocks, a divisor of the encoder's depth; null: as many as the encoder has",
+        description="query blocks, a divisor of the encoder's depth; null: as many as the "
+        "encoder has",
     )
     head: Literal["mlp", "linear"] = Field("mlp", description="what turns queries into predictions")
     target: Literal["pixel", "ema", "own", "dino", "clip"] = Field(
         "pixel",
-        description="what is predicted: pixels, features of the EMA teacher or of itself, or those of a "
+        description="what is predicted: pixels, features of the EMA teacher or of itself, or "
+        "those of a "
         "frozen DINO or CLIP",
     )
     target_file: str | None = Field(
@@ -64,7 +70,8 @@ class SemAimSettings(MethodSettings):
     )
     target_renormalise: bool = Field(
         False,
-        description="give a foreign network images in its own normalisation; the reference does not",
+        description="give a foreign network images in its own normalisation; the reference does "
+        "not",
     )
     pixel_loss: Literal["l2", "l1"] = Field(
         "l2", description="mean squared or mean absolute error of pixels"

@@ -26,7 +26,8 @@ class SimMimSettings(MethodSettings):
     )
     mask_unit: Count | None = Field(
         None,
-        description="pixels along a side of what is hidden at once; null: two patches, 32 as published",
+        description="pixels along a side of what is hidden at once; null: two patches, 32 as "
+        "published",
     )
     clip_grad: float | None = Field(
         5.0, gt=0, description="largest global gradient norm (config.py: 5)"
