@@ -20,10 +20,9 @@ from patchmine.types import Grid, Mask
 class DecoderInput(nn.Module):
     """From encoder tokens to decoder tokens: narrowed, with mask tokens and positions.
 
-    The order is [prefix | visible | masked], each part in raster order: the position table is
-    gathered instead of un-shuffling the tokens (docs/methods/mae.md), so that masked patches are one
-    contiguous slice.  For clips it is VideoMAE's: a linear layer without bias and its
-    one-dimensional table of positions.
+    The order is [prefix | visible | masked], each part in raster order (docs/methods/mae.md): the
+    masked patches are one contiguous slice.  For clips it is VideoMAE's: a linear layer without
+    bias and its one-dimensional table of positions.
     """
 
     pos_embed: Tensor
