@@ -51,7 +51,7 @@ install-dev: $(DEV_READY)
 demo: $(USER_READY)
 	@if [ -e $(DEMO)/config.yaml ]; then $(BIN)/patchmine resume $(DEMO); \
 	else $(BIN)/patchmine pretrain photos-demo out=$(DEMO); fi
-	@$(BIN)/patchmine eval knn $(DEMO) data=embedded:photos/train test=embedded:photos/test floors=true
+	@$(BIN)/patchmine eval knn $(DEMO) data=embedded:photos/train test=embedded:photos/test baselines=true
 	@$(BIN)/patchmine report $(DEMO) out=$(DEMO)/report.html
 	@echo "The report is in $(DEMO)/report.html: open it in a browser."
 

@@ -227,9 +227,9 @@ def test_resume_gets_run_and_words(rooms: Calls) -> None:
 
 
 def test_evaluations_get_typed_settings(rooms: Calls) -> None:
-    call("eval", "knn", "runs/hpm", "data=a", "test=b", "floors=true", "k=10")
+    call("eval", "knn", "runs/hpm", "data=a", "test=b", "baselines=true", "k=10")
     settings = rooms["evaluate_knn"][1]["settings"]
-    assert (settings.target, settings.data, settings.test, settings.floors, settings.k) == (
+    assert (settings.target, settings.data, settings.test, settings.baselines, settings.k) == (
         "runs/hpm",
         "a",
         "b",
@@ -322,8 +322,12 @@ def test_lists_name_methods_recipes_and_models() -> None:
         ("resume", "Name the folder of a run first"),
         ("resume nowhere", "nowhere does not exist; give the folder"),
         (
-            "eval knn nowhere dta=x floors=perhaps",
+            "eval knn nowhere dta=x baselines=perhaps",
             "dta: no such setting (given 'x'); did you mean data?",
+        ),
+        (
+            "eval knn x data=y floors=true",
+            "floors: no such setting (given true); it is called baselines",
         ),
         ("eval knn", "target: missing; a run, an export"),
         ("eval linear x data=y iterations=0", "iterations: given 0; must be"),

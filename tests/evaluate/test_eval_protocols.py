@@ -54,14 +54,14 @@ def settings(kind, target, data, **more):
     return kind(target=str(target), data=str(data), workers=0, **more)
 
 
-def test_knn_of_a_run_is_filed_with_its_floors(run_folder, colours):
-    result = evaluate_knn(settings(KnnSettings, run_folder, colours, floors=True))
+def test_knn_of_a_run_is_filed_with_its_baselines(run_folder, colours):
+    result = evaluate_knn(settings(KnnSettings, run_folder, colours, baselines=True))
     assert json.loads((run_folder / "eval" / "knn.json").read_text()) == result
     assert not [p for p in (run_folder / "eval").iterdir() if p.name != "knn.json"]
     assert set(result["by_k"]) == {"10", "20", "48"}  # no more neighbours than training images
     assert result["top1"] == result["by_k"]["20"]["top1"]
-    assert result["floors"]["raw_pixels"]["top1"] > 90
-    assert result["floors"]["random_init"]["top1"] > 25
+    assert result["baselines"]["raw_pixels"]["top1"] > 90
+    assert result["baselines"]["random_init"]["top1"] > 25
     assert result["images"]["train"] == 48
     assert "by definition" in result["notes"][0]  # top-5 of four classes
 
@@ -80,7 +80,7 @@ def test_knn_equals_features_and_vote_put_together_by_hand(run_folder, colours):
 
 
 def test_the_pooled_feature_of_a_resnet_is_measured(resnet_folder, colours):
-    result = evaluate_knn(settings(KnnSettings, resnet_folder, colours, floors=True))
+    result = evaluate_knn(settings(KnnSettings, resnet_folder, colours, baselines=True))
     assert result["settings"]["pooling"] == "pooled"
     target = open_target(resnet_folder)
     train, test = (
@@ -89,16 +89,18 @@ def test_the_pooled_feature_of_a_resnet_is_measured(resnet_folder, colours):
     assert train.x.shape == (48, 16)
     wanted = knn_accuracy(train.x, train.labels, test.x, test.labels, 4, neighbours=(20,))[20]
     assert {key: result[key] for key in wanted} == pytest.approx(wanted)
-    assert {"random_init", "raw_pixels"} == result["floors"].keys()
+    assert {"random_init", "raw_pixels"} == result["baselines"].keys()
     probe = evaluate_linear(settings(LinearSettings, resnet_folder, colours, iterations=20))
     assert probe["chosen"]["pooling"] == "pooled"
 
 
-def test_a_floor_asked_for_alone_equals_the_floor_of_the_run(run_folder, colours):
-    with_floors = evaluate_knn(settings(KnnSettings, run_folder, colours, floors=True))["floors"]
-    for floor, spec in (("random_init", "random-init"), ("raw_pixels", "raw-pixels")):
+def test_a_baseline_asked_for_alone_equals_the_baseline_of_the_run(run_folder, colours):
+    with_baselines = evaluate_knn(settings(KnnSettings, run_folder, colours, baselines=True))[
+        "baselines"
+    ]
+    for baseline, spec in (("random_init", "random-init"), ("raw_pixels", "raw-pixels")):
         alone = evaluate_knn(settings(KnnSettings, f"{spec}:{run_folder}", colours))
-        assert alone["top1"] == with_floors[floor]["top1"]
+        assert alone["top1"] == with_baselines[baseline]["top1"]
 
 
 def test_a_wrong_pooling_is_told_before_images_are_read(run_folder, colours):
@@ -116,11 +118,11 @@ def test_what_is_no_run_is_not_filed(run_folder, colours):
 def test_linear_probe_learns_and_chooses_on_held_out_training_images(run_folder, colours):
     said = []
     kind = settings(
-        LinearSettings, run_folder, colours, floors=True, rates=(1e-6, 0.1, 0.5), iterations=200
+        LinearSettings, run_folder, colours, baselines=True, rates=(1e-6, 0.1, 0.5), iterations=200
     )
     result = evaluate_linear(kind, said.append)
     assert result["top1"] > 90
-    assert result["floors"]["raw_pixels"]["top1"] > 90
+    assert result["baselines"]["raw_pixels"]["top1"] > 90
     assert result["settings"] == {
         "iterations": 200,
         "train_batch": 44,
@@ -191,10 +193,10 @@ def test_online_knn_agrees_with_the_protocol_and_leaves_the_encoder_as_it_was(ru
     assert all(p.grad is None for p in encoder.parameters())
 
 
-def test_the_table_shows_target_floors_and_where_the_test_images_come_from(
+def test_the_table_shows_target_baselines_and_where_the_test_images_come_from(
     run_folder, image_folder
 ):
-    result = evaluate_knn(settings(KnnSettings, run_folder, image_folder, floors=True))
+    result = evaluate_knn(settings(KnnSettings, run_folder, image_folder, baselines=True))
     page = io.StringIO()
     show_result(result, Console(file=page, width=200))
     for words in (

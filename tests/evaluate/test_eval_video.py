@@ -249,16 +249,18 @@ def test_several_clips_of_a_video_equal_the_protocol_done_by_hand(video_folder, 
     assert (linear["images"]["train"], linear["images"]["test_read"]) == (12, 6)
 
 
-def test_floors_are_measured_on_the_same_clips_and_shown(video_folder, run_folder, clips):
+def test_baselines_are_measured_on_the_same_clips_and_shown(video_folder, run_folder, clips):
     said = []
-    how = dict(segments=1, crops=1, iterations=20, floors=True, image=str(run_folder), name="moves")
+    how = dict(
+        segments=1, crops=1, iterations=20, baselines=True, image=str(run_folder), name="moves"
+    )
     knn, linear = evaluate_video(settings(VideoSettings, video_folder, clips, **how), said.append)
     for result in (knn, linear):
-        assert result["floors"].keys() == {"random_init", "raw_pixels", "per_frame"}
+        assert result["baselines"].keys() == {"random_init", "raw_pixels", "per_frame"}
         assert any(str(run_folder) in note for note in result["notes"])
-    assert knn["floors"]["per_frame"]["settings"]["pooling"] == "cls"
+    assert knn["baselines"]["per_frame"]["settings"]["pooling"] == "cls"
     assert (video_folder / "eval" / "moves-linear.json").is_file()
-    assert any(line.startswith("floor per_frame, linear") for line in said)
+    assert any(line.startswith("baseline per_frame, linear") for line in said)
     page = io.StringIO()
     show_result(knn, Console(file=page, width=200))
     for words in ("per frame", "12 training and 6 test videos", "1 x 1 clips of each video"):

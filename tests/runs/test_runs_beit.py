@@ -91,7 +91,7 @@ def test_it_is_shown_and_evaluated(run: Path, image_folder: Path, tmp_path: Path
     patchmine_says("show", str(run), *pictures, f"out={tmp_path / 'panel.png'}")
     with Image.open(tmp_path / "panel.png") as sheet:
         assert sheet.width > 4 * 100  # input, visible, reconstruction, error
-    said = patchmine_says("eval", "knn", str(run), f"data={image_folder}", "floors=true")
+    said = patchmine_says("eval", "knn", str(run), f"data={image_folder}", "baselines=true")
     assert "top-1" in said
     assert (run / "eval").is_dir()
 

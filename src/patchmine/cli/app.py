@@ -19,7 +19,7 @@ _EXAMPLES = """\b
 Start here:
   patchmine pretrain data=photos/ method=hpm out=runs/hpm   pre-train on a folder of images
   patchmine report runs/hpm out=report.html                 look at curves and pictures
-  patchmine eval knn runs/hpm data=labelled/ floors=true    measure it, beside random weights
+  patchmine eval knn runs/hpm data=birds/ baselines=true    measure it, beside random weights
   patchmine list recipes                                    settings that are known to work
   patchmine config schema                                   every setting of a run
   patchmine COMMAND --help                                  the words of one command

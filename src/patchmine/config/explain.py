@@ -59,6 +59,7 @@ _NAMES_ELSEWHERE = {
     "checkpoint_every": "save_freq save_every save_ckpt_freq saveckp_freq",
     "log_every": "print_freq log_freq log_interval log_every_n_steps",
     "betas": "momentum beta opt_betas",
+    "baselines": "floors baseline",
     "eval_data": "val_data val test_data eval_path",
     "flip": "hflip horizontal_flip color_flip",
     "compile": "compile_model torch_compile",

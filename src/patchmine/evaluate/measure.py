@@ -1,4 +1,4 @@
-"""What all protocols share: open target and data, read features once, score, compare with floors,
+"""What all protocols share: open target and data, read features once, score, compare with baselines,
 file the result.
 """
 
@@ -67,7 +67,7 @@ def measure(
     blocks: int = 1,
     pooling: str = "cls",
 ) -> Result:
-    """Run a protocol on the target and, with ``floors``, on its random twin and the raw pixels.
+    """Run a protocol on the target and, with ``baselines``, on its random twin and the raw pixels.
 
     All of them see the same images, read in one pass.  The result is written to eval/NAME.json
     where the target is a run.
@@ -89,13 +89,13 @@ def measure(
         for name, reader in readers.items():
             scores[name] = score(reader, train.pop(name), test[name], len(data.classes))
             if name:
-                say(f"floor {name}: top-1 {scores[name]['top1']:.2f}")
+                say(f"baseline {name}: top-1 {scores[name]['top1']:.2f}")
     spent = {"features": round(extracted - start, 1), "all": round(time.monotonic() - start, 1)}
     return file_result(
         {
             "name": settings.name or protocol,
             "protocol": protocol,
-            **with_floors(scores),
+            **with_baselines(scores),
             "target": {"name": target.name, "weights": settings.weights, "note": target.note},
             "images": images_of(target, data, len(test[""])),
             "seconds_spent": spent,
@@ -106,11 +106,11 @@ def measure(
 
 
 def readers_of(settings: ProtocolSettings, target: Target, blocks: int) -> dict[str, Reader]:
-    """The target's reader under the name "" and, with ``floors``, those of its random twin and of
+    """The target's reader under the name "" and, with ``baselines``, those of its random twin and of
     the raw pixels.
     """
     targets = {"": target}
-    if settings.floors and target.encoder is not None:
+    if settings.baselines and target.encoder is not None:
         targets |= {
             "random_init": random_twin(target, settings.seed),
             "raw_pixels": raw_pixels(target),
@@ -128,10 +128,10 @@ def labelled_for(settings: ProtocolSettings, target: Target, say: Say) -> Labell
     return data
 
 
-def with_floors(scores: Mapping[str, Result]) -> Result:
-    """The target's own scores, which have the name "", with those of the floors inside."""
-    floors = {name: found for name, found in scores.items() if name}
-    return {**scores[""], "floors": floors} if floors else dict(scores[""])
+def with_baselines(scores: Mapping[str, Result]) -> Result:
+    """The target's own scores, which have the name "", with those of the baselines inside."""
+    baselines = {name: found for name, found in scores.items() if name}
+    return {**scores[""], "baselines": baselines} if baselines else dict(scores[""])
 
 
 def images_of(target: Target, data: LabelledData, tested: int) -> Result:
@@ -190,14 +190,14 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def show_result(result: Mapping[str, Any], console: Console) -> None:
-    """A small table for people: the target first, then the floors."""
+    """A small table for people: the target first, then the baselines."""
     print_line = partial(console.print, markup=False)  # names may hold brackets
     table = Table(title=Text(f"{result['protocol']}: {result['target']['name']}"))
     for column in ("", "top-1", "top-5"):
         table.add_column(column, justify="right" if column else "left")
     rows = {
         "this target": result,
-        **{k.replace("_", " "): v for k, v in result.get("floors", {}).items()},
+        **{k.replace("_", " "): v for k, v in result.get("baselines", {}).items()},
     }
     for name, scores in rows.items():
         table.add_row(name, f"{scores['top1']:.2f}", f"{scores['top5']:.2f}")

@@ -115,7 +115,7 @@ class ProtocolSettings(ReadSettings):
     """What the protocols share."""
 
     test: Texts | None = Field(None, description="images to test on; null: a part of data")
-    floors: bool = Field(
+    baselines: bool = Field(
         False, description="also measure a random twin of the encoder and the raw pixels"
     )
     name: str | None = Field(
@@ -132,7 +132,7 @@ class KnnSettings(ProtocolSettings):
     Nothing is trained, so it is quick.  Folders train/ and test/ in data are used as such.
 
     Example:
-        patchmine eval knn runs/hpm data=cifar10/train test=cifar10/test floors=true
+        patchmine eval knn runs/hpm data=cifar10/train test=cifar10/test baselines=true
     """
 
     pooling: str = Field(
@@ -174,7 +174,7 @@ class LinearSettings(GridSettings):
     held-out images.
 
     Example:
-        patchmine eval linear runs/hpm data=cifar10/train test=cifar10/test floors=true
+        patchmine eval linear runs/hpm data=cifar10/train test=cifar10/test baselines=true
     """
 
     protocol: Literal["dinov2", "mae"] = Field(
@@ -194,7 +194,7 @@ class VideoSettings(GridSettings):
     scores of several clips and crops are averaged.  `eval knn` and `eval linear` take one clip.
 
     Example:
-        patchmine eval video runs/video data=clips/train test=clips/test floors=true
+        patchmine eval video runs/video data=clips/train test=clips/test baselines=true
     """
 
     segments: Count = Field(5, description="clips of each test video, at even distances")

@@ -33,7 +33,7 @@ from patchmine.evaluate.measure import (
     opened,
     readers_of,
     reading_of,
-    with_floors,
+    with_baselines,
 )
 from patchmine.evaluate.neighbours import Accuracy, vote_shares
 from patchmine.evaluate.progress import Say, progress, silent
@@ -44,7 +44,7 @@ from patchmine.models.onednn import fast_linear
 Scorer = Callable[[Tensor], Tensor]
 """Rows (R, S, D) of features -> (R, C) float32 on the CPU, rows that sum to one."""
 
-FRAME_FLOOR = "per_frame"
+PER_FRAME = "per_frame"
 # Crop_pct: the shorter side is the model's, nothing is cut from it (spec hpm-video.md, section 6)
 FILL = 1.0
 
@@ -72,7 +72,7 @@ def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
     readers = readers_of(settings, target, BLOCKS)
     if settings.image is not None:
         image = open_target(settings.image, seed=settings.seed)
-        readers[FRAME_FLOOR] = FrameReader(image, target, BLOCKS)
+        readers[PER_FRAME] = FrameReader(image, target, BLOCKS)
     data = labelled_for(settings, target, say)
     classes = len(data.classes)
     with fast_linear():
@@ -93,11 +93,11 @@ def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
             for name in readers
         }
         for name in filter(None, own):
-            say(f"floor {name}, {protocol}: top-1 {own[name]['top1']:.2f}")
+            say(f"baseline {name}, {protocol}: top-1 {own[name]['top1']:.2f}")
         result: Result = {
             "name": f"{settings.name or 'video'}-{protocol}",
             "protocol": f"video-{protocol}",
-            **with_floors(own),
+            **with_baselines(own),
             "target": {"name": target.name, "weights": settings.weights, "note": target.note},
             "images": images_of(target, data, tested),
             "seconds_spent": {"all": round(time.monotonic() - start, 1)},
@@ -113,7 +113,7 @@ def _opened(settings: VideoSettings) -> Target:
     if target.clip is None:
         raise UserError(
             f"{target.name} is an encoder of images: `patchmine eval video` measures a run with a video model, and "
-            f"this one beside it as a floor with image={target.name}"
+            f"this one beside it as a baseline with image={target.name}"
         )
     if settings.crop_pct is not None:
         raise UserError(
