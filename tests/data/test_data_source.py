@@ -299,3 +299,41 @@ class Wrong(Bare):
 def test_a_mistake_in_a_dataset_is_one_sentence(dataset: Wrong, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_source(dataset).labels()
+
+
+def test_targets_are_the_classes_and_their_digest_names_them(tmp_path: Path) -> None:
+    for name in ("cat/1.jpg", "cat/2.jpg", "dog/3.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    lists = {"a": "cat cat dog", "b": "cat dog dog", "c": "cat cat cow"}
+    for name, labels in lists.items():
+        files = ("cat/1.jpg", "cat/2.jpg", "dog/3.jpg")
+        rows = [f"{file} {label}" for file, label in zip(files, labels.split(), strict=True)]
+        (tmp_path / "in" / f"{name}.txt").write_text("\n".join(rows))
+    folder = open_source(tmp_path / "in")
+    assert [folder.target(index) for index in range(3)] == [0, 0, 1]
+    listed = {name: open_source(tmp_path / "in" / f"{name}.txt") for name in lists}
+    assert len({source.fingerprint for source in listed.values()}) == 1
+    assert len({source.target_digest for source in listed.values()}) == 3
+    assert listed["a"].target_digest == folder.target_digest
+    assert pickle.loads(pickle.dumps(listed["b"])).target(1) == 1
+    (tmp_path / "in" / "stray.jpg").touch()
+    bare = open_source(tmp_path / "in")
+    assert (bare.target(0), bare.target_digest) == (None, None)
+
+
+def test_a_source_of_the_users_needs_its_listing_and_reading_only() -> None:
+    class Numbers(Source):
+        def __len__(self) -> int:
+            return 3
+
+        def read(self, index: int) -> np.ndarray:
+            return np.full((4, 4, 3), index, np.uint8)
+
+        def path(self, index: int) -> str:
+            return f"number {index}"
+
+    own = Numbers("numbers", "fingerprint")
+    assert open_source(own) is own
+    assert contents(open_source([own, own]))[5].max() == 2
+    assert (own.key(1), own.notes, own.target(1)) == ("number 1", (), None)

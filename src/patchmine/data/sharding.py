@@ -6,7 +6,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from patchmine.data.decoding.decode import DecodeError, decode, probe
-from patchmine.data.sources.contract import IMAGE_SUFFIXES, Labels, Source
+from patchmine.data.sources.contract import IMAGE_SUFFIXES, Source
 from patchmine.data.sources.members import HEAD, ending_told_by, is_hidden
 from patchmine.disk import remedy, replacing
 from patchmine.errors import UserError, foreign_parser, reason_of, shown_name
@@ -29,11 +29,7 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 @dataclass
 class Written:
-    """What ``write_shards`` did.
-
-    ``shrunk`` of the ``items`` were made smaller; ``too_large`` should have been and could not;
-    ``skipped`` could not be read.
-    """
+    """What was written: ``too_large`` items should have been shrunk and could not."""
 
     shards: int = 0
     items: int = 0
@@ -73,38 +69,32 @@ def write_shards(
     if max_side is not None and max_side < 1:
         raise UserError(f"max_side={max_side}: give the longest side in pixels, at least 1")
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UserError(
-            f"out={shown_name(out)}: there is something already; give a new folder, or delete this one"
-        )
-    labels = source.labels()
+        what = "there is something already; give a new folder, or delete this one"
+        raise UserError(f"out={shown_name(out)}: {what}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as room:
             room.mkdir()
-            done = _write_all(source, labels, room, max_side, shard_size, say)
+            done = _write_all(source, room, max_side, shard_size, say)
     except OSError as error:
-        raise UserError(
-            f"out={shown_name(out)}: the shards cannot be written ({reason_of(error)}); {remedy(error)}"
-        ) from error
+        what = f"the shards cannot be written ({reason_of(error)}); {remedy(error)}"
+        raise UserError(f"out={shown_name(out)}: {what}") from error
     for line in _summary(done, out, max_side):
         say(line)
     return done
 
 
 def _write_all(
-    source: Source,
-    labels: Labels | None,
-    room: Path,
-    max_side: int | None,
-    shard_size: int,
-    say: Callable[[str], None],
+    source: Source, room: Path, max_side: int | None, shard_size: int, say: Callable[[str], None]
 ) -> Written:
-    done, keys = Written(), set[int]()
+    labels, done, keys = source.labels(), Written(), set[int]()
     shard: _Shard | None = None
     try:
         for index in range(len(source)):
             try:
-                path, data, suffix = _item(source, index, max_side, done)
+                with foreign_parser(_UnreadableError):
+                    path = source.key(index)
+                    data, suffix = _encoded(source.read(index), path, max_side, done)
             except _UnreadableError as error:
                 say(f"{shown_name(source.path(index))} is left out: it cannot be read ({error})")
                 done.skipped += 1
@@ -114,9 +104,8 @@ def _write_all(
                     shard.close()
                 shard = _Shard(room / f"shard-{done.shards:06d}.tar", keys)
                 done.shards += 1
-            shard.add(
-                path, index, data, suffix, labels.names[labels.ids[index]] if labels else None
-            )
+            label = {"label": labels.names[labels.ids[index]]} if labels else {}
+            shard.add(index, data, suffix, {"path": path, **label})
             done.items += 1
             done.bytes += len(data)
     finally:
@@ -129,47 +118,30 @@ class _UnreadableError(Exception):
     """An item of the source that cannot be read, or not be written as an image."""
 
 
-def _item(
-    source: Source, index: int, max_side: int | None, done: Written
-) -> tuple[str, bytes, str]:
-    """Path, contents and ending of an item."""
-    with foreign_parser(_UnreadableError):
-        path = source.key(index)
-        return path, *_encoded(source.read(index), path, max_side, done)
-
-
 class _Shard:
-    """One archive that is being written.  ``keys``: the hashes of those in it and in the archives
-    before it.
-    """
+    """One archive that is being written; ``keys``: hashes of those in it and in earlier ones."""
 
     def __init__(self, file: Path, keys: set[int]) -> None:
         self._handle = file.open("wb")
-        self._archive = tarfile.open(fileobj=self._handle, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._archive = tarfile.TarFile(fileobj=self._handle, mode="w", format=tarfile.PAX_FORMAT)
         self._keys = keys
 
     @property
     def size(self) -> int:
         return self._archive.offset
 
-    def add(self, path: str, index: int, data: bytes, suffix: str, label: str | None) -> None:
-        """An image and its note under a key of their own; equal ones would be one sample, or one
-        file when unpacked.
-        """
-        key = _key(path)
+    def add(self, index: int, data: bytes, suffix: str, note: dict[str, str]) -> None:
+        """An image and its note under a key of their own: equal ones would be one sample."""
+        key = _key(note["path"])
         if hash(key) in self._keys:
             key = f"{key}_{index}"
         while hash(key) in self._keys:
             key += "_"
         self._keys.add(hash(key))
-        note = {"path": path} if label is None else {"path": path, "label": label}
-        self._put(key + suffix, data)
-        self._put(f"{key}.json", json.dumps(note).encode())
-
-    def _put(self, name: str, data: bytes) -> None:
-        header = tarfile.TarInfo(name)  # no time, no owner: the same images make the same bytes
-        header.size = len(data)
-        self._archive.addfile(header, io.BytesIO(data))
+        for name, content in ((key + suffix, data), (f"{key}.json", json.dumps(note).encode())):
+            header = tarfile.TarInfo(name)  # no time, no owner: the same images, the same bytes
+            header.size = len(content)
+            self._archive.addfile(header, io.BytesIO(content))
 
     def close(self) -> None:
         """The end mark, and everything on the disk."""
@@ -180,28 +152,33 @@ class _Shard:
 
 
 def _key(path: str) -> str:
-    """A path as the name of a member: below the archive's root, without dots (where keys end), and
-    nowhere hidden.
-    """
+    """A path as a member's name: below the root, without dots (where keys end), nowhere hidden."""
     parts = [part for part in path.split("/") if part not in ("", ".", "..")] or ["item"]
-    parts[-1] = (os.path.splitext(parts[-1])[0] or parts[-1]).replace(".", "_")  # noqa: PTH122, a part of a path
+    parts[-1] = (PurePosixPath(parts[-1]).stem or parts[-1]).replace(".", "_")
     return "/".join(f"_{part}" if is_hidden(part) else part for part in parts).replace("\0", "_")
 
 
 def _encoded(raw: Any, path: str, max_side: int | None, done: Written) -> tuple[bytes, str]:
-    """File contents and suffix of an item as it goes into a shard."""
-    suffix = PurePosixPath(path).suffix.lower()
+    """File contents and suffix of an item as it goes into a shard, where nothing else is lost."""
     if max_side is not None and _longest_side(raw) > max_side:
-        smaller = _shrink(
-            raw, max_side, is_jpeg=isinstance(raw, bytes) and raw.startswith(b"\xff\xd8")
-        )
-        done.shrunk += smaller is not None
-        done.too_large += smaller is None
+        smaller = _shrunk(raw, max_side)
         if smaller is not None:
+            done.shrunk += 1
             return smaller
+        done.too_large += 1
     if isinstance(raw, bytes):
+        suffix = PurePosixPath(path).suffix.lower()
         return raw, suffix if suffix in IMAGE_SUFFIXES else ending_told_by(raw[:HEAD]) or ".jpg"
-    return _encode_pixels(raw)
+    out = io.BytesIO()
+    if isinstance(raw, Image.Image):
+        if raw.mode in _PNG_MODES:
+            raw.save(out, "PNG")
+            return out.getvalue(), ".png"
+        raw = decode(raw, probe(raw)[2])  # (C, H, W), as training sees it
+    if isinstance(raw, torch.Tensor):
+        raw = (raw.float() if raw.dtype == torch.bfloat16 else raw).numpy(force=True)
+    np.save(out, np.asarray(raw), allow_pickle=False)
+    return out.getvalue(), ".npy"
 
 
 def _longest_side(raw: Any) -> int:
@@ -212,7 +189,7 @@ def _longest_side(raw: Any) -> int:
         return 0
 
 
-def _shrink(raw: Any, max_side: int, is_jpeg: bool) -> tuple[bytes, str] | None:
+def _shrunk(raw: Any, max_side: int) -> tuple[bytes, str] | None:
     """The smaller image, or None of one that is damaged, or is neither grey nor RGB of 8 bits."""
     try:
         channels = probe(raw)[2]
@@ -224,45 +201,21 @@ def _shrink(raw: Any, max_side: int, is_jpeg: bool) -> tuple[bytes, str] | None:
     image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    if is_jpeg:
+    if isinstance(raw, bytes) and raw.startswith(b"\xff\xd8"):
         image.save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    else:
-        image.save(out, "PNG")
-    return out.getvalue(), ".jpg" if is_jpeg else ".png"
+        return out.getvalue(), ".jpg"
+    image.save(out, "PNG")
+    return out.getvalue(), ".png"
 
 
-def _encode_pixels(raw: Any) -> tuple[bytes, str]:
-    """PNG of a PIL image, npy of an array or tensor: nothing is lost."""
-    out = io.BytesIO()
-    if isinstance(raw, Image.Image) and raw.mode in _PNG_MODES:
-        raw.save(out, "PNG")
-        return out.getvalue(), ".png"
-    if isinstance(raw, Image.Image):
-        raw = decode(raw, probe(raw)[2])  # (C, H, W), as training sees it
-    if isinstance(raw, torch.Tensor):
-        raw = raw.detach().float() if raw.dtype == torch.bfloat16 else raw.detach()
-    np.save(
-        out,
-        raw.numpy(force=True) if isinstance(raw, torch.Tensor) else np.asarray(raw),
-        allow_pickle=False,
-    )
-    return out.getvalue(), ".npy"
-
-
-def _summary(done: Written, out: Path, max_side: int | None) -> list[str]:
-    size = f"{done.bytes / 2**20:,.1f} MiB"
-    lines = [
-        f"{done.items:,} images ({size}) in {done.shards:,} shard{'s' * (done.shards != 1)}: {shown_name(out)}"
-    ]
+def _summary(done: Written, out: Path, max_side: int | None) -> Iterator[str]:
+    shards = f"{done.shards:,} shard{'s' * (done.shards != 1)}: {shown_name(out)}"
+    yield f"{done.items:,} images ({done.bytes / 2**20:,.1f} MiB) in {shards}"
     if max_side is not None:
-        lines.append(
-            f"{done.shrunk:,} were shrunk to {max_side} pixels (JPEG as JPEG of quality {JPEG_QUALITY}, others as "
-            f"PNG), the rest kept every byte"
-        )
+        how = f"(JPEG as JPEG of quality {JPEG_QUALITY}, others as PNG)"
+        yield f"{done.shrunk:,} were shrunk to {max_side} pixels {how}, the rest kept every byte"
     if done.too_large:
-        lines.append(
-            f"{done.too_large:,} larger ones stay as they are: damaged, or not 8-bit grey or RGB"
-        )
+        why = "damaged, or not 8-bit grey or RGB"
+        yield f"{done.too_large:,} larger ones stay as they are: {why}"
     if done.skipped:
-        lines.append(f"{done.skipped:,} could not be read and are left out")
-    return lines
+        yield f"{done.skipped:,} could not be read and are left out"
