@@ -45,7 +45,7 @@ Scorer = Callable[[Tensor], Tensor]
 """Rows (R, S, D) of features -> (R, C) float32 on the CPU, rows that sum to one."""
 
 PER_FRAME = "per_frame"
-# Crop_pct: the shorter side is the model's, nothing is cut from it (spec hpm-video.md, section 6)
+# Crop_pct: the shorter side is the model's, nothing is cut from it (VideoMAE)
 FILL = 1.0
 
 

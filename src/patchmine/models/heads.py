@@ -100,7 +100,7 @@ class StageHead(nn.Module):
         ``attention`` (J, N, h, w) stands for the J * N maps ``attention[j, n] * maps[n]``,
         crop-major, which share their batch statistics.  They are not made before they must be: a
         1x1 convolution without bias commutes with a weight at each position, so that it sees every
-        map once instead of J times (spec scfs.md, section 8).
+        map once instead of J times (docs/methods/scfs.md).
         """
         y = self.conv1(maps)
         weights = (

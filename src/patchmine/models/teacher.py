@@ -19,7 +19,7 @@ class Teacher(nn.Module):
 
     Buffers are never averaged.  With ``own_statistics`` batch norms follow the method's mode, and
     nothing else does: while training they use the statistics of the teacher's own batch and gather
-    the running ones from these, as MOKD's and SCFS's teachers do (spec mokd.md, 3.6).
+    the running ones from these, as MOKD's and SCFS's teachers do (docs/methods/mokd.md).
     """
 
     def __init__(self, *, own_statistics: bool = False, **students: nn.Module) -> None:

@@ -37,7 +37,7 @@ def view_cross_entropy(
     teacher views, ().
 
     The mean over the 2 V - 2 pairs of a target with another view than its own.  Each view is
-    normalised once for both of its targets (spec mokd.md, section 8).  Views 0 and 1 of the student
+    normalised once for both of its targets (docs/methods/mokd.md).  Views 0 and 1 of the student
     are those of the teacher.
     """
     first, second = targets.chunk(2)  # (B, K) each

@@ -65,7 +65,7 @@ def relative_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
     """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs of one image with error_a > error_b:
     (B, M), (B, M) -> ().
 
-    The half-pair form of HPM's ranking objective (spec hpm.md, section 3.4): the gradient is worked
+    The half-pair form of HPM's ranking objective (docs/methods/hpm.md): the gradient is worked
     out with the loss, so no graph over M x M pairs is kept.  Pairs of equal error do not count.
     ``error`` takes no gradient.
     """

@@ -64,8 +64,7 @@ def hard_masked(noise: Tensor, difficulty: Tensor, num_hard: int, num_visible: i
     """The ``num_hard`` patches of greatest difficulty (B, L) are masked; the visible ones are drawn
     among the others.
 
-    The visible set is a uniform subset of what is not hard (HPM, generate_mask; spec hpm.md,
-    section 3.2). Difficulties are compared in float32 with a stable sort, since bfloat16 ties would
+    The visible set is a uniform subset of what is not hard (HPM, generate_mask; docs/methods/hpm.md). Difficulties are compared in float32 with a stable sort, since bfloat16 ties would
     be broken differently from run to run.
     """
     if num_hard == 0:
@@ -113,8 +112,7 @@ def weighted_order(weights: Tensor, noise: Tensor) -> Tensor:
     L) int64.
 
     ``noise`` is uniform in [0, 1).  With q = -log(1 - noise), which is exponential, the patches are
-    sorted by falling weight / q; that is `torch.multinomial` with L draws (spec amt.md, section
-    3.4).  Patches without weight come last, in random order.
+    sorted by falling weight / q; that is `torch.multinomial` with L draws (docs/methods/amt.md).  Patches without weight come last, in random order.
     """
     weights = weights.float()
     # Below every positive score, whose logarithm is above -20 and whose noise adds between -3 and

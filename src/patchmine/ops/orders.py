@@ -75,7 +75,7 @@ def visiting_order(order: str, levels: Tensor, noise: Tensor) -> Tensor:
 
     Within a level patches are drawn by ``noise`` in [0, 1).  Added to whole numbers in float64 it
     keeps every bit, so that levels never mix and no two patches tie, as they do in one image of six
-    when float32 noise of at most 1e-3 is added to distances (spec semaim.md, section 8).
+    when float32 noise of at most 1e-3 is added to distances (docs/methods/semaim.md).
     """
     key = levels.double().expand(len(noise), -1)
     if order in _AT_RANDOM:

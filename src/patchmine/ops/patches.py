@@ -16,8 +16,7 @@ def gather_patches(images: Tensor, index: Tensor, patch: tuple[int, ...]) -> Ten
     """The patches named by ``index`` (B, V), straight from the pixels: (B, C, *size) -> (B, V, C,
     *patch).
 
-    Copies only what is asked for; the patches that nobody sees are never touched (spec mae.md,
-    section 8, item 8).
+    Copies only what is asked for; the patches that nobody sees are never touched (docs/methods/mae.md).
     """
     batch, channels, *size = images.shape
     counts = [side // step for side, step in zip(size, patch, strict=True)]

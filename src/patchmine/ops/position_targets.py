@@ -13,8 +13,7 @@ from patchmine.types import Grid
 
 Normalisation = Literal["column", "row"]
 
-# Below this a neighbour weighs exp(-1e6), nothing, and 1 / sigma^2 would soon overflow (spec
-# droppos.md, 3.9).
+# Below this a neighbour weighs exp(-1e6), nothing, and 1 / sigma^2 would soon overflow (docs/methods/droppos.md).
 LEAST_SIGMA = 1e-3
 
 # Upper left, upper right, lower left, lower right: apart in brightness as well as in hue.
@@ -32,7 +31,7 @@ def smoothing_map(
 
     ``exp(-distance^2 / sigma^2)`` with the distance in patches and no factor two, then divided so
     that rows (one target's weights) or columns sum to one.  The exponential of a sum factorises
-    over the axes, and so do the sums (spec droppos.md, section 3.4).
+    over the axes, and so do the sums (docs/methods/droppos.md).
     """
     full = torch.ones(1, 1, device=device)
     for count in size:
