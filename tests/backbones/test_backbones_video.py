@@ -110,7 +110,7 @@ def test_a_bias_of_keys_has_no_influence() -> None:
     ("settings", "message"),
     [
         ({"clip": None}, f"model={NAME} is for clips of videos: choose a model for images"),
-        ({"clip": (7, 2)}, "clip.tubelet=2 does not divide clip.frames=7: choose clip.frames=8"),
+        ({"clip": (7, 2)}, "clips of 7 frames .*clip.frames and image_size that clip.tubelet"),
         ({"image_size": (30, 24)}, "image_size=30x24 is not a multiple of the patch size 8"),
         ({"model_args": {"colour": 1}}, "cannot be built .*colour.*check model_args"),
     ],

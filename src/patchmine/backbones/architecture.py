@@ -14,6 +14,7 @@ from patchmine.backbones.family import create_encoder
 from patchmine.backbones.loading import Tensors
 from patchmine.backbones.positions import RELATIVE, source_grid
 from patchmine.backbones.record import Blueprint, Encoder
+from patchmine.backbones.tokens import refuse_unfilled
 from patchmine.errors import UserError
 
 TIMM_EPS = 1e-6  # of the layer norms of timm's ViTs
@@ -187,15 +188,6 @@ def infer_architecture(
         note=table.note,
         **common,
     )
-
-
-def refuse_unfilled(size: tuple[int, int], patch: tuple[int, ...], source: str) -> None:
-    """UserError for an image size that patches do not fill."""
-    if any(side % step for side, step in zip(size, patch[-2:], strict=True)):
-        step = "x".join(map(str, dict.fromkeys(patch[-2:])))
-        raise UserError(
-            f"image_size={size[0]}x{size[1]} is not a multiple of the patch size {step} of {source}"
-        )
 
 
 def _check_ranks(tensors: Tensors, source: str) -> None:

@@ -13,32 +13,18 @@ from torch import Tensor, nn
 from patchmine.backbones import tokens
 from patchmine.backbones.beit import BEIT
 from patchmine.backbones.names import reads_clips
-from patchmine.backbones.record import Blueprint, Encoder, Family, StageFeatures
+from patchmine.backbones.record import Blueprint as Blueprint
+from patchmine.backbones.record import Encoder as Encoder
+from patchmine.backbones.record import Family as Family
+from patchmine.backbones.record import StageFeatures as StageFeatures
 from patchmine.backbones.resnet import RESNET
 from patchmine.backbones.settings import ModelSettings
 from patchmine.backbones.video import VIDEO
 from patchmine.backbones.vit import VIT
-from patchmine.errors import UserError
-
-__all__ = [
-    "FAMILIES",
-    "Blueprint",
-    "Encoder",
-    "Family",
-    "StageFeatures",
-    "block_outputs",
-    "build_encoder",
-    "create_encoder",
-    "encode",
-    "family_of",
-    "initialise_encoder",
-    "is_encoder",
-    "stage_features",
-    "stage_widths",
-    "transform",
-]
+from patchmine.errors import UserError, shown_name
 
 FAMILIES = {family.name: family for family in (VIT, BEIT, RESNET, VIDEO)}
+_CANNOT_BUILD = (TypeError, ValueError, AssertionError, RuntimeError)  # what timm raises
 _BY_MODULE = {family.module: family for family in FAMILIES.values()}
 
 
@@ -90,12 +76,19 @@ def build_encoder(
             image or the clip.
     """
     if isinstance(model, str):
-        blueprint = Blueprint(model, image_size, patch_size, channels, model_args or {}, clip)
+        own = (image_size, patch_size, channels, model_args or {})
     else:
         own = (model.image_size, model.patch_size, model.channels, model.model_args)
-        blueprint = Blueprint(model.model, *own, clip)
+        model = model.model
+    blueprint = Blueprint(model, *own, clip if reads_clips(model) else None)
     family = family_of(blueprint.model)
-    encoder = family.build(blueprint)
+    try:
+        encoder = family.build(blueprint)
+    except _CANNOT_BUILD as error:
+        raise UserError(
+            f"model='{shown_name(blueprint.model)}' cannot be built ({error}): check model_args, or "
+            "choose a model such as vit_small_patch16_224"
+        ) from error
     family.initialise(encoder)
     encoder.built_from = blueprint
     return encoder
@@ -113,7 +106,7 @@ def create_encoder(model: str, arguments: Mapping[str, Any], source: str) -> Enc
         )
     try:
         encoder = family.create(model, {**arguments, "num_classes": 0})
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except _CANNOT_BUILD as error:
         shown = {name: value for name, value in arguments.items() if name != "device"}
         raise UserError(f"{source}: timm cannot build {model} with {shown} ({error})") from error
     if not is_encoder(encoder):

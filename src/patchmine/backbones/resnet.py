@@ -29,6 +29,7 @@ def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
     """timm's network for any image size; ``cifar_stem`` exchanges its stem (`use_cifar_stem`)."""
     arguments = dict(arguments)
     small = arguments.pop("cifar_stem", False)
+    arguments.pop("img_size", None)
     encoder = create_timm(architecture, arguments)
     if small:
         use_cifar_stem(encoder)
@@ -42,13 +43,8 @@ def build(blueprint: Blueprint) -> Encoder:
             f"patch_size={blueprint.patch_size}, but model={shown_name(blueprint.model)} has no "
             "patches: leave the setting out"
         )
-    usual = dict(in_chans=blueprint.channels, num_classes=0, zero_init_last=False)
-    try:
-        encoder = create(blueprint.architecture, {**usual, **blueprint.model_args})
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"timm cannot build model='{shown_name(blueprint.model)}' ({error}): check model_args"
-        ) from error
+    usual = {"num_classes": 0, "zero_init_last": False}
+    encoder = create(blueprint.architecture, usual | blueprint.arguments())
     encoder.reset_classifier(0, "avg")
     # No tensor tells the size that it is trained at; timm's own description of a model does.
     size = (blueprint.channels, *blueprint.image_size)

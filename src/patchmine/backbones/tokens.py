@@ -20,6 +20,18 @@ EnterBlocks: TypeAlias = Callable[[Encoder, Tensor], tuple[Tensor, dict[str, Any
 """See `record.Family`."""
 
 
+def refuse_unfilled(size: tuple[int, int], patch: Sequence[int], source: str) -> None:
+    """UserError for an image size (height, width) that patches do not fill."""
+    steps = tuple(patch[-2:])
+    if any(side % step for side, step in zip(size, steps, strict=True)):
+        near = max(steps[0], round(size[0] / steps[0]) * steps[0])
+        step = "x".join(map(str, dict.fromkeys(steps)))
+        raise UserError(
+            f"image_size={size[0]}x{size[1]} is not a multiple of the patch size {step} of "
+            f"{source}: choose image_size={near}, or patch_size=N with N dividing it"
+        )
+
+
 def encoder_grid(encoder: Encoder) -> Grid:
     """The patch grid that the encoder was built for."""
     return Grid(tuple(encoder.patch_embed.grid_size), tuple(encoder.patch_embed.patch_size))

@@ -1,15 +1,12 @@
-"""A vision transformer for clips: its patches are cubes of a few frames, its positions one fixed
-table.
+"""A vision transformer for clips: its patches are cubes, its positions one fixed table.
 
-Tong, Song, Wang, Wang, "VideoMAE: Masked Autoencoders are Data-Efficient Learners for
-Self-Supervised Video Pre-Training", NeurIPS 2022, arXiv 2203.12602.  Everything but the first layer
-and the positions is timm's, and so are the names of the tensors: functions of
-`tokens` work on it as on a ViT for images.
+VideoMAE, NeurIPS 2022, arXiv 2203.12602.  All but the first layer and the positions is timm's.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,18 +20,18 @@ from patchmine.backbones import vit
 from patchmine.backbones.names import VIDEO_MODELS
 from patchmine.backbones.positions import interleaved_table
 from patchmine.backbones.record import Blueprint, Encoder, Family
+from patchmine.backbones.tokens import refuse_unfilled
 from patchmine.data.items import CLIP
 from patchmine.errors import UserError
 from patchmine.ops.patches import all_patches
 
 
 class TubeletEmbed(nn.Module):
-    """Cubes of ``tubelet_size`` frames and ``patch_size`` pixels on a side to tokens, (B, C, T, H,
-    W) -> (B, L, D).
+    """Cubes of frames and pixels to tokens in the order (time, row, column): (B, C, T, H, W) ->
+    (B, L, D).
 
     The weight is that of a convolution whose steps are as long as its kernel, applied as a matrix
-    product; tokens come in the order (time, row, column).  Attributes are those of timm's
-    `PatchEmbed`, sizes in three dimensions; ``img_size`` is (height, width).
+    product.  Attributes are those of timm's `PatchEmbed`; ``img_size`` is (height, width).
     """
 
     def __init__(
@@ -53,57 +50,47 @@ class TubeletEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = (tubelet_size, patch_size, patch_size)
-        self.proj = nn.Conv3d(
-            in_chans,
-            embed_dim,
-            self.patch_size,
-            stride=self.patch_size,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
+        cube, place = self.patch_size, {"device": device, "dtype": dtype}
+        self.proj = nn.Conv3d(in_chans, embed_dim, cube, stride=cube, bias=bias, **place)
         self.norm = nn.Identity()
-        self.set_input_size(
-            (img_size, img_size) if isinstance(img_size, int) else img_size, num_frames
-        )
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.set_input_size(size, num_frames)
 
     def set_input_size(self, img_size: tuple[int, int], num_frames: int) -> None:
         """Say which clips are expected.  Raises UserError where cubes do not fill them."""
-        height, width = img_size
-        self.img_size, self.num_frames = (height, width), num_frames
-        self.grid_size = self._grid_of((num_frames, height, width))
-        self.num_patches = self.grid_size[0] * self.grid_size[1] * self.grid_size[2]
+        self.img_size, self.num_frames = (img_size[0], img_size[1]), num_frames
+        self.grid_size = self._grid_of(num_frames, *self.img_size)
+        self.num_patches = math.prod(self.grid_size)
 
-    def _grid_of(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
-        frames, height, width = size
+    def _grid_of(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         tubelet, patch, _ = self.patch_size
         if frames % tubelet or height % patch or width % patch or not frames:
             raise UserError(
-                f"clips of {frames} frames of {height}x{width} pixels are not filled by cubes of {tubelet} frames and "
-                f"{patch}x{patch} pixels: choose clip.frames and image_size that clip.tubelet and patch_size divide"
+                f"clips of {frames} frames of {height}x{width} pixels are not filled by cubes of "
+                f"{tubelet} frames and {patch}x{patch} pixels: choose clip.frames and "
+                "image_size that clip.tubelet and patch_size divide"
             )
         return frames // tubelet, height // patch, width // patch
 
     def forward(self, clips: Tensor) -> Tensor:
         """All tokens of clips of any size that cubes fill."""
-        self._grid_of((clips.shape[2], clips.shape[3], clips.shape[4]))
+        self._grid_of(clips.shape[2], clips.shape[3], clips.shape[4])
         cubes = all_patches(clips, self.patch_size).flatten(2)  # (B, L, C * t * p * p)
         tokens: Tensor = self.norm(F.linear(cubes, self.proj.weight.flatten(1), self.proj.bias))
         return tokens
 
 
 class VideoTransformer(VisionTransformer):  # type: ignore[misc]  # timm has no types
-    """timm's ViT over cubes, without class token.  ``forward_features`` gives (B, L, D),
-    ``forward`` their mean.
+    """timm's ViT over cubes, without class token; ``forward`` is the mean of the tokens (B, L, D).
 
     ``pos_embed`` (1, L, D) is VideoMAE's fixed table over the flattened index; no parameter, and
-    not in the state dict. For clips of another size it is computed for their number of cubes, as
+    not in the state dict.  For clips of another size it is computed for their number of cubes, as
     VideoMAE does: an index then stands for another place than in training, and only a longer or
     shorter clip of the same height and width keeps the places of its first frames.
 
     VideoMAE gives queries and values a bias and keys none.  Here ``attn.qkv.bias`` has a third for
-    the keys, which adds the same number to all scores of a query and which the softmax therefore
-    does not see: it starts at zero and has no influence on anything.
+    the keys, which adds the same number to all scores of a query, so that the softmax does not see
+    it; it starts at zero.
     """
 
     pos_embed: Tensor
@@ -146,22 +133,10 @@ class VideoTransformer(VisionTransformer):  # type: ignore[misc]  # timm has no 
         return x + self._table(x.shape[1]).to(self.pos_embed)
 
     def set_input_size(
-        self,
-        img_size: tuple[int, int] | None = None,
-        patch_size: int | None = None,
-        num_frames: int | None = None,
+        self, img_size: tuple[int, int] | None = None, *, num_frames: int | None = None
     ) -> None:
-        """Expect clips of another size, in place; the patch is part of the weights and cannot
-        change.
-        """
+        """Expect clips of another size, in place."""
         embed = self.patch_embed
-        if (
-            patch_size is not None
-            and (embed.patch_size[0], patch_size, patch_size) != embed.patch_size
-        ):
-            raise UserError(
-                f"patch_size={patch_size} is not that of the weights, {embed.patch_size[1]}: leave it out"
-            )
         embed.set_input_size(img_size or embed.img_size, num_frames or embed.num_frames)
         self.pos_embed = self._table(embed.num_patches).to(self.pos_embed)
 
@@ -179,36 +154,15 @@ def create(model: str, arguments: Mapping[str, Any]) -> VideoTransformer:
 
 
 def build(blueprint: Blueprint) -> VideoTransformer:
-    """An encoder of clips for the settings of a run; UserError where they do not fit together."""
-    model, size, patch = blueprint.model, blueprint.image_size, blueprint.patch_size or 16
+    """An encoder of clips, which the settings of a run must say the size of."""
     if blueprint.clip is None:
         raise UserError(
-            f"model={model} is for clips of videos: choose a model for images here, such as "
-            "vit_small_patch16_224"
+            f"model={blueprint.model} is for clips of videos: choose a model for images here, such "
+            "as vit_small_patch16_224"
         )
-    frames, tubelet = blueprint.clip
-    if frames % tubelet:
-        near = max(tubelet, round(frames / tubelet) * tubelet)
-        raise UserError(
-            f"clip.tubelet={tubelet} does not divide clip.frames={frames}: choose clip.frames={near}"
-        )
-    if any(side % patch for side in size):
-        shown, near = "x".join(map(str, size)), max(patch, round(size[0] / patch) * patch)
-        raise UserError(
-            f"image_size={shown} is not a multiple of the patch size {patch} of model={model}: "
-            f"choose image_size={near}, or patch_size=N with N dividing {shown}"
-        )
-    sizes = dict(
-        img_size=size,
-        patch_size=patch,
-        in_chans=blueprint.channels,
-        num_frames=frames,
-        tubelet_size=tubelet,
-    )
-    try:
-        return create(model, {**sizes, **blueprint.model_args})
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"model={model!r} cannot be built ({error}): check model_args") from error
+    patch = blueprint.patch_size or 16
+    refuse_unfilled(blueprint.image_size, (patch, patch), f"model={blueprint.model}")
+    return create(blueprint.model, {"patch_size": patch, **blueprint.arguments()})
 
 
 def initialise_video(encoder: Encoder) -> None:

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from patchmine.backbones.positions import sincos_table
 from patchmine.backbones.record import Blueprint, Encoder, Family
-from patchmine.backbones.tokens import embedded_prefix, encoder_grid, token_features
+from patchmine.backbones.tokens import (
+    embedded_prefix,
+    encoder_grid,
+    refuse_unfilled,
+    token_features,
+)
 from patchmine.data.items import IMAGE
 from patchmine.errors import UserError, foreign_parser, shown_name
 
@@ -61,7 +66,7 @@ def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
 
 def build(blueprint: Blueprint, module: type[nn.Module] = VisionTransformer) -> Encoder:
     """A network of exactly this ``module`` of timm's, without classifier, its weights not drawn."""
-    model, size = shown_name(blueprint.model), blueprint.image_size
+    model = shown_name(blueprint.model)
     if not timm.is_model(blueprint.architecture):
         near = difflib.get_close_matches(blueprint.architecture, timm.list_models(), n=4)
         hint = f"; near: {', '.join(near)}" if near else ""
@@ -70,30 +75,12 @@ def build(blueprint: Blueprint, module: type[nn.Module] = VisionTransformer) -> 
             "(`patchmine list models` lists them)"
         )
     # Stored class count and pooling are settled here once: no head, the final norm on all tokens.
-    arguments: dict[str, Any] = dict(
-        img_size=size, in_chans=blueprint.channels, num_classes=0, global_pool=""
-    )
+    arguments: dict[str, Any] = {"num_classes": 0, "global_pool": ""}
     if not is_model_in_modules(blueprint.architecture, {"beit", "eva"}):
         arguments["fc_norm"] = False
-    if blueprint.patch_size is not None:
-        arguments["patch_size"] = blueprint.patch_size
-    try:
-        encoder = create(blueprint.architecture, {**arguments, **blueprint.model_args})
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        other = "" if blueprint.architecture == _USUAL else f", or choose a model such as {_USUAL}"
-        raise UserError(
-            f"timm cannot build model='{model}' as a plain vision transformer ({error}): "
-            f"check model_args{other}"
-        ) from error
+    encoder = create(blueprint.architecture, arguments | blueprint.arguments())
     _check(encoder, module, model)
-    patch = encoder.patch_embed.patch_size
-    if any(side % step for side, step in zip(size, patch, strict=True)):
-        shown, step = "x".join(map(str, size)), "x".join(map(str, patch))
-        near_size = max(patch[0], round(size[0] / patch[0]) * patch[0])
-        raise UserError(
-            f"image_size={shown} is not a multiple of the patch size {step} of model={model}: "
-            f"choose image_size={near_size}, or patch_size=N with N dividing {shown}"
-        )
+    refuse_unfilled(blueprint.image_size, encoder.patch_embed.patch_size, f"model={model}")
     encoder.reset_classifier(0, "avg" if encoder.cls_token is None else "token")
     return encoder
 

@@ -14,7 +14,7 @@ import timm
 from timm.models import is_model_in_modules
 
 from patchmine.backbones import description
-from patchmine.backbones.architecture import TIMM_EPS, infer_architecture, refuse_unfilled
+from patchmine.backbones.architecture import TIMM_EPS, infer_architecture
 from patchmine.backbones.description import Description, describe_weights, find_weights
 from patchmine.backbones.family import create_encoder, family_of
 from patchmine.backbones.loading import (
@@ -30,7 +30,7 @@ from patchmine.backbones.official import with_usual_eps
 from patchmine.backbones.positions import is_position_table, move_all_positions, source_grid
 from patchmine.backbones.record import Blueprint, Encoder
 from patchmine.backbones.resnet import infer_resnet, is_resnet
-from patchmine.backbones.tokens import embedded_prefix
+from patchmine.backbones.tokens import embedded_prefix, refuse_unfilled
 from patchmine.errors import UserError, shown_name
 
 _MOST_POSITIONS = 2**28  # numbers of a position table, one gibibyte
