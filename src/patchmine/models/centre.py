@@ -9,12 +9,10 @@ from patchmine.ops.distill import new_centre
 
 
 class Centre(nn.Module):
-    """What is subtracted from a teacher's logits, so that no prototype wins everywhere: buffer
-    ``mean`` (K,), float32.
+    """What is subtracted from a teacher's logits: buffer ``mean`` (K,), float32.
 
-    The forward pass uses the centre as it is and says what it saw (`see`); `update`, after the
-    optimizer step, moves it.  So all parts of an accumulated batch use the same centre, and the
-    joint batch moves it.
+    The forward pass uses the centre as it is and hands over what it saw (`see`); `update`, after
+    the optimizer step, moves it: all parts of an accumulated batch use the same centre.
     """
 
     mean: Tensor
@@ -28,18 +26,14 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def see(self, logits: Tensor) -> None:
-        """Take the mean of the logits (N, K) of one part of the batch; parts have equally many
-        rows.
-        """
+        """Take the mean of logits (N, K) of one part of the batch; parts have equally many rows."""
         mean = logits.float().mean(dim=0, keepdim=True)  # (1, K)
         self._seen = mean if self._seen is None else self._seen + mean
         self._parts += 1
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move to the mean of what was seen since the last update, in all processes; every process
-        must call this.
-        """
+        """Move to the mean of what was seen, in all processes; every process must call this."""
         if self._seen is not None:
             self.mean.copy_(new_centre(self.mean, self._seen / self._parts, self.momentum))
         self._seen, self._parts = None, 0

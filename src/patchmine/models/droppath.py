@@ -1,5 +1,5 @@
-"""Stochastic depth that takes its decisions from a step's own noise, so that a resumed run drops
-the same branches.
+"""Stochastic depth that decides by a step's own noise, so that a resumed run drops the same
+branches.
 
 timm's draws from torch's global generator, whose state no checkpoint holds.
 """
@@ -15,9 +15,7 @@ from patchmine.models.noise import Noise
 
 
 class DropPath(nn.Module):
-    """Drops the branch that it stands behind for a share of the images, and enlarges it for the
-    others.
-    """
+    """Drops the branch that it stands behind for a share of the rows, and enlarges the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -33,9 +31,7 @@ class DropPath(nn.Module):
 
 
 def seed_drop_paths(encoder: nn.Module) -> list[DropPath]:
-    """Put ours in the place of timm's, in the encoder itself; they have no weights, so no name
-    changes.
-    """
+    """Put ours in the place of timm's; they have no weights, so no name changes."""
     found = [(m, name, c) for m in encoder.modules() for name, c in m.named_children()]
     replaced = []
     for module, name, child in found:
@@ -46,9 +42,7 @@ def seed_drop_paths(encoder: nn.Module) -> list[DropPath]:
 
 
 def add_drop_paths(encoder: VisionTransformer | Beit, rate: float) -> list[DropPath]:
-    """Ours behind both branches of every block, in the encoder itself, at rates from 0 to ``rate``
-    in even steps.
-    """
+    """Ours behind both branches of every block, at rates from 0 to ``rate`` in even steps."""
     added = []
     last = max(1, len(encoder.blocks) - 1)
     for number, block in enumerate(encoder.blocks):
@@ -60,9 +54,7 @@ def add_drop_paths(encoder: VisionTransformer | Beit, rate: float) -> list[DropP
 
 
 def draw_drop_paths(paths: list[DropPath], noise: Noise, tokens: Tensor, *, crops: int = 1) -> None:
-    """Decide for the next pass of ``tokens`` (crops * B, ...), crop-major; draws nothing where
-    nothing is dropped.
-    """
+    """Decide for the next pass of crop-major tokens (crops * B, ...)."""
     if any(path.training for path in paths):
         # By image first: a process that holds some of a batch's images gets their part of its
         # noise, for each crop.

@@ -13,12 +13,10 @@ from patchmine.ops.processes import num_processes
 
 
 class ItemMaps(nn.Module):
-    """A table (items, length) of numbers in [0, 1], in steps of 1/255, on the device of its method
-    and in its state.
+    """A table (items, length) of numbers in [0, 1], in steps of 1/255, in the method's state.
 
     How many items there are is not known before the first `replace`: until then every item has a
-    map of zeros, as has one that could not be read.  Loading a state takes over its number of
-    items.
+    map of zeros, as has one that could not be read.
     """
 
     values: Tensor
@@ -38,11 +36,10 @@ class ItemMaps(nn.Module):
 
     @torch.no_grad()
     def replace(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Take over new maps: pairs of item numbers (B,) and maps (B, length) in [0, 1], each item
-        once.
+        """Take over new maps: pairs of item numbers (B,) and maps (B, length), each item once.
 
-        Where there are several processes each brings those of its own items, and all of them end
-        with the whole table. Raises ValueError when none brings any.
+        Each process brings those of its own items, and all end with the whole table.  Raises
+        ValueError when none brings any.
         """
         device, length = self.values.device, self.values.shape[1]
         found = [

@@ -7,12 +7,10 @@ from torch import Tensor
 
 
 class Noise:
-    """Uniform numbers that depend on the seed, the step and an image's place in the global batch,
-    and on nothing else.
+    """Uniform numbers that depend on seed, step and a row's place in the global batch only.
 
-    Every process draws the noise of the *whole* global batch and keeps its own rows (a few thousand
-    images times a few hundred patches: well under a millisecond on a GPU).  So one process, eight
-    processes and eight accumulated micro-batches give the same masks, and a resumed run repeats
+    Every process draws the noise of the *whole* global batch and keeps its own rows: one process,
+    eight processes and eight accumulated parts give the same masks, and a resumed run repeats
     itself without any stored generator state.
     """
 
@@ -24,9 +22,7 @@ class Noise:
         self.draws = 0  # of this step until now
 
     def begin(self, step: int, first_row: int = 0, global_rows: int | None = None) -> None:
-        """Go to ``step``; the next draws are rows ``first_row``... of a global batch of
-        ``global_rows`` images.
-        """
+        """Go to ``step``; the next draws are rows from ``first_row`` of a batch of ``global_rows``."""
         self._step, self._first_row, self._global_rows, self.draws = step, first_row, global_rows, 0
 
     def uniform(self, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:

@@ -1,4 +1,4 @@
-"""A slow copy of the student."""
+"""An EMA teacher: the moving average of a student."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Teacher(nn.Module):
-    """Exponential moving average of some of a method's modules: frozen, in eval mode, a part of the
-    module tree.
+    """Exponential moving average of some of a method's modules: frozen, in eval mode.
 
-    ``Teacher(encoder=encoder, predictor=predictor)`` holds copies under the same names.  The
-    students are passed to `update` instead of being kept, so that every parameter has one owner.
-    Weights stay float32: bfloat16 would swallow an update of 1e-4.
-
-    Buffers are never averaged.  With ``own_statistics`` batch norms follow the method's mode, and
-    nothing else does: while training they use the statistics of the teacher's own batch and gather
-    the running ones from these, as MOKD's and SCFS's teachers do (docs/methods/mokd.md).
+    ``Teacher(encoder=encoder, predictor=predictor)`` holds copies under the same names; the
+    students are passed to `update`, so that every parameter has one owner.  Weights stay float32:
+    bfloat16 would swallow an update of 1e-4.  Buffers are never averaged: with ``own_statistics``
+    batch norms follow the method's mode and gather those of the teacher's own batch
+    (docs/methods/mokd.md).
     """
 
     def __init__(self, *, own_statistics: bool = False, **students: nn.Module) -> None:
@@ -30,9 +27,7 @@ class Teacher(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode whatever is asked, but for batch norms that gather their own
-        statistics.
-        """
+        """Stays in eval mode, but for batch norms that gather their own statistics."""
         super().train(False)
         if self.own_statistics:
             for module in self.modules():
@@ -42,9 +37,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, decay: float, **students: nn.Module) -> None:
-        """``teacher = decay * teacher + (1 - decay) * student`` for every parameter, in one foreach
-        call.
-        """
+        """``teacher = decay * teacher + (1 - decay) * student`` in one foreach call."""
         mine: list[Tensor] = [p for name in students for p in self.get_submodule(name).parameters()]
         theirs: list[Tensor] = [p for student in students.values() for p in student.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - decay)

@@ -20,7 +20,8 @@ _STD = 0.02
 
 
 class TransformerHead(nn.Module):
-    """Blocks over the tokens of a map, their mean, and its product with each prototype (docs/methods/mokd.md).
+    """Blocks over the tokens of a map, their mean, and its product with each prototype
+    (docs/methods/mokd.md).
 
     A query, the pooled feature of another network's view, may stand before the tokens.  It has no
     position, and it is left out of the mean: it acts through the attention that the tokens pay to

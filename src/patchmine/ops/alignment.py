@@ -1,10 +1,7 @@
-"""From a map of a whole image, one number a patch, to weights for the patches of a crop of that
-image.
+"""From maps of whole images, one number a patch, to weights for the patches of a crop of them.
 
-Crops are boxes in fractions of the image, so that its size in pixels need not be known.  Every way
-to align is
-separable: the weights are ``down @ map @ across.T`` with a small matrix for each axis of each
-image.  All in float32.
+Crops are boxes in fractions of the image.  Every way to align is separable: the weights are
+``down @ map @ across.T`` with a small matrix for each axis of each image.  All in float32.
 """
 
 from __future__ import annotations
@@ -23,11 +20,10 @@ _CLOSE = 1e-4
 
 
 def attention_map(attention: Tensor) -> Tensor:
-    """Where a class token looks: its attention to the patches by head, (B, heads, L) -> (B, L) in
-    [0, 1].
+    """A class token's attention to the patches by head, (B, heads, L) -> (B, L) in [0, 1].
 
-    Each head is stretched from its least to its largest value and all count alike, however sharp
-    they are (AMT, util/misc.py).  A head that looks everywhere alike gives 0 (there: 0 / 0).
+    Each head is stretched from its least to its largest value and all count alike (AMT,
+    util/misc.py). A head of equal attention gives 0 (there: 0 / 0).
     """
     attention = attention.float()
     low, high = attention.amin(dim=-1, keepdim=True), attention.amax(dim=-1, keepdim=True)
@@ -35,14 +31,17 @@ def attention_map(attention: Tensor) -> Tensor:
 
 
 def align(maps: Tensor, grid: Grid, box: Tensor, flip: Tensor, how: Alignment = "area") -> Tensor:
-    """Weights of the patches of a crop from maps of whole images: (B, L) -> (B, L), both on
-    ``grid``.
+    """Weights of the patches of a crop from maps of whole images: (B, L) -> (B, L).
 
-    ``box`` (B, 4): the crop as fractions (top, left, height, width); ``flip`` (B,): mirrored after
-    the crop.  "area" is the exact mean of the map, constant within each cell, over what a patch
-    shows.  "bilinear" resizes the cells that the box touches to the crop's pixels and averages over
-    each patch, as the reference code meant to.  "released" is what that code does: the same with
-    the two first cells of each axis, three where the box ends at the far border.
+    Args:
+        maps: (B, L), one number for each patch of the whole image.
+        grid: of the map and of the crop.
+        box: (B, 4), the crop as fractions (top, left, height, width).
+        flip: (B,), mirrored after the crop.
+        how: "area" is the exact mean of the map, constant within each cell, over what a patch
+            shows. "bilinear" resizes the cells that the box touches to the crop's pixels and
+            averages over each patch, as the reference meant to.  "released" is what it does: the
+            same with the first two cells of each axis, three where the box ends at the far border.
     """
     with torch.autocast(maps.device.type, enabled=False):
         box = box.float()
@@ -80,9 +79,7 @@ def _overlap(start: Tensor, extent: Tensor, count: int) -> Tensor:
 
 
 def _resized(first: Tensor, last: Tensor, count: int, patch: int) -> Tensor:
-    """Cells ``first`` up to ``last`` (B,), bilinearly resized to ``count * patch`` pixels, averaged
-    in each patch.
-    """
+    """Cells ``first`` to ``last`` (B,) resized to the crop's pixels and averaged in each patch."""
     pixel = torch.arange(count * patch, device=first.device)
     length = (last - first)[:, None]
     place = ((pixel + 0.5) * length / (count * patch) - 0.5).clamp(min=0)

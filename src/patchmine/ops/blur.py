@@ -9,8 +9,7 @@ from torch import Tensor
 def blur_matrix(side: int, kernel: int, sigma: float) -> Tensor:
     """(side, side) float32: from a line of pixels to the blurred line, with zeros beyond its ends.
 
-    ``kernel`` is odd.  The weights of one line add up to 1, so those of the kernel x kernel window
-    do too.
+    ``kernel`` is odd; its weights add up to 1.
     """
     offset = torch.arange(kernel, dtype=torch.float64) - kernel // 2
     weights = torch.exp(-(offset**2) / (2 * sigma**2))
@@ -22,12 +21,6 @@ def blur_matrix(side: int, kernel: int, sigma: float) -> Tensor:
 
 
 def blurred(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Images (B, C, H, W) under the blur matrices of their two axes, float32 whatever autocast
-    says.
-
-    A Gaussian window is the product of its two axes; as matrix products this takes a third of the
-    time of the depthwise convolution on a processor, and is never rounded to TF32 as convolutions
-    are on a GPU.
-    """
+    """Images (B, C, H, W) under the blur matrices of their two axes, in float32."""
     with torch.autocast(images.device.type, enabled=False):
         return rows @ images.float() @ columns.T

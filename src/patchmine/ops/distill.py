@@ -1,9 +1,7 @@
-"""Self-distillation between views: sharpened targets, the losses against them, their centre, and
-monitors of collapse.
+"""Self-distillation between views: targets, losses, their centre, and monitors of collapse.
 
-Rows are crop-major everywhere: all images of crop 0, then all of crop 1, and so on.  All in
-float32, whatever autocast does around it: bfloat16 logits divided by a temperature of 0.04 would
-lose the differences that matter.
+Rows are crop-major: all images of crop 0, then all of crop 1.  All in float32: bfloat16 logits
+divided by a temperature of 0.04 would lose the differences that matter.
 """
 
 from __future__ import annotations
@@ -23,9 +21,7 @@ STUDENT_TEMPERATURE = 0.1  # DINO, MOKD and SCFS; no published setting has anoth
 
 @torch.no_grad()
 def sharpen(logits: Tensor, centre: Tensor | None, temperature: float) -> Tensor:
-    """Target probabilities ``softmax((logits - centre) / temperature)``: (N, K), (K,) or None ->
-    (N, K) float32.
-    """
+    """Targets ``softmax((logits - centre) / temperature)``: (N, K), (K,) or None -> (N, K)."""
     logits = logits.float()
     return ((logits if centre is None else logits - centre) / temperature).softmax(dim=-1)
 
@@ -33,12 +29,10 @@ def sharpen(logits: Tensor, centre: Tensor | None, temperature: float) -> Tensor
 def view_cross_entropy(
     student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE
 ) -> Tensor:
-    """DINO's loss of logits (V * B, K) of V student views against probabilities (2 * B, K) of two
-    teacher views, ().
+    """DINO's loss of logits (V * B, K) against probabilities (2 * B, K) of two teacher views, ().
 
-    The mean over the 2 V - 2 pairs of a target with another view than its own.  Each view is
-    normalised once for both of its targets (docs/methods/mokd.md).  Views 0 and 1 of the student
-    are those of the teacher.
+    The mean over the 2 V - 2 pairs of a target with another view than its own
+    (docs/methods/mokd.md). Views 0 and 1 of the student are those of the teacher.
     """
     first, second = targets.chunk(2)  # (B, K) each
     logs = (student.float() / temperature).log_softmax(dim=-1).view(-1, *first.shape)  # (V, B, K)
@@ -53,21 +47,14 @@ def view_cross_entropy(
 def search_cross_entropy(
     student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE
 ) -> Tensor:
-    """Cross-entropy of each student's logits with the probabilities in the same row: (N, K), (N, K)
-    -> ().
-    """
+    """Cross-entropy of logits with the probabilities in the same row: (N, K), (N, K) -> ()."""
     logs = (student.float() / temperature).log_softmax(dim=-1)
     return -(targets * logs).sum(dim=-1).mean()
 
 
 @torch.no_grad()
 def new_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
-    """``momentum * centre + (1 - momentum) * mean of the rows``, over all processes: (K,), (N, K)
-    -> (K,) float32.
-
-    Rows with a number that is not finite leave the centre as it was: it would never be finite
-    again.
-    """
+    """The centre moved to the mean of rows (N, K) of all processes: (K,), (N, K) -> (K,) float32."""
     mean = logits.float().mean(dim=0)
     if num_processes() > 1:
         torch.distributed.all_reduce(mean)
@@ -79,11 +66,10 @@ def new_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
 def teacher_temperature(
     progress: Progress, *, start: float, end: float, warmup_epochs: int
 ) -> float:
-    """Linear from ``start`` in the first epoch to ``end`` in the last one of the warm-up, then
+    """Linear from ``start`` in the first epoch to ``end`` in the last of the warm-up, then
     constant.
 
-    A run that is shorter than the warm-up rises as far in the epochs that it has, which the
-    reference cannot do.
+    A run shorter than the warm-up rises as far in its epochs, which the reference cannot do.
     """
     epochs = min(warmup_epochs, progress.total_epochs)
     if progress.epoch >= epochs:
@@ -93,8 +79,7 @@ def teacher_temperature(
 
 @torch.no_grad()
 def mean_entropy(probabilities: Tensor) -> Tensor:
-    """Entropy of the mean of the rows as a share of its largest value, log K: (N, K) -> (), in [0,
-    1].
+    """Entropy of the mean row as a share of its largest value, log K: (N, K) -> () in [0, 1].
 
     Near 0 all rows choose the same prototype: one of the two ways to collapse.
     """
@@ -104,7 +89,7 @@ def mean_entropy(probabilities: Tensor) -> Tensor:
 
 @torch.no_grad()
 def feature_spread(features: Tensor) -> Tensor:
-    """Standard deviation of the directions of the rows, times sqrt(C): (N, C) -> ().
+    """Standard deviation of the rows' directions, times sqrt(C): (N, C) -> ().
 
     1 for directions drawn evenly, 0 when all are the same: the other way to collapse.
     """

@@ -31,51 +31,43 @@ def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def masked_absolute_error(prediction: Tensor, target: Tensor, channels: int) -> Tensor:
-    """Mean absolute error over the pixels of all masked patches: (B, M, P), (B, M, P) -> ().
+    """Mean absolute error over the pixels of masked patches: (B, M, P), (B, M, P) -> ().
 
-    The reference counts pixels of one channel, keeps clear of zero with 1e-5, and divides by the
-    channels afterwards (SimMIM, models/simmim.py).  No masked patch at all gives 0.
+    As models/simmim.py: pixels of one channel are counted, 1e-5 is added to them, and the channels
+    divide afterwards.  No masked patch at all gives 0.
     """
     pixels = prediction.numel() // channels
     return (prediction.float() - target.float()).abs().sum() / (pixels + 1e-5) / channels
 
 
 def direction_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of the two unit vectors, ``2 - 2 cos``, of each patch: (B, M, D), (B, M, D)
-    -> (B, M).
-
-    Summed, not averaged, over the channels (HPM, models_mae_learn_feature_loss.py).
-    """
+    """``2 - 2 cos`` of each patch, summed over channels: (B, M, D), (B, M, D) -> (B, M) (HPM)."""
     prediction = F.normalize(prediction.float(), dim=-1, eps=1e-12)
     target = F.normalize(target.float(), dim=-1, eps=1e-12)
     return (prediction - target).square().sum(dim=-1)
 
 
 def absolute_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
-    """Mean squared distance to the errors, standardised within each image: (B, M), (B, M) -> ().
-
-    ``error`` takes no gradient.
-    """
+    """Mean squared distance to errors standardised in each image: (B, M), (B, M) -> ()."""
     error = error.detach().float()
     variance, mean = torch.var_mean(error, dim=1, keepdim=True, correction=1)
     return (predicted.float() - (error - mean) / (variance + 1e-6).sqrt()).square().mean()
 
 
 def relative_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
-    """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs of one image with error_a > error_b:
-    (B, M), (B, M) -> ().
+    """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs with error_a > error_b, ().
 
-    The half-pair form of HPM's ranking objective (docs/methods/hpm.md): the gradient is worked
-    out with the loss, so no graph over M x M pairs is kept.  Pairs of equal error do not count.
-    ``error`` takes no gradient.
+    Args:
+        predicted: (B, M), difficulty of the masked patches of each image.
+        error: (B, M), their true errors, which take no gradient; pairs of equal error do not count.
+
+    Each pair is visited once and the gradient is worked out with the loss (docs/methods/hpm.md).
     """
     return _PairwiseRanking.apply(predicted, error)
 
 
 class _PairwiseRanking(torch.autograd.Function):
-    """Loss and gradient in one sweep over blocks of pairs; saves (B, M) numbers for the backward
-    pass.
-    """
+    """Loss and gradient in one sweep over blocks of pairs; saves (B, M) numbers for backward."""
 
     @staticmethod
     def forward(ctx: Any, predicted: Tensor, error: Tensor) -> Tensor:

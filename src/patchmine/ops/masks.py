@@ -1,7 +1,4 @@
-"""Masks from noise, and from noise that a difficulty has bent.
-
-Counts are fixed on the host; nothing here waits for the device.
-"""
+"""Masks from noise, and from noise that a difficulty has bent; counts are fixed on the host."""
 
 from __future__ import annotations
 
@@ -14,18 +11,14 @@ from patchmine.types import Grid, Mask
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """V, how many patches stay: ``int(L * (1 - r))``, truncated on binary floats as every published
-    run did.
-    """
+    """V, how many patches stay: ``int(L * (1 - r))``, truncated as every published run did."""
     return int(num_patches * (1 - mask_ratio))
 
 
 def count_positions(grid: Grid, mask_ratio: float) -> int:
-    """How many places of rows and columns stay: of an image `count_visible`, of a clip ``L_s -
-    int(L_s * r)``.
+    """How many places stay: of an image `count_visible`, of a clip ``L_s - int(L_s * r)``.
 
-    VideoMAE truncates the masked count where MAE truncates the visible one (TubeMaskingGenerator):
-    of 196 places it leaves 20 at 90 % where MAE's rule leaves 19.
+    VideoMAE truncates the masked count (TubeMaskingGenerator): of 196 places it leaves 20 at 90 %.
     """
     if len(grid.size) == 2:
         return count_visible(grid.num_patches, mask_ratio)
@@ -33,9 +26,7 @@ def count_positions(grid: Grid, mask_ratio: float) -> int:
 
 
 def tubes(mask: Mask, grid: Grid) -> Mask:
-    """A mask of places (B, rows * columns) repeated at every time of a clip; a mask of all patches
-    stays as it is.
-    """
+    """A mask of places (B, rows * columns) at every time of a clip; one of all patches stays."""
     slots = grid.num_patches // mask.num_patches
     if slots == 1:
         return mask
@@ -49,11 +40,7 @@ def tubes(mask: Mask, grid: Grid) -> Mask:
 
 
 def lowest_visible(noise: Tensor, num_visible: int) -> Mask:
-    """The ``num_visible`` patches of lowest noise (B, L) stay visible, the rest is masked (MAE,
-    random_masking).
-
-    Both index tensors come in raster order, which changes nothing but the order of summation.
-    """
+    """The patches of lowest noise (B, L) stay visible, both parts in raster order (MAE)."""
     order = noise.argsort(dim=1, stable=True)
     visible = order[:, :num_visible].sort(dim=1).values
     masked = order[:, num_visible:].sort(dim=1).values
@@ -61,11 +48,10 @@ def lowest_visible(noise: Tensor, num_visible: int) -> Mask:
 
 
 def hard_masked(noise: Tensor, difficulty: Tensor, num_hard: int, num_visible: int) -> Mask:
-    """The ``num_hard`` patches of greatest difficulty (B, L) are masked; the visible ones are drawn
-    among the others.
+    """The ``num_hard`` most difficult patches (B, L) are masked, the visible ones drawn among the
+    rest.
 
-    The visible set is a uniform subset of what is not hard (HPM, generate_mask; docs/methods/hpm.md). Difficulties are compared in float32 with a stable sort, since bfloat16 ties would
-    be broken differently from run to run.
+    Difficulties are compared in float32 by a stable sort (HPM, generate_mask; docs/methods/hpm.md).
     """
     if num_hard == 0:
         return lowest_visible(noise, num_visible)
@@ -74,11 +60,9 @@ def hard_masked(noise: Tensor, difficulty: Tensor, num_hard: int, num_visible: i
 
 
 def expand_units(units: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor:
-    """The patches inside each image's ``units`` (B, n), raster order: (B, n * patches in a unit)
-    int64.
+    """The patches inside each image's ``units`` (B, n): (B, n * patches in a unit), raster order.
 
-    A unit is a block of ``per_unit`` patches, one number for each axis of the grid, each of which
-    divides the grid's; units are numbered in raster order too.
+    A unit is a block of ``per_unit`` patches along each axis of the grid, numbered in raster order.
     """
     split = [
         part
@@ -95,9 +79,7 @@ def expand_units(units: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor
 
 
 def sum_in_units(values: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor:
-    """The sum of a number of each patch over every unit of ``per_unit`` patches: (B, L) -> (B,
-    units).
-    """
+    """Sums of a number of each patch over units of ``per_unit`` patches: (B, L) -> (B, units)."""
     split = [
         part
         for size, step in zip(grid.size, per_unit, strict=True)
@@ -108,11 +90,10 @@ def sum_in_units(values: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tenso
 
 
 def weighted_order(weights: Tensor, noise: Tensor) -> Tensor:
-    """A draw without replacement with chances in proportion to ``weights``: (B, L), (B, L) -> (B,
-    L) int64.
+    """A draw without replacement with chances in proportion to weights: (B, L), (B, L) -> (B, L).
 
-    ``noise`` is uniform in [0, 1).  With q = -log(1 - noise), which is exponential, the patches are
-    sorted by falling weight / q; that is `torch.multinomial` with L draws (docs/methods/amt.md).  Patches without weight come last, in random order.
+    ``noise`` is uniform in [0, 1); equal to `torch.multinomial` with L draws (docs/methods/amt.md).
+    Patches without weight come last, in random order.
     """
     weights = weights.float()
     # Below every positive score, whose logarithm is above -20 and whose noise adds between -3 and

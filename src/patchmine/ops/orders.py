@@ -25,12 +25,11 @@ def token_similarity(anchor: Tensor, tokens: Tensor) -> Tensor:
 def patch_levels(
     order: str, size: tuple[int, ...], similarity: Tensor | None, device: torch.device
 ) -> Tensor:
-    """What decides first when patches are put in order, lower is earlier: (B, L), or (1, L) alike
-    for all images.
+    """What decides first when patches are put in order, lower is earlier: (B or 1, L).
 
-    ``size`` is the grid's (rows, columns).  Whole numbers for all orders but ``similarity``, whose
-    levels are the negated ``similarity`` (B, L) itself: ``1 - softmax`` as in the reference would
-    round close ones to the same.
+    Whole numbers on a grid of ``size`` (rows, columns), but for ``similarity``, whose levels are
+    the negated similarities (B, L): ``1 - softmax`` as in the reference would round close ones
+    together.
     """
     if order == "attention_center":
         assert similarity is not None
@@ -64,18 +63,14 @@ def _coordinates(size: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
 
 
 def _in_box(place: Tensor, side: int, half: int) -> Tensor:
-    """Whether a coordinate lies within ``half`` patches of the middle of an axis, in the same
-    number to either side.
-    """
+    """Whether a coordinate lies within ``half`` patches of the middle of an axis."""
     return (2 * place - (side - 1)).abs() < 2 * half
 
 
 def visiting_order(order: str, levels: Tensor, noise: Tensor) -> Tensor:
     """``visited[:, r]`` is the patch of rank r: (1 or B, L), (B, L) -> (B, L) int64.
 
-    Within a level patches are drawn by ``noise`` in [0, 1).  Added to whole numbers in float64 it
-    keeps every bit, so that levels never mix and no two patches tie, as they do in one image of six
-    when float32 noise of at most 1e-3 is added to distances (docs/methods/semaim.md).
+    Within a level patches are drawn by ``noise`` in [0, 1), in float64 (docs/methods/semaim.md).
     """
     key = levels.double().expand(len(noise), -1)
     if order in _AT_RANDOM:
@@ -84,12 +79,10 @@ def visiting_order(order: str, levels: Tensor, noise: Tensor) -> Tensor:
 
 
 def visibility(score: Tensor) -> tuple[Tensor, Tensor]:
-    """Who may look at whom, True = may, column 0 = class token: (B, L) -> (B, 1 + L, 1 + L), (B, L,
-    1 + L).
+    """Who may attend to whom by score (B, L): (B, 1 + L, 1 + L) and (B, L, 1 + L), True = may.
 
-    Content looks at itself and at what has no higher score; queries look at what has a lower one.
-    Patches of equal score are thus predicted at once.  All look at the class token, which looks at
-    itself only.
+    Column 0 is the class token, which all may read and which reads itself.  Content reads itself
+    and what has no higher score, queries what has a lower one.
     """
     score = F.pad(score.double(), (1, 0), value=float("-inf"))  # (B, 1 + L)
     content = score[:, :, None] >= score[:, None, :]

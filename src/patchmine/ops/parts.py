@@ -1,10 +1,8 @@
-"""One image seen through several masks at once: patches divided into parts, each of which predicts
-the others (EMAE).
+"""One image seen through several masks at once: parts of patches that predict each other (EMAE).
 
-L patches are K parts of V.  Part k predicts the M = K - 1 parts after it, k + 1, k + 2, ... counted
-round the end.  If only the first U parts are in use, a patch of those has U - 1 predictions and any
-other patch U: two dense blocks, so that shapes do not depend on the draw and no loss multiplies by
-a mask.
+L patches are K parts of V.  Part k predicts the M = K - 1 parts after it, counted round the end.
+If only the first U parts are in use, a patch of those has U - 1 predictions and any other patch U:
+two dense blocks, so that shapes do not depend on the draw.
 """
 
 from __future__ import annotations
@@ -16,11 +14,7 @@ from torch import Tensor
 
 
 def split_parts(noise: Tensor, num_parts: int) -> Tensor:
-    """K disjoint random parts that together are all patches: (B, L) -> (B, K, V) int64, each part
-    in raster order.
-
-    Part 0 is what MAE leaves visible for the same noise.  K must divide L.
-    """
+    """K disjoint random parts, each in raster order: (B, L) -> (B, K, V); part 0 is MAE's mask."""
     order = noise.argsort(dim=1, stable=True)
     return order.reshape(len(noise), num_parts, -1).sort(dim=2).values
 
@@ -34,12 +28,7 @@ def unseen_patches(parts: Tensor, num_used: int) -> Tensor:
 
 
 def order_by_patch(num_parts: int, num_used: int) -> Tensor:
-    """How to line up the U * M blocks of `unseen_patches` so that predictions of the same patches
-    are neighbours.
-
-    (U * M,) int64, numbers of blocks: for each part in turn, what the others in use say of it, in
-    their order.
-    """
+    """Numbers of the blocks of `unseen_patches`, predictions of one patch together: (U * M,)."""
     blocks = [
         part * (num_parts - 1) + (seen - part - 1) % num_parts
         for seen in range(num_parts)
@@ -50,10 +39,9 @@ def order_by_patch(num_parts: int, num_used: int) -> Tensor:
 
 
 def group_by_patch(predicted: Tensor, num_parts: int, num_used: int) -> tuple[Tensor, Tensor]:
-    """Lined up predictions, split where their number changes, as views.
+    """Lined up predictions (B, U * M, V, P), split where their number changes, as views.
 
-    (B, U * M, V, P) -> (B, U, U - 1, V, P) for patches of parts in use, (B, K - U, U, V, P) for the
-    other patches.
+    (B, U, U - 1, V, P) for patches of parts in use, (B, K - U, U, V, P) for the others.
     """
     images, _, *patch = predicted.shape
     rest = num_parts - num_used
@@ -64,12 +52,10 @@ def group_by_patch(predicted: Tensor, num_parts: int, num_used: int) -> tuple[Te
 
 
 def rank_balance(values: Tensor) -> Tensor:
-    """How many along dimension 2 are smaller, less how many are greater: (B, J, M, V, P) -> the
-    same shape.
+    """How many along dimension 2 are smaller, less how many are greater: (B, J, M, V, P) -> same.
 
-    This is the gradient of the sum of |a - b| over all pairs, ties included, and ``(values *
-    balance).sum()`` is that sum.  One sweep for each of the M: no tensor over pairs, and for a
-    dozen of predictions quicker than to sort them.
+    The gradient of the sum of |a - b| over all pairs, ties included; ``(values * balance).sum()``
+    is that sum.  One sweep for each of the M: no tensor over pairs.
     """
     balance = torch.zeros_like(values)
     for other in values.unbind(2):
@@ -78,11 +64,7 @@ def rank_balance(values: Tensor) -> Tensor:
 
 
 def patch_disagreement(predicted: Tensor, num_parts: int, num_used: int) -> Tensor:
-    """Mean |a - b| over pixels and pairs of predictions of each patch: (B, U * M, V, P) -> (B, K,
-    V).
-
-    NaN where there is no pair.
-    """
+    """Mean |a - b| over pairs of predictions of a patch: (B, U * M, V, P) -> (B, K, V), or NaN."""
     means = []
     for values in group_by_patch(predicted.float(), num_parts, num_used):
         count = values.shape[2]
@@ -96,18 +78,17 @@ def patch_disagreement(predicted: Tensor, num_parts: int, num_used: int) -> Tens
 def parts_losses(
     predicted: Tensor, target: Tensor, num_used: int, distance: Literal["l1", "l2"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How well the parts predict what they do not see, and how far apart their predictions of the
-    same patch are.
+    """Errors of all predictions, and how far those of the same patch are apart.
 
-    ``predicted`` (B, U * M, V, P), lined up by patch; ``target`` (B, K, V, P).  Three float32
-    scalars:
+    Args:
+        predicted: (B, U * M, V, P), lined up by patch.
+        target: (B, K, V, P).
+        num_used: U.
+        distance: "l1" or "l2", between two predictions.
 
-    - the mean squared error of all predictions;
-    - the mean distance, |a - b| or its square, over pixels and pairs of predictions of the same
-    patch;
-    - the mean of |a - b|, whatever the distance is, without a gradient.
-
-    Where no patch has two predictions the distances are 0.
+    Returns:
+        Three float32 scalars: the mean squared error; the mean distance over pixels and pairs of
+        predictions of a patch; the mean of |a - b| without a gradient.  0 where there is no pair.
     """
     num_parts = target.shape[1]
     # Each pair of parts predicts the K - 2 others.
@@ -129,7 +110,5 @@ def parts_losses(
 
 
 def _squared_pairs(values: Tensor) -> Tensor:
-    """Sum of (a - b)^2 over pairs along dimension 2: their number times the squares about their
-    mean.
-    """
+    """Sum of (a - b)^2 over pairs along dimension 2."""
     return values.shape[2] * (values - values.mean(dim=2, keepdim=True)).square().sum()

@@ -13,11 +13,7 @@ CUBE_EPS = 1e-6 / 0.226
 
 
 def gather_patches(images: Tensor, index: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """The patches named by ``index`` (B, V), straight from the pixels: (B, C, *size) -> (B, V, C,
-    *patch).
-
-    Copies only what is asked for; the patches that nobody sees are never touched (docs/methods/mae.md).
-    """
+    """The patches in ``index`` (B, V) and no others: (B, C, *size) -> (B, V, C, *patch)."""
     batch, channels, *size = images.shape
     counts = [side // step for side, step in zip(size, patch, strict=True)]
     split = [part for pair in zip(counts, patch, strict=True) for part in pair]
@@ -50,16 +46,12 @@ def patch_values(patches: Tensor) -> Tensor:
 
 
 def channels_first(values: Tensor, channels: int) -> Tensor:
-    """Numbers of each patch from MAE's order into PixelShuffle's, (channel, row, column): (B, M, P)
-    -> (B, M, P).
-    """
+    """Numbers of each patch from MAE's order into PixelShuffle's: (B, M, P) -> (B, M, P)."""
     return values.reshape(*values.shape[:-1], -1, channels).transpose(-1, -2).flatten(-2)
 
 
 def channels_last(values: Tensor, channels: int) -> Tensor:
-    """The inverse of `channels_first`: (B, M, P) -> (B, M, P) in MAE's order, (row, column,
-    channel).
-    """
+    """The inverse of `channels_first`: (B, M, P) -> (B, M, P)."""
     return values.reshape(*values.shape[:-1], channels, -1).transpose(-1, -2).flatten(-2)
 
 
@@ -83,10 +75,9 @@ def patch_statistics(values: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]
 
 
 def cube_statistics(values: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of each cube, (B, V, P) -> two of (B, V, 1, C).
+    """Mean and deviation of each channel of each cube, (B, V, P) -> two of (B, V, 1, C).
 
-    The variance is unbiased and ``CUBE_EPS`` is added to its root (VideoMAE,
-    engine_for_pretraining.py).
+    The variance is unbiased; ``CUBE_EPS`` is added to its root (engine_for_pretraining.py).
     """
     variance, mean = torch.var_mean(
         _by_channel(values, channels), dim=-2, keepdim=True, correction=1
@@ -95,9 +86,7 @@ def cube_statistics(values: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def restore_cubes(standardised: Tensor, true: Tensor, channels: int) -> Tensor:
-    """``standardised`` (B, V, P) with the mean and deviation of each channel of the ``true`` cubes:
-    (B, V, P).
-    """
+    """Standardised cubes (B, V, P) with the true mean and deviation of each channel put back."""
     mean, deviation = cube_statistics(true, channels)
     return (_by_channel(standardised, channels) * deviation + mean).flatten(-2)
 
@@ -110,11 +99,9 @@ def _by_channel(values: Tensor, channels: int) -> Tensor:
 def pixel_targets(
     images: Tensor, index: Tensor, patch: tuple[int, ...], *, norm_pix_loss: bool
 ) -> Tensor:
-    """Pixels to be predicted, float32 (B, M, P); standardised within each patch if
-    ``norm_pix_loss``.
+    """Pixels to be predicted, float32 (B, M, P); standardised if ``norm_pix_loss``.
 
-    A patch of an image is standardised over all channels together, a cube of a clip within each
-    channel.
+    A patch of an image over all channels together, a cube of a clip within each channel.
     """
     values = patch_values(gather_patches(images.float(), index, patch))
     if not norm_pix_loss:

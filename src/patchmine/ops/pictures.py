@@ -17,9 +17,7 @@ from patchmine.types import Grid, Mask, Panel
 
 
 def hide_masked(images: Tensor, mask: Mask, grid: Grid) -> Tensor:
-    """The images with every patch that is not visible set to NaN, which the report draws as
-    missing: (B, C, *size).
-    """
+    """The images with every patch that is not visible set to NaN: (B, C, *size)."""
     values = torch.full_like(patch_values(all_patches(images, grid.patch)), float("nan"))
     seen = patch_values(all_patches(images, grid.patch)).gather(1, _wide(mask.visible, values))
     return images_from_values(
@@ -36,9 +34,7 @@ def paint_masked(images: Tensor, mask: Mask, grid: Grid, painted: Tensor) -> Ten
 
 
 def patch_map(numbers: Tensor, grid: Grid, index: Tensor | None = None) -> Tensor:
-    """One number per patch as a map (B, *grid.size): of all (B, L), or of those in ``index`` (B,
-    M), NaN elsewhere.
-    """
+    """One number per patch, (B, L) or (B, M) at ``index``, as a map (B, *grid.size) with NaN."""
     numbers = numbers.float()
     if index is not None:
         full = torch.full((len(numbers), grid.num_patches), float("nan"), device=numbers.device)
@@ -53,10 +49,10 @@ def _wide(index: Tensor, values: Tensor) -> Tensor:
 def reconstruction_panel(
     images: Tensor, mask: Mask, grid: Grid, painted: Tensor, *, borrow: bool
 ) -> Panel:
-    """The input with the masked patches repainted from ``painted`` (B, M, P).
+    """The input with the masked patches replaced by the prediction ``painted`` (B, M, P).
 
-    With ``borrow`` the prediction is standardised and gets the true mean and deviation of each
-    patch back, which the model does not know: the title says so.
+    With ``borrow`` the prediction is standardised and gets each patch's true mean and deviation
+    back, which the model does not know: the title says so.
     """
     if not borrow:
         return Panel("reconstruction", paint_masked(images, mask, grid, painted))
@@ -80,11 +76,7 @@ def masked_panels(
 
 
 def two_parts(images: Tensor, step: int = 1) -> dict[str, Tensor]:
-    """Two parts of the images, half as wide and high (in whole ``step`` pixels), as local crops
-    whose place is known.
-
-    (B, C, H, W) -> "middle" and "upper left", each (B, C, about H / 2, about W / 2).
-    """
+    """Two parts of images (B, C, H, W), about half as wide and high, in whole ``step`` pixels."""
     height, width = (max(step, side // 2 // step * step) for side in images.shape[2:])
     top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
     return {

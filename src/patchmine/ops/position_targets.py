@@ -1,6 +1,4 @@
-"""Places on the grid as something to predict: smoothed targets, and colours by which people tell
-places apart.
-"""
+"""Places on the grid as something to predict: smoothed targets, and a colour for each place."""
 
 from __future__ import annotations
 
@@ -13,7 +11,8 @@ from patchmine.types import Grid
 
 Normalisation = Literal["column", "row"]
 
-# Below this a neighbour weighs exp(-1e6), nothing, and 1 / sigma^2 would soon overflow (docs/methods/droppos.md).
+# Below this a neighbour weighs exp(-1e6), nothing, and 1 / sigma^2 would soon overflow
+# (docs/methods/droppos.md).
 LEAST_SIGMA = 1e-3
 
 # Upper left, upper right, lower left, lower right: apart in brightness as well as in hue.
@@ -27,11 +26,10 @@ def smoothing_map(
     norm: Normalisation = "row",
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """How much of each place's target lies on every place of a grid, float32 (target L, place L).
+    """How much of each place's target lies on every place, float32 (target L, place L).
 
-    ``exp(-distance^2 / sigma^2)`` with the distance in patches and no factor two, then divided so
-    that rows (one target's weights) or columns sum to one.  The exponential of a sum factorises
-    over the axes, and so do the sums (docs/methods/droppos.md).
+    ``exp(-distance^2 / sigma^2)`` in patches, without a factor two, divided so that rows (one
+    target's weights) or columns sum to one (docs/methods/droppos.md).
     """
     full = torch.ones(1, 1, device=device)
     for count in size:
@@ -50,20 +48,16 @@ def _along_one_axis(
 
 
 def least_cross_entropy(targets: Tensor) -> Tensor:
-    """The lowest cross-entropy that any prediction can reach against each row of targets: (T, L) ->
-    (T,).
+    """The lowest cross-entropy against each row of targets: (T, L) -> (T,).
 
-    The entropy of a row that sums to one; a row of another sum is best met by the row divided by
-    it.
+    The entropy of a row that sums to one; another row is best met by the row divided by its sum.
     """
     mass = targets.sum(dim=-1)
     return torch.special.entr(targets).sum(dim=-1) - torch.special.entr(mass)
 
 
 def place_colours(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
-    """A colour for each place of a grid of rows and columns, blended between four corners: (L, 3)
-    in [0, 1].
-    """
+    """A colour for each place, blended between four corners: (L, 3) in [0, 1]."""
     corners = torch.tensor(_CORNERS, device=device).reshape(2, 2, 3)
     down, across = (torch.linspace(0, 1, count, device=device) for count in grid.size)
     edges = torch.lerp(corners[0], corners[1], down[:, None, None])  # (rows, 2, 3): left and right

@@ -11,16 +11,14 @@ from patchmine.types import Progress
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """How learning rates move over a run.
+    """How learning rates move over a run: linearly from ``warmup_lr`` to the peak, then by
+    ``kind``.
 
-    First linearly from ``warmup_lr`` to the peak over ``warmup_epochs``; then, by ``kind``:
-
-    - ``"cosine"``: half a cosine from the peak to ``min_lr`` at the end of the run (MAE,
-    ``util/lr_sched.py``).  With
-      ``warmup_prefix=False`` its phase counts from step 0, so that the warm-up covers its beginning
+    - ``"cosine"``: half a cosine from the peak to ``min_lr`` (MAE, ``util/lr_sched.py``).  Without
+      ``warmup_prefix`` its phase counts from step 0, so that the warm-up covers its beginning
       (timm's ``CosineLRScheduler``, as SimMIM and AMT use it).
-    - ``"multi_step"``: the peak, multiplied by ``gamma`` at each of ``milestones``, which are
-    shares of the run
+    - ``"multi_step"``: the peak, multiplied by ``gamma`` at each of ``milestones``, shares of the
+    run
       (SimMIM, ``lr_scheduler.py``: 700 of 800 epochs is 0.875).
     - ``"constant"``: the peak.
 
@@ -57,11 +55,9 @@ def learning_rate(progress: Progress, peak: float, schedule: LrSchedule) -> floa
 def hard_count(
     progress: Progress, num_masked: int, *, start: float, end: float, offset: int
 ) -> int:
-    """H, how many of the masked patches are chosen as the hardest: ``int(M * alpha)``, constant
-    within an epoch.
+    """H, how many masked patches are the hardest ones: ``int(M * alpha)``, constant in an epoch.
 
-    ``alpha = start + (epoch + offset) / total_epochs * (end - start)``; the reference code has
-    start 0, end 0.5 and offset 1 (HPM, generate_mask and engine_pretrain.py).
+    ``alpha = start + (epoch + offset) / total_epochs * (end - start)`` (HPM, generate_mask).
     """
     # In this order, because int() truncates and the reference multiplies in it too.
     alpha = start + (progress.epoch + offset) / progress.total_epochs * (end - start)
@@ -69,25 +65,19 @@ def hard_count(
 
 
 def ema_decay(progress: Progress, *, start: float, end: float, ramp_epochs: int | None) -> float:
-    """Decay of an EMA teacher: linear from ``start`` to ``end`` over the first ``ramp_epochs``, in
-    steps of one epoch.
+    """Decay of an EMA teacher: linear over the first ``ramp_epochs``, in steps of one epoch (HPM).
 
-    That is HPM's ramp (engine_pretrain.py); ``None`` ramps smoothly over the whole run instead,
-    which suits short runs.
+    ``None`` ramps smoothly over the whole run instead, which suits short runs.
     """
     done = progress.fraction if ramp_epochs is None else progress.epoch / max(1, ramp_epochs)
     return start + min(done, 1.0) * (end - start)
 
 
 def falling(progress: Progress, start: float) -> float:
-    """Linear from ``start`` towards 0, in steps of one epoch; the last one has ``start / epochs``
-    left (DropPos).
-    """
+    """Linear from ``start`` towards 0, in steps of one epoch; the last has ``start / epochs``."""
     return start * (1 - progress.epoch / progress.total_epochs)
 
 
 def cosine_decay(progress: Progress, *, start: float, end: float) -> float:
-    """Decay of an EMA teacher: half a cosine from ``start`` to ``end`` over the steps of the run
-    (DINO, MOKD, SCFS).
-    """
+    """Decay of an EMA teacher: half a cosine over the steps of the run (DINO, MOKD, SCFS)."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress.fraction))

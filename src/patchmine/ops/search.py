@@ -1,6 +1,4 @@
-"""SCFS's search: where in a map is what a small crop shows?  Cosine similarity at each position,
-nothing learned.
-"""
+"""SCFS's search: cosine similarity of a small crop at each position of a map."""
 
 from __future__ import annotations
 
@@ -11,12 +9,11 @@ EPS = 1e-12  # F.normalize's, in the reference (models/scfs.py)
 
 
 def cosine_attention(queries: Tensor, maps: Tensor) -> Tensor:
-    """Cosine of each query with each position of its image's map, float32: (J, B, C), (B, C, h, w)
-    -> (J, B, h, w).
+    """Cosine of queries with positions of their image's map: (J, B, C), (B, C, h, w) -> (J, B, h,
+    w).
 
-    In [0, 1], and 0 where a map has no feature at all.  No softmax, no temperature.  What points
-    away counts as 0: maps that went through a ReLU never do, so that this only matters for those of
-    a transformer.
+    In [0, 1]: what points away counts as 0, which maps that went through a ReLU never do; 0 where a
+    map has no feature at all.  No softmax, no temperature.
     """
     with torch.autocast(maps.device.type, enabled=False):
         keys = maps.float().flatten(2)  # (B, C, h * w)
