@@ -1,4 +1,4 @@
-"""What `import patchmine` gives: its names, its keywords, and a run that can do what commands do."""
+"""What `import patchmine` gives: names, keywords, and a run that does what commands do."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The one exception that means: the user can mend this.  The command line prints its sentence and
-exits with 2.
-"""
+"""The one exception that means: the user can mend this; the command line prints it, exit code 2."""
 
 from __future__ import annotations
 
@@ -9,29 +7,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 REASON_LENGTH = 160  # characters of a foreign message that one of our sentences quotes
+NAME_LENGTH = 200  # characters; a longer name keeps its beginning and its end
 
 
 class UserError(Exception):
-    """A mistake in settings, files or folders.  The message names the setting or file and the
-    remedy.
-    """
+    """An error in settings, files or folders; the message names it, its value and the remedy."""
 
 
 def reason_of(error: BaseException) -> str:
     """What an exception of another library says, as one printable line inside a sentence."""
-    text = " ".join(
-        str(error).split(" <_io.BytesIO")[0].split()
-    )  # PIL adds the address of its buffer
-    text = (
-        "".join(letter if letter.isprintable() else "?" for letter in text) or type(error).__name__
-    )
+    text = str(error).split(" <_io.BytesIO")[0]  # PIL adds the address of its buffer
+    text = " ".join(text.split())
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = text or type(error).__name__
     return text if len(text) <= REASON_LENGTH else text[: REASON_LENGTH - 3] + "..."
 
 
 @contextmanager
 def foreign_parser(refuse: Callable[[str], Exception], *own: type[Exception]) -> Iterator[None]:
-    """The boundary around a parser of another library: whatever it raises becomes the one error of
-    the caller's room.
+    """Around a parser of another library: whatever it raises becomes one error of the caller's.
 
     A parser that is fed a damaged file raises what it likes (struct.error, AssertionError,
     RecursionError, ModuleNotFoundError for a codec), so no list of exceptions is ever complete.
@@ -39,8 +33,7 @@ def foreign_parser(refuse: Callable[[str], Exception], *own: type[Exception]) ->
 
     Args:
         refuse: makes that error from the reason, a line of text.
-        own: exceptions that already are sentences of the caller's, and pass as they are; UserError
-        always does.
+        own: exceptions that already are sentences of the caller's and pass, as UserError does.
 
     Raises:
         Exception: what ``refuse`` makes, chained to the parser's own.
@@ -54,15 +47,11 @@ def foreign_parser(refuse: Callable[[str], Exception], *own: type[Exception]) ->
         raise refuse(reason_of(error)) from error
 
 
-NAME_LENGTH = 200  # characters; a longer name keeps its beginning and its end
-
-
 def shown_name(name: str | os.PathLike[str]) -> str:
-    r"""A file's name as text that any terminal, file and page can hold, in one line.
+    r"""A file's name as one line that any terminal, file and page can hold.
 
     Bytes that are no UTF-8 (which Python keeps as lone surrogates) and control characters are
     written as ``\xe9`` and ``\n``; a name beyond ``NAME_LENGTH`` characters loses its middle.
-    Names without such letters stay as they are.
     """
     text = whole_name(name)
     if len(text) > NAME_LENGTH:
@@ -73,13 +62,13 @@ def shown_name(name: str | os.PathLike[str]) -> str:
 
 def whole_name(name: str | os.PathLike[str]) -> str:
     """The same at any length, for tables that other programs read."""
+
+    def escaped(letter: str) -> str:
+        code = ord(letter)
+        if 0xDC80 <= code <= 0xDCFF:  # a byte that os.fsdecode could not read
+            return f"\\x{code - 0xDC00:02x}"
+        return letter.encode("unicode_escape", "backslashreplace").decode("ascii")
+
     return "".join(
-        letter if letter.isprintable() else _escaped(letter) for letter in os.fspath(name)
+        letter if letter.isprintable() else escaped(letter) for letter in os.fspath(name)
     )
-
-
-def _escaped(letter: str) -> str:
-    code = ord(letter)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that os.fsdecode could not read
-        return f"\\x{code - 0xDC00:02x}"
-    return letter.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -81,7 +81,7 @@ class Strict(BaseModel):
 
     def setting_errors(self) -> Iterator[SettingError]:
         """What does not fit together in this block alone."""
-        return iter(())
+        yield from ()
 
     @model_validator(mode="before")
     @classmethod

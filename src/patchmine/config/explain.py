@@ -122,9 +122,9 @@ def validate(
     """``model(**values)``, or one UserError with all errors, those found ``before`` included.
 
     A wrong setting hides others (those of a misspelt method) and what does not fit together.  So
-    the wrong ones are mended or taken out (in the place of required ones stands their name) and
-    the rest is checked once more.  ``also`` finds errors that the model cannot know: the first is asked
-    of mended settings too, each other one only where nothing is wrong so far.
+    the wrong ones are mended or taken out, in the place of required ones stands their name, and
+    the rest is checked once more.  ``also`` finds errors that the model cannot know: the first is
+    asked of mended settings too, each other one only where nothing is wrong so far.
     """
     errors = list(before)
     try:
