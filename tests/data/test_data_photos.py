@@ -19,10 +19,10 @@ from patchmine.errors import UserError
 
 def area(source: PhotoCrops, photograph: int) -> np.ndarray:
     """(height, width) bool: the pixels of a photograph that crops show."""
-    with embedded.open_photograph(photograph, source.name) as image:
+    with embedded.open_photograph(photograph) as image:
         width, height = image.size
     seen = np.zeros((height, width), bool)
-    first, left, _, _ = embedded.half_box(photograph, source.part, source.name)
+    first, left, _, _ = embedded.half_box(photograph, source.part)
     for cut in source.cuts:
         if cut.photograph == photograph:
             seen[
@@ -93,7 +93,7 @@ def test_a_misspelt_name_gets_the_nearest(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="did you mean embedded:photos"):
         open_source("embedded:")
     with monkeypatch.context() as patch:
-        patch.setattr(embedded, "_photo_folder", lambda name: tmp_path)
+        patch.setattr(embedded, "photo_folder", lambda: tmp_path)
         with pytest.raises(UserError, match=r"carries no readable astronaut\.png"):
             PhotoCrops("train")
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _: None)

@@ -30,7 +30,7 @@ SHOWN = 10
 
 @dataclass
 class InspectReport:
-    """What was found; all but ``count``, ``classes`` and ``notes`` is about the items that were read.
+    """What was found; all but ``count``, ``classes`` and ``notes`` is about the items read.
 
     Attributes:
         name: what the user called the source.

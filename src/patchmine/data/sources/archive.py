@@ -160,7 +160,7 @@ def _plain(name: str) -> str:
 
 
 def _linked(info: tarfile.TarInfo) -> _Link:
-    """Where a link leads: a hard link's name counts from the root, a symbolic one's from its folder."""
+    """Where a link leads: a hard one counts from the root, a symbolic one from its folder."""
     if info.islnk():
         return _Link(posixpath.normpath(_plain(info.linkname)), info.offset)
     if info.linkname.startswith("/"):

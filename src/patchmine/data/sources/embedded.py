@@ -11,7 +11,7 @@ import importlib.util
 import math
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ _VIEWED = (0.25, 0.5)
 
 
 class Cut(NamedTuple):
-    """Where a crop comes from: number of the photograph, corner and side of the square in its half."""
+    """A crop: number of the photograph, and corner and side of the square in its half."""
 
     photograph: int
     top: int
@@ -66,23 +66,43 @@ class Cut(NamedTuple):
     side: int
 
 
-class PhotoCrops(Source):
-    """The crops of one part, ``train`` or ``test``, cut when they are read."""
+class _Embedded(Source):
+    """A part, ``train`` or ``test``, whose item 123 has the key ``coffee/00123`` by its class."""
+
+    classes: ClassVar[tuple[str, ...]]
+
+    def __init__(self, base: str, part: str, facts: str, classes: NDArray[np.int64]) -> None:
+        super().__init__(f"{base}/{part}", fingerprint_of([facts.encode()]))
+        self.part, self._classes = part, classes
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def path(self, index: int) -> str:
+        return f"{self.name}/{self.key(index)}"
+
+    def key(self, index: int) -> str:
+        return f"{self.classes[self._classes[index]]}/{index:05d}"
+
+    def labels(self) -> Labels:
+        return Labels(self._classes, list(self.classes))
+
+
+class PhotoCrops(_Embedded):
+    """The crops of one part, cut when they are read."""
+
+    classes = tuple(file.rpartition(".")[0] for file in PHOTOGRAPHS)
 
     def __init__(self, part: str) -> None:
-        self.part = part
         self.cuts = [
             Cut(number, top, left, side)
             for number in range(len(PHOTOGRAPHS))
-            for height, width in [half_box(number, part, f"{PHOTOS}/{part}")[2:]]
+            for height, width in [half_box(number, part)[2:]]
             for side in (min(window, height, width) for window in WINDOWS)
             for top, left in grid(height, width, side, CROPS[part])
         ]
         facts = f"{part} {PHOTOGRAPHS} {SIDE} {self.cuts}"
-        super().__init__(f"{PHOTOS}/{part}", fingerprint_of([facts.encode()]))
-
-    def __len__(self) -> int:
-        return len(self.cuts)
+        super().__init__(PHOTOS, part, facts, np.array([cut.photograph for cut in self.cuts]))
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """(64, 64, 3) uint8."""
@@ -91,37 +111,21 @@ class PhotoCrops(Source):
         square = _half(number, self.part).crop((left, top, left + side, top + side))
         return np.array(square.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
-    def path(self, index: int) -> str:
-        """``embedded:photos/train/coffee/00123``."""
-        return f"{self.name}/{self.key(index)}"
 
-    def key(self, index: int) -> str:
-        """``coffee/00123``."""
-        return f"{Path(PHOTOGRAPHS[self.cuts[index].photograph]).stem}/{index:05d}"
+class MovingPhotos(_Embedded):
+    """The clips of one part, taken when they are read; a clip is a function of its number alone.
 
-    def labels(self) -> Labels:
-        """The photographs."""
-        numbers = np.array([cut.photograph for cut in self.cuts], np.int64)
-        return Labels(numbers, [Path(file).stem for file in PHOTOGRAPHS])
-
-
-class MovingPhotos(Source):
-    """The clips of one part, ``train`` or ``test``, taken when they are read.
-
-    What a single frame shows says next to nothing about the class.  A clip is a function of its
-    number alone.
+    What a single frame shows says next to nothing about the class.
     """
 
+    classes = tuple(sorted(MOTIONS))
+
     def __init__(self, part: str) -> None:
-        self.part = part
-        name = f"{MOVING}/{part}"
-        _photo_folder(name)  # a missing scikit-image is told now, not by the first worker
+        photo_folder()  # a missing scikit-image is told now, not by the first worker
         settings = f"{CLIPS[part]} {FRAMES} {SIDE} {_PAN} {_ZOOM} {_TURN} {_VIEWED}"
         facts = f"{part} {PHOTOGRAPHS} {MOTIONS} {settings}"
-        super().__init__(name, fingerprint_of([facts.encode()]))
-
-    def __len__(self) -> int:
-        return CLIPS[self.part]
+        numbers = np.array([self.classes.index(motion) for motion in MOTIONS])
+        super().__init__(MOVING, part, facts, np.resize(numbers, CLIPS[part]))
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """(16, 64, 64, 3) uint8."""
@@ -131,20 +135,6 @@ class MovingPhotos(Source):
         sizes = [(levels[0].shape[-2], levels[0].shape[-1]) for levels in photographs]
         shot = draw_shot(self.part, index, sizes)
         return film(photographs[shot.photograph], shot)
-
-    def path(self, index: int) -> str:
-        """``embedded:moving-photos/train/pan-left/00123``."""
-        return f"{self.name}/{self.key(index)}"
-
-    def key(self, index: int) -> str:
-        """``pan-left/00123``."""
-        return f"{MOTIONS[index % len(MOTIONS)]}/{index:05d}"
-
-    def labels(self) -> Labels:
-        """The motions."""
-        names = sorted(MOTIONS)
-        number = np.array([names.index(motion) for motion in MOTIONS], np.int64)
-        return Labels(number[np.arange(len(self)) % len(MOTIONS)], names)
 
 
 def open_embedded(name: str, kind: Kind) -> Source:
@@ -160,28 +150,28 @@ def open_embedded(name: str, kind: Kind) -> Source:
     return part_of(name.rpartition("/")[2])
 
 
-def _photo_folder(name: str) -> Path:
+def photo_folder() -> Path:
     """Where scikit-image, which is not imported, keeps the photographs; UserError without it."""
     wheel = importlib.util.find_spec("skimage")
     if wheel is None or not wheel.submodule_search_locations:
         what = "the photographs come with scikit-image, which is missing"
-        raise data_error(name, f"{what}: pip install 'patchmine[demo]'")
+        raise data_error(PHOTOS, f"{what}: pip install 'patchmine[demo]'")
     return Path(wheel.submodule_search_locations[0]) / "data"
 
 
-def open_photograph(number: int, name: str) -> Image.Image:
-    """A photograph as it is stored; UserError about ``data=name`` where it is missing."""
-    file = _photo_folder(name) / PHOTOGRAPHS[number]
+def open_photograph(number: int) -> Image.Image:
+    """A photograph as it is stored; UserError where it is missing."""
+    file = photo_folder() / PHOTOGRAPHS[number]
     try:
         return Image.open(file)
     except OSError as error:
         what = f"this scikit-image carries no readable {file.name}; install scikit-image>=0.24"
-        raise data_error(name, what) from error
+        raise data_error(PHOTOS, what) from error
 
 
-def half_box(number: int, part: str, name: str) -> tuple[int, int, int, int]:
+def half_box(number: int, part: str) -> tuple[int, int, int, int]:
     """Top, left, height, width of a part's half: left or right, of a tall one top or bottom."""
-    with open_photograph(number, name) as image:
+    with open_photograph(number) as image:
         width, height = image.size
     second = part == "test"
     if width >= height:
@@ -192,9 +182,8 @@ def half_box(number: int, part: str, name: str) -> tuple[int, int, int, int]:
 @cache
 def _half(number: int, part: str) -> Image.Image:
     """The half of a photograph that a part shows, in RGB; read once per process."""
-    name = f"{PHOTOS}/{part}"
-    top, left, height, width = half_box(number, part, name)
-    with open_photograph(number, name) as image:
+    top, left, height, width = half_box(number, part)
+    with open_photograph(number) as image:
         return image.convert("RGB").crop((left, top, left + width, top + height))
 
 
@@ -217,7 +206,7 @@ def _levels(part: str) -> list[list[Tensor]]:
 
 
 def levels_of(photograph: Tensor) -> list[Tensor]:
-    """(3, H, W) float32 in bytes, and the same shrunk to a half, a quarter, ... while a frame fits."""
+    """(3, H, W) float32, and the same shrunk to a half, a quarter, ... while a frame fits."""
     levels = [photograph]
     while min(levels[-1].shape[-2:]) >= 2 * SIDE:
         levels.append(F.avg_pool2d(levels[-1][None], 2)[0])
@@ -240,7 +229,7 @@ class Shot(NamedTuple):
 
 
 def draw_shot(part: str, index: int, sizes: list[tuple[int, int]]) -> Shot:
-    """Clip ``index`` of a part, over photographs of these (height, width), which it never leaves."""
+    """Clip ``index`` of a part over photographs of these (height, width), which it never leaves."""
     seed = np.random.SeedSequence((list(CLIPS).index(part), index))
     generator = np.random.Generator(np.random.PCG64(seed))
     motion = index % len(MOTIONS)

@@ -75,7 +75,7 @@ class FrameFolders(Source):
         self.frames = frames
         found: dict[str, list[int]] = {}
         for number in range(len(frames)):
-            found.setdefault(os.path.dirname(frames.key(number)), []).append(number)  # noqa: PTH120, once per frame
+            found.setdefault(frames.key(number).rpartition("/")[0], []).append(number)
         self.folders, passed_over = sorted(found), members.PassedOver()
         self._numbers = [self._video(folder, found[folder], passed_over) for folder in self.folders]
         # Which images are frames too, because another rule makes other videos of equal files; but
@@ -133,11 +133,7 @@ def open_folder(root: Path, name: str, cache_dir: Path | None, kind: Kind = IMAG
 
 
 def list_folder(root: Path, kind: Kind = IMAGES) -> Index:
-    """The index of a folder.
-
-    It depends on each folder in it, and on what was passed over for its contents or as a broken
-    link.
-    """
+    """The index of a folder, which depends on all folders in it and on what may come to count."""
     paths, listing = PathList(), _Listing(os.fsencode(root), kind)
     for path in listing.paths():
         paths.add(path)
@@ -172,7 +168,7 @@ class _Listing:
                 stack.append((path, self._names(path), behind_link))
 
     def _is_new(self, path: bytes) -> bool:
-        """Whether a folder behind a link was not met before: a walk through links comes to an end."""
+        """Whether a folder behind a link was not met before; so the walk comes to an end."""
         info = stat_of(self.root + b"/" + path)
         if info is None:
             return True  # which `_names` will tell
@@ -184,7 +180,7 @@ class _Listing:
         return True
 
     def _names(self, prefix: bytes) -> list[bytes]:
-        """Names in a folder that count, the last first; a folder's, with a slash, sorts as its files.
+        """Names in a folder that count, the last first; a slash sorts a folder as its files.
 
         OSError of the root; another folder that cannot be read is passed over.
         """

@@ -104,7 +104,7 @@ class Marks:
         self._started = time.time_ns()
 
     def note(self, path: str | bytes, info: os.stat_result | None) -> None:
-        """The listing stands as long as this path bears this mark; None: as long as it is absent."""
+        """The listing stands as long as this path bears this mark; None: is absent."""
         self.paths.add(path)
         self.marks.extend(mark_of(info))
         if info is not None and max(info.st_mtime_ns, info.st_ctime_ns) >= self._started - RECENT:
@@ -139,7 +139,7 @@ def new_index(
     notes: Iterable[str] = (),
     **stamp: Any,
 ) -> Index:
-    """The index of a listing by today's rule; a ``size`` among its columns counts for its identity."""
+    """The index of a listing by today's rule; a column ``size`` is part of its fingerprint."""
     own = paths.columns()
     parts = [own["offsets"], own["blob"], *([columns["size"]] if "size" in columns else [])]
     facts = {"fingerprint": fingerprint_of(parts), "rule": rule_of(kind), "settled": marks.settled}
@@ -192,7 +192,7 @@ def _holds(kept: Index, root: Path) -> bool:
     marked = Index({"blob": columns["marked_blob"], "offsets": columns["marked_offsets"]}, {})
     marks = columns["marks"].reshape(len(marked), -1).tolist()
     return bool(kept.stamp["settled"]) and all(
-        mark_of(stat_of(os.path.join(root, path) if path else root)) == mark  # noqa: PTH118, once a folder
+        mark_of(stat_of(os.path.join(root, path) if path else root)) == mark  # noqa: PTH118, many
         for path, mark in zip(map(marked.path, range(len(marked))), marks, strict=True)
     )
 

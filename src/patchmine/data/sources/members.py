@@ -231,7 +231,7 @@ def frames_of(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _pattern(name: str) -> tuple[str, tuple[int, ...]]:
-    """A name with ``#`` for its numbers, and these; a name without numbers is a frame of its own."""
+    """A name with ``#`` for its numbers, and these; without numbers it is a frame of its own."""
     lower = os.path.basename(name.lower())  # noqa: PTH119, once per frame
     stem, ending = os.path.splitext(lower)  # noqa: PTH122, the 2 of `.jp2` is none
     # The number of a camera belongs to the name of its series.

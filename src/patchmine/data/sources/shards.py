@@ -117,16 +117,13 @@ class ShardSource(IndexedSource):
             return None
         is_json = columns["note_json"][index]
         which = f"the {'.json' if is_json else '.cls'} member of {shown_name(self.path(index))}"
-        with foreign_parser(
-            lambda reason: data_error(self.name, f"{which} cannot be read ({reason})")
-        ):
+        unreadable = f"{which} cannot be read"
+        with foreign_parser(lambda reason: data_error(self.name, f"{unreadable} ({reason})")):
             data = self._read(index, "note_start", "note_size")
         text = data.decode("utf-8-sig", "surrogateescape").strip()
         if not is_json:
             return text
-        with foreign_parser(
-            lambda reason: data_error(self.name, f"{which} is not JSON ({reason})")
-        ):
+        with foreign_parser(lambda why: data_error(self.name, f"{which} is not JSON ({why})")):
             note = json.loads(text)
         return note if isinstance(note, dict) else None
 
@@ -142,10 +139,9 @@ class ShardSource(IndexedSource):
             if len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
         data = read_member(shard.handle, int(columns[start][index]), length, pieces)
-        fault = f"ends {length - len(data)} bytes too early" if len(data) < length else ""
-        if shard.was_replaced:
-            fault = fault or "is not where it was"
-        if fault:
+        if len(data) < length or shard.was_replaced:
+            missing = length - len(data)
+            fault = f"ends {missing} bytes too early" if missing else "is not where it was"
             raise OSError(f"{self.path(index)} {fault}: the shard was changed meanwhile")
         return data
 
@@ -203,115 +199,129 @@ def _regular(shard: Path, name: str) -> os.stat_result:
     return info
 
 
-class _Table:
-    """The columns of the index while they grow."""
+class _Listing:
+    """One pass over the headers of shards: the columns of the index while they grow."""
 
-    def __init__(self) -> None:
-        self.paths = PathList()
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.paths, self.passed_over = kind, PathList(), PassedOver()
         self.columns = {name: array(code) for name, code in _COLUMNS.items()}
         self.pieces: dict[str, list[list[int]]] = {}
+        self.cut: list[str] = []
         self.beside, self.first_beside = 0, ("", "")
 
-    def add(self, shard: int, item: Member, note: Member | None) -> None:
-        """One more item."""
-        number = len(self.paths)
+    def add_shard(self, number: int, shard: Path) -> None:
+        """Every member that counts becomes an item, with the note that is named like it."""
+        bare, lonely, annotated = array("q"), dict[str, Member](), False
+        before, trouble = len(self.paths), list[str]()
+        with shard.open("rb") as handle:
+            for group in _groups(members(shard, self.passed_over, trouble)):
+                items, notes = self._sorted_out(group, handle.fileno())
+                self._look_at(items)
+                found = [(item, _note_of(item.name, notes)) for item in items]
+                if trouble and annotated:  # the shard was cut between an item and its note
+                    found = [(item, note) for item, note in found if note is not None]
+                for item, note in found:
+                    if note is None:
+                        bare.append(len(self.paths))
+                    self._add(number, item, note)
+                used = {note.name for _, note in found if note is not None}
+                annotated = annotated or bool(used)
+                lonely.update((stem, note) for stem, note in notes.items() if note.name not in used)
+        if lonely:
+            self._join(bare, lonely)
+        if trouble:
+            used_items = f"its {len(self.paths) - before:,} whole {self.kind.name}s are used"
+            remedy = "fetch or write it again to have the rest"
+            self.cut.append(f"the shard {shown_name(shard)} {trouble[0]}; {used_items}; {remedy}")
+
+    def _sorted_out(
+        self, group: list[Member], handle: int
+    ) -> tuple[list[Member], dict[str, Member]]:
+        """The items of a group, and its notes by their names without endings; .cls before .json."""
+        items: list[Member] = []
+        notes: dict[str, Member] = {}
+        for member in group:
+            stem, _, ending = member.name.rpartition(".")
+            is_note = ending.lower() in NOTE_SUFFIXES and not is_hidden(member.name)
+            if is_note and (ending.lower() == "cls" or stem not in notes):
+                notes[stem] = member
+        noted = {note.name for note in notes.values()}
+        for member in group:
+            head = partial(os.pread, handle, min(HEAD, member.size), member.start)
+            if member.name in noted:
+                continue
+            if reason := reason_against(member.name, self.kind, head):
+                self.passed_over.add(reason, member.name)
+            else:
+                items.append(member)
+        return items, notes
+
+    def _look_at(self, group: list[Member]) -> None:
+        """Count ``1.mask.png`` beside ``1.jpg``, which WebDataset takes for facts of one sample."""
+        plain = next((item for item in group if _last(item.name).count(".") == 1), None)
+        if plain is not None and len(group) > 1:
+            other = group[1] if group[0] is plain else group[0]
+            self.first_beside = self.first_beside if self.beside else (other.name, plain.name)
+            self.beside += len(group) - 1
+
+    def _add(self, shard: int, item: Member, note: Member | None) -> None:
         if item.pieces:
-            self.pieces[str(number)] = [list(piece) for piece in item.pieces]
+            self.pieces[str(len(self.paths))] = [list(piece) for piece in item.pieces]
         self.paths.add(item.name)
-        for column, value in zip(
-            self.columns.values(), (shard, item.start, item.size, 0, 0, 0), strict=True
-        ):
+        row = (shard, item.start, item.size, 0, 0, 0)
+        for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
         if note is not None:
-            self.annotate(number, note)
+            self._annotate(-1, note)
 
-    def annotate(self, number: int, note: Member) -> None:
-        """Give an item its note."""
+    def _annotate(self, number: int, note: Member) -> None:
         self.columns["note_start"][number] = note.start
         self.columns["note_size"][number] = note.size
         self.columns["note_json"][number] = note.name.lower().endswith(".json")
 
-    def look_at(self, group: list[Member]) -> None:
-        """Count ``1.mask.png`` beside ``1.jpg``, which WebDataset takes for facts of one sample."""
-        plain = next((item for item in group if _last(item.name).count(".") == 1), None)
-        if plain is not None and len(group) > 1:
-            self.beside += len(group) - 1
-            if not self.first_beside[0]:
-                other = group[1] if group[0] is plain else group[0]
-                self.first_beside = other.name, plain.name
+    def _join(self, bare: Iterable[int], lonely: dict[str, Member]) -> None:
+        """Give notes that stand elsewhere, as behind all images, to the items named like them."""
+        joined = set[str]()
+        for number in bare:
+            note = _note_of(os.fsdecode(self.paths[number]), lonely)
+            if note is not None:
+                self._annotate(number, note)
+                joined.add(note.name)
+        for note in lonely.values():
+            if note.name not in joined:
+                self.passed_over.add(LONELY, note.name)
 
-    def notes(self, kind: Kind) -> list[str]:
+    def notes(self) -> list[str]:
         """What a person may not expect of these shards."""
-        notes, repeated = [], self.paths.repeats()
+        repeated, item = self.paths.repeats(), self.kind.name
+        notes = []
         if repeated:
-            notes.append(f"{_are(repeated, kind)} of a name that stood before; each counts.")
+            are = f"{repeated:,} {item}s are" if repeated > 1 else f"1 {item} is"
+            notes.append(f"{are} of a name that stood before; each counts.")
         if self.beside:
+            are = f"{self.beside:,} {item}s are" if self.beside > 1 else f"1 {item} is"
             other, plain = map(shown_name, self.first_beside)
-            such = f"{_are(self.beside, kind)} an item beside another of its key"
+            which = f"an item beside another of its key ({other} beside {plain})"
             advice = f"name the endings that count, as in ::{plain.rpartition('.')[2].lower()}"
-            notes.append(f"{such} ({other} beside {plain}); to leave such out {advice}")
+            notes.append(f"{are} {which}; to leave such out {advice}")
         return notes
-
-
-def _are(count: int, kind: Kind) -> str:
-    return f"{count:,} {kind.name}s are" if count > 1 else f"1 {kind.name} is"
 
 
 def index_shards(shards: Sequence[Path], marks: Marks, name: str, kind: Kind) -> Index:
     """One pass over the headers of all shards."""
-    table, passed_over, cut = _Table(), PassedOver(), list[str]()
+    listing = _Listing(kind)
     for number, shard in enumerate(shards):
-        before, trouble = len(table.paths), list[str]()
-        _index_shard(shard, number, table, passed_over, trouble, kind)
-        if trouble:
-            used = f"its {len(table.paths) - before:,} whole {kind.name}s are used"
-            what = f"the shard {shown_name(shard)} {trouble[0]}"
-            cut.append(f"{what}; {used}; fetch or write it again to have the rest")
-    if not len(table.paths):
+        listing.add_shard(number, shard)
+    cut, passed_over = listing.cut, listing.passed_over
+    if not len(listing.paths):
         why = f": {cut[0]}" if cut else f"; {kind.name}s end in {', '.join(kind.suffixes)}"
         among = f"there is no whole {kind.name} in {len(shards)} shard{'s' * (len(shards) > 1)}"
         raise data_error(name, "; ".join([f"{among}{why}", *passed_over.note()]))
-    columns = {key: np.frombuffer(values, values.typecode) for key, values in table.columns.items()}
-    stamp = {"cut": cut, "pieces": table.pieces}
-    return new_index(kind, table.paths, marks, passed_over, columns, table.notes(kind), **stamp)
-
-
-def _index_shard(
-    shard: Path, number: int, table: _Table, passed_over: PassedOver, trouble: list[str], kind: Kind
-) -> None:
-    """Every member that counts becomes an item, with the note that is named like it."""
-    bare, lonely, annotated = array("q"), dict[str, Member](), False
-    with shard.open("rb") as handle:
-        for group in _groups(members(shard, passed_over, trouble)):
-            items, notes = _sorted_out(group, handle.fileno(), passed_over, kind)
-            table.look_at(items)
-            found = [(item, _note_of(item.name, notes)) for item in items]
-            if trouble and annotated and any(note is None for _, note in found):
-                found = [pair for pair in found if pair[1] is not None]  # cut before its note
-            for item, note in found:
-                if note is None:
-                    bare.append(len(table.paths))
-                annotated = annotated or note is not None
-                table.add(number, item, note)
-            used = {note.name for _, note in found if note is not None}
-            lonely.update((stem, note) for stem, note in notes.items() if note.name not in used)
-    if lonely:
-        _join(table, bare, lonely, passed_over)
-
-
-def _join(
-    table: _Table, bare: Iterable[int], lonely: dict[str, Member], passed_over: PassedOver
-) -> None:
-    """Give notes that stand elsewhere in a shard, as behind all images, to the items named so."""
-    joined = set[str]()
-    for place in bare:
-        note = _note_of(os.fsdecode(table.paths[place]), lonely)
-        if note is not None:
-            table.annotate(place, note)
-            joined.add(note.name)
-    for note in lonely.values():
-        if note.name not in joined:
-            passed_over.add(LONELY, note.name)
+    columns = {
+        key: np.frombuffer(values, values.typecode) for key, values in listing.columns.items()
+    }
+    stamp = {"cut": cut, "pieces": listing.pieces}
+    return new_index(kind, listing.paths, marks, passed_over, columns, listing.notes(), **stamp)
 
 
 def _groups(listed: Iterable[Member]) -> Iterator[list[Member]]:
@@ -329,31 +339,8 @@ def _groups(listed: Iterable[Member]) -> Iterator[list[Member]]:
         yield list(group.values())
 
 
-def _sorted_out(
-    group: list[Member], handle: int, passed_over: PassedOver, kind: Kind
-) -> tuple[list[Member], dict[str, Member]]:
-    """The items of a group, and its notes by their names without endings; .cls before .json."""
-    items: list[Member] = []
-    notes: dict[str, Member] = {}
-    for member in sorted(group, key=lambda member: not member.name.lower().endswith(".cls")):
-        stem, dot, ending = member.name.rpartition(".")
-        if dot and ending.lower() in NOTE_SUFFIXES and not is_hidden(member.name):
-            notes.setdefault(stem, member)
-    noted = {note.name for note in notes.values()}
-    for member in group:
-        if member.name in noted:
-            continue
-        head = partial(os.pread, handle, min(HEAD, member.size), member.start)
-        reason = reason_against(member.name, kind, head)
-        if reason is None:
-            items.append(member)
-        else:
-            passed_over.add(reason, member.name)
-    return items, notes
-
-
 def _note_of(name: str, notes: dict[str, Member]) -> Member | None:
-    """The note named like an item: like the whole of it, or up to one of its dots, the last first."""
+    """The note named like the whole of an item, or up to one of its dots, the last one first."""
     stem, least = name, len(name) - len(_last(name))
     while notes and len(stem) > least:
         if stem in notes:

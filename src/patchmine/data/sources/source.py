@@ -41,7 +41,10 @@ _MOST_BESIDE = 10_000  # names that are looked through for one that is meant
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _ARCHIVES = Kind("shard", (".tar",), str, chosen=True)
 _PACKED = Kind("archive", PACKED_SUFFIXES, str, chosen=True)
-_LISTS = f"a list file ({', '.join(LIST_SUFFIXES)}), tar shards (a folder, a pattern, shard-{{000..099}}.tar)"
+_LISTS = (
+    f"a list file ({', '.join(LIST_SUFFIXES)}), "
+    "tar shards (a folder, a pattern, shard-{000..099}.tar)"
+)
 FORMS = {
     "image": f"a folder of images, {_LISTS} or embedded:photos",
     "video": f"a folder of videos or of folders of frames, {_LISTS} or embedded:moving-photos",
@@ -49,7 +52,7 @@ FORMS = {
 
 
 def open_source(spec: Spec, kind: str = "image", *, cache_dir: Path | None = None) -> Source:
-    """The images of a folder, list, tar shards, ``embedded:photos`` or torch Dataset, or of several.
+    """The images of a folder, list, shards, ``embedded:photos`` or torch Dataset, or of several.
 
     Args:
         spec: one of these, or a list; behind a name, ``::jpg,left.png`` lets only files with these
@@ -137,7 +140,7 @@ def _open_pattern(path: Path, name: str, cache_dir: Path | None, kind: Kind) -> 
 
 
 def _chosen_endings(name: str, kind: Kind) -> tuple[Path, tuple[str, ...]]:
-    """The path of ``photos/::jpg,left.png``, and the endings; none where a name has no such part."""
+    """The path of ``photos/::jpg,left.png``, and the endings, where a name has such a part."""
     place, separator, endings = name.rpartition("::")
     chosen: tuple[str, ...] = ()
     if separator and place and "/" not in endings and not os.path.lexists(name):
