@@ -56,3 +56,16 @@ def test_every_name_stands_on_its_page(repository: Path) -> None:
         n for n in patchmine.__all__ if n not in untold and f"::: patchmine.{n}\n" not in page
     ]
     assert not missing
+
+
+def test_wrong_settings_of_an_evaluation_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: x\n", encoding="utf-8")
+    run = patchmine.Run(tmp_path)
+    with pytest.raises(
+        patchmine.UserError, match=r"2 errors in the settings of KnnSettings:"
+    ) as got:
+        run.eval_knn("labelled", k=0, poling="cls")
+    assert "k: given 0" in str(got.value)
+    assert "did you mean pooling?" in str(got.value)
+    with pytest.raises(patchmine.UserError, match=r"out: given 'x\.pdf'"):
+        run.embed("photos", "x.pdf")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchmine.api import Run as Run
+    from patchmine.api import import_weights as import_weights
     from patchmine.api import load_encoder as load_encoder
     from patchmine.api import pretrain as pretrain
     from patchmine.api import resume as resume
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from patchmine.report.page import write_report as write_report
     from patchmine.report.show import show as show
     from patchmine.runs.transfer import export_run as export_run
-    from patchmine.runs.transfer import import_file as import_file
     from patchmine.task import Method as Method
     from patchmine.task import Task as Task
     from patchmine.types import Batch as Batch
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("Run", "load_encoder", "pretrain", "resume"),
+    "api": ("Run", "import_weights", "load_encoder", "pretrain", "resume"),
     "config.schema": ("RunConfig",),
     "data.inspect": ("inspect",),
     "data.settings": ("Clip", "Crops"),
@@ -66,7 +66,7 @@ _HOMES = {
     "models.settings": ("MethodSettings",),
     "report.page": ("write_report",),
     "report.show": ("show",),
-    "runs.transfer": ("export_run", "import_file"),
+    "runs.transfer": ("export_run",),
     "task": ("Method", "Task"),
     "types": ("Batch", "Grid", "Losses", "Mask", "Panel", "ParamGroup", "Progress", "Sample"),
 }

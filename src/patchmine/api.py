@@ -25,7 +25,8 @@ from patchmine.report.show import show
 from patchmine.runs.checking import CHECKS
 from patchmine.runs.run import Run as RunFolder
 from patchmine.runs.run import open_encoder
-from patchmine.runs.transfer import export_run
+from patchmine.runs.settings import ImportSettings
+from patchmine.runs.transfer import export_run, import_file
 
 Say = Callable[[str], None]
 Model = TypeVar("Model", bound=BaseModel)
@@ -298,6 +299,27 @@ def _is_named(data: Any) -> bool:
     """Whether data are given by name: a path, or several."""
     parts = data if isinstance(data, list | tuple) else [data]
     return all(isinstance(part, str | PathLike) for part in parts)
+
+
+def import_weights(file: Name, out: Name, *, say: Say = print, **settings: Any) -> Run:
+    """Turn a checkpoint of somebody else into a run, which serves wherever a run does.
+
+    Args:
+        file: a weights file in any layout that `load_encoder` knows, or a folder of it.
+        out: the new folder.
+        say: hears what became of every tensor.
+        **settings: the others of `patchmine config schema import`.
+
+    Returns:
+        The run, with an export of its encoder.
+
+    Raises:
+        UserError: a file of another kind, and tensors that are missing, unexpected, of another
+            shape or not finite.
+    """
+    values = {"file": file, "out": out, **settings}
+    given = validate(ImportSettings, values, where="the settings of import_weights")
+    return Run(import_file(**dict(given), say=say).path)
 
 
 def load_encoder(

@@ -248,4 +248,4 @@ def is_folder_name(name: str) -> str:
     return name
 
 
-FolderName = Annotated[str, AfterValidator(is_folder_name)]
+FolderName = Annotated[Text, AfterValidator(is_folder_name)]
