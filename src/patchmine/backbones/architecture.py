@@ -58,6 +58,13 @@ class Architecture(Blueprint):
         assert self.patch_size is not None
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
+    @property
+    def values_of_a_patch(self) -> int:
+        """Numbers that a decoder predicts for a patch, or for a cube of several frames."""
+        assert self.patch_size is not None
+        frames = 1 if self.clip is None else self.clip[1]
+        return self.patch_size**2 * self.channels * frames
+
     def summary(self) -> str:
         """The architecture in a few words."""
         frames = () if self.clip is None else self.clip[:1]
@@ -79,7 +86,7 @@ class Architecture(Blueprint):
 
 
 def count_blocks(names: Iterable[str], source: str, prefix: str = "blocks.") -> int:
-    """Number of blocks whose tensors are called ``{prefix}{i}.*``; UserError where one is missing."""
+    """Number of blocks with tensors called ``{prefix}{i}.*``; UserError where one is missing."""
     pattern = re.compile(re.escape(prefix) + r"(\d{1,6})\.")
     numbers = {int(found[1]) for found in map(pattern.match, names) if found}
     if numbers != set(range(len(numbers))):
@@ -115,20 +122,7 @@ def infer_architecture(
     source_size: tuple[int, int] | None = None,
     known: Description | None = None,
 ) -> Architecture:
-    """The ViT whose tensors these are, under timm's names.
-
-    Args:
-        tensors: of an encoder.
-        source: their file, for messages.
-        num_heads: attention heads, where the width is an unusual one.
-        image_size: (height, width) in pixels that the model is wanted at; None: the one that it was
-            trained at.
-        source_size: that one, where nothing else tells it.
-        known: what is known about the file.
-
-    Raises:
-        UserError: tensors that are no plain ViT's, and heads or sizes that stay ambiguous.
-    """
+    """The ViT of these tensors at ``image_size``, or at what it was trained at; else UserError."""
     known = known or Description()
     _check_ranks(tensors, source)
     width, channels, *cube = tensors["patch_embed.proj.weight"].shape
@@ -237,7 +231,7 @@ def _clip_size(
 ) -> tuple[tuple[int, int], int, str]:
     """(height, width), frames, and what was assumed: a video model stores no positions.
 
-    Without anything that tells, what VideoMAE trains on is taken: 16 frames of 224 pixels on a side.
+    Without anything that tells, what VideoMAE trains on is taken: 16 frames of 224x224 pixels.
     """
     trained_at = known.image_size or given or (224, 224)
     size = given or trained_at

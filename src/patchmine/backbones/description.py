@@ -52,11 +52,7 @@ class Description:
 
 
 def find_weights(path: Path, setting: str = "file") -> Path:
-    """The file of weights that ``path`` is, or that this folder or its ``export/`` holds.
-
-    Raises UserError where there is none, and for what is no regular file: reading from a pipe would
-    wait for ever.
-    """
+    """The regular file that ``path`` is, or that the folder or its ``export/`` holds."""
     if path.is_dir():
         found = weights_in(path) or weights_in(path / "export")
         if found is not None:
@@ -94,10 +90,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def describe_weights(file: Path, content: Mapping[str, Any] | None = None) -> Description:
-    """What is known about ``file``, whose unpickled ``content`` may hold a script's arguments.
-
-    Raises UserError for a description that cannot be read.
-    """
+    """What is known about ``file``, whose ``content`` may hold a script's arguments."""
     config, run = file.parent / CONFIG, file.parent.parent / "config.yaml"
     if file.name in _WEIGHTS_NAMES and config.is_file():
         return _of_config(read_json(config), config)

@@ -92,7 +92,7 @@ class Preprocessing:
 def export_encoder(
     encoder: Encoder, folder: str | PathLike[str], preprocessing: Preprocessing
 ) -> Path:
-    """Write a folder that `timm.create_model("local-dir:FOLDER")` and `transformers.AutoModel` open.
+    """Write a folder that timm (`create_model("local-dir:FOLDER")`) and transformers open.
 
     Only `load_encoder` opens that of a video model or of a ResNet with a stem for small images,
     which timm cannot build; the README in the folder says so.  The folder appears complete or not

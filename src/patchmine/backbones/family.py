@@ -86,8 +86,8 @@ def build_encoder(
         encoder = family.build(blueprint)
     except _CANNOT_BUILD as error:
         raise UserError(
-            f"model='{shown_name(blueprint.model)}' cannot be built ({error}): check model_args, or "
-            "choose a model such as vit_small_patch16_224"
+            f"model='{shown_name(blueprint.model)}' cannot be built ({error}): check model_args, "
+            "or choose a model such as vit_small_patch16_224"
         ) from error
     family.initialise(encoder)
     encoder.built_from = blueprint

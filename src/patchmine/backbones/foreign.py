@@ -1,4 +1,4 @@
-"""A frozen network of somebody else's, from a local file, whose patch features a method predicts."""
+"""A frozen network of others, from a local file, whose patch features a method predicts."""
 
 from __future__ import annotations
 

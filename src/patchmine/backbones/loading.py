@@ -1,4 +1,4 @@
-"""Tensors from files into modules: read without executing code, and told exactly what went where."""
+"""Tensors from files into modules: no code is executed, and what went where is told exactly."""
 
 from __future__ import annotations
 
@@ -103,9 +103,8 @@ def _folded(names: Sequence[str]) -> str:
 def read_checkpoint(path: str | Path, setting: str = "file") -> dict[str, Any]:
     """The dictionary in a .safetensors file or a torch pickle, on the CPU; nothing is executed.
 
-    Besides tensors and plain containers only `argparse.Namespace` (official files keep their
-    settings in one) is rebuilt.  No tensor is larger than what the file holds of it.  Raises
-    UserError, naming ``setting``, for a file that is missing, broken, or holds other objects.
+    Besides tensors and plain containers only `argparse.Namespace` is rebuilt, in which official
+    files keep their settings.  Raises UserError, naming ``setting``, for anything else.
     """
     path = Path(path)
     shown = f"{setting}={shown_name(path)}"
@@ -176,10 +175,7 @@ def _check_archive(path: Path, shown: str) -> None:
 
 
 def nested_tensors(content: Mapping[Any, Any]) -> Tensors:
-    """Every tensor of a dictionary of dictionaries under its dotted name.
-
-    Raises ValueError where there is no end to it: one dictionary may stand in many others.
-    """
+    """Every tensor of nested dictionaries by its dotted name; ValueError where there is no end."""
     found: Tensors = {}
     waiting = deque([("", content, 1)])
     entries = 0
@@ -247,11 +243,7 @@ def check_fit(
     *,
     allow: Sequence[str] = (),
 ) -> None:
-    """Write missing and unexpected names into ``report``.
-
-    Raises UserError for a tensor of another shape, and for a missing or unexpected one that no
-    pattern of ``allow`` matches.
-    """
+    """Report missing and unexpected names; UserError for other shapes, and what is not allowed."""
     own = module.state_dict()
     for name in sorted(own.keys() & tensors.keys()):
         have, want = tuple(tensors[name].shape), tuple(own[name].shape)
@@ -281,11 +273,7 @@ def load_tensors(
     *,
     allow: Sequence[str] = (),
 ) -> None:
-    """Copy ``tensors`` into ``module`` and write down in ``report`` where each went.
-
-    Raises what `check_fit` raises, and UserError for numbers that are not finite; the module is
-    then unchanged.
-    """
+    """Copy ``tensors`` into ``module``, report where each went; UserError leaves it unchanged."""
     check_fit(module, tensors, report, allow=allow)
     known = {name: tensors[name] for name in module.state_dict() if name in tensors}
     refuse_non_finite(known, report.source)

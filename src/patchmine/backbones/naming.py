@@ -168,18 +168,10 @@ def find_places(flat: Mapping[str, Tensor]) -> list[Place]:
 def find_network(
     content: Mapping[str, Any], source: str, weights: Weights = "auto", prefix: str | None = None
 ) -> Network:
-    """The network of a file that is wanted.
+    """The network of a file that is wanted; UserError where none is, or several are.
 
-    Args:
-        content: what the file holds.
-        source: its name, for messages.
-        weights: the trained network or its average.  ``auto`` is the trained one, but for
-            self-distillation, where file and authors (DINO, iBOT) call the two student and teacher
-            and advise the teacher.
-        prefix: of the encoder's tensors, where the file holds several.
-
-    Raises:
-        UserError: several encoders fit, or none, or the file holds none of a known naming.
+    ``auto`` is the trained one, but for self-distillation, where file and authors (DINO, iBOT) call
+    the two student and teacher and advise the teacher.
     """
 
     def refuse(reason: str) -> UserError:

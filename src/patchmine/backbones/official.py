@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +41,7 @@ _RANKS = {  # of the tensors that a decoder's shape is read off
 
 
 def with_usual_eps(known: Description, network: Network) -> Description:
-    """What is known, with the eps of transformers' ViT and ViTMAE, which a config.json would tell."""
+    """What is known, with the eps of transformers' ViTs, which only their config.json tells."""
     transformers = network.place.naming == "transformers"
     if known.norm_eps is None and transformers and "blocks.0.ls1.gamma" not in network.tensors:
         return replace(known, norm_eps=_TRANSFORMERS_EPS)
@@ -50,25 +49,13 @@ def with_usual_eps(known: Description, network: Network) -> Description:
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """Width, blocks, heads, output values, MLP ratio and biases of a reference decoder."""
-
-    width: int
-    depth: int
-    num_heads: int
-    values: int
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-
-
-@dataclass(frozen=True)
 class OfficialFile:
     """A file taken apart.
 
     ``tensors`` are the chosen weights and ``teacher`` HPM's EMA weights, all under reference names;
-    ``decoder`` is None where only the encoder is there or wanted.  ``settings`` are the method's, as
-    far as the file tells; ``resized`` tells which position tables were moved; ``dropped`` are names
-    in the file that are no part of the network.
+    ``decoder`` has the settings that make one, None where only the encoder is there or wanted;
+    ``settings`` are others of the method that the file tells; ``resized`` tells which position
+    tables were moved; ``dropped`` are names in the file that are no part of the network.
     """
 
     source: str
@@ -76,7 +63,7 @@ class OfficialFile:
     architecture: Architecture
     tensors: Tensors
     teacher: Tensors | None
-    decoder: DecoderShape | None
+    decoder: dict[str, Any] | None
     settings: dict[str, Any]
     resized: list[str]
     dropped: list[str] = field(default_factory=list)
@@ -89,13 +76,11 @@ class OfficialFile:
 
     def summary(self) -> str:
         """File, method and sizes in one line."""
-        parts, decoder = "encoder only", self.decoder
-        if decoder is not None:
-            teacher = ", EMA teacher" if self.teacher is not None else ""
-            parts = (
-                f"decoder {decoder.width} wide, {decoder.depth} blocks, {decoder.num_heads} heads"
-                f"{teacher}"
-            )
+        parts = "encoder only"
+        if self.decoder is not None:
+            width, depth, heads, *_ = self.decoder.values()
+            parts = f"decoder {width} wide, {depth} blocks, {heads} heads"
+            parts += ", EMA teacher" if self.teacher is not None else ""
         return f"{self.source}: {self.method.upper()}, {self.architecture.summary()}, {parts}"
 
     def unused(self) -> list[str]:
@@ -127,21 +112,7 @@ def read_official(
     decoder_num_heads: int | None = None,
     with_decoder: bool = True,
 ) -> OfficialFile:
-    """Open ``file``, which may also be a folder with a config.json; sizes are read off the tensors.
-
-    Args:
-        file: any layout that `naming` knows.
-        weights: the trained network or its average.
-        prefix: of the encoder's tensors, where the file holds several encoders.
-        image_size: the size that the model is wanted at; positions of another one are moved.
-        source_size: the size that it was trained at, where nothing else tells.
-        num_heads: needed for unusual widths only, as ``decoder_num_heads``.
-        decoder_num_heads: of the decoder.
-        with_decoder: read the decoder too, where there is one.
-
-    Raises:
-        UserError: the file is missing, broken or of another kind.
-    """
+    """Open ``file``, or a folder with a config.json; arguments as of `open_weights`."""
     path, source = Path(file), str(file)
     path = find_weights(path) if path.is_dir() else path
     content = read_checkpoint(path)
@@ -163,9 +134,8 @@ def read_official(
         resized += ["teacher's pos_embed likewise"] if likewise else []
     decoder = None
     if with_decoder and any(name.startswith("decoder_") for name in tensors):
-        usual = DECODER_HEADS if architecture.clip is None else VIDEO_DECODER_HEADS
         heads = decoder_num_heads or known.decoder_num_heads
-        decoder = _decoder_shape(tensors, source, usual, heads)
+        decoder = _decoder(tensors, source, architecture, heads)
     used = set(network.average_names) if teacher is not None and decoder is not None else set()
     return OfficialFile(
         source=source,
@@ -202,32 +172,36 @@ def _fit_positions(tensors: Tensors, architecture: Architecture) -> tuple[Tensor
     return move_all_positions(tensors, architecture.table_grid, architecture.grid, num_prefix)
 
 
-def _decoder_shape(
-    tensors: Tensors, source: str, usual: Mapping[int, int], num_heads: int | None
-) -> DecoderShape:
+def _decoder(
+    tensors: Tensors, source: str, architecture: Architecture, num_heads: int | None
+) -> dict[str, Any]:
+    """Settings of a decoder that has these tensors."""
     lacking = [n for n, rank in _RANKS.items() if n not in tensors or tensors[n].ndim != rank]
     if lacking:
         raise UserError(
             f"{source} holds a part of a decoder only (no {', '.join(lacking)}): is the file "
             "complete?"
         )
-    width = tensors["decoder_embed.weight"].shape[0]
-    return DecoderShape(
-        width=width,
-        depth=count_blocks(tensors, source, "decoder_blocks."),
-        num_heads=known_heads(width, usual, "decoder_num_heads", num_heads),
-        values=tensors["decoder_pred.weight"].shape[0],
-        mlp_ratio=tensors["decoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
-        qkv_bias="decoder_blocks.0.attn.qkv.bias" in tensors,
-    )
+    width, usual = tensors["decoder_embed.weight"].shape[0], DECODER_HEADS
+    values, pixels = tensors["decoder_pred.weight"].shape[0], architecture.values_of_a_patch
+    if architecture.clip is not None:
+        usual = VIDEO_DECODER_HEADS
+    if values != pixels:
+        raise UserError(
+            f"{source}: its decoder predicts {values} numbers a patch, not its {pixels} pixel "
+            "values: import the encoder only, with what=encoder"
+        )
+    return {
+        "decoder_embed_dim": width,
+        "decoder_depth": count_blocks(tensors, source, "decoder_blocks."),
+        "decoder_num_heads": known_heads(width, usual, "decoder_num_heads", num_heads),
+        "decoder_mlp_ratio": tensors["decoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "decoder_qkv_bias": "decoder_blocks.0.attn.qkv.bias" in tensors,
+    }
 
 
 def check_decoder_positions(tensors: Tensors, size: tuple[int, int], source: str) -> None:
-    """Compare the file's decoder positions with the fixed table of its own grid, ``size``.
-
-    Raises UserError when they differ, because the decoder would be fed positions that it was not
-    trained with.
-    """
+    """UserError where the file's decoder positions are not the fixed table of its own grid."""
     stored, remedy = tensors.get(_POSITIONS), "import the encoder only, with what=encoder"
     if stored is None:
         return

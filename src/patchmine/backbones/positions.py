@@ -21,11 +21,7 @@ _CLASS_ROWS = 3  # of such a table, at its end: class to patch, patch to class, 
 
 
 def sincos_table(width: int, size: tuple[int, ...]) -> Tensor:
-    """(L, width) float32 for a grid of (rows, columns) in raster order, as every MAE file has it.
-
-    The first half of the channels is of the *column*, the second of the row (the reference calls
-    the first half ``emb_h``, but its mesh puts the column first); computed in float64.
-    """
+    """(L, width) float32 for a grid of (rows, columns) in raster order, as in every MAE file."""
     if len(size) != 2:
         raise ValueError(f"a sine-cosine table of rows and columns was asked for a grid of {size}")
     if width % 4:
@@ -40,10 +36,7 @@ def sincos_table(width: int, size: tuple[int, ...]) -> Tensor:
 
 
 def interleaved_table(width: int, count: int) -> Tensor:
-    """(count, width) float32, VideoMAE's table: sine and cosine of the flattened index in turn.
-
-    Channel j has the angle n / 10000^(2 floor(j / 2) / width) of token n; computed in float64.
-    """
+    """(count, width) float32, VideoMAE's table: sine and cosine of the flattened index in turn."""
     channel = torch.arange(width, dtype=torch.float64)
     rate = 10000.0 ** (-2 * (channel // 2) / width)
     angle = torch.arange(count, dtype=torch.float64)[:, None] * rate  # (count, width)
@@ -67,23 +60,14 @@ def num_rows(table: Tensor, grid: Sequence[int], num_prefix: int) -> int:
 def move_positions(
     table: Tensor, source: tuple[int, int], wanted: tuple[int, int], num_prefix: int = 1
 ) -> Tensor:
-    """The position table of the grid ``source`` for the grid ``wanted``, (rows, columns) each.
+    """The table of the grid ``source`` = (rows, columns) for the grid ``wanted``.
 
     The one way in which stored positions come to another image size, whoever opens them.  Grids are
     compared and never counts: 8x8 and 4x16 have as many patches and other places.
 
-    Args:
-        table: (1, P + L, D), added to tokens, of which the first P = ``num_prefix`` rows belong to
-            no patch and stay; or ((2 rows - 1) (2 columns - 1) + 3, H), BEiT's table of distances,
-            whose last three rows stay.
-        source: the grid that the table was trained at.
-        wanted: the grid that it is needed for.
-        num_prefix: rows of no patch.
-
-    Returns:
-        `timm.layers.resample_abs_pos_embed` of the first, timm's ``resize_rel_pos_bias_table`` of
-        the second (which spaces distances geometrically, as BEiT does); the table itself where the
-        grids are equal.
+    Of (1, P + L, D) the first P = ``num_prefix`` rows stay and ``resample_abs_pos_embed`` of timm
+    moves the others; of BEiT's distances ((2 rows - 1) (2 columns - 1) + 3, H) the last three stay
+    and ``resize_rel_pos_bias_table`` of timm moves the others.
     """
     if table.shape[-2] != num_rows(table, source, num_prefix):
         raise ValueError(
@@ -129,10 +113,7 @@ def grids_of(count: int) -> list[tuple[int, int]]:
 
 
 def grid_of_fixed_table(table: Tensor) -> tuple[int, int] | None:
-    """The grid whose `sincos_table` the rows (L, D) are; None where they are learned.
-
-    MAE's positions take no gradient, so that its files tell their grid without stating it.
-    """
+    """The grid whose `sincos_table` the rows (L, D) are; None where they are learned."""
     count, width = table.shape
     if width % 4 or count > 2**16:
         return None
@@ -165,23 +146,11 @@ def source_grid(
     source_size: tuple[int, int] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> SourceGrid:
-    """The grid of a position table, from what knows it best.
+    """The grid of a position table, (1, P + L, D) or BEiT's, from what knows it best.
 
-    In this order: what the user says, what lies beside the file, the table itself where it is MAE's
-    fixed one, and for a file that nothing describes a square, or ``image_size`` where its count of
-    patches is no square.
-
-    Args:
-        table: (1, P + L, D), or BEiT's (distances + 3, H).
-        prefix_rows: values that P may have, the likeliest first.
-        patch: pixels on a side.
-        source: the file, for messages.
-        known: what is known about it.
-        source_size: (height, width) in pixels that the user says it was trained at.
-        image_size: (height, width) that it is wanted at.
-
-    Raises:
-        UserError: the rows are not those of the stated size, or of no square where none is stated.
+    In this order: the user's ``source_size``, what lies beside the file, the table itself where it
+    is MAE's fixed one, a square, and ``image_size``, which it is wanted at.  ``prefix_rows`` are
+    values that P may have, the likeliest first.  UserError where all that leaves it open.
     """
     doubtful = () if known.certain else (known.source,)
     for size, who in ((source_size, "source_size"), (known.image_size, known.source)):
@@ -243,12 +212,10 @@ def _assumed(
 
 
 def resize_positions(table: Tensor, size: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
-    """(L, D) of a grid of ``size`` = (rows, columns) -> (L', D) of the grid ``wanted``.
+    """(L, D) of a grid of ``size`` -> (L', D) of the grid ``wanted``, for crops in a training step.
 
-    For crops of other sizes within a training step, not for stored tables (`move_positions`).
-    DINO's rule, which MOKD shares (docs/methods/mokd.md): bicubic at the scale (wanted + 0.1) /
-    size, not at the ratio of the sizes, and without antialiasing.  The 0.1 moves every sample:
-    leaving it out changes a table of deviation 0.15 by up to 0.1.
+    DINO's rule, which MOKD shares: bicubic at the scale (wanted + 0.1) / size, without
+    antialiasing.  The 0.1 moves every sample, a table of deviation 0.15 by up to 0.1.
     """
     if size == wanted:
         return table

@@ -50,11 +50,7 @@ def _reversed(prefixes: Mapping[str, str]) -> dict[str, str]:
 
 
 def from_reference_names(tensors: Mapping[str, T], *, teacher: bool = False) -> dict[str, T]:
-    """MAE's and HPM's names -> ours, or those within our HPM's ``teacher``.
-
-    The fixed table ``decoder_pos_embed`` has no counterpart in our state and is left out, and so is
-    the pixel decoder of a teacher.
-    """
+    """MAE's and HPM's names -> ours, or those within our HPM's ``teacher``, which has less."""
     ours = {}
     for name, value in tensors.items():
         own = _swapped(name, _MAE_TO_OURS, add="encoder.")
@@ -74,11 +70,7 @@ def to_reference_names(tensors: Mapping[str, T], *, teacher: bool = False) -> di
 
 
 def from_videomae_names(tensors: Mapping[str, Tensor]) -> Tensors:
-    """VideoMAE's names -> MAE's, without a teacher's.
-
-    Queries and values have a bias of their own there and keys none: ``attn.qkv.bias`` is put
-    together of ``q_bias``, zeros and ``v_bias``.
-    """
+    """VideoMAE's names -> MAE's, without a teacher's.  Its keys have no bias: zeros stand there."""
     ours: Tensors = {}
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".")

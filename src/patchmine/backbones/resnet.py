@@ -53,11 +53,7 @@ def build(blueprint: Blueprint) -> Encoder:
 
 
 def use_cifar_stem(encoder: Encoder) -> None:
-    """In place, for images of 32 pixels: a first convolution of 3x3 and stride 1, no max-pooling.
-
-    The last map of a 32x32 image is then 4x4 instead of 1x1 (SimCLR, arXiv 2002.05709, appendix
-    B.9).
-    """
+    """For images of 32 pixels: a 3x3 convolution of stride 1, no max-pooling (arXiv 2002.05709)."""
     old = getattr(encoder, "conv1", None)
     if type(old) is not nn.Conv2d:
         raise ValueError(

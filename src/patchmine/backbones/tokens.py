@@ -100,8 +100,6 @@ def token_features(
     """Maps are patch tokens after the named blocks, normed after the last one and no other.
 
     ``pooled`` is the normed class token, or the mean of the normed patches where there is none.
-    Positions are resized by `resize_positions`.  Raises UserError for images that patches do not
-    fill.
     """
     own = encoder_grid(encoder)
     sides = images.shape[2:]

@@ -39,11 +39,7 @@ _READING = (
 def create_timm(
     architecture: str, arguments: Mapping[str, Any], *, norm_eps: float | None = None
 ) -> Encoder:
-    """timm's network without stored weights; every layer norm gets ``norm_eps``.
-
-    Raises ValueError with what timm says of arguments that do not fit, and for those that would
-    make it read or download files.
-    """
+    """timm's network without stored weights; ValueError for arguments that do not fit."""
     if reading := set(_READING) & arguments.keys():
         raise ValueError(
             f"{', '.join(sorted(reading))} would make timm read or download other weights"

@@ -179,7 +179,7 @@ def _refuse_giants(arguments: Mapping[str, Any], tensors: Tensors, source: str) 
     counts = [arguments.get("depth", 0), *(layers if isinstance(layers, list | tuple) else ())]
     if any(isinstance(count, int) and count > len(tensors) for count in counts):
         raise UserError(
-            f"{source}: its description asks for {max(counts)} blocks and the file has fewer tensors"
+            f"{source}: its description asks for {max(counts)} blocks, the file has fewer tensors"
         )
     first = tensors.get("patch_embed.proj.weight")
     if first is None or first.ndim < 4 or 0 in first.shape:
@@ -238,10 +238,7 @@ def clip_notes(encoder: Encoder, trained_at: tuple[int, int] | None) -> list[str
 
 
 def resize_encoder(encoder: Encoder, image_size: tuple[int, int]) -> None:
-    """Make an encoder expect another image size (height, width), in place; positions are moved.
-
-    A ResNet takes any.  Raises UserError for a size that its patches do not fill.
-    """
+    """Make an encoder expect another image size (height, width), in place; positions are moved."""
     family = family_of(encoder)
     trained_at = family.image_size(encoder)
     if family.convolutional or trained_at == tuple(image_size):
@@ -265,10 +262,7 @@ def resize_encoder(encoder: Encoder, image_size: tuple[int, int]) -> None:
 
 
 def fill(encoder: Encoder, other: Encoder, source: str) -> LoadReport:
-    """Load the weights of ``other``, positions moved from its grid; what became of every tensor.
-
-    Raises UserError, naming ``source``, for tensors that do not fit.
-    """
+    """Load the weights of ``other``, positions moved from its grid; what became of every tensor."""
     report, tensors = LoadReport(source), other.state_dict()
     families = family_of(other), family_of(encoder)
     if all(family.stores_positions for family in families):

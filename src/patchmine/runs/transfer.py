@@ -62,9 +62,8 @@ def export_run(
     name = run.config.method.name
     if name not in _FULL:
         raise UserError(
-            f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and {run.path} "
-            f"is of method={name}: use what=encoder, or take the newest file in "
-            f"{run.checkpoint_dir}"
+            f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and "
+            f"{run.path} is of method={name}: use what=encoder"
         )
     target = run.path / f"{name}-{weights}.safetensors" if out is None else Path(out)
     if target.suffix != ".safetensors":
@@ -195,25 +194,10 @@ def _assumed(found: OfficialFile, config: RunConfig) -> list[str]:
 
 def _settings(found: OfficialFile, out: str) -> RunConfig:
     """The settings of a run that would have made the file, as far as it tells."""
-    architecture, decoder = found.architecture, found.decoder
-    patch = architecture.patch_size or 0
+    architecture = found.architecture
     method: dict[str, Any] = {"name": found.method}
-    if decoder is not None:
-        pixels = patch**2 * architecture.channels
-        pixels *= 1 if architecture.clip is None else architecture.clip[1]
-        if decoder.values != pixels:
-            raise UserError(
-                f"{found.source}: its decoder predicts {decoder.values} numbers a patch, not its "
-                f"{pixels} pixel values: import the encoder only, with what=encoder"
-            )
-        method |= {
-            "decoder_embed_dim": decoder.width,
-            "decoder_depth": decoder.depth,
-            "decoder_num_heads": decoder.num_heads,
-            "decoder_mlp_ratio": decoder.mlp_ratio,
-            "decoder_qkv_bias": decoder.qkv_bias,
-            **found.settings,
-        }
+    if found.decoder is not None:
+        method |= found.decoder | found.settings
     clip: dict[str, Any] = {}
     if architecture.clip is not None:
         clip["clip"] = dict(zip(("frames", "tubelet"), architecture.clip, strict=True))
