@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from patchmine.bench import video as bench
-from patchmine.data.decoding import video_pyav, video_torchcodec
+from patchmine.data.decoding import pyav
 from patchmine.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_it_reports_times_and_how_many_times_as_fast(clips: Path) -> None:
     said: list[str] = []
     threads = torch.get_num_threads()
     result = bench.bench_video(clips, image_size=16, frames=4, stride=2, repeats=2, say=said.append)
-    ours = {"PyAV"} | ({"torchcodec"} if video_torchcodec.works() else set())
+    ours = {"PyAV"}
     assert result["videos"] == 3
     assert set(result["milliseconds"]) == {"sequential", "until", "view", *ours}
     assert set(result["ratio"]) == set(result["ratio_until"]) == ours
@@ -54,8 +54,6 @@ def test_all_readers_give_the_same_frames(clips: Path) -> None:
     expected = bench._sequential(file, wanted)
     assert torch.equal(bench._until(file, wanted), expected)
     assert torch.equal(bench._pyav(file, wanted).permute(0, 2, 3, 1), expected)
-    if video_torchcodec.works():
-        assert torch.equal(bench._torchcodec(file, wanted).permute(0, 2, 3, 1), expected)
 
 
 def test_what_cannot_be_timed_is_refused(
@@ -66,6 +64,6 @@ def test_what_cannot_be_timed_is_refused(
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(frames / "0.png")
     with pytest.raises(UserError, match="holds no encoded videos"):
         bench.bench_video(tmp_path / "frames")
-    monkeypatch.setattr(video_pyav, "is_installed", lambda: False)
+    monkeypatch.setattr(pyav, "version", lambda: None)
     with pytest.raises(UserError, match="pip install av"):
         bench.bench_video(clips)

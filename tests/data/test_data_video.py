@@ -18,9 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from patchmine.data.decoding import video, video_pyav, video_torchcodec
+from patchmine.data.decoding import pyav
+from patchmine.data.decoding.bounds import check_frames
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.orientation import upright_tensor
+from patchmine.data.decoding.pyav import PyAVReader
 from patchmine.data.decoding.video import (
     FrameFiles,
     VideoFile,
@@ -30,9 +32,6 @@ from patchmine.data.decoding.video import (
     frames_in,
     open_video,
 )
-from patchmine.data.decoding.video_matrix import of_file
-from patchmine.data.decoding.video_pyav import PyAVReader
-from patchmine.data.decoding.video_torchcodec import TorchcodecReader, check_frames
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import UserError
 
@@ -88,11 +87,6 @@ def clip(
     return write(tmp_path_factory.mktemp("video") / "clip.mp4", pictures, movflags="faststart")
 
 
-def needs_torchcodec() -> None:
-    if not video_torchcodec.works():
-        pytest.skip("torchcodec does not work here")
-
-
 def all_frames(av: Any, path: Path) -> torch.Tensor:
     """(F, 3, H, W) the slow way: one after the other, in the order in which the decoder gives them."""
     with av.open(str(path)) as container:
@@ -110,7 +104,6 @@ def test_any_frames_are_those_of_reading_all(
     assert reader.num_frames == FRAMES
     for indices in ([0], [39], [5, 3, 3, 30], list(range(1, 40, 4)), [11, 12, 13], [23, 35]):
         assert torch.equal(reader.frames(indices), expected[indices])
-    assert reader.fps == pytest.approx(25)
     # The grey that gets brighter, by 5 a frame, tells which frame it is.
     assert expected.float().mean((1, 2, 3)).diff().min() > -1
 
@@ -126,20 +119,9 @@ def test_uneven_times_leave_the_numbers_of_frames_as_they_are(
         assert torch.equal(reader.frames([1, 20, 39]), expected[[1, 20, 39]])
 
 
-def test_both_decoders_give_the_same_frames(clip: Path) -> None:
-    needs_torchcodec()
-    wanted = [39, 0, 14, 14, 27]
-    assert torch.equal(
-        TorchcodecReader(str(clip)).frames(wanted), PyAVReader(str(clip)).frames(wanted)
-    )
-    assert torch.equal(
-        TorchcodecReader(clip.read_bytes()).frames(wanted),
-        PyAVReader(clip.read_bytes()).frames(wanted),
-    )
-
-
-def test_the_shared_clips_decode_alike_with_both(shared: Path, tmp_path: Path, av: Any) -> None:
-    needs_torchcodec()
+def test_the_shared_clips_decode_as_all_their_frames_do(
+    shared: Path, tmp_path: Path, av: Any
+) -> None:
     if not (shared / "data" / "video.tar").is_file():
         pytest.skip("the shared clips are missing")
     with tarfile.open(shared / "data" / "video.tar") as archive:
@@ -147,12 +129,9 @@ def test_the_shared_clips_decode_alike_with_both(shared: Path, tmp_path: Path, a
     files = sorted((tmp_path / "video").iterdir())
     assert len(files) == 5
     for file in files:
-        ours, other = open_video(VideoFile(str(file))), PyAVReader(str(file))
-        assert ours.num_frames == other.num_frames
-        wanted = [0, 9, ours.num_frames // 2]
-        assert torch.equal(ours.frames(wanted), other.frames(wanted)), file.name
-        if file.suffix == ".avi":  # whose times FFmpeg has to guess, wrongly
-            assert torch.equal(other.frames(wanted), all_frames(av, file)[wanted])
+        reader = open_video(VideoFile(str(file)))
+        wanted = [0, 9, reader.num_frames // 2]
+        assert torch.equal(reader.frames(wanted), all_frames(av, file)[wanted]), file.name
 
 
 MATRICES = {  # a, b, c, d of the eight orientations, in the order in which a file holds them
@@ -173,21 +152,17 @@ def with_matrix(data: bytes, orientation: int, *, of_film: bool = False) -> byte
     return data[:place] + matrix(*MATRICES[orientation]) + data[place + 36 :]
 
 
-@pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
 @pytest.mark.parametrize("orientation", MATRICES)
 def test_pictures_are_turned_and_mirrored_as_the_file_asks(
-    decoder: str, orientation: int, tmp_path: Path, clip: Path
+    orientation: int, tmp_path: Path, clip: Path
 ) -> None:
-    if decoder == "torchcodec":
-        needs_torchcodec()
-    kind: Any = TorchcodecReader if decoder == "torchcodec" else PyAVReader
-    stored = kind(str(clip)).frames([3, 20])
+    stored = PyAVReader(str(clip)).frames([3, 20])
     expected = upright_tensor(stored, orientation)
     assert orientation == 1 or expected.shape != stored.shape or not torch.equal(expected, stored)
     path = tmp_path / "turned.mp4"
     path.write_bytes(with_matrix(clip.read_bytes(), orientation))
     for source in (str(path), path.read_bytes()):
-        assert torch.equal(kind(source).frames([3, 20]), expected)
+        assert torch.equal(PyAVReader(source).frames([3, 20]), expected)
     assert torch.equal(open_video(VideoFile(str(path))).frames([3, 20]), expected)
 
 
@@ -199,38 +174,22 @@ def test_the_films_matrix_counts_too(tmp_path: Path, clip: Path) -> None:
     assert torch.equal(open_video(VideoFile(str(path))).frames([3]), expected)
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\0\0\1", b"\0\0\0\x09"])
-def test_damaged_boxes_are_no_orientation(damage: bytes, clip: Path) -> None:
-    data = clip.read_bytes()
-    for box in (b"moov", b"mvhd", b"trak", b"tkhd", b"mdia", b"hdlr"):
-        place = data.index(box) - 4
-        assert of_file(data[:place] + damage + data[place + 4 :]) in range(1, 9)
-        assert of_file(data[: place + 10]) == 1
-
-
-def test_matroska_that_may_mirror_goes_to_pyav(
-    tmp_path: Path, write: Callable[..., Path], pictures: np.ndarray
-) -> None:
-    data = write(tmp_path / "clip.mkv", pictures).read_bytes()
-    assert of_file(data) == 1
-    assert of_file(data[:600] + b"\x76\x70" + data[600:]) is None
-
-
 # Bounds
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
-def test_frames_are_held_to_max_pixels(decoder: str, clip: Path) -> None:
-    if decoder == "torchcodec":
-        needs_torchcodec()
-    kind: Any = TorchcodecReader if decoder == "torchcodec" else PyAVReader
+def test_frames_are_held_to_max_pixels(clip: Path) -> None:
     with pytest.raises(
         DecodeError,
         match=f"max_pixels={HEIGHT * WIDTH - 1} allows; set max_pixels={HEIGHT * WIDTH} or",
     ):
-        kind(str(clip), max_pixels=HEIGHT * WIDTH - 1)
-    assert kind(str(clip), max_pixels=HEIGHT * WIDTH).frames([0]).shape == (1, 3, HEIGHT, WIDTH)
+        PyAVReader(str(clip), max_pixels=HEIGHT * WIDTH - 1)
+    assert PyAVReader(str(clip), max_pixels=HEIGHT * WIDTH).frames([0]).shape == (
+        1,
+        3,
+        HEIGHT,
+        WIDTH,
+    )
     with pytest.raises(DecodeError, match="max_pixels=5"):
         open_video(VideoFile(str(clip)), max_pixels=5)
 
@@ -238,9 +197,7 @@ def test_frames_are_held_to_max_pixels(decoder: str, clip: Path) -> None:
 def test_a_frame_larger_than_the_header_says_is_not_decoded(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        video_pyav, "check_frames", lambda *_: None
-    )  # a header that says nothing or lies
+    monkeypatch.setattr(pyav, "check_frames", lambda *_: None)  # a header that says nothing or lies
     with pytest.raises(DecodeError, match="stops decoding before frame 0"):
         PyAVReader(str(clip), max_pixels=1000).frames([0])
 
@@ -261,14 +218,7 @@ def test_a_pipe_among_videos_does_not_wait(tmp_path: Path) -> None:
         open_video(FrameFiles((str(tmp_path / "pipe.mp4"),))).frames([0])
 
 
-@pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
-def test_mutants_of_a_video_give_frames_or_a_decode_error(
-    decoder: str, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if decoder == "torchcodec":
-        needs_torchcodec()
-    else:
-        monkeypatch.setattr(video, "backend_name", lambda: "PyAV")
+def test_mutants_of_a_video_give_frames_or_a_decode_error(clip: Path) -> None:
     data, rng = clip.read_bytes(), np.random.default_rng(0)
     head = data.index(b"mdat")
     for number in range(60):
@@ -281,43 +231,24 @@ def test_mutants_of_a_video_give_frames_or_a_decode_error(
 
 
 def test_the_index_of_a_file_is_made_once(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_pyav, "_indices", type(video_pyav._indices)())
-    monkeypatch.setattr(video, "backend_name", lambda: "PyAV")
+    monkeypatch.setattr(pyav, "_indices", type(pyav._indices)())
     first = open_video(VideoFile(str(clip)))
-    monkeypatch.setattr(video_pyav, "_make_index", None)
+    monkeypatch.setattr(pyav, "_make_index", None)
     again = open_video(VideoFile(str(clip)))
     assert torch.equal(first.frames([7]), again.frames([7]))
-
-
-def test_large_files_go_to_the_decoder_that_remembers_them(
-    clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needs_torchcodec()
-    expected = open_video(VideoFile(str(clip))).frames([30, 3])
-    monkeypatch.setattr(video, "LARGE", 1)
-    reader = open_video(VideoFile(str(clip)))
-    assert isinstance(reader, PyAVReader)
-    assert torch.equal(reader.frames([30, 3]), expected)
 
 
 def test_the_file_used_longest_ago_is_forgotten_first(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video_pyav, "_indices", type(video_pyav._indices)())
-    monkeypatch.setattr(video_pyav, "MOST_FRAMES", 2 * FRAMES)
+    monkeypatch.setattr(pyav, "_indices", type(pyav._indices)())
+    monkeypatch.setattr(pyav, "MOST_FRAMES", 2 * FRAMES)
     for key in ("a", "b", "a", "c"):
         PyAVReader(str(clip), key)
-    assert list(video_pyav._indices) == ["a", "c"]
+    assert list(pyav._indices) == ["a", "c"]
 
 
-@pytest.mark.parametrize("decoder", ["torchcodec", "PyAV"])
-def test_damaged_files_are_told_in_a_sentence(
-    decoder: str, tmp_path: Path, av: Any, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if decoder == "torchcodec":
-        needs_torchcodec()
-    else:
-        monkeypatch.setattr(video, "backend_name", lambda: "PyAV")
+def test_damaged_files_are_told_in_a_sentence(tmp_path: Path, av: Any, clip: Path) -> None:
     data = clip.read_bytes()
 
     def complaint(name: str, content: bytes) -> str:
@@ -359,27 +290,13 @@ def _sound(av: Any) -> bytes:
     return file.getvalue()
 
 
-def test_a_video_that_torchcodec_refuses_goes_on_with_pyav(
+def test_without_a_decoder_the_way_out_is_named(
     clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs_torchcodec()
-
-    def refuse(*_: object) -> torch.Tensor:
-        raise DecodeError("no")
-
-    expected = PyAVReader(str(clip)).frames([4])
-    monkeypatch.setattr(TorchcodecReader, "frames", refuse)
-    assert torch.equal(open_video(VideoFile(str(clip))).frames([4]), expected)
-
-
-def test_without_any_decoder_both_ways_out_are_named(
-    clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(video_torchcodec, "works", lambda: False)
-    monkeypatch.setattr(video_pyav, "is_installed", lambda: False)
+    monkeypatch.setattr(pyav, "version", lambda: None)
     backend_name.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"pip install av .*pip install torchcodec"):
+        with pytest.raises(UserError, match=r"pip install av$"):
             open_video(VideoFile(str(clip)))
     finally:
         backend_name.cache_clear()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchmine.data.decoding import video_pyav, video_torchcodec
+from patchmine.data.decoding import pyav
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import VideoFile, open_video
 from patchmine.data.loader import sample_generator
@@ -47,18 +47,15 @@ def bench_video(
 
     ``milliseconds`` per clip are means over the videos of the medians over the repeats:
     "sequential" decodes and converts all frames, "until" those up to the last one wanted, of which
-    it converts the wanted ones only; "PyAV" and "torchcodec" (where it works) are our readers;
-    "view" is the crop and resize that follow.  ``ratio``: how many times as fast as "sequential"
+    it converts the wanted ones only; "PyAV" is our reader; "view" is the crop and resize that follow.  ``ratio``: how many times as fast as "sequential"
     each of ours is, ``ratio_until`` as "until": of each video the median over the repeats, of these
     the median, the smallest and the largest.  UserError without PyAV, or without encoded videos.
     """
-    if not video_pyav.is_installed():
+    if pyav.version() is None:
         raise UserError("the videos are timed against PyAV, which is missing: pip install av")
     opened = open_source(source, "video")
     jobs = _jobs(opened, frames, stride)
     readers: dict[str, _Read] = {"sequential": _sequential, "until": _until, "PyAV": _pyav}
-    if video_torchcodec.works():
-        readers["torchcodec"] = _torchcodec
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
@@ -155,16 +152,8 @@ def _decoded(content: str | bytes) -> Any:
 
 
 def _pyav(content: str | bytes, wanted: list[int]) -> Tensor:
-    return video_pyav.PyAVReader(content, content if isinstance(content, str) else None).frames(
-        wanted
-    )
-
-
-def _torchcodec(content: str | bytes, wanted: list[int]) -> Tensor:
-    try:
-        return video_torchcodec.TorchcodecReader(content).frames(wanted)
-    except DecodeError:  # as in training, where AVI files go to PyAV at once
-        return _pyav(content, wanted)
+    key = content if isinstance(content, str) else None
+    return pyav.PyAVReader(content, key).frames(wanted)
 
 
 def _view_seconds(jobs: Sequence[_Job], image_size: int, frames: int) -> float:

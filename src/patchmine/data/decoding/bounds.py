@@ -1,6 +1,4 @@
-"""What reading one item may raise and may take: one error for damage, and a count of pixels before
-any are made.
-"""
+"""What reading one item may raise and may take: one error for damage, pixels counted beforehand."""
 
 from __future__ import annotations
 
@@ -16,15 +14,13 @@ from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import foreign_parser
 
 PLAIN_WORK = 8
-"""Bytes that decoding holds at its peak for a pixel of an 8-bit image: PIL keeps four, the array
-three or four.
-"""
+"""Bytes that decoding holds at its peak for a pixel of 8 bits: PIL keeps 4, the array 3 or 4."""
 
-EXPANSION, DOUBTED = 100, 1 << 29
-"""A file of which one byte becomes more than so many may have been made to fill the memory, and
-gets so many bytes.
-"""
-
+# A file of which one byte becomes more than so many may have been made to fill the memory, and gets
+# so many bytes; frames are alike, so videos are smaller than images.
+_EXPANSION, _DOUBTED = 100, 1 << 29
+_FRAME_EXPANSION, _FRAMES_DOUBTED = 1000, 1 << 30
+_FRAME_WORK = 6  # bytes for each pixel of a frame: the frame and its place among the others
 _STRIP_PIXELS = 1 << 22
 
 
@@ -39,8 +35,8 @@ def check_pixels(
     *,
     stored: int,
     work: float = PLAIN_WORK,
-    expansion: int = EXPANSION,
-    doubted: int = DOUBTED,
+    expansion: int = _EXPANSION,
+    doubted: int = _DOUBTED,
 ) -> None:
     """Whether an image may be decoded, judged by its header.
 
@@ -57,24 +53,36 @@ def check_pixels(
     """
     if height < 1 or width < 1:
         raise DecodeError(f"holds no pixels (its header says {width}x{height})")
-    pixels = height * width
+    pixels, size = height * width, f"has {width}x{height} pixels"
     if pixels > max_pixels:
         raise DecodeError(
-            f"has {width}x{height} pixels, more than max_pixels={max_pixels} allows; set max_pixels={pixels} or more, "
-            "or remove it"
+            f"{size}, more than max_pixels={max_pixels} allows; set max_pixels={pixels} or more, or "
+            "remove it"
         )
     peak = pixels * work
     if peak > max(doubted, expansion * stored) and max_pixels <= MAX_PIXELS:
         raise DecodeError(
-            f"has {width}x{height} pixels that would take {peak / 1e6:,.0f} MB to decode from a file of "
-            f"{stored / 1e6:.2g} MB; if it is sound set max_pixels={MAX_PIXELS + 1} or more, else remove it"
+            f"{size} that would take {peak / 1e6:,.0f} MB to decode from a file of "
+            f"{stored / 1e6:.2g} MB; if it is sound set max_pixels={MAX_PIXELS + 1} or more, else "
+            "remove it"
         )
+
+
+def check_frames(
+    height: int | None, width: int | None, frames: int, max_pixels: int, stored: int
+) -> None:
+    """Whether so many frames may be decoded at once; a size no header states is the decoder's."""
+    if height and width:
+        work, bounds = _FRAME_WORK * frames, {"expansion": _FRAME_EXPANSION}
+        bounds["doubted"] = _FRAMES_DOUBTED
+        check_pixels(height, width, max_pixels, stored=stored, work=work, **bounds)
 
 
 @contextmanager
 def decoding(what: str) -> Iterator[None]:
-    """Around a foreign decoder: `damage`, and its warnings are not shown, because they do not name
-    the file; the limit of pixels is ours, not PIL's.
+    """Around a foreign decoder: `damage`; its warnings, which name no file, are not shown.
+
+    The limit of pixels is ours, not PIL's.
     """
     bomb = Image.MAX_IMAGE_PIXELS
     with damage(what), warnings.catch_warnings():
@@ -87,52 +95,45 @@ def decoding(what: str) -> Iterator[None]:
 
 
 def damage(what: str) -> AbstractContextManager[None]:
-    """Around a foreign decoder that does not warn: whatever it raises is a DecodeError that says
-    ``what`` and why.
-    """
-    return foreign_parser(
-        lambda reason: DecodeError(f"{what} ({_without_place(reason)})"), DecodeError
-    )
+    """Around a foreign decoder that does not warn: what it raises is a DecodeError that says why."""
 
+    def refuse(reason: str) -> DecodeError:
+        # Without the place in a library's source that torchvision and FFmpeg name first or last
+        place = r"^\S+, \S+\.cpp:\d+, |: '\w+\(\)'$|^\[Errno -?\d+\] "
+        return DecodeError(f"{what} ({re.sub(place, '', reason)})")
 
-def _without_place(reason: str) -> str:
-    """A reason without the place in a library's source that torchvision, torchcodec and FFmpeg name
-    first or last.
-    """
-    return re.sub(r"^\S+, \S+\.cpp:\d+, |: '\w+\(\)'$|^\[Errno -?\d+\] ", "", reason)
-
-
-def pixels_of(image: Image.Image, mode: str) -> np.ndarray:
-    """(H, W) or (H, W, C) of a loaded image in a mode of PIL's, strip by strip: PIL would copy all
-    of it twice.
-    """
-    width, height = image.size
-    rows = max(1, _STRIP_PIXELS // max(1, width))
-    strips = (
-        image.crop((0, top, width, min(top + rows, height))) for top in range(0, height, rows)
-    )
-    if rows >= height:
-        return np.array(image if image.mode == mode else image.convert(mode))
-    array, top = np.empty(0), 0
-    for strip in strips:
-        part = np.asarray(strip if strip.mode == mode else strip.convert(mode))
-        if not top:
-            array = np.empty((height, *part.shape[1:]), part.dtype)
-        array[top : top + len(part)] = part
-        top += len(part)
-    return array
+    return foreign_parser(refuse, DecodeError)
 
 
 @contextmanager
 def reading_item() -> Iterator[None]:
-    """The net below reading, decoding and cropping one item: what is neither OSError, DecodeError
-    nor UserError (a fault in a data set of the user's, a MemoryError, a parser's oddity) is a
-    DecodeError of this item.
+    """The net below reading, decoding and cropping one item.
+
+    What is neither OSError, DecodeError nor UserError (a fault in a data set of the user's, a
+    MemoryError, a parser's oddity) is a DecodeError of this item.
     """
-    with foreign_parser(
-        lambda reason: DecodeError(f"cannot be read ({reason})"), DecodeError, OSError
-    ):
+
+    def refuse(reason: str) -> DecodeError:
+        return DecodeError(f"cannot be read ({reason})")
+
+    with foreign_parser(refuse, DecodeError, OSError):
         yield
+
+
+def pixels_of(image: Image.Image, mode: str) -> np.ndarray:
+    """(H, W[, C]) of a loaded image in one of PIL's modes, by strips: PIL would copy all twice."""
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // max(1, width))
+    if rows >= height:
+        return np.array(image if image.mode == mode else image.convert(mode))
+    array = np.empty(0)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        part = np.asarray(strip if strip.mode == mode else strip.convert(mode))
+        if not top:
+            array = np.empty((height, *part.shape[1:]), part.dtype)
+        array[top : top + len(part)] = part
+    return array
 
 
 def missing(what: str, package: str, command: str) -> DecodeError:

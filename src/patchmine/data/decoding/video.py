@@ -1,10 +1,7 @@
-"""Raw videos become frames: any number of them, by their numbers, without decoding what lies
-between where possible.
+"""Raw videos become frames: any of them, by their numbers.
 
 A *raw video* is what a source of videos gives: a file, encoded bytes, frames as encoded images, or
-all frames as an array.  Files and bytes are decoded by torchcodec where it works here, else by
-PyAV; which one is found out once per process.  Frame i is the i-th in the order of presentation
-times, also where these are unevenly spaced.
+all frames as an array.  Frame i is the i-th in the order of presentation times.
 """
 
 from __future__ import annotations
@@ -20,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchmine.data.decoding import video_pyav, video_torchcodec
-from patchmine.data.decoding.decode import DecodeError, decode, fit_channels
-from patchmine.data.decoding.video_matrix import of_file
-from patchmine.data.decoding.video_torchcodec import check_frames
+from patchmine.data.decoding import pyav
+from patchmine.data.decoding.bounds import DecodeError, check_frames
+from patchmine.data.decoding.decode import decode, fit_channels
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.sources.contract import IMAGES, Kind, contents, open_regular
 from patchmine.data.sources.members import NO_FILE, OTHER_SERIES, frames_of, head_of, reason_against
@@ -34,15 +30,6 @@ VIDEO_SUFFIXES = (
     *(".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".ogg", ".asf", ".vob", ".mxf", ".gif"),
 )
 """Endings (in any case) by which a file in a folder or a shard counts as a video."""
-
-_AVI = (b"RIFF", b"AVI ")  # at 0 and 8
-
-LARGE = 32 << 20
-"""Bytes of a file from which on PyAV decodes it, where it is installed.
-
-torchcodec goes through a whole file whenever it opens one (an hour of 340x256 pixels, 490 MB, took
-it 5 seconds); our reader by PyAV does so once and remembers.
-"""
 
 
 @dataclass(frozen=True)
@@ -64,14 +51,8 @@ def frames_in(
 ) -> FrameFiles:
     """The frames in a folder: ``2.jpg`` comes before ``10.jpg``.
 
-    Args:
-        folder: its path.
-        note: is told reason and name of what is passed over.
-
-    Raises:
-        DecodeError: where there is no image, or where there are the frames of several videos
-        (`members.frames_of`).
-        OSError: where the folder cannot be read.
+    ``note`` is told reason and name of what is passed over.  DecodeError where there is no image,
+    or where there are the frames of several videos; OSError where the folder cannot be read.
     """
     names = []
     with os.scandir(folder) as entries:
@@ -113,10 +94,6 @@ class VideoReader(Protocol):
     @property
     def num_frames(self) -> int: ...
 
-    @property
-    def fps(self) -> float | None:
-        """Frames per second on average; None where nothing tells."""
-
     def frames(self, indices: Sequence[int]) -> Tensor:
         """(n, C, H, W) uint8, RGB where it was encoded, in the order of ``indices``.
 
@@ -126,16 +103,18 @@ class VideoReader(Protocol):
 
 
 def open_video(raw: RawVideo | VideoReader, max_pixels: int = MAX_PIXELS) -> VideoReader:
-    """A reader of a raw video; a reader is given back as it is.  ``max_pixels``: frames of more are
-    refused.
+    """A reader of a raw video; a reader is given back as it is.
 
-    DecodeError for what is no video, holds no frame or is damaged, OSError for a file that cannot
-    be read, UserError where neither torchcodec nor PyAV is installed.
+    DecodeError for what is no video, holds no frame, is damaged or has frames of more than
+    ``max_pixels``; OSError for a file that cannot be read; UserError where no decoder is installed.
     """
     if isinstance(raw, VideoFile):
-        return _open_file(raw, max_pixels)
+        with open_regular(raw.path) as handle:  # an OSError here names the file
+            info = os.fstat(handle.fileno())
+        key = (raw.path, info.st_size, info.st_mtime_ns)
+        return _encoded(raw.path if info.st_size else b"", key, max_pixels)
     if isinstance(raw, bytes | bytearray | memoryview):
-        return _open_encoded(bytes(raw), None, max_pixels)
+        return _encoded(bytes(raw), None, max_pixels)
     if isinstance(raw, FrameFiles):
         return _Frames([partial(contents, path) for path in raw.paths], max_pixels)
     if isinstance(raw, np.ndarray | Tensor):
@@ -143,16 +122,21 @@ def open_video(raw: RawVideo | VideoReader, max_pixels: int = MAX_PIXELS) -> Vid
     if isinstance(raw, list | tuple):
         return _Frames([partial(bytes, frame) for frame in raw], max_pixels)
     if hasattr(raw, "frames") and hasattr(raw, "num_frames"):
-        return raw  # type: ignore[return-value]
+        return raw
     raise DecodeError(
         f"is a {type(raw).__name__}; a video is a file, bytes, a list of encoded frames or an array"
     )
 
 
+def _encoded(source: str | bytes, key: Hashable | None, max_pixels: int) -> VideoReader:
+    if not source:
+        raise DecodeError("is empty (0 bytes); fetch it again or remove it")
+    backend_name()
+    return pyav.PyAVReader(source, key, max_pixels)
+
+
 def fit_frames(frames: Tensor, channels: int) -> Tensor:
-    """(n, C, H, W) with the channels that a run asks for, by the rules of images; raises
-    DecodeError.
-    """
+    """(n, C, H, W) with the channels of a run, by the rules of images; raises DecodeError."""
     if frames.shape[1] == channels:
         return frames
     number, stored, height, width = frames.shape
@@ -163,102 +147,15 @@ def fit_frames(frames: Tensor, channels: int) -> Tensor:
 
 @cache
 def backend_name() -> str:
-    """What decodes videos in this process, with its version.  UserError where nothing does, with
-    what to install.
-    """
-    pyav = f"PyAV {video_pyav.version()}" if video_pyav.is_installed() else ""
-    if video_torchcodec.works():
-        others = f", files of {LARGE >> 20} MB or more and AVI files by {pyav}" if pyav else ""
-        return f"torchcodec {video_torchcodec.version()}{others}"
-    if pyav:
-        return pyav
-    raise UserError(
-        "Videos need PyAV, which brings its own FFmpeg, or torchcodec together with the system's FFmpeg, and neither "
-        "works here: pip install av (or: pip install torchcodec, and install ffmpeg as for instance by apt install "
-        "ffmpeg or conda install ffmpeg)"
-    )
-
-
-def _open_file(file: VideoFile, max_pixels: int) -> VideoReader:
-    with open_regular(file.path) as handle:  # an OSError here names the file
-        info = os.fstat(handle.fileno())
-    if info.st_size == 0:
-        raise DecodeError("is empty (0 bytes); fetch it again or remove it")
-    key = (file.path, info.st_size, info.st_mtime_ns)
-    if info.st_size >= LARGE and video_pyav.is_installed():
-        return video_pyav.PyAVReader(file.path, key, max_pixels)
-    return _open_encoded(file.path, key, max_pixels)
-
-
-def _open_encoded(source: str | bytes, key: Hashable | None, max_pixels: int) -> VideoReader:
-    """``source``: a file's path or its contents; ``key``: equal where these are known to be the
-    same.
-    """
-    if not source:
-        raise DecodeError("is empty (0 bytes); fetch it again or remove it")
-    if not backend_name().startswith("torchcodec"):
-        return video_pyav.PyAVReader(source, key, max_pixels)
-    # An AVI file has no presentation times.  FFmpeg's guesses, by which torchcodec orders frames,
-    # are wrong wherever more than one B-frame stands between two others, as in UCF101's files.
-    is_avi = _is_avi(source)
-    if video_pyav.is_installed():
-        if is_avi or of_file(source) is None:
-            return video_pyav.PyAVReader(source, key, max_pixels)
-        return _Careful(source, key, max_pixels)
-    if is_avi:
-        raise DecodeError(
-            "is an AVI file, whose frames torchcodec can put in the wrong order: pip install av"
-        )
-    return video_torchcodec.TorchcodecReader(source, max_pixels)
-
-
-class _Careful:
-    """By torchcodec, and once that refuses, as it does some files that are sound, by PyAV."""
-
-    def __init__(self, source: str | bytes, key: Hashable | None, max_pixels: int) -> None:
-        self._source, self._key, self._max_pixels = source, key, max_pixels
-        try:
-            self._reader: VideoReader = video_torchcodec.TorchcodecReader(source, max_pixels)
-        except DecodeError:
-            self._reader = video_pyav.PyAVReader(
-                source, key, max_pixels
-            )  # whose DecodeError says more
-
-    @property
-    def num_frames(self) -> int:
-        return self._reader.num_frames
-
-    @property
-    def fps(self) -> float | None:
-        return self._reader.fps
-
-    def frames(self, indices: Sequence[int]) -> Tensor:
-        """(n, 3, H, W) uint8."""
-        try:
-            return self._reader.frames(indices)
-        except DecodeError:
-            if isinstance(self._reader, video_pyav.PyAVReader):
-                raise
-            second = video_pyav.PyAVReader(self._source, self._key, self._max_pixels)
-            if second.num_frames != self._reader.num_frames:
-                raise
-            self._reader = second
-        return self._reader.frames(indices)
-
-
-def _is_avi(source: str | bytes) -> bool:
-    if isinstance(source, bytes):
-        head = source[:12]
-    else:
-        with open_regular(source) as handle:
-            head = handle.read(12)
-    return (head[:4], head[8:12]) == _AVI
+    """What decodes videos, with its version.  UserError where nothing does: what to install."""
+    found = pyav.version()
+    if found is None:
+        raise UserError("Videos need PyAV, which brings its own FFmpeg: pip install av")
+    return f"PyAV {found}"
 
 
 class _Frames:
     """Frames that are images by themselves, read when they are asked for."""
-
-    fps: float | None = None
 
     def __init__(self, frames: Sequence[Callable[[], bytes]], max_pixels: int) -> None:
         if not frames:
@@ -287,30 +184,25 @@ class _Frames:
             check_frames(image.shape[1], image.shape[2], of, self._max_pixels, len(data) * of)
         except DecodeError as error:
             raise DecodeError(f"has a frame, number {index}, that {error}") from error
-        return (
-            image
-            if image.dtype == torch.uint8
-            else image.mul(255).round_().clamp_(0, 255).to(torch.uint8)
-        )
+        if image.dtype == torch.uint8:
+            return image
+        return image.mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 class _Array:
     """All frames, decoded already: (F, H, W), (F, H, W, C) or (F, C, H, W) bytes."""
 
-    fps: float | None = None
-
     def __init__(self, array: np.ndarray | Tensor) -> None:
         frames = torch.as_tensor(array)
         if frames.dtype != torch.uint8:
-            raise DecodeError(
-                f"holds values of type {str(frames.dtype).removeprefix('torch.')}; a video is of uint8"
-            )
+            kind = str(frames.dtype).removeprefix("torch.")
+            raise DecodeError(f"holds values of type {kind}; a video is of uint8")
         if frames.ndim == 3:
             frames = frames[:, None]
         if frames.ndim != 4 or 0 in frames.shape:
             raise DecodeError(
-                f"has shape {tuple(array.shape)}; a video is (frames, height, width[, channels]) or (frames, channels, "
-                "height, width)"
+                f"has shape {tuple(array.shape)}; a video is (frames, height, width[, channels]) or "
+                "(frames, channels, height, width)"
             )
         # As with images: the shorter of the two axes that may be it holds the channels.
         self._frames = frames.permute(0, 3, 1, 2) if frames.shape[3] <= frames.shape[1] else frames

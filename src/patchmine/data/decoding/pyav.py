@@ -1,9 +1,7 @@
-"""Videos by PyAV, which brings its own FFmpeg.
+"""Encoded videos by PyAV, which brings its own FFmpeg: any frames by their numbers.
 
-A file's packets are gone through once to learn when each frame is shown and which frames can be
-decoded without others; a process keeps that index in memory and uses it again whenever it opens the
-same file.  A clip is then decoded from the last such frame before it on, and pictures that are
-neither wanted nor referred to are left out.
+A file's packets are gone through once to learn when each frame is shown and which can be decoded
+without others; a process keeps that index.  A clip is decoded from the last such frame before it.
 """
 
 from __future__ import annotations
@@ -13,10 +11,11 @@ import importlib.util
 import io
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,35 +23,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchmine.data.decoding.bounds import DecodeError, decoding
-from patchmine.data.decoding.orientation import upright
-from patchmine.data.decoding.video_matrix import of_frame
-from patchmine.data.decoding.video_torchcodec import (
-    check_complete,
-    check_frames,
-    check_range,
-    size_of,
-)
+from patchmine.data.decoding.bounds import DecodeError, check_frames, decoding
+from patchmine.data.decoding.orientation import of_matrix, upright
 from patchmine.data.settings import MAX_PIXELS
 
 MOST_FRAMES = 5_000_000
-"""Frames whose times a process remembers, 9 bytes each; beyond that the file used longest ago is
-forgotten.
-"""
+"""Frames that a process remembers, 9 bytes each; then the file used longest ago is forgotten."""
 
 # FFmpeg can leave out pictures to which no other refers; of these decoders it is known that all
 # others stay the same.
 _CAN_SKIP = ("h264", "hevc")
-# Formats without presentation times: FFmpeg's guesses are not in order, the frames as they leave
-# the decoder are.
+# Formats without presentation times: FFmpeg's guesses are not in order (wherever more than one
+# B-frame stands between two others, as in UCF101), the frames as they leave the decoder are.
 _UNTIMED = ("avi", "h264", "hevc", "m4v", "mpegvideo")
+# Share of the time that a file's header states, and seconds, that may be missing: headers are not
+# exact.
+_MISSING, _SLACK = 0.02, 0.5
 
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """``times`` (F,) int64, ascending presentation times in the stream's unit; ``is_key`` (F,)
-    bool, whether decoding can begin there.  ``timed``: whether frames leave the decoder with these
-    times.
+    """``times`` (F,) int64: presentation times, ascending, in the stream's unit.
+
+    ``is_key`` (F,) bool: whether decoding can begin there.  ``timed``: whether frames leave the
+    decoder with these times.
     """
 
     times: NDArray[np.int64]
@@ -66,19 +60,13 @@ class FrameIndex:
 _indices: OrderedDict[Hashable, FrameIndex] = OrderedDict()
 
 
-def is_installed() -> bool:
-    """Whether PyAV is here."""
-    return importlib.util.find_spec("av") is not None
-
-
-def version() -> str:
-    """The installed version."""
-    return importlib.metadata.version("av")
+def version() -> str | None:
+    """The installed version of PyAV; None where there is none."""
+    return importlib.metadata.version("av") if importlib.util.find_spec("av") else None
 
 
 class PyAVReader:
-    """One video: the path of a file, or its contents; ``key`` stands for the contents, where
-    anything does.
+    """One video: the path of a file, or its contents; ``key`` stands for the contents.
 
     ``max_pixels``: frames of more are refused, before they are decoded.
     """
@@ -86,16 +74,20 @@ class PyAVReader:
     def __init__(
         self, source: str | bytes, key: Hashable | None = None, max_pixels: int = MAX_PIXELS
     ) -> None:
-        self._source, self._max_pixels, self._stored = source, max_pixels, size_of(source)
+        self._source, self._max_pixels = source, max_pixels
+        self._stored = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
         self._open()
         index = _indices.get(key) if key is not None else None
-        if index is None:
+        if index is not None:
+            _indices.move_to_end(key)
+        else:
             with decoding("cannot be read as a video"):
                 index = _make_index(self._container, self._stream)
-            _remember(key, index)
+            if key is not None:
+                _indices[key] = index
+                while len(_indices) > 1 and sum(map(len, _indices.values())) > MOST_FRAMES:
+                    _indices.popitem(last=False)
             self._open()  # at the start again, also where nothing can be sought
-        else:
-            _indices.move_to_end(key)
         self.index = index
 
     @property
@@ -105,7 +97,8 @@ class PyAVReader:
 
     def frames(self, indices: Sequence[int]) -> Tensor:
         """(n, 3, H, W) uint8; DecodeError where one of them cannot be decoded."""
-        check_range(indices, self.num_frames)
+        if indices and not 0 <= min(indices) <= max(indices) < self.num_frames:
+            raise IndexError(f"frames {min(indices)} to {max(indices)} of {self.num_frames}")
         wanted = sorted({int(index) for index in indices})
         self._check_size(len(wanted))
         found: dict[int, NDArray[np.uint8]] = {}
@@ -122,21 +115,8 @@ class PyAVReader:
             )
         if len({frame.shape for frame in found.values()}) > 1:
             raise DecodeError("changes the size of its frames half way; encode it again")
-        return torch.from_numpy(np.stack([found[int(index)] for index in indices])).permute(
-            0, 3, 1, 2
-        )
-
-    def _decode(self, wanted: list[int], found: dict[int, NDArray[np.uint8]]) -> None:
-        """Fills ``found`` with the frames that are ``wanted``, ascending, as far as they can be
-        decoded.
-        """
-        if self.index.timed:
-            for start, group in _groups(wanted, self.index.is_key):
-                found |= self._from_key(start, group)
-        if len(found) < len(
-            wanted
-        ):  # no times, or a format in which places cannot be sought exactly
-            found |= self._from_start([number for number in wanted if number not in found])
+        frames = np.stack([found[int(index)] for index in indices])
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     def _open(self) -> None:
         with decoding("cannot be opened as a video"):
@@ -153,11 +133,8 @@ class PyAVReader:
             if context is None:
                 raise DecodeError("is coded in a way that this FFmpeg cannot decode")
             context.thread_count = 1  # the loader's workers share the cores
-            context.options = {
-                "max_pixels": str(self._max_pixels)
-            }  # of frames larger than the header says
-            rate = self._stream.average_rate
-            self.fps: float | None = float(rate) if rate else None
+            # Of frames larger than the header says
+            context.options = {"max_pixels": str(self._max_pixels)}
             self._converter = av.video.reformatter.VideoReformatter()
         self._check_size(1)
 
@@ -165,69 +142,59 @@ class PyAVReader:
         context = self._stream.codec_context
         check_frames(context.height, context.width, frames, self._max_pixels, self._stored)
 
-    def _from_key(self, start: int, wanted: list[int]) -> dict[int, NDArray[np.uint8]]:
-        """Those of ``wanted``, ascending, that are met when decoding begins at the key frame
-        ``start``.
-        """
-        times = self.index.times
+    def _decode(self, wanted: list[int], found: dict[int, NDArray[np.uint8]]) -> None:
+        """Fills ``found`` with the frames ``wanted``, ascending, as far as they can be decoded."""
+        if self.index.timed:
+            keys = np.flatnonzero(self.index.is_key).tolist() or [0]
+            starts = groupby(wanted, lambda number: keys[max(0, bisect_right(keys, number) - 1)])
+            for start, group in starts:
+                self._from_key(start, list(group), found)
+        rest = [number for number in wanted if number not in found]
+        if rest:  # no times, or a format in which places cannot be sought exactly: from the start
+            self._open()
+            for number, frame in enumerate(self._container.decode(self._stream)):
+                if number in rest:
+                    found[number] = self._picture(frame)
+                if number >= rest[-1]:
+                    break
+
+    def _from_key(self, start: int, wanted: list[int], found: dict[int, NDArray[np.uint8]]) -> None:
+        """Those of ``wanted``, ascending, met when decoding begins at the key frame ``start``."""
+        times, context = self.index.times, self._stream.codec_context
         numbers: dict[int, list[int]] = {}
         for number in wanted:
             numbers.setdefault(int(times[number]), []).append(number)
-        context, found = self._stream.codec_context, dict[int, NDArray[np.uint8]]()
-        can_skip = context.name in _CAN_SKIP
+        can_skip, first = context.name in _CAN_SKIP, True
         self._container.seek(int(times[start]), stream=self._stream)
-        first = True
         try:
             for packet in self._container.demux(self._stream):
-                if first and (
-                    not packet.is_keyframe or packet.pts is None or packet.pts > times[start]
-                ):
+                time = packet.pts
+                if first and (not packet.is_keyframe or time is None or time > times[start]):
                     break
                 first = False
                 if can_skip:
-                    context.skip_frame = (
-                        "DEFAULT" if packet.pts is None or packet.pts in numbers else "NONREF"
-                    )
+                    needed = time is None or time in numbers
+                    context.skip_frame = "DEFAULT" if needed else "NONREF"
                 for frame in packet.decode():
                     for number in numbers.get(frame.pts, ()):
                         found[number] = self._picture(frame)
-                if len(found) == len(wanted):
+                if all(number in found for number in wanted):
                     break
         finally:
             context.skip_frame = "DEFAULT"
-        return found
-
-    def _from_start(self, wanted: list[int]) -> dict[int, NDArray[np.uint8]]:
-        """Those of ``wanted``, ascending, that are met when the whole file is decoded."""
-        self._open()
-        found: dict[int, NDArray[np.uint8]] = {}
-        for number, frame in enumerate(self._container.decode(self._stream)):
-            if number in wanted:
-                found[number] = self._picture(frame)
-            if number >= wanted[-1]:
-                break
-        return found
 
     def _picture(self, frame: Any) -> NDArray[np.uint8]:
-        """(H, W, 3), turned and mirrored as the file asks for."""
-        picture = self._converter.reformat(frame, format="rgb24").to_ndarray()
-        orientation = of_frame(frame)
-        if orientation == 1:
-            return picture
-        return np.ascontiguousarray(
-            np.moveaxis(upright(np.moveaxis(picture, 2, 0), orientation), 0, 2)
-        )
+        """(H, W, 3), turned and mirrored as the file asks for.
 
-
-def _groups(wanted: list[int], is_key: NDArray[np.bool_]) -> Iterator[tuple[int, list[int]]]:
-    """The last key frame before each number, 0 where there is none, with all numbers that it
-    serves.
-    """
-    keys = np.flatnonzero(is_key).tolist()
-    for start, group in groupby(
-        wanted, lambda number: keys[max(0, bisect_right(keys, number) - 1)] if keys else 0
-    ):
-        yield start, list(group)
+        FFmpeg tells an angle, which cannot say that a picture is mirrored: the matrix itself counts.
+        """
+        picture: NDArray[np.uint8] = self._converter.reformat(frame, format="rgb24").to_ndarray()
+        for part in frame.side_data:
+            if part.type.name == "DISPLAYMATRIX":
+                a, b, _, c, d = np.frombuffer(bytes(part), np.int32)[:5].tolist()
+                turned = upright(np.moveaxis(picture, 2, 0), of_matrix(a, b, c, d))
+                return np.ascontiguousarray(np.moveaxis(turned, 0, 2))
+        return picture
 
 
 def _make_index(container: Any, stream: Any) -> FrameIndex:
@@ -242,18 +209,15 @@ def _make_index(container: Any, stream: Any) -> FrameIndex:
                 times.append(packet.pts if packet.pts is not None else len(times))
                 keys.append(bool(packet.is_keyframe))
                 lengths.append(packet.duration or 0)
+    if not times:
+        raise DecodeError("holds no frame that can be decoded")
     order = np.argsort(np.array(times, np.int64), kind="stable")
     sorted_times, unit = np.array(times, np.int64)[order], stream.time_base
-    if times:
-        seconds = float((sorted_times[-1] + lengths[order[-1]] - sorted_times[0]) * unit)
+    seconds = float((sorted_times[-1] + lengths[order[-1]] - sorted_times[0]) * unit)
     stated = float(stream.duration * unit) if stream.duration and unit else None
-    check_complete(len(times), seconds if times else 0.0, stated)
+    if stated is not None and seconds < (1 - _MISSING) * stated - _SLACK:
+        raise DecodeError(
+            f"stops after {seconds:.1f} of its {stated:.1f} seconds, as if it had been cut off; "
+            "fetch it again or remove it"
+        )
     return FrameIndex(sorted_times, np.array(keys, bool)[order], timed)
-
-
-def _remember(key: Hashable | None, index: FrameIndex) -> None:
-    if key is None:
-        return
-    _indices[key] = index
-    while len(_indices) > 1 and sum(map(len, _indices.values())) > MOST_FRAMES:
-        _indices.popitem(last=False)
