@@ -23,7 +23,9 @@ class Joined(Source):
             fingerprint_of(part.fingerprint.encode() for part in parts),
             [note for part in parts for note in part.notes],
         )
-        self.parts, self.repeatable = list(parts), all(part.repeatable for part in parts)
+        self.parts = list(parts)
+        self.repeatable = all(part.repeatable for part in parts)
+        self.encoded = any(part.encoded for part in parts)
         self._ends = list(accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
@@ -60,11 +62,6 @@ class Joined(Source):
             names.add(name)
         together = names.finish().names
         return Labels(np.concatenate([labels.numbered_as(together) for labels in found]), together)
-
-    @property
-    def encoded(self) -> bool:
-        """Whether a part's items are."""
-        return any(part.encoded for part in self.parts)
 
 
 class DatasetSource(Source):

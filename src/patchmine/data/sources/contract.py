@@ -39,9 +39,10 @@ class Source(ABC):
         fingerprint: changes when the list of items changes; a run resumes with an equal one.
         notes: sentences about what is wrong with the source although it can be used.
         repeatable: whether an item is the same each time it is read.
+        encoded: whether items are files that a decoder opens, rather than frames or arrays.
     """
 
-    repeatable = True
+    repeatable, encoded = True, False
 
     def __init__(self, name: str, fingerprint: str, notes: Iterable[str] = ()) -> None:
         self.name, self.fingerprint, self.notes = name, fingerprint, tuple(notes)
@@ -72,11 +73,6 @@ class Source(ABC):
             UserError: some items have a class and some have none, or classes cannot be read.
         """
         return None
-
-    @property
-    def encoded(self) -> bool:
-        """Whether items are files that a decoder opens, rather than frames or arrays."""
-        return False
 
     @cached_property
     def _known_labels(self) -> Labels | None:

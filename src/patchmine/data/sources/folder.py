@@ -48,6 +48,8 @@ class FileSource(IndexedSource):
     def __init__(self, root: Path, index: Index, name: str, kind: Kind) -> None:
         super().__init__(name, index)
         self.root, self.kind = root, kind
+        # A list may name folders of frames instead.
+        self.encoded = len(index) > 0 and os.path.isfile(self.path(0))  # noqa: PTH113
 
     def read(self, index: int) -> Any:
         return self.kind.read(self.path(index))
@@ -62,10 +64,6 @@ class FileSource(IndexedSource):
         if self.index.stamp["listed"]:
             return None
         return folder_classes(map(self.index.path, range(len(self))))
-
-    @property
-    def encoded(self) -> bool:
-        return os.path.isfile(self.path(0))  # noqa: PTH113, else a folder of frames
 
 
 class FrameFolders(Source):
@@ -187,7 +185,7 @@ class _Listing:
         folder = self.root + b"/" + prefix if prefix else self.root
         names = []
         try:
-            self.marks.note(prefix, os.stat(folder))  # noqa: PTH116, bytes paths
+            self.marks.note(os.fsdecode(prefix), os.stat(folder))  # noqa: PTH116, bytes paths
             with os.scandir(folder) as entries:
                 for entry in entries:
                     name = self._counted(entry, folder, prefix)
@@ -222,7 +220,7 @@ class _Listing:
             return entry.name + slash
         self.passed_over.add(reason, os.fsdecode(prefix + entry.name + slash))
         if members.may_change(reason):
-            self.marks.note(prefix + entry.name, stat_of(place))
+            self.marks.note(os.fsdecode(prefix + entry.name), stat_of(place))
         return None
 
     def _reason_against_link(

@@ -99,14 +99,13 @@ class Marks:
     """What a listing depends on: paths below its root, with the marks that tell their states."""
 
     def __init__(self) -> None:
-        self.paths, self.marks = PathList(), array("q")
+        self.marks: dict[str, list[int]] = {}
         self.settled = True  # whether nothing may change without another mark
         self._started = time.time_ns()
 
-    def note(self, path: str | bytes, info: os.stat_result | None) -> None:
+    def note(self, path: str, info: os.stat_result | None) -> None:
         """The listing stands as long as this path bears this mark; None: is absent."""
-        self.paths.add(path)
-        self.marks.extend(mark_of(info))
+        self.marks[path] = mark_of(info)
         if info is not None and max(info.st_mtime_ns, info.st_ctime_ns) >= self._started - RECENT:
             self.settled = False
 
@@ -142,10 +141,9 @@ def new_index(
     """The index of a listing by today's rule; a column ``size`` is part of its fingerprint."""
     own = paths.columns()
     parts = [own["offsets"], own["blob"], *([columns["size"]] if "size" in columns else [])]
-    facts = {"fingerprint": fingerprint_of(parts), "rule": rule_of(kind), "settled": marks.settled}
-    own |= {f"marked_{name}": values for name, values in marks.paths.columns().items()}
-    own |= {"marks": np.frombuffer(marks.marks, np.int64), **columns}
-    return Index(own, {**facts, "notes": [*notes, *passed_over.note()], **stamp})
+    facts: dict[str, Any] = {"fingerprint": fingerprint_of(parts), "rule": rule_of(kind)}
+    facts |= {"settled": marks.settled, "marks": marks.marks}
+    return Index(own | columns, {**facts, "notes": [*notes, *passed_over.note()], **stamp})
 
 
 class IndexedSource(Source):
@@ -188,12 +186,9 @@ def kept_index(
 
 def _holds(kept: Index, root: Path) -> bool:
     """Whether everything that the listing depends on still bears the mark that it had."""
-    columns = kept.columns
-    marked = Index({"blob": columns["marked_blob"], "offsets": columns["marked_offsets"]}, {})
-    marks = columns["marks"].reshape(len(marked), -1).tolist()
     return bool(kept.stamp["settled"]) and all(
         mark_of(stat_of(os.path.join(root, path) if path else root)) == mark  # noqa: PTH118, many
-        for path, mark in zip(map(marked.path, range(len(marked))), marks, strict=True)
+        for path, mark in kept.stamp["marks"].items()
     )
 
 

@@ -22,7 +22,7 @@ from patchmine.data.sources import members
 from patchmine.data.sources.contract import IMAGES, ClassNames, Kind, data_error
 from patchmine.data.sources.folder import FileSource
 from patchmine.data.sources.index import Index, Marks, PathList, kept_index, new_index
-from patchmine.errors import foreign_parser, shown_name
+from patchmine.errors import foreign_parser, reason_of, shown_name
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 LONGEST_LINE = 65_536  # letters; paths have 4,096 bytes at most, so what is longer is no list
@@ -56,7 +56,7 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
         try:
             reason = _reason_against(file.parent, path, kind, passed_over)
         except (OSError, DecodeError) as error:
-            missing.add("", f"line {number} names '{shown_name(path)}', {_why(error)}")
+            missing.add("", f"line {number} names '{shown_name(path)}', which {reason_of(error)}")
             continue
         if reason is not None:
             passed_over.add(reason, path)
@@ -101,21 +101,20 @@ def _repeats_note(paths: PathList, kind: Kind) -> list[str]:
 def _reason_against(
     folder: Path, path: str, kind: Kind, passed_over: members.PassedOver
 ) -> str | None:
-    """Why a listed path does not count.
-
-    OSError where there is nothing of that name, DecodeError of a folder that is no video.
-    """
+    """Why a listed path does not count; DecodeError where it names nothing that could be used."""
     place = os.path.join(folder, path)  # noqa: PTH118, once a line
     try:
         mode = os.stat(place).st_mode  # noqa: PTH116, likewise
-    except ValueError as error:  # a NUL
-        raise FileNotFoundError(str(error)) from error
+    except PermissionError as error:
+        raise DecodeError(f"cannot be reached ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # the latter of a NUL
+        raise DecodeError("does not exist") from error
     inside = os.path.relpath(path, folder) if os.path.isabs(path) else path  # noqa: PTH117
     if inside.startswith("../"):
         inside = members.outside_of_root(path)
     if stat.S_ISDIR(mode):
         if kind.folders is None:
-            raise IsADirectoryError("a folder")
+            raise DecodeError("is a folder")
         if members.is_hidden(inside):
             return members.HIDDEN
         kind.folders(place, lambda reason, name: passed_over.add(reason, f"{path}/{name}"))
@@ -123,16 +122,6 @@ def _reason_against(
     if not stat.S_ISREG(mode):
         return members.NO_FILE
     return members.reason_against(inside, kind, partial(members.head_of, place), listed=True)
-
-
-def _why(error: OSError | DecodeError) -> str:
-    if isinstance(error, DecodeError):
-        return f"which {error}"
-    if isinstance(error, IsADirectoryError):
-        return "which is a folder"
-    if isinstance(error, PermissionError):
-        return f"which cannot be reached ({error.strerror})"
-    return "which does not exist"
 
 
 def _lines(file: Path, newline: str | None) -> Iterator[str]:

@@ -11,10 +11,9 @@ import logging
 import os
 import stat
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,6 @@ log = logging.getLogger(__name__)
 NOTE_SUFFIXES = ("cls", "json")
 LONELY = "note (.cls or .json) of no item"
 
-MOST_OPEN = 64
-"""Shards that a process keeps open at once, far below the usual limit of 1,024 files."""
-
 # Of the columns of the index, with the types of `array`.  Without a note, note_size is 0.
 _COLUMNS = dict(shard="i", start="q", size="q", note_start="q", note_size="q", note_json="b")
 
@@ -60,15 +56,13 @@ class ShardSource(IndexedSource):
     ``note_size`` and ``note_json`` (whether it is JSON).  ``notes`` names the shards that were cut.
     """
 
-    def __init__(
-        self, shards: Sequence[Path], index: Index, name: str, notes: Sequence[str] = ()
-    ) -> None:
-        super().__init__(name, index, (*notes, *index.stamp["cut"]))
-        self.shards = list(shards)
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+    encoded = True
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}  # each process opens its own
+    def __init__(
+        self, shards: Sequence[Path], marks: list[list[int]], index: Index, name: str
+    ) -> None:
+        super().__init__(name, index, index.stamp["cut"])
+        self.shards, self.marks = list(shards), marks
 
     def read(self, index: int) -> bytes:
         pieces = self.index.stamp["pieces"].get(str(index))
@@ -106,10 +100,6 @@ class ShardSource(IndexedSource):
             return classes.finish()
         return folder_classes(map(self.index.path, range(len(self))))
 
-    @property
-    def encoded(self) -> bool:
-        return True
-
     def _note(self, index: int) -> dict[str, Any] | str | None:
         """What an item's note says: a table of JSON, or the text of a ``.cls`` member."""
         columns = self.index.columns
@@ -117,13 +107,11 @@ class ShardSource(IndexedSource):
             return None
         is_json = columns["note_json"][index]
         which = f"the {'.json' if is_json else '.cls'} member of {shown_name(self.path(index))}"
-        unreadable = f"{which} cannot be read"
-        with foreign_parser(lambda reason: data_error(self.name, f"{unreadable} ({reason})")):
+        with foreign_parser(lambda why: data_error(self.name, f"{which} cannot be read ({why})")):
             data = self._read(index, "note_start", "note_size")
-        text = data.decode("utf-8-sig", "surrogateescape").strip()
-        if not is_json:
-            return text
-        with foreign_parser(lambda why: data_error(self.name, f"{which} is not JSON ({why})")):
+            text = data.decode("utf-8-sig", "surrogateescape").strip()
+            if not is_json:
+                return text
             note = json.loads(text)
         return note if isinstance(note, dict) else None
 
@@ -132,12 +120,7 @@ class ShardSource(IndexedSource):
     ) -> bytes:
         columns = self.index.columns
         number, length = int(columns["shard"][index]), int(columns[size][index])
-        shard = self._open.get(number)
-        if shard is None:
-            mark = columns["marks"].reshape(-1, 4)[number].tolist()
-            shard = self._open[number] = _OpenShard(self.shards[number], mark)
-            if len(self._open) > MOST_OPEN:
-                self._open.popitem(last=False)
+        shard = _opened(self.shards[number], tuple(self.marks[number]))
         data = read_member(shard.handle, int(columns[start][index]), length, pieces)
         if len(data) < length or shard.was_replaced:
             missing = length - len(data)
@@ -149,16 +132,21 @@ class ShardSource(IndexedSource):
 class _OpenShard:
     """A file descriptor that closes when nobody holds it."""
 
-    def __init__(self, path: Path, mark: list[int]) -> None:
+    def __init__(self, path: Path, mark: tuple[int, ...]) -> None:
         self.handle = -1
         self.handle = os.open(path, os.O_RDONLY)
-        now = mark_of(os.fstat(self.handle))
-        now[2] = mark[2]  # a changed mode or owner does no harm
-        self.was_replaced = now != mark
+        size, modified, _, inode = mark_of(os.fstat(self.handle))
+        changed = mark[2]  # by a new mode or owner perhaps, which does no harm
+        self.was_replaced = (size, modified, changed, inode) != mark
 
     def __del__(self) -> None:
         if self.handle >= 0:
             os.close(self.handle)
+
+
+# Far below the usual limit of 1,024 files; forked processes may share them, since `pread` leaves no
+# position behind.
+_opened = lru_cache(maxsize=64)(_OpenShard)
 
 
 def open_shards(
@@ -183,7 +171,9 @@ def open_shards(
     )
     for note in index.stamp["cut"]:
         log.warning("%s", note)
-    return ShardSource(shards, index, name, notes)
+    source = ShardSource(shards, [marks.marks[os.fspath(place)] for place in places], index, name)
+    source.notes = (*notes, *source.notes)
+    return source
 
 
 def _regular(shard: Path, name: str) -> os.stat_result:

@@ -216,37 +216,31 @@ def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Sou
 
 def _expand(path: Path, name: str) -> list[Path]:
     """Every name that a pattern stands for: ``{first..last}``, ``{train,val}``, ``*``."""
-    groups = [found.groups() for found in _BRACES.finditer(str(path))]
-    if math.prod(_count(name, *group) for group in groups) > MOST_SHARDS:
+    choices = [_choices(name, *found.groups()) for found in _BRACES.finditer(str(path))]
+    if math.prod(map(len, choices)) > MOST_SHARDS:
         what = f"the pattern stands for more than {MOST_SHARDS:,} shards, the most that it may name"
         raise data_error(name, f"{what}; name those that there are, or give their folder")
-    if not groups:
+    if not choices:
         return sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207, absolute patterns
     texts = _BRACES.split(str(path))[:: _BRACES.groups + 1]  # between the braces
     found: list[str] = []
-    for choice in product(*(_choices(*group) for group in groups)):
+    for choice in product(*choices):
         each = texts[0] + "".join(map("".join, zip(choice, texts[1:], strict=True)))
         found += sorted(glob.glob(each)) if glob.has_magic(each) else [each]  # noqa: PTH207
     return [Path(each) for each in found]
 
 
-def _count(name: str, first: str | None, last: str | None, listed: str | None) -> int:
-    """How many names a pair of braces stands for."""
+def _choices(name: str, first: str | None, last: str | None, listed: str | None) -> list[str]:
+    """What a pair of braces stands for: words, or numbers with the zeros of the first."""
     if first is None or last is None:
-        return str(listed).count(",") + 1
+        return str(listed).split(",")
     if max(len(first), len(last)) > _MOST_DIGITS:
-        return MOST_SHARDS + 1
+        return [""] * (MOST_SHARDS + 1)  # which is refused
     if int(last) < int(first):
         what = f"the range {{{first}..{last}}} runs backwards"
         raise data_error(name, f"{what}; write {{{last}..{first}}}")
-    return int(last) - int(first) + 1
-
-
-def _choices(first: str | None, last: str | None, listed: str | None) -> list[str]:
-    """The numbers with the zeros of the first, or the words."""
-    if first is None or last is None:
-        return str(listed).split(",")
-    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    numbers = range(int(first), int(last) + 1)[: MOST_SHARDS + 1]
+    return [f"{number:0{len(first)}d}" for number in numbers]
 
 
 def _nearest(path: Path) -> str:
