@@ -42,6 +42,7 @@ Positive = Annotated[int, Field(gt=0, le=LARGEST_RUN)]
 Workers = Annotated[int, Field(ge=0, le=MOST_WORKERS)] | Literal["auto"]
 """Processes that read images."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)

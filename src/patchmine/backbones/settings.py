@@ -19,12 +19,10 @@ class ModelSettings(InputSettings):
         "vit_small_patch16_224",
         description="a plain vision transformer or ResNet of timm's, or a video model",
     )
-    model_args: Arguments = Field(
-        {}, description="more arguments for timm, such as depth, embed_dim, num_heads"
-    )
+    model_args: Arguments = Field({}, description="more arguments for timm: depth, embed_dim, ...")
     patch_size: Side | None = Field(None, description="pixels; null: the model's own")
     init: Annotated[Text | None, OF_A_MACHINE] = Field(
-        None, description="checkpoint, run or export to start from"
+        None, description="file, run or export to start from"
     )
 
     def setting_errors(self) -> Iterator[SettingError]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from patchmine.data.settings import Crops
-from patchmine.strict import Arguments, BatchSize, Count, Side, Strict, Text
+from patchmine.strict import Arguments, BatchSize, Count, Device, Side, Strict, Text
 
 
 class BenchStepSettings(Strict):
@@ -28,25 +28,19 @@ class BenchStepSettings(Strict):
         description="also time `transformers` (its ViTMAE, same sizes), `dino` or another method",
     )
     model: str = Field(
-        "vit_small_patch16_224", description="a plain ViT or ResNet of timm's, or a model of clips"
+        "vit_small_patch16_224", description="a ViT or ResNet of timm's, or of clips"
     )
     model_args: Arguments = Field({}, description="extra arguments for timm, such as depth")
-    image_size: Side | tuple[Side, Side] = Field(
-        224, description="side, or height and width, in pixels"
-    )
+    image_size: Side | tuple[Side, Side] = Field(224, description="pixels, or [height, width]")
     patch_size: Side | None = Field(None, description="side of a patch; null: the model's own")
     channels: Count = Field(3, description="channels of the images")
     frames: Count = Field(16, description="frames of a clip, of a video model")
     tubelet: Count = Field(2, description="frames in a tubelet, of a video model")
     batch_size: BatchSize = Field(16, description="images or clips in one step")
-    crops: Crops = Field(
-        Crops(), description="number and size of the crops of methods that compare several"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda where there is one"
-    )
+    crops: Crops = Field(Crops(), description="of methods with several crops of each image")
+    device: Device = Field("auto", description="auto: cuda where there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 on a GPU, fp32 on a CPU"
+        "auto", description="bf16 on a GPU, fp32 on a CPU"
     )
     rounds: Count = Field(10, description="rounds in which every contestant takes its turn")
     out: Path | None = Field(None, description="JSON file for the result")

@@ -39,9 +39,7 @@ class DataSettings(Strict):
     data: Annotated[Texts, OF_A_MACHINE] = Field(
         description="give a folder, a list file, tar shards or embedded:photos, as in data=photos/"
     )
-    max_bad_share: Fraction = Field(
-        0.05, description="share of broken images above which the run stops"
-    )
+    max_bad_share: Fraction = Field(0.05, description="share of broken images that ends the run")
 
 
 class Clip(Strict):
@@ -50,9 +48,7 @@ class Clip(Strict):
     frames: Count = Field(default=16, description="frames of a clip; a multiple of clip.tubelet")
     stride: Count = Field(default=4, description="a clip takes every such frame of the video")
     tubelet: Count = Field(default=2, description="frames that one patch spans")
-    repeats: Count = Field(
-        default=1, description="clips that one opening of a video gives, all in one batch"
-    )
+    repeats: Count = Field(default=1, description="clips from one opening of a video, in one batch")
     short: Literal["hold", "loop", "refuse"] = Field(
         default="hold",
         description="shorter videos: hold the last frame, start again, or leave them out",
@@ -92,9 +88,7 @@ class InputSettings(Strict):
         default=MAX_PIXELS,
         description="pixels of an image or frame above which it counts as broken, undecoded",
     )
-    clip: Clip = Field(
-        default=Clip(), description="of video models, which take clips instead of images"
-    )
+    clip: Clip = Field(default=Clip(), description="of models that take clips of videos")
 
     @field_validator("mean", "std")
     @classmethod
@@ -135,7 +129,7 @@ class Crops(Strict):
         default=(0.25, 1.0), description="smallest and largest share of the image in a large crop"
     )
     local_scale: tuple[Fraction, Fraction] = Field(
-        default=(0.05, 0.25), description="the same of a small crop"
+        default=(0.05, 0.25), description="of a small crop"
     )
 
     def setting_errors(self) -> Iterator[SettingError]:
@@ -150,11 +144,11 @@ class ViewSettings(InputSettings):
         default=(0.2, 1.0), description="smallest and largest share of the image in a crop"
     )
     crop_ratio: tuple[float, float] = Field(
-        default=(3 / 4, 4 / 3), description="narrowest and widest crop, width / height"
+        default=(3 / 4, 4 / 3), description="width / height of crops, from and to"
     )
     flip: Fraction = Field(default=0.5, description="probability of a mirrored crop")
     interpolation: Literal["bicubic", "bilinear"] = Field(
-        default="bicubic", description="how crops are resized"
+        default="bicubic", description="resizing of crops"
     )
     crops: Crops = Field(default=Crops(), description="of methods with several crops of each image")
 
@@ -189,11 +183,9 @@ class ShardSettings(Strict):
         patchmine data shard photos/ out=shards/ max_side=512
     """
 
-    data: Texts = Field(
-        description="name the images first, as in `patchmine data shard photos/ out=shards/`"
-    )
+    data: Texts = Field(description="name the images first, as in `patchmine data shard photos/`")
     out: FolderName = Field(description="name the folder to write, as in out=shards/")
     max_side: Count | None = Field(
-        None, description="shrink larger images to this longest side, in pixels"
+        None, description="pixels; larger images are shrunk to this longest side"
     )
     shard_mb: Count = Field(256, description="size of a shard, in megabytes")

@@ -12,6 +12,7 @@ from patchmine.strict import (
     OF_A_MACHINE,
     BatchSize,
     Count,
+    Device,
     Fraction,
     Positive,
     SettingError,
@@ -40,17 +41,15 @@ class EvalSettings(Strict):
     DECIDES_WEIGHTS: ClassVar[bool] = False
 
     eval_every: int = Field(
-        0, ge=0, le=LARGEST_RUN, description="epochs between kNN evaluations; 0: none"
+        0, ge=0, le=LARGEST_RUN, description="epochs between evaluations; 0: none"
     )
     eval_data: Annotated[Text | None, OF_A_MACHINE] = Field(
-        None, description="labelled images for that evaluation"
+        None, description="labelled images for it"
     )
     eval_test: Annotated[Text | None, OF_A_MACHINE] = Field(
         None, description="labelled images to test on; null: a part of eval_data"
     )
-    crop_pct: float = Field(
-        0.875, gt=0, le=1, description="centre crop at evaluation, share of the shorter side"
-    )
+    crop_pct: float = Field(0.875, gt=0, le=1, description="centre crop, share of the shorter side")
 
     def setting_errors(self) -> Iterator[SettingError]:
         """Evaluations without data."""
@@ -63,14 +62,13 @@ class ReadSettings(Strict):
     """What is read, with which weights, and how."""
 
     target: Text = Field(
-        description="a run, an export, a file, a timm architecture, random-init:RUN or raw-pixels"
+        description="a run, an export, a file, a timm model, random-init:RUN or raw-pixels"
     )
     data: Texts = Field(
-        description="folder, list file, tar shards or embedded:photos; of a video run, videos"
+        description="folder, list file, tar shards, embedded:photos; images or videos"
     )
     weights: str = Field(
-        "student",
-        description="student, teacher, partner or partner-teacher of a run; a timm model's file",
+        "student", description="student, teacher, partner or partner-teacher; or a file"
     )
     image_size: Size | None = Field(None, description="pixels; null: the target's own")
     channels: Count | None = Field(None, description="null: the target's own")
@@ -81,15 +79,11 @@ class ReadSettings(Strict):
         description="centre crop, share of the shorter side; null: the target's own",
     )
     stride: Count | None = Field(
-        None, description="a clip takes every such frame of the video; null: the target's own"
+        None, description="clips take every such frame; null: the target's"
     )
-    batch_size: BatchSize = Field(
-        256, description="images, or frames of clips, that are encoded at once; changes no result"
-    )
+    batch_size: BatchSize = Field(256, description="images encoded at once; changes no result")
     workers: Workers = Field("auto", description="processes that decode images")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda where there is one"
-    )
+    device: Device = Field("auto", description="auto: cuda where there is one")
     max_bad_share: Fraction = Field(0.05, description="share of broken images above which to stop")
     seed: int = Field(0, ge=0, description="decides random weights and the order of training")
 
@@ -107,7 +101,7 @@ class EmbedSettings(ReadSettings):
         description="parquet file to write, as in out=embeddings.parquet; or .csv or .npz"
     )
     pooling: str = Field(
-        "cls", description="cls, mean or cls+mean; without a class token cls means mean"
+        "cls", description="cls, mean or cls+mean; cls is mean where there is none"
     )
 
 
@@ -115,9 +109,7 @@ class ProtocolSettings(ReadSettings):
     """What the protocols share."""
 
     test: Texts | None = Field(None, description="images to test on; null: a part of data")
-    baselines: bool = Field(
-        False, description="also measure a random twin of the encoder and the raw pixels"
-    )
+    baselines: bool = Field(False, description="also measure random weights and the raw pixels")
     name: str | None = Field(
         None,
         pattern=r"^[\w.-]+$",
@@ -136,14 +128,14 @@ class KnnSettings(ProtocolSettings):
     """
 
     pooling: str = Field(
-        "cls", description="cls, mean or cls+mean; without a class token cls means mean"
+        "cls", description="cls, mean or cls+mean; cls is mean where there is none"
     )
     neighbours: tuple[BatchSize, ...] = Field(
-        NEIGHBOURS, min_length=1, description="all k that are reported"
+        NEIGHBOURS, min_length=1, description="k that are reported"
     )
     k: BatchSize = Field(HEADLINE, description="the one that top1 and top5 stand for")
     temperature: float = Field(
-        TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)"
+        TEMPERATURE, ge=1e-6, description="of the vote exp(cosine / temperature)"
     )
 
 
@@ -151,20 +143,15 @@ class GridSettings(ProtocolSettings):
     """How many classifiers are trained at once, DINOv2's way."""
 
     rates: tuple[_Rate, ...] = Field(
-        RATES, min_length=1, description="learning rates for 256 images (dinov2)"
+        RATES, min_length=1, description="rates for 256 images (dinov2)"
     )
     iterations: Positive | None = Field(
-        None, description="training steps (dinov2); null: by the number of images"
+        None, description="training steps (dinov2); null: by the data"
     )
     held_out: float = Field(
-        0.1,
-        gt=0,
-        lt=1,
-        description="share of the training images that the choice is made on (dinov2)",
+        0.1, gt=0, lt=1, description="share of the data that the choice is made on"
     )
-    train_batch: BatchSize | None = Field(
-        None, description="features in a training step; null: by the number of images"
-    )
+    train_batch: BatchSize | None = Field(None, description="features in a step; null: by the data")
 
 
 class LinearSettings(GridSettings):
@@ -178,12 +165,10 @@ class LinearSettings(GridSettings):
     """
 
     protocol: Literal["dinov2", "mae"] = Field(
-        "dinov2", description="dinov2: many classifiers at once; mae: one with LARS"
+        "dinov2", description="many classifiers at once, or one with LARS"
     )
     epochs: Positive = Field(90, description="passes over the training images (mae)")
-    warmup_epochs: int = Field(
-        10, ge=0, le=LARGEST_RUN, description="of these, with a rising rate (mae)"
-    )
+    warmup_epochs: int = Field(10, ge=0, le=LARGEST_RUN, description="with a rising rate (mae)")
     blr: _Rate = Field(0.1, description="learning rate for 256 images (mae)")
 
 
@@ -198,13 +183,11 @@ class VideoSettings(GridSettings):
     """
 
     segments: Count = Field(5, description="clips of each test video, at even distances")
-    crops: Count = Field(
-        3, description="crops of each of these, from one end of the longer side to the other"
-    )
+    crops: Count = Field(3, description="crops of each of these, along the longer side")
     image: Text | None = Field(
-        None, description="also measure an encoder of images, the mean over the frames: a run, ..."
+        None, description="also measure this encoder of images over the frames"
     )
     k: BatchSize = Field(HEADLINE, description="neighbours that vote")
     temperature: float = Field(
-        TEMPERATURE, ge=1e-6, description="of the vote, exp(cosine / temperature)"
+        TEMPERATURE, ge=1e-6, description="of the vote exp(cosine / temperature)"
     )

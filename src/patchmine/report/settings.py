@@ -20,10 +20,10 @@ class ShowSettings(Strict):
     """
 
     run: Text = Field(
-        description="name the folder of a run first, as in `patchmine show runs/hpm a.jpg`"
+        description="name the folder of a run first, as in patchmine show runs/hpm a.jpg"
     )
     images: list[str] = Field(
-        min_length=1, description="name image files after the run, or videos of a run on videos"
+        min_length=1, description="name images after the run, or videos of a run on them"
     )
     out: Text = Field("panel.png", description="picture to write; of videos also .gif or .mp4")
     seed: int = Field(0, ge=0, description="decides the random masks")
@@ -38,10 +38,7 @@ class ReportSettings(Strict):
         patchmine report runs/hpm runs/mae out=report.html
     """
 
-    runs: list[str] = Field(
-        min_length=1,
-        description="name one run folder or several, as in `patchmine report runs/hpm`",
-    )
+    runs: list[str] = Field(min_length=1, description="name one run folder or several")
     out: Annotated[Text, AfterValidator(ends_in(".html", ".htm"))] = Field(
         "report.html", description="page to write"
     )

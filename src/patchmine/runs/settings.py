@@ -25,9 +25,7 @@ class ExportSettings(Strict):
         patchmine export runs/hpm out=hpm-vit-s
     """
 
-    run: Text = Field(
-        description="name the folder of a run first, as in `patchmine export runs/hpm`"
-    )
+    run: Text = Field(description="name the folder of a run first, as in patchmine export runs/hpm")
     what: Literal["encoder", "full"] = Field(
         "encoder", description="the encoder alone, or the whole method under the reference's names"
     )
@@ -50,29 +48,19 @@ class ImportSettings(Strict):
     """
 
     file: Text = Field(
-        description="name the file first, as in `patchmine import mae.pth out=runs/mae`"
+        description="name the file first, as in patchmine import mae.pth out=runs/mae"
     )
     out: FolderName = Field(description="name the folder to write, as in out=runs/mae")
     weights: Literal["auto", "student", "raw", "teacher", "ema"] = Field(
         "auto",
         description="student, raw: the trained network; teacher, ema: its average; auto: as known",
     )
-    prefix: str | None = Field(
-        None, description="of the encoder's names, where the file holds several encoders"
-    )
+    prefix: str | None = Field(None, description="of the encoder's names, where there are several")
     what: Literal["auto", "encoder", "full"] = Field(
-        "auto", description="auto: the decoder too, where the file has one"
+        "auto", description="auto: as much as the file has"
     )
-    image_size: Size | None = Field(
-        None, description="pixels, one number or [height, width]; positions are resampled to it"
-    )
-    source_size: Size | None = Field(
-        None, description="the image size that the file was trained at, where nothing tells it"
-    )
-    num_heads: Count | None = Field(
-        None, description="attention heads, where the width does not tell"
-    )
+    image_size: Size | None = Field(None, description="pixels; positions are resampled to it")
+    source_size: Size | None = Field(None, description="pixels that the file was trained at")
+    num_heads: Count | None = Field(None, description="attention heads, where nothing tells")
     decoder_num_heads: Count | None = Field(None, description="the same of the decoder")
-    allow: list[str] = Field(
-        [], description="tensors that may be missing or unexpected, as in allow=[head.*]"
-    )
+    allow: list[str] = Field([], description="tensors that may be missing or unexpected: [head.*]")

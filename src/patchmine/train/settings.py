@@ -13,6 +13,7 @@ from patchmine.strict import (
     OF_A_MACHINE,
     BatchSize,
     Count,
+    Device,
     Positive,
     SettingError,
     Strict,
@@ -27,20 +28,16 @@ class ScheduleSettings(Strict):
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
     epochs: Positive | None = Field(100, description="passes over the data")
-    steps: Positive | None = Field(
-        None, description="exact number of optimizer steps; overrules epochs"
-    )
+    steps: Positive | None = Field(None, description="number of optimizer steps; overrules epochs")
     batch_size: BatchSize = Field(256, description="images in one optimizer step, over all devices")
-    accumulate: Count = Field(
-        1, description="parts that a batch is cut into, one after the other, to save memory"
-    )
+    accumulate: Count = Field(1, description="parts that a batch is cut into to save memory")
     blr: float = Field(
-        1.5e-4, gt=0, description="learning rate for 256 images; the rate is blr * batch_size / 256"
+        1.5e-4, gt=0, description="learning rate at batch_size=256; follows the batch"
     )
     warmup_epochs: float = Field(10, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
     warmup_lr: float = Field(0, ge=0, description="learning rate at step 0")
     warmup_prefix: bool = Field(
-        True, description="the cosine begins after the warm-up; false: at step 0, as timm's does"
+        True, description="the cosine begins after the warm-up, not at step 0"
     )
     lr_schedule: Literal["cosine", "multi_step", "constant"] = Field(
         "cosine", description="how the learning rate goes on after the warm-up"
@@ -49,9 +46,7 @@ class ScheduleSettings(Strict):
     lr_milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [], description="multi_step: shares of the run after which the rate is cut, as in [0.875]"
     )
-    lr_gamma: float = Field(
-        0.1, gt=0, le=1, description="multi_step: what the rate is multiplied by then"
-    )
+    lr_gamma: float = Field(0.1, gt=0, le=1, description="multi_step: factor of the rate there")
 
     def setting_errors(self) -> Iterator[SettingError]:
         """No length, or a setting that the chosen schedule would pass over in silence."""
@@ -94,7 +89,7 @@ class OptimSettings(Strict):
     )
     seed: int = Field(0, ge=0, description="decides initial weights, order, crops and masks")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 on a GPU that has it, else fp32"
+        "auto", description="bf16 where a GPU has it, else fp32"
     )
 
 
@@ -103,12 +98,10 @@ class MachineSettings(Strict):
 
     DECIDES_WEIGHTS: ClassVar[bool] = False
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], OF_A_MACHINE] = Field(
+    device: Annotated[Device, OF_A_MACHINE] = Field(
         "auto", description="auto: cuda where there is one"
     )
-    devices: Annotated[Count, OF_A_MACHINE] = Field(
-        1, description="processes on each node, one for each GPU"
-    )
+    devices: Annotated[Count, OF_A_MACHINE] = Field(1, description="processes on a node, one a GPU")
     num_nodes: Annotated[Count, OF_A_MACHINE] = Field(1, description="machines")
     workers: Annotated[Workers, OF_A_MACHINE] = Field(
         "auto", description="processes that read images"
@@ -129,7 +122,7 @@ class SavingSettings(Strict):
 
     out: Annotated[Text | None, OF_A_MACHINE] = Field(None, description="folder of the run")
     checkpoint_every: Positive | None = Field(
-        None, description="steps; null: once an epoch, 100 steps apart or more"
+        None, description="steps; null: 1 epoch, 100 at least"
     )
     keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
 
@@ -140,9 +133,7 @@ class LoggingSettings(Strict):
     DECIDES_WEIGHTS: ClassVar[bool] = False
 
     log_every: Positive = Field(10, description="steps")
-    sample_every: Positive | None = Field(
-        None, description="steps between pictures; null: ten times in the run"
-    )
+    sample_every: Positive | None = Field(None, description="steps; null: a tenth of the run")
     tensorboard: bool = Field(True, description="write TensorBoard events too")
     wandb: str | None = Field(None, description="project on Weights & Biases to log to")
 
