@@ -118,6 +118,18 @@ def test_no_method_imports_a_method() -> None:
             assert not {name for name in beside if ".settings." not in name}, named(path)
 
 
+def test_only_backbones_tell_families_of_encoders_apart() -> None:
+    modules = {"VisionTransformer", "Beit", "ResNet", "VideoTransformer"}
+    for path in FILES:
+        if path.parent.name == "backbones":
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                asked = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+                assert not asked & modules, f"{named(path)}:{node.lineno}: ask family_of"
+        assert "is_video(" not in path.read_text(encoding="utf-8"), named(path)
+
+
 def test_ops_import_torch_and_nothing_else() -> None:
     for path in (PACKAGE / "ops").glob("*.py"):
         assert third_parties(path) <= {"torch"}, named(path)

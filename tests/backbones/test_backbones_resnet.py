@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from patchmine.backbones.family import build_encoder, refuse_unfit
+from patchmine.backbones.record import Blueprint
 from patchmine.backbones.resnet import has_cifar_stem, infer_resnet, is_resnet
 from patchmine.errors import UserError
 from patchmine.methods import METHODS, method_class
@@ -99,10 +100,8 @@ def test_the_name_is_read_off_the_tensors(model: str, stem: bool) -> None:
         {"conv1.weight": torch.empty(64, 2, 3, 3, device="meta")} if stem else {}
     )
     assert is_resnet(tensors)
-    assert infer_resnet(tensors, "x.pth") == (
-        model,
-        {"in_chans": 2} | ({"cifar_stem": True} if stem else {}),
-    )
+    own = {"cifar_stem": True} if stem else {}
+    assert infer_resnet(tensors, "x.pth") == Blueprint(model, channels=2, model_args=own)
 
 
 def test_unusual_depths_are_told() -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import timm
 
 from patchmine.backbones.description import Description
-from patchmine.backbones.family import create_encoder
 from patchmine.backbones.loading import Tensors
 from patchmine.backbones.positions import RELATIVE, source_grid
-from patchmine.backbones.record import Blueprint, Encoder
+from patchmine.backbones.record import Blueprint
 from patchmine.backbones.tokens import refuse_unfilled
 from patchmine.errors import UserError
 
@@ -77,12 +76,6 @@ class Architecture(Blueprint):
     def arguments(self) -> dict[str, Any]:
         """Keywords of the network: no norm after pooling, unless there is one in the file."""
         return {**({} if self.clip else {"fc_norm": False}), **super().arguments()}
-
-    def build(self, source: str) -> Encoder:
-        """The network, its weights not yet meaningful."""
-        encoder = create_encoder(self.model, self.arguments(), source)
-        encoder.built_from = self
-        return encoder
 
 
 def count_blocks(names: Iterable[str], source: str, prefix: str = "blocks.") -> int:

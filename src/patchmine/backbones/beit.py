@@ -89,5 +89,5 @@ BEIT: Family = replace(
     export_arguments=lambda encoder: {**vit.sizes(encoder), "global_pool": encoder.global_pool},
     relative_positions=has_relative_positions,
     class_bias=class_bias,
-    inferable=False,
+    infer=None,  # relative positions look alike in many networks
 )

@@ -117,6 +117,14 @@ def create_encoder(model: str, arguments: Mapping[str, Any], source: str) -> Enc
     return encoder
 
 
+def infer_blueprint(tensors: Mapping[str, Tensor], source: str, **wanted: Any) -> Blueprint:
+    """What an encoder of these tensors is built from; keywords are `infer_architecture`'s."""
+    found = (family.infer for family in FAMILIES.values() if family.recognises(tensors))
+    infer = next((each for each in found if each is not None), VIT.infer)
+    assert infer is not None
+    return infer(tensors, source, **wanted)
+
+
 def initialise_encoder(encoder: Encoder) -> None:
     """Fresh weights in place, as the encoder's family draws them."""
     family_of(encoder).initialise(encoder)

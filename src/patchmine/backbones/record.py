@@ -83,7 +83,9 @@ class Family:
         export_arguments: what `export_encoder` writes of an encoder beside its blueprint's.
         clip: (frames, frames in a tubelet) that an encoder is built for, where it reads clips.
         stores_positions: whether position tables are among its tensors.
-        inferable: whether its tensors tell which network they are of.
+        recognises: whether the names in a state dict are those of such an encoder.
+        infer: the blueprint that a state dict tells, as `infer_architecture` does; None where it
+            does not, so that the settings must.
         timm_opens: whether timm by itself can build the network of an encoder.
     """
 
@@ -106,5 +108,6 @@ class Family:
     class_bias: Callable[[Encoder], Tensor | float] = lambda _: 0.0
     clip: Callable[[Encoder], tuple[int, int] | None] = lambda _: None
     stores_positions: bool = False
-    inferable: bool = True
+    recognises: Callable[[Mapping[str, Tensor]], bool] = lambda _: False
+    infer: Callable[..., Blueprint] | None = None
     timm_opens: Callable[[Encoder], bool] = lambda _: True

@@ -119,8 +119,8 @@ def is_resnet(tensors: Mapping[str, Tensor]) -> bool:
     return "conv1.weight" in tensors and any(name.startswith("layer4.0.") for name in tensors)
 
 
-def infer_resnet(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Any]]:
-    """(timm's name, its arguments) of the plain ResNet whose tensors these are, or UserError."""
+def infer_resnet(tensors: Mapping[str, Tensor], source: str, **_: Any) -> Blueprint:
+    """The plain ResNet whose tensors these are, or UserError."""
     places = {tuple(name.split(".")[:2]) for name in tensors if name.startswith(STAGES)}
     depths = tuple(sum(stage == place[0] for place in places) for stage in STAGES)
     found = _PLAIN.get((depths, "layer1.0.conv3.weight" in tensors))
@@ -130,8 +130,8 @@ def infer_resnet(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[
             f"{source} holds a ResNet with {depths} blocks in its stages, which is none of "
             f"{', '.join(_PLAIN.values())}: give patchmine.load_encoder its name, model=..."
         )
-    arguments: dict[str, Any] = {"in_chans": stem.shape[1]}
-    return found, arguments | ({"cifar_stem": True} if stem.shape[-1] == 3 else {})
+    own = {"cifar_stem": True} if stem.shape[-1] == 3 else {}
+    return Blueprint(found, channels=stem.shape[1], model_args=own)
 
 
 def _no_blocks(_: Encoder, __: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -154,5 +154,7 @@ RESNET = Family(
     smallest_side=lambda _: 1,
     enter_blocks=_no_blocks,
     export_arguments=lambda encoder: {"global_pool": encoder.global_pool.pool_type},
+    recognises=is_resnet,
+    infer=infer_resnet,
     timm_opens=lambda encoder: not has_cifar_stem(encoder),
 )

@@ -14,6 +14,7 @@ from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from patchmine.backbones.architecture import infer_architecture
 from patchmine.backbones.positions import sincos_table
 from patchmine.backbones.record import Blueprint, Encoder, Family
 from patchmine.backbones.tokens import (
@@ -191,4 +192,6 @@ VIT = Family(
         "fc_norm": has_fc_norm(encoder),
     },
     stores_positions=True,
+    recognises=lambda tensors: "patch_embed.proj.weight" in tensors,
+    infer=infer_architecture,
 )

@@ -14,9 +14,9 @@ import timm
 from timm.models import is_model_in_modules
 
 from patchmine.backbones import description
-from patchmine.backbones.architecture import TIMM_EPS, infer_architecture
+from patchmine.backbones.architecture import TIMM_EPS
 from patchmine.backbones.description import Description, describe_weights, find_weights
-from patchmine.backbones.family import create_encoder, family_of
+from patchmine.backbones.family import create_encoder, family_of, infer_blueprint
 from patchmine.backbones.loading import (
     COUNTER,
     LoadReport,
@@ -25,11 +25,11 @@ from patchmine.backbones.loading import (
     load_tensors,
     read_checkpoint,
 )
+from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights, encoder_of, find_network
 from patchmine.backbones.official import with_usual_eps
 from patchmine.backbones.positions import is_position_table, move_all_positions, source_grid
 from patchmine.backbones.record import Blueprint, Encoder
-from patchmine.backbones.resnet import infer_resnet, is_resnet
 from patchmine.backbones.tokens import embedded_prefix, refuse_unfilled
 from patchmine.errors import UserError, shown_name
 
@@ -99,10 +99,8 @@ def open_weights(
     report = LoadReport(source, dropped=network.outside, notes=[network.told])
     if known.model is not None:
         name, arguments = known.model, _arguments(known, image_size, tensors, source)
-    elif is_resnet(tensors):
-        name, arguments = infer_resnet(tensors, source)
     else:
-        architecture = infer_architecture(
+        found = infer_blueprint(
             tensors,
             source,
             num_heads=num_heads or (model_args or {}).get("num_heads"),
@@ -110,7 +108,9 @@ def open_weights(
             source_size=source_size,
             known=known,
         )
-        name, arguments = architecture.model, architecture.arguments()
+        name, arguments = found.model, found.arguments()
+        if family_of(name).convolutional:
+            del arguments["img_size"]  # timm's ResNets take any and know no such argument
     _refuse_giants(arguments, tensors, source)
     empty = create_encoder(name, {**arguments, "device": "meta"}, source)
     family = family_of(empty)
@@ -154,7 +154,7 @@ def _arguments(
     """Of the described network, at the size that is wanted."""
     model, arguments = str(known.model), dict(known.model_args)
     family = family_of(model)
-    clips = family.name == "video"
+    clips = reads_clips(model)
     if not clips and not timm.is_model(model):
         raise UserError(
             f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may"

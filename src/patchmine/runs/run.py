@@ -61,7 +61,7 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
         return weights.fill(encoder, Run(start_from).encoder(), source)
     # Tensors with relative positions do not tell which network they are of; the settings do.
     named: dict[str, Any] = {}
-    if not family_of(encoder).inferable:
+    if family_of(encoder).infer is None:
         built = encoder.built_from
         sizes = {"patch_size": encoder.patch_embed.patch_size, "in_chans": built.channels}
         arguments = {**built.model_args, **sizes}
@@ -75,14 +75,7 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
 
 
 def _bare_encoder(config: RunConfig) -> Encoder:
-    return build_encoder(
-        config.model,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        channels=config.channels,
-        model_args=config.model_args,
-        clip=(config.clip.frames, config.clip.tubelet),
-    )
+    return build_encoder(config, clip=(config.clip.frames, config.clip.tubelet))
 
 
 def partner_config(config: RunConfig) -> RunConfig | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchmine.backbones import official, reference
 from patchmine.backbones.description import note
-from patchmine.backbones.family import Encoder, family_of
+from patchmine.backbones.family import Encoder, create_encoder, family_of
 from patchmine.backbones.loading import LoadReport, load_tensors
 from patchmine.backbones.naming import Weights
 from patchmine.backbones.official import OfficialFile
@@ -164,9 +164,11 @@ def import_file(
         config, dropped = _settings(found, out), [*found.unused(), *found.dropped]
         report = LoadReport(file, resized=found.resized, dropped=dropped, notes=found.notes)
         if found.decoder is None:
-            encoder = found.architecture.build(file)
+            architecture = found.architecture
+            encoder = create_encoder(architecture.model, architecture.arguments(), file)
+            encoder.built_from = architecture
             load_tensors(encoder, found.encoder, report, allow=allow)
-            timm = "init= and timm" if found.architecture.clip is None else "and init="
+            timm = "init= and timm" if architecture.clip is None else "and init="
             report.notes.append(
                 f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume"
             )
