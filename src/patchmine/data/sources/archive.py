@@ -41,16 +41,6 @@ class Member(NamedTuple):
     pieces: tuple[tuple[int, int], ...] = ()
 
 
-class _Link(NamedTuple):
-    """What a link leads to: the last file of that name; of a hard link, the last ``before`` it."""
-
-    name: str
-    before: int | None = None
-
-
-_Targets = dict[str, list[tuple[int, Member | _Link]]]
-
-
 class _DamagedError(Exception):
     """A header that cannot be read."""
 
@@ -71,20 +61,20 @@ def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterato
         trouble.append(f"was cut within its first header (it has {size} bytes)")
         return
     refuse_packed(shard)
-    targets: _Targets | None = None
+    targets: dict[str, list[tarfile.TarInfo]] | None = None
     for info in _headers(shard, trouble):
         name = _plain(info.name)
         if info.islnk() or info.issym():
             targets = _targets(shard) if targets is None else targets
-            found = _resolve(_linked(info), targets)
+            found = _resolve(info, targets)
             if found is None:
                 passed_over.add(LOST_LINK, name)
             else:
-                yield found._replace(name=name)
+                yield _member(found, name)
         elif info.isreg() and info.issparse() and info.size > max(size, _LARGEST_SPARSE):
             passed_over.add(SPARSE, name)
         elif info.isreg():
-            yield _member(info)
+            yield _member(info, name)
         elif not info.isdir():
             passed_over.add(NO_FILE, name)
 
@@ -150,8 +140,8 @@ def _pieces(info: tarfile.TarInfo) -> tuple[tuple[int, int], ...]:
     return tuple(cast("list[tuple[int, int]]", info.sparse or []))
 
 
-def _member(info: tarfile.TarInfo) -> Member:
-    return Member(_plain(info.name), info.offset_data, info.size, _pieces(info))
+def _member(info: tarfile.TarInfo, name: str) -> Member:
+    return Member(name, info.offset_data, info.size, _pieces(info))
 
 
 def _plain(name: str) -> str:
@@ -159,35 +149,30 @@ def _plain(name: str) -> str:
     return re.sub(r"^(\.?/)+", "", name)
 
 
-def _linked(info: tarfile.TarInfo) -> _Link:
-    """Where a link leads: a hard one counts from the root, a symbolic one from its folder."""
-    if info.islnk():
-        return _Link(posixpath.normpath(_plain(info.linkname)), info.offset)
-    if info.linkname.startswith("/"):
-        return _Link("")  # out of the archive
-    folder = posixpath.dirname(_plain(info.name))
-    return _Link(posixpath.normpath(posixpath.join(folder, info.linkname)))
-
-
-def _targets(shard: Path) -> _Targets:
-    """The files and links of an archive by name, those of one name in order, with their places."""
-    found: _Targets = {}
+def _targets(shard: Path) -> dict[str, list[tarfile.TarInfo]]:
+    """The files and links of an archive by name, those of one name in order."""
+    found: dict[str, list[tarfile.TarInfo]] = {}
     for info in _headers(shard, []):
         if info.isreg() or info.issym() or info.islnk():
-            what = _member(info) if info.isreg() else _linked(info)
-            found.setdefault(posixpath.normpath(_plain(info.name)), []).append((info.offset, what))
+            found.setdefault(posixpath.normpath(_plain(info.name)), []).append(info)
     return found
 
 
-def _resolve(link: _Link, targets: _Targets) -> Member | None:
+def _resolve(
+    info: tarfile.TarInfo, targets: dict[str, list[tarfile.TarInfo]]
+) -> tarfile.TarInfo | None:
+    """The file that a link leads to, perhaps by other links; None where there is none."""
     for _ in range(_MOST_LINKS):
-        named = targets.get(link.name, [])
+        # A hard link counts from the root, a symbolic one from its folder and stays inside.
+        folder = "" if info.islnk() else posixpath.dirname(_plain(info.name))
+        inside = _plain(info.linkname) if info.islnk() else info.linkname
+        named = targets.get(posixpath.normpath(posixpath.join(folder, inside)), [])
         # A file that comes again under its name is a new one: earlier hard links keep the old one.
-        earlier = [what for place, what in named if link.before is None or place < link.before]
-        found = earlier[-1] if earlier else named[0][1] if named else None
-        if not isinstance(found, _Link):
+        earlier = [other for other in named if info.issym() or other.offset < info.offset]
+        found = earlier[-1] if earlier else named[0] if named else None
+        if found is None or found.isreg():
             return found
-        link = found
+        info = found
     return None
 
 
