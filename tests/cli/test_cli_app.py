@@ -110,6 +110,12 @@ def test_the_first_help_shows_the_commands_in_the_order_of_work() -> None:
     assert call("--version").stdout == f"patchmine {__version__}\n"
 
 
+def test_the_package_is_the_program_too() -> None:
+    command = [sys.executable, "-m", "patchmine", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"patchmine {__version__}\n"
+
+
 def examples() -> list[str]:
     pages = [call("--help").stdout, *(call(*command, "--help").stdout for command in COMMANDS)]
     lines = [line.strip() for page in pages for line in page.splitlines()]
