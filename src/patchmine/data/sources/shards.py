@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import stat
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -27,6 +26,7 @@ from patchmine.data.sources.contract import (
     Labels,
     data_error,
     folder_classes,
+    open_regular,
 )
 from patchmine.data.sources.index import (
     Index,
@@ -150,43 +150,28 @@ _opened = lru_cache(maxsize=64)(_OpenShard)
 
 
 def open_shards(
-    shards: Sequence[Path],
-    name: str,
-    cache_dir: Path | None,
-    kind: Kind = IMAGES,
-    notes: Sequence[str] = (),
+    shards: Sequence[Path], name: str, cache_dir: Path | None, kind: Kind = IMAGES
 ) -> ShardSource:
-    """The images (or what else ``kind`` says) of some tar shards; their source has ``notes`` too.
+    """The images (or what else ``kind`` says) of some tar shards.
 
     The index is kept in ``cache_dir`` and used again as long as no shard has changed.  What is
     whole in a shard that was cut can be used.  UserError when a shard is missing, is no tar
     archive, or when there is no image in any.
     """
-    places = [shard.resolve() for shard in shards]
-    marks = Marks()
+    marks, places = Marks(), [shard.resolve() for shard in shards]
     for shard, place in zip(shards, places, strict=True):
-        marks.note(os.fspath(place), _regular(shard, name))
+        try:
+            with open_regular(os.fspath(shard)) as handle:
+                marks.note(os.fspath(place), os.fstat(handle.fileno()))
+        except OSError as error:
+            what = f"the shard {shown_name(shard)} cannot be read ({error.strerror or error})"
+            raise data_error(name, what) from error
     index = kept_index(
         cache_dir, "shards", kind, places, lambda: index_shards(shards, marks, name, kind)
     )
     for note in index.stamp["cut"]:
         log.warning("%s", note)
-    source = ShardSource(shards, [marks.marks[os.fspath(place)] for place in places], index, name)
-    source.notes = (*notes, *source.notes)
-    return source
-
-
-def _regular(shard: Path, name: str) -> os.stat_result:
-    """What the disk says of a shard, which must be a regular file: a pipe would be waited for."""
-    try:
-        info = shard.stat()
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})"
-        raise data_error(name, f"the shard {shown_name(shard)} {what}") from error
-    if not stat.S_ISREG(info.st_mode):
-        what = "is no regular file; give a tar archive"
-        raise data_error(name, f"the shard {shown_name(shard)} {what}")
-    return info
+    return ShardSource(shards, [marks.marks[os.fspath(place)] for place in places], index, name)
 
 
 class _Listing:

@@ -67,6 +67,8 @@ def open_source(spec: Spec, kind: str = "image", *, cache_dir: Path | None = Non
     Raises:
         UserError: there is nothing of that name, nothing in it, or nothing that could decode it.
     """
+    if kind not in KINDS:
+        raise UserError(f"kind={kind}: a source is of {' or '.join(map(repr, KINDS))}")
     source = _opened(spec, KINDS[kind], cache_dir)
     if kind == "video":
         decoder_of(source)  # whose absence is better told now than by the first worker
@@ -189,7 +191,9 @@ def _open_directory(
     archives = open_folder(folder, name, None, _ARCHIVES)
     if len(archives):
         shards = [Path(archives.path(number)) for number in range(len(archives))]
-        return open_shards(shards, name, cache_dir, kind, archives.notes)
+        source = open_shards(shards, name, cache_dir, kind)
+        source.notes = (*archives.notes, *source.notes)
+        return source
     packed = open_folder(folder, name, None, _PACKED)
     if len(packed):
         refuse_packed(Path(packed.path(0)))
