@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from patchmine.backbones.family import block_outputs, family_of
@@ -14,8 +15,10 @@ from patchmine.backbones.tokens import embed_patches, prefix_tokens
 from patchmine.errors import UserError
 
 
-def class_attention(encoder: Encoder, images: Tensor) -> Tensor:
-    """Softmax attention of the class token in the last block, (B, heads, P + L) float32.
+def class_attention(
+    encoder: Encoder, images: Float[Tensor, "B C H W"]
+) -> Float[Tensor, "B heads N"]:
+    """Softmax attention of the class token in the last block to all N = P + L tokens, float32.
 
     The last block stops there: one query, and no values, projection or MLP (arXiv 2212.05922).
     Raises UserError for an encoder without class token.

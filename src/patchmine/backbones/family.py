@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from jaxtyping import Float, Int
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
@@ -130,19 +131,23 @@ def initialise_encoder(encoder: Encoder) -> None:
     family_of(encoder).initialise(encoder)
 
 
-def block_outputs(encoder: Encoder, embedded: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """Embedded tokens (B, N, D) after so many blocks for each of ``counts``; no final norm."""
+def block_outputs(
+    encoder: Encoder, embedded: Float[Tensor, "B N D"], counts: Sequence[int]
+) -> list[Float[Tensor, "B N D"]]:
+    """Embedded tokens after so many blocks for each of ``counts``; no final norm."""
     return tokens.block_outputs(encoder, embedded, counts, family_of(encoder).enter_blocks)
 
 
-def transform(encoder: Encoder, embedded: Tensor) -> Tensor:
-    """Embedded tokens (B, N, D) after all blocks and the final norm."""
+def transform(encoder: Encoder, embedded: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    """Embedded tokens after all blocks and the final norm."""
     (last,) = block_outputs(encoder, embedded, [len(encoder.blocks)])
     return encoder.norm(last)
 
 
-def encode(encoder: Encoder, images: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Normed tokens, prefix first, then the patches in ``visible`` (or all): (B, P + V, D)."""
+def encode(
+    encoder: Encoder, images: Float[Tensor, "B C *S"], visible: Int[Tensor, "B V"] | None = None
+) -> Float[Tensor, "B N D"]:
+    """Normed tokens, prefix first, then the patches in ``visible`` (or all)."""
     patches = tokens.embed_patches(encoder, images, visible)
     prefix = tokens.prefix_tokens(encoder, len(patches))
     return transform(encoder, torch.cat([prefix, patches], dim=1))

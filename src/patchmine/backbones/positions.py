@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from torch import Tensor
@@ -20,8 +21,8 @@ RELATIVE = "relative_position_bias_table"  # BEiT's name for a table of distance
 _CLASS_ROWS = 3  # of such a table, at its end: class to patch, patch to class, class to itself
 
 
-def sincos_table(width: int, size: tuple[int, ...]) -> Tensor:
-    """(L, width) float32 for a grid of (rows, columns) in raster order, as in every MAE file."""
+def sincos_table(width: int, size: tuple[int, ...]) -> Float[Tensor, "L D"]:
+    """Float32 for a grid of (rows, columns) in raster order, as in every MAE file."""
     if len(size) != 2:
         raise ValueError(f"a sine-cosine table of rows and columns was asked for a grid of {size}")
     if width % 4:
@@ -35,16 +36,16 @@ def sincos_table(width: int, size: tuple[int, ...]) -> Tensor:
     return torch.cat(parts, dim=1).float()
 
 
-def interleaved_table(width: int, count: int) -> Tensor:
-    """(count, width) float32, VideoMAE's table: sine and cosine of the flattened index in turn."""
+def interleaved_table(width: int, count: int) -> Float[Tensor, "L D"]:
+    """Float32, VideoMAE's table: sine and cosine of the flattened index in turn."""
     channel = torch.arange(width, dtype=torch.float64)
     rate = 10000.0 ** (-2 * (channel // 2) / width)
     angle = torch.arange(count, dtype=torch.float64)[:, None] * rate  # (count, width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-def fixed_table(width: int, size: tuple[int, ...]) -> Tensor:
-    """(L, width) that a decoder adds: MAE's for rows and columns, VideoMAE's for clips."""
+def fixed_table(width: int, size: tuple[int, ...]) -> Float[Tensor, "L D"]:
+    """What a decoder adds: MAE's for rows and columns, VideoMAE's for clips."""
     if len(size) == 2:
         return sincos_table(width, size)
     return interleaved_table(width, math.prod(size))
@@ -112,7 +113,7 @@ def grids_of(count: int) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def grid_of_fixed_table(table: Tensor) -> tuple[int, int] | None:
+def grid_of_fixed_table(table: Float[Tensor, "L D"]) -> tuple[int, int] | None:
     """The grid whose `sincos_table` the rows (L, D) are; None where they are learned."""
     count, width = table.shape
     if width % 4 or count > 2**16:
@@ -211,8 +212,10 @@ def _assumed(
     )
 
 
-def resize_positions(table: Tensor, size: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
-    """(L, D) of a grid of ``size`` -> (L', D) of the grid ``wanted``, for crops in a training step.
+def resize_positions(
+    table: Float[Tensor, "L D"], size: tuple[int, ...], wanted: tuple[int, ...]
+) -> Float[Tensor, "M D"]:
+    """The table of a grid of ``size`` for the grid ``wanted``, for crops in a training step.
 
     DINO's rule, which MOKD shares: bicubic at the scale (wanted + 0.1) / size, without
     antialiasing.  The 0.1 moves every sample, a table of deviation 0.15 by up to 0.1.

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchmine.backbones.positions import resize_positions
@@ -42,8 +43,10 @@ def embedded_prefix(encoder: Encoder) -> int:
     return 0 if getattr(encoder, "no_embed_class", False) else encoder.num_prefix_tokens
 
 
-def project_patches(encoder: Encoder, images: Tensor, index: Tensor | None = None) -> Tensor:
-    """Patches without positions, all in raster order or those in ``index`` (B, V), as (B, V, D)."""
+def project_patches(
+    encoder: Encoder, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B V"] | None = None
+) -> Float[Tensor, "B V D"]:
+    """Patches without positions, all in raster order or those in ``index``."""
     # The convolution as a matrix product, which only sees the patches that are wanted.
     embed = encoder.patch_embed
     if index is None:
@@ -54,23 +57,25 @@ def project_patches(encoder: Encoder, images: Tensor, index: Tensor | None = Non
     return embed.norm(tokens)
 
 
-def patch_positions(encoder: Encoder) -> Tensor:
-    """(L, D) that is added to say where patches are; zeros where only relative positions say it."""
+def patch_positions(encoder: Encoder) -> Float[Tensor, "L D"]:
+    """What is added to say where patches are; zeros where only relative positions say it."""
     if encoder.pos_embed is None:
         return encoder.cls_token.new_zeros(encoder.patch_embed.num_patches, encoder.embed_dim)
     return encoder.pos_embed[0, embedded_prefix(encoder) :]
 
 
-def embed_patches(encoder: Encoder, images: Tensor, index: Tensor | None = None) -> Tensor:
-    """Patches with positions, all in raster order or those in ``index`` (B, V), as (B, V, D)."""
+def embed_patches(
+    encoder: Encoder, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B V"] | None = None
+) -> Float[Tensor, "B V D"]:
+    """Patches with positions, all in raster order or those in ``index``."""
     positions = patch_positions(encoder)
     if index is not None:
         positions = positions[index]
     return project_patches(encoder, images, index) + positions
 
 
-def prefix_tokens(encoder: Encoder, batch: int) -> Tensor:
-    """Class and register tokens with their positions, (B, P, D); P may be 0."""
+def prefix_tokens(encoder: Encoder, batch: int) -> Float[Tensor, "B P D"]:
+    """Class and register tokens with their positions; P may be 0."""
     named = (encoder.cls_token, getattr(encoder, "reg_token", None))
     parts = [token for token in named if token is not None]
     if not parts:
@@ -82,9 +87,12 @@ def prefix_tokens(encoder: Encoder, batch: int) -> Tensor:
 
 
 def block_outputs(
-    encoder: Encoder, tokens: Tensor, counts: Sequence[int], enter_blocks: EnterBlocks
-) -> list[Tensor]:
-    """Embedded tokens (B, N, D) after so many blocks for each of ``counts``; no final norm."""
+    encoder: Encoder,
+    tokens: Float[Tensor, "B N D"],
+    counts: Sequence[int],
+    enter_blocks: EnterBlocks,
+) -> list[Float[Tensor, "B N D"]]:
+    """Embedded tokens after so many blocks for each of ``counts``; no final norm."""
     tokens, keywords = enter_blocks(encoder, tokens)
     found = {0: tokens}
     for number, block in enumerate(encoder.blocks[: max(counts)], start=1):
@@ -95,7 +103,10 @@ def block_outputs(
 
 
 def token_features(
-    encoder: Encoder, images: Tensor, stages: Sequence[str], enter_blocks: EnterBlocks
+    encoder: Encoder,
+    images: Float[Tensor, "N C *S"],
+    stages: Sequence[str],
+    enter_blocks: EnterBlocks,
 ) -> StageFeatures:
     """Maps are patch tokens after the named blocks, normed after the last one and no other.
 

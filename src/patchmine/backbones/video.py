@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ class TubeletEmbed(nn.Module):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int],
+        img_size: int | Sequence[int],
         patch_size: int,
         in_chans: int,
         embed_dim: int,
@@ -53,8 +53,8 @@ class TubeletEmbed(nn.Module):
         cube, place = self.patch_size, {"device": device, "dtype": dtype}
         self.proj = nn.Conv3d(in_chans, embed_dim, cube, stride=cube, bias=bias, **place)
         self.norm = nn.Identity()
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.set_input_size(size, num_frames)
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.set_input_size((height, width), num_frames)
 
     def set_input_size(self, img_size: tuple[int, int], num_frames: int) -> None:
         """Say which clips are expected.  Raises UserError where cubes do not fill them."""
@@ -100,7 +100,7 @@ class VideoTransformer(VisionTransformer):  # type: ignore[misc]  # timm has no 
         *,
         num_frames: int = 16,
         tubelet_size: int = 2,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
         fc_norm: bool = False,
