@@ -1,6 +1,4 @@
-"""What JPEG, PNG and WebP files say about themselves before their pixels: size, orientation, what
-is beside them.
-"""
+"""What JPEG, PNG and WebP files say before their pixels: size, orientation, what is beside them."""
 
 from __future__ import annotations
 
@@ -15,21 +13,14 @@ from patchmine.data.decoding.orientation import exif_orientation
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _SOI, _EOI, _SOS, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE1, 0xEE
 _ALONE = (0x01, *range(0xD0, 0xD8))  # markers without a segment
-_FRAMES = (
-    *range(0xC0, 0xC4),
-    *range(0xC5, 0xC8),
-    *range(0xC9, 0xCC),
-    *range(0xCD, 0xD0),
-)  # SOF0 to SOF15
+_FRAMES = tuple(sorted({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}))  # SOF0 to SOF15
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
 _PROFILE = b"Raw profile type exif\0"  # under which ImageMagick keeps EXIF as hexadecimal text
 _LONGEST_PROFILE = 1 << 18  # bytes of it that are looked at, zipped or not
 
 
 class JpegHeader(NamedTuple):
-    """Size as stored, number of components, orientation, and whether the coefficients of all of it
-    are kept.
-    """
+    """``progressive``: the coefficients of the whole picture are kept in decoding."""
 
     height: int
     width: int
@@ -39,11 +30,7 @@ class JpegHeader(NamedTuple):
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
-    """Everything up to the first scan, as libjpeg goes through it: about 10 microseconds.
-
-    Raises:
-        DecodeError: where no frame is described before the scan.
-    """
+    """Everything up to the first scan, as libjpeg goes through it; takes about 10 microseconds."""
     frame, orientation = None, 1
     for marker, start, end in _segments(data):
         if marker in _FRAMES and frame is None and min(end, len(data)) - start >= 6:
@@ -57,9 +44,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
 
 
 def plain_jpeg(data: bytes) -> bytes:
-    """The same picture without EXIF, profiles, comments and further pictures, at which PIL may
-    stumble.
-    """
+    """The same picture without what is beside it, at which PIL may stumble."""
     kept, end = [data[:2]], 2
     for marker, start, end in _segments(data):
         if marker == _APP14 or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
@@ -83,9 +68,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 class PngHeader(NamedTuple):
-    """Size as stored, bits of a value, colour type, orientation; ``plain``: the file without what
-    is beside pixels.
-    """
+    """``colour``: the colour type; ``plain``: the file without what is beside its pixels."""
 
     height: int
     width: int
@@ -101,12 +84,7 @@ class PngHeader(NamedTuple):
 
 
 def read_png_header(data: bytes) -> PngHeader:
-    """One pass over the chunks; text, profiles and times are skipped unread, EXIF is looked at for
-    its orientation.
-
-    Raises:
-        DecodeError: where the first chunk does not describe a picture.
-    """
+    """One pass over the chunks, of which only EXIF is looked at, for its orientation."""
     if data[12:16] != b"IHDR" or len(data) < 33:
         raise DecodeError("is a truncated or damaged PNG (its first chunk is cut off or another)")
     width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
@@ -122,9 +100,8 @@ def read_png_header(data: bytes) -> PngHeader:
             continue
         kept.append(data[start_kept:place])
         if orientation == 1:
-            orientation = _png_orientation(
-                kind, data[place + 8 : min(end - 4, place + 8 + _LONGEST_PROFILE)]
-            )
+            content = data[place + 8 : min(end - 4, place + 8 + _LONGEST_PROFILE)]
+            orientation = _png_orientation(kind, content)
         place = start_kept = end
     plain = data if len(kept) == 1 else b"".join([*kept, data[start_kept:]])
     return PngHeader(height, width, bits, colour, orientation, plain)
@@ -145,24 +122,18 @@ def _png_orientation(kind: bytes, content: bytes) -> int:
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
-    """(height, width) of a WebP file, for whose canvas PIL asks for memory as soon as it opens it.
-
-    Raises:
-        DecodeError: for another first chunk than the three that there are.
-    """
+    """(height, width) of a WebP file, for whose canvas PIL takes memory as soon as it opens it."""
     kind, place = data[12:16], 20
     if len(data) >= 30:
         if kind == b"VP8X":
-            width, height = (
-                int.from_bytes(data[at : at + 3], "little") + 1 for at in (place + 4, place + 7)
-            )
-            return height, width
+            width, height = data[place + 4 : place + 7], data[place + 7 : place + 10]
+            return int.from_bytes(height, "little") + 1, int.from_bytes(width, "little") + 1
         if kind == b"VP8 ":
-            width, height = struct.unpack_from("<HH", data, place + 6)
-            return height & 0x3FFF, width & 0x3FFF
+            both = struct.unpack_from("<HH", data, place + 6)
+            return both[1] & 0x3FFF, both[0] & 0x3FFF
         if kind == b"VP8L":
-            both = int.from_bytes(data[place + 1 : place + 5], "little")
-            return (both >> 14 & 0x3FFF) + 1, (both & 0x3FFF) + 1
+            packed = int.from_bytes(data[place + 1 : place + 5], "little")
+            return (packed >> 14 & 0x3FFF) + 1, (packed & 0x3FFF) + 1
     raise DecodeError("is a truncated or damaged WebP file (its first chunk is cut off or unknown)")
 
 

@@ -10,17 +10,8 @@ import numpy as np
 from patchmine.data.decoding.bounds import check_pixels, decoding, missing
 
 _BRANDS = {
-    b"heic",
-    b"heix",
-    b"heim",
-    b"heis",
-    b"hevc",
-    b"hevx",
-    b"hevm",
-    b"hevs",
-    b"mif1",
-    b"msf1",
-    b"mif2",
+    *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"),
+    *(b"mif1", b"msf1", b"mif2"),
 }
 _AVIF = {b"avif", b"avis"}
 _WORK = 14  # bytes for each pixel: planes, the packed picture, PIL's copy and the array
@@ -32,9 +23,8 @@ def is_heif(data: bytes) -> bool:
     if data[4:8] != b"ftyp":
         return False
     box = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
-    brands = {
-        box[place : place + 4] for place in range(0, len(box), 4) if place != 4
-    }  # the version stands at 4
+    # The version stands at 4.
+    brands = {box[place : place + 4] for place in range(0, len(box), 4) if place != 4}
     return bool(brands & _BRANDS) and not brands & _AVIF
 
 
@@ -42,8 +32,7 @@ def probe_heif(data: bytes) -> tuple[int, int, int, str]:
     """(height, width, channels, dtype name), upright; raises DecodeError."""
     with decoding("is no readable HEIF image"):
         image = _open(data)
-        mode = str(image.mode)
-        base, _, bits = mode.partition(";")
+        base, _, bits = str(image.mode).partition(";")
         return image.size[1], image.size[0], _CHANNELS[base], f"uint{bits or 8}"
 
 
@@ -58,9 +47,7 @@ def read_heif(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def _open(data: bytes) -> Any:
-    """The main picture of the file, its pixels not read yet.  libheif turns them; EXIF does not
-    count in HEIF.
-    """
+    """The main picture, not read yet.  libheif turns it; EXIF does not count in HEIF."""
     try:
         import pillow_heif
     except ImportError as error:

@@ -1,12 +1,9 @@
-"""numpy's .npy files, whose header is checked against the length of the file before an array is
-made of it.
-"""
+"""numpy's .npy files, whose header is checked against the length of the file."""
 
 from __future__ import annotations
 
 import io
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,47 +16,29 @@ _READERS = {
 }
 
 
-class NpyHeader(NamedTuple):
-    """Shape, type, whether the first axis varies fastest, and where the values begin."""
+def read_npy(data: bytes) -> np.ndarray:
+    """The array, in the file's own memory.
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    fortran: bool
-    start: int
-
-
-def read_npy_header(data: bytes) -> NpyHeader:
-    """Raises DecodeError for a damaged header, for what is no numbers, and for a file that is
-    shorter than it says.
+    DecodeError for a damaged header, for what is no numbers, and for a file too short for it.
     """
-    with decoding("is a truncated or damaged npy file"):
+    damaged = "is a truncated or damaged npy file"
+    with decoding(damaged):
         file = io.BytesIO(data)
         version = np.lib.format.read_magic(file)
         if version not in _READERS:  # 3.0 is for tables with names that are no Latin letters
-            raise DecodeError(
-                f"is an npy file of version {version[0]}.{version[1]}, which is no image"
-            )
+            number = f"{version[0]}.{version[1]}"
+            raise DecodeError(f"is an npy file of version {number}, which is no image")
         shape, fortran, dtype = _READERS[version](file)
     if dtype.kind not in "buif":
-        raise DecodeError(
-            f"is an npy file that holds values of type {str(dtype)[:60]}, which is no image"
-        )
-    if not all(
-        isinstance(side, int) and not isinstance(side, bool) and side >= 0 for side in shape
-    ):
-        raise DecodeError("is a truncated or damaged npy file (its shape is none)")
-    needed, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
-    if needed > there:
-        raise DecodeError(
-            f"is a truncated or damaged npy file ({there} bytes of values where shape {shape} has more)"
-        )
-    return NpyHeader(shape, dtype, fortran, file.tell())
-
-
-def read_npy(data: bytes, header: NpyHeader) -> np.ndarray:
-    """The array, in the file's own memory."""
-    count = math.prod(header.shape)
+        kind = str(dtype)[:60]
+        raise DecodeError(f"is an npy file that holds values of type {kind}, which is no image")
+    if not all(type(side) is int and side >= 0 for side in shape):
+        raise DecodeError(f"{damaged} (its shape is none)")
+    count, start = math.prod(shape), file.tell()
+    if count * dtype.itemsize > len(data) - start:
+        there = len(data) - start
+        raise DecodeError(f"{damaged} ({there} bytes of values where shape {shape} has more)")
     if not count:
-        return np.zeros(header.shape, header.dtype)
-    values = np.frombuffer(data, header.dtype, count, header.start)
-    return values.reshape(header.shape, order="F" if header.fortran else "C")
+        return np.zeros(shape, dtype)
+    values = np.frombuffer(data, dtype, count, start)
+    return values.reshape(shape, order="F" if fortran else "C")

@@ -1,10 +1,11 @@
 """Orientations 1 to 8, as EXIF numbers them: found in an EXIF block, applied to pixels.
 
-Orientation is the only thing read of EXIF: a block that is damaged elsewhere, or is none at all,
-means 1.
+Nothing else is read of EXIF: a block that is damaged elsewhere, or is none at all, means 1.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -18,22 +19,17 @@ _INTEGERS = {1: 1, 3: 2, 4: 4}  # TIFF's types and their bytes
 
 
 def exif_orientation(block: bytes) -> int:
-    """Orientation in an EXIF block, with or without the name that JPEG puts in front; 1 where none
-    can be read.
-    """
+    """Orientation in an EXIF block, with or without JPEG's name in front; 1 where none is there."""
     block = block.removeprefix(b"Exif\0\0")
     if block[:2] not in {b"II", b"MM"}:
         return 1
 
     def number(place: int, size: int) -> int:
-        return int.from_bytes(
-            block[place : place + size], "little" if block[:2] == b"II" else "big"
-        )
+        order: Literal["little", "big"] = "little" if block[:2] == b"II" else "big"
+        return int.from_bytes(block[place : place + size], order)
 
-    directory = number(4, 4)
-    for place in range(
-        directory + 2, min(directory + 2 + 12 * number(directory, 2), len(block) - 11), 12
-    ):
+    first = number(4, 4) + 2
+    for place in range(first, min(first + 12 * number(first - 2, 2), len(block) - 11), 12):
         if number(place, 2) == TAG:
             value = number(place + 8, _INTEGERS.get(number(place + 2, 2), 0))
             return value if 1 <= value <= 8 else 1
@@ -41,9 +37,7 @@ def exif_orientation(block: bytes) -> int:
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """(..., H, W) turned as the orientation says: a transpose, then mirrorings; a view of the same
-    memory.
-    """
+    """(..., H, W) turned as the orientation says, a view of the same memory."""
     if orientation in TURNED:
         array = array.swapaxes(-1, -2)
     if orientation in _MIRRORED_X:
@@ -57,21 +51,17 @@ def upright_tensor(image: Tensor, orientation: int) -> Tensor:
     """The same of a tensor (..., H, W)."""
     if orientation in TURNED:
         image = image.transpose(-1, -2)
-    axes = [
-        axis for axis, mirrored in ((-1, _MIRRORED_X), (-2, _MIRRORED_Y)) if orientation in mirrored
-    ]
+    mirrored = ((-1, _MIRRORED_X), (-2, _MIRRORED_Y))
+    axes = [axis for axis, those in mirrored if orientation in those]
     return image.flip(axes) if axes else image
 
 
 def of_matrix(a: float, b: float, c: float, d: float) -> int:
-    """The orientation that maps pixel (x, y) to (a x + c y, b x + d y), as in a video's display
-    matrix [a b; c d].
+    """The orientation that maps (x, y) to (a x + c y, b x + d y), a video's display matrix [a b; c d].
 
     Axes point right and down.  A matrix of other angles counts as the nearest of the eight.
     """
     if abs(a) + abs(d) >= abs(b) + abs(c):  # x stays horizontal
-        return {(False, False): 1, (True, False): 2, (True, True): 3, (False, True): 4}[
-            a < 0, d < 0
-        ]
+        return ((1, 4), (2, 3))[a < 0][d < 0]
     # After a transpose new x is old y, of sign c, and new y is old x, of sign b.
-    return {(False, False): 5, (True, False): 6, (True, True): 7, (False, True): 8}[c < 0, b < 0]
+    return ((5, 8), (6, 7))[c < 0][b < 0]

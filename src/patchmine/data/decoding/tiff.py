@@ -1,5 +1,4 @@
-"""TIFF: which of a file's pages make up the image, one rule for asking and for reading (a table in
-docs/data.md).
+"""TIFF: which of a file's pages make up the image, one rule for asking and for reading.
 
 The image is the first page that is neither a reduced copy nor a mask.  If that page has a single
 grey sample, all such pages of its size and type are the image's channels, unless the file states
@@ -29,30 +28,22 @@ from patchmine.data.decoding.tiff_pages import Page, TiffFile
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB = 0, 1, 2  # photometric interpretations
 _GREY = (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
+_AS_STORED = (*_GREY, _RGB, 32803, 34892)  # colours that tifffile's arrays are: the last a sensor's
 # What PIL keeps all of: (photometric interpretation, samples) of bytes and what they become; types
 # of grey values.
-_BYTES_BY_PIL = {
-    (0, 1): 1,
-    (1, 1): 1,
-    (1, 2): 2,
-    (2, 3): 3,
-    (2, 4): 4,
-    (3, 1): 3,
-    (5, 4): 3,
-    (6, 3): 3,
-    (8, 3): 3,
-}
+_BYTES_BY_PIL = {(0, 1): 1, (1, 1): 1, (1, 2): 2, (2, 3): 3, (2, 4): 4}
+_BYTES_BY_PIL |= {(3, 1): 3, (5, 4): 3, (6, 3): 3, (8, 3): 3}
 _GREY_BY_PIL = {"u12": "uint16", "u16": "uint16", "f32": "float32"}
-_RAW_COLOURS = (_RGB, 32803, 34892)  # that can be taken as they are stored: RGB, and a sensor's
 _ALPHA = (1, 2)  # kinds of extra samples
-_RARE_CODECS = (34887, 34925, 50000, 50001)  # LERC, LZMA, Zstandard, WebP
+# LERC, LZMA, Zstandard, WebP: libtiff, behind PIL, is often built without these, and then writes to
+# the terminal and fails.
+_RARE_CODECS = (34887, 34925, 50000, 50001)
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the image is: pages by their place in the file, and what comes of them.  ``height`` and
-    ``width`` upright.
+    """What the image is: its pages, and what comes of them.  ``height`` and ``width`` upright.
 
     ``by_pil``: PIL keeps all bits and samples of such a page.  ``has_alpha``: the last channel is
     no colour.
@@ -68,9 +59,7 @@ class Layout:
 
 
 def read_layout(file: TiffFile) -> Layout:
-    """The image in a TIFF file.  Raises DecodeError for damage, and for kinds of pixels that are
-    none here.
-    """
+    """The image in a file.  DecodeError for damage, and for kinds of pixels that are none here."""
     chain = file.pages()
     first = next(chain)
     planes = _stated_planes(first)
@@ -78,24 +67,25 @@ def read_layout(file: TiffFile) -> Layout:
     if planes is not None and len(pages) > max(planes):
         pages = [pages[number] for number in planes]
     main = next((page for page in pages if page.is_full), pages[0])
+    chosen: tuple[Page, ...] = (main,)
     if main.samples == 1 and main.photometric in _GREY:
-        chosen = tuple(page for page in pages if page.is_full and page.kind == main.kind) or (main,)
-    else:
-        chosen = (main,)
+        same = [page for page in pages if page.is_full and page.kind == main.kind]
+        chosen = tuple(same) or chosen
     samples, dtype, by_pil = _kind_of(main)
-    channels = len(chosen) * samples
-    height, width = (
-        (main.width, main.height) if main.orientation in TURNED else (main.height, main.width)
-    )
+    channels, turned = len(chosen) * samples, main.orientation in TURNED
     # Of four samples in colour the last one is taken for alpha whatever it is called; four grey
     # ones are four bands.
-    may_be_alpha = main.photometric not in _GREY or any(meaning in _ALPHA for meaning in main.extra)
-    alpha = (
-        len(chosen) == 1
-        and (channels == 4 or (channels == 2 and bool(main.extra)))
-        and may_be_alpha
+    may_be_alpha = main.photometric not in _GREY or any(kind in _ALPHA for kind in main.extra)
+    has_fourth = channels == 4 or (channels == 2 and bool(main.extra))
+    return Layout(
+        pages=chosen,
+        height=main.width if turned else main.height,
+        width=main.height if turned else main.width,
+        channels=channels,
+        dtype=dtype,
+        by_pil=by_pil,
+        has_alpha=len(chosen) == 1 and has_fourth and may_be_alpha,
     )
-    return Layout(chosen, height, width, channels, dtype, by_pil, alpha)
 
 
 def read_tiff(file: TiffFile, layout: Layout, max_pixels: int) -> np.ndarray:
@@ -112,9 +102,8 @@ def read_tiff(file: TiffFile, layout: Layout, max_pixels: int) -> np.ndarray:
     array = planes[0][None] if len(planes) == 1 else np.stack(planes)
     if array.shape[0] != layout.channels or array.dtype.name != layout.dtype:
         found = f"{array.shape[0]} channels of {array.dtype.name}"
-        raise DecodeError(
-            f"is a damaged TIFF ({found} where its header says {layout.channels} of {layout.dtype})"
-        )
+        stated = f"{layout.channels} of {layout.dtype}"
+        raise DecodeError(f"is a damaged TIFF ({found} where its header says {stated})")
     return upright(array, layout.pages[0].orientation)
 
 
@@ -123,19 +112,18 @@ def _kind_of(page: Page) -> tuple[int, str, bool]:
     bits, number = page.bits[0], f"{page.number_kind}{page.bits[0]}"
     if len(set(page.bits)) > 1 or not page.number_kind:
         raise DecodeError(
-            f"is a TIFF with samples of {', '.join(map(str, page.bits[:5]))} bits and of different or complex types"
+            f"is a TIFF with samples of {', '.join(map(str, page.bits[:5]))} bits and of different "
+            "or complex types"
         )
     channels = _BYTES_BY_PIL.get((page.photometric, page.samples))
-    if channels is not None and (
-        number == "u8" or (page.samples == 1 and number in {"u1", "u2", "u4"})
-    ):
+    few_bits = page.samples == 1 and number in {"u1", "u2", "u4"}
+    if channels is not None and (number == "u8" or few_bits):
         return channels, "uint8", True
     if page.samples == 1 and page.photometric in _GREY and number in _GREY_BY_PIL:
         return 1, _GREY_BY_PIL[number], True
-    if page.photometric not in (*_GREY, *_RAW_COLOURS):
-        raise DecodeError(
-            f"is a TIFF of a kind of colour (number {page.photometric}, {bits} bits) that has to be RGB"
-        )
+    if page.photometric not in _AS_STORED:
+        kind = f"number {page.photometric}, {bits} bits"
+        raise DecodeError(f"is a TIFF of a kind of colour ({kind}) that has to be RGB")
     wide = next((wide for wide in (8, 16, 32, 64) if bits <= wide), 0)
     name = {"u": "uint", "i": "int", "f": "float"}[page.number_kind]
     if not wide or (name == "float" and bits not in (16, 32, 64)):
@@ -145,43 +133,28 @@ def _kind_of(page: Page) -> tuple[int, str, bool]:
 
 def _read_page(file: TiffFile, page: Page, layout: Layout) -> Iterator[np.ndarray]:
     """The channels of one page, each (H, W) as stored."""
-    alone = file.alone(page)
-    # libtiff, behind PIL, is often built without these codecs, and then writes to the terminal and
-    # fails.
-    avoid_pil = (
-        page.compression in _RARE_CODECS
-        and page.photometric in (*_GREY, _RGB)
-        and _has_imagecodecs()
-    )
-    array = _by_pil(alone, layout) if layout.by_pil and not avoid_pil else None
-    if array is None and page.photometric not in (*_GREY, *_RAW_COLOURS):
-        raise DecodeError(
-            f"is a TIFF whose compression (number {page.compression}) PIL cannot read in this colour"
-        )
-    by_tifffile = array is None
+    alone, array = file.alone(page), None
+    is_rare = page.compression in _RARE_CODECS and page.photometric in (*_GREY, _RGB)
+    if layout.by_pil and not (is_rare and _has_imagecodecs()):
+        array = _by_pil(alone, layout)
+    by_pil = array is not None
     if array is None:
+        if page.photometric not in _AS_STORED:
+            kind = f"compression (number {page.compression})"
+            raise DecodeError(f"is a TIFF whose {kind} PIL cannot read in this colour")
         array = _by_tifffile(alone, page.compression)
-    if array.ndim == 2:
-        array = array[..., None]
+    array = array[..., None] if array.ndim == 2 else array
     if array.shape[:2] != (page.height, page.width):
         raise DecodeError(f"is a damaged TIFF (its pixels have shape {array.shape[:2]})")
-    if (
-        array.dtype.kind == "u"
-        and array.dtype.itemsize <= 2
-        and (by_tifffile or array.dtype != np.uint8)
-    ):
-        array = _filled(array, page)
+    # Unsigned values of fewer bits than their type, and those in which white is zero, are made what
+    # PIL makes of bytes.
+    filled = by_pil and array.dtype == np.uint8
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2 and not filled:
+        top, highest = np.iinfo(array.dtype).max, (1 << page.bits[0]) - 1
+        if highest < top:
+            array = (array.astype(np.uint32) * top // highest).astype(array.dtype)
+        array = top - array if page.photometric == _WHITE_IS_ZERO else array
     yield from np.moveaxis(array, 2, 0)
-
-
-def _filled(array: np.ndarray, page: Page) -> np.ndarray:
-    """Unsigned values of fewer bits than their type, and those in which white is zero, as PIL gives
-    out bytes.
-    """
-    top, highest = np.iinfo(array.dtype).max, (1 << page.bits[0]) - 1
-    if highest < top:
-        array = (array.astype(np.uint32) * top // highest).astype(array.dtype)
-    return top - array if page.photometric == _WHITE_IS_ZERO else array
 
 
 def _by_pil(data: bytes, layout: Layout) -> np.ndarray | None:
@@ -225,11 +198,10 @@ def _by_tifffile(data: bytes, compression: int) -> np.ndarray:
         raise DecodeError(
             f"is a TIFF with axes {axes} and shape {array.shape}; rows and columns are needed"
         )
-    if array.ndim == 3:
-        array = np.moveaxis(
-            array, next(number for number, name in enumerate(axes) if name not in "YX"), 2
-        )
-    return array
+    if array.ndim == 2:
+        return array
+    channel = next(number for number, name in enumerate(axes) if name not in "YX")
+    return np.moveaxis(array, channel, 2)
 
 
 def _has_imagecodecs() -> bool:
@@ -249,13 +221,10 @@ def _without_log(name: str) -> Iterator[None]:
 
 
 # What a file states about its pages
-# -----------------------------------------------------------------------------------
 
 
 def _stated_planes(first: Page) -> list[int] | None:
-    """Numbers of the pages that are the channels of the first plane and time; None where the file
-    does not say.
-    """
+    """Pages that are the channels of the first plane and time; None where the file does not say."""
     text = first.description
     if text.startswith("ImageJ="):
         stated = re.findall(r"^(channels|slices|frames)=(\d{1,9})\s*$", text, re.MULTILINE)
@@ -274,9 +243,7 @@ def _at_most(pages: int) -> int:
 
 
 def _tifffile_planes(text: str) -> list[int] | None:
-    """Of tifffile's own files: ``axes`` names the axes of ``shape``, C the channels; Q and I are
-    unknown ones.
-    """
+    """``axes`` names the axes of ``shape``: C the channels, Q and I unknown ones."""
     try:
         stated = json.loads(text)
         axes, shape = str(stated["axes"]).upper(), [int(side) for side in stated["shape"]]
@@ -293,9 +260,7 @@ def _tifffile_planes(text: str) -> list[int] | None:
 
 
 def _ome_planes(text: str) -> list[int] | None:
-    """Of OME-TIFF: the order of its axes and their sizes, or where they are listed the pages of
-    planes.
-    """
+    """By the order of the axes and their sizes, or where they are listed the pages of planes."""
     pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]{0,4000}>", text)
     if pixels is None:
         return None
@@ -305,16 +270,10 @@ def _ome_planes(text: str) -> list[int] | None:
         return None
     listed: dict[int, int] = {}
     for block in re.findall(r"<(?:\w+:)?TiffData\b([^>]{0,1000})>", text[pixels.end() :]):
-        at = {
-            name: int(number)
-            for name, number in re.findall(r'(IFD|First[CZT]|PlaneCount)="(\d{1,9})"', block)
-        }
-        if (
-            "IFD" in at
-            and not at.get("FirstZ")
-            and not at.get("FirstT")
-            and at.get("PlaneCount", 1) == 1
-        ):
+        numbers = re.findall(r'(IFD|First[CZT]|PlaneCount)="(\d{1,9})"', block)
+        at = {name: int(number) for name, number in numbers}
+        is_first = not at.get("FirstZ") and not at.get("FirstT")
+        if "IFD" in at and is_first and at.get("PlaneCount", 1) == 1:
             listed.setdefault(at.get("FirstC", 0), at["IFD"])
     channels = _at_most(sizes["C"])
     if len(listed) == channels:

@@ -1,0 +1,84 @@
+"""Values of any type and order of axes become image tensors with the channels of a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchmine.data.decoding.bounds import DecodeError
+
+
+def tensor_channels_first(image: Tensor) -> Tensor:
+    """(C, H, W) of (H, W) or (C, H, W)."""
+    if image.ndim not in (2, 3):
+        must = "a tensor must be (height, width) or (channels, height, width)"
+        raise DecodeError(f"has shape {tuple(image.shape)}; {must}")
+    return image[None] if image.ndim == 2 else image
+
+
+def channels_first(array: np.ndarray, channels: int) -> np.ndarray:
+    """(C, H, W) of (H, W), (H, W, C) or (C, H, W).
+
+    The channel axis is the one that has ``channels`` values, else the shorter of first and last.
+    """
+    if array.ndim == 2:
+        return array[None]
+    if array.ndim != 3:
+        must = "an array must be (height, width[, channels]) or (channels, height, width)"
+        raise DecodeError(f"has shape {array.shape}; {must}")
+    first, last = array.shape[0], array.shape[2]
+    channels_last = last == channels or (first != channels and last <= first)
+    return array.transpose(2, 0, 1) if channels_last else array
+
+
+def scaled(array: np.ndarray) -> Tensor:
+    """uint8 stays, 1 bit is 0 or 255, integers of 16 bits fill [0, 1], the rest is float32 as is."""
+    kind, size = array.dtype.kind, array.dtype.itemsize
+    if kind not in "buif":
+        raise DecodeError(f"holds values of type {array.dtype}, which is no image")
+    if kind == "b":
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint8:
+        usable = array.flags.writeable and min(array.strides) >= 0
+        return torch.from_numpy(array if usable else array.copy())
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is told below
+        values = np.array(array, dtype=np.float32, order="C")
+    if kind in "ui" and size <= 2:
+        limits = np.iinfo(array.dtype)
+        values -= np.float32(limits.min)
+        values /= np.float32(limits.max - limits.min)
+        return torch.from_numpy(values)
+    return require_finite(torch.from_numpy(values))
+
+
+def require_finite(image: Tensor) -> Tensor:
+    """The image itself; DecodeError where it holds NaN or infinity."""
+    if not bool(torch.isfinite(image).all()):
+        raise DecodeError("holds values that are not finite (NaN or infinite)")
+    return image
+
+
+def fit_channels(image: Tensor, channels: int, has_alpha: bool) -> Tensor:
+    """(C, H, W) with the channels asked for, where `decode`'s rules allow it; raises DecodeError."""
+    stored = image.shape[0]
+    if stored == channels:
+        return image
+    if has_alpha:
+        image = image[:-1]
+    if channels == 3 and image.shape[0] == 1:
+        return image.expand(3, -1, -1)
+    if channels == 1 and image.shape[0] == 3:
+        # ITU-R 601-2 luma, for bytes in the same fixed-point arithmetic as PIL.
+        if image.dtype == torch.uint8:
+            red, green, blue = image.int()
+            luma = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+            return luma.to(torch.uint8)[None]
+        red, green, blue = image
+        return (0.299 * red + 0.587 * green + 0.114 * blue)[None]
+    if channels in {1, 3} and image.shape[0] == channels:
+        return image
+    plural = "s" * (stored != 1)
+    raise DecodeError(
+        f"has {stored} channel{plural} where the run expects {channels}; set channels={stored}"
+    )
