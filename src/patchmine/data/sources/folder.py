@@ -13,39 +13,22 @@ from numpy.typing import NDArray
 
 from patchmine.data.decoding.bounds import DecodeError
 from patchmine.data.decoding.video import FrameFiles, in_counting_order
-from patchmine.data.sources import members
-from patchmine.data.sources.contract import (
-    IMAGES,
-    Kind,
-    Labels,
-    Source,
-    data_error,
-    fingerprint_of,
-    folder_classes,
-)
-from patchmine.data.sources.index import (
-    Index,
-    IndexedSource,
-    Marks,
-    PathList,
-    kept_index,
-    new_index,
-    stat_of,
-)
+from patchmine.data.sources import contract, members
+from patchmine.data.sources import index as indices
 from patchmine.errors import shown_name
 
 BACK = "link to a folder that is listed anyway"
 UPWARDS = "link to a folder that it lies in"
 
 
-class FileSource(IndexedSource):
+class FileSource(indices.IndexedSource):
     """Files below ``root``, or elsewhere where a list gives absolute paths.
 
     Classes are those of the list (column ``label`` of the index, ``names`` of its stamp) or, of a
     folder, those of `folder_classes`.
     """
 
-    def __init__(self, root: Path, index: Index, name: str, kind: Kind) -> None:
+    def __init__(self, root: Path, index: indices.Index, name: str, kind: contract.Kind) -> None:
         super().__init__(name, index)
         self.root, self.kind = root, kind
         # A list may name folders of frames instead.
@@ -57,16 +40,16 @@ class FileSource(IndexedSource):
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.index.path(index))  # noqa: PTH118, once per image
 
-    def labels(self) -> Labels | None:
+    def labels(self) -> contract.Labels | None:
         if "label" in self.index.columns:
             ids = self.index.columns["label"].astype(np.int64)
-            return Labels(ids, list(self.index.stamp["names"]))
+            return contract.Labels(ids, list(self.index.stamp["names"]))
         if self.index.stamp["listed"]:
             return None
-        return folder_classes(map(self.index.path, range(len(self))))
+        return contract.folder_classes(map(self.index.path, range(len(self))))
 
 
-class FrameFolders(Source):
+class FrameFolders(contract.Source):
     """Videos as folders of images: the folders below a root that hold images, sorted by path."""
 
     def __init__(self, frames: FileSource) -> None:
@@ -79,7 +62,7 @@ class FrameFolders(Source):
         # Which images are frames too, because another rule makes other videos of equal files; but
         # where every image is one, the fingerprint stays that of earlier versions.
         chosen = self._numbers if passed_over.found else []
-        fingerprint = fingerprint_of([b"frames", frames.fingerprint.encode(), *chosen])
+        fingerprint = contract.fingerprint_of([b"frames", frames.fingerprint.encode(), *chosen])
         notes = [f"data={shown_name(frames.name)}: {note}" for note in passed_over.note()]
         super().__init__(frames.name, fingerprint, (*frames.notes, *notes))
 
@@ -92,7 +75,7 @@ class FrameFolders(Source):
             chosen, others = members.frames_of(list(by_name))
         except DecodeError as error:
             place = shown_name(self.frames.root / folder)
-            raise data_error(self.frames.name, f"the folder {place} {error}") from error
+            raise contract.data_error(self.frames.name, f"the folder {place} {error}") from error
         for name in others:
             passed_over.add(members.OTHER_SERIES, name)
         return np.array([by_name[name] for name in chosen], np.int32)
@@ -110,40 +93,42 @@ class FrameFolders(Source):
     def key(self, index: int) -> str:
         return self.folders[index]
 
-    def labels(self) -> Labels | None:
-        return folder_classes(self.folders)
+    def labels(self) -> contract.Labels | None:
+        return contract.folder_classes(self.folders)
 
 
-def open_folder(root: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> FileSource:
+def open_folder(
+    root: Path, name: str, cache_dir: Path | None, kind: contract.Kind = contract.IMAGES
+) -> FileSource:
     """All files below a folder that count (`data.sources.members`), sorted by path; maybe none.
 
     The listing is kept in ``cache_dir`` and used again as long as no folder in it has changed.
     UserError when the folder may not be read.
     """
     try:
-        index = kept_index(
+        index = indices.kept_index(
             cache_dir, "folder", kind, [root.resolve()], lambda: list_folder(root, kind)
         )
     except OSError as error:
         at = shown_name(os.fsdecode(error.filename or root))
-        raise data_error(name, f"{at} cannot be listed ({error.strerror})") from error
+        raise contract.data_error(name, f"{at} cannot be listed ({error.strerror})") from error
     return FileSource(root, index, name, kind)
 
 
-def list_folder(root: Path, kind: Kind = IMAGES) -> Index:
+def list_folder(root: Path, kind: contract.Kind = contract.IMAGES) -> indices.Index:
     """The index of a folder, which depends on all folders in it and on what may come to count."""
-    paths, listing = PathList(), _Listing(os.fsencode(root), kind)
+    paths, listing = indices.PathList(), _Listing(os.fsencode(root), kind)
     for path in listing.paths():
         paths.add(path)
-    return new_index(kind, paths, listing.marks, listing.passed_over, {}, listed=False)
+    return indices.new_index(kind, paths, listing.marks, listing.passed_over, {}, listed=False)
 
 
 class _Listing:
     """One walk through a folder, in bytes, so that no name is too odd."""
 
-    def __init__(self, root: bytes, kind: Kind) -> None:
+    def __init__(self, root: bytes, kind: contract.Kind) -> None:
         self.root, self.kind = root, kind
-        self.marks, self.passed_over = Marks(), members.PassedOver()
+        self.marks, self.passed_over = indices.Marks(), members.PassedOver()
         self._real_root = os.path.realpath(root)
         self._linked: set[bytes] = set()  # names (with a slash) that are links to folders outside
         self._seen: set[tuple[int, int]] = set()  # folders that were met behind such links
@@ -167,7 +152,7 @@ class _Listing:
 
     def _is_new(self, path: bytes) -> bool:
         """Whether a folder behind a link was not met before; so the walk comes to an end."""
-        info = stat_of(self.root + b"/" + path)
+        info = indices.stat_of(self.root + b"/" + path)
         if info is None:
             return True  # which `_names` will tell
         identity = (info.st_dev, info.st_ino)
@@ -213,14 +198,14 @@ class _Listing:
         elif is_file or members.is_hidden(text):
             reason = members.reason_against(text, self.kind, partial(members.head_of, place))
         else:
-            broken = entry.is_symlink() and stat_of(place) is None
+            broken = entry.is_symlink() and indices.stat_of(place) is None
             reason = members.NO_LINK if broken else members.NO_FILE
         slash = b"/" * is_folder
         if reason is None:
             return entry.name + slash
         self.passed_over.add(reason, os.fsdecode(prefix + entry.name + slash))
         if members.may_change(reason):
-            self.marks.note(os.fsdecode(prefix + entry.name), stat_of(place))
+            self.marks.note(os.fsdecode(prefix + entry.name), indices.stat_of(place))
         return None
 
     def _reason_against_link(

@@ -18,25 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from patchmine.data.sources import contract
+from patchmine.data.sources import index as indices
 from patchmine.data.sources.archive import Member, members, read_member
-from patchmine.data.sources.contract import (
-    IMAGES,
-    ClassNames,
-    Kind,
-    Labels,
-    data_error,
-    folder_classes,
-    open_regular,
-)
-from patchmine.data.sources.index import (
-    Index,
-    IndexedSource,
-    Marks,
-    PathList,
-    kept_index,
-    mark_of,
-    new_index,
-)
 from patchmine.data.sources.members import HEAD, PassedOver, is_hidden, reason_against
 from patchmine.errors import UserError, foreign_parser, shown_name
 
@@ -49,7 +33,7 @@ LONELY = "note (.cls or .json) of no item"
 _COLUMNS = dict(shard="i", start="q", size="q", note_start="q", note_size="q", note_json="b")
 
 
-class ShardSource(IndexedSource):
+class ShardSource(indices.IndexedSource):
     """The images of tar shards, in the order of the shards and of their members.
 
     ``index`` has the columns ``shard``, ``start``, ``size``, and of an item's note ``note_start``,
@@ -59,7 +43,7 @@ class ShardSource(IndexedSource):
     encoded = True
 
     def __init__(
-        self, shards: Sequence[Path], marks: list[list[int]], index: Index, name: str
+        self, shards: Sequence[Path], marks: list[list[int]], index: indices.Index, name: str
     ) -> None:
         super().__init__(name, index, index.stamp["cut"])
         self.shards, self.marks = list(shards), marks
@@ -81,9 +65,9 @@ class ShardSource(IndexedSource):
             return str(note["path"])
         return self.index.path(index)
 
-    def labels(self) -> Labels | None:
+    def labels(self) -> contract.Labels | None:
         """From ``.cls`` members, or ``label`` in ``.json`` members, else the classes by folders."""
-        classes, bare = ClassNames(), -1
+        classes, bare = contract.ClassNames(), -1
         if self.index.columns["note_size"].any():
             for index in range(len(self)):
                 note = self._note(index)
@@ -95,10 +79,10 @@ class ShardSource(IndexedSource):
                 if len(classes) and bare >= 0:
                     what = f"{shown_name(self.path(bare))} has no label, others have one"
                     remedy = "give every image a .cls or .json member with a label, or none"
-                    raise data_error(self.name, f"{what}; {remedy}")
+                    raise contract.data_error(self.name, f"{what}; {remedy}")
         if len(classes):
             return classes.finish()
-        return folder_classes(map(self.index.path, range(len(self))))
+        return contract.folder_classes(map(self.index.path, range(len(self))))
 
     def _note(self, index: int) -> dict[str, Any] | str | None:
         """What an item's note says: a table of JSON, or the text of a ``.cls`` member."""
@@ -107,7 +91,9 @@ class ShardSource(IndexedSource):
             return None
         is_json = columns["note_json"][index]
         which = f"the {'.json' if is_json else '.cls'} member of {shown_name(self.path(index))}"
-        with foreign_parser(lambda why: data_error(self.name, f"{which} cannot be read ({why})")):
+        with foreign_parser(
+            lambda why: contract.data_error(self.name, f"{which} cannot be read ({why})")
+        ):
             data = self._read(index, "note_start", "note_size")
             text = data.decode("utf-8-sig", "surrogateescape").strip()
             if not is_json:
@@ -135,7 +121,7 @@ class _OpenShard:
     def __init__(self, path: Path, mark: tuple[int, ...]) -> None:
         self.handle = -1
         self.handle = os.open(path, os.O_RDONLY)
-        size, modified, _, inode = mark_of(os.fstat(self.handle))
+        size, modified, _, inode = indices.mark_of(os.fstat(self.handle))
         changed = mark[2]  # by a new mode or owner perhaps, which does no harm
         self.was_replaced = (size, modified, changed, inode) != mark
 
@@ -150,7 +136,7 @@ _opened = lru_cache(maxsize=64)(_OpenShard)
 
 
 def open_shards(
-    shards: Sequence[Path], name: str, cache_dir: Path | None, kind: Kind = IMAGES
+    shards: Sequence[Path], name: str, cache_dir: Path | None, kind: contract.Kind = contract.IMAGES
 ) -> ShardSource:
     """The images (or what else ``kind`` says) of some tar shards.
 
@@ -158,15 +144,15 @@ def open_shards(
     whole in a shard that was cut can be used.  UserError when a shard is missing, is no tar
     archive, or when there is no image in any.
     """
-    marks, places = Marks(), [shard.resolve() for shard in shards]
+    marks, places = indices.Marks(), [shard.resolve() for shard in shards]
     for shard, place in zip(shards, places, strict=True):
         try:
-            with open_regular(os.fspath(shard)) as handle:
+            with contract.open_regular(os.fspath(shard)) as handle:
                 marks.note(os.fspath(place), os.fstat(handle.fileno()))
         except OSError as error:
             what = f"the shard {shown_name(shard)} cannot be read ({error.strerror or error})"
-            raise data_error(name, what) from error
-    index = kept_index(
+            raise contract.data_error(name, what) from error
+    index = indices.kept_index(
         cache_dir, "shards", kind, places, lambda: index_shards(shards, marks, name, kind)
     )
     for note in index.stamp["cut"]:
@@ -177,8 +163,8 @@ def open_shards(
 class _Listing:
     """One pass over the headers of shards: the columns of the index while they grow."""
 
-    def __init__(self, kind: Kind) -> None:
-        self.kind, self.paths, self.passed_over = kind, PathList(), PassedOver()
+    def __init__(self, kind: contract.Kind) -> None:
+        self.kind, self.paths, self.passed_over = kind, indices.PathList(), PassedOver()
         self.columns = {name: array(code) for name, code in _COLUMNS.items()}
         self.pieces: dict[str, list[list[int]]] = {}
         self.cut: list[str] = []
@@ -282,7 +268,9 @@ class _Listing:
         return notes
 
 
-def index_shards(shards: Sequence[Path], marks: Marks, name: str, kind: Kind) -> Index:
+def index_shards(
+    shards: Sequence[Path], marks: indices.Marks, name: str, kind: contract.Kind
+) -> indices.Index:
     """One pass over the headers of all shards."""
     listing = _Listing(kind)
     for number, shard in enumerate(shards):
@@ -291,12 +279,14 @@ def index_shards(shards: Sequence[Path], marks: Marks, name: str, kind: Kind) ->
     if not len(listing.paths):
         why = f": {cut[0]}" if cut else f"; {kind.name}s end in {', '.join(kind.suffixes)}"
         among = f"there is no whole {kind.name} in {len(shards)} shard{'s' * (len(shards) > 1)}"
-        raise data_error(name, "; ".join([f"{among}{why}", *passed_over.note()]))
+        raise contract.data_error(name, "; ".join([f"{among}{why}", *passed_over.note()]))
     columns = {
         key: np.frombuffer(values, values.typecode) for key, values in listing.columns.items()
     }
     stamp = {"cut": cut, "pieces": listing.pieces}
-    return new_index(kind, listing.paths, marks, passed_over, columns, listing.notes(), **stamp)
+    return indices.new_index(
+        kind, listing.paths, marks, passed_over, columns, listing.notes(), **stamp
+    )
 
 
 def _groups(listed: Iterable[Member]) -> Iterator[list[Member]]:
