@@ -268,3 +268,14 @@ def test_wrong_shards_are_explained(tmp_path: Path) -> None:
         match=r"no whole image in 1 shard: the shard .*whole\.tar was cut in the middle of 1\.jpg",
     ):
         open_shards([whole], "x", None)
+
+
+def test_a_shard_that_may_not_be_read_is_named_before_any_work(
+    pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(shards.contract, "open_regular", refuse)
+    with pytest.raises(UserError, match=r"the shard .*a\.tar cannot be read \(Permission denied\)"):
+        open_shards(pair, "x", None)
