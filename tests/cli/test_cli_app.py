@@ -136,7 +136,8 @@ def test_every_example_in_the_help_is_accepted(
 
 
 def test_help_imports_nothing_heavy() -> None:
-    program = "import sys; from patchmine.cli.app import main\ntry: main()\nfinally: print('LOADED', *sys.modules)"
+    program = "import sys; from patchmine.cli.app import main\ntry: main()\n"
+    program += "finally: print('LOADED', *sys.modules)"
     command = [sys.executable, "-c", program, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert not {"torch", "numpy", "timm", "yaml", "rich"} & set(

@@ -332,7 +332,7 @@ def test_python_gets_the_same_message() -> None:
     with pytest.raises(UserError, match="epoch: no such setting"):
         from_settings(data="x", epoch=3)
     with pytest.raises(ValueError, match="multiple of 16"):
-        RunConfig(data="x", image_size=225)  # type: ignore[arg-type]  # any way of building one is checked
+        RunConfig(data="x", image_size=225)  # any way of building one is checked
 
 
 # A method from elsewhere
@@ -449,7 +449,8 @@ BY_SIZE = """
 data: x
 warmup_epochs: 1
 by_size:
-  - {up_to: 100, use: {model: vit_tiny_patch16_224, model_args: {depth: 2}, epochs: 50, method: {mask_ratio: 0.6}}}
+  - up_to: 100
+    use: {model: vit_tiny_patch16_224, model_args: {depth: 2}, epochs: 50, method: {mask_ratio: 0.6}}
   - {up_to: null, use: {model: vit_base_patch16_224, epochs: 10, batch_size: 1024}}
 """
 

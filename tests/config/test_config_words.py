@@ -107,7 +107,7 @@ def test_a_table_does_not_wipe_out_what_stands_before_it() -> None:
     config = parse(
         None, ["data=x", "method.mask_ratio=0.6", "method={name: hpm}", "model_args={depth: 2}"]
     )
-    assert (config.method.name, config.method.mask_ratio) == ("hpm", 0.6)  # type: ignore[attr-defined]
+    assert (config.method.name, config.method.mask_ratio) == ("hpm", 0.6)
     assert config.model_args == {"depth": 2}
 
 
@@ -258,7 +258,8 @@ def test_a_file_that_is_no_settings_is_one_sentence(
 
 
 def test_what_yaml_1_1_reads_otherwise_is_read_as_it_looks(tmp_path: Path) -> None:
-    content = "a: on\nb: 1_000\nc: 1e-3\nd: no\ne: 1E5\nf: 12:30:00\ng: 0o17\nh: 1.5e-4\ni: yes\nj: .5\nk: 2024-01-01\n"
+    content = "a: on\nb: 1_000\nc: 1e-3\nd: no\ne: 1E5\nf: 12:30:00\ng: 0o17\nh: 1.5e-4\n"
+    content += "i: yes\nj: .5\nk: 2024-01-01\n"
     wanted: dict[str, Any] = dict(
         a="on", b=1000, c=1e-3, d="no", e=1e5, f="12:30:00", g="0o17", h=1.5e-4, i="yes", j=0.5
     )

@@ -86,9 +86,10 @@ def build_encoder(
     try:
         encoder = family.build(blueprint)
     except _CANNOT_BUILD as error:
+        usual = ", or choose a plain vision transformer such as vit_small_patch16_224"
+        name, remedy = shown_name(blueprint.model), "" if blueprint.model in usual else usual
         raise UserError(
-            f"model='{shown_name(blueprint.model)}' cannot be built ({error}): check model_args, "
-            "or choose a model such as vit_small_patch16_224"
+            f"model='{name}' cannot be built ({error}): check model_args{remedy}"
         ) from error
     family.initialise(encoder)
     encoder.built_from = blueprint
