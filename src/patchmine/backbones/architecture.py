@@ -138,24 +138,9 @@ def infer_architecture(
         channels=channels, patch_size=patch, width=width, depth=depth, num_heads=heads
     )
     if clips:
-        tubelet = cube[0]
-        wanted, frames, note = _clip_size(known, image_size or source_size)
-        if any(side % patch for side in wanted) or frames % tubelet:
-            raise UserError(
-                f"{source}: cubes of {tubelet}x{patch}x{patch} do not fill clips of "
-                f"{frames}x{wanted[0]}x{wanted[1]}: give image_size"
-            )
-        trained_at = known.image_size or wanted
         own = {name: value for name, value in own.items() if name in _OF_CLIPS}
-        return Architecture(
-            model=found[0],
-            image_size=wanted,
-            model_args=own,
-            clip=(frames, tubelet),
-            table_grid=(trained_at[0] // patch, trained_at[1] // patch),
-            note=note,
-            **common,
-        )
+        given = image_size or source_size
+        return _of_clips(found[0], own, common, cube[0], known, given, source)
     prefix = sum(tensors[name].shape[1] for name in ("cls_token", "reg_token") if name in tensors)
     # Of the table's rows all of these belong to class and register tokens, or none.
     candidates = tuple(dict.fromkeys((prefix, 0)))
@@ -219,15 +204,32 @@ def _parts(tensors: Tensors, width: int) -> dict[str, Any]:
     return own
 
 
-def _clip_size(
-    known: Description, given: tuple[int, int] | None
-) -> tuple[tuple[int, int], int, str]:
-    """(height, width), frames, and what was assumed: a video model stores no positions.
-
-    Without anything that tells, what VideoMAE trains on is taken: 16 frames of 224x224 pixels.
-    """
+def _of_clips(
+    model: str,
+    model_args: dict[str, Any],
+    common: dict[str, Any],
+    tubelet: int,
+    known: Description,
+    given: tuple[int, int] | None,
+    source: str,
+) -> Architecture:
+    """A video model, whose tensors tell no sizes: without anything else VideoMAE's are taken."""
+    patch = common["patch_size"]
     trained_at = known.image_size or given or (224, 224)
-    size = given or trained_at
-    frames = known.clip[0] if known.clip is not None else 16
-    assumed = f"clips of {frames}x{size[0]}x{size[1]} are assumed, because the file does not tell"
-    return size, frames, "" if known.image_size else assumed
+    size, frames = given or trained_at, 16 if known.clip is None else known.clip[0]
+    shown = f"{frames}x{size[0]}x{size[1]}"
+    if any(side % patch for side in size) or frames % tubelet:
+        raise UserError(
+            f"{source}: cubes of {tubelet}x{patch}x{patch} do not fill clips of {shown}: give "
+            "image_size"
+        )
+    assumed = f"clips of {shown} are assumed, because the file does not tell"
+    return Architecture(
+        model=model,
+        image_size=size,
+        model_args=model_args,
+        clip=(frames, tubelet),
+        table_grid=(trained_at[0] // patch, trained_at[1] // patch),
+        note="" if known.image_size else assumed,
+        **common,
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,6 @@ class Description:
     norm_eps: float | None = None
     method: Mapping[str, Any] = field(default_factory=dict)
     certain: bool = True
-
-    def without_model(self) -> Description:
-        """The same for other tensors of that network than the encoder that ``model`` is."""
-        return replace(self, model=None, model_args={})
 
 
 def find_weights(path: Path, setting: str = "file") -> Path:

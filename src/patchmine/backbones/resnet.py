@@ -8,8 +8,8 @@ from typing import Any
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from patchmine.backbones import vit
 from patchmine.backbones.record import Blueprint, Encoder, Family, StageFeatures
-from patchmine.backbones.vit import create_timm
 from patchmine.data.items import IMAGE
 from patchmine.errors import UserError, shown_name
 
@@ -30,7 +30,7 @@ def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
     arguments = dict(arguments)
     small = arguments.pop("cifar_stem", False)
     arguments.pop("img_size", None)
-    encoder = create_timm(architecture, arguments)
+    encoder = vit.create(architecture, arguments)
     if small:
         use_cifar_stem(encoder)
     return encoder

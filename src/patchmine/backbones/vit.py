@@ -29,22 +29,21 @@ from patchmine.errors import UserError, foreign_parser, shown_name
 _USUAL = "vit_small_patch16_224"
 # Arguments of timm's create_model that a description, which may be a stranger's, must not give.
 _READING = (
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+    *("checkpoint_path", "cache_dir"),
 )
 
 
-def create_timm(
-    architecture: str, arguments: Mapping[str, Any], *, norm_eps: float | None = None
-) -> Encoder:
-    """timm's network without stored weights; ValueError for arguments that do not fit."""
-    if reading := set(_READING) & arguments.keys():
-        raise ValueError(
-            f"{', '.join(sorted(reading))} would make timm read or download other weights"
-        )
+def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
+    """timm's network without stored weights; every layer norm gets ``norm_eps``, where it is given.
+
+    Raises ValueError with what timm says of arguments that do not fit, and for those that would
+    make it read or download files.
+    """
+    arguments = dict(arguments)
+    norm_eps = arguments.pop("norm_eps", None)  # timm has no argument for it
+    if reading := [name for name in _READING if name in arguments]:
+        raise ValueError(f"{', '.join(reading)} would make timm read or download other weights")
     with foreign_parser(ValueError):
         encoder = timm.create_model(architecture, pretrained=False, **arguments)
     if norm_eps is not None:
@@ -52,13 +51,6 @@ def create_timm(
             if isinstance(norm, nn.LayerNorm):
                 norm.eps = norm_eps
     return encoder
-
-
-def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
-    """timm's network with ``norm_eps`` among the arguments, which timm does not know."""
-    arguments = dict(arguments)
-    norm_eps = arguments.pop("norm_eps", None)
-    return create_timm(architecture, arguments, norm_eps=norm_eps)
 
 
 def build(blueprint: Blueprint, module: type[nn.Module] = VisionTransformer) -> Encoder:

@@ -93,7 +93,8 @@ def open_weights(
     tensors = encoder_of(network.tensors)
     known = with_usual_eps(describe_weights(file, content), network)
     if "partner" in network.place.prefix:
-        known = known.without_model()  # config.yaml names the first network of a pair
+        # config.yaml names the first network of a pair
+        known = replace(known, model=None, model_args={})
     if model is not None:
         known = _named(known, model, model_args or {}, source)
     report = LoadReport(source, dropped=network.outside, notes=[network.told])
