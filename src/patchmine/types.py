@@ -96,6 +96,10 @@ class Progress:
     total_steps: int
     steps_per_epoch: int
 
+    def at(self, step: int) -> Progress:
+        """Where the same run is when ``step`` steps are finished."""
+        return replace(self, step=step)
+
     @property
     def epoch(self) -> int:
         """0-based epoch that this step belongs to."""
@@ -162,23 +166,58 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class LrSchedule:
+    """How a learning rate moves: linearly from ``warmup_lr`` to its peak, then as ``kind`` says.
+
+    Args:
+        kind: "cosine": half a cosine to ``min_lr`` at the end (MAE, ``util/lr_sched.py``);
+            "multi_step": times ``gamma`` at each of ``milestones`` (SimMIM, ``lr_scheduler.py``);
+            "constant": the peak.
+        warmup_epochs: how long the first part takes.
+        warmup_lr: a rate, not one per 256 images, as ``min_lr``.
+        warmup_prefix: False: the cosine's phase counts from step 0, so that the warm-up covers its
+            beginning (timm's ``CosineLRScheduler``, as SimMIM and AMT use it).
+        min_lr: the rate at the end of a cosine.
+        milestones: shares of the run.
+        gamma: factor at each of them.
+    """
+
+    kind: Literal["cosine", "multi_step", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_lr: float = 0.0
+    warmup_prefix: bool = True
+    min_lr: float = 0.0
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+
+
+@dataclass(frozen=True)
 class ParamGroup:
     """Parameters that are updated alike.  ``None`` means: as the run's settings say.
 
-    ``optimizer``: "adamw", "sgd" or "lars".  ``name``: groups of the same one share an optimizer,
-    its clipping and its line in the log; by default that of the optimizer, so it keeps apart two of
-    a kind.  ``blr``: base rate per 256 images; ``min_lr``: rate at the end, as it is.
-    ``weight_decay`` applies to parameters of two and more dimensions, with ``decay_all`` to biases
-    and norms too, and moves along half a cosine to ``weight_decay_end`` where that is set.
-    ``clip_norm``: largest gradient norm of all the optimizer's groups that say so together (or of
-    each parameter by itself with ``clip_each``).  ``frozen_until``: epochs during which the group
-    has no gradient, so that nothing moves it, weight decay included.
+    Args:
+        params: by their names in the task.
+        optimizer: "adamw", "sgd" or "lars".
+        name: groups of the same one share an optimizer, its clipping and its line in the log; by
+            default that of the optimizer, so it keeps apart two of a kind.
+        blr: base rate per 256 images.
+        scale: times the rate at every step, as layer decay and heads need it.
+        curve: how the rate moves.
+        min_lr: rate at the end, as it is.
+        weight_decay: of parameters of two and more dimensions; ``decay_all``: of all.
+        weight_decay_end: where the decay ends, by half a cosine.
+        decay_all: biases and norms are decayed too.
+        clip_norm: largest gradient norm of all the optimizer's groups that say so together.
+        clip_each: of each parameter by itself.
+        frozen_until: epochs in which nothing moves the group, weight decay included.
     """
 
     params: Sequence[tuple[str, nn.Parameter]]
     optimizer: str = "adamw"
     name: str | None = None
     blr: float | None = None
+    scale: float = 1.0
+    curve: LrSchedule | None = None
     min_lr: float | None = None
     weight_decay: float | None = None
     weight_decay_end: float | None = None

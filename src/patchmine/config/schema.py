@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field
@@ -16,11 +16,7 @@ from patchmine.methods import METHODS
 from patchmine.models.settings import MethodSettings
 from patchmine.strict import OF_A_MACHINE, ByName, Positive, SettingError, Strict
 from patchmine.train.settings import (
-    LoggingSettings,
-    MachineSettings,
-    OptimSettings,
-    SavingSettings,
-    ScheduleSettings,
+    TrainSettings,
     fitting_counts,
 )
 
@@ -43,12 +39,8 @@ class SizeRow(Strict):
 
 
 class RunConfig(
-    LoggingSettings,
     EvalSettings,
-    SavingSettings,
-    MachineSettings,
-    OptimSettings,
-    ScheduleSettings,
+    TrainSettings,
     MethodChoice,
     ViewSettings,
     ModelSettings,
@@ -56,6 +48,7 @@ class RunConfig(
 ):
     """A run, complete and checked.  Its settings are listed from the last block to the first."""
 
+    kind: Literal["pretrain"] = Field("pretrain", description="what the run is for")
     by_size: list[SizeRow] = Field(
         [], description="settings by the number of images; see the recipe my-images"
     )

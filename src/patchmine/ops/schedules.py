@@ -3,35 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
+from patchmine.types import LrSchedule as LrSchedule
 from patchmine.types import Progress
-
-
-@dataclass(frozen=True)
-class LrSchedule:
-    """How learning rates move over a run: linearly from ``warmup_lr`` to the peak, then by
-    ``kind``.
-
-    - ``"cosine"``: half a cosine from the peak to ``min_lr`` (MAE, ``util/lr_sched.py``).  Without
-      ``warmup_prefix`` its phase counts from step 0, so that the warm-up covers its beginning
-      (timm's ``CosineLRScheduler``, as SimMIM and AMT use it).
-    - ``"multi_step"``: the peak, multiplied by ``gamma`` at each of ``milestones``, shares of the
-    run
-      (SimMIM, ``lr_scheduler.py``: 700 of 800 epochs is 0.875).
-    - ``"constant"``: the peak.
-
-    ``warmup_lr`` and ``min_lr`` are rates, not rates per 256 images.
-    """
-
-    kind: Literal["cosine", "multi_step", "constant"] = "cosine"
-    warmup_epochs: float = 0.0
-    warmup_lr: float = 0.0
-    warmup_prefix: bool = True
-    min_lr: float = 0.0
-    milestones: tuple[float, ...] = ()
-    gamma: float = 0.1
 
 
 def learning_rate(progress: Progress, peak: float, schedule: LrSchedule) -> float:

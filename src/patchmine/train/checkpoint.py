@@ -15,8 +15,8 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +61,10 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
+def _file(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}.safetensors"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, oldest step first."""
     found = [
@@ -94,49 +98,70 @@ def save(
     facts: Mapping[str, Any],
     *,
     keep: int,
+    best: int | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` atomically, point ``last`` to it and keep the newest
-    ``keep`` files.
+    """Write the checkpoint of ``step`` atomically, and keep the newest ``keep`` files.
 
-    ``facts`` must be JSON.
+    ``last`` points to it, ``best`` to the file of step ``best``, which is kept too.  ``facts`` must
+    be JSON.
 
     Raises:
-        NotFiniteError: the state is not finite; like below, the checkpoints that were there before
-        are untouched.
+        NotFiniteError: the state is not finite; like below, earlier checkpoints are untouched.
         UserError: the file cannot be written (a full disk, say).
     """
-    path = folder / f"step-{step:08d}.safetensors"
+    path = _file(folder, step)
     parts = {"model": _on_cpu(model), "optimizer": _on_cpu(optimizer)}
     if bad := not_finite(parts):
-        raise NotFiniteError(_diverged(folder, step, bad, sum(map(len, parts.values()))))
+        good = newest_finite(folder)
+        kept = f"the last good state is {good}" if good else "there is no earlier good state"
+        raise NotFiniteError(
+            f"after step {step} {bad[0]} holds values that are not finite ({len(bad)} of "
+            f"{sum(map(len, parts.values()))} tensors do), so this state was not saved; {kept}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _make_way(path)
-        with replacing(path) as new, _scratch_folder(folder) as scratch:
-            _write(scratch / path.name, step, parts, facts)
-            (scratch / path.name).rename(new)
+        sweep(folder)  # what killed processes left half written
+        if path.is_dir():
+            path.rename(path.with_name(f"{path.name}.{os.getpid()}.folder"))
+        # safetensors first writes to files with names of its own: in a folder of ours, which goes
+        # too when we are killed.
+        scratch = folder / f"{SCRATCH}.{os.getpid()}"
+        scratch.mkdir()
+        try:
+            with replacing(path) as new:
+                _write(scratch / path.name, step, parts, facts)
+                (scratch / path.name).rename(new)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"checkpoint {path} could not be written ({error.strerror or reason_of(error)}); {remedy(error)}, then"
-            f" go on with `patchmine resume {folder.parent}`; earlier checkpoints are intact"
+            f"checkpoint {path} could not be written ({error.strerror or reason_of(error)}); "
+            f"{remedy(error)}, then go on with `patchmine resume {folder.parent}`; earlier "
+            "checkpoints are intact"
         ) from error
-    point_last(path)
-    _forget(folder, step, keep)
+    point(path, "last")
+    if best is not None:
+        point(_file(folder, best), "best")
+    paths = list_checkpoints(folder)
+    past = paths[: paths.index(path) + 1]
+    # Those beyond this step are faulty ones, which resuming passed over.
+    for old in (*past[:-keep], *paths[len(past) :]):
+        if best is None or old != _file(folder, best):
+            with suppress(OSError):  # a folder, or one that another process removed
+                old.unlink()
     return path
 
 
-def point_last(path: Path) -> None:
-    """Make ``last`` beside a checkpoint a link to it, or a small file with its name where there are
-    no links.
-    """
-    last = path.with_name("last")
+def point(path: Path, name: str) -> None:
+    """Make ``name`` beside a checkpoint a link to it, or a file with its name without links."""
+    link = path.with_name(name)
     # Nobody here reads it and the checkpoint stands already, so that failing at it must not end the
     # run.
     try:
-        with replacing(last) as new:
+        with replacing(link) as new:
             new.symlink_to(path.name)
     except OSError:
-        with suppress(OSError), replacing(last) as new:
+        with suppress(OSError), replacing(link) as new:
             new.write_text(path.name + "\n", encoding="utf-8")
 
 
@@ -161,30 +186,44 @@ def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
                     raise DamagedCheckpointError(f"its tensor {name} belongs to nothing")
                 if part in parts:
                     tensors[part][rest] = file.get_tensor(name)
-        checksum = _checksum if head["format"] > 1 else _checksum_of_format_1
         for part in parts:
-            if checksum(tensors[part]) != head["crc32"][part]:
+            if _checksum(tensors[part], head["format"]) != head["crc32"][part]:
                 raise DamagedCheckpointError(f"checksum of {part} differs")
     return Checkpoint(path, head["step"], tensors["model"], tensors["optimizer"], head["facts"])
 
 
 def load_newest(
-    folder: Path, say: Callable[[str], None], *, parts: tuple[str, ...] = _PARTS
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    parts: tuple[str, ...] = _PARTS,
+    finite: bool = False,
 ) -> Checkpoint:
-    """The newest readable checkpoint of a folder; damaged ones are passed over with a warning that
-    names both.
+    """The newest readable checkpoint; others are passed over with a warning that names both.
 
-    Raises:
-        UserError: there is none.
+    ``finite``: states with NaN or infinity, as earlier versions could write them, are passed over
+    too.  Raises UserError where there is none.
     """
-    return _first_without_fault(folder, say, parts, lambda found: "")
-
-
-def load_newest_finite(folder: Path, say: Callable[[str], None]) -> Checkpoint:
-    """The same, but states that are not finite, as earlier versions could write them, are passed
-    over too.
-    """
-    return _first_without_fault(folder, say, _PARTS, _fault_of)
+    passed_over: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            found = load(path, parts=parts)
+            fault = _fault_of(found) if finite else ""
+        except DamagedCheckpointError as error:
+            fault = f"is damaged ({error})"
+        if not fault:
+            for what in passed_over:
+                say(f"warning: checkpoint {what}; going on from {path} instead")
+            return found
+        passed_over.append(f"{path} {fault}")
+    if passed_over:
+        raise UserError(
+            f"no usable checkpoint in {folder} ({'; '.join(passed_over)}); start the run anew in "
+            "another folder"
+        )
+    raise UserError(
+        f"no checkpoint in {folder}; the run stopped before its first one, start it anew"
+    )
 
 
 def newest_finite(folder: Path) -> Path | None:
@@ -217,47 +256,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _first_without_fault(
-    folder: Path,
-    say: Callable[[str], None],
-    parts: tuple[str, ...],
-    fault_of: Callable[[Checkpoint], str],
-) -> Checkpoint:
-    """The newest checkpoint that can be read and in which ``fault_of`` finds nothing."""
-    passed_over: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            found = load(path, parts=parts)
-            fault = fault_of(found)
-        except DamagedCheckpointError as error:
-            fault = f"is damaged ({error})"
-        if not fault:
-            for what in passed_over:
-                say(f"warning: checkpoint {what}; going on from {path} instead")
-            return found
-        passed_over.append(f"{path} {fault}")
-    if passed_over:
-        raise UserError(
-            f"no usable checkpoint in {folder} ({'; '.join(passed_over)}); start the run anew in another folder"
-        )
-    raise UserError(
-        f"no checkpoint in {folder}; the run stopped before its first one, start it anew"
-    )
-
-
 def _fault_of(found: Checkpoint) -> str:
     bad = not_finite({"model": found.model, "optimizer": found.optimizer})
     return f"holds values that are not finite (in {bad[0]})" if bad else ""
-
-
-def _diverged(folder: Path, step: int, bad: list[str], total: int) -> str:
-    """Why a state is not saved, and which was the last one that was."""
-    good = newest_finite(folder)
-    kept = f"the last good state is {good}" if good else "there is no earlier good state"
-    return (
-        f"after step {step} {bad[0]} holds values that are not finite ({len(bad)} of {total} tensors do), so this state"
-        f" was not saved; {kept}"
-    )
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -311,46 +312,15 @@ def _read_head(kept: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
     return head
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 over names, types, shapes and bytes."""
+def _checksum(tensors: Mapping[str, Tensor], version: int = FORMAT) -> int:
+    """CRC-32 over names and bytes, and since format 2 over types and shapes."""
     value = 0
     for name in sorted(tensors):
         tensor = tensors[name]
-        value = zlib.crc32(
-            json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode(), value
-        )
+        head = json.dumps([name, str(tensor.dtype), list(tensor.shape)]) if version > 1 else name
+        value = zlib.crc32(head.encode(), value)
         value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return value
-
-
-def _checksum_of_format_1(tensors: Mapping[str, Tensor]) -> int:
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(name.encode(), value)
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
-    return value
-
-
-@contextmanager
-def _scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder for safetensors, which first writes to files with names of its own: those too go
-    when we are killed.
-    """
-    scratch = folder / f"{SCRATCH}.{os.getpid()}"
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _make_way(path: Path) -> None:
-    """Remove what killed processes left half written, and move aside a folder that has the
-    checkpoint's name.
-    """
-    sweep(path.parent)
-    if path.is_dir():
-        path.rename(path.with_name(f"{path.name}.{os.getpid()}.folder"))
 
 
 def _followed(path: Path) -> Path:
@@ -365,15 +335,3 @@ def _followed(path: Path) -> Path:
         name = path.read_text(encoding="utf-8", errors="replace").strip()
         return path.with_name(name) if _NAME.fullmatch(name) else path
     return path
-
-
-def _forget(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the newest ``keep`` files, and those beyond ``step``: faulty ones, which
-    resuming passed over.
-    """
-    here = folder / f"step-{step:08d}.safetensors"
-    paths = list_checkpoints(folder)
-    past = paths[: paths.index(here) + 1]
-    for path in (*past[:-keep], *paths[len(past) :]):
-        with suppress(OSError):  # a folder, or one that another process removed: not worth a run
-            path.unlink()

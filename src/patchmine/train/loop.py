@@ -1,14 +1,15 @@
-"""The training loop.
+"""The training loop: rates -> losses -> backward -> clip -> update -> after_step; log, look, save.
 
-One step: rates -> losses of each micro-batch -> backward -> clip -> update ->
-``method.after_step``; then log, look, save. Everything that moves with time is a function of
-``Progress``, so a run that was stopped goes on as if nothing had happened.
+Everything that moves with time is a function of ``Progress``, so that a run that was stopped goes
+on as if nothing had happened.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,88 +19,173 @@ from patchmine.train.checkpoint import Checkpoint, NotFiniteError, newest_finite
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
+from patchmine.train.settings import TrainSettings
 from patchmine.train.signals import Interrupted, StopSignals
-from patchmine.train.step import Stepper, TrainSettings
+from patchmine.train.step import Stepper
 from patchmine.types import Batch, Progress
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which training stops
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What is called while a run trains.
+
+    Args:
+        before_epoch: in every process, with the step that comes.
+        on_epoch: in every process, after each epoch and after the last step, with the count of
+            finished steps; returns the scores of an evaluation, alike everywhere, or nothing.
+        on_sample: in the first process, every ``sample_every`` steps and after the last one, with
+            the count of finished steps and the batch just used.
+        before_save: in the first process, before each checkpoint.
+        on_stop: in every process, as soon as a signal asks to stop.
+    """
+
+    before_epoch: Callable[[Progress], None] = lambda now: None
+    on_epoch: Callable[[Progress], Mapping[str, float] | None] = lambda done: None
+    on_sample: Callable[[Progress, Batch], None] = lambda done, batch: None
+    before_save: Callable[[], None] = lambda: None
+    on_stop: Callable[[], None] = lambda: None
+
+
+@dataclass
+class Keeper:
+    """The checkpoints of a run: what is kept with them, and which is the best one.
+
+    Args:
+        folder: of the checkpoints.
+        start: where the run goes on from; its counts go on too.
+        identity: fingerprints that must be equal on resume, by what they stand for.
+        remembered: other JSON to be kept.
+        best_by: the score, the higher the better, by which ``checkpoints/best`` is chosen.
+    """
+
+    folder: Path
+    start: Checkpoint | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    remembered: Mapping[str, Any] = field(default_factory=dict)
+    best_by: str | None = None
+
+    def __post_init__(self) -> None:
+        facts = {} if self.start is None else self.start.facts
+        skipped, best = facts.get("skipped"), facts.get("best")
+        self.skipped = skipped if type(skipped) is int else 0  # earlier versions kept none
+        known = isinstance(best, dict) and best.get("metric") == self.best_by
+        self.best: dict[str, Any] | None = best if known else None
+
+    def is_best(self, scores: Mapping[str, float] | None, done: Progress) -> bool:
+        """Whether these scores are better than all before, which are then forgotten."""
+        score = (scores or {}).get(self.best_by or "", math.nan)
+        if not math.isfinite(score) or (self.best is not None and score <= self.best["score"]):
+            return False
+        self.best = {"step": done.step, "metric": self.best_by, "score": score}
+        return True
+
+    def save(self, stepper: Stepper, done: Progress) -> None:
+        """Write a checkpoint.  Raises UserError for a state that is not finite, or a full disk."""
+        facts = {
+            **self.remembered,
+            "identity": dict(self.identity),
+            "skipped": self.skipped + stepper.total_skipped(),
+        }
+        if self.best is not None:
+            facts["best"] = self.best
+        try:
+            save(
+                self.folder,
+                done.step,
+                stepper.task.state_dict(),
+                optimizer_tensors(stepper.optimizers),
+                facts,
+                keep=stepper.settings.keep_checkpoints,
+                best=None if self.best is None else self.best["step"],
+            )
+        except NotFiniteError as error:
+            raise UserError(
+                f"{error}; training stopped: start a new run with {_calmer(stepper)}"
+            ) from error
+
+
 def train(
-    method: Task,
+    task: Task,
     batches: Iterator[Batch],
     engine: Engine,
     settings: TrainSettings,
+    length: Progress,
     *,
-    folder: Path,
+    keeper: Keeper,
     log: Log,
-    start: Checkpoint | None = None,
-    identity: Mapping[str, str] | None = None,
-    remembered: Mapping[str, Any] | None = None,
-    before_epoch: Callable[[Progress], None] = lambda now: None,
-    on_epoch: Callable[[Progress], None] | None = None,
-    on_sample: Callable[[Progress, Batch], None] | None = None,
-    before_save: Callable[[], None] = lambda: None,
-    on_stop: Callable[[], None] = lambda: None,
+    hooks: Hooks | None = None,
 ) -> Progress:
-    """Train ``method`` to the end of the run, from ``start`` if given; returns the progress that
-    was reached.
+    """Train ``task`` to the end of the run; returns the progress that was reached.
 
-    ``batches`` yields this process's micro-batches from the first step to be made, normalised and
-    on the device. ``folder`` is the run's checkpoint folder.  ``identity``: fingerprints that are
-    stored and must be equal on resume, by the name of what they stand for ("settings", "data");
-    ``remembered``: other JSON that is stored with them. ``on_epoch`` is called after each epoch and
-    after the last step, before the checkpoint; ``on_sample`` every ``sample_every`` steps and after
-    the last, with the batch just used; both in the first process only, with the count of finished
-    steps.  ``before_save`` is called there before each checkpoint, ``on_stop`` as soon as a signal
-    asks to stop.
+    Args:
+        task: what is trained; put into the state of ``keeper.start``, where there is one.
+        batches: this process's micro-batches from the first step to be made, normalised and on the
+            device.
+        engine: where it is computed.
+        settings: rates, optimizer, and how often something is done.
+        length: a progress of the run, whichever.
+        keeper: what becomes of checkpoints.
+        log: hears the numbers.
+        hooks: what else is done on the way.
 
     Raises:
         UserError: a full disk, no finite loss, a state that is not finite, another identity.
         Interrupted: after SIGINT, SIGTERM, SIGHUP or SIGUSR1.
     """
-    stepper = Stepper(method, engine, settings)
+    hooks = hooks or Hooks()
+    stepper = Stepper(task, engine, settings)
+    start, total, per_epoch = keeper.start, length.total_steps, length.steps_per_epoch
+    # Once an epoch, but epochs of a few steps do not deserve a file each.
+    save_every = settings.checkpoint_every or max(per_epoch, min(100, total))
+    sample_every = settings.sample_every or max(1, total // 10)
     if start is not None:
-        restore(method, stepper.optimizers, start, identity or {})
-    skipped_before = 0 if start is None else _count(start.facts.get("skipped"))
-    method.train()
-    with StopSignals(on_stop) as stop:
-        for step in range(0 if start is None else start.step, settings.total_steps):
-            now, done = settings.progress(step), settings.progress(step + 1)
-            if step % settings.steps_per_epoch == 0:
-                before_epoch(now)
+        restore(task, stepper.optimizers, start, keeper.identity)
+    task.train()
+    with StopSignals(hooks.on_stop) as stop:
+        for step in range(0 if start is None else start.step, total):
+            now, done = length.at(step), length.at(step + 1)
+            if step % per_epoch == 0:
+                hooks.before_epoch(now)
             batch = stepper.make(now, batches)
             if _due(done, settings.log_every):
-                _report(stepper, done, log, folder)
+                _report(stepper, done, log, keeper.folder)
             log.advance(done.step)
             with stepper.watch.paused():
-                if engine.is_main:
-                    _look(done, batch, settings, on_epoch, on_sample)
-                    method.train()
+                if engine.is_main and _due(done, sample_every):
+                    hooks.on_sample(done, batch)
+                scores = hooks.on_epoch(done) if _due(done, per_epoch) else None
+                task.train()
                 asked = engine.largest(stop.received)
-                if engine.is_main and (asked or _due(done, settings.checkpoint_every)):
-                    facts = {
-                        "identity": dict(identity or {}),
-                        "skipped": skipped_before + stepper.total_skipped(),
-                    }
+                best = keeper.is_best(scores, done)
+                if engine.is_main and (asked or best or _due(done, save_every)):
                     with engine.undisturbed():
-                        before_save()
-                        _save(stepper, done, folder, {**(remembered or {}), **facts})
-            if asked and done.step < settings.total_steps:
-                raise _stopped(asked, done, folder, log, engine)
-    _say_skipped(skipped_before + stepper.total_skipped(), stepper, log)
-    return settings.progress(settings.total_steps)
+                        hooks.before_save()
+                        keeper.save(stepper, done)
+            if asked and done.step < total:
+                engine.barrier()  # the checkpoint is written before any process ends
+                log.say(
+                    f"{signal.Signals(asked).name}: stopped after step {done.step} of {total}, "
+                    "checkpoint written; go on with `patchmine resume "
+                    f"{keeper.folder.parent}`"
+                )
+                raise Interrupted(asked, done.step, is_main=engine.is_main)
+    if skipped := keeper.skipped + stepper.total_skipped():
+        log.say(
+            f"{skipped} of {total} steps were skipped because loss or gradient was not finite; if "
+            f"these are more than a few, make the run again with {_calmer(stepper)}"
+        )
+    return length.at(total)
 
 
 def restore(
-    method: Task, optimizers: Optimizers, start: Checkpoint, identity: Mapping[str, str]
+    task: Task, optimizers: Optimizers, start: Checkpoint, identity: Mapping[str, str]
 ) -> None:
-    """Put a checkpoint's state into a method and its optimizers; raises UserError when they do not
-    belong together.
-    """
+    """Put a checkpoint's state into a task.  Raises UserError when they do not belong together."""
     refuse_stranger(start, identity)
     try:
-        method.load_state_dict(start.model)
+        task.load_state_dict(start.model)
         load_optimizer_tensors(optimizers, start.optimizer)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -109,74 +195,18 @@ def restore(
 
 
 def refuse_stranger(start: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raise UserError when a checkpoint was written with another ``identity`` than it is to go on
-    with.
-    """
+    """Raise UserError when a checkpoint was written with another ``identity``."""
     stored = start.facts.get("identity", {})
     for what, value in identity.items():
         if stored.get(what, value) != value:
             raise UserError(
-                f"{start.path} was written with other {what} (fingerprint {stored[what]}, now {value});"
-                f" go on with the run's own {what}, or start a new run in another folder"
+                f"{start.path} was written with other {what} (fingerprint {stored[what]}, now "
+                f"{value}); go on with the run's own {what}, or start a new run in another folder"
             )
-
-
-def _count(number: object) -> int:
-    """A count from a file; earlier versions kept none."""
-    return number if type(number) is int else 0
-
-
-def _save(stepper: Stepper, done: Progress, folder: Path, facts: Mapping[str, Any]) -> None:
-    model, state = stepper.method.state_dict(), optimizer_tensors(stepper.optimizers)
-    try:
-        save(folder, done.step, model, state, facts, keep=stepper.settings.keep_checkpoints)
-    except NotFiniteError as error:
-        raise UserError(
-            f"{error}; training stopped: start a new run with {_calmer(stepper)}"
-        ) from error
-
-
-def _calmer(stepper: Stepper) -> str:
-    """Settings with which a run is less likely to diverge."""
-    settings = stepper.settings
-    rate, warmup = (
-        f"a smaller blr (now {settings.blr:g})",
-        f"longer warmup_epochs (now {settings.schedule.warmup_epochs:g})",
-    )
-    return (
-        f"{rate} or {warmup}"
-        if stepper.engine.precision == "fp32"
-        else f"{rate}, {warmup} or precision=fp32"
-    )
-
-
-def _say_skipped(skipped: int, stepper: Stepper, log: Log) -> None:
-    if skipped:
-        log.say(
-            f"{skipped} of {stepper.settings.total_steps} steps were skipped because loss or gradient was not finite;"
-            f" if these are more than a few, make the run again with {_calmer(stepper)}"
-        )
 
 
 def _due(done: Progress, every: int) -> bool:
     return done.step == done.total_steps or done.step % every == 0
-
-
-def _look(
-    done: Progress,
-    batch: Batch,
-    settings: TrainSettings,
-    on_epoch: Callable[[Progress], None] | None,
-    on_sample: Callable[[Progress, Batch], None] | None,
-) -> None:
-    if (
-        on_sample is not None
-        and settings.sample_every is not None
-        and _due(done, settings.sample_every)
-    ):
-        on_sample(done, batch)
-    if on_epoch is not None and _due(done, settings.steps_per_epoch):
-        on_epoch(done)
 
 
 def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:
@@ -198,22 +228,19 @@ def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:
         }
     )
     if in_a_row >= min(MAX_SKIPPED, done.total_steps):
-        raise UserError(_divergence(in_a_row, done, stepper, folder))
+        good = newest_finite(folder)
+        kept = f"; the last good state is {good}" if good else ""
+        raise UserError(
+            f"loss or gradient was not finite in {in_a_row} steps in a row (to step {done.step} of "
+            f"{done.total_steps}), so training stopped{kept}; start a new run with "
+            f"{_calmer(stepper)}"
+        )
 
 
-def _divergence(in_a_row: int, done: Progress, stepper: Stepper, folder: Path) -> str:
-    good = newest_finite(folder)
-    kept = f"; the last good state is {good}" if good else ""
-    return (
-        f"loss or gradient was not finite in {in_a_row} steps in a row (to step {done.step} of {done.total_steps})"
-        f", so training stopped{kept}; start a new run with {_calmer(stepper)}"
-    )
-
-
-def _stopped(number: int, done: Progress, folder: Path, log: Log, engine: Engine) -> Interrupted:
-    engine.barrier()  # the checkpoint is written before any process ends
-    log.say(
-        f"{signal.Signals(number).name}: stopped after step {done.step} of {done.total_steps}, checkpoint written;"
-        f" go on with `patchmine resume {folder.parent}`"
-    )
-    return Interrupted(number, done.step, is_main=engine.is_main)
+def _calmer(stepper: Stepper) -> str:
+    """Settings with which a run is less likely to diverge."""
+    settings = stepper.settings
+    rate = f"a smaller blr (now {settings.blr:g})"
+    warmup = f"longer warmup_epochs (now {settings.warmup_epochs:g})"
+    exact = stepper.engine.precision == "fp32"
+    return f"{rate} or {warmup}" if exact else f"{rate}, {warmup} or precision=fp32"

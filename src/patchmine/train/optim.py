@@ -1,7 +1,6 @@
-"""From a method's parameter groups to updated weights: optimizers, learning rates, clipping,
-skipped steps.
+"""From a task's parameter groups to updated weights: optimizers, rates, clipping, skipped steps.
 
-Nothing here waits for the device.  Whether a gradient is finite is a tensor that stays where the
+Nothing here waits for the device: whether a gradient is finite is a tensor that stays where the
 gradient is, and the fused optimizers read it there.
 """
 
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from patchmine.ops.schedules import LrSchedule, learning_rate
-from patchmine.types import ParamGroup, Progress
+from patchmine.ops.schedules import learning_rate
+from patchmine.train.settings import ScheduleSettings
+from patchmine.types import LrSchedule, ParamGroup, Progress
 
-MOMENTUM = (
-    0.9  # SGD and LARS; the value of every recipe that uses them (MAE linear probe, MOKD, SCFS)
-)
+MOMENTUM = 0.9  # SGD and LARS; of every recipe that uses them (MAE linear probe, MOKD, SCFS)
 FUSED_DEVICES = ("cuda", "cpu")
 
 
@@ -49,22 +47,31 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
 
+def schedule_of(settings: ScheduleSettings) -> LrSchedule:
+    """How the rates of a run move, of groups that have no curve of their own."""
+    return LrSchedule(
+        kind=settings.lr_schedule,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=settings.warmup_lr,
+        warmup_prefix=settings.warmup_prefix,
+        min_lr=settings.min_lr,
+        milestones=tuple(settings.lr_milestones),
+        gamma=settings.lr_gamma,
+    )
+
+
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: two or more dimensions and no bias (timm's rule; MAE's 3-D
-    tokens decay).
-    """
+    """Whether weight decay applies: two or more dimensions and no bias (timm's rule)."""
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
 def build_optimizers(
     groups: Sequence[ParamGroup], *, weight_decay: float, blr: float, betas: tuple[float, float]
 ) -> Optimizers:
-    """One torch optimizer per distinct name of a group, for parameters that are already on their
-    device.
+    """One torch optimizer per distinct name of a group, for parameters that are on their device.
 
-    ``weight_decay`` and ``blr`` hold where a group says nothing.  Raises ValueError for an unknown
-    optimizer, for one name with two kinds of them, for a parameter that stands in two groups, and
-    when there is nothing to train.
+    ``weight_decay`` and ``blr`` hold where a group says nothing.  Raises ValueError for groups that
+    contradict each other, and when there is nothing to train.
     """
     params: dict[str, nn.Parameter] = {}
     kinds: dict[str, str] = {}
@@ -72,19 +79,21 @@ def build_optimizers(
     clips: dict[tuple[str, float, bool], Clip] = {}
     frozen: list[tuple[int, list[nn.Parameter]]] = []
     for group in groups:
-        _refuse_repeated(group, params)
-        params.update(group.params)
-        decay = weight_decay if group.weight_decay is None else group.weight_decay
+        for key, parameter in group.params:
+            if key in params:
+                raise ValueError(f"param_groups() names {key!r} twice; it belongs to one group")
+            params[key] = parameter
         name = group.name or group.optimizer
         if kinds.setdefault(name, group.optimizer) != group.optimizer:
-            raise ValueError(
-                f"param_groups() asks for {kinds[name]} and {group.optimizer} under one name, {name!r}"
-            )
-        torch_groups.setdefault(name, []).extend(_split_by_decay(group, decay, blr))
+            both = f"{kinds[name]} and {group.optimizer}"
+            raise ValueError(f"param_groups() asks for {both} under one name, {name!r}")
+        decay = weight_decay if group.weight_decay is None else group.weight_decay
+        base = blr if group.blr is None else group.blr
+        torch_groups.setdefault(name, []).extend(_split_by_decay(group, decay, base))
         members = [parameter for _, parameter in group.params]
         if group.clip_norm is not None:
-            key = (name, group.clip_norm, group.clip_each)
-            clips.setdefault(key, Clip([], group.clip_norm, group.clip_each)).params.extend(members)
+            limit = (name, group.clip_norm, group.clip_each)
+            clips.setdefault(limit, Clip([], *limit[1:])).params.extend(members)
         if group.frozen_until > 0:
             frozen.append((group.frozen_until, members))
     if not params:
@@ -93,34 +102,22 @@ def build_optimizers(
     return Optimizers(by_name, params, list(clips.values()), frozen)
 
 
-def _refuse_repeated(group: ParamGroup, known: Mapping[str, nn.Parameter]) -> None:
-    names = [name for name, _ in group.params]
-    repeated = sorted({name for name in names if name in known or names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"param_groups() names {repeated[0]!r} twice; a parameter belongs to one group"
-        )
-
-
 def _split_by_decay(group: ParamGroup, weight_decay: float, blr: float) -> list[dict[str, Any]]:
-    """torch's parameter groups, with what moves their rate and decay carried along under keys of
-    our own.
-    """
-    base = blr if group.blr is None else group.blr
+    """torch's groups, with what moves their rate and decay under keys of our own."""
     end = weight_decay if group.weight_decay_end is None else group.weight_decay_end
-    matrices = [p for name, p in group.params if is_decayed(name, p)]
-    others = [p for name, p in group.params if not is_decayed(name, p)]
-    curve = (weight_decay, end)
-    parts = [(matrices, curve, True), (others, curve if group.decay_all else (0.0, 0.0), False)]
+    curve, matrices, others = (weight_decay, end), [], []
+    for name, parameter in group.params:
+        (matrices if is_decayed(name, parameter) else others).append(parameter)
     # LARS adapts the rate of matrices whether or not they are decayed, and of nothing else (MAE
     # util/lars.py).
+    parts = [(matrices, curve, True), (others, curve if group.decay_all else (0.0, 0.0), False)]
     return [
         {
             "params": members,
             "weight_decay": decay[0],
             "decay_curve": decay,
-            "blr": base,
-            "min_lr": group.min_lr,
+            "blr": blr,
+            "of": replace(group, params=()),  # scale, curve and min_lr
             "always_adapt": adapted,
         }
         for members, decay, adapted in parts
@@ -148,9 +145,7 @@ def _make(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -
 
 
 def decay_strength(progress: Progress, start: float, end: float) -> float:
-    """Half a cosine from ``start`` to ``end`` over the whole run, without warm-up (DINO
-    ``utils.cosine_scheduler``).
-    """
+    """Half a cosine from ``start`` to ``end`` over the run (DINO ``utils.cosine_scheduler``)."""
     if start == end:
         return start
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress.fraction))
@@ -161,24 +156,25 @@ def set_rates(
 ) -> dict[str, float]:
     """Set every group's rate and weight decay for this step (peak rate = blr x global batch / 256).
 
-    A group's own ``min_lr`` goes before that of ``schedule``.  Returns the rates for the log: of
-    each optimizer's first group.
+    A group's own curve and ``min_lr`` go before ``schedule``.  Returns the largest rate of each
+    optimizer, for the log.
     """
     rates: dict[str, float] = {}
     for name, optimizer in optimizers.by_name.items():
         for group in optimizer.param_groups:
-            peak = group["blr"] * batch_size / 256
-            own = schedule if group["min_lr"] is None else replace(schedule, min_lr=group["min_lr"])
-            group["lr"] = learning_rate(progress, peak, own)
+            of: ParamGroup = group["of"]
+            curve = of.curve or schedule
+            if of.min_lr is not None:
+                curve = replace(curve, min_lr=of.min_lr)
+            group["lr"] = of.scale * learning_rate(progress, group["blr"] * batch_size / 256, curve)
             group["weight_decay"] = decay_strength(progress, *group["decay_curve"])
-        rates["lr" if not rates else f"lr_{name}"] = float(optimizer.param_groups[0]["lr"])
+        largest = max(float(group["lr"]) for group in optimizer.param_groups)
+        rates["lr" if not rates else f"lr_{name}"] = largest
     return rates
 
 
 def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
-    """Drop the gradients of frozen parameters and clip the others; returns their norm before
-    clipping, 0-d.
-    """
+    """Drop the gradients of frozen parameters and clip the others; their norm before that, 0-d."""
     for frozen_until, members in optimizers.frozen:
         if progress.epoch < frozen_until:
             for parameter in members:
@@ -186,37 +182,28 @@ def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
     params = [p for p in optimizers.params.values() if p.grad is not None]
     if not params:
         return torch.zeros((), device=next(iter(optimizers.params.values())).device)
-    norms = dict(
-        zip(params, torch._foreach_norm(_gradients(params)), strict=True)
-    )  # {parameter: 0-d}
+    # {parameter: 0-d}
+    norms = dict(zip(params, torch._foreach_norm(_gradients(params)), strict=True))
     for clip in optimizers.clips:
-        _clip(clip, norms)
-    return _norm(torch.stack(list(norms.values())))
-
-
-def _clip(clip: Clip, norms: Mapping[nn.Parameter, Tensor]) -> None:
-    """Same numbers as ``torch.nn.utils.clip_grad_norm_``, or as DINO's clipping of each parameter
-    by itself.
-    """
-    params = [p for p in clip.params if p in norms]
-    if not params:
-        return
-    grads = _gradients(params)
-    own = torch.stack([norms[p] for p in params])  # (P,)
-    if clip.each:
-        factors = (clip.norm / (own + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(grads, factors.unbind())
-    else:
-        torch._foreach_mul_(grads, (clip.norm / (_norm(own) + 1e-6)).clamp(max=1.0))
+        # The numbers of torch's clip_grad_norm_, or of DINO's clipping of each by itself.
+        clipped = [p for p in clip.params if p in norms]
+        if not clipped:
+            continue
+        own = torch.stack([norms[p] for p in clipped])  # (P,)
+        if clip.each:
+            factors = (clip.norm / (own + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(_gradients(clipped), factors.unbind())
+        else:
+            whole: Tensor = torch.linalg.vector_norm(own)
+            torch._foreach_mul_(
+                _gradients(clipped), (clip.norm / (whole + 1e-6)).clamp(max=1.0)
+            )
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    return norm
 
 
 def _gradients(params: Sequence[nn.Parameter]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
-
-
-def _norm(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values)
-    return norm
 
 
 def update(optimizers: Optimizers, bad: Tensor) -> None:
@@ -226,7 +213,7 @@ def update(optimizers: Optimizers, bad: Tensor) -> None:
     """
     for optimizer in optimizers.by_name.values():
         if all(group.get("fused") for group in optimizer.param_groups):
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # the door that torch's GradScaler uses
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # the door of torch's GradScaler
             optimizer.step()
         elif not bool(bad):
             optimizer.step()
@@ -234,19 +221,17 @@ def update(optimizers: Optimizers, bad: Tensor) -> None:
 
 def optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
     """All optimizer state under ``PARAMETER.KEY``, say ``encoder.norm.weight.exp_avg``."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in optimizers.params.items():
-        for optimizer in optimizers.by_name.values():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors[f"{name}.{key}"] = value
-    return tensors
+    return {
+        f"{name}.{key}": value
+        for name, parameter in optimizers.params.items()
+        for optimizer in optimizers.by_name.values()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
 
 
 def load_optimizer_tensors(optimizers: Optimizers, tensors: Mapping[str, Tensor]) -> None:
-    """Undo ``optimizer_tensors``.  Raises ValueError for state that is not whole, or of what is not
-    trained.
-    """
+    """Undo `optimizer_tensors`.  ValueError for state that is not whole, or of what is not trained."""
     by_parameter: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter_name, key = name.rsplit(".", 1)

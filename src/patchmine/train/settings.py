@@ -138,6 +138,12 @@ class LoggingSettings(Strict):
     wandb: str | None = Field(None, description="project on Weights & Biases to log to")
 
 
+class TrainSettings(
+    LoggingSettings, SavingSettings, MachineSettings, OptimSettings, ScheduleSettings
+):
+    """All that the training loop needs of a run's settings."""
+
+
 def fitting_counts(batch_size: int, accumulate: int, near: int) -> str:
     """Numbers of processes next to ``near`` that a batch can be shared out to: "2 or 4", or ""."""
     fits = [count for count in range(1, 2 * near + 1) if batch_size % (count * accumulate) == 0]

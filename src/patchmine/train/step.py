@@ -3,71 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from patchmine.errors import UserError
-from patchmine.ops.schedules import LrSchedule
 from patchmine.task import Task
+from patchmine.train import optim
 from patchmine.train.checkpoint import refuse_shared
 from patchmine.train.engine import Engine
 from patchmine.train.log import Meter, Stopwatch
-from patchmine.train.optim import build_optimizers, clip_gradients, set_rates, update
-from patchmine.train.settings import fitting_counts
+from patchmine.train.settings import TrainSettings, fitting_counts
 from patchmine.types import Batch, Progress
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """What training needs of a run's settings.  ``batch_size`` is global; ``*_every`` count
-    optimizer steps.
-    """
-
-    total_steps: int
-    steps_per_epoch: int
-    batch_size: int
-    checkpoint_every: int
-    accumulate: int = 1
-    blr: float = 1.5e-4
-    schedule: LrSchedule = field(default_factory=LrSchedule)
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    keep_checkpoints: int = 3
-    log_every: int = 10
-    sample_every: int | None = None
-    compile: bool = False
-
-    def progress(self, step: int) -> Progress:
-        """Where the run is when ``step`` steps are finished."""
-        return Progress(step, self.total_steps, self.steps_per_epoch)
-
-
 class Stepper:
-    """A method on its device with its optimizers.  Raises UserError for a batch that cannot be
-    shared out.
-    """
+    """A task on its device with its optimizers.  UserError for a batch that cannot be shared out."""
 
-    def __init__(self, method: Task, engine: Engine, settings: TrainSettings) -> None:
+    def __init__(self, task: Task, engine: Engine, settings: TrainSettings) -> None:
         parts = engine.world_size * settings.accumulate
         if settings.batch_size % parts:
             fits = fitting_counts(settings.batch_size, settings.accumulate, engine.world_size)
             raise UserError(
-                f"batch_size={settings.batch_size} cannot be shared out to {engine.world_size} processes x"
-                f" accumulate={settings.accumulate}: start {fits or 'fewer'} processes (devices x num_nodes; a resumed"
-                f" run may change it), or in a new run use a multiple of {parts}"
+                f"batch_size={settings.batch_size} cannot be shared out to {engine.world_size} "
+                f"processes x accumulate={settings.accumulate}: start {fits or 'fewer'} processes "
+                "(devices x num_nodes; a resumed run may change it), or in a new run use a "
+                f"multiple of {parts}"
             )
-        self.rows = settings.batch_size // parts
-        self.method, self.engine, self.settings = method, engine, settings
-        self.forward = engine.wrap(method, compile_blocks=settings.compile)
-        refuse_shared(method.state_dict())
-        self.optimizers = build_optimizers(
-            method.param_groups(),
+        self.rows = settings.batch_size // parts  # of a micro-batch
+        self.task, self.engine, self.settings = task, engine, settings
+        self.forward = engine.wrap(task, compile_blocks=settings.compile)
+        refuse_shared(task.state_dict())
+        self.optimizers = optim.build_optimizers(
+            task.param_groups(),
             weight_decay=settings.weight_decay,
             blr=settings.blr,
             betas=settings.betas,
         )
+        self.schedule = optim.schedule_of(settings)
         self.rates: dict[str, float] = {}
         self.meter = Meter()
         self.watch = Stopwatch()
@@ -76,21 +49,29 @@ class Stepper:
 
     def make(self, progress: Progress, batches: Iterator[Batch]) -> Batch:
         """Rates, losses, gradients, update; returns the last micro-batch."""
-        settings = self.settings
-        self.rates = set_rates(
-            self.optimizers, progress, batch_size=settings.batch_size, schedule=settings.schedule
+        size, parts = self.settings.batch_size, self.settings.accumulate
+        self.rates = optim.set_rates(
+            self.optimizers, progress, batch_size=size, schedule=self.schedule
         )
         self.optimizers.zero_grad()
-        for micro in range(settings.accumulate):
-            batch = self._next(batches, progress)
-            with self.engine.no_sync(self.forward, skip=micro + 1 < settings.accumulate):
+        for micro in range(parts):
+            with self.watch.waiting():
+                batch = next(batches, None)
+            if batch is None or len(batch) != self.rows:
+                got = "none" if batch is None else f"{len(batch)}"
+                raise ValueError(
+                    f"step {progress.step} needs a batch of {self.rows} images and got {got}"
+                )
+            with self.engine.no_sync(self.forward, skip=micro + 1 < parts):
                 self._add_gradient(batch, progress, micro)
-        norm = clip_gradients(self.optimizers, progress)
+        norm = optim.clip_gradients(self.optimizers, progress)
         bad = norm.isfinite().logical_not().float()
-        update(self.optimizers, bad)
-        self.method.after_step(progress)
+        optim.update(self.optimizers, bad)
+        self.task.after_step(progress)
         self.meter.add({"grad_norm": norm})
-        self._count(bad)
+        skipped, row, longest, total = self._skips.unbind()
+        row = (row + bad) * bad
+        self._skips = torch.stack([skipped + bad, row, torch.maximum(longest, row), total + bad])
         self.watch.steps += 1
         return batch
 
@@ -104,28 +85,13 @@ class Stepper:
         """Steps of this process's part of the run that were skipped.  This waits for the device."""
         return int(self._skips[3])
 
-    def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch:
-        with self.watch.waiting():
-            batch = next(batches, None)
-        if batch is None or len(batch) != self.rows:
-            got = "none" if batch is None else f"{len(batch)}"
-            raise ValueError(
-                f"step {progress.step} needs a batch of {self.rows} images and got {got}"
-            )
-        return batch
-
     def _add_gradient(self, batch: Batch, progress: Progress, micro: int) -> None:
         first_row = (micro * self.engine.world_size + self.engine.rank) * self.rows
-        self.method.noise.begin(progress.step, first_row, self.settings.batch_size)
+        self.task.noise.begin(progress.step, first_row, self.settings.batch_size)
         losses = self.forward(batch, progress)
-        loss = losses["loss"]
+        loss: Tensor = losses["loss"]
         # A loss that is not finite turns the gradient into NaN, which reaches every process
         # together with the gradients, so that all skip the step without asking each other.
         share = torch.full_like(loss, 1.0 / self.settings.accumulate)
         self.engine.backward(loss, share.where(loss.detach().isfinite(), torch.nan))
         self.meter.add(losses)
-
-    def _count(self, bad: Tensor) -> None:
-        skipped, row, longest, total = self._skips.unbind()
-        row = (row + bad) * bad
-        self._skips = torch.stack([skipped + bad, row, torch.maximum(longest, row), total + bad])
