@@ -13,8 +13,8 @@ from patchmine.config.resolve import parse, resolve_size
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.ops.schedules import learning_rate
-from patchmine.runs.preparing import lr_schedule
 from patchmine.runs.run import build_method
+from patchmine.train.optim import schedule_of
 from patchmine.types import Progress
 
 TINY = {"cifar10-tiny", "cifar10-tiny-samples", "photos-demo"}
@@ -108,7 +108,7 @@ def test_rates_are_those_of_the_published_schedulers(name: str) -> None:
     for epoch, expected in RATES[name].items():
         now = Progress(epoch * 625, config.epochs * 625, 625)
         assert learning_rate(
-            now, config.blr * config.batch_size / 256, lr_schedule(config)
+            now, config.blr * config.batch_size / 256, schedule_of(config)
         ) == pytest.approx(expected)
 
 

@@ -16,7 +16,7 @@ from patchmine.cli.commands import read_words
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reading, extract
-from patchmine.evaluate.knn import evaluate_knn, online_knn
+from patchmine.evaluate.knn import evaluate_knn, online_accuracy, online_features
 from patchmine.evaluate.labelled import open_labelled
 from patchmine.evaluate.linear import batch_for, evaluate_linear, iterations_for
 from patchmine.evaluate.measure import show_result
@@ -183,7 +183,9 @@ def test_online_knn_agrees_with_the_protocol_and_leaves_the_encoder_as_it_was(ru
     encoder = target.encoder.train()
     encoder.blocks[1].eval()
     modes, state = [m.training for m in encoder.modules()], torch.get_rng_state()
-    found = online_knn(target, open_labelled(colours), reading=Reading(workers=0))
+    data, reading = open_labelled(colours), Reading(workers=0)
+    halves = [online_features(target, data, reading, rank, 2) for rank in range(2)]
+    found = online_accuracy(halves, data, torch.device("cpu"))
     assert torch.equal(state, torch.get_rng_state())
     assert found == {
         key: evaluate_knn(settings(KnnSettings, run_folder, colours))[key]

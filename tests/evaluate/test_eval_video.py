@@ -23,7 +23,7 @@ from patchmine.data.views.clips import PlainClips, TestClips
 from patchmine.errors import UserError
 from patchmine.evaluate.embed import embed
 from patchmine.evaluate.features import FrameReader, Reader, Reading, extract
-from patchmine.evaluate.knn import evaluate_knn, online_knn
+from patchmine.evaluate.knn import evaluate_knn, online_accuracy, online_features
 from patchmine.evaluate.labelled import open_labelled
 from patchmine.evaluate.linear import evaluate_linear
 from patchmine.evaluate.measure import opened, show_result
@@ -282,7 +282,9 @@ def test_the_protocols_of_images_take_one_clip_of_each_video(video_folder, clips
         ]["stride"]
         == 2
     )
-    online = online_knn(target, data, reading=Reading(workers=0))
+    online = online_accuracy(
+        [online_features(target, data, Reading(workers=0))], data, torch.device("cpu")
+    )
     twenty = evaluate_knn(settings(KnnSettings, video_folder, clips))
     assert online == {key: twenty[key] for key in ("top1", "top5")}
     out = tmp_path / "e.parquet"

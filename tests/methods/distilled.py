@@ -21,13 +21,12 @@ from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
 from patchmine.models.batch_norm import synchronise_batch_norms
 from patchmine.ops.processes import num_processes
-from patchmine.ops.schedules import LrSchedule
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.train.loop import train
-from patchmine.train.step import TrainSettings
-from patchmine.types import Batch
+from patchmine.train.loop import Keeper, train
+from patchmine.train.settings import TrainSettings
+from patchmine.types import Batch, Progress
 
 STEPS, IMAGES = 4, 8
 CASES = {
@@ -92,21 +91,20 @@ def batches(rank: int, processes: int, accumulate: int) -> Iterator[Batch]:
 def train_case(engine: Engine, name: str, folder: Path) -> None:
     method, accumulate = build(name), CASES[name]
     settings = TrainSettings(
-        total_steps=STEPS,
-        steps_per_epoch=2,
         batch_size=IMAGES,
         checkpoint_every=100,
         accumulate=accumulate,
         log_every=1,
         blr=0.2 if name.startswith("scfs") else 2.0,  # a ResNet at 2.0 makes much of a rounding
-        schedule=LrSchedule(warmup_epochs=1.0),
+        warmup_epochs=1.0,
     )
     say = lambda text: None  # noqa: E731
     with Log(
         folder / name if engine.is_main else None, total_steps=STEPS, say=say, tensorboard=False
     ) as log:
         share = batches(engine.rank, engine.world_size, accumulate)
-        train(method, share, engine, settings, folder=folder / name / "checkpoints", log=log)
+        length, keeper = Progress(0, STEPS, 2), Keeper(folder / name / "checkpoints")
+        train(method, share, engine, settings, length, keeper=keeper, log=log)
     if engine.is_main:
         save_file(method.state_dict(), folder / name / "weights.safetensors")
 

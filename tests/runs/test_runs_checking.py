@@ -187,7 +187,7 @@ def test_no_data_are_opened_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("data were opened")
 
-    monkeypatch.setattr("patchmine.training.open_data", opened)
+    monkeypatch.setattr("patchmine.runs.preparing.open_data", opened)
     result = CliRunner().invoke(
         app, ["pretrain", f"data={tmp_path}", f"out={tmp_path / 'x'}", "model=vit_smal_patch16"]
     )

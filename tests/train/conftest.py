@@ -13,14 +13,15 @@ sys.path.insert(
     0, str(Path(__file__).parent)
 )  # toy.py is also imported by scripts that the tests start
 
-from patchmine.ops.schedules import LrSchedule
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.train.loop import train
-from patchmine.train.step import TrainSettings
+from patchmine.train.loop import Hooks, Keeper, train
+from patchmine.train.settings import TrainSettings
+from patchmine.types import Progress
 
-HOOKS = ("on_epoch", "on_sample", "identity", "batches", "before_save", "on_stop")
+HOOKS = ("on_epoch", "on_sample", "before_save", "on_stop")
+KEPT = ("identity", "best_by")
 
 
 @pytest.fixture(scope="session")
@@ -38,31 +39,29 @@ def run_toy(engine: Engine, tmp_path: Path) -> Callable[..., Any]:
     ) -> Any:
         hooks = {key: given.pop(key) for key in HOOKS if key in given}
         say = given.pop("say", lambda text: None)
-        defaults: dict[str, Any] = dict(
-            total_steps=12, steps_per_epoch=5, batch_size=8, checkpoint_every=5, log_every=4
-        )
-        settings = TrainSettings(
-            **{**defaults, "blr": 0.5, "schedule": LrSchedule(warmup_epochs=1.0), **given}
-        )
+        kept = {key: given.pop(key) for key in KEPT if key in given}
+        length = Progress(0, given.pop("total_steps", 12), 5)
+        batches = given.pop("batches", None)
+        defaults: dict[str, Any] = dict(batch_size=8, checkpoint_every=5, log_every=4)
+        settings = TrainSettings(**{**defaults, "blr": 0.5, "warmup_epochs": 1.0, **given})
         method = Toy() if method is None else method
         first = 0 if start is None else start.step
-        batches = hooks.pop("batches", None) or toy_batches(
-            first, settings.total_steps, settings.batch_size, accumulate=settings.accumulate
+        batches = batches or toy_batches(
+            first, length.total_steps, settings.batch_size, accumulate=settings.accumulate
         )
         folder = tmp_path / name
         with Log(
-            folder, total_steps=settings.total_steps, first_step=first, say=say, tensorboard=False
+            folder, total_steps=length.total_steps, first_step=first, say=say, tensorboard=False
         ) as log:
             train(
                 method,
                 batches,
                 engine,
                 settings,
-                folder=folder / "checkpoints",
+                length,
+                keeper=Keeper(folder / "checkpoints", start, **kept),
                 log=log,
-                start=start,
-                before_epoch=getattr(method, "begin_epoch", lambda now: None),
-                **hooks,
+                hooks=Hooks(before_epoch=method.begin_epoch, **hooks),
             )
         return method
 

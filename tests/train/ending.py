@@ -17,14 +17,13 @@ from toy import Toy, toy_batches
 from patchmine.errors import UserError
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.train.loop import train
-from patchmine.train.step import Stepper, TrainSettings
-from patchmine.types import Batch
+from patchmine.train.loop import Keeper, train
+from patchmine.train.settings import TrainSettings
+from patchmine.train.step import Stepper
+from patchmine.types import Batch, Progress
 
 PROCESSES = 3
-SETTINGS = TrainSettings(
-    total_steps=4000, steps_per_epoch=50, batch_size=6, checkpoint_every=5, log_every=4
-)
+SETTINGS = TrainSettings(batch_size=6, checkpoint_every=5, log_every=4, warmup_epochs=0)
 
 
 def refused(engine: Engine, folder: Path) -> None:
@@ -32,11 +31,7 @@ def refused(engine: Engine, folder: Path) -> None:
     said = []
     for attempt in (
         lambda: engine.agree({"data": "3 items" if engine.rank == 2 else "4 items", "blr": 0.1}),
-        lambda: Stepper(
-            Toy(),
-            engine,
-            TrainSettings(total_steps=1, steps_per_epoch=1, batch_size=8, checkpoint_every=1),
-        ),
+        lambda: Stepper(Toy(), engine, TrainSettings(batch_size=8)),
     ):
         try:
             attempt()
@@ -71,7 +66,8 @@ def main(folder: Path, case: str) -> None:
                 batches(engine, case),
                 engine,
                 SETTINGS,
-                folder=folder / "checkpoints",
+                Progress(0, 4000, 50),
+                keeper=Keeper(folder / "checkpoints"),
                 log=log,
             )
 

@@ -16,25 +16,22 @@ from pathlib import Path
 from safetensors.torch import save_file
 from toy import Toy, toy_batches
 
-from patchmine.ops.schedules import LrSchedule
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.train.loop import train
-from patchmine.train.step import TrainSettings
-from patchmine.types import Batch
+from patchmine.train.loop import Hooks, Keeper, train
+from patchmine.train.settings import TrainSettings
+from patchmine.types import Batch, Progress
 
 
 def run(
     engine: Engine, folder: Path, method: Toy, batches: Iterator[Batch], accumulate: int = 1
 ) -> None:
     settings = TrainSettings(
-        total_steps=12,
-        steps_per_epoch=5,
         batch_size=8,
         checkpoint_every=5,
         log_every=4,
         blr=0.5,
-        schedule=LrSchedule(warmup_epochs=1.0),
+        warmup_epochs=1.0,
         accumulate=accumulate,
     )
     say = lambda text: print(text, flush=True)  # noqa: E731, T201
@@ -44,9 +41,10 @@ def run(
             batches,
             engine,
             settings,
-            folder=folder / "checkpoints",
+            Progress(0, 12, 5),
+            keeper=Keeper(folder / "checkpoints"),
             log=log,
-            before_epoch=method.begin_epoch,
+            hooks=Hooks(before_epoch=method.begin_epoch),
         )
     save_file(method.state_dict(), folder / f"rank{engine.rank}.safetensors")
 

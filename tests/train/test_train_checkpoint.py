@@ -24,7 +24,6 @@ from patchmine.train.checkpoint import (
     list_checkpoints,
     load,
     load_newest,
-    load_newest_finite,
     newest_finite,
     refuse_shared,
     save,
@@ -206,7 +205,7 @@ def test_every_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
 
 def write_format_1(path: Path, step: int, state: dict[str, torch.Tensor]) -> None:
     """As version 0.2 wrote it."""
-    crc32 = {"model": checkpoints._checksum_of_format_1(state), "optimizer": 0}
+    crc32 = {"model": checkpoints._checksum(state, 1), "optimizer": 0}
     head = {
         "format": 1,
         "step": step,
@@ -262,14 +261,14 @@ def test_states_that_are_not_finite_are_passed_over_by_name(tmp_path: Path) -> N
         tmp_path / "step-00000007.safetensors", 7, {"w": torch.tensor([1.0, float("inf")])}
     )
     said: list[str] = []
-    assert load_newest_finite(tmp_path, said.append).step == 5
+    assert load_newest(tmp_path, said.append, finite=True).step == 5
     assert "step-00000007.safetensors holds values that are not finite (in model.w)" in said[0]
     assert str(good) in said[0]
     assert load_newest(tmp_path, said.append).step == 7
     assert newest_finite(tmp_path) == good
     good.unlink()
     with pytest.raises(UserError, match=r"no usable checkpoint.*not finite \(in model\.w\)"):
-        load_newest_finite(tmp_path, said.append)
+        load_newest(tmp_path, said.append, finite=True)
     assert newest_finite(tmp_path) is None
 
 

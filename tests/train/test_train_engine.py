@@ -13,7 +13,9 @@ from patchmine.errors import UserError
 from patchmine.train import engine as engines
 from patchmine.train.engine import Engine
 from patchmine.train.launch import Launch
-from patchmine.train.step import Stepper, TrainSettings
+from patchmine.train.settings import TrainSettings
+from patchmine.train.step import Stepper
+from patchmine.types import Progress
 
 
 def test_settings_that_this_machine_cannot_follow_are_named(
@@ -74,16 +76,14 @@ def test_blocks_are_compiled_in_place_and_keep_their_names() -> None:
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_gpu() -> None:
     engine = Engine(device="cuda")
-    settings = TrainSettings(
-        total_steps=6, steps_per_epoch=3, batch_size=8, checkpoint_every=6, accumulate=2
-    )
+    settings = TrainSettings(batch_size=8, accumulate=2)
     stepper = Stepper(Toy(nan_steps=(3,)), engine, settings)
     batches = iter([batch.to("cuda") for batch in toy_batches(0, 6, 8, accumulate=2)])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(6):
-            stepper.make(settings.progress(step), batches)
+            stepper.make(Progress(step, 6, 3), batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert stepper.read_skips() == (1, 1)

@@ -21,9 +21,9 @@ from patchmine.train import loop
 from patchmine.train.checkpoint import list_checkpoints, load, load_newest
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.train.loop import train
+from patchmine.train.loop import Keeper, train
+from patchmine.train.settings import TrainSettings
 from patchmine.train.signals import Interrupted, StopSignals
-from patchmine.train.step import TrainSettings
 from patchmine.types import Batch, Progress
 
 pytestmark = pytest.mark.bitwise
@@ -382,11 +382,10 @@ def test_bf16_computes_in_bf16_and_hands_over_the_images_untouched(tmp_path: Pat
             return super().forward(batch, progress)
 
     engine = Engine(device="cpu", precision="bf16")
-    settings = TrainSettings(total_steps=3, steps_per_epoch=3, batch_size=8, checkpoint_every=3)
+    settings = TrainSettings(batch_size=8, warmup_epochs=0)
     method = Watched()
     with Log(tmp_path, total_steps=3, say=lambda text: None, tensorboard=False) as log:
-        train(
-            method, toy_batches(0, 3, 8), engine, settings, folder=tmp_path / "checkpoints", log=log
-        )
+        keeper, length = Keeper(tmp_path / "checkpoints"), Progress(0, 3, 3)
+        train(method, toy_batches(0, 3, 8), engine, settings, length, keeper=keeper, log=log)
     assert seen[:2] == [torch.float32, torch.bfloat16]
     assert {p.dtype for p in method.parameters()} == {torch.float32}

@@ -36,8 +36,9 @@ from patchmine.methods import METHODS, method_class
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, build_optimizers, optimizer_tensors
-from patchmine.train.step import Stepper, TrainSettings
-from patchmine.types import Batch, ParamGroup
+from patchmine.train.settings import TrainSettings
+from patchmine.train.step import Stepper
+from patchmine.types import Batch, ParamGroup, Progress
 
 # A long imaginary run, so that its first step is as early as can be whatever a schedule counts in.
 RUN_LENGTH = 1000
@@ -204,12 +205,7 @@ def _method_contestants(
     name: str, method: Method, config: BenchStepSettings, engine: Engine
 ) -> list[Contestant]:
     """The method in mid-training, and at its first step where that does other work."""
-    settings = TrainSettings(
-        total_steps=RUN_LENGTH,
-        steps_per_epoch=1,
-        batch_size=config.batch_size,
-        checkpoint_every=RUN_LENGTH,
-    )
+    settings = TrainSettings.model_validate({"batch_size": config.batch_size, "warmup_epochs": 0})
     stepper = Stepper(method, engine, settings)
     size = (config.frames, *_size(config)) if reads_clips(config.model) else _size(config)
     views = _random(config, NUM_GLOBAL if method.config.multi_crop else 1, size, engine)
@@ -226,7 +222,7 @@ def _method_contestants(
     state = [*method.parameters(), *method.buffers()]
 
     def at(title: str, step: int) -> Contestant:
-        make = partial(stepper.make, settings.progress(step), batches)
+        make = partial(stepper.make, Progress(step, RUN_LENGTH, 1), batches)
         return Contestant(title, make, stepper.optimizers, state)
 
     middle, start = at(name, RUN_LENGTH // 2), at(name, 0)

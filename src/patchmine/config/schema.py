@@ -15,10 +15,7 @@ from patchmine.evaluate.settings import EvalSettings
 from patchmine.methods import METHODS
 from patchmine.models.settings import MethodSettings
 from patchmine.strict import OF_A_MACHINE, ByName, Positive, SettingError, Strict
-from patchmine.train.settings import (
-    TrainSettings,
-    fitting_counts,
-)
+from patchmine.train.settings import TrainSettings, fitting_counts
 
 
 class MethodChoice(Strict):
@@ -39,12 +36,7 @@ class SizeRow(Strict):
 
 
 class RunConfig(
-    EvalSettings,
-    TrainSettings,
-    MethodChoice,
-    ViewSettings,
-    ModelSettings,
-    DataSettings,
+    EvalSettings, TrainSettings, MethodChoice, ViewSettings, ModelSettings, DataSettings
 ):
     """A run, complete and checked.  Its settings are listed from the last block to the first."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from patchmine.evaluate.features import Features, Reader, Reading, extract_all
-from patchmine.evaluate.labelled import LabelledData
+from patchmine.evaluate.labelled import LabelledData, Part
 from patchmine.evaluate.measure import Result, measure, reading_of
 from patchmine.evaluate.neighbours import Accuracy, knn_accuracy
 from patchmine.evaluate.progress import Say, silent
@@ -68,35 +70,49 @@ def _known(labels: Tensor | None) -> Tensor:
     return labels
 
 
-def online_knn(
+def online_features(
     target: Target,
     data: LabelledData,
+    reading: Reading,
+    rank: int = 0,
+    processes: int = 1,
     *,
-    reading: Reading | None = None,
     max_train: int = 10_000,
     max_test: int = 2_000,
-) -> Accuracy:
-    """``{"top1", "top5"}`` in percent of an encoder as it is in the middle of training; every
-    part's train or eval mode is left as it was.
+) -> tuple[Features, Features]:
+    """One process's share of what an encoder in training makes of images to learn from and to test.
 
-    To cost little, at most ``max_train`` and ``max_test`` images are used, always the same, of each
-    class its share.
+    Every part's train or eval mode is left as it was.  To cost little, at most ``max_train`` and
+    ``max_test`` images are used, always the same, of each class its share.
     """
-    assert target.encoder is not None, "an encoder in training"
     reader = Reader(target)
-    device = next(target.encoder.parameters()).device
-    reading = reading or Reading(device=str(device))
+    columns = reader.poolings[reader.choose("cls")]
+
+    def read(part: Part) -> Features:
+        count = len(part)
+        mine = part.indices[count * rank // processes : count * (rank + 1) // processes]
+        if len(mine) == 0:  # fewer images than processes
+            nothing = torch.empty(0, dtype=torch.int64)
+            return Features(torch.empty(0, 0), nothing, nothing)
+        found = extract_all({"": reader}, replace(part, indices=mine), reading)[""]
+        return replace(found, x=found.x[:, columns].flatten(1))
+
     with fast_linear():
-        train = extract_all({"": reader}, data.train.sampled(max_train), reading)[""]
-        test = extract_all({"": reader}, data.test.sampled(max_test), reading)[""]
-        column = reader.poolings[reader.choose("cls")]
-        by_k = knn_accuracy(
-            train.x[:, column].flatten(1),
-            _known(train.labels),
-            test.x[:, column].flatten(1),
-            _known(test.labels),
-            len(data.classes),
-            neighbours=(HEADLINE,),
-            device=device,
-        )
+        return read(data.train.sampled(max_train)), read(data.test.sampled(max_test))
+
+
+def online_accuracy(
+    shares: Sequence[tuple[Features, Features]], data: LabelledData, device: torch.device
+) -> Accuracy:
+    """``{"top1", "top5"}`` in percent, of the shares of all processes by rank."""
+
+    def joined(side: Sequence[Features]) -> tuple[Tensor, Tensor]:
+        some = [features for features in side if len(features)]
+        labels = [_known(features.labels) for features in some]
+        return torch.cat([features.x for features in some]), torch.cat(labels)
+
+    train, test = (joined(side) for side in zip(*shares, strict=True))
+    classes = len(data.classes)
+    with fast_linear():
+        by_k = knn_accuracy(*train, *test, classes, neighbours=(HEADLINE,), device=device)
     return next(iter(by_k.values()))

@@ -1,11 +1,8 @@
-"""What the first process does beside training: pictures and evaluations, none of which may stop it."""
+"""What is done beside training: pictures and evaluations, none of which may stop it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,9 +15,9 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.workers import num_workers
 from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError, foreign_parser
-from patchmine.evaluate.features import Reading
-from patchmine.evaluate.knn import online_knn
-from patchmine.evaluate.labelled import LabelledData, open_labelled
+from patchmine.evaluate.features import Features, Reading
+from patchmine.evaluate.knn import online_accuracy, online_features
+from patchmine.evaluate.labelled import open_labelled
 from patchmine.evaluate.settings import EvalSettings
 from patchmine.evaluate.targets import target_of
 from patchmine.report.panels import draw_panels
@@ -28,12 +25,11 @@ from patchmine.runs.preparing import item_of, normaliser
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
+from patchmine.train.settings import TrainSettings
 from patchmine.types import Batch, Progress
 
-SAMPLE_IMAGES, SAMPLE_CLIPS = (
-    6,
-    2,
-)  # on a picture made during training, where a clip takes as many rows as panels
+# On a picture made during training, where a clip takes as many rows as panels
+SAMPLE_IMAGES, SAMPLE_CLIPS = 6, 2
 
 
 class Monitor:
@@ -47,22 +43,20 @@ class Monitor:
         self,
         model: ModelSettings,
         evaluation: EvalSettings,
+        training: TrainSettings,
         folder: Path,
         engine: Engine,
         images: Source,
         method: Method,
         log: Log,
-        *,
-        seed: int,
-        workers: int | Literal["auto"],
     ) -> None:
-        self.model, self.evaluation, self.seed, self.workers = model, evaluation, seed, workers
-        self.folder, self.engine, self.method, self.log = folder, engine, method, log
-        self.images = images
+        self.model, self.evaluation, self.training = model, evaluation, training
+        self.folder, self.engine = folder, engine
+        self.images, self.method, self.log = images, method, log
         self._batch: Batch | None = None
         self._failed: set[str] = set()
-        self._labelled: LabelledData | None = None
-        if evaluation.eval_every and engine.is_main:
+        self._labelled = None
+        if evaluation.eval_every:
             self._labelled = open_labelled(
                 evaluation.eval_data,
                 evaluation.eval_test,
@@ -71,69 +65,80 @@ class Monitor:
             )
 
     def draw(self, progress: Progress, batch: Batch) -> None:
-        """samples/step-N.png."""
-        with self._beside_training("the picture", progress):
-            self._draw(progress)
+        """samples/step-N.png, by the first process."""
+        try:
+            with foreign_parser(UserError, OSError):
+                self._draw(progress)
+        except (UserError, OSError) as error:
+            self._say_failed("the picture", progress, error)
 
     def _draw(self, progress: Progress) -> None:
+        model = self.model
         if self._batch is None:
-            self._batch = next(self._fixed_images(), None)
+            shown = SAMPLE_CLIPS if reads_clips(model.model) else SAMPLE_IMAGES
+            loaded = plain_batches(
+                self.images,
+                item_of(model).plain_view(model, 1.0),
+                batch_size=shown,
+                indices=spread_indices(len(self.images), shown, self.training.seed),
+                bad=BadFiles(None, 1.0),
+            )
+            self._batch = next(map(normaliser(model, self.engine), loaded), None)
         if self._batch is None:  # all of the chosen ones are broken
             return
         self.method.noise.begin(progress.step)
         self.method.eval()  # the loop goes back to training by itself
         with torch.no_grad(), self.engine.autocast():
             panels = self.method.panels(self._batch, progress)
-        assert self.model.mean is not None
-        assert self.model.std is not None
-        sheet = draw_panels(panels, self.model.mean, self.model.std)
+        assert model.mean is not None
+        assert model.std is not None
+        sheet = draw_panels(panels, model.mean, model.std)
         target = self.folder / "samples" / f"step-{progress.step:08d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as new:
             sheet.save(new)
 
-    def _fixed_images(self) -> Iterator[Batch]:
-        count, shown = (
-            len(self.images),
-            SAMPLE_CLIPS if reads_clips(self.model.model) else SAMPLE_IMAGES,
-        )
-        chosen = spread_indices(count, shown, self.seed)
-        view = item_of(self.model).plain_view(self.model, 1.0)
-        loaded = plain_batches(
-            self.images, view, batch_size=shown, indices=chosen, bad=BadFiles(None, 1.0)
-        )
-        return map(normaliser(self.model, self.engine), loaded)
+    def evaluate(self, progress: Progress) -> dict[str, float] | None:
+        """kNN every ``eval_every`` epochs and at the end: a line of metrics.jsonl, and the scores.
 
-    def evaluate(self, progress: Progress) -> None:
-        """An evaluation line of metrics.jsonl, every ``eval_every`` epochs and at the end."""
+        Each process reads its share of the images; what fails in one of them is known to all.
+        """
         last = progress.step == progress.total_steps
         if self._labelled is None or (progress.epoch % self.evaluation.eval_every and not last):
-            return
-        reading = Reading(
-            workers=num_workers(self.workers, self.engine.device, self.engine.local_size),
-            device=str(self.engine.device),
-        )
-        accuracy: dict[str, float] = {}
-        with self._beside_training("the evaluation", progress):
-            target = target_of(
-                self.model, self.evaluation.crop_pct, self.method.encoder, "the encoder in training"
-            )
-            accuracy = online_knn(target, self._labelled, reading=reading)
-        if not accuracy:
-            return
-        epoch = progress.step / progress.steps_per_epoch
-        self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": "knn", **accuracy}})
-        self.log.say(f"step {progress.step}: kNN top-1 {accuracy['top1']:.1f} %")
-
-    @contextmanager
-    def _beside_training(self, what: str, progress: Progress) -> Iterator[None]:
+            return None
+        engine, data = self.engine, self._labelled
+        workers = num_workers(self.training.workers, engine.device, engine.local_size)
+        reading = Reading(workers=workers, device=str(engine.device))
+        share: tuple[Features, Features] | None = None
+        error: UserError | OSError | None = None
         try:
             with foreign_parser(UserError, OSError):
-                yield
-        except (UserError, OSError) as error:
-            if what not in self._failed:
-                why = refusal(error) if isinstance(error, OSError) else error
-                self.log.say(
-                    f"warning: {what} after step {progress.step} failed ({why}); training goes on without it"
+                target = target_of(
+                    self.model,
+                    self.evaluation.crop_pct,
+                    self.method.encoder,
+                    "the encoder in training",
                 )
-            self._failed.add(what)
+                share = online_features(target, data, reading, engine.rank, engine.world_size)
+        except (UserError, OSError) as caught:
+            error = caught
+        found = engine.gather((share, error))
+        shares = [each for each, _ in found if each is not None]
+        if len(shares) < len(found):
+            first = next(wrong for _, wrong in found if wrong is not None)
+            self._say_failed("the evaluation", progress, first)
+            return None
+        scores = dict(online_accuracy(shares, data, engine.device))
+        epoch = progress.step / progress.steps_per_epoch
+        self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": "knn", **scores}})
+        self.log.say(f"step {progress.step}: kNN top-1 {scores['top1']:.1f} %")
+        return scores
+
+    def _say_failed(self, what: str, progress: Progress, error: UserError | OSError) -> None:
+        if what not in self._failed:
+            why = refusal(error) if isinstance(error, OSError) else error
+            self.log.say(
+                f"warning: {what} after step {progress.step} failed ({why}); training goes on "
+                "without it"
+            )
+        self._failed.add(what)

@@ -10,6 +10,7 @@ import torch
 
 from patchmine.backbones.family import family_of, is_encoder
 from patchmine.backbones.settings import ModelSettings
+from patchmine.config.resolve import fit_batch
 from patchmine.config.schema import RunConfig
 from patchmine.data.items import Item
 from patchmine.data.loader import data_statistics
@@ -18,12 +19,10 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec, default_cache_dir
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import normalise
-from patchmine.errors import UserError
-from patchmine.ops.schedules import LrSchedule
+from patchmine.errors import UserError, shown_name
 from patchmine.task import Method
 from patchmine.train.engine import Engine
-from patchmine.train.settings import ScheduleSettings
-from patchmine.types import Batch
+from patchmine.types import Batch, Progress
 
 Say = Callable[[str], None]
 
@@ -34,11 +33,7 @@ def item_of(config: ModelSettings) -> Item:
 
 
 def open_data(config: RunConfig, source: Spec | None, say: Say) -> Source:
-    """What the run trains on, ``source`` in the place of ``config.data`` where it is given.
-
-    ``say`` hears what is wrong with it and what decodes videos.  Raises UserError as `open_source`
-    does.
-    """
+    """What the run trains on; ``say`` hears what is wrong with it and what decodes videos."""
     item = item_of(config)
     opened = item.open(config.data if source is None else source, cache_dir=default_cache_dir())
     for note in item.notes(opened):
@@ -56,31 +51,48 @@ def with_statistics(config: RunConfig, source: Source, say: Say) -> RunConfig:
     return config.model_copy(update={"mean": rounded[0], "std": rounded[1]})
 
 
+def fit_to_length(config: RunConfig, num_items: int, say: Say) -> RunConfig:
+    """Fits the batch to the data, and shortens a warm-up that would outlast half of the steps."""
+    item = item_of(config)
+    samples = num_items * item.samples(config)
+    what = f"{item.noun}s of data={shown_name(str(config.data))}"
+    if samples > num_items:
+        what += f" (clip.repeats={config.clip.repeats} times {num_items:,})"
+    config = fit_batch(config, samples, what, say)
+    if config.steps is None:
+        return config
+    epochs = config.steps / (samples // config.batch_size)
+    if config.warmup_epochs <= epochs / 2:
+        return config
+    shorter = round(epochs / 10, 6)
+    say(
+        f"warmup_epochs={config.warmup_epochs:g} is shortened to {shorter:g}, a tenth of the "
+        f"{config.steps} steps."
+    )
+    return config.model_copy(update={"warmup_epochs": shorter})
+
+
+def length_of(config: RunConfig, num_items: int) -> Progress:
+    """How long a run on so many items is, at its beginning."""
+    steps_per_epoch = num_items * item_of(config).samples(config) // config.batch_size
+    epochs = config.epochs or 0
+    total = config.steps if config.steps is not None else epochs * steps_per_epoch
+    return Progress(0, total, steps_per_epoch)
+
+
 def train_view(config: RunConfig, method: Method) -> View:
     """What becomes of an item in training.  UserError for local crops that patches do not fill."""
     # Of all backbones
     patches = [family_of(part).smallest_side(part) for part in method.modules() if is_encoder(part)]
     size, step = config.crops.local_size, math.lcm(*patches)
-    if method.config.multi_crop and config.crops.num_local and size % step:
+    multi_crop = method.config.multi_crop
+    if multi_crop and config.crops.num_local and size % step:
         near = max(step, round(size / step) * step)
         raise UserError(
             f"crops.local_size={size} is not a multiple of {step}, as the patches of the backbones "
             f"of method={config.method.name} ask for: set crops.local_size={near}"
         )
-    return item_of(config).train_view(config, max(patches), method.config.multi_crop)
-
-
-def lr_schedule(config: ScheduleSettings) -> LrSchedule:
-    """How the run's learning rates move."""
-    return LrSchedule(
-        kind=config.lr_schedule,
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        warmup_prefix=config.warmup_prefix,
-        min_lr=config.min_lr,
-        milestones=tuple(config.lr_milestones),
-        gamma=config.lr_gamma,
-    )
+    return item_of(config).train_view(config, max(patches), multi_crop)
 
 
 def normaliser(config: InputSettings, engine: Engine) -> Callable[[Batch], Batch]:

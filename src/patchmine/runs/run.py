@@ -10,6 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from patchmine.backbones import weights
 from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import Encoder, build_encoder, family_of
@@ -23,6 +25,8 @@ from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
 from patchmine.train.log import read_line
 
+_WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "export", "export-partner", "bad_files.txt")
+
 _log = logging.getLogger("patchmine")
 
 
@@ -31,25 +35,24 @@ def build_method(
 ) -> Method:
     """The method that the settings describe, freshly initialised (seed torch first).
 
-    ``start_from``: a run, export or weights file whose encoder is taken instead of a random one;
-    ``say`` hears what became of its tensors.  Raises UserError where the settings do not fit
-    together.
+    Args:
+        config: settings of a run.
+        start_from: a run, export or weights file, whose encoder is taken instead of a random one.
+        say: hears what became of its tensors.
+
+    Raises:
+        UserError: settings that do not fit together.
     """
     kind = method_class(config.method)
-    make: Callable[..., Method] = kind
     encoder = _bare_encoder(config)
     kind.draw_weights(encoder)
     if start_from is None:
-        return make(config.method, encoder)
+        return kind(config.method, encoder)
     report = _initialise(encoder, start_from)
-    method = make(config.method, encoder)
-    told_elsewhere = (
-        "encoder.",
-        "teacher.",
-        "foreign.",
-        "partner_teacher.",
-    )  # teachers start as their students
-    report.random = [name for name in method.state_dict() if not name.startswith(told_elsewhere)]
+    method = kind(config.method, encoder)
+    # Teachers start as their students, and foreign networks say themselves what they are.
+    told = ("encoder.", "teacher.", "foreign.", "partner_teacher.")
+    report.random = [name for name in method.state_dict() if not name.startswith(told)]
     say(report.render())
     return method
 
@@ -76,17 +79,6 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
 
 def _bare_encoder(config: RunConfig) -> Encoder:
     return build_encoder(config, clip=(config.clip.frames, config.clip.tubelet))
-
-
-def partner_config(config: RunConfig) -> RunConfig | None:
-    """The settings with the second network of a pair in the place of the first; None where one
-    network is trained.
-    """
-    model = getattr(config.method, "partner_model", None)
-    if model is None:
-        return None
-    arguments = getattr(config.method, "partner_args", {})
-    return config.model_copy(update={"model": model, "model_args": arguments, "patch_size": None})
 
 
 class Run:
@@ -139,15 +131,15 @@ class Run:
         """The encoder for timm and transformers."""
         return self.path / "export"
 
-    def export_folder(self, which: str) -> Path:
-        """Where an encoder of the run is exported to; a teacher takes the place of its student."""
-        name = which.removesuffix("teacher").rstrip("-")
-        return self.path / ("export" if name in ("", "student") else f"export-{name}")
-
     @property
     def bad_files(self) -> Path:
         """Images that could not be read."""
         return self.path / "bad_files.txt"
+
+    def export_folder(self, which: str) -> Path:
+        """Where an encoder of the run is exported to; a teacher takes the place of its student."""
+        name = which.removesuffix("teacher").rstrip("-")
+        return self.path / ("export" if name in ("", "student") else f"export-{name}")
 
     @cached_property
     def config(self) -> RunConfig:
@@ -224,13 +216,14 @@ class Run:
         return found
 
 
-def _load(module: Method | Encoder, tensors: dict[str, Any], path: Path) -> None:
+def _load(module: nn.Module, tensors: dict[str, Any], path: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise UserError(
-            f"{path} does not fit the settings in config.yaml ({first[0].strip()}); was one of them changed?"
+            f"{path} does not fit the settings in config.yaml ({first[0].strip()}); was one of "
+            "them changed?"
         ) from error
 
 
@@ -276,26 +269,18 @@ def new_folder(config: RunConfig) -> Path:
 
 
 def refuse_used_folder(folder: Path) -> None:
-    """Raise UserError where a new run in ``folder`` would write over another one, or over files of
-    somebody's own.
-    """
+    """Raise UserError where a new run would write over another one, or over somebody's files."""
     if os.path.lexists(folder / "config.yaml"):
         raise UserError(
-            f"out={folder} already holds a run, which is left as it is: go on with it by `patchmine resume {folder}`, "
-            "or choose another out"
+            f"out={folder} already holds a run, which is left as it is: go on with it by "
+            f"`patchmine resume {folder}`, or choose another out"
         )
-    for name in (
-        "checkpoints",
-        "metrics.jsonl",
-        "samples",
-        "export",
-        "export-partner",
-        "bad_files.txt",
-    ):
+    for name in _WRITTEN:
         place = folder / name
         if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
             raise UserError(
-                f"out={folder} holds no run, but {name}, which a run writes itself: choose a new folder"
+                f"out={folder} holds no run, but {name}, which a run writes itself: choose a new "
+                "folder"
             )
 
 

@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.strategy import Strategy
 
+T = TypeVar("T")
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
@@ -154,19 +155,25 @@ class Engine:
         Raises:
             UserError: in all of them, naming a process, its host, and what differs there.
         """
-        if self._group is None:
-            return
-        every: list[dict[str, str]] = [{} for _ in range(self.world_size)]
         own = {what: str(value) for what, value in facts.items()}
-        torch.distributed.all_gather_object(every, own, group=self._host_group)
+        every = self.gather(own)
         for rank, theirs in enumerate(every):
-            for what, value in every[0].items():
-                if theirs[what] != value:
-                    hosts = self._group.hosts
-                    raise UserError(
-                        f"the processes of this run differ: {what} is {value} on {hosts[0]} (rank 0) and {theirs[what]}"
-                        f" on {hosts[rank]} (rank {rank}); give all of them the same"
-                    )
+            differing = next((what for what in every[0] if theirs[what] != every[0][what]), None)
+            if differing is not None and self._group is not None:
+                hosts = self._group.hosts
+                raise UserError(
+                    f"the processes of this run differ: {differing} is {every[0][differing]} on "
+                    f"{hosts[0]} (rank 0) and {theirs[differing]} on {hosts[rank]} (rank {rank}); "
+                    "give all of them the same"
+                )
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; by way of the host."""
+        if self._host_group is None:
+            return [value]
+        every: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(every, value, group=self._host_group)
+        return every
 
     def advise(self, advice: str) -> None:
         """What to tell the user to do when a process ends without a word."""

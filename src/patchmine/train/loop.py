@@ -165,17 +165,13 @@ def train(
                         keeper.save(stepper, done)
             if asked and done.step < total:
                 engine.barrier()  # the checkpoint is written before any process ends
+                name = signal.Signals(asked).name
                 log.say(
-                    f"{signal.Signals(asked).name}: stopped after step {done.step} of {total}, "
-                    "checkpoint written; go on with `patchmine resume "
-                    f"{keeper.folder.parent}`"
+                    f"{name}: stopped after step {done.step} of {total}, checkpoint written; go on "
+                    f"with `patchmine resume {keeper.folder.parent}`"
                 )
                 raise Interrupted(asked, done.step, is_main=engine.is_main)
-    if skipped := keeper.skipped + stepper.total_skipped():
-        log.say(
-            f"{skipped} of {total} steps were skipped because loss or gradient was not finite; if "
-            f"these are more than a few, make the run again with {_calmer(stepper)}"
-        )
+    _say_skipped(keeper.skipped + stepper.total_skipped(), stepper, total, log)
     return length.at(total)
 
 
@@ -207,6 +203,14 @@ def refuse_stranger(start: Checkpoint, identity: Mapping[str, str]) -> None:
 
 def _due(done: Progress, every: int) -> bool:
     return done.step == done.total_steps or done.step % every == 0
+
+
+def _say_skipped(skipped: int, stepper: Stepper, total: int, log: Log) -> None:
+    if skipped:
+        log.say(
+            f"{skipped} of {total} steps were skipped because loss or gradient was not finite; if "
+            f"these are more than a few, make the run again with {_calmer(stepper)}"
+        )
 
 
 def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:

@@ -105,7 +105,9 @@ def build_optimizers(
 def _split_by_decay(group: ParamGroup, weight_decay: float, blr: float) -> list[dict[str, Any]]:
     """torch's groups, with what moves their rate and decay under keys of our own."""
     end = weight_decay if group.weight_decay_end is None else group.weight_decay_end
-    curve, matrices, others = (weight_decay, end), [], []
+    curve = (weight_decay, end)
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in group.params:
         (matrices if is_decayed(name, parameter) else others).append(parameter)
     # LARS adapts the rate of matrices whether or not they are decayed, and of nothing else (MAE
@@ -182,7 +184,6 @@ def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
     params = [p for p in optimizers.params.values() if p.grad is not None]
     if not params:
         return torch.zeros((), device=next(iter(optimizers.params.values())).device)
-    # {parameter: 0-d}
     norms = dict(zip(params, torch._foreach_norm(_gradients(params)), strict=True))
     for clip in optimizers.clips:
         # The numbers of torch's clip_grad_norm_, or of DINO's clipping of each by itself.
@@ -195,9 +196,7 @@ def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
             torch._foreach_mul_(_gradients(clipped), factors.unbind())
         else:
             whole: Tensor = torch.linalg.vector_norm(own)
-            torch._foreach_mul_(
-                _gradients(clipped), (clip.norm / (whole + 1e-6)).clamp(max=1.0)
-            )
+            torch._foreach_mul_(_gradients(clipped), (clip.norm / (whole + 1e-6)).clamp(max=1.0))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     return norm
 

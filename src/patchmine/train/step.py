@@ -55,13 +55,7 @@ class Stepper:
         )
         self.optimizers.zero_grad()
         for micro in range(parts):
-            with self.watch.waiting():
-                batch = next(batches, None)
-            if batch is None or len(batch) != self.rows:
-                got = "none" if batch is None else f"{len(batch)}"
-                raise ValueError(
-                    f"step {progress.step} needs a batch of {self.rows} images and got {got}"
-                )
+            batch = self._next(batches, progress)
             with self.engine.no_sync(self.forward, skip=micro + 1 < parts):
                 self._add_gradient(batch, progress, micro)
         norm = optim.clip_gradients(self.optimizers, progress)
@@ -73,6 +67,16 @@ class Stepper:
         row = (row + bad) * bad
         self._skips = torch.stack([skipped + bad, row, torch.maximum(longest, row), total + bad])
         self.watch.steps += 1
+        return batch
+
+    def _next(self, batches: Iterator[Batch], progress: Progress) -> Batch:
+        with self.watch.waiting():
+            batch = next(batches, None)
+        if batch is None or len(batch) != self.rows:
+            got = "none" if batch is None else f"{len(batch)}"
+            raise ValueError(
+                f"step {progress.step} needs a batch of {self.rows} images and got {got}"
+            )
         return batch
 
     def read_skips(self) -> tuple[int, int]:
