@@ -243,6 +243,9 @@ def test_a_shard_that_shrinks_while_in_use_is_a_read_error(pair: list[Path]) -> 
     pair[1].unlink()
     with pytest.raises(OSError, match=r"b\.tar"):
         source.read(5)
+    os.mkfifo(pair[1])  # which would be waited for
+    with pytest.raises(OSError, match="seek"):
+        source.read(5)
 
 
 def test_wrong_shards_are_explained(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = (
 """Endings (in any case) by which a file counts as an image; `data.sources.members` has the rule."""
 
 LARGEST = 4 << 30  # bytes of a file that is read as one image
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe waits for who writes to it
 
 # First folders below a root that divide a data set instead of naming classes.
 TRAIN_FOLDERS = ("train", "training")
@@ -115,13 +116,15 @@ class Kind:
 
 def open_regular(path: str) -> BinaryIO:
     """A file opened for reading; OSError for a pipe, a device or a folder, without waiting."""
-    # Opening a pipe waits for who writes to it.  Path.open takes twice the time.
-    no_wait = getattr(os, "O_NONBLOCK", 0)
-    handle = open(path, "rb", opener=lambda name, flags: os.open(name, flags | no_wait))  # noqa: SIM115
+    handle = open(path, "rb", opener=_opener)  # noqa: SIM115, half the time of Path.open
     if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
         handle.close()
         raise OSError("it is a pipe, a device or a folder, not a file")
     return handle
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | NO_WAIT)
 
 
 def contents(path: str) -> bytes:

@@ -120,7 +120,7 @@ class _OpenShard:
 
     def __init__(self, path: Path, mark: tuple[int, ...]) -> None:
         self.handle = -1
-        self.handle = os.open(path, os.O_RDONLY)
+        self.handle = os.open(path, os.O_RDONLY | contract.NO_WAIT)
         size, modified, _, inode = indices.mark_of(os.fstat(self.handle))
         changed = mark[2]  # by a new mode or owner perhaps, which does no harm
         self.was_replaced = (size, modified, changed, inode) != mark
