@@ -135,7 +135,7 @@ def test_videos_that_nothing_decodes_are_refused_before_any_work(
 def test_statistics_and_inspection_look_at_one_frame_of_each(clips: Path) -> None:
     (clips / "run" / "bad.gif").write_bytes(b"GIF89a")
     source = open_source(clips, "video")
-    mean, std = data_statistics(source, InputSettings(), look=middle_frame)
+    mean, std = data_statistics(source, InputSettings(), middle_frame)
     assert mean.tolist() == pytest.approx([52 / 255, 50 / 255, 0], abs=0.01)
     report = inspect(source, video=True)
     assert report.frames == {5: 6}

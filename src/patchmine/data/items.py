@@ -21,17 +21,20 @@ from patchmine.data.views.images import MultiCropView, PlainView, TrainView, Vie
 class Item:
     """One kind of item, for everything that must not ask which kind it is.
 
-    ``noun``: for messages.  ``open(spec, cache_dir=...)``: a source of such items.  ``train_view``
-    and ``plain_view`` as below.  ``look(raw, channels, max_pixels)``: pixels (C, H, W) that stand
+    ``noun``: for messages.  ``open(spec, cache_dir=...)``: a source of such items.
+    ``train_view(settings, smallest_side, multi_crop)`` and ``plain_view(settings, crop_pct)``: what
+    becomes of an item in training, and where nothing is random (``crop_pct=None``: all of it,
+    squashed).  ``pixels(raw, channels, max_pixels)``: (C, H, W) that stands
     for an item in statistics.  ``samples(settings)``: samples that one item gives in an epoch.
-    ``describe(settings)``: what one item is, before its size, for messages.
+    ``describe(settings)``: what one item is, before its size, for messages.  ``notes(source)``:
+    what a user should know of a source.
     """
 
     noun: str
     open: Callable[..., Source]
     train_view: Callable[[ViewSettings, int, bool], View]
     plain_view: Callable[[InputSettings, float | None], View]
-    look: Callable[[Any, int, int], Tensor]
+    pixels: Callable[[Any, int, int], Tensor]
     samples: Callable[[InputSettings], int]
     describe: Callable[[InputSettings], str]
     notes: Callable[[Source], list[str]]
@@ -62,7 +65,7 @@ IMAGE = Item(
     open=partial(open_source, kind="image"),
     train_view=_train_image,
     plain_view=_plain_image,
-    look=decode,
+    pixels=decode,
     samples=lambda settings: 1,
     describe=lambda settings: "",
     notes=lambda source: list(source.notes),
@@ -72,7 +75,7 @@ CLIP = Item(
     open=partial(open_source, kind="video"),
     train_view=lambda settings, smallest_side, multi_crop: TrainClips(settings, smallest_side),
     plain_view=PlainClips,
-    look=middle_frame,
+    pixels=middle_frame,
     samples=lambda settings: settings.clip.repeats,
     describe=lambda settings: f"{settings.clip.frames} frames of ",
     notes=_notes_of_videos,

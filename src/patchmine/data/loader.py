@@ -67,14 +67,14 @@ class Process:
 class _Loaded:
     """What a worker sends back: a batch, unless nothing could be read, and the items that failed.
 
-    ``mistake``: why the run must end, in a sentence (a UserError would arrive wrapped in a worker's
+    ``error``: why the run must end, in a sentence (a UserError would arrive wrapped in a worker's
     traceback).
     """
 
     batch: Batch | None
     tried: int
     failures: list[Failure]
-    mistake: str | None = None
+    error: str | None = None
 
     def pin_memory(self) -> _Loaded:
         """The same in page-locked memory; torch's loader calls this."""
@@ -150,22 +150,22 @@ def plain_batches(
 def data_statistics(
     source: Source,
     settings: InputSettings,
-    look: Callable[[Any, int, int], Tensor] = decode,
+    pixels_of: Callable[[Any, int, int], Tensor] = decode,
     *,
     sample: int = 1000,
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation of every channel, each (C,) float32, where bytes span [0, 1].
 
     From a seeded choice of ``sample`` items, each weighing the same; broken ones are left out.  A
-    constant channel gets a deviation of 1.  ``look(raw, channels, max_pixels)`` gives pixels (C, H,
-    W) of an item.  UserError when no item can be read.
+    constant channel gets a deviation of 1.  ``pixels_of(raw, channels, max_pixels)`` gives
+    (C, H, W) of an item.  UserError when no item can be read.
     """
     first, second = torch.zeros(2, settings.channels, dtype=torch.float64)
     count, failures = 0, list[Failure]()
     for index in spread_indices(len(source), sample).tolist():
         try:
             with reading_item():
-                image = look(source.read(index), settings.channels, settings.max_pixels)
+                image = pixels_of(source.read(index), settings.channels, settings.max_pixels)
                 # Every k-th pixel of a large image is enough.
                 step = max(1, min(image.shape[-2:]) // 256)
                 pixels = as_float(image[:, ::step, ::step]).double().flatten(1)
@@ -322,8 +322,8 @@ def _checked(part: _Loaded, source: Source, bad: BadFiles | None) -> Iterator[Ba
     elif part.failures:
         index, reason = part.failures[0]
         raise UserError(f"{shown_name(source.path(index))} {reason}")
-    if part.mistake is not None:
-        raise UserError(part.mistake)
+    if part.error is not None:
+        raise UserError(part.error)
     if part.batch is not None:
         yield part.batch
 

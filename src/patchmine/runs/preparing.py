@@ -45,7 +45,7 @@ def with_statistics(config: RunConfig, source: Source, say: Say) -> RunConfig:
     """The settings with mean and deviation of the data, where they name none."""
     if config.mean is not None:
         return config
-    mean, std = data_statistics(source, config, item_of(config).look)
+    mean, std = data_statistics(source, config, item_of(config).pixels)
     rounded = [[round(float(value), 4) for value in values] for values in (mean, std)]
     say(f"Normalising with the data's own mean {rounded[0]} and std {rounded[1]}.")
     return config.model_copy(update={"mean": rounded[0], "std": rounded[1]})
