@@ -80,6 +80,14 @@ def export_resnet(folder: Path, kind: str) -> Any:
 @pytest.mark.parametrize("kind", RESNETS)
 def test_a_resnets_export_is_read_back_whole(tmp_path: Path, kind: str) -> None:
     encoder = export_resnet(tmp_path / "export", kind)
+    again = export_encoder(
+        load_encoder(tmp_path / "export"), tmp_path / "again", Preprocessing([0.5], [0.5])
+    )
+    first, second = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "export", again)
+    )
+    assert first["model_args"] == second["model_args"]
+    assert first["pretrained_cfg"]["input_size"] == second["pretrained_cfg"]["input_size"]
     opened = load_encoder(tmp_path / "export", image_size=(64, 64)).eval()
     assert opened.state_dict().keys() == encoder.state_dict().keys()
     for name, value in encoder.state_dict().items():

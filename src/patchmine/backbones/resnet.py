@@ -26,13 +26,17 @@ _PLAIN: dict[tuple[tuple[int, ...], bool], str] = {
 
 
 def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
-    """timm's network for any image size; ``cifar_stem`` exchanges its stem (`use_cifar_stem`)."""
+    """timm's network; ``cifar_stem`` exchanges its stem (`use_cifar_stem`)."""
     arguments = dict(arguments)
     small = arguments.pop("cifar_stem", False)
-    arguments.pop("img_size", None)
+    size = arguments.pop("img_size", None)
     encoder = vit.create(architecture, arguments)
     if small:
         use_cifar_stem(encoder)
+    if size is not None:
+        # It takes images of any size, and no tensor tells what it is trained at.
+        stated = (arguments.get("in_chans", 3), *size)
+        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": stated}
     return encoder
 
 
@@ -46,9 +50,6 @@ def build(blueprint: Blueprint) -> Encoder:
     usual = {"num_classes": 0, "zero_init_last": False}
     encoder = create(blueprint.architecture, usual | blueprint.arguments())
     encoder.reset_classifier(0, "avg")
-    # No tensor tells the size that it is trained at; timm's own description of a model does.
-    size = (blueprint.channels, *blueprint.image_size)
-    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": size}
     return encoder
 
 

@@ -110,8 +110,6 @@ def open_weights(
             known=known,
         )
         name, arguments = found.model, found.arguments()
-        if family_of(name).convolutional:
-            del arguments["img_size"]  # timm's ResNets take any and know no such argument
     _refuse_giants(arguments, tensors, source)
     empty = create_encoder(name, {**arguments, "device": "meta"}, source)
     family = family_of(empty)
@@ -124,6 +122,8 @@ def open_weights(
     check_fit(empty, tensors, LoadReport(source), allow=allow)
     encoder = create_encoder(name, arguments, source)
     load_tensors(encoder, tensors, report, allow=allow)
+    if family.convolutional:
+        arguments.pop("img_size", None)  # timm's ResNets know no such argument
     encoder.built_from = Blueprint(
         model=name,
         image_size=family.image_size(encoder),
@@ -160,11 +160,11 @@ def _arguments(
         raise UserError(
             f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may"
         )
-    if family.convolutional:
-        return arguments
     size = image_size or arguments.get("img_size") or known.image_size
     if size is not None:
         arguments["img_size"] = size
+    if family.convolutional:
+        return arguments
     if clips and known.clip is not None:
         arguments |= dict(zip(("num_frames", "tubelet_size"), known.clip, strict=True))
     if is_model_in_modules(model, {"beit"}) and "fc_norm.weight" not in tensors:
