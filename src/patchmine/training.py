@@ -246,7 +246,7 @@ def train_task(
     task.noise.seed = config.seed
     identity = {"data": images.fingerprint}
     if task.uses_targets:
-        identity["targets"] = str(getattr(images, "target_digest", None))
+        identity["targets"] = str(images.target_digest)
     if start is not None:
         refuse_stranger(start, identity)  # before anything in the folder changes
     length = preparing.length_of(config, len(images))
