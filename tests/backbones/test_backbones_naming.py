@@ -22,7 +22,7 @@ from patchmine.backbones.naming import find_network
 from patchmine.backbones.weights import load_encoder
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
-from patchmine.evaluate.targets import open_target
+from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.runs.run import build_method
 from patchmine.runs.transfer import import_file
 from patchmine.types import Grid
@@ -444,7 +444,7 @@ def test_a_folder_of_transformers_is_measured_as_it_is_prepared(
     (folder / "preprocessor_config.json").write_text(
         '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}'
     )
-    target = open_target(folder)
+    target = open_evaluated(folder)
     assert (target.image_size, target.mean, target.std) == (
         (16, 64),
         (0.1, 0.2, 0.3),

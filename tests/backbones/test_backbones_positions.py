@@ -28,7 +28,7 @@ from patchmine.backbones.record import Blueprint
 from patchmine.backbones.weights import load_encoder
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
-from patchmine.evaluate.targets import open_target
+from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.runs.run import Run, build_method
 from patchmine.runs.transfer import export_run, import_file
 from patchmine.train import checkpoint
@@ -126,7 +126,7 @@ def test_an_export_is_moved_from_its_own_grid(
         assert run.config.image_size == wanted
         again = timm.create_model(f"local-dir:{run.export_dir}", pretrained=True)
         assert torch.equal(again.pos_embed, expected)
-    assert torch.equal(open_target(folder, image_size=wanted).encoder.pos_embed, expected)  # type: ignore[union-attr]
+    assert torch.equal(open_evaluated(folder, image_size=wanted).encoder.pos_embed, expected)  # type: ignore[union-attr]
 
 
 def made_run(folder: Path, size: tuple[int, int], method: str = "mae") -> tuple[Run, Any]:
@@ -280,7 +280,9 @@ def test_relative_tables_are_moved_from_their_own_grid(
         assert torch.equal(
             build_method(config, start_from=str(start)).encoder.state_dict()[name], expected
         )
-    assert torch.equal(open_target(folder, image_size=SQUARE).encoder.state_dict()[name], expected)  # type: ignore[union-attr]
+    assert torch.equal(
+        open_evaluated(folder, image_size=SQUARE).encoder.state_dict()[name], expected
+    )  # type: ignore[union-attr]
     square = learned((40, 40), BEIT, BEIT_ARGS)  # 9x9 distances
     save_file(square.state_dict(), tmp_path / "bare.safetensors")
     args = {**BEIT_ARGS, "patch_size": 8}

@@ -16,9 +16,9 @@ from patchmine.cli.commands import read_words
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.embed import embed
+from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.evaluate.features import extract
 from patchmine.evaluate.settings import EmbedSettings
-from patchmine.evaluate.targets import open_target
 
 
 def settings(target, data, out, **more):
@@ -38,7 +38,7 @@ def test_table_holds_path_index_label_and_the_features(run_folder, image_folder,
     assert table["label"].to_pylist()[::12] == ["circle", "square", "stripes"]
     assert table["path"][0].as_py().endswith("circle/0000.jpg")
     assert pq.ParquetFile(out).num_row_groups == 4
-    features = extract(open_target(run_folder), open_source(image_folder), workers=0)
+    features = extract(open_evaluated(run_folder), open_source(image_folder), workers=0)
     np.testing.assert_allclose(
         np.array(table["embedding"].to_pylist()), features.x.numpy(), rtol=1e-4, atol=1e-5
     )
@@ -48,7 +48,9 @@ def test_table_holds_path_index_label_and_the_features(run_folder, image_folder,
 def test_a_resnet_is_embedded_as_it_pools(resnet_folder, image_folder, tmp_path):
     embed(settings(resnet_folder, image_folder / "circle", tmp_path / "e.parquet"))
     table = pq.read_table(tmp_path / "e.parquet")
-    features = extract(open_target(resnet_folder), open_source(image_folder / "circle"), workers=0)
+    features = extract(
+        open_evaluated(resnet_folder), open_source(image_folder / "circle"), workers=0
+    )
     np.testing.assert_allclose(
         np.array(table["embedding"].to_pylist()), features.x.numpy(), rtol=1e-4, atol=1e-5
     )

@@ -14,20 +14,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
+from patchmine.evaluate.evaluated import Evaluated, in_eval_mode, open_evaluated
 from patchmine.evaluate.features import Reader, extract
-from patchmine.evaluate.targets import Target, at_rest, open_target
 
-HALF = (0.5, 0.5, 0.5)
+HALF = [0.5, 0.5, 0.5]
 
 
 def vit(**settings):
     return timm.create_model("test_vit", img_size=32, num_classes=0, **settings).eval()
 
 
-def target(encoder, size=(32, 32)):
-    return Target("it", encoder, size, 3, HALF, HALF)
+def evaluated(encoder, size=(32, 32)):
+    settings = InputSettings(image_size=size, mean=HALF, std=HALF)
+    return Evaluated("it", encoder, settings)
 
 
 def columns(reader, images, pooling):
@@ -36,7 +38,7 @@ def columns(reader, images, pooling):
 
 
 def test_features_equal_torchvision_and_timm_one_image_at_a_time(run_folder, image_folder):
-    it = open_target(run_folder)
+    it = open_evaluated(run_folder)
     source = open_source(image_folder)
     found = extract(it, source, batch_size=7, workers=0)
     chain = v2.Compose(
@@ -45,7 +47,9 @@ def test_features_equal_torchvision_and_timm_one_image_at_a_time(run_folder, ima
     for i in range(0, 36, 5):
         pixels = v2.functional.pil_to_tensor(Image.open(io.BytesIO(source.read(i))).convert("RGB"))
         x = chain(pixels).float() / 255
-        x = (x - torch.tensor(it.mean)[:, None, None]) / torch.tensor(it.std)[:, None, None]
+        x = (x - torch.tensor(it.input.mean)[:, None, None]) / torch.tensor(it.input.std)[
+            :, None, None
+        ]
         wanted = it.encoder.forward_features(x[None])[0, 0]
         torch.testing.assert_close(
             found.x[i], wanted, rtol=0.05, atol=0.05
@@ -55,7 +59,7 @@ def test_features_equal_torchvision_and_timm_one_image_at_a_time(run_folder, ima
 
 
 def test_batch_size_and_workers_change_nothing(run_folder, image_folder):
-    it, source = open_target(run_folder), open_source(image_folder)
+    it, source = open_evaluated(run_folder), open_source(image_folder)
     one = extract(it, source, batch_size=36, workers=0)
     two = extract(it, source, batch_size=5, workers=1)
     torch.testing.assert_close(one.x, two.x, rtol=1e-5, atol=1e-5)
@@ -63,7 +67,7 @@ def test_batch_size_and_workers_change_nothing(run_folder, image_folder):
 
 def test_columns_of_the_last_blocks_equal_hooks():
     encoder = vit(depth=6)
-    reader = Reader(target(encoder), blocks=4)
+    reader = Reader(evaluated(encoder), blocks=4)
     images = torch.randn(2, 3, 32, 32)
     seen = []
     for block in encoder.blocks:
@@ -86,7 +90,7 @@ def test_registers_are_no_patches():
     with torch.no_grad():
         tokens = encoder.forward_features(images)
     for blocks in (1, 2):
-        reader = Reader(target(encoder), blocks)
+        reader = Reader(evaluated(encoder), blocks)
         torch.testing.assert_close(columns(reader, images, "mean"), tokens[:, 4:].mean(1))
         torch.testing.assert_close(columns(reader, images, "cls"), tokens[:, 0])
 
@@ -94,7 +98,7 @@ def test_registers_are_no_patches():
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_without_a_class_token_the_mean_stands_in(blocks):
     encoder = vit(class_token=False, global_pool="")
-    reader = Reader(target(encoder), blocks)
+    reader = Reader(evaluated(encoder), blocks)
     images = torch.randn(2, 3, 32, 32)
     assert reader.choose("cls") == "mean"
     with torch.no_grad():
@@ -108,13 +112,13 @@ def test_without_a_class_token_the_mean_stands_in(blocks):
 def test_a_convolutional_network_gives_its_own_pooling():
     encoder = timm.create_model("resnet10t", num_classes=0).eval()
     images = torch.randn(2, 3, 32, 32)
-    reader = Reader(target(encoder), blocks=4)
+    reader = Reader(evaluated(encoder), blocks=4)
     with torch.no_grad():
         torch.testing.assert_close(columns(reader, images, reader.choose("cls")), encoder(images))
 
 
 def test_raw_pixels_are_the_image_up_to_32_pixels_and_shrunk_above():
-    reader = Reader(target(None))
+    reader = Reader(evaluated(None))
     small, large = torch.randn(2, 3, 32, 24), torch.randn(2, 3, 64, 128)
     assert torch.equal(columns(reader, small, "pixels"), small.flatten(1))
     shrunk = F.interpolate(large, size=(16, 32), mode="bilinear", antialias=True)
@@ -127,7 +131,7 @@ def test_broken_images_are_skipped_and_too_many_are_refused(run_folder, image_fo
     broken.write_bytes(b"no image")
     said = []
     found = extract(
-        open_target(run_folder),
+        open_evaluated(run_folder),
         open_source(tmp_path / "images"),
         batch_size=8,
         workers=0,
@@ -140,22 +144,22 @@ def test_broken_images_are_skipped_and_too_many_are_refused(run_folder, image_fo
             tmp_path / "images" / "square" / f"{number:04d}.{'png' if number % 2 else 'jpg'}"
         ).write_bytes(b"")
     with pytest.raises(UserError, match="5 of 36"):
-        extract(open_target(run_folder), open_source(tmp_path / "images"), workers=0)
+        extract(open_evaluated(run_folder), open_source(tmp_path / "images"), workers=0)
 
 
 def test_weights_that_give_nan_are_refused(run_folder, image_folder):
-    it = open_target(run_folder)
+    it = open_evaluated(run_folder)
     with torch.no_grad():
         it.encoder.cls_token.fill_(np.nan)
     with pytest.raises(UserError, match="not finite"):
         extract(it, open_source(image_folder), workers=0)
 
 
-def test_at_rest_restores_the_mode_of_every_part():
+def test_in_eval_mode_restores_the_mode_of_every_part():
     encoder = vit().train()
     encoder.blocks[0].eval()
     modes = [module.training for module in encoder.modules()]
-    with at_rest(encoder):
+    with in_eval_mode(encoder):
         assert not any(module.training for module in encoder.modules())
     assert [module.training for module in encoder.modules()] == modes
 
@@ -182,11 +186,11 @@ def test_weights_that_are_not_finite_are_refused_with_the_tensors_name(spec, run
         "timm": ("test_vit", str(tmp_path / "test_vit.safetensors")),
     }[spec]
     with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.weight"):
-        open_target(target, weights=weights)
+        open_evaluated(target, weights=weights)
 
 
 def test_features_that_overflow_name_the_first_image_and_the_count(run_folder, image_folder):
-    it = open_target(run_folder)
+    it = open_evaluated(run_folder)
     with torch.no_grad():
         it.encoder.patch_embed.proj.weight.fill_(3e38)  # finite, but no sum of such is
     with pytest.raises(
@@ -207,5 +211,5 @@ def test_pixels_that_are_not_finite_are_told_apart_from_weights(run_folder):
             return image
 
     with pytest.raises(UserError) as caught:
-        extract(open_target(run_folder), open_source(Pixels()), workers=0)
+        extract(open_evaluated(run_folder), open_source(Pixels()), workers=0)
     assert "blr" not in str(caught.value)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import json
+import shutil
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from tests.evaluate.votes import knn_accuracy
 
 from patchmine.cli.commands import read_words
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
-from patchmine.evaluate.features import Features, Reading, extract
-from patchmine.evaluate.knn import evaluate_knn, online_accuracy, online_features
+from patchmine.evaluate.evaluated import open_evaluated
+from patchmine.evaluate.features import Features, extract
+from patchmine.evaluate.knn import evaluate_knn, knn_in_training
 from patchmine.evaluate.labelled import open_labelled
 from patchmine.evaluate.linear import batch_for, evaluate_linear, iterations_for
 from patchmine.evaluate.measure import show_result
-from patchmine.evaluate.neighbours import knn_accuracy
-from patchmine.evaluate.settings import KnnSettings, LinearSettings
-from patchmine.evaluate.targets import open_target
+from patchmine.evaluate.settings import KnnSettings, LinearSettings, ReadingSettings
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -70,7 +75,7 @@ def test_knn_equals_features_and_vote_put_together_by_hand(run_folder, colours):
     result = evaluate_knn(
         settings(KnnSettings, run_folder, colours, pooling="mean", k=5, neighbours=(5,))
     )
-    target = open_target(run_folder)
+    target = open_evaluated(run_folder)
     train, test = (
         extract(target, open_source(colours / part), pooling="mean", workers=0)
         for part in ("train", "test")
@@ -82,7 +87,7 @@ def test_knn_equals_features_and_vote_put_together_by_hand(run_folder, colours):
 def test_the_pooled_feature_of_a_resnet_is_measured(resnet_folder, colours):
     result = evaluate_knn(settings(KnnSettings, resnet_folder, colours, baselines=True))
     assert result["settings"]["pooling"] == "pooled"
-    target = open_target(resnet_folder)
+    target = open_evaluated(resnet_folder)
     train, test = (
         extract(target, open_source(colours / part), workers=0) for part in ("train", "test")
     )
@@ -178,14 +183,14 @@ def test_length_of_training_by_the_number_of_images(images, batch, steps):
     assert iterations_for(images, batch) == steps
 
 
-def test_online_knn_agrees_with_the_protocol_and_leaves_the_encoder_as_it_was(run_folder, colours):
-    target = open_target(run_folder)
+def test_knn_in_training_agrees_with_the_protocol_and_leaves_the_encoder_as_it_was(
+    run_folder, colours
+):
+    target = open_evaluated(run_folder)
     encoder = target.encoder.train()
     encoder.blocks[1].eval()
     modes, state = [m.training for m in encoder.modules()], torch.get_rng_state()
-    data, reading = open_labelled(colours), Reading(workers=0)
-    halves = [online_features(target, data, reading, rank, 2) for rank in range(2)]
-    found = online_accuracy(halves, data, torch.device("cpu"))
+    found = knn_in_training(target, open_labelled(colours), ReadingSettings(workers=0))
     assert torch.equal(state, torch.get_rng_state())
     assert found == {
         key: evaluate_knn(settings(KnnSettings, run_folder, colours))[key]
@@ -193,6 +198,59 @@ def test_online_knn_agrees_with_the_protocol_and_leaves_the_encoder_as_it_was(ru
     }
     assert [m.training for m in encoder.modules()] == modes
     assert all(p.grad is None for p in encoder.parameters())
+
+
+class Processes:
+    """Several processes of a run as threads, of which each has its own ``place``."""
+
+    def __init__(self, count):
+        self.world_size, self.barrier, self.given = count, threading.Barrier(count), [None] * count
+
+    def place(self, rank):
+        def gather(own):
+            self.given[rank] = own
+            self.barrier.wait(20)
+            found = list(self.given)
+            self.barrier.wait(20)
+            return found
+
+        return SimpleNamespace(rank=rank, world_size=self.world_size, gather=gather)
+
+
+def in_processes(target, data, count):
+    """What the evaluation during training gives in each of several processes, or raises."""
+    processes, answers = Processes(count), [None] * count
+
+    def evaluate(rank):
+        own = replace(target, encoder=copy.deepcopy(target.encoder))
+        try:
+            answers[rank] = knn_in_training(
+                own, data, ReadingSettings(workers=0), processes.place(rank)
+            )
+        except UserError as error:
+            answers[rank] = error
+
+    threads = [threading.Thread(target=evaluate, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def test_several_processes_share_an_evaluation_and_all_get_its_result(run_folder, colours):
+    target, data = open_evaluated(run_folder), open_labelled(colours)
+    alone = knn_in_training(target, data, ReadingSettings(workers=0))
+    assert in_processes(target, data, 3) == [alone] * 3
+
+
+def test_what_is_wrong_in_one_process_ends_the_evaluation_in_all(run_folder, colours, tmp_path):
+    shutil.copytree(colours, tmp_path / "colours")
+    for path in (tmp_path / "colours" / "train" / "blue").iterdir():
+        path.write_bytes(b"")  # all that the first of four processes reads
+    data = open_labelled(tmp_path / "colours")
+    answers = in_processes(open_evaluated(run_folder), data, 4)
+    assert all("12 of 48 images" in str(answer) for answer in answers)
 
 
 def test_the_table_shows_target_baselines_and_where_the_test_images_come_from(
@@ -284,6 +342,6 @@ def test_mistakes_name_the_setting_that_they_are_in(words, part, image_folder):
 def test_a_size_that_the_encoder_cannot_take_is_told_before_images_are_read(target, run_folder):
     target = str(run_folder) if target == "run" else target
     with pytest.raises(UserError, match="image_size=7x7"):
-        open_target(target, image_size=(7, 7))
+        open_evaluated(target, image_size=(7, 7))
     with pytest.raises(UserError, match="behind raw-pixels: stands"):
-        open_target("raw-pixels:" * 3000 + "x")
+        open_evaluated("raw-pixels:" * 3000 + "x")

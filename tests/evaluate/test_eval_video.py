@@ -15,22 +15,29 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import save_file
+from tests.evaluate.votes import knn_accuracy, vote_shares
 
 from patchmine.backbones.family import build_encoder
 from patchmine.backbones.reference import to_videomae_names
+from patchmine.data.items import CLIP
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.clips import PlainClips, TestClips
 from patchmine.errors import UserError
 from patchmine.evaluate.embed import embed
-from patchmine.evaluate.features import FrameReader, Reader, Reading, extract
-from patchmine.evaluate.knn import evaluate_knn, online_accuracy, online_features
+from patchmine.evaluate.evaluated import open_evaluated
+from patchmine.evaluate.features import FrameReader, Reader, extract
+from patchmine.evaluate.knn import evaluate_knn, knn_in_training
 from patchmine.evaluate.labelled import open_labelled
 from patchmine.evaluate.linear import evaluate_linear
 from patchmine.evaluate.measure import opened, show_result
-from patchmine.evaluate.neighbours import knn_accuracy, vote_shares
-from patchmine.evaluate.settings import EmbedSettings, KnnSettings, LinearSettings, VideoSettings
-from patchmine.evaluate.targets import open_target, random_twin, raw_pixels
-from patchmine.evaluate.video import ViewScores, evaluate_video
+from patchmine.evaluate.settings import (
+    EmbedSettings,
+    KnnSettings,
+    LinearSettings,
+    ReadingSettings,
+    VideoSettings,
+)
+from patchmine.evaluate.video import evaluate_video
 from patchmine.report.page import read_result
 
 
@@ -45,8 +52,8 @@ def features_of(target, view, source):
     for number in range(len(source)):
         pixels = view(source.read(number), 3, generator).views[0].float() / 255
         channels = (
-            torch.tensor(target.mean)[:, None, None, None],
-            torch.tensor(target.std)[:, None, None, None],
+            torch.tensor(target.input.mean)[:, None, None, None],
+            torch.tensor(target.input.std)[:, None, None, None],
         )
         clips = (pixels - channels[0]) / channels[1]
         with torch.no_grad():
@@ -55,8 +62,8 @@ def features_of(target, view, source):
 
 
 def test_features_of_videos_are_those_of_the_clip_in_the_middle(video_folder, clips):
-    target, source = open_target(video_folder), open_source(clips / "train", "video")
-    assert (target.kind, target.clip.frames, target.clip.stride) == ("video", 4, 2)
+    target, source = open_evaluated(video_folder), open_source(clips / "train", "video")
+    assert (target.item.noun, target.input.clip.frames, target.input.clip.stride) == ("video", 4, 2)
     found = extract(target, source, batch_size=20, workers=0)
     wanted = features_of(target, PlainClips(target.input, target.crop_pct), source)[:, 0]
     torch.testing.assert_close(found.x, wanted, rtol=1e-4, atol=1e-5)
@@ -64,7 +71,7 @@ def test_features_of_videos_are_those_of_the_clip_in_the_middle(video_folder, cl
 
 
 def test_columns_of_the_last_blocks_equal_hooks(video_folder):
-    target = open_target(video_folder)
+    target = open_evaluated(video_folder)
     outputs = []
     hooks = [
         block.register_forward_hook(lambda _m, _i, out: outputs.append(out))
@@ -88,12 +95,12 @@ def test_an_encoder_of_images_reads_the_frames_one_by_one_in_any_order(
     run = make_image_run(
         tmp_path / "image", image_size=24, mean=[0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7]
     )
-    target, image = open_target(video_folder), open_target(run)
+    target, image = open_evaluated(video_folder), open_evaluated(run)
     pixels = torch.rand(2, 3, 4, 16, 16)
     channels = (1, 3, 1, 1, 1)
-    clips = (pixels - torch.tensor(target.mean).view(channels)) / torch.tensor(target.std).view(
-        channels
-    )
+    clips = (pixels - torch.tensor(target.input.mean).view(channels)) / torch.tensor(
+        target.input.std
+    ).view(channels)
     reader = FrameReader(image, target)
     with torch.no_grad():
         found = reader(clips)
@@ -102,15 +109,15 @@ def test_an_encoder_of_images_reads_the_frames_one_by_one_in_any_order(
         for row, clip in enumerate(pixels):
             for frame in clip.unbind(1):
                 x = F.interpolate(frame[None], (24, 24), mode="bicubic", antialias=True)
-                x = (x - torch.tensor(image.mean).view(1, 3, 1, 1)) / torch.tensor(image.std).view(
-                    1, 3, 1, 1
-                )
+                x = (x - torch.tensor(image.input.mean).view(1, 3, 1, 1)) / torch.tensor(
+                    image.input.std
+                ).view(1, 3, 1, 1)
                 wanted[row] += Reader(image)(x)[0] / 4
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_bare_pixels_of_clips_are_small_and_keep_their_frames(video_folder):
-    reader = Reader(raw_pixels(open_target(video_folder)))
+    reader = Reader(open_evaluated(video_folder).raw_pixels())
     images = torch.randn(2, 3, 4, 16, 32)
     found = reader(images)
     assert found.shape == (2, 1, 3 * 4 * 4 * 8)
@@ -119,24 +126,32 @@ def test_bare_pixels_of_clips_are_small_and_keep_their_frames(video_folder):
 
 
 def test_a_twin_of_a_video_encoder_is_drawn_anew(video_folder):
-    target = open_target(video_folder)
-    twin = random_twin(target)
+    target = open_evaluated(video_folder)
+    twin = target.random_init()
     weight = twin.encoder.patch_embed.proj.weight
     assert not torch.equal(weight, target.encoder.patch_embed.proj.weight)
-    assert twin.clip == target.clip
+    assert twin.input.clip == target.input.clip
     assert torch.equal(twin.encoder.pos_embed, target.encoder.pos_embed)
 
 
 def test_exports_and_names_are_targets_too(video_folder):
-    target, export = open_target(video_folder), open_target(video_folder / "export")
-    assert (export.clip.frames, export.clip.stride, export.clip.tubelet) == (4, 2, 2)
-    assert (export.image_size, export.channels, export.mean) == (target.image_size, 3, target.mean)
+    target, export = open_evaluated(video_folder), open_evaluated(video_folder / "export")
+    assert (export.input.clip.frames, export.input.clip.stride, export.input.clip.tubelet) == (
+        4,
+        2,
+        2,
+    )
+    assert (export.input.image_size, export.input.channels, export.input.mean) == (
+        target.input.image_size,
+        3,
+        target.input.mean,
+    )
     clips = torch.randn(1, 3, 4, 16, 16)
     with torch.no_grad():
         assert torch.equal(export.encoder.eval()(clips), target.encoder.eval()(clips))
-    named = open_target("video_vit_tiny_patch16", image_size=(32, 32))
+    named = open_evaluated("video_vit_tiny_patch16", image_size=(32, 32))
     assert "no weights were loaded" in named.note
-    assert (named.clip.frames, named.image_size) == (16, (32, 32))
+    assert (named.input.clip.frames, named.input.image_size) == (16, (32, 32))
 
 
 def test_a_file_of_videomae_is_a_target_and_takes_the_stride_that_is_given(tmp_path):
@@ -147,57 +162,15 @@ def test_a_file_of_videomae_is_a_target_and_takes_the_stride_that_is_given(tmp_p
         target=str(tmp_path / "w.safetensors"), data="unread", image_size=(32, 32), stride=3
     )
     target = opened(how)
-    assert (target.clip.stride, target.clip.tubelet, target.image_size, target.channels) == (
-        3,
-        2,
-        (32, 32),
-        3,
-    )
-    clips = torch.randn(1, 3, target.clip.frames, 32, 32)
+    assert (
+        target.input.clip.stride,
+        target.input.clip.tubelet,
+        target.input.image_size,
+        target.input.channels,
+    ) == (3, 2, (32, 32), 3)
+    clips = torch.randn(1, 3, target.input.clip.frames, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(target.encoder.eval()(clips), encoder(clips))
-
-
-def slow_scores(rows, labels, classes):
-    """The protocol written out: (top1, top5) from (video, view, scores) in any order, repeated ones
-    dropped.
-    """
-    seen = {}
-    for video, view, scores in rows:
-        seen.setdefault((video, view), scores)
-    right = {1: 0, 5: 0}
-    tested = sorted({video for video, _ in seen})
-    for video in tested:
-        own = [scores for (number, _), scores in seen.items() if number == video]
-        mean = [sum(float(scores[c]) for scores in own) / len(own) for c in range(classes)]
-        ranking = sorted(range(classes), key=lambda c: -mean[c])
-        for first in right:
-            right[first] += labels[video] in ranking[:first]
-    return {f"top{first}": 100 * count / len(tested) for first, count in right.items()}
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_views_are_averaged_per_video_and_repeated_ones_count_once(seed):
-    generator = torch.Generator().manual_seed(seed)
-    videos, views, classes = 9, 4, 7
-    pairs = [
-        (video, view) for video in range(videos - 1) for view in range(views)
-    ]  # the last was never read
-    rows = [(*pair, torch.rand(classes, generator=generator)) for pair in pairs]
-    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-    padded = [
-        *shuffled,
-        *(
-            (video, view, torch.rand(classes, generator=generator))
-            for video, view, _ in shuffled[:9]
-        ),
-    ]
-    labels = torch.randint(classes, (videos,), generator=generator)
-    scores = ViewScores(videos, views, classes)
-    for part in (padded[:20], padded[20:31] + padded[25:27], padded[31:]):
-        numbers = torch.tensor([(video, view) for video, view, _ in part])
-        scores.add(numbers[:, 0], numbers[:, 1], torch.stack([score for *_, score in part]))
-    assert scores.accuracy(labels) == pytest.approx(slow_scores(padded, labels.tolist(), classes))
 
 
 def test_shares_of_the_vote_sum_to_one_and_rank_as_the_vote_does():
@@ -224,7 +197,7 @@ def test_several_clips_of_a_video_equal_the_protocol_done_by_hand(video_folder, 
         json.loads((video_folder / "eval" / f"video-{name}.json").read_text())
         for name in ("knn", "linear")
     ] == [knn, linear]
-    target = open_target(video_folder)
+    target = open_evaluated(video_folder)
     train, test = open_source(clips / "train", "video"), open_source(clips / "test", "video")
     bank = F.normalize(features_of(target, PlainClips(target.input), train)[:, 0], dim=1)
     labels, truth = torch.from_numpy(train.labels().ids), torch.from_numpy(test.labels().ids)
@@ -260,7 +233,7 @@ def test_baselines_are_measured_on_the_same_clips_and_shown(video_folder, run_fo
         assert any(str(run_folder) in note for note in result["notes"])
     assert knn["baselines"]["per_frame"]["settings"]["pooling"] == "cls"
     assert (video_folder / "eval" / "moves-linear.json").is_file()
-    assert any(line.startswith("baseline per_frame, linear") for line in said)
+    assert any(line.startswith("baseline per_frame, video-linear") for line in said)
     page = io.StringIO()
     show_result(knn, Console(file=page, width=200))
     for words in ("per frame", "12 training and 6 test videos", "1 x 1 clips of each video"):
@@ -272,7 +245,7 @@ def test_baselines_are_measured_on_the_same_clips_and_shown(video_folder, run_fo
 
 def test_the_protocols_of_images_take_one_clip_of_each_video(video_folder, clips, tmp_path):
     result = evaluate_knn(settings(KnnSettings, video_folder, clips, neighbours=(3,), k=3))
-    target, data = open_target(video_folder), open_labelled(clips, video=True)
+    target, data = open_evaluated(video_folder), open_labelled(clips, item=CLIP)
     train, test = (extract(target, part.source, workers=0) for part in (data.train, data.test))
     wanted = knn_accuracy(train.x, train.labels, test.x, test.labels, 2, neighbours=(3,))[3]
     assert {key: result[key] for key in wanted} == pytest.approx(wanted)
@@ -282,9 +255,7 @@ def test_the_protocols_of_images_take_one_clip_of_each_video(video_folder, clips
         ]["stride"]
         == 2
     )
-    online = online_accuracy(
-        [online_features(target, data, Reading(workers=0))], data, torch.device("cpu")
-    )
+    online = knn_in_training(target, data, ReadingSettings(workers=0))
     twenty = evaluate_knn(settings(KnnSettings, video_folder, clips))
     assert online == {key: twenty[key] for key in ("top1", "top5")}
     out = tmp_path / "e.parquet"
@@ -316,7 +287,7 @@ def test_a_broken_video_is_left_out_and_said(video_folder, clips, tmp_path):
 
 def test_moving_photographs_bring_both_halves():
     pytest.importorskip("skimage")
-    data = open_labelled("embedded:moving-photos", video=True)
+    data = open_labelled("embedded:moving-photos", item=CLIP)
     assert (data.train.source.name, data.test.source.name) == tuple(
         f"embedded:moving-photos/{part}" for part in ("train", "test")
     )
@@ -343,4 +314,4 @@ def test_mistakes_are_explained(video_folder, run_folder, clips, kind, target, m
 
 def test_another_stride_spreads_the_frames(video_folder, clips):
     wide = opened(settings(KnnSettings, video_folder, clips, stride=3))
-    assert (wide.clip.stride, wide.clip.frames) == (3, 4)
+    assert (wide.input.clip.stride, wide.input.clip.frames) == (3, 4)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.evaluate.votes import knn_accuracy, vote_shares
 
-from patchmine.evaluate.neighbours import class_votes, knn_accuracy, nearest, vote_shares
+from patchmine.evaluate.neighbours import class_votes, nearest_rows
 
 
 def slow_knn(bank, bank_labels, query, query_labels, num_classes, k, temperature=0.07):
@@ -52,7 +53,7 @@ def test_vote_equals_slow_loop_for_every_k(seed, classes, size):
 
 def test_slices_of_the_bank_do_not_change_the_neighbours():
     bank, query = torch.randn(101, 8), torch.randn(5, 8)
-    whole, in_slices = nearest(bank, query, 20), nearest(bank, query, 20, bank_rows=7)
+    whole, in_slices = nearest_rows(bank, query, 20), nearest_rows(bank, query, 20, bank_rows=7)
     torch.testing.assert_close(whole[0], in_slices[0])
     assert torch.equal(whole[1], in_slices[1])
 
@@ -108,7 +109,8 @@ def test_of_equal_similarities_the_first_of_the_bank_vote():
     labels[10:] = 1  # equally near, but behind the ten that vote
     for rows in (7, 64, 1000):
         assert (
-            nearest(bank, torch.ones(3, 2), 10, bank_rows=rows)[1].tolist() == [list(range(10))] * 3
+            nearest_rows(bank, torch.ones(3, 2), 10, bank_rows=rows)[1].tolist()
+            == [list(range(10))] * 3
         )
     accuracy = knn_accuracy(
         bank, labels, torch.ones(2, 2), torch.tensor([0, 1]), 2, neighbours=(10, 19, 21)
@@ -132,6 +134,6 @@ def test_shares_rank_as_the_vote_and_sum_to_one(temperature):
     labels, query = torch.arange(50) % 5, torch.randn(9, 8, generator=g)
     shares = vote_shares(bank, labels, query, 5, k=20, temperature=temperature)
     torch.testing.assert_close(shares.sum(1), torch.ones(9))
-    similarity, place = nearest(bank, torch.nn.functional.normalize(query, dim=1), 20)
+    similarity, place = nearest_rows(bank, torch.nn.functional.normalize(query, dim=1), 20)
     wanted = class_votes(similarity, labels[place], 5, temperature).softmax(1)
     torch.testing.assert_close(shares, wanted.float())

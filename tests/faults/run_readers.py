@@ -139,13 +139,13 @@ def take_lock(name: str, data: bytes, folder: Path) -> object:
 
 
 def read_export(run: Path, name: str, data: bytes, folder: Path) -> object:
-    from patchmine.evaluate.targets import open_target
+    from patchmine.evaluate.evaluated import open_evaluated
 
     copy = folder / "export"
     if not copy.exists():
         shutil.copytree(run / "export", copy)
     (copy / name).write_bytes(data)
-    return open_target(copy)
+    return open_evaluated(copy)
 
 
 def read_weights(name: str, data: bytes, folder: Path) -> object:

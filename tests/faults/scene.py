@@ -62,7 +62,7 @@ def preload() -> None:
     import torchvision
 
     import patchmine.cli.app
-    import patchmine.evaluate.targets
+    import patchmine.evaluate.evaluated
     import patchmine.report.page
     import patchmine.runs.transfer
     import patchmine.training

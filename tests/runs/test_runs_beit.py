@@ -16,7 +16,7 @@ from PIL import Image
 
 import patchmine
 from patchmine.cli.app import app
-from patchmine.evaluate.targets import open_target
+from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.runs.run import Run
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
@@ -97,7 +97,7 @@ def test_it_is_shown_and_evaluated(run: Path, image_folder: Path, tmp_path: Path
 
 
 def test_its_random_twin_starts_as_it_did(run: Path) -> None:
-    twin = open_target(f"random-init:{run}").encoder
+    twin = open_evaluated(f"random-init:{run}").encoder
     assert twin is not None
     assert not twin.get_parameter("rel_pos_bias.relative_position_bias_table").any()
     assert twin.get_parameter("blocks.0.attn.qkv.weight").abs().max() <= 0.02

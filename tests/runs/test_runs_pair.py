@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 import patchmine
 from patchmine.cli.app import app
 from patchmine.errors import UserError
-from patchmine.evaluate.targets import open_target
+from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.runs.run import Run
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
@@ -104,12 +104,12 @@ def test_all_four_encoders_can_be_had(run: Path) -> None:
         with torch.no_grad():
             expected = method.get_submodule(place).forward_features(images)
             assert torch.equal(encoder.forward_features(images), expected), which
-        measured = open_target(run, weights=which)
+        measured = open_evaluated(run, weights=which)
         assert type(measured.encoder) is type(encoder)
     with pytest.raises(
         UserError, match="either student or teacher or partner or partner-teacher can be measured"
     ):
-        open_target(run, weights="friend")
+        open_evaluated(run, weights="friend")
 
 
 def test_both_are_exported(run: Path, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_an_evaluation_that_fails_costs_one_line(
     def moved(*_: Any, **__: Any) -> None:
         raise UserError("labelled images are gone")
 
-    monkeypatch.setattr(monitor, "online_features", moved)
+    monkeypatch.setattr(monitor, "knn_in_training", moved)
     result = start(image_folder, out, "eval_every=1", f"eval_data={image_folder}")
     assert result.exit_code == 0, result.output
     assert result.stderr.count("labelled images are gone") == 1

@@ -1,118 +1,109 @@
-"""The nearest-neighbour classifier of DINO on frozen features: nothing is trained, so it is quick."""
+"""The nearest-neighbour classifier of DINO on frozen features: nothing is trained, it is quick."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.evaluate.features import Features, Reader, Reading, extract_all
-from patchmine.evaluate.labelled import LabelledData, Part
-from patchmine.evaluate.measure import Result, measure, reading_of
-from patchmine.evaluate.neighbours import Accuracy, knn_accuracy
+from patchmine.evaluate.evaluated import Evaluated
+from patchmine.evaluate.features import FeatureLoop, Features, Reader, device_of
+from patchmine.evaluate.labelled import LabelledData
+from patchmine.evaluate.measure import Accuracy, Learned, Result, measure, opened, readers_of, score
+from patchmine.evaluate.neighbours import knn_votes
 from patchmine.evaluate.progress import Say, silent
-from patchmine.evaluate.settings import HEADLINE, KnnSettings
-from patchmine.evaluate.targets import Target
+from patchmine.evaluate.settings import KnnSettings, ReadingSettings, VoteSettings
 from patchmine.models.onednn import fast_linear
+from patchmine.train.engine import Engine
 
 _STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
+_MOST_TRAIN, _MOST_TEST = 10_000, 2_000  # items of an evaluation during training
 
 
 def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
     """Weighted vote of the k nearest training images, DINO's protocol.
 
     Args:
-        settings: target, data and protocol; k is at most the number of training images.
+        settings: model, data and protocol; k is at most the number of training images.
         say: hears about the progress.
 
     Returns:
         ``top1`` and ``top5`` in percent at ``settings.k``, ``by_k`` for every k, and what was read.
 
     Raises:
-        UserError: the target or the data cannot be used.
+        UserError: the model or the data cannot be used.
     """
-
-    def score(reader: Reader, train: Features, test: Features, num_classes: int) -> Result:
-        pooling = reader.choose(settings.pooling)
-        if pooling != settings.pooling and reader.target.encoder is not None:
-            say(
-                f"{reader.target.name} has no class token: its features are {_STAND_IN.get(pooling, pooling)}"
-            )
-        columns = reader.poolings[pooling]
-        by_k = knn_accuracy(
-            train.x[:, columns].flatten(1),
-            _known(train.labels),
-            test.x[:, columns].flatten(1),
-            _known(test.labels),
-            num_classes,
-            neighbours=(*settings.neighbours, settings.k),
-            temperature=settings.temperature,
-            device=reading_of(settings).place(),
-        )
-        return _headline(by_k, settings.k, pooling, settings.temperature)
-
-    return measure(settings, "knn", score, say, pooling=settings.pooling)
+    readers = readers_of(settings, opened(settings), blocks=1)
+    readers[""].choose(settings.pooling)  # a mistake is told before images are read
+    for reader in readers.values():
+        evaluated, pooling = reader.evaluated, reader.choose(settings.pooling)
+        if pooling != settings.pooling and evaluated.encoder is not None:
+            what = _STAND_IN.get(pooling, pooling)
+            say(f"{evaluated.name} has no class token: its features are {what}")
+    learn = partial(
+        learn_knn,
+        settings,
+        device_of(settings),
+        pooling=settings.pooling,
+        neighbours=settings.neighbours,
+    )
+    return measure(settings, {"knn": learn}, say, readers)[0]
 
 
-def _headline(by_k: Mapping[int, Accuracy], k: int, pooling: str, temperature: float) -> Result:
-    k = min(k, max(by_k))  # by_k has the number of training images where they are fewer than k
-    return {
-        **by_k[k],
-        "by_k": {str(each): accuracy for each, accuracy in by_k.items()},
-        "settings": {"k": k, "pooling": pooling, "temperature": temperature},
-    }
-
-
-def _known(labels: Tensor | None) -> Tensor:
-    assert labels is not None, "labelled data has labels"
-    return labels
-
-
-def online_features(
-    target: Target,
-    data: LabelledData,
-    reading: Reading,
-    rank: int = 0,
-    processes: int = 1,
+def learn_knn(
+    settings: VoteSettings,
+    device: torch.device,
+    reader: Reader,
+    train: Features,
+    num_classes: int,
     *,
-    max_train: int = 10_000,
-    max_test: int = 2_000,
-) -> tuple[Features, Features]:
-    """One process's share of what an encoder in training makes of images to learn from and to test.
+    pooling: str = "cls",
+    neighbours: Sequence[int] | None = None,
+) -> Learned:
+    """The vote of the k nearest rows; of each of ``neighbours`` too, which the result has as by_k."""
+    pooling, temperature = reader.choose(pooling), settings.temperature
+    chosen = min(settings.k, len(train))
+    ks = sorted({chosen, *(min(k, len(train)) for k in neighbours or ())})
+    assert train.labels is not None, "labelled data has labels"
+    labels = train.labels.to(device)
+    bank = F.normalize(reader.pooled(train.x, pooling).float(), dim=1).to(device)
 
-    Every part's train or eval mode is left as it was.  To cost little, at most ``max_train`` and
-    ``max_test`` images are used, always the same, of each class its share.
-    """
-    reader = Reader(target)
-    columns = reader.poolings[reader.choose("cls")]
+    def votes(rows: Tensor) -> dict[str, Tensor]:
+        query = reader.pooled(rows.to(device), pooling)
+        found = knn_votes(bank, labels, query, num_classes, ks, temperature)
+        return {str(each): votes for each, votes in found.items()}
 
-    def read(part: Part) -> Features:
-        count = len(part)
-        mine = part.indices[count * rank // processes : count * (rank + 1) // processes]
-        if len(mine) == 0:  # fewer images than processes
-            nothing = torch.empty(0, dtype=torch.int64)
-            return Features(torch.empty(0, 0), nothing, nothing)
-        found = extract_all({"": reader}, replace(part, indices=mine), reading)[""]
-        return replace(found, x=found.x[:, columns].flatten(1))
-
-    with fast_linear():
-        return read(data.train.sampled(max_train)), read(data.test.sampled(max_test))
+    told = {"settings": {"k": chosen, "pooling": pooling, "temperature": temperature}}
+    return Learned(votes, str(chosen), told, None if neighbours is None else "by_k")
 
 
-def online_accuracy(
-    shares: Sequence[tuple[Features, Features]], data: LabelledData, device: torch.device
+def knn_in_training(
+    evaluated: Evaluated,
+    data: LabelledData,
+    reading: ReadingSettings | None = None,
+    engine: Engine | None = None,
 ) -> Accuracy:
-    """``{"top1", "top5"}`` in percent, of the shares of all processes by rank."""
+    """``{"top1", "top5"}`` in percent of an encoder in training, whose modes are left as they are.
 
-    def joined(side: Sequence[Features]) -> tuple[Tensor, Tensor]:
-        some = [features for features in side if len(features)]
-        labels = [_known(features.labels) for features in some]
-        return torch.cat([features.x for features in some]), torch.cat(labels)
-
-    train, test = (joined(side) for side in zip(*shares, strict=True))
-    classes = len(data.classes)
+    To cost little, at most 10,000 and 2,000 items are used, always the same, of each class its
+    share.  Every process of ``engine`` must call this: it reads its part, and all get the result.
+    """
+    assert evaluated.encoder is not None, "an encoder in training"
+    device = next(evaluated.encoder.parameters()).device
+    readers = {"": Reader(evaluated)}
+    loop = FeatureLoop(readers, reading or ReadingSettings(), device, engine=engine)
+    learned: dict[tuple[str, str], Learned] = {}
     with fast_linear():
-        by_k = knn_accuracy(*train, *test, classes, neighbours=(HEADLINE,), device=device)
-    return next(iter(by_k.values()))
+        train = loop.table(data.train.sampled(_MOST_TRAIN), "train")[""]
+
+        def learn() -> None:
+            learned["", ""] = learn_knn(
+                VoteSettings(), device, readers[""], train, len(data.classes)
+            )
+
+        loop.in_all_processes(learn)
+        accuracies, _ = score(loop, data.test.sampled(_MOST_TEST), learned, "test")
+    return accuracies["", ""][learned["", ""].chosen]

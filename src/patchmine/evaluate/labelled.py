@@ -1,4 +1,4 @@
-"""From what the user typed to labelled images, or videos, for training and for testing."""
+"""From what the user typed to labelled items, for training and for testing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from patchmine.data.items import IMAGE, Item
 from patchmine.data.sources.contract import Labels, Source, division_of
-from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError, shown_name
 
 Index = NDArray[np.int64]
@@ -24,8 +24,12 @@ _IN_HALVES = ("embedded:photos", "embedded:moving-photos")
 
 @dataclass(frozen=True)
 class Part:
-    """Some items of a source: ``indices`` (n,) of those that count, ``labels`` (N,) of all of its
-    items, where there are labels.
+    """Some items of a source.
+
+    Args:
+        source: where they are.
+        indices: (n,) which of them.
+        labels: (N,) of all items of the source, where there are labels.
     """
 
     source: Source
@@ -36,21 +40,22 @@ class Part:
         return len(self.indices)
 
     def sampled(self, count: int, seed: int = 0) -> Part:
-        """At most ``count`` items, drawn by `stratified` where there are labels, in the order of
-        the list.
-        """
+        """At most ``count`` items: a `stratified` draw, in the order of the source."""
         if count >= len(self):
             return self
         labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels[self.indices]
         return replace(self, indices=self.indices[stratified(labels, count, seed)])
 
+    def share(self, rank: int, processes: int) -> Part:
+        """What one of several processes reads: neighbours, so that shares in a row are the part."""
+        return replace(self, indices=np.array_split(self.indices, processes)[rank])
+
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Images (or videos) to learn from and such to be tested on, with the same numbering of
-    ``classes``.
+    """Items to learn from and to be tested on, with one numbering of ``classes``.
 
-    ``how``: a sentence for people.
+    ``how`` says where the test items come from.
     """
 
     train: Part
@@ -65,66 +70,49 @@ def everything(source: Source) -> Part:
     return Part(source, np.arange(len(source)), None if labels is None else labels.ids)
 
 
-def open_items(data: Any, *, video: bool) -> Source:
-    """The videos or the images that ``data`` names."""
-    return open_source(data, "video" if video else "image")
-
-
 def open_labelled(
-    data: Any,
-    test: Any = None,
-    *,
-    video: bool = False,
-    settings: tuple[str, str] = ("data", "test"),
+    data: Any, test: Any = None, item: Item = IMAGE, names: tuple[str, str] = ("data", "test")
 ) -> LabelledData:
-    """Labelled data from one or two sources (anything that ``open_source`` takes).
+    """Labelled data from one or two sources.
 
-    ``test`` given: learn from ``data``, test on it.  Else ``data`` with the folders train and test
-    (or val), or embedded:photos and embedded:moving-photos, is used as it is divided; of anything
-    else the last fifth of each class, in the source's order, is the test.  ``settings``: what the
-    two are called in messages.  Raises UserError where there are no labels, fewer than two classes,
-    or nothing to test on.
+    Args:
+        data: anything that ``item.open`` takes.
+        test: what to be tested on.  None: where ``data`` has the folders train and test (or val),
+            or is embedded in two halves, these; else the last fifth of each class.
+        item: images or videos.
+        names: of the two settings, for messages.
+
+    Raises:
+        UserError: there are no labels, fewer than two classes, or nothing to be tested on.
     """
-    kind = "video" if video else "image"
     if test is not None:
-        return _of_two(
-            data, test, kind, settings, f"learns from {_named(data)}, is tested on {_named(test)}"
-        )
+        how = f"learns from {_shown(data)}, is tested on {_shown(test)}"
+        return _of_two(data, test, item, names, how)
     if isinstance(data, str | Path):
         if str(data) in _IN_HALVES:
-            return _of_two(
-                f"{data}/train",
-                f"{data}/test",
-                kind,
-                settings,
-                f"the two disjoint halves of {data}",
-            )
-        inner = _folders(Path(data))
-        if inner:
-            return _of_two(
-                *inner, kind, settings, f"learns from {inner[0]}, is tested on {inner[1]}"
-            )
-    source, labels = _open(data, kind, settings[0])
+            how = f"the two disjoint halves of {data}"
+            return _of_two(f"{data}/train", f"{data}/test", item, names, how)
+        if folders := _division(Path(data)):
+            how = f"learns from {folders[0]}, is tested on {folders[1]}"
+            return _of_two(*folders, item, names, how)
+    source, labels = _open(data, item, names[0])
     kept, held_out = split_by_class(labels.ids, TEST_SHARE)
     if len(held_out) == 0:
-        raise UserError(
-            f"{settings[0]}={_named(data)} has one {kind} per class, so none can be tested on: give more, or test=..."
-        )
+        few = f"{names[0]}={_shown(data)} has one {item.noun} per class"
+        raise UserError(f"{few}, so none can be tested on: give more, or test=...")
     how = (
-        f"{_named(data)} has no part for testing: the last fifth of each class, in the order of the list, is tested on "
-        f"({len(held_out):,} of {len(labels.ids):,} {kind}s)"
+        f"{_shown(data)} has no part for testing: the last fifth of each class, in the order of "
+        f"the list, is tested on ({len(held_out):,} of {len(labels.ids):,} {item.noun}s)"
     )
-    return LabelledData(
-        Part(source, kept, labels.ids), Part(source, held_out, labels.ids), labels.names, how
-    )
+    train, last = (Part(source, indices, labels.ids) for indices in (kept, held_out))
+    return LabelledData(train, last, labels.names, how)
 
 
 def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
-    """Places of the first items of each class and of its last ``share`` (of each at least one,
-    unless the class has but one), both ascending.
+    """Places (ascending) of the first items of each class, and of its last ``share``.
 
     The end of the list rather than a random draw, because neighbours in a list are often
-    near-duplicates.
+    near-duplicates.  At least one of each class is in the second, unless it has but one.
     """
     last = np.zeros(len(labels), dtype=bool)
     for number in np.unique(labels):
@@ -135,18 +123,10 @@ def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
 
 
 def stratified(labels: Index, count: int, seed: int = 0) -> Index:
-    """A random draw in which each class keeps its share.
+    """Places (count,), ascending, of a random draw in which each class keeps its share.
 
-    Never every n-th item: a list in which the classes come in turn would give one class only.
-
-    Args:
-        labels: the class of each item, (N,).
-        count: how many items to draw, at most N.
-        seed: decides the draw.
-
-    Returns:
-        Places (count,), ascending.  Every class has at least one where ``count`` allows it, else
-        the largest have.
+    Every class has at least one where ``count`` allows it, else the largest have.  Never every n-th
+    item: a list in which the classes come in turn would give one class only.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]  # class by class, shuffled within each
@@ -159,51 +139,46 @@ def stratified(labels: Index, count: int, seed: int = 0) -> Index:
     return np.sort(order[np.argsort(turn, kind="stable")[:count]])
 
 
-def _folders(path: Path) -> tuple[Path, Path] | None:
+def _division(path: Path) -> tuple[Path, Path] | None:
     """The folders train and test of ``path``, where it has both."""
     try:
         with os.scandir(path) as entries:
-            division = division_of([entry.name for entry in entries if entry.is_dir()])
+            names = division_of([entry.name for entry in entries if entry.is_dir()])
     except OSError:  # no folder, or none that may be read: opening it tells
         return None
-    return (path / division[0], path / division[1]) if division else None
+    return (path / names[0], path / names[1]) if names else None
 
 
-def _of_two(data: Any, test: Any, kind: str, settings: tuple[str, str], how: str) -> LabelledData:
-    (source, labels), (test_source, test_labels) = (
-        _open(data, kind, settings[0]),
-        _open(test, kind, settings[1]),
-    )
+def _of_two(data: Any, test: Any, item: Item, names: tuple[str, str], how: str) -> LabelledData:
+    source, labels = _open(data, item, names[0])
+    test_source, test_labels = _open(test, item, names[1], fewest=1)
     ids = test_labels.numbered_as(labels.names)
-    every, every_test = np.arange(len(source)), np.arange(len(test_source))
+    train = Part(source, np.arange(len(source)), labels.ids)
     return LabelledData(
-        Part(source, every, labels.ids), Part(test_source, every_test, ids), labels.names, how
+        train, Part(test_source, np.arange(len(test_source)), ids), labels.names, how
     )
 
 
-def _open(data: Any, kind: str, setting: str) -> tuple[Source, Labels]:
+def _open(data: Any, item: Item, name: str, fewest: int = 2) -> tuple[Source, Labels]:
     try:
-        source = open_items(data, video=kind == "video")
+        source = item.open(data)
     except UserError as error:  # which calls every source data=
-        raise UserError(re.sub("^data=", f"{setting}=", str(error))) from error
+        raise UserError(re.sub("^data=", f"{name}=", str(error))) from error
     labels = source.labels()
     if labels is None:
         raise UserError(
-            f"{setting}={_named(data)} has no labels, which an evaluation needs: "
-            "give a folder with one folder per class, "
-            "or a list file with 'path label' lines"
+            f"{name}={_shown(data)} has no labels, which an evaluation needs: give a folder with "
+            "one folder per class, or a list file with 'path label' lines"
         )
-    if setting in ("data", "eval_data") and len(labels.names) < 2:
-        only = shown_name(labels.names[0])
-        raise UserError(
-            f"{setting}={_named(data)} has only one class ({only}): an evaluation needs two or more"
-        )
+    if len(labels.names) < fewest:
+        only = f"{name}={_shown(data)} has only one class ({shown_name(labels.names[0])})"
+        raise UserError(f"{only}: an evaluation needs two or more")
     return source, labels
 
 
-def _named(data: Any) -> str:
+def _shown(data: Any) -> str:
     if isinstance(data, str | Path):
         return shown_name(data)
     if isinstance(data, Sequence):
-        return ", ".join(map(_named, data))
+        return ", ".join(map(_shown, data))
     return type(data).__name__

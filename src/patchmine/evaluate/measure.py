@@ -1,185 +1,225 @@
-"""What all protocols share: open target and data, read features once, score, compare with baselines,
-file the result.
-"""
+"""What all protocols share: features once, scores of every view, baselines, the filed result."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
+from patchmine.data.items import CLIP
 from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError
-from patchmine.evaluate.features import Features, Reader, Reading, extract_all
-from patchmine.evaluate.labelled import LabelledData, open_labelled
+from patchmine.evaluate.evaluated import Evaluated, open_evaluated
+from patchmine.evaluate.features import FeatureLoop, Features, Reader, Views, device_of
+from patchmine.evaluate.labelled import LabelledData, Part, open_labelled
 from patchmine.evaluate.progress import Say
-from patchmine.evaluate.settings import ProtocolSettings, ReadSettings
-from patchmine.evaluate.targets import Target, open_target, random_twin, raw_pixels
+from patchmine.evaluate.settings import EvaluatedSettings, ProtocolSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.run import Run
 
 Result = dict[str, Any]
-Score = Callable[[Reader, Features, Features, int], Result]
-"""(reader, train, test, number of classes) -> ``top1`` and ``top5`` in percent, and what else there
-is to tell.
-"""
+Accuracy = dict[str, float]
+"""``{"top1": percent, "top5": percent}``."""
 
 
-def reading_of(settings: ReadSettings) -> Reading:
-    """The part of the settings that concerns reading images."""
-    return Reading(settings.batch_size, settings.workers, settings.device, settings.max_bad_share)
+@dataclass(frozen=True)
+class Learned:
+    """What a protocol made of the training features of one reader.
+
+    Args:
+        score: rows (R, S, D) on any device -> logits (R, C) of each of its classifiers, by name.
+        chosen: the classifier that the result's accuracy is of.
+        told: what else the result says.
+        all_under: the result's key for the accuracies of all of them.
+    """
+
+    score: Callable[[Tensor], Mapping[str, Tensor]]
+    chosen: str
+    told: Result
+    all_under: str | None = None
 
 
-def opened(settings: ReadSettings) -> Target:
-    """The target, prepared as the settings say."""
-    target = open_target(
-        settings.target,
-        image_size=settings.image_size,
-        channels=settings.channels,
-        weights=settings.weights,
-        seed=settings.seed,
-    )
-    if settings.crop_pct is not None:
-        target = replace(target, crop_pct=settings.crop_pct)
-    if settings.stride is None:
-        return target
-    if target.clip is None:
-        raise UserError(
-            f"stride={settings.stride} is for clips, but {target.name} takes images: leave the setting out"
-        )
-    return replace(target, clip=target.clip.model_copy(update={"stride": settings.stride}))
+Learn = Callable[[Reader, Features, int], Learned]
+"""(reader, training features, number of classes) -> what was learnt."""
+
+
+def opened(settings: EvaluatedSettings) -> Evaluated:
+    """The model under evaluation, prepared as the settings say."""
+    how = {"image_size", "channels", "weights", "seed", "crop_pct", "stride"}
+    return open_evaluated(settings.target, **{name: getattr(settings, name) for name in how})
 
 
 def measure(
     settings: ProtocolSettings,
-    protocol: str,
-    score: Score,
+    protocols: Mapping[str, Learn],
     say: Say,
+    readers: Mapping[str, Reader],
     *,
-    blocks: int = 1,
-    pooling: str = "cls",
-) -> Result:
-    """Run a protocol on the target and, with ``baselines``, on its random twin and the raw pixels.
+    views: Views | None = None,
+    notes: Sequence[str] = (),
+) -> list[Result]:
+    """Results of protocols, by name, on the model and its baselines, all from the same images.
 
-    All of them see the same images, read in one pass.  The result is written to eval/NAME.json
-    where the target is a run.
+    ``readers`` as of `readers_of`.  Results are filed in eval/NAME.json where the model is a run's.
     """
-    start = time.monotonic()
-    target = opened(settings)
-    readers = readers_of(settings, target, blocks)
-    readers[""].choose(pooling)  # a mistake is told before images are read
-    data = labelled_for(settings, target, say)
-    with fast_linear():
-        train = extract_all(
-            readers, data.train, reading_of(settings), title=f"train {target.kind}s", say=say
-        )
-        test = extract_all(
-            readers, data.test, reading_of(settings), title=f"test {target.kind}s", say=say
-        )
-        extracted = time.monotonic()
-        scores = {}
-        for name, reader in readers.items():
-            scores[name] = score(reader, train.pop(name), test[name], len(data.classes))
-            if name:
-                say(f"baseline {name}: top-1 {scores[name]['top1']:.2f}")
-    spent = {"features": round(extracted - start, 1), "all": round(time.monotonic() - start, 1)}
-    return file_result(
-        {
-            "name": settings.name or protocol,
-            "protocol": protocol,
-            **with_baselines(scores),
-            "target": {"name": target.name, "weights": settings.weights, "note": target.note},
-            "images": images_of(target, data, len(test[""])),
-            "seconds_spent": spent,
-            "notes": notes_of(target, data),
-        },
-        target,
-    )
-
-
-def readers_of(settings: ProtocolSettings, target: Target, blocks: int) -> dict[str, Reader]:
-    """The target's reader under the name "" and, with ``baselines``, those of its random twin and of
-    the raw pixels.
-    """
-    targets = {"": target}
-    if settings.baselines and target.encoder is not None:
-        targets |= {
-            "random_init": random_twin(target, settings.seed),
-            "raw_pixels": raw_pixels(target),
-        }
-    return {name: Reader(each, blocks) for name, each in targets.items()}
-
-
-def labelled_for(settings: ProtocolSettings, target: Target, say: Say) -> LabelledData:
-    """The images, or videos, that the settings name; ``say`` hears what a reader of the numbers
-    must know.
-    """
-    data = open_labelled(settings.data, settings.test, video=target.clip is not None)
-    for line in filter(None, (target.note, data.how)):
+    start, evaluated = time.monotonic(), readers[""].evaluated
+    noun = evaluated.item.noun
+    data = open_labelled(settings.data, settings.test, evaluated.item)
+    for line in filter(None, (evaluated.note, data.how)):
         say(line)
-    return data
+    loop = FeatureLoop(readers, settings, device_of(settings), say)
+    learned: dict[tuple[str, str], Learned] = {}
+    with fast_linear():
+        train = loop.table(data.train, f"train {noun}s")
+        learning = time.monotonic()
+        for name, reader in readers.items():
+            features = train.pop(name)
+            for protocol, learn in protocols.items():
+                learned[protocol, name] = learn(reader, features, len(data.classes))
+        learning = time.monotonic() - learning
+        accuracies, tested = score(loop, data.test, learned, f"test {noun}s", views)
+    spent = time.monotonic() - start
+    if len(data.classes) <= 5:
+        few = f"there are only {len(data.classes)} classes"
+        notes = [f"top-5 is 100 by definition: {few}", *notes]
+    common = {
+        "target": {"name": evaluated.name, "weights": settings.weights, "note": evaluated.note},
+        "images": _images(evaluated, data, tested),
+        "seconds_spent": {"features": round(spent - learning, 1), "all": round(spent, 1)},
+        "notes": [*filter(None, [evaluated.note]), *notes],
+    }
+    told = {key: _told(each, accuracies[key], views) for key, each in learned.items()}
+    results = []
+    for protocol in protocols:
+        baselines = {name: told[protocol, name] for name in readers if name}
+        for name, found in baselines.items():
+            say(f"baseline {name}, {protocol}: top-1 {found['top1']:.2f}")
+        own = told[protocol, ""] | ({"baselines": baselines} if baselines else {})
+        last_word = f"-{protocol.rsplit('-', 1)[-1]}" if len(protocols) > 1 else ""
+        name = protocol if settings.name is None else f"{settings.name}{last_word}"
+        results.append({"name": name, "protocol": protocol, **own, **common})
+    for result in results:
+        file_result(result, evaluated)
+    return results
 
 
-def with_baselines(scores: Mapping[str, Result]) -> Result:
-    """The target's own scores, which have the name "", with those of the baselines inside."""
-    baselines = {name: found for name, found in scores.items() if name}
-    return {**scores[""], "baselines": baselines} if baselines else dict(scores[""])
+def readers_of(settings: ProtocolSettings, evaluated: Evaluated, blocks: int) -> dict[str, Reader]:
+    """The reader of the model under the name "", and those of its baselines where asked for."""
+    models = {"": evaluated}
+    if settings.baselines and evaluated.encoder is not None:
+        models["random_init"] = evaluated.random_init(settings.seed)
+        models["raw_pixels"] = evaluated.raw_pixels()
+    return {name: Reader(model, blocks) for name, model in models.items()}
 
 
-def images_of(target: Target, data: LabelledData, tested: int) -> Result:
-    """What was learnt from and tested on, and how it was prepared; ``tested``: items that could be
-    read.
+@torch.no_grad()
+def score(
+    loop: FeatureLoop,
+    part: Part,
+    learned: Mapping[tuple[str, str], Learned],
+    title: str,
+    views: Views | None = None,
+) -> tuple[dict[tuple[str, str], dict[str, Accuracy]], int]:
+    """Accuracies by (protocol, reader) and classifier, and how many items were read.
+
+    Features are scored as they come: memory holds one batch of them.  Of several views of an item
+    the softmax is averaged; then ``""`` is the accuracy of the chosen classifier on the middle one.
     """
-    clip = target.clip
-    return {
+    assert part.labels is not None, "labelled data has labels"
+    labels = torch.from_numpy(part.labels)
+
+    def own() -> tuple[dict[tuple[str, str, str], Tensor], int]:
+        hits: dict[tuple[str, str, str], Tensor] = {}
+        done = 0
+        for index, columns in loop.batches(loop.share(part), title, views):
+            truth = labels[index]
+            for (protocol, name), each in learned.items():
+                found = dict(each.score(columns[name]))
+                if views is not None:
+                    chosen = found[each.chosen].view(len(index), views.count, -1)
+                    found = {
+                        key: logits.softmax(1).view_as(chosen).mean(1)
+                        for key, logits in found.items()
+                    }
+                    found[""] = chosen[:, views.middle]
+                for key, scores in found.items():
+                    right = count_right(scores, truth)
+                    hits[protocol, name, key] = hits.get((protocol, name, key), 0) + right
+            done += len(index)
+        return hits, done
+
+    shares = loop.in_all_processes(own)
+    tested = sum(done for _, done in shares)
+    loop.judge_broken(part, tested, title)
+    accuracies: dict[tuple[str, str], dict[str, Accuracy]] = {key: {} for key in learned}
+    for protocol, name, key in next(hits for hits, done in shares if done):
+        right = [hits[protocol, name, key] for hits, done in shares if done]
+        top1, top5 = (100 * torch.stack(right).sum(0) / tested).tolist()
+        accuracies[protocol, name][key] = {"top1": top1, "top5": top5}
+    return accuracies, tested
+
+
+def count_right(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many rows of scores (B, C) have their label (B,) first, and among the first five: (2,).
+
+    Of equal scores the class with the smaller number counts more; rows of NaN are wrong.
+    """
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    right = (best == labels[:, None].to(best.device)) & ~scores.isnan().any(1, keepdim=True)
+    return torch.stack([right[:, 0].sum(), right.any(dim=1).sum()]).double().cpu()
+
+
+def _told(learned: Learned, accuracies: Mapping[str, Accuracy], views: Views | None) -> Result:
+    """What the result says of one reader."""
+    result: Result = {**accuracies[learned.chosen]}
+    if learned.all_under is not None:
+        result[learned.all_under] = {key: each for key, each in accuracies.items() if key}
+    settings = learned.told.get("settings", {})
+    if views is not None:
+        result["one_view"] = accuracies[""]
+        settings = views.told | settings
+    return {**result, **learned.told, "settings": settings}
+
+
+def _images(evaluated: Evaluated, data: LabelledData, tested: int) -> Result:
+    """What was learnt from and tested on, and how it was prepared."""
+    settings, clip = evaluated.input, evaluated.input.clip
+    found = {
         "how": data.how,
         "train": len(data.train),
         "test": len(data.test),
         "test_read": tested,
         "classes": len(data.classes),
-        "image_size": list(target.image_size),
-        "crop_pct": target.crop_pct,
-        "mean": list(target.mean),
-        "std": list(target.std),
-        **(
-            {}
-            if clip is None
-            else {"clip": {"frames": clip.frames, "stride": clip.stride, "short": clip.short}}
-        ),
+        "image_size": list(settings.image_size),
+        "crop_pct": evaluated.crop_pct,
+        "mean": settings.mean,
+        "std": settings.std,
     }
+    if evaluated.item is CLIP:
+        found["clip"] = {"frames": clip.frames, "stride": clip.stride, "short": clip.short}
+    return found
 
 
-def notes_of(target: Target, data: LabelledData) -> list[str]:
-    """Sentences that belong to the numbers."""
-    notes = [target.note] if target.note else []
-    if len(data.classes) <= 5:
-        notes.append(f"top-5 is 100 by definition: there are only {len(data.classes)} classes")
-    return notes
-
-
-def file_result(result: Result, target: Target) -> Result:
-    """The same result, written to eval/NAME.json where the target is a run.
-
-    Raises UserError where it cannot be written, with the accuracy, which took its time.
-    """
-    if target.folder is None:
-        return result
+def file_result(result: Result, evaluated: Evaluated) -> None:
+    """Write eval/NAME.json where the model is of a run; UserError tells what was measured."""
+    if evaluated.folder is None:
+        return
     try:
-        write_result(Run(target.folder).eval_dir / f"{result['name']}.json", result)
+        write_result(Run(evaluated.folder).eval_dir / f"{result['name']}.json", result)
     except OSError as error:
-        raise UserError(
-            f"{refusal(error, 'cannot be written')}.  What was measured: top-1 {result['top1']:.2f}, "
-            f"top-5 {result['top5']:.2f}"
-        ) from error
-    return result
+        told = f"top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}"
+        why = refusal(error, "cannot be written")
+        raise UserError(f"{why}.  What was measured: {told}") from error
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
@@ -190,38 +230,29 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def show_result(result: Mapping[str, Any], console: Console) -> None:
-    """A small table for people: the target first, then the baselines."""
+    """A small table for people: the model first, then its baselines."""
     print_line = partial(console.print, markup=False)  # names may hold brackets
     table = Table(title=Text(f"{result['protocol']}: {result['target']['name']}"))
     for column in ("", "top-1", "top-5"):
         table.add_column(column, justify="right" if column else "left")
-    rows = {
-        "this target": result,
-        **{k.replace("_", " "): v for k, v in result.get("baselines", {}).items()},
-    }
-    for name, scores in rows.items():
-        table.add_row(name, f"{scores['top1']:.2f}", f"{scores['top5']:.2f}")
+    for name, scores in {"this model": result, **result.get("baselines", {})}.items():
+        row = (f"{scores[key]:.2f}" for key in ("top1", "top5"))
+        table.add_row(name.replace("_", " "), *row)
     console.print(table)
     images = result["images"]
-    kind = "videos" if "clip" in images else "images"
-    print_line(
-        f"{images['train']:,} training and {images['test']:,} test {kind}, {images['classes']} classes: {images['how']}"
-    )
+    noun = "videos" if "clip" in images else "images"
+    counts = f"{images['train']:,} training and {images['test']:,} test {noun}"
+    print_line(f"{counts}, {images['classes']} classes: {images['how']}")
     if "one_view" in result:
-        views = result["settings"]
-        print_line(
-            f"scores averaged over {views['segments']} x {views['crops']} clips of each video; "
-            f"the middle one alone: top-1 {result['one_view']['top1']:.2f}"
-        )
+        used, middle = result["settings"], result["one_view"]["top1"]
+        clips = f"{used['segments']} x {used['crops']} clips of each video"
+        print_line(f"scores averaged over {clips}; the middle one alone: top-1 {middle:.2f}")
     if "by_k" in result:
-        print_line(
-            "top-1 by k: "
-            + ", ".join(f"{k}: {scores['top1']:.2f}" for k, scores in result["by_k"].items())
-        )
+        by_k = (f"{k}: {scores['top1']:.2f}" for k, scores in result["by_k"].items())
+        print_line(f"top-1 by k: {', '.join(by_k)}")
     if "chosen" in result:
         best = result["chosen"]
-        print_line(
-            f"chosen: {best['pooling']}, rate {best['rate']:g} ({best['held_out_top1']:.2f} on held-out images)"
-        )
+        held_out = f"{best['held_out_top1']:.2f} on held-out images"
+        print_line(f"chosen: {best['pooling']}, rate {best['rate']:g} ({held_out})")
     for note in result["notes"]:
         print_line(note)

@@ -1,6 +1,4 @@
-"""Telling a person how far an evaluation is: a bar on a terminal, a plain line now and then
-elsewhere.
-"""
+"""How far an evaluation is: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -8,15 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 Say = Callable[[str], None]
 Tick = Callable[[int], None]
@@ -30,28 +21,21 @@ def silent(_: str) -> None:
 
 @contextmanager
 def progress(title: str, total: int, say: Say) -> Iterator[Tick]:
-    """Yields a function to call with the number of items just done; nothing is shown where ``say``
-    is ``silent``.
-    """
+    """Yields what takes the number of items just done; with `silent` nothing is shown."""
     console = Console(stderr=True)
     if say is silent:
         yield lambda _: None
-    elif console.is_terminal:
+        return
+    if console.is_terminal:
         columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            bars.TextColumn("{task.description}", markup=False),
+            *(bars.BarColumn(), bars.MofNCompleteColumn()),
+            *(bars.TimeElapsedColumn(), bars.TimeRemainingColumn()),
         )
-        with Progress(*columns, console=console, transient=True) as bar:
+        with bars.Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(title, total=total)
             yield lambda count: bar.advance(task, count)
-    else:
-        yield _lines(title, total, say)
-
-
-def _lines(title: str, total: int, say: Say) -> Tick:
+        return
     start = last = time.monotonic()
     done = 0
 
@@ -63,4 +47,4 @@ def _lines(title: str, total: int, say: Say) -> Tick:
             say(f"{title}: {done:,} of {total:,} ({done / max(now - start, 1e-9):,.0f}/s)")
             last = now
 
-    return tick
+    yield tick

@@ -32,6 +32,7 @@ HEADLINE = 20  # the k that papers quote
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 TABLE_ENDINGS = (".parquet", ".csv", ".npz")
 
+_POOLING = Field("cls", description="cls, mean or cls+mean; cls is mean where there is none")
 _Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 
@@ -58,8 +59,21 @@ class EvalSettings(Strict):
             yield SettingError("eval_every", f"given {self.eval_every}, {text}")
 
 
-class ReadSettings(Strict):
-    """What is read, with which weights, and how."""
+class ReadingSettings(Strict):
+    """How items are read; none of it changes a result beyond rounding."""
+
+    batch_size: BatchSize = Field(
+        default=256, description="images encoded at once; changes no result"
+    )
+    workers: Workers = Field(default="auto", description="processes that decode images")
+    device: Device = Field(default="auto", description="auto: cuda where there is one")
+    max_bad_share: Fraction = Field(
+        default=0.05, description="share of broken images above which to stop"
+    )
+
+
+class EvaluatedSettings(Strict):
+    """The model under evaluation, and its items."""
 
     target: Text = Field(
         description="a run, an export, a file, a timm model, random-init:RUN or raw-pixels"
@@ -70,25 +84,16 @@ class ReadSettings(Strict):
     weights: str = Field(
         "student", description="student, teacher, partner or partner-teacher; or a file"
     )
-    image_size: Size | None = Field(None, description="pixels; null: the target's own")
-    channels: Count | None = Field(None, description="null: the target's own")
-    crop_pct: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="centre crop, share of the shorter side; null: the target's own",
+    image_size: Size | None = Field(None, description="pixels; null: the model's own")
+    channels: Count | None = Field(None, description="null: the model's own")
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="centre crop, share of the shorter side; null: the model's own"
     )
-    stride: Count | None = Field(
-        None, description="clips take every such frame; null: the target's"
-    )
-    batch_size: BatchSize = Field(256, description="images encoded at once; changes no result")
-    workers: Workers = Field("auto", description="processes that decode images")
-    device: Device = Field("auto", description="auto: cuda where there is one")
-    max_bad_share: Fraction = Field(0.05, description="share of broken images above which to stop")
+    stride: Count | None = Field(None, description="clips take every such frame; null: the model's")
     seed: int = Field(0, ge=0, description="decides random weights and the order of training")
 
 
-class EmbedSettings(ReadSettings):
+class EmbedSettings(ReadingSettings, EvaluatedSettings):
     """Write one feature vector per image to a file.
 
     Of a run on videos the rows are videos, one clip from the middle of each.
@@ -100,12 +105,10 @@ class EmbedSettings(ReadSettings):
     out: Annotated[Text, AfterValidator(ends_in(*TABLE_ENDINGS))] = Field(
         description="parquet file to write, as in out=embeddings.parquet; or .csv or .npz"
     )
-    pooling: str = Field(
-        "cls", description="cls, mean or cls+mean; cls is mean where there is none"
-    )
+    pooling: str = _POOLING
 
 
-class ProtocolSettings(ReadSettings):
+class ProtocolSettings(ReadingSettings, EvaluatedSettings):
     """What the protocols share."""
 
     test: Texts | None = Field(None, description="images to test on; null: a part of data")
@@ -118,7 +121,16 @@ class ProtocolSettings(ReadSettings):
     )
 
 
-class KnnSettings(ProtocolSettings):
+class VoteSettings(Strict):
+    """How neighbours vote."""
+
+    k: BatchSize = Field(default=HEADLINE, description="neighbours that vote for top1 and top5")
+    temperature: float = Field(
+        default=TEMPERATURE, ge=1e-6, description="of the vote exp(cosine / temperature)"
+    )
+
+
+class KnnSettings(VoteSettings, ProtocolSettings):
     """Nearest neighbours on frozen features (DINO's protocol).
 
     Nothing is trained, so it is quick.  Folders train/ and test/ in data are used as such.
@@ -127,15 +139,9 @@ class KnnSettings(ProtocolSettings):
         patchmine eval knn runs/hpm data=cifar10/train test=cifar10/test baselines=true
     """
 
-    pooling: str = Field(
-        "cls", description="cls, mean or cls+mean; cls is mean where there is none"
-    )
+    pooling: str = _POOLING
     neighbours: tuple[BatchSize, ...] = Field(
         NEIGHBOURS, min_length=1, description="k that are reported"
-    )
-    k: BatchSize = Field(HEADLINE, description="the one that top1 and top5 stand for")
-    temperature: float = Field(
-        TEMPERATURE, ge=1e-6, description="of the vote exp(cosine / temperature)"
     )
 
 
@@ -172,7 +178,7 @@ class LinearSettings(GridSettings):
     blr: _Rate = Field(0.1, description="learning rate for 256 images (mae)")
 
 
-class VideoSettings(GridSettings):
+class VideoSettings(VoteSettings, GridSettings):
     """Videos, as papers test them: several clips of each.
 
     kNN and a linear classifier learn from one clip of each training video; of a test video the
@@ -186,8 +192,4 @@ class VideoSettings(GridSettings):
     crops: Count = Field(3, description="crops of each of these, along the longer side")
     image: Text | None = Field(
         None, description="also measure this encoder of images over the frames"
-    )
-    k: BatchSize = Field(HEADLINE, description="neighbours that vote")
-    temperature: float = Field(
-        TEMPERATURE, ge=1e-6, description="of the vote exp(cosine / temperature)"
     )

@@ -15,11 +15,10 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.workers import num_workers
 from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError, foreign_parser
-from patchmine.evaluate.features import Features, Reading
-from patchmine.evaluate.knn import online_accuracy, online_features
+from patchmine.evaluate.evaluated import of_run
+from patchmine.evaluate.knn import knn_in_training
 from patchmine.evaluate.labelled import open_labelled
-from patchmine.evaluate.settings import EvalSettings
-from patchmine.evaluate.targets import target_of
+from patchmine.evaluate.settings import EvalSettings, ReadingSettings
 from patchmine.report.panels import draw_panels
 from patchmine.runs.preparing import item_of, normaliser
 from patchmine.task import Method
@@ -60,8 +59,12 @@ class Monitor:
             self._labelled = open_labelled(
                 evaluation.eval_data,
                 evaluation.eval_test,
-                video=reads_clips(model.model),
-                settings=("eval_data", "eval_test"),
+                item_of(model),
+                ("eval_data", "eval_test"),
+            )
+            parts = {"eval_data": self._labelled.train, "eval_test": self._labelled.test}
+            engine.agree(
+                {name: f"{len(part)} of {part.source.fingerprint}" for name, part in parts.items()}
             )
 
     def draw(self, progress: Progress, batch: Batch) -> None:
@@ -108,27 +111,15 @@ class Monitor:
             return None
         engine, data = self.engine, self._labelled
         workers = num_workers(self.training.workers, engine.device, engine.local_size)
-        reading = Reading(workers=workers, device=str(engine.device))
-        share: tuple[Features, Features] | None = None
-        error: UserError | OSError | None = None
+        crop_pct, encoder = self.evaluation.crop_pct, self.method.encoder
+        evaluated = of_run(self.model, crop_pct, encoder, "the encoder in training")
         try:
             with foreign_parser(UserError, OSError):
-                target = target_of(
-                    self.model,
-                    self.evaluation.crop_pct,
-                    self.method.encoder,
-                    "the encoder in training",
-                )
-                share = online_features(target, data, reading, engine.rank, engine.world_size)
-        except (UserError, OSError) as caught:
-            error = caught
-        found = engine.gather((share, error))
-        shares = [each for each, _ in found if each is not None]
-        if len(shares) < len(found):
-            first = next(wrong for _, wrong in found if wrong is not None)
-            self._say_failed("the evaluation", progress, first)
+                reading = ReadingSettings(workers=workers)
+                scores = knn_in_training(evaluated, data, reading, engine)
+        except (UserError, OSError) as error:
+            self._say_failed("the evaluation", progress, error)
             return None
-        scores = dict(online_accuracy(shares, data, engine.device))
         epoch = progress.step / progress.steps_per_epoch
         self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": "knn", **scores}})
         self.log.say(f"step {progress.step}: kNN top-1 {scores['top1']:.1f} %")
