@@ -19,7 +19,7 @@ from patchmine.ops.patches import (
     patch_values,
     pixel_targets,
 )
-from patchmine.ops.pictures import hide_masked, paint_masked, patch_map, reconstruction_panel
+from patchmine.ops.pictures import hide_masked, fill_masked, patch_map, reconstruction_panel
 from patchmine.types import Grid, Mask
 
 GRIDS = [Grid((2, 3), (4, 4)), Grid((3, 2), (2, 4)), Grid((2, 3, 2), (2, 4, 4))]
@@ -116,7 +116,7 @@ def test_pictures() -> None:
             else:
                 assert patch.isnan().all()
     true = patch_values(gather_patches(images, mask.masked, grid.patch))
-    assert torch.equal(paint_masked(images, mask, grid, true), images)
+    assert torch.equal(fill_masked(images, mask, grid, true), images)
     heat = patch_map(torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]), grid, mask.masked)
     assert heat.shape == (2, 2, 3)
     assert heat[0].isnan().tolist() == [[True, False, True], [False, False, False]]

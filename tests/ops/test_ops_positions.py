@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchmine.ops.position_targets import (
     least_cross_entropy,
-    paint_patches,
+    fill_patches,
     place_colours,
     smoothing_map,
 )
@@ -105,6 +105,6 @@ def test_colours_of_places() -> None:
     assert colours.shape == (15, 3)
     assert ((colours >= 0) & (colours <= 1)).all()
     assert len({tuple(colour.tolist()) for colour in colours}) == 15
-    painted = paint_patches(colours[None], grid)
+    painted = fill_patches(colours[None], grid)
     assert painted.shape == (1, 3, 6, 20)
     assert (painted[0, :, 2:4, 12:16] == colours[5 + 3][:, None, None]).all()

@@ -232,7 +232,7 @@ def _as_colours(puzzle: Puzzle, places: Tensor, grid: Grid) -> Tensor:
     for index, paint in ((puzzle.kept, 1.0), (puzzle.dropped, wanted)):
         filled = torch.zeros(*index.shape, 3, device=places.device) + paint
         colours = colours.scatter(1, index[:, :, None].expand_as(filled), filled)
-    return places_of.paint_patches(colours, grid)
+    return places_of.fill_patches(colours, grid)
 
 
 def _put(images: Tensor, puzzle: Puzzle, places: Tensor, sureness: Tensor, grid: Grid) -> Tensor:

@@ -25,11 +25,11 @@ def hide_masked(images: Tensor, mask: Mask, grid: Grid) -> Tensor:
     )
 
 
-def paint_masked(images: Tensor, mask: Mask, grid: Grid, painted: Tensor) -> Tensor:
-    """The images with the masked patches replaced by ``painted`` (B, M, P): (B, C, *size)."""
+def fill_masked(images: Tensor, mask: Mask, grid: Grid, predicted: Tensor) -> Tensor:
+    """The images with the masked patches replaced by ``predicted`` (B, M, P): (B, C, *size)."""
     values = patch_values(all_patches(images.float(), grid.patch))
     return images_from_values(
-        values.scatter(1, _wide(mask.masked, values), painted.float()), grid, images.shape[1]
+        values.scatter(1, _wide(mask.masked, values), predicted.float()), grid, images.shape[1]
     )
 
 
@@ -47,23 +47,23 @@ def _wide(index: Tensor, values: Tensor) -> Tensor:
 
 
 def reconstruction_panel(
-    images: Tensor, mask: Mask, grid: Grid, painted: Tensor, *, borrow: bool
+    images: Tensor, mask: Mask, grid: Grid, predicted: Tensor, *, borrow: bool
 ) -> Panel:
-    """The input with the masked patches replaced by the prediction ``painted`` (B, M, P).
+    """The input with the masked patches replaced by the prediction ``predicted`` (B, M, P).
 
     With ``borrow`` the prediction is standardised and gets each patch's true mean and deviation
     back, which the model does not know: the title says so.
     """
     if not borrow:
-        return Panel("reconstruction", paint_masked(images, mask, grid, painted))
+        return Panel("reconstruction", fill_masked(images, mask, grid, predicted))
     true = patch_values(gather_patches(images.float(), mask.masked, grid.patch))
     if len(grid.patch) == 3:
-        restored = restore_cubes(painted, true, images.shape[1])
+        restored = restore_cubes(predicted, true, images.shape[1])
     else:
         mean, deviation = patch_statistics(true)
-        restored = painted * deviation + mean
-    repainted = paint_masked(images, mask, grid, restored)
-    return Panel("reconstruction (patch statistics borrowed from the input)", repainted)
+        restored = predicted * deviation + mean
+    filled = fill_masked(images, mask, grid, restored)
+    return Panel("reconstruction (patch statistics borrowed from the input)", filled)
 
 
 def masked_panels(

@@ -64,7 +64,7 @@ def place_colours(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
     return torch.lerp(edges[:, :1], edges[:, 1:], across[None, :, None]).flatten(0, 1)
 
 
-def paint_patches(colours: Tensor, grid: Grid) -> Tensor:
+def fill_patches(colours: Tensor, grid: Grid) -> Tensor:
     """Every patch of an image filled with one colour: (B, L, 3) -> (B, 3, H, W)."""
     small = colours.transpose(1, 2).reshape(len(colours), 3, *grid.size)
     return small.repeat_interleave(grid.patch[0], dim=2).repeat_interleave(grid.patch[1], dim=3)
