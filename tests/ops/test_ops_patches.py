@@ -19,7 +19,7 @@ from patchmine.ops.patches import (
     patch_values,
     pixel_targets,
 )
-from patchmine.ops.pictures import hide_masked, fill_masked, patch_map, reconstruction_panel
+from patchmine.ops.pictures import fill_masked, hide_masked, patch_map, reconstruction_panel
 from patchmine.types import Grid, Mask
 
 GRIDS = [Grid((2, 3), (4, 4)), Grid((3, 2), (2, 4)), Grid((2, 3, 2), (2, 4, 4))]

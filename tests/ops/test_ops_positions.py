@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patchmine.ops.position_targets import (
-    least_cross_entropy,
     fill_patches,
+    least_cross_entropy,
     place_colours,
     smoothing_map,
 )
