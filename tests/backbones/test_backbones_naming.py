@@ -444,9 +444,6 @@ def test_a_folder_of_transformers_is_measured_as_it_is_prepared(
     (folder / "preprocessor_config.json").write_text(
         '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}'
     )
-    target = open_evaluated(folder)
-    assert (target.image_size, target.mean, target.std) == (
-        (16, 64),
-        (0.1, 0.2, 0.3),
-        (0.5, 0.5, 0.5),
-    )
+    shown = open_evaluated(folder).input
+    assert shown.image_size == (16, 64)
+    assert (shown.mean, shown.std) == ([0.1, 0.2, 0.3], [0.5, 0.5, 0.5])

@@ -46,7 +46,7 @@ def settings(kind, target, data, **more):
 
 
 def features_of(target, view, source):
-    """(N, V, D): one video after the other, pixels to features in the obvious way; V clips of each."""
+    """(N, V, D): one video after the other, in the obvious way; V clips of each."""
     generator = np.random.default_rng(0)
     rows = []
     for number in range(len(source)):

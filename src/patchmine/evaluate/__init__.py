@@ -1,1 +1,1 @@
-"""Measuring a frozen encoder: one file per protocol, all reading features through ``features.py``."""
+"""Measuring a frozen encoder: one file per protocol, all on the features of ``features.py``."""

@@ -83,7 +83,7 @@ class Reader:
         self.poolings = last if n == 1 else last | every
 
     def choose(self, pooling: str) -> str:
-        """``pooling``, or what stands in for ``cls`` without a class token; UserError for others."""
+        """``pooling``, or what stands in for ``cls`` without a class token; else UserError."""
         if pooling in self.poolings:
             return pooling
         if pooling == "cls" or not self.blocks:
@@ -244,7 +244,7 @@ class FeatureLoop:
     def batches(
         self, part: Part, title: str, views: Views | None = None
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """(index (B,), columns (B * V, S, D) by reader), in order, without broken items, on the CPU.
+        """(index (B,), columns (B * V, S, D) by reader), in order, whole items only, on the CPU.
 
         By default V = 1, the plain view of evaluation: of a video one clip from its middle.
         """
@@ -309,7 +309,7 @@ class FeatureLoop:
         return [each for each in every if not isinstance(each, Exception)]
 
     def judge_broken(self, part: Part, done: int, title: str) -> None:
-        """After ``done`` whole items: UserError where these are too few, else a word on the rest."""
+        """After ``done`` whole items: UserError where too few, else a word on the rest."""
         name, noun = shown_name(part.source.name), self.evaluated.item.noun
         if done == 0:
             raise UserError(f"{name} has no {noun} that can be read")

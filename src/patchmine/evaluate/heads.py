@@ -128,7 +128,7 @@ def _fitting_threads(operations: int) -> Iterator[None]:
 def grid_accuracy(
     grid: HeadGrid, table: Tensor, labels: Tensor, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Percent right (R,) of the classifiers of each input; one that went to infinity scores zero."""
+    """Percent right (R,) of the classifiers of each input; an infinite one scores zero."""
     found = {}
     for name in grid.slots:
         hits = torch.zeros(grid.biases[name].shape[1], dtype=torch.float64)

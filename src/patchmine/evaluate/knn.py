@@ -63,7 +63,7 @@ def learn_knn(
     pooling: str = "cls",
     neighbours: Sequence[int] | None = None,
 ) -> Learned:
-    """The vote of the k nearest rows; of each of ``neighbours`` too, which the result has as by_k."""
+    """The vote of the k nearest rows, and of each of ``neighbours``, told as by_k."""
     pooling, temperature = reader.choose(pooling), settings.temperature
     chosen = min(settings.k, len(train))
     ks = sorted({chosen, *(min(k, len(train)) for k in neighbours or ())})

@@ -1,4 +1,4 @@
-"""Linear classifiers on frozen features: DINOv2's grid of rates and poolings, or MAE's LARS probe."""
+"""Linear classifiers on frozen features: DINOv2's grid, or MAE's LARS probe."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def nearest_rows(
 
 
 def _first_largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``topk`` of (Q, N) that among equal values takes the first, which torch's does not promise."""
+    """``topk`` of (Q, N) that takes the first of equal values, which torch does not promise."""
     value, index = similarity.topk(k, dim=1)
     least = value[:, -1:]
     # Rows in which some of the values equal to the last were left out.
