@@ -1,4 +1,4 @@
-"""What an item of the data is, an image or a clip of a video: how it is opened, viewed, measured."""
+"""What an item of the data is, an image or a clip of a video: how it is opened and viewed."""
 
 from __future__ import annotations
 

@@ -191,8 +191,8 @@ class _Samples(Dataset[_Loaded]):
     def __init__(
         self, source: Source, view: View, desk: Desk, seed: int | None, targets: bool
     ) -> None:
-        self.source, self.view, self.desk, self.seed = source, view, desk, seed
-        self.target_of: Callable[[int], Any] = source.target if targets else lambda index: None
+        self.source, self.view, self.desk = source, view, desk
+        self.seed, self.targets = seed, targets
 
     def __getitem__(self, key: _Key) -> _Loaded:
         epoch, indices = key
@@ -206,7 +206,7 @@ class _Samples(Dataset[_Loaded]):
         return _Loaded(batch, len(samples) + len(failures), failures)
 
     def _add(self, samples: list[Sample], epoch: int, index: int, failures: list[Failure]) -> None:
-        """As many samples of one item as the view repeats it, or of the one that stands in for it."""
+        """As many samples of an item, or of what stands in for it, as the view repeats it."""
         attempts = 1 if self.seed is None else 1 + _REPLACEMENTS
         for attempt in range(attempts):
             generator = sample_generator(self.seed or 0, epoch, index, attempt)
@@ -222,7 +222,8 @@ class _Samples(Dataset[_Loaded]):
             raise UserError(_nothing_readable(self.source, failures[-attempts:]))
 
     def _samples(self, index: int, generator: np.random.Generator) -> list[Sample]:
-        raw, target = self.source.read(index), self.target_of(index)
+        raw = self.source.read(index)
+        target = self.source.target(index) if self.targets else None
         if self.view.repeats > 1:  # which is for videos only
             raw = open_video(raw, self.view.settings.max_pixels)
         repeats = range(self.view.repeats)
@@ -235,17 +236,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for crops in zip(*(sample.views for sample in samples), strict=True):
         mixed = len({crop.dtype for crop in crops}) > 1  # 8-bit and deeper images side by side
         views.append(default_collate([as_float(crop) for crop in crops] if mixed else [*crops]))
-    first = samples[0]
-    return Batch(
-        views,
-        torch.tensor([sample.index for sample in samples]),
-        default_collate([sample.box for sample in samples]),
-        default_collate([sample.flip for sample in samples]),
-        None
-        if first.photometric is None
-        else default_collate([sample.photometric for sample in samples]),
-        None if first.target is None else default_collate([sample.target for sample in samples]),
-    )
+
+    def column(name: str) -> Tensor | None:
+        values = [getattr(sample, name) for sample in samples]
+        return None if values[0] is None else default_collate(values)
+
+    rest = [column(name) for name in ("index", "box", "flip", "photometric", "target")]
+    return Batch(views, *rest)  # type: ignore[arg-type]
 
 
 def _reason(error: Exception) -> str:

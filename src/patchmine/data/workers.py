@@ -1,9 +1,7 @@
-"""The processes that read data: how they start, what each of them is reading, and what is said when
-one is lost.
+"""The processes that read data: how they start, what each reads, what is said when one is lost.
 
 Torch's loader tells that a worker died or did not answer; it knows neither why nor at which item.
-Every worker notes the item that it begins in memory shared with the main process, so that both can
-be said.
+Every worker notes the item that it begins in memory shared with the main process, which can say so.
 """
 
 from __future__ import annotations
@@ -31,18 +29,12 @@ from patchmine.strict import MOST_WORKERS
 
 _POLL = 5.0  # seconds of silence after which the workers are looked at
 _RESUME = "then `patchmine resume` goes on from the last checkpoint"
-_SHORT_OF = (
-    "shared memory",
-    "ancdata",
-    "open files",
-    "Cannot allocate memory",
-)  # in what torch says of it
+# In what torch says when something could not be handed over
+_SHORT_OF = ("shared memory", "ancdata", "open files", "Cannot allocate memory")
 
 
 class Desk:
-    """What each worker is reading: (worker, index, since when, process) in shared memory, empty
-    where it waits.
-    """
+    """What each worker is reading: (index, since when, process) in shared memory."""
 
     def __init__(self, workers: int) -> None:
         self._notes: Tensor = torch.zeros(workers, 3, dtype=torch.float64)
@@ -68,11 +60,8 @@ class Desk:
     def since(self) -> list[tuple[int, float, int]]:
         """(index, seconds that it is being read, process) of every worker that reads."""
         now = time.monotonic()
-        return [
-            (int(index), now - start, int(pid))
-            for index, start, pid in self._notes.tolist()
-            if start
-        ]
+        notes: list[list[float]] = self._notes.tolist()
+        return [(int(index), now - start, int(pid)) for index, start, pid in notes if start]
 
 
 def num_workers(setting: int | Literal["auto"], device: torch.device, processes: int) -> int:
@@ -102,14 +91,11 @@ class Workers:
         *,
         pin: bool = False,
     ) -> None:
-        number = len(desk)
-        if number > MOST_WORKERS:
-            raise UserError(
-                f"workers={number} is more than the {MOST_WORKERS} that can be useful; set a lower number"
-            )
+        self.desk, self.number, self.path = desk, len(desk), path
+        if self.number > MOST_WORKERS:
+            raise UserError(f"workers={self.number}: set at most {MOST_WORKERS}")
         before = active_children()
-        self.desk, self.number, self.path = desk, number, path
-        self.parts: Iterator[Any] = _start(samples, order, number, pin)
+        self.parts: Iterator[Any] = _start(samples, order, self.number, pin)
         self.processes: list[BaseProcess] = [
             child for child in active_children() if child not in before
         ]
@@ -118,58 +104,51 @@ class Workers:
         """Why the run must end, in a sentence; None where the workers are merely slow."""
         text = str(error)
         if "exited unexpectedly" in text:
-            return self._death()
+            return f"a process that reads data {self._death()}; {_RESUME}"
         if "timed out" in text:
             return self._silence(read_timeout)
         if any(word in text for word in _SHORT_OF):
             return (
-                f"a batch could not be handed over by workers={self.number} ({reason_of(error)}): give the machine "
-                f"more shared memory (docker: --shm-size=8g) or open files (ulimit -n), or lower workers; {_RESUME}"
+                f"a batch could not be handed over by workers={self.number} ({reason_of(error)}): "
+                "give more shared memory (docker: --shm-size=8g) or open files (ulimit -n), or "
+                f"lower workers; {_RESUME}"
             )
         raise error
 
     def _silence(self, read_timeout: float) -> str | None:
-        late = sorted(
-            (note for note in self.desk.since() if note[1] > read_timeout > 0),
-            key=lambda note: -note[1],
-        )
+        late = [note for note in self.desk.since() if note[1] > read_timeout > 0]
         if not late:
             return None
+        late.sort(key=lambda note: -note[1])
         for child in self.processes:
             if child.pid in {pid for *_, pid in late}:
                 child.kill()  # or its end would be waited for
         names = " and ".join(self.path(index) for index, *_ in late[:3])
         return (
-            f"reading {names} has taken more than read_timeout={read_timeout:g} seconds; see whether the disk answers, "
-            f"remove what cannot be read or raise read_timeout, {_RESUME}"
+            f"reading {names} has taken more than read_timeout={read_timeout:g} seconds; see "
+            "whether the disk answers, remove what cannot be read or raise read_timeout, "
+            f"{_RESUME}"
         )
 
     def _death(self) -> str:
         reading = {pid: index for index, _, pid in self.desk.since()}
         dead = next((child for child in self.processes if child.exitcode), None)
-        number = dead.exitcode or 0 if dead is not None else 0
-        where = (
-            f" while it read {self.path(reading[dead.pid])}"
-            if dead is not None and dead.pid in reading
-            else ""
-        )
+        number, where = 0, ""
+        if dead is not None:
+            number = dead.exitcode or 0
+            where = f" while it read {self.path(reading[dead.pid])}" if dead.pid in reading else ""
+        lower = f"lower workers={self.number}"
         if number == -signal.SIGKILL:
-            why = f"was killed{where}, most likely because the memory ran out: lower workers={self.number}"
-        elif number == -signal.SIGBUS:
-            why = f"ran out of shared memory{where}: give more (docker: --shm-size=8g), or lower workers={self.number}"
-        elif number < 0:
-            why = f"ended by {_signal_name(-number)}{where}: a decoder may have failed on it, remove it if that repeats"
-        else:
-            why = f"ended{where} with exit code {number}: see what it printed"
-        return f"a process that reads data {why}; {_RESUME}"
-
-
-def _signal_name(number: int) -> str:
-    return (
-        signal.Signals(number).name
-        if number in {known.value for known in signal.Signals}
-        else f"signal {number}"
-    )
+            return f"was killed{where}, most likely because the memory ran out: {lower}"
+        if number == -signal.SIGBUS:
+            more = "give more (docker: --shm-size=8g)"
+            return f"ran out of shared memory{where}: {more}, or {lower}"
+        if number < 0:
+            known = {each.value: each.name for each in signal.Signals}
+            name = known.get(-number, f"signal {-number}")
+            remedy = "a decoder may have failed on it, remove it if that repeats"
+            return f"ended by {name}{where}: {remedy}"
+        return f"ended{where} with exit code {number}: see what it printed"
 
 
 def _start(samples: Dataset[Any], order: Sampler[Any], number: int, pin: bool) -> Iterator[Any]:
@@ -180,12 +159,10 @@ def _start(samples: Dataset[Any], order: Sampler[Any], number: int, pin: bool) -
     pool of threads, which a fork breaks.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="This DataLoader will create"
-        )  # how many is the user's choice
-        warnings.filterwarnings(
-            "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
-        )
+        # How many workers there are is the user's choice.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        forks = ".*multi-threaded, use of fork"
+        warnings.filterwarnings("ignore", message=forks, category=DeprecationWarning)
         loader = DataLoader(
             samples,
             sampler=order,
@@ -200,21 +177,41 @@ def _start(samples: Dataset[Any], order: Sampler[Any], number: int, pin: bool) -
             generator=torch.Generator(),
         )
         try:
-            with _hold_ctrl_c(), _keep_child_handler():
+            with _signals_kept():
                 return iter(loader)
         except OSError as error:
-            raise UserError(
-                f"workers={number} cannot be started ({reason_of(error)}); lower it"
-            ) from error
+            reason = reason_of(error)
+            raise UserError(f"workers={number} cannot be started ({reason}); lower it") from error
 
 
 def _as_is(part: Any) -> Any:
     return part
 
 
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Around the birth of workers, in the main process.
+
+    Ctrl-C is blocked in them too, until they ignore it themselves.  And torch's loader asks to hear
+    of dead children by a signal whose handler raises wherever the main process happens to be, in
+    the midst of writing a checkpoint for instance; we ask for them when a batch is missing.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD) if is_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _prepare_worker(main: int, _: int) -> None:
-    """Ctrl-C is for the main process, which then ends its workers; a process group of its own keeps
-    group signals out.
+    """Ctrl-C is for the main process, which ends its workers; a group of its own keeps others out.
 
     Torch's loader has already set one thread per worker.
     """
@@ -227,9 +224,7 @@ def _prepare_worker(main: int, _: int) -> None:
 
 
 def _end_with(main: int) -> None:
-    """Torch's workers look for the death of the process that was their parent when they first
-    looked: where it was killed before that, they would wait for it for ever.
-    """
+    """Ends with the main process: torch's workers miss its end where it died before they looked."""
     while os.getppid() == main:
         time.sleep(_POLL)
     os._exit(1)
@@ -238,39 +233,6 @@ def _end_with(main: int) -> None:
 def _quiet_of_lost_connections(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """When the main process is killed while it fetches a batch, the thread that hands it over would
-    print this.
-    """
+    """What the thread that hands over a batch prints when the main process is killed meanwhile."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
-
-
-@contextmanager
-def _hold_ctrl_c() -> Iterator[None]:
-    """Blocked here means blocked in workers that are born meanwhile, until they ignore it
-    themselves.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-@contextmanager
-def _keep_child_handler() -> Iterator[None]:
-    """Torch's loader asks to hear of dead children by a signal, whose handler raises wherever the
-    main process happens to be, in the midst of writing a checkpoint for instance.  We ask for them
-    when a batch is missing.
-    """
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, previous if previous is not None else signal.SIG_DFL)

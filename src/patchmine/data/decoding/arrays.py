@@ -33,7 +33,7 @@ def channels_first(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 def scaled(array: np.ndarray) -> Tensor:
-    """uint8 stays, 1 bit is 0 or 255, integers of 16 bits fill [0, 1], the rest is float32 as is."""
+    """uint8 stays, bits are 0 or 255, integers of 16 bits fill [0, 1], others are float32 as is."""
     kind, size = array.dtype.kind, array.dtype.itemsize
     if kind not in "buif":
         raise DecodeError(f"holds values of type {array.dtype}, which is no image")
@@ -60,7 +60,7 @@ def require_finite(image: Tensor) -> Tensor:
 
 
 def fit_channels(image: Tensor, channels: int, has_alpha: bool) -> Tensor:
-    """(C, H, W) with the channels asked for, where `decode`'s rules allow it; raises DecodeError."""
+    """(C, H, W) with the channels asked for, where `decode` allows it; raises DecodeError."""
     stored = image.shape[0]
     if stored == channels:
         return image

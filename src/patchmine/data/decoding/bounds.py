@@ -56,8 +56,8 @@ def check_pixels(
     pixels, size = height * width, f"has {width}x{height} pixels"
     if pixels > max_pixels:
         raise DecodeError(
-            f"{size}, more than max_pixels={max_pixels} allows; set max_pixels={pixels} or more, or "
-            "remove it"
+            f"{size}, more than max_pixels={max_pixels} allows; set max_pixels={pixels} or more, "
+            "or remove it"
         )
     peak = pixels * work
     if peak > max(doubted, expansion * stored) and max_pixels <= MAX_PIXELS:
@@ -73,8 +73,8 @@ def check_frames(
 ) -> None:
     """Whether so many frames may be decoded at once; a size no header states is the decoder's."""
     if height and width:
-        work, bounds = _FRAME_WORK * frames, {"expansion": _FRAME_EXPANSION}
-        bounds["doubted"] = _FRAMES_DOUBTED
+        bounds = {"expansion": _FRAME_EXPANSION, "doubted": _FRAMES_DOUBTED}
+        work = _FRAME_WORK * frames
         check_pixels(height, width, max_pixels, stored=stored, work=work, **bounds)
 
 
@@ -95,7 +95,7 @@ def decoding(what: str) -> Iterator[None]:
 
 
 def damage(what: str) -> AbstractContextManager[None]:
-    """Around a foreign decoder that does not warn: what it raises is a DecodeError that says why."""
+    """Around a foreign decoder that does not warn: what it raises becomes a DecodeError."""
 
     def refuse(reason: str) -> DecodeError:
         # Without the place in a library's source that torchvision and FFmpeg name first or last

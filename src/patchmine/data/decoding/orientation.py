@@ -57,7 +57,7 @@ def upright_tensor(image: Tensor, orientation: int) -> Tensor:
 
 
 def of_matrix(a: float, b: float, c: float, d: float) -> int:
-    """The orientation that maps (x, y) to (a x + c y, b x + d y), a video's display matrix [a b; c d].
+    """The orientation that maps (x, y) to (a x + c y, b x + d y), as a video's [a b; c d].
 
     Axes point right and down.  A matrix of other angles counts as the nearest of the eight.
     """

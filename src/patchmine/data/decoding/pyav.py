@@ -186,7 +186,7 @@ class PyAVReader:
     def _picture(self, frame: Any) -> NDArray[np.uint8]:
         """(H, W, 3), turned and mirrored as the file asks for.
 
-        FFmpeg tells an angle, which cannot say that a picture is mirrored: the matrix itself counts.
+        FFmpeg tells an angle, which cannot say that a picture is mirrored: the matrix counts.
         """
         picture: NDArray[np.uint8] = self._converter.reformat(frame, format="rgb24").to_ndarray()
         for part in frame.side_data:

@@ -80,7 +80,8 @@ def in_counting_order(name: str) -> list[tuple[int, str]]:
 
 
 def _raw(path: str) -> VideoFile | FrameFiles:
-    return frames_in(path) if os.path.isdir(path) else VideoFile(path)  # noqa: PTH112, once per clip
+    is_folder = os.path.isdir(path)  # noqa: PTH112, once per clip
+    return frames_in(path) if is_folder else VideoFile(path)
 
 
 VIDEOS = Kind("video", VIDEO_SUFFIXES, _raw, folders=frames_in)
@@ -202,8 +203,8 @@ class _Array:
             frames = frames[:, None]
         if frames.ndim != 4 or 0 in frames.shape:
             raise DecodeError(
-                f"has shape {tuple(array.shape)}; a video is (frames, height, width[, channels]) or "
-                "(frames, channels, height, width)"
+                f"has shape {tuple(array.shape)}; a video is (frames, height, width[, channels]) "
+                "or (frames, channels, height, width)"
             )
         # As with images: the shorter of the two axes that may be it holds the channels.
         self._frames = frames.permute(0, 3, 1, 2) if frames.shape[3] <= frames.shape[1] else frames

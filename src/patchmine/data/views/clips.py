@@ -60,7 +60,7 @@ class TrainClips:
 
 @dataclass(frozen=True)
 class PlainClips:
-    """The view of evaluation: the window in the middle, shorter side to size / crop_pct, centre crop.
+    """The view of evaluation: the middle window, shorter side to size / crop_pct, centre crop.
 
     ``crop_pct=None`` squashes whole frames to ``image_size``.
     """

@@ -13,7 +13,7 @@ _FAST_CHANNELS = 4  # torch's vectorised antialiased resize of bytes handles up 
 
 @dataclass(frozen=True)
 class Geometry:
-    """An image becomes a view: resized to ``canvas``, cut to ``box``, resized to ``size``, mirrored.
+    """An image becomes a view: resized to ``canvas``, cut to ``box``, made ``size``, mirrored.
 
     ``box`` (top, left, height, width) in pixels of the canvas; ``size`` and ``canvas`` (height,
     width), ``canvas=None``: as large as the image is; ``flip``: mirrored left to right at the end.
@@ -31,7 +31,7 @@ class Geometry:
         return resize(self._cut(image), self.size, interpolation)
 
     def apply_mask(self, mask: Tensor) -> Tensor:
-        """(H, W) or (C, H, W) of class numbers: the nearest ones, mirrored where ``flip`` says so."""
+        """(H, W) or (C, H, W) of class numbers: the nearest ones, mirrored with ``flip``."""
         planes = mask[None, None] if mask.ndim == 2 else mask[None]
         values = planes.double()  # holds every class number exactly
         if self.canvas is not None:
@@ -41,7 +41,7 @@ class Geometry:
         return values[0].to(mask.dtype).reshape(*mask.shape[:-2], *self.size)
 
     def apply_boxes(self, boxes: Tensor, height: int, width: int) -> Tensor:
-        """(N, 4) (left, top, right, bottom) in pixels of the image, to pixels of the view, clipped."""
+        """(N, 4) (left, top, right, bottom) in pixels of the image, to clipped ones of the view."""
         canvas_height, canvas_width = self.canvas or (height, width)
         top, left, box_height, box_width = self.box
         x = (boxes[:, 0::2] * (canvas_width / width) - left) * (self.size[1] / box_width)

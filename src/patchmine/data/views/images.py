@@ -1,4 +1,4 @@
-"""A raw image becomes its views: decoded once, cropped, resized; the device mirrors and recolours."""
+"""A raw image becomes its views: decoded, cropped, resized; the device mirrors and recolours."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class PlainView:
 
 @dataclass(frozen=True)
 class MultiCropView:
-    """DINO's multi-crop: two large (global) crops of one image, then ``crops.num_local`` small ones.
+    """DINO's multi-crop: two large (global) crops of an image, then ``crops.num_local`` small ones.
 
     Mirroring and changes of colour are only drawn here.  A JPEG is always decoded at full size: at
     a half of it the smallest local crops of a usual photograph would have to be enlarged.
@@ -157,7 +157,7 @@ def crop_box(
 
 
 def plain_geometry(image: Tensor, size: tuple[int, int], crop_pct: float | None) -> Geometry:
-    """The centre crop of (..., H, W) that is resized to cover ``size / crop_pct``; None: all of it."""
+    """The centre crop of (..., H, W) resized to cover ``size / crop_pct``; None: all of it."""
     height, width = image.shape[-2:]
     if crop_pct is None:
         return Geometry((0, 0, height, width), size)

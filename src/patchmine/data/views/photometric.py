@@ -1,17 +1,6 @@
-"""DINO's changes of colour: drawn by the worker as a few numbers a crop, made on the device for a
-whole batch.
+"""DINO's changes of colour: drawn by the worker, made on the device for a whole batch.
 
-Per crop, in this order: with probability 0.8 brightness, contrast, saturation (0.4, 0.4, 0.2) and
-hue (0.1) in a random order; grey with probability 0.2; a Gaussian blur whose deviation is uniform
-in 0.1..2 pixels, always (global crop 0), in one of ten (global crop 1) or in half (local crops);
-the second global crop is solarized with probability 0.2.
-
-Bytes go through PIL's own arithmetic, rounded to bytes where PIL rounds, so that the result is what
-torchvision's transforms make of a PIL image, up to 3 levels of 255 in the blur (PIL rounds between
-its passes too).  Images of more than 8 bits, which are floats here, are changed by the same
-formulas without rounding or clipping, and are not
-solarized: a threshold of 128 needs a known range.  Colours are changed where there are three
-channels; grey and N-channel images are only blurred and solarized.
+What is done to which images, and how far it agrees with PIL, stands in docs/data.md.
 """
 
 from __future__ import annotations
@@ -22,26 +11,23 @@ from torch import Tensor
 
 # Columns of the numbers of a crop.  Factors 1 and deviation 0 change nothing; the rest are 0 or 1,
 # but for the hue's turn as a share of the circle and the order, in which 0 to 3 are brightness,
-# contrast, saturation, hue.
+# contrast, saturation, hue.  They are applied from left to right.
 FACTORS, HUE, ORDER, JITTER, GREY, SIGMA, SOLARIZE = slice(0, 3), 3, slice(4, 8), 8, 9, 10, 11
 COLUMNS = 12
 
-_STRENGTH = np.array(
-    [0.4, 0.4, 0.2, 0.1]
-)  # facebookresearch/dino: main_dino.py, DataAugmentationDINO
+# facebookresearch/dino: main_dino.py, DataAugmentationDINO
+_STRENGTH = np.array([0.4, 0.4, 0.2, 0.1])
 _JITTER_SHARE, _GREY_SHARE, _SOLARIZE_SHARE = 0.8, 0.2, 0.2
 _BLUR_SHARES = (1.0, 0.1, 0.5)  # global crop 0, global crop 1, local crops
 _SIGMAS = (0.1, 2.0)
-_BLUR_PASSES, _BLUR_REACH = (
-    3,
-    2,
-)  # PIL's box blurs, and how many pixels one of them reaches for the largest deviation
+# PIL's box blurs, and how many pixels one of them reaches for the largest deviation
+_BLUR_PASSES, _BLUR_REACH = 3, 2
 _HUE_OPERATION = 3
 _THRESHOLD = 128.0
 
 
 def draw(num_crops: int, generator: np.random.Generator) -> Tensor:
-    """(V, P) float32: how the colours of the crops of one image change, the two global ones first."""
+    """(V, P) float32: how the colours of an image's crops change, the two global ones first."""
     chance = generator.random((num_crops, 13), dtype=np.float32)
     numbers = np.zeros((num_crops, COLUMNS), np.float32)
     jitter = chance[:, 0] < _JITTER_SHARE
@@ -51,17 +37,15 @@ def draw(num_crops: int, generator: np.random.Generator) -> Tensor:
     numbers[:, ORDER] = chance[:, 5:9].argsort(1)
     numbers[:, JITTER] = jitter
     numbers[:, GREY] = chance[:, 9] < _GREY_SHARE
-    blurred = (
-        chance[:, 10] < np.array([*_BLUR_SHARES[:2], *[_BLUR_SHARES[2]] * num_crops])[:num_crops]
-    )
+    shares = np.array([*_BLUR_SHARES[:2], *[_BLUR_SHARES[2]] * num_crops])[:num_crops]
+    blurred = chance[:, 10] < shares
     numbers[:, SIGMA] = np.where(blurred, _SIGMAS[0] + chance[:, 11] * (_SIGMAS[1] - _SIGMAS[0]), 0)
     numbers[1, SOLARIZE] = chance[1, 12] < _SOLARIZE_SHARE
     return torch.from_numpy(numbers)
 
 
 def change_colours(images: Tensor, numbers: Tensor) -> Tensor:
-    """Images (N, C, H, W), bytes or floats, as ``numbers`` (N, P) say: float32 in which bytes span
-    [0, 1].
+    """Images (N, C, H, W), bytes or floats, as ``numbers`` (N, P) say: float32, bytes in [0, 1].
 
     Nothing here depends on a number's value on the host, so the device is not waited for.
     """
@@ -83,12 +67,10 @@ def _per_image(column: Tensor) -> Tensor:
 
 
 def _jittered(pixels: Tensor, numbers: Tensor, as_bytes: bool) -> Tensor:
-    """Brightness, contrast and saturation before the hue, the hue, and the rest after it, each
-    image in its own order.
+    """Brightness, contrast, saturation and hue, each image in its own order.
 
-    Each of the three is a blend with another picture, so that one formula serves all; where an
-    image has nothing to blend in a place, its factor is 1.  The hue, which is dear, is turned once
-    for all images.
+    Three of them are a blend with another picture, so that one formula serves all; where an image
+    has nothing to blend in a place, its factor is 1.  The hue, which is dear, is turned once.
     """
     order = numbers[:, ORDER].long()  # (N, 4)
     neutral = torch.ones_like(numbers[:, :1])
@@ -106,42 +88,34 @@ def _jittered(pixels: Tensor, numbers: Tensor, as_bytes: bool) -> Tensor:
 
 
 def _blended(pixels: Tensor, operation: Tensor, factor: Tensor, as_bytes: bool) -> Tensor:
-    """Away from (or towards) black, the mean grey or the grey picture, by ``operation`` (N,): PIL's
-    Image.blend.
-    """
+    """PIL's Image.blend with black, the mean grey or the grey picture, by ``operation`` (N,)."""
     operation = _per_image(operation)
     grey = _luma(pixels, as_bytes)
     mean = grey.mean((2, 3), keepdim=True)
     if as_bytes:
         mean = (mean + 0.5).floor()
-    other = torch.where(
-        operation == 0, 0.0, torch.where(operation == 1, mean, grey)
-    )  # (N, 1, H, W)
+    other = torch.where(operation == 1, mean, grey)
+    other = torch.where(operation == 0, 0.0, other)  # (N, 1, H, W)
     blend = (pixels - other).mul_(_per_image(factor)).add_(other)
     return blend.clamp_(0, 255).floor_() if as_bytes else blend
 
 
 def _luma(pixels: Tensor, as_bytes: bool) -> Tensor:
-    """ITU-R 601-2 luma (N, 1, H, W), for bytes in PIL's fixed point, of which float32 holds every
-    step exactly.
-    """
+    """ITU-R 601-2 luma (N, 1, H, W), for bytes in PIL's fixed point, exact in float32."""
     red, green, blue = pixels.chunk(3, dim=1)
     grey = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
     return grey.add_(0x8000).div_(0x10000).floor_() if as_bytes else grey.div_(0x10000)
 
 
 def _hue_turned(pixels: Tensor, turn: Tensor, as_bytes: bool) -> Tensor:
-    """Hue (as a share of the circle) plus ``turn``; hue and saturation are bytes on the way where
-    pixels are.
-    """
+    """Hue (a share of the circle) plus ``turn``; of bytes hue and saturation are bytes too."""
     turn = _per_image(turn)
     value, least = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
     spread = value - least
     red, green, blue = ((value - pixels) / torch.where(spread > 0, spread, 1.0)).chunk(3, dim=1)
     is_red, is_green = pixels[:, :1] == value, pixels[:, 1:2] == value
-    sixths = torch.where(
-        is_red, blue - green, torch.where(is_green, 2 + red - blue, 4 + green - red)
-    )
+    sixths = torch.where(is_green, 2 + red - blue, 4 + green - red)
+    sixths = torch.where(is_red, blue - green, sixths)
     hue = sixths / 6  # in [-1/6, 5/6]
     hue = torch.where(hue < 0, hue + 1, hue)
     if as_bytes:
@@ -160,11 +134,9 @@ def _hue_turned(pixels: Tensor, turn: Tensor, as_bytes: bool) -> Tensor:
 
 
 def _blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
-    """PIL's GaussianBlur: three box blurs of equal deviation along each axis, edges repeated, as
-    matrix products.
+    """PIL's GaussianBlur, three box blurs along each axis, edges repeated, as matrix products.
 
-    On a GPU that takes a fraction of the time of the passes, and an image of deviation 0 comes out
-    as it went in.
+    On a GPU these take a fraction of the time of the passes; deviation 0 changes nothing.
     """
     height, width = pixels.shape[-2:]
     columns = _blur_matrices(width, sigma)
@@ -174,27 +146,22 @@ def _blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _blur_matrices(side: int, sigma: Tensor) -> Tensor:
-    """(N, side, side): from a line of pixels to the blurred line, for each deviation in ``sigma``
-    (N,).
+    """(N, side, side): from a line of pixels to the blurred one, for each deviation ``sigma`` (N,).
 
     A box of radius r + a weighs 2r + 1 pixels alike and one more at each end by a (Gwosdek et al.
     2011, as in Pillow's BoxBlur.c).
     """
     variance = sigma.square() / _BLUR_PASSES
     radius = (((12 * variance + 1).sqrt() - 1) / 2).floor()
-    part = (
-        (2 * radius + 1)
-        * (radius * (radius + 1) - 3 * variance)
-        / (6 * (variance - (radius + 1).square()))
-    )
+    taps_inside, over = 2 * radius + 1, radius * (radius + 1) - 3 * variance
+    part = taps_inside * over / (6 * (variance - (radius + 1).square()))
     distance = torch.arange(-_BLUR_REACH, _BLUR_REACH + 1, device=sigma.device)
     away = distance.abs() - radius[:, None]  # (N, taps): up to 0 inside of the box, 1 where it ends
     weights = torch.where(away <= 0, 1.0, torch.where(away == 1, part[:, None], 0.0))
     weights = weights / weights.sum(1, keepdim=True)
     place = torch.arange(side, device=sigma.device)
-    source = (place[:, None] + distance).clamp(
-        0, side - 1
-    )  # (side, taps): the pixels that each one looks at
+    # (side, taps): the pixels that each one looks at
+    source = (place[:, None] + distance).clamp(0, side - 1)
     taps = (source[:, :, None] == place).to(weights.dtype)  # (side, taps, side)
     once = torch.einsum("nt,stp->nsp", weights, taps)
     return once @ once @ once
