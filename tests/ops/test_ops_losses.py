@@ -167,3 +167,8 @@ def test_absolute_error_against_a_mask_over_pixels() -> None:
 
 def test_absolute_error_of_nothing_is_zero() -> None:
     assert masked_absolute_error(torch.zeros(2, 0, 48), torch.zeros(2, 0, 48), 3).item() == 0
+
+
+def test_shapes_are_checked_in_tests() -> None:
+    with pytest.raises(TypeError, match="target"):
+        losses.squared_error(torch.zeros(2, 3, 4), torch.zeros(2, 5, 4))

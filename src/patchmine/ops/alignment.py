@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from patchmine.types import Grid
@@ -19,7 +20,7 @@ Alignment = Literal["area", "bilinear", "released"]
 _CLOSE = 1e-4
 
 
-def attention_map(attention: Tensor) -> Tensor:
+def attention_map(attention: Float[Tensor, "B heads L"]) -> Float[Tensor, "B L"]:
     """A class token's attention to the patches by head, (B, heads, L) -> (B, L) in [0, 1].
 
     Each head is stretched from its least to its largest value and all count alike (AMT,
@@ -30,7 +31,13 @@ def attention_map(attention: Tensor) -> Tensor:
     return ((attention - low) / (high - low).clamp(min=1e-12)).mean(dim=1)
 
 
-def align(maps: Tensor, grid: Grid, box: Tensor, flip: Tensor, how: Alignment = "area") -> Tensor:
+def align(
+    maps: Float[Tensor, "B L"],
+    grid: Grid,
+    box: Float[Tensor, "B 4"],
+    flip: Bool[Tensor, "B"],
+    how: Alignment = "area",
+) -> Float[Tensor, "B L"]:
     """Weights of the patches of a crop from maps of whole images: (B, L) -> (B, L).
 
     Args:
@@ -53,7 +60,9 @@ def align(maps: Tensor, grid: Grid, box: Tensor, flip: Tensor, how: Alignment = 
         return (down @ cells @ across.transpose(1, 2)).flatten(1)
 
 
-def _axis(start: Tensor, extent: Tensor, count: int, patch: int, how: Alignment) -> Tensor:
+def _axis(
+    start: Float[Tensor, "B"], extent: Float[Tensor, "B"], count: int, patch: int, how: Alignment
+) -> Float[Tensor, "B patches cells"]:
     """Share of each cell in each patch along one axis: (B, patches, cells)."""
     if how == "area":
         return _overlap(start, extent, count)
@@ -67,7 +76,9 @@ def _axis(start: Tensor, extent: Tensor, count: int, patch: int, how: Alignment)
     return _resized(torch.zeros_like(last), last, count, patch)
 
 
-def _overlap(start: Tensor, extent: Tensor, count: int) -> Tensor:
+def _overlap(
+    start: Float[Tensor, "B"], extent: Float[Tensor, "B"], count: int
+) -> Float[Tensor, "B patches cells"]:
     cell = torch.arange(count, device=start.device)
     borders = torch.arange(count + 1, device=start.device)
     edges = (
@@ -78,7 +89,9 @@ def _overlap(start: Tensor, extent: Tensor, count: int) -> Tensor:
     return overlap.clamp(min=0) / (high - low).clamp(min=1e-6)
 
 
-def _resized(first: Tensor, last: Tensor, count: int, patch: int) -> Tensor:
+def _resized(
+    first: Float[Tensor, "B"], last: Float[Tensor, "B"], count: int, patch: int
+) -> Float[Tensor, "B patches cells"]:
     """Cells ``first`` to ``last`` (B,) resized to the crop's pixels and averaged in each patch."""
     pixel = torch.arange(count * patch, device=first.device)
     length = (last - first)[:, None]

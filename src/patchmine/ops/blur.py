@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def blur_matrix(side: int, kernel: int, sigma: float) -> Tensor:
+def blur_matrix(side: int, kernel: int, sigma: float) -> Float[Tensor, "{side} {side}"]:
     """(side, side) float32: from a line of pixels to the blurred line, with zeros beyond its ends.
 
     ``kernel`` is odd; its weights add up to 1.
@@ -20,7 +21,9 @@ def blur_matrix(side: int, kernel: int, sigma: float) -> Tensor:
     return torch.where(inside, weights[tap.clamp(0, kernel - 1)], 0.0).float()
 
 
-def blurred(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def blurred(
+    images: Float[Tensor, "B C H W"], rows: Float[Tensor, "H H"], columns: Float[Tensor, "W W"]
+) -> Float[Tensor, "B C H W"]:
     """Images (B, C, H, W) under the blur matrices of their two axes, in float32."""
     with torch.autocast(images.device.type, enabled=False):
         return rows @ images.float() @ columns.T

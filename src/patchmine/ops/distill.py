@@ -11,6 +11,7 @@ import math
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from patchmine.ops.processes import num_processes
@@ -20,15 +21,19 @@ STUDENT_TEMPERATURE = 0.1  # DINO, MOKD and SCFS; no published setting has anoth
 
 
 @torch.no_grad()
-def sharpen(logits: Tensor, centre: Tensor | None, temperature: float) -> Tensor:
+def sharpen(
+    logits: Float[Tensor, "N K"], centre: Float[Tensor, "K"] | None, temperature: float
+) -> Float[Tensor, "N K"]:
     """Targets ``softmax((logits - centre) / temperature)``: (N, K), (K,) or None -> (N, K)."""
     logits = logits.float()
     return ((logits if centre is None else logits - centre) / temperature).softmax(dim=-1)
 
 
 def view_cross_entropy(
-    student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE
-) -> Tensor:
+    student: Float[Tensor, "VB K"],
+    targets: Float[Tensor, "TB K"],
+    temperature: float = STUDENT_TEMPERATURE,
+) -> Float[Tensor, ""]:
     """DINO's loss of logits (V * B, K) against probabilities (2 * B, K) of two teacher views, ().
 
     The mean over the 2 V - 2 pairs of a target with another view than its own
@@ -45,15 +50,19 @@ def view_cross_entropy(
 
 
 def search_cross_entropy(
-    student: Tensor, targets: Tensor, temperature: float = STUDENT_TEMPERATURE
-) -> Tensor:
+    student: Float[Tensor, "N K"],
+    targets: Float[Tensor, "N K"],
+    temperature: float = STUDENT_TEMPERATURE,
+) -> Float[Tensor, ""]:
     """Cross-entropy of logits with the probabilities in the same row: (N, K), (N, K) -> ()."""
     logs = (student.float() / temperature).log_softmax(dim=-1)
     return -(targets * logs).sum(dim=-1).mean()
 
 
 @torch.no_grad()
-def new_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
+def new_centre(
+    centre: Float[Tensor, "K"], logits: Float[Tensor, "N K"], momentum: float
+) -> Float[Tensor, "K"]:
     """The centre moved to the mean of rows (N, K) of all processes: (K,), (N, K) -> (K,) float32."""
     mean = logits.float().mean(dim=0)
     if num_processes() > 1:
@@ -66,8 +75,7 @@ def new_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
 def teacher_temperature(
     progress: Progress, *, start: float, end: float, warmup_epochs: int
 ) -> float:
-    """Linear from ``start`` in the first epoch to ``end`` in the last of the warm-up, then
-    constant.
+    """Linear from ``start`` to ``end`` over the epochs of the warm-up, then constant.
 
     A run shorter than the warm-up rises as far in its epochs, which the reference cannot do.
     """
@@ -78,7 +86,7 @@ def teacher_temperature(
 
 
 @torch.no_grad()
-def mean_entropy(probabilities: Tensor) -> Tensor:
+def mean_entropy(probabilities: Float[Tensor, "N K"]) -> Float[Tensor, ""]:
     """Entropy of the mean row as a share of its largest value, log K: (N, K) -> () in [0, 1].
 
     Near 0 all rows choose the same prototype: one of the two ways to collapse.
@@ -88,7 +96,7 @@ def mean_entropy(probabilities: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def feature_spread(features: Tensor) -> Tensor:
+def feature_spread(features: Float[Tensor, "N C"]) -> Float[Tensor, ""]:
     """Standard deviation of the rows' directions, times sqrt(C): (N, C) -> ().
 
     1 for directions drawn evenly, 0 when all are the same: the other way to collapse.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 RANK_EPS = (
@@ -20,17 +21,23 @@ RANK_EPS = (
 PAIRS_AT_ONCE = 1 << 22
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each patch: (B, M, P), (B, M, P) -> (B, M)."""
+def squared_error(
+    prediction: Float[Tensor, "*rows P"], target: Float[Tensor, "*rows P"]
+) -> Float[Tensor, "*rows"]:
+    """Mean squared error of each patch, whose P numbers are on the last axis."""
     return (prediction.float() - target.float()).square().mean(dim=-1)
 
 
-def absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error of each patch: (B, M, P), (B, M, P) -> (B, M)."""
+def absolute_error(
+    prediction: Float[Tensor, "*rows P"], target: Float[Tensor, "*rows P"]
+) -> Float[Tensor, "*rows"]:
+    """Mean absolute error of each patch, whose P numbers are on the last axis."""
     return (prediction.float() - target.float()).abs().mean(dim=-1)
 
 
-def masked_absolute_error(prediction: Tensor, target: Tensor, channels: int) -> Tensor:
+def masked_absolute_error(
+    prediction: Float[Tensor, "B M P"], target: Float[Tensor, "B M P"], channels: int
+) -> Float[Tensor, ""]:
     """Mean absolute error over the pixels of masked patches: (B, M, P), (B, M, P) -> ().
 
     As models/simmim.py: pixels of one channel are counted, 1e-5 is added to them, and the channels
@@ -40,21 +47,27 @@ def masked_absolute_error(prediction: Tensor, target: Tensor, channels: int) -> 
     return (prediction.float() - target.float()).abs().sum() / (pixels + 1e-5) / channels
 
 
-def direction_error(prediction: Tensor, target: Tensor) -> Tensor:
+def direction_error(
+    prediction: Float[Tensor, "B M D"], target: Float[Tensor, "B M D"]
+) -> Float[Tensor, "B M"]:
     """``2 - 2 cos`` of each patch, summed over channels: (B, M, D), (B, M, D) -> (B, M) (HPM)."""
     prediction = F.normalize(prediction.float(), dim=-1, eps=1e-12)
     target = F.normalize(target.float(), dim=-1, eps=1e-12)
     return (prediction - target).square().sum(dim=-1)
 
 
-def absolute_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
+def absolute_difficulty_loss(
+    predicted: Float[Tensor, "B M"], error: Float[Tensor, "B M"]
+) -> Float[Tensor, ""]:
     """Mean squared distance to errors standardised in each image: (B, M), (B, M) -> ()."""
     error = error.detach().float()
     variance, mean = torch.var_mean(error, dim=1, keepdim=True, correction=1)
     return (predicted.float() - (error - mean) / (variance + 1e-6).sqrt()).square().mean()
 
 
-def relative_difficulty_loss(predicted: Tensor, error: Tensor) -> Tensor:
+def relative_difficulty_loss(
+    predicted: Float[Tensor, "B M"], error: Float[Tensor, "B M"]
+) -> Float[Tensor, ""]:
     """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs with error_a > error_b, ().
 
     Args:

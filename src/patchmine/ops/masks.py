@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchmine.types import Grid, Mask
@@ -39,7 +40,7 @@ def tubes(mask: Mask, grid: Grid) -> Mask:
     return Mask(visible, masked, grid.num_patches)
 
 
-def lowest_visible(noise: Tensor, num_visible: int) -> Mask:
+def lowest_visible(noise: Float[Tensor, "B L"], num_visible: int) -> Mask:
     """The patches of lowest noise (B, L) stay visible, both parts in raster order (MAE)."""
     order = noise.argsort(dim=1, stable=True)
     visible = order[:, :num_visible].sort(dim=1).values
@@ -47,9 +48,10 @@ def lowest_visible(noise: Tensor, num_visible: int) -> Mask:
     return Mask(visible, masked, noise.shape[1])
 
 
-def hard_masked(noise: Tensor, difficulty: Tensor, num_hard: int, num_visible: int) -> Mask:
-    """The ``num_hard`` most difficult patches (B, L) are masked, the visible ones drawn among the
-    rest.
+def hard_masked(
+    noise: Float[Tensor, "B L"], difficulty: Float[Tensor, "B L"], num_hard: int, num_visible: int
+) -> Mask:
+    """The ``num_hard`` most difficult patches are masked, the visible ones drawn from the rest.
 
     Difficulties are compared in float32 by a stable sort (HPM, generate_mask; docs/methods/hpm.md).
     """
@@ -59,7 +61,9 @@ def hard_masked(noise: Tensor, difficulty: Tensor, num_hard: int, num_visible: i
     return lowest_visible(noise.scatter(1, hardest, float("inf")), num_visible)
 
 
-def expand_units(units: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor:
+def expand_units(
+    units: Int[Tensor, "B n"], grid: Grid, per_unit: tuple[int, ...]
+) -> Int[Tensor, "B patches"]:
     """The patches inside each image's ``units`` (B, n): (B, n * patches in a unit), raster order.
 
     A unit is a block of ``per_unit`` patches along each axis of the grid, numbered in raster order.
@@ -78,7 +82,9 @@ def expand_units(units: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor
     return inside[units].flatten(1).sort(dim=1).values
 
 
-def sum_in_units(values: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tensor:
+def sum_in_units(
+    values: Float[Tensor, "B L"], grid: Grid, per_unit: tuple[int, ...]
+) -> Float[Tensor, "B units"]:
     """Sums of a number of each patch over units of ``per_unit`` patches: (B, L) -> (B, units)."""
     split = [
         part
@@ -89,7 +95,9 @@ def sum_in_units(values: Tensor, grid: Grid, per_unit: tuple[int, ...]) -> Tenso
     return values.reshape(len(values), *split).sum(dim=inside).flatten(1)
 
 
-def weighted_order(weights: Tensor, noise: Tensor) -> Tensor:
+def weighted_order(
+    weights: Float[Tensor, "B L"], noise: Float[Tensor, "B L"]
+) -> Int[Tensor, "B L"]:
     """A draw without replacement with chances in proportion to weights: (B, L), (B, L) -> (B, L).
 
     ``noise`` is uniform in [0, 1); equal to `torch.multinomial` with L draws (docs/methods/amt.md).

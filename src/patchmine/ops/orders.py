@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 BY_CONTENT = ("attention_center", "similarity")
@@ -16,14 +17,16 @@ _AT_RANDOM = (*IN_GROUPS, "stochastic")
 _HALF_WIDTHS = (1, 3, 5)  # of the centred boxes, in patches (SAIM, models_saim.py)
 
 
-def token_similarity(anchor: Tensor, tokens: Tensor) -> Tensor:
+def token_similarity(
+    anchor: Float[Tensor, "B D"], tokens: Float[Tensor, "B L D"]
+) -> Float[Tensor, "B L"]:
     """Cosine of one vector with each of many, float32: (B, D), (B, L, D) -> (B, L)."""
     anchor = F.normalize(anchor.float(), dim=-1, eps=1e-12)
     return (F.normalize(tokens.float(), dim=-1, eps=1e-12) * anchor[:, None]).sum(dim=-1)
 
 
 def patch_levels(
-    order: str, size: tuple[int, ...], similarity: Tensor | None, device: torch.device
+    order: str, size: tuple[int, ...], similarity: Float[Tensor, "B L"] | None, device: torch.device
 ) -> Tensor:
     """What decides first when patches are put in order, lower is earlier: (B or 1, L).
 
@@ -49,7 +52,7 @@ def patch_levels(
     return (boxes if order == "out2center" else -boxes)[None]
 
 
-def squared_distances(centre: Tensor, size: tuple[int, ...]) -> Tensor:
+def squared_distances(centre: Int[Tensor, "B"], size: tuple[int, ...]) -> Int[Tensor, "B L"]:
     """Squared distance of every patch from patch ``centre`` (B,), in patches: (B, L) int64."""
     row, column = _coordinates(size, centre.device)
     down, across = (centre // size[1])[:, None] - row, (centre % size[1])[:, None] - column
@@ -67,7 +70,7 @@ def _in_box(place: Tensor, side: int, half: int) -> Tensor:
     return (2 * place - (side - 1)).abs() < 2 * half
 
 
-def visiting_order(order: str, levels: Tensor, noise: Tensor) -> Tensor:
+def visiting_order(order: str, levels: Tensor, noise: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """``visited[:, r]`` is the patch of rank r: (1 or B, L), (B, L) -> (B, L) int64.
 
     Within a level patches are drawn by ``noise`` in [0, 1), in float64 (docs/methods/semaim.md).
@@ -90,6 +93,6 @@ def visibility(score: Tensor) -> tuple[Tensor, Tensor]:
     return content, query
 
 
-def take(values: Tensor, index: Tensor) -> Tensor:
+def take(values: Shaped[Tensor, "B L D"], index: Int[Tensor, "B N"]) -> Shaped[Tensor, "B N D"]:
     """Rows by number: (B, L, D), (B, N) -> (B, N, D)."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[-1]))

@@ -10,16 +10,17 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def split_parts(noise: Tensor, num_parts: int) -> Tensor:
+def split_parts(noise: Float[Tensor, "B L"], num_parts: int) -> Int[Tensor, "B K V"]:
     """K disjoint random parts, each in raster order: (B, L) -> (B, K, V); part 0 is MAE's mask."""
     order = noise.argsort(dim=1, stable=True)
     return order.reshape(len(noise), num_parts, -1).sort(dim=2).values
 
 
-def unseen_patches(parts: Tensor, num_used: int) -> Tensor:
+def unseen_patches(parts: Int[Tensor, "B K V"], num_used: int) -> Int[Tensor, "B U MV"]:
     """What each of the first U parts does not see, part after part: (B, K, V) -> (B, U, M * V)."""
     num_parts = parts.shape[1]
     first = torch.arange(num_used, device=parts.device)[:, None]
@@ -27,7 +28,7 @@ def unseen_patches(parts: Tensor, num_used: int) -> Tensor:
     return parts[:, others].flatten(2)
 
 
-def order_by_patch(num_parts: int, num_used: int) -> Tensor:
+def order_by_patch(num_parts: int, num_used: int) -> Int[Tensor, "UM"]:
     """Numbers of the blocks of `unseen_patches`, predictions of one patch together: (U * M,)."""
     blocks = [
         part * (num_parts - 1) + (seen - part - 1) % num_parts
@@ -38,7 +39,9 @@ def order_by_patch(num_parts: int, num_used: int) -> Tensor:
     return torch.tensor(blocks)
 
 
-def group_by_patch(predicted: Tensor, num_parts: int, num_used: int) -> tuple[Tensor, Tensor]:
+def group_by_patch(
+    predicted: Float[Tensor, "B UM V P"], num_parts: int, num_used: int
+) -> tuple[Tensor, Tensor]:
     """Lined up predictions (B, U * M, V, P), split where their number changes, as views.
 
     (B, U, U - 1, V, P) for patches of parts in use, (B, K - U, U, V, P) for the others.
@@ -51,7 +54,7 @@ def group_by_patch(predicted: Tensor, num_parts: int, num_used: int) -> tuple[Te
     )
 
 
-def rank_balance(values: Tensor) -> Tensor:
+def rank_balance(values: Float[Tensor, "B J M V P"]) -> Float[Tensor, "B J M V P"]:
     """How many along dimension 2 are smaller, less how many are greater: (B, J, M, V, P) -> same.
 
     The gradient of the sum of |a - b| over all pairs, ties included; ``(values * balance).sum()``
@@ -63,7 +66,9 @@ def rank_balance(values: Tensor) -> Tensor:
     return balance
 
 
-def patch_disagreement(predicted: Tensor, num_parts: int, num_used: int) -> Tensor:
+def patch_disagreement(
+    predicted: Float[Tensor, "B UM V P"], num_parts: int, num_used: int
+) -> Float[Tensor, "B K V"]:
     """Mean |a - b| over pairs of predictions of a patch: (B, U * M, V, P) -> (B, K, V), or NaN."""
     means = []
     for values in group_by_patch(predicted.float(), num_parts, num_used):
@@ -76,7 +81,10 @@ def patch_disagreement(predicted: Tensor, num_parts: int, num_used: int) -> Tens
 
 
 def parts_losses(
-    predicted: Tensor, target: Tensor, num_used: int, distance: Literal["l1", "l2"]
+    predicted: Float[Tensor, "B UM V P"],
+    target: Float[Tensor, "B K V P"],
+    num_used: int,
+    distance: Literal["l1", "l2"],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Errors of all predictions, and how far those of the same patch are apart.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchmine.types import Grid
@@ -12,7 +13,9 @@ from patchmine.types import Grid
 CUBE_EPS = 1e-6 / 0.226
 
 
-def gather_patches(images: Tensor, index: Tensor, patch: tuple[int, ...]) -> Tensor:
+def gather_patches(
+    images: Float[Tensor, "B C *size"], index: Int[Tensor, "B V"], patch: tuple[int, ...]
+) -> Float[Tensor, "B V C *patch"]:
     """The patches in ``index`` (B, V) and no others: (B, C, *size) -> (B, V, C, *patch)."""
     batch, channels, *size = images.shape
     counts = [side // step for side, step in zip(size, patch, strict=True)]
@@ -29,7 +32,9 @@ def gather_patches(images: Tensor, index: Tensor, patch: tuple[int, ...]) -> Ten
     return blocks[(row, *coordinates)]  # (B, V, C, p0, p1, ...)
 
 
-def all_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
+def all_patches(
+    images: Float[Tensor, "B C *size"], patch: tuple[int, ...]
+) -> Float[Tensor, "B L C *patch"]:
     """Every patch in raster order: (B, C, *size) -> (B, L, C, *patch)."""
     batch, channels, *size = images.shape
     counts = [side // step for side, step in zip(size, patch, strict=True)]
@@ -40,22 +45,24 @@ def all_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
     return blocks.reshape(batch, -1, channels, *patch)  # (B, L, C, p0, p1, ...)
 
 
-def patch_values(patches: Tensor) -> Tensor:
+def patch_values(patches: Float[Tensor, "B V C *patch"]) -> Float[Tensor, "B V P"]:
     """Numbers of each patch in MAE's order, channels last: (B, V, C, *patch) -> (B, V, P)."""
     return patches.movedim(2, -1).flatten(2)
 
 
-def channels_first(values: Tensor, channels: int) -> Tensor:
+def channels_first(values: Float[Tensor, "B M P"], channels: int) -> Float[Tensor, "B M P"]:
     """Numbers of each patch from MAE's order into PixelShuffle's: (B, M, P) -> (B, M, P)."""
     return values.reshape(*values.shape[:-1], -1, channels).transpose(-1, -2).flatten(-2)
 
 
-def channels_last(values: Tensor, channels: int) -> Tensor:
+def channels_last(values: Float[Tensor, "B M P"], channels: int) -> Float[Tensor, "B M P"]:
     """The inverse of `channels_first`: (B, M, P) -> (B, M, P)."""
     return values.reshape(*values.shape[:-1], channels, -1).transpose(-1, -2).flatten(-2)
 
 
-def images_from_values(values: Tensor, grid: Grid, channels: int) -> Tensor:
+def images_from_values(
+    values: Float[Tensor, "B L P"], grid: Grid, channels: int
+) -> Float[Tensor, "B C *size"]:
     """The inverse of `patch_values` over all patches: (B, L, P) -> (B, C, *size)."""
     axes = len(grid.size)
     blocks = values.reshape(values.shape[0], *grid.size, *grid.patch, channels)
@@ -85,7 +92,9 @@ def cube_statistics(values: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return mean, variance.sqrt() + CUBE_EPS
 
 
-def restore_cubes(standardised: Tensor, true: Tensor, channels: int) -> Tensor:
+def restore_cubes(
+    standardised: Float[Tensor, "B V P"], true: Float[Tensor, "B V P"], channels: int
+) -> Float[Tensor, "B V P"]:
     """Standardised cubes (B, V, P) with the true mean and deviation of each channel put back."""
     mean, deviation = cube_statistics(true, channels)
     return (_by_channel(standardised, channels) * deviation + mean).flatten(-2)
@@ -97,8 +106,12 @@ def _by_channel(values: Tensor, channels: int) -> Tensor:
 
 
 def pixel_targets(
-    images: Tensor, index: Tensor, patch: tuple[int, ...], *, norm_pix_loss: bool
-) -> Tensor:
+    images: Float[Tensor, "B C *size"],
+    index: Int[Tensor, "B M"],
+    patch: tuple[int, ...],
+    *,
+    norm_pix_loss: bool,
+) -> Float[Tensor, "B M P"]:
     """Pixels to be predicted, float32 (B, M, P); standardised if ``norm_pix_loss``.
 
     A patch of an image over all channels together, a cube of a clip within each channel.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from patchmine.ops.patches import (
@@ -16,7 +17,9 @@ from patchmine.ops.patches import (
 from patchmine.types import Grid, Mask, Panel
 
 
-def hide_masked(images: Tensor, mask: Mask, grid: Grid) -> Tensor:
+def hide_masked(
+    images: Float[Tensor, "B C *size"], mask: Mask, grid: Grid
+) -> Float[Tensor, "B C *size"]:
     """The images with every patch that is not visible set to NaN: (B, C, *size)."""
     values = torch.full_like(patch_values(all_patches(images, grid.patch)), float("nan"))
     seen = patch_values(all_patches(images, grid.patch)).gather(1, _wide(mask.visible, values))
@@ -25,7 +28,9 @@ def hide_masked(images: Tensor, mask: Mask, grid: Grid) -> Tensor:
     )
 
 
-def fill_masked(images: Tensor, mask: Mask, grid: Grid, predicted: Tensor) -> Tensor:
+def fill_masked(
+    images: Float[Tensor, "B C *size"], mask: Mask, grid: Grid, predicted: Float[Tensor, "B M P"]
+) -> Float[Tensor, "B C *size"]:
     """The images with the masked patches replaced by ``predicted`` (B, M, P): (B, C, *size)."""
     values = patch_values(all_patches(images.float(), grid.patch))
     return images_from_values(
@@ -47,7 +52,12 @@ def _wide(index: Tensor, values: Tensor) -> Tensor:
 
 
 def reconstruction_panel(
-    images: Tensor, mask: Mask, grid: Grid, predicted: Tensor, *, borrow: bool
+    images: Float[Tensor, "B C *size"],
+    mask: Mask,
+    grid: Grid,
+    predicted: Float[Tensor, "B M P"],
+    *,
+    borrow: bool,
 ) -> Panel:
     """The input with the masked patches replaced by the prediction ``predicted`` (B, M, P).
 
@@ -67,7 +77,11 @@ def reconstruction_panel(
 
 
 def masked_panels(
-    images: Tensor, mask: Mask, grid: Grid, reconstruction: Panel | None, error: Tensor
+    images: Float[Tensor, "B C *size"],
+    mask: Mask,
+    grid: Grid,
+    reconstruction: Panel | None,
+    error: Float[Tensor, "B M"],
 ) -> list[Panel]:
     """What the encoder saw, the reconstruction, the error (B, M) of each masked patch."""
     visible = Panel("visible", hide_masked(images, mask, grid))
@@ -75,7 +89,7 @@ def masked_panels(
     return [visible, *([] if reconstruction is None else [reconstruction]), errors]
 
 
-def two_parts(images: Tensor, step: int = 1) -> dict[str, Tensor]:
+def two_parts(images: Float[Tensor, "B C H W"], step: int = 1) -> dict[str, Tensor]:
     """Two parts of images (B, C, H, W), about half as wide and high, in whole ``step`` pixels."""
     height, width = (max(step, side // 2 // step * step) for side in images.shape[2:])
     top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2

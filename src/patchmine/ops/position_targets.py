@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from patchmine.types import Grid
@@ -25,7 +26,7 @@ def smoothing_map(
     *,
     norm: Normalisation = "row",
     device: torch.device | str = "cpu",
-) -> Tensor:
+) -> Float[Tensor, "L L"]:
     """How much of each place's target lies on every place, float32 (target L, place L).
 
     ``exp(-distance^2 / sigma^2)`` in patches, without a factor two, divided so that rows (one
@@ -47,7 +48,7 @@ def _along_one_axis(
     return weights / weights.sum(dim=1 if norm == "row" else 0, keepdim=True)
 
 
-def least_cross_entropy(targets: Tensor) -> Tensor:
+def least_cross_entropy(targets: Float[Tensor, "T L"]) -> Float[Tensor, "T"]:
     """The lowest cross-entropy against each row of targets: (T, L) -> (T,).
 
     The entropy of a row that sums to one; another row is best met by the row divided by its sum.
@@ -56,7 +57,7 @@ def least_cross_entropy(targets: Tensor) -> Tensor:
     return torch.special.entr(targets).sum(dim=-1) - torch.special.entr(mass)
 
 
-def place_colours(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
+def place_colours(grid: Grid, device: torch.device | str = "cpu") -> Float[Tensor, "L 3"]:
     """A colour for each place, blended between four corners: (L, 3) in [0, 1]."""
     corners = torch.tensor(_CORNERS, device=device).reshape(2, 2, 3)
     down, across = (torch.linspace(0, 1, count, device=device) for count in grid.size)
@@ -64,7 +65,7 @@ def place_colours(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
     return torch.lerp(edges[:, :1], edges[:, 1:], across[None, :, None]).flatten(0, 1)
 
 
-def fill_patches(colours: Tensor, grid: Grid) -> Tensor:
+def fill_patches(colours: Float[Tensor, "B L 3"], grid: Grid) -> Float[Tensor, "B 3 H W"]:
     """Every patch of an image filled with one colour: (B, L, 3) -> (B, 3, H, W)."""
     small = colours.transpose(1, 2).reshape(len(colours), 3, *grid.size)
     return small.repeat_interleave(grid.patch[0], dim=2).repeat_interleave(grid.patch[1], dim=3)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 EPS = 1e-12  # F.normalize's, in the reference (models/scfs.py)
 
 
-def cosine_attention(queries: Tensor, maps: Tensor) -> Tensor:
-    """Cosine of queries with positions of their image's map: (J, B, C), (B, C, h, w) -> (J, B, h,
-    w).
+def cosine_attention(
+    queries: Float[Tensor, "J B C"], maps: Float[Tensor, "B C h w"]
+) -> Float[Tensor, "J B h w"]:
+    """Cosine of each query with each position of its image's map.
 
     In [0, 1]: what points away counts as 0, which maps that went through a ReLU never do; 0 where a
     map has no feature at all.  No softmax, no temperature.
