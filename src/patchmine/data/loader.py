@@ -120,8 +120,8 @@ def train_batches(
     order = _TrainOrder(len(source), view.repeats, schedule, seed, steps, steps_per_epoch, place)
     desk = Desk(num_workers(machine.workers, place.device, place.local_size))
     samples = _Samples(source, view, desk, seed, targets)
-    workers = Workers(samples, order, desk, _names(source), pin=place.device.type == "cuda")
-    return _drain(workers, source, bad, machine.read_timeout)
+    workers = Workers(samples, order, desk, source, pin=place.device.type == "cuda")
+    return _drain(workers, bad, machine.read_timeout)
 
 
 def plain_batches(
@@ -143,8 +143,8 @@ def plain_batches(
     chosen = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
     desk = Desk(workers)
     samples = _Samples(source, view, desk, None, targets)
-    running = Workers(samples, _PlainOrder(chosen, batch_size), desk, _names(source))
-    return _drain(running, source, bad, read_timeout)
+    running = Workers(samples, _PlainOrder(chosen, batch_size), desk, source)
+    return _drain(running, bad, read_timeout)
 
 
 def data_statistics(
@@ -252,10 +252,6 @@ def _reason(error: Exception) -> str:
     return f"cannot be read ({reason_of(error)})"
 
 
-def _names(source: Source) -> Callable[[int], str]:
-    return lambda index: shown_name(source.path(index))
-
-
 # Inside the main process
 
 
@@ -293,9 +289,7 @@ class _PlainOrder(Sampler[_Key]):
             yield 0, self.indices[start : start + self.batch_size]
 
 
-def _drain(
-    workers: Workers, source: Source, bad: BadFiles | None, read_timeout: float
-) -> Iterator[Batch]:
+def _drain(workers: Workers, bad: BadFiles | None, read_timeout: float) -> Iterator[Batch]:
     try:
         while True:
             trouble = None
@@ -308,7 +302,7 @@ def _drain(
             if trouble is not None:  # raised here, since the error above holds on to the loader
                 raise UserError(trouble)
             if part is not None:
-                yield from _checked(part, source, bad)
+                yield from _checked(part, workers.source, bad)
     finally:
         # Workers end with the last reference to their loader.  Left to a traceback, and so to the
         # garbage collector, they would miss the message that ends them and be waited for, 5 seconds

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import active_children
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from patchmine.errors import UserError, reason_of
+from patchmine.data.sources.contract import Source
+from patchmine.errors import UserError, reason_of, shown_name
 from patchmine.strict import MOST_WORKERS
 
 _POLL = 5.0  # seconds of silence after which the workers are looked at
@@ -77,7 +78,7 @@ def num_workers(setting: int | Literal["auto"], device: torch.device, processes:
 
 
 class Workers:
-    """A started loader, and the processes that belong to it.  ``path`` gives the name of an item.
+    """A started loader of a source, and the processes that belong to it.
 
     Raises UserError where so many processes cannot be started.
     """
@@ -87,11 +88,11 @@ class Workers:
         samples: Dataset[Any],
         order: Sampler[Any],
         desk: Desk,
-        path: Callable[[int], str],
+        source: Source,
         *,
         pin: bool = False,
     ) -> None:
-        self.desk, self.number, self.path = desk, len(desk), path
+        self.desk, self.number, self.source = desk, len(desk), source
         if self.number > MOST_WORKERS:
             raise UserError(f"workers={self.number}: set at most {MOST_WORKERS}")
         before = active_children()
@@ -123,7 +124,7 @@ class Workers:
         for child in self.processes:
             if child.pid in {pid for *_, pid in late}:
                 child.kill()  # or its end would be waited for
-        names = " and ".join(self.path(index) for index, *_ in late[:3])
+        names = " and ".join(shown_name(self.source.path(index)) for index, *_ in late[:3])
         return (
             f"reading {names} has taken more than read_timeout={read_timeout:g} seconds; see "
             "whether the disk answers, remove what cannot be read or raise read_timeout, "
@@ -136,7 +137,8 @@ class Workers:
         number, where = 0, ""
         if dead is not None:
             number = dead.exitcode or 0
-            where = f" while it read {self.path(reading[dead.pid])}" if dead.pid in reading else ""
+            if dead.pid in reading:
+                where = f" while it read {shown_name(self.source.path(reading[dead.pid]))}"
         lower = f"lower workers={self.number}"
         if number == -signal.SIGKILL:
             return f"was killed{where}, most likely because the memory ran out: {lower}"
