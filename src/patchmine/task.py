@@ -118,6 +118,10 @@ class Method(Task):
         copies = {} if teacher is None else {"teacher": teacher.get_submodule("encoder")}
         return {"student": self.encoder, **copies}
 
+    def param_groups(self) -> list[ParamGroup]:
+        """All that takes a gradient, clipped as the setting ``clip_grad`` says."""
+        return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
+
     def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
         """Called in every process before the first step of an epoch; not where a run is resumed
         within one.

@@ -1,6 +1,4 @@
-"""AMT on MAE and on SimMIM against numbers of the reference implementation (spec amt.md, section
-10).
-"""
+"""AMT on MAE and on SimMIM against numbers of the reference implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DropPos against numbers of the reference implementation (spec droppos.md, section 10).
+"""DropPos against numbers of the reference implementation.
 
 The reference keeps visible tokens in the order of their noise, we in raster order, those without
 position last: stored tensors are brought into our order first.
@@ -27,7 +27,8 @@ from golden_vectors import (
 from torch import Tensor
 
 from patchmine.backbones.family import build_encoder, encode
-from patchmine.methods.droppos import DropPos, Puzzle, attentive_weights
+from patchmine.methods.droppos import DropPos, attentive_weights
+from patchmine.models.puzzles import Puzzle
 from patchmine.ops.losses import squared_error
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.position_targets import smoothing_map

@@ -1,6 +1,4 @@
-"""EMAE against a loop over parts and pairs in float64 (spec emae.md, section 10; no author code
-exists).
-"""
+"""EMAE against a loop over parts and pairs in float64 (no author code exists)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HPM against numbers of the reference implementation (spec hpm.md, section 10)."""
+"""HPM against numbers of the reference implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MAE against numbers of the reference implementation (spec mae.md, section 10)."""
+"""MAE against numbers of the reference implementation."""
 
 from __future__ import annotations
 

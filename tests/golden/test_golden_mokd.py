@@ -1,4 +1,4 @@
-"""MOKD against numbers of the reference implementation (spec mokd.md, section 10)."""
+"""MOKD against numbers of the reference implementation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from golden_vectors import (
 from torch import Tensor
 
 from patchmine.backbones.positions import resize_positions
-from patchmine.methods.mokd import MOKD, outputs_of, search
+from patchmine.methods.mokd import MOKD
+from patchmine.models.networks import outputs_of, search
 from patchmine.ops.distill import teacher_temperature
 from patchmine.ops.schedules import LrSchedule
 from patchmine.train.optim import build_optimizers, clip_gradients, set_rates, update
@@ -142,7 +143,7 @@ def test_activations(golden: Golden, batch: Batch) -> None:
             (method.study(number, large, crops=2), method.study(number, small, crops=crops))
             for number in (CNN, VIT)
         ]
-        taught = [outputs_of(teacher, large) for teacher in method.teachers()]
+        known = [outputs_of(teacher, large) for teacher in method.teachers()]
         queries = [
             student.thead.query(local.pooled)
             for student, (_, local) in zip(method.students(), seen, strict=True)
@@ -152,11 +153,9 @@ def test_activations(golden: Golden, batch: Batch) -> None:
             golden.check(torch.cat([mine.head, local.head]), f"act.s_{name}_m", "tokens")
             golden.check(torch.cat([mine.thead, local.thead]), f"act.s_{name}_t", "tokens")
             golden.check(queries[number], f"act.s_{name}_query_l", "tokens")
-            golden.check(taught[number].head, f"act.t_{name}_m", "tokens")
-            golden.check(taught[number].thead, f"act.t_{name}_t", "tokens")
-            found = search(
-                method.teachers()[number].thead, taught[number].maps, queries[1 - number]
-            )
+            golden.check(known[number].head, f"act.t_{name}_m", "tokens")
+            golden.check(known[number].thead, f"act.t_{name}_t", "tokens")
+            found = search(method.teachers()[number].thead, known[number].maps, queries[1 - number])
             golden.check(found, f"act.t_{name}_search_l", "tokens")
 
 

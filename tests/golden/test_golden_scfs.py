@@ -1,6 +1,4 @@
-"""SCFS against numbers of the reference implementation, and of an oracle in float64 (spec scfs.md,
-section 10).
-"""
+"""SCFS against numbers of the reference implementation, and of an oracle in float64."""
 
 from __future__ import annotations
 
@@ -97,15 +95,15 @@ def test_search_in_stored_maps(golden: Golden, method: SCFS, stage: str) -> None
 def test_maps_and_heads_from_the_images(golden: Golden, method: SCFS) -> None:
     views, stages = normalised_crops(golden), list(STAGES.values())
     large, small = torch.cat(views[:2]), torch.cat(views[2:])
-    taught = stage_features(method.teacher.encoder, large, stages)
+    known = stage_features(method.teacher.encoder, large, stages)
     seen, searching = (
         stage_features(method.encoder, large, stages),
         stage_features(method.encoder, small, stages),
     )
-    golden.check(method.teacher.head(taught.pooled), "act.t_final", "tokens")
+    golden.check(method.teacher.head(known.pooled), "act.t_final", "tokens")
     golden.check(method.head(torch.cat([seen.pooled, searching.pooled])), "act.s_final", "tokens")
     for place, stage in enumerate(STAGES):
-        golden.check(taught.maps[place], f"act.fmap_t_{stage}", "tokens")
+        golden.check(known.maps[place], f"act.fmap_t_{stage}", "tokens")
         golden.check(searching.maps[place], f"act.fmap_s_local_{stage}", "tokens")
         golden.check(method.stage_heads[place](seen.maps[place]), f"act.s_{stage}_global", "tokens")
         golden.check(

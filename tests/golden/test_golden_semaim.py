@@ -1,4 +1,4 @@
-"""SemAIM against numbers of the reference implementation (spec semaim.md, section 10).
+"""SemAIM against numbers of the reference implementation.
 
 The reference adds noise to scores in float32, where two patches may come out equal, and are then
 predicted at once; and its ``1 - softmax`` may order close similarities either way.  So orders are
@@ -28,7 +28,7 @@ from patchmine.types import Progress
 pytestmark = pytest.mark.golden
 START = Progress(0, 1, 1)
 
-# The reference's names of orders -> ours; its zigzag is plain row-major (spec, section 8).
+# The reference's names of orders -> ours; its zigzag is plain row-major.
 ORDERS = {
     "attention_center": "attention_center",
     "attention": "similarity",
@@ -147,7 +147,7 @@ def own_name(name: str) -> str:
 def build(golden: Golden, case: str, monkeypatch: pytest.MonkeyPatch) -> SemAIM:
     if case in FEATURES:
         teacher = StoredTeacher(golden[f"{case}.teacher_tokens"])
-        monkeypatch.setattr(semaim_file, "ForeignTeacher", lambda *_, **__: teacher)
+        monkeypatch.setattr(semaim_file, "foreign_teacher", lambda *_: teacher)
     method = SemAIM(SemAIM.Config(**settings(golden, case)), golden.encoder())
     method.load_state_dict(own_state(golden, case))
     method.noise = FedNoise(noise_of(golden, case))

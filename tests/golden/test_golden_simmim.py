@@ -1,4 +1,4 @@
-"""SimMIM against numbers of the reference implementation (spec simmim.md, section 10)."""
+"""SimMIM against numbers of the reference implementation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""MAE on clips against numbers of VideoMAE's reference implementation (spec hpm-video.md, section
-10).
-"""
+"""MAE on clips against numbers of VideoMAE's reference implementation."""
 
 from __future__ import annotations
 

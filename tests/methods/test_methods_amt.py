@@ -1,4 +1,4 @@
-"""AMT's own promises (spec amt.md, section 10)."""
+"""AMT's own promises (docs/methods/amt.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DropPos's own promises (spec droppos.md, section 10)."""
+"""DropPos's own promises (docs/methods/droppos.md)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from patchmine.backbones.family import build_encoder
 from patchmine.backbones.tokens import patch_positions, project_patches
 from patchmine.errors import UserError
-from patchmine.methods.droppos import DropPos, Puzzle, attentive_weights
+from patchmine.methods.droppos import DropPos, attentive_weights
+from patchmine.models.puzzles import Puzzle
 from patchmine.ops.pictures import hide_masked
 from patchmine.train.optim import build_optimizers, clip_gradients
 from patchmine.types import Batch, Progress

@@ -1,4 +1,4 @@
-"""EMAE's own promises (spec emae.md, section 10)."""
+"""EMAE's own promises (docs/methods/emae.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HPM's own promises (spec hpm.md, section 10)."""
+"""HPM's own promises (docs/methods/hpm.md)."""
 
 from __future__ import annotations
 

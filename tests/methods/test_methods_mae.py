@@ -1,4 +1,4 @@
-"""MAE's own promises (spec mae.md, section 10)."""
+"""MAE's own promises (docs/methods/mae.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MOKD's own promises (spec mokd.md, section 10)."""
+"""MOKD's own promises (docs/methods/mokd.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from patchmine.backbones.family import Encoder, build_encoder
 from patchmine.errors import UserError
-from patchmine.methods.mokd import MOKD, outputs_of, search
+from patchmine.methods.mokd import MOKD
+from patchmine.models.networks import outputs_of, search
 from patchmine.ops.distill import search_cross_entropy, sharpen
 from patchmine.ops.schedules import LrSchedule
 from patchmine.train.optim import Optimizers, build_optimizers, clip_gradients, set_rates, update
@@ -98,11 +99,11 @@ def test_each_loss_pulls_at_its_own_student(views: list[Tensor], pair: tuple[str
     seen = [
         (method.study(n, large, crops=2), method.study(n, small, crops=LOCALS)) for n in range(2)
     ]
-    taught = [outputs_of(teacher, large) for teacher in method.teachers()]
+    known = [outputs_of(teacher, large) for teacher in method.teachers()]
     learning = {name for name, _ in method.learning()}
     for number in range(2):
         method.zero_grad()
-        method.distil(number, *seen[number], taught, LATE)["loss"].backward(retain_graph=True)
+        method.distil(number, *seen[number], known, LATE)["loss"].backward(retain_graph=True)
         moved = {name for name, p in method.named_parameters() if p.grad is not None}
         assert moved == {name for name in learning if own_part(name) is (number == 0)}
 
@@ -198,9 +199,9 @@ def test_a_search_is_paired_with_its_own_image(views: list[Tensor]) -> None:
         torch.testing.assert_close(moved[name], first[name], atol=1e-4, rtol=1e-4)
     large, small = torch.cat(views[:2]), torch.cat(views[2:])
     student, teacher = method.students()[0], method.teachers()[1]
-    local, taught = outputs_of(student, small), outputs_of(teacher, large)
+    local, known = outputs_of(student, small), outputs_of(teacher, large)
     query = student.thead.query(local.pooled)
-    right, wrong = (search(teacher.thead, taught.maps, q) for q in (query, query.roll(1, 0)))
+    right, wrong = (search(teacher.thead, known.maps, q) for q in (query, query.roll(1, 0)))
     assert (right - wrong).abs().max() > 1e-5
     expected = search_cross_entropy(local.thead, sharpen(right, None, 0.07))
     torch.testing.assert_close(first["cross_search"], expected, atol=1e-4, rtol=1e-4)

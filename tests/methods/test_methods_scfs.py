@@ -1,4 +1,4 @@
-"""SCFS's own promises (spec scfs.md, section 10)."""
+"""SCFS's own promises (docs/methods/scfs.md)."""
 
 from __future__ import annotations
 
@@ -190,16 +190,16 @@ def stage_maps() -> tuple[Tensor, Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(3)
     shapes = ((2 * IMAGES, 12, 8, 8), (LOCALS * IMAGES, 12, 4, 4), (2 * IMAGES, 12, 8, 8))
-    seen, searching, taught = (torch.randn(*shape, generator=generator).relu() for shape in shapes)
-    return seen, searching, taught
+    seen, searching, known = (torch.randn(*shape, generator=generator).relu() for shape in shapes)
+    return seen, searching, known
 
 
 def test_only_global_crop_0_is_searched() -> None:
     method = build()
-    seen, searching, taught = stage_maps()
-    terms = method.compare_stage(0, seen, searching, taught, 0.05)
+    seen, searching, known = stage_maps()
+    terms = method.compare_stage(0, seen, searching, known, 0.05)
     for rows, same in ((slice(IMAGES, None), True), (slice(0, IMAGES), False)):
-        other = taught.clone()
+        other = known.clone()
         other[rows] = other[rows].flip(1)
         changed = method.compare_stage(0, seen, searching, other, 0.05)
         assert torch.equal(changed["search"], terms["search"]) is same
@@ -209,17 +209,17 @@ def test_only_global_crop_0_is_searched() -> None:
 def test_a_search_is_paired_with_its_own_image() -> None:
     """Another order of the images changes nothing, another order of the queries alone does."""
     method = build()
-    seen, searching, taught = stage_maps()
-    terms = method.compare_stage(0, seen, searching, taught, 0.05)
+    seen, searching, known = stage_maps()
+    terms = method.compare_stage(0, seen, searching, known, 0.05)
     order = torch.tensor([2, 0, 1])
 
     def ordered(maps: Tensor) -> Tensor:
         return maps.unflatten(0, (-1, IMAGES))[:, order].flatten(0, 1)
 
-    moved = method.compare_stage(0, ordered(seen), ordered(searching), ordered(taught), 0.05)
+    moved = method.compare_stage(0, ordered(seen), ordered(searching), ordered(known), 0.05)
     torch.testing.assert_close(moved["search"], terms["search"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(moved["global"], terms["global"], atol=1e-4, rtol=1e-4)
-    mixed = method.compare_stage(0, seen, ordered(searching), taught, 0.05)
+    mixed = method.compare_stage(0, seen, ordered(searching), known, 0.05)
     assert (mixed["search"] - terms["search"]).abs() > 1e-3
 
 
@@ -232,14 +232,14 @@ def test_the_order_of_local_crops_does_not_matter(views: list[Tensor]) -> None:
 
 def test_centres_move_by_global_crops_and_leave_the_search_alone() -> None:
     method = build()
-    seen, searching, taught = stage_maps()
-    before = method.compare_stage(0, seen, searching, taught, 0.05)
-    expected = 0.1 * method.teacher.stage_heads[0](taught).mean(dim=0)
+    seen, searching, known = stage_maps()
+    before = method.compare_stage(0, seen, searching, known, 0.05)
+    expected = 0.1 * method.teacher.stage_heads[0](known).mean(dim=0)
     method.stage_centres[0].update()
     torch.testing.assert_close(method.stage_centres[0].mean, expected)
     with torch.no_grad():
         method.stage_centres[0].mean += torch.linspace(0, 1, 12)
-    after = method.compare_stage(0, seen, searching, taught, 0.05)
+    after = method.compare_stage(0, seen, searching, known, 0.05)
     assert torch.equal(after["search"], before["search"])
     assert after["global"] != before["global"]
 

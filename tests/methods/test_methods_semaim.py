@@ -1,4 +1,4 @@
-"""SemAIM's own promises (spec semaim.md, section 10)."""
+"""SemAIM's own promises (docs/methods/semaim.md)."""
 
 from __future__ import annotations
 

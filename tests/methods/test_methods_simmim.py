@@ -1,4 +1,4 @@
-"""SimMIM's own promises (spec simmim.md, section 10)."""
+"""SimMIM's own promises (docs/methods/simmim.md)."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def learn(steps: int, **options: Any) -> float:
     return sum(shares[-20:]) / 20
 
 
-def test_it_learns_to_paint_and_larger_units_are_harder() -> None:
+def test_it_learns_to_draw_and_larger_units_are_harder() -> None:
     large, small = learn(150), learn(150, mask_unit=4)
     assert large < 0.75
     assert small < large - 0.05

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from patchmine.models.streams import QueryBlock, content_block, only_looking
+from patchmine.models.streams import QueryBlock, content_block, without_learning
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_query_block_against_loops() -> None:
 
 def test_looking_leaves_an_encoder_as_it_was() -> None:
     encoder = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)).train()
-    with only_looking(encoder, torch.device("cpu")):
+    with without_learning(encoder, torch.device("cpu")):
         assert not encoder[0].training
         assert not encoder(torch.ones(1, 4)).requires_grad
     assert encoder[0].training
-    with pytest.raises(ZeroDivisionError), only_looking(encoder, torch.device("cpu")):
+    with pytest.raises(ZeroDivisionError), without_learning(encoder, torch.device("cpu")):
         raise ZeroDivisionError
     assert encoder.training
 
@@ -89,7 +89,7 @@ def test_looking_leaves_an_encoder_as_it_was() -> None:
 def test_looking_under_autocast_casts_like_the_step_and_keeps_no_weights() -> None:
     layer = nn.Linear(4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        with only_looking(layer, torch.device("cpu")):
+        with without_learning(layer, torch.device("cpu")):
             assert layer(torch.ones(1, 4)).dtype == torch.bfloat16
         layer(torch.ones(1, 4)).sum().backward()
     assert layer.weight.grad is not None

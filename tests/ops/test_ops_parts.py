@@ -1,4 +1,4 @@
-"""Parts and their losses against loops over parts and pairs (spec emae.md, sections 3 and 10)."""
+"""Parts and their losses against loops over parts and pairs (docs/methods/emae.md)."""
 
 from __future__ import annotations
 

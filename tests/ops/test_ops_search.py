@@ -1,4 +1,4 @@
-"""What a search promises (spec scfs.md, section 10), against loops over crops, images and
+"""What a search promises (docs/methods/scfs.md), against loops over crops, images and
 positions.
 """
 

@@ -210,8 +210,8 @@ class AMT(Method):
         The attention is that of the encoder as it is now to the pictures themselves.
         """
         images, grid = batch.views[0], self.grid
-        looking = self.encoder if self.teacher is None else cast(Encoder, self.teacher.encoder)
-        attention = probe(looking, images)
+        attending = self.encoder if self.teacher is None else cast(Encoder, self.teacher.encoder)
+        attention = probe(attending, images)
         guided = self.guided(progress)
         mask = self.draw_mask(images, attention if guided else None)
         predicted, target = self.reconstruct(images, mask), self.target(images, mask)

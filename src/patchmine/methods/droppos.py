@@ -7,8 +7,6 @@ give come from the reference code, Haochen-Wang409/DropPos; each names its file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,36 +17,15 @@ from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.methods.settings.droppos import DropPosSettings
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder
+from patchmine.models.puzzles import Puzzle, places_as_colours, put_at_places
 from patchmine.ops import position_targets as places_of
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
-from patchmine.ops.patches import all_patches, images_from_values, patch_values, pixel_targets
+from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map
 from patchmine.ops.schedules import falling
 from patchmine.task import Method
-from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
-
-
-@dataclass(frozen=True)
-class Puzzle:
-    """Numbers of the patches of each image that keep their position (B, K), lose it (B, Q), or are
-    removed (B, L - V), each in raster order.
-    """
-
-    kept: Tensor
-    dropped: Tensor
-    removed: Tensor
-
-    @property
-    def visible(self) -> Tensor:
-        """(B, V), in the encoder's order: those whose place is asked for come last."""
-        return torch.cat([self.kept, self.dropped], dim=1)
-
-    @property
-    def mask(self) -> Mask:
-        """The same as MAE sees it; ``visible`` is in the encoder's order."""
-        visible = self.visible
-        return Mask(visible, self.removed, visible.shape[1] + self.removed.shape[1])
+from patchmine.types import Batch, Grid, Losses, Panel, ParamGroup, Progress
 
 
 class DropPos(Method):
@@ -175,8 +152,8 @@ class DropPos(Method):
         # All may be ignored; then there is nothing to learn, and 0 / 0 would say NaN.
         total = counted.sum().clamp(min=torch.finfo(torch.float32).tiny)
         loss = (counted * entropies).sum() / total
-        floor = (counted * places_of.least_cross_entropy(smoothed)[places]).sum() / total
-        losses = {"loss": loss, "above_floor": loss.detach() - floor, "accuracy": right.mean()}
+        lowest = (counted * places_of.least_cross_entropy(smoothed)[places]).sum() / total
+        losses = {"loss": loss, "above_floor": loss.detach() - lowest, "accuracy": right.mean()}
         if not self.averages_rows:
             losses["weighted_accuracy"] = (counted * right).sum() / total
         return losses
@@ -208,8 +185,8 @@ class DropPos(Method):
             heat = patch_map(weights, self.grid, puzzle.dropped)
             panels.append(Panel("weight in the loss", heat, kind="heat"))
         both = (puzzle.dropped, places)
-        true, predicted = (_as_colours(puzzle, where, self.grid) for where in both)
-        put = _put(images, puzzle, places, sureness, self.grid)
+        true, predicted = (places_as_colours(puzzle, where, self.grid) for where in both)
+        put = put_at_places(images, puzzle, places, sureness, self.grid)
         return [
             *panels,
             Panel("true places as colours (white: position kept)", true, kind="colour"),
@@ -224,32 +201,6 @@ def attentive_weights(whole: Tensor, patches: Tensor, temperature: float) -> Ten
     return (cosines / temperature).softmax(dim=-1)
 
 
-def _as_colours(puzzle: Puzzle, places: Tensor, grid: Grid) -> Tensor:
-    """Dropped patches in the colour of their ``places`` (B, Q), kept ones white: (B, 3, H, W)."""
-    # Removed ones are NaN, not grey, which is about the colour of the middle.
-    colours = torch.full((len(places), grid.num_patches, 3), float("nan"), device=places.device)
-    wanted = places_of.place_colours(grid, places.device)[places]  # (B, Q, 3)
-    for index, paint in ((puzzle.kept, 1.0), (puzzle.dropped, wanted)):
-        filled = torch.zeros(*index.shape, 3, device=places.device) + paint
-        colours = colours.scatter(1, index[:, :, None].expand_as(filled), filled)
-    return places_of.fill_patches(colours, grid)
-
-
-def _put(images: Tensor, puzzle: Puzzle, places: Tensor, sureness: Tensor, grid: Grid) -> Tensor:
-    """Dropped patches at ``places`` (B, Q), the surest of several on top; NaN: nobody."""
-    values = patch_values(all_patches(images.float(), grid.patch))  # (B, L, P)
-
-    def wide(index: Tensor) -> Tensor:
-        return index[:, :, None].expand(-1, -1, values.shape[-1])
-
-    claims = sureness[:, :, None] * F.one_hot(places, grid.num_patches)  # (B, Q, L)
-    strongest, winner = claims.max(dim=1)  # (B, L)
-    moved = values.gather(1, wide(puzzle.dropped)).gather(1, wide(winner))
-    put = moved.masked_fill((strongest == 0)[:, :, None], float("nan"))
-    put = put.scatter(1, wide(puzzle.kept), values.gather(1, wide(puzzle.kept)))
-    return images_from_values(put, grid, images.shape[1])
-
-
 def _smoothing_size(config: DropPosSettings, grid: Grid) -> tuple[int, ...]:
     """Rows and columns of the grid on which distances are measured."""
     if config.smoothing_grid == "patches":
@@ -258,10 +209,9 @@ def _smoothing_size(config: DropPosSettings, grid: Grid) -> tuple[int, ...]:
     # so that it counts image side / patches per side: 16 in place of 14 for 224 pixels.
     if grid.size[0] != grid.size[1] or grid.patch[0] < grid.size[0]:
         raise UserError(
-            "method.smoothing_grid=as_run repeats published runs, with as many places a side as a "
-            "patch has pixels, which needs a square image of no more patches a side; here are "
-            f"{grid.size[0]}x{grid.size[1]} patches of {grid.patch[0]} pixels: set "
-            "method.smoothing_grid=patches"
+            "method.smoothing_grid=as_run needs a square grid of no more patches a side than one "
+            f"has pixels, not {grid.size[0]}x{grid.size[1]} of {grid.patch[0]} pixels: "
+            "set method.smoothing_grid=patches"
         )
     return grid.patch
 
@@ -270,15 +220,14 @@ def _refuse_leaks(encoder: Encoder) -> None:
     """UserError for an encoder that knows places otherwise than by the table that is withheld."""
     if family_of(encoder).relative_positions(encoder):
         raise UserError(
-            "method=droppos asks where patches belong, and relative positions tell the encoder the "
-            "answer: set model_args.use_rel_pos_bias=false "
-            "model_args.use_shared_rel_pos_bias=false model_args.use_abs_pos_emb=true, or choose "
-            "vit_base_patch16_224"
+            "method=droppos asks for places, and relative positions tell the encoder the answer: "
+            "set model_args.use_rel_pos_bias=false model_args.use_shared_rel_pos_bias=false "
+            "model_args.use_abs_pos_emb=true, or choose vit_base_patch16_224"
         )
     if encoder.pos_embed is None:
         raise UserError(
-            "method=droppos withholds positions, and this encoder has none to withhold: set "
-            "model_args.use_abs_pos_emb=true, or choose vit_base_patch16_224"
+            "method=droppos withholds positions, and this encoder has none to withhold: "
+            "set model_args.use_abs_pos_emb=true, or choose vit_base_patch16_224"
         )
 
 

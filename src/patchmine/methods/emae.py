@@ -21,7 +21,7 @@ from patchmine.ops import parts as image_parts
 from patchmine.ops.patches import pixel_targets
 from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.task import Method
-from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
+from patchmine.types import Batch, Grid, Losses, Mask, Panel, Progress
 
 MOST_SHOWN = 4  # parts in a picture; more would make it too wide to read
 
@@ -110,10 +110,6 @@ class EMAE(Method):
         norm, patch = self.config.norm_pix_loss, self.grid.patch
         values = pixel_targets(images, parts.flatten(1), patch, norm_pix_loss=norm)
         return values.reshape(*parts.shape, -1)
-
-    def param_groups(self) -> list[ParamGroup]:
-        """Everything that learns, clipped if the settings say so."""
-        return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:

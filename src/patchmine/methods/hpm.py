@@ -19,12 +19,11 @@ from patchmine.backbones.family import Encoder, encode
 from patchmine.backbones.foreign import ForeignTeacher
 from patchmine.backbones.tokens import encoder_grid
 from patchmine.backbones.vit import initialise
-from patchmine.errors import UserError
 from patchmine.methods.settings.hpm import HpmSettings
 from patchmine.models.decoder import Decoder, DecoderInput, check_decoder, masked_decoder
-from patchmine.models.teacher import Teacher
+from patchmine.models.teacher import Teacher, foreign_teacher, ramped_decay
 from patchmine.ops import losses, masks, patches, pictures
-from patchmine.ops.schedules import ema_decay, hard_count
+from patchmine.ops.schedules import hard_count
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -52,7 +51,7 @@ class HPM(Method):
         check_decoder(config, places, config.mask_ratio, self.grid.num_positions)
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
 
-        self.foreign = self._foreign_teacher()
+        self.foreign = foreign_teacher(config, self.grid)
         width = values if config.target == "pixel" else encoder.embed_dim
         width = width if self.foreign is None else self.foreign.width
         self.decoder_input, self.decoder = masked_decoder(encoder, self.grid, config, width)
@@ -65,18 +64,6 @@ class HPM(Method):
         # No pixel decoder: the teacher predicts difficulty and reconstructs nothing.
         needed = self.predictor is not None or config.target == "ema"
         self.teacher = Teacher(own_statistics=False, **self._copied()) if needed else None
-
-    def _foreign_teacher(self) -> ForeignTeacher | None:
-        kind, file = self.config.target, self.config.target_file
-        if kind not in ("dino", "clip"):
-            return None
-        if len(self.grid.size) == 3:
-            raise UserError(
-                f"method.target={kind} is a network for images, which does not describe cubes of "
-                "clips: choose method.target=pixel or method.target=ema"
-            )
-        renormalise = self.config.target_renormalise
-        return ForeignTeacher(kind, file, grid=self.grid, renormalise=renormalise)
 
     def _copied(self) -> dict[str, nn.Module]:
         """The student's modules of which the EMA teacher holds copies."""
@@ -151,10 +138,7 @@ class HPM(Method):
 
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
-            start, end = self.config.ema_start, self.config.ema_end
-            ramp = self.config.ema_ramp_epochs
-            decay = ema_decay(progress, start=start, end=end, ramp_epochs=ramp)
-            self.teacher.update(decay, **self._copied())
+            self.teacher.update(ramped_decay(self.config, progress), **self._copied())
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped at the published norm."""

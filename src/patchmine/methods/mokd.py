@@ -10,49 +10,30 @@ other pairs are ours.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from patchmine.backbones.family import Encoder, build_encoder, family_of, stage_features
-from patchmine.errors import UserError
+from patchmine.backbones.family import Encoder, family_of
 from patchmine.methods.settings.mokd import MokdSettings
+from patchmine.models import networks
 from patchmine.models.centre import Centre
+from patchmine.models.distillation import check_crops, prototype_groups
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths
 from patchmine.models.heads import DinoHead
 from patchmine.models.teacher import Teacher
 from patchmine.models.transformer_head import TransformerHead, draw_dino_weights
 from patchmine.ops import distill
 from patchmine.ops.pictures import two_parts
-from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
-# Of the T-Heads of two ResNets: that of ViT-S, the published partner of ResNet-50.
-WIDTH_WITHOUT_VIT = 384
 # README: of the pair the weaker network, a ResNet, gets 1, the stronger 0.1.
 CROSS_WEIGHT_RESNET, CROSS_WEIGHT_VIT = 1.0, 0.1
-
-
-class Network(NamedTuple):
-    """A student or a teacher."""
-
-    encoder: Encoder
-    head: DinoHead
-    thead: TransformerHead
-
-
-class Outputs(NamedTuple):
-    """A network's ``pooled`` (N, C), ``maps`` (N, C, h, w) and logits (N, K) of both heads."""
-
-    pooled: Tensor
-    maps: Tensor
-    head: Tensor
-    thead: Tensor
 
 
 class MOKD(Method):
@@ -67,17 +48,20 @@ class MOKD(Method):
 
     def __init__(self, config: MokdSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
-        partner = _build_partner(config, encoder)
-        width = _thead_width(config, encoder, partner)
+        partner = networks.build_partner(config, encoder)
+        self.draw_weights(partner)
+        width = networks.thead_width(config, encoder, partner)
         self.drop_paths = []
         for student in (encoder, partner):
-            is_vit = not _is_resnet(student)
+            is_vit = not networks.is_resnet(student)
             self.drop_paths.append(add_drop_paths(student, config.drop_path) if is_vit else [])
             if is_vit and student.pos_embed is not None:
                 student.pos_embed.requires_grad_(True)
         self.partner = partner
-        self.head, self.partner_head = (_dino_head(config, each) for each in (encoder, partner))
-        both = (_thead(config, each, width) for each in (encoder, partner))
+        self.head, self.partner_head = (
+            networks.dino_head(config, each) for each in (encoder, partner)
+        )
+        both = (networks.thead(config, each, width) for each in (encoder, partner))
         self.thead, self.partner_thead = both
         self.teacher, self.partner_teacher = (
             Teacher(own_statistics=True, **student._asdict()) for student in self.students()
@@ -90,7 +74,8 @@ class MOKD(Method):
         )
         given = (config.cross_weight, config.partner_cross_weight)
         usual = [
-            CROSS_WEIGHT_RESNET if _is_resnet(e) else CROSS_WEIGHT_VIT for e in (encoder, partner)
+            CROSS_WEIGHT_RESNET if networks.is_resnet(e) else CROSS_WEIGHT_VIT
+            for e in (encoder, partner)
         ]
         self.cross_weights = [u if w is None else w for w, u in zip(given, usual, strict=True)]
         self.has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.modules())
@@ -98,25 +83,25 @@ class MOKD(Method):
     @classmethod
     def draw_weights(cls, encoder: nn.Module) -> None:
         """DINO's first weights for a ViT; a ResNet starts as it is built."""
-        if not _is_resnet(encoder):
+        if not networks.is_resnet(encoder):
             draw_dino_weights(cast(Any, encoder))
 
-    def students(self) -> list[Network]:
+    def students(self) -> list[networks.Network]:
         """The network of the settings ``model``, then its partner."""
-        own = Network(self.encoder, self.head, self.thead)
-        return [own, Network(self.partner, self.partner_head, self.partner_thead)]
+        own = networks.Network(self.encoder, self.head, self.thead)
+        return [own, networks.Network(self.partner, self.partner_head, self.partner_thead)]
 
-    def teachers(self) -> list[Network]:
+    def teachers(self) -> list[networks.Network]:
         """Their EMA teachers, in the same order."""
         return [
-            Network(
+            networks.Network(
                 cast(Encoder, t.encoder), cast(DinoHead, t.head), cast(TransformerHead, t.thead)
             )
             for t in (self.teacher, self.partner_teacher)
         ]
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        self._check(batch)
+        check_crops(batch, "mokd", has_batch_norm=self.has_batch_norm)
         large, small = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])  # 2B and J * B crops
         local = len(batch.views) - 2
         # Each size by itself, as in the reference: batch norms must not mix them.
@@ -125,7 +110,7 @@ class MOKD(Method):
             for number in range(2)
         ]
         with torch.no_grad():
-            known = [outputs_of(teacher, large) for teacher in self.teachers()]
+            known = [networks.outputs_of(teacher, large) for teacher in self.teachers()]
         own, partners = (self.distil(n, *students[n], known, progress) for n in range(2))
         for number, outputs in enumerate(known):
             both = (outputs.head, outputs.thead)
@@ -138,7 +123,12 @@ class MOKD(Method):
         return {"loss": loss, **own, **theirs, "agreement": agreement}
 
     def distil(
-        self, number: int, large: Outputs, small: Outputs, known: list[Outputs], progress: Progress
+        self,
+        number: int,
+        large: networks.Outputs,
+        small: networks.Outputs,
+        known: list[networks.Outputs],
+        progress: Progress,
     ) -> Losses:
         """The loss of student ``number``, its terms without their weight, its teacher's monitors.
 
@@ -147,7 +137,9 @@ class MOKD(Method):
         """
         student, own, other = self.students()[number], known[number], known[1 - number]
         resnet, vit = self.config.cnn_temp_warmup_epochs, self.config.vit_temp_warmup_epochs
-        temperature = self._temperature(progress, resnet if _is_resnet(student.encoder) else vit)
+        temperature = self._temperature(
+            progress, resnet if networks.is_resnet(student.encoder) else vit
+        )
         centre, thead_centre = self._centres(number)
         targets = distill.sharpen(own.head, centre.mean, temperature)  # (2B, K)
         thead_targets = distill.sharpen(own.thead, thead_centre.mean, temperature)
@@ -165,7 +157,7 @@ class MOKD(Method):
             their_centre = self._centres(1 - number)[0].mean
             their_targets = distill.sharpen(other.head, their_centre, temperature)
             query = student.thead.query(small.pooled)
-            found = search(self.teachers()[1 - number].thead, other.maps, query)
+            found = networks.search(self.teachers()[1 - number].thead, other.maps, query)
             wanted = distill.sharpen(found, None, temperature)
             terms["cross_head"] = distill.view_cross_entropy(head, their_targets)
             terms["cross_search"] = distill.search_cross_entropy(small.thead, wanted)
@@ -174,10 +166,10 @@ class MOKD(Method):
         terms["feature_spread"] = distill.feature_spread(own.pooled)
         return {"loss": loss, **terms}
 
-    def study(self, number: int, images: Tensor, *, crops: int) -> Outputs:
+    def study(self, number: int, images: Tensor, *, crops: int) -> networks.Outputs:
         """What student ``number`` makes of crop-major images, with stochastic depth."""
         draw_drop_paths(self.drop_paths[number], self.noise, images, crops=crops)
-        return outputs_of(self.students()[number], images)
+        return networks.outputs_of(self.students()[number], images)
 
     def _centres(self, number: int) -> list[Centre]:
         """Of the logits of a teacher's head and T-Head."""
@@ -189,19 +181,6 @@ class MOKD(Method):
         return distill.teacher_temperature(
             progress, start=start, end=end, warmup_epochs=warmup_epochs
         )
-
-    def _check(self, batch: Batch) -> None:
-        """UserError for batches that give the method nothing to compare."""
-        if len(batch.views) < 3:
-            raise UserError(
-                "method=mokd searches global crops for what local crops show, and there are no "
-                "local ones: set crops.num_local=1 or more"
-            )
-        if len(batch) * num_processes() < 2 and self.has_batch_norm:
-            raise UserError(
-                "method=mokd with a ResNet has batch norms, which need 2 images or more at a time, "
-                "and gets 1: raise batch_size, or lower accumulate"
-            )
 
     def after_step(self, progress: Progress) -> None:
         decay = cosine_decay(progress, start=self.config.ema_start, end=self.config.ema_end)
@@ -226,7 +205,7 @@ class MOKD(Method):
         for prefix, student in zip(("", "partner_"), self.students(), strict=True):
             encoder, head = prefix.removesuffix("_") or "encoder", f"{prefix}head"
             thead, kind = f"{prefix}thead", config.cnn_thead_optimizer
-            if not _is_resnet(student.encoder):
+            if not networks.is_resnet(student.encoder):
                 groups += self._groups((encoder, head, thead), "adamw", **growing)
                 continue
             groups += self._groups((encoder, head), "sgd", **sgd)
@@ -236,15 +215,9 @@ class MOKD(Method):
         return groups
 
     def _groups(self, parts: tuple[str, ...], optimizer: str, **how: Any) -> list[ParamGroup]:
-        """What learns in some of the modules; the prototypes do not move in the first epoch."""
+        """What learns in some of the modules."""
         members = [(name, p) for name, p in self.learning() if name.split(".")[0] in parts]
-        prototypes = [(name, p) for name, p in members if "last_layer" in name]
-        others = [(name, p) for name, p in members if "last_layer" not in name]
-        how = {"clip_norm": self.config.clip_grad, "clip_each": True, **how}
-        return [
-            ParamGroup(others, optimizer, **how),
-            ParamGroup(prototypes, optimizer, frozen_until=self.config.freeze_last_layer, **how),
-        ]
+        return prototype_groups(members, self.config, optimizer, **how)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
@@ -254,7 +227,9 @@ class MOKD(Method):
         """
         images = batch.views[0]
         students, teachers = self.students(), self.teachers()
-        maps = [outputs_of(teacher, images).maps for teacher in teachers]  # (B, C, h, w) each
+        maps = [
+            networks.outputs_of(teacher, images).maps for teacher in teachers
+        ]  # (B, C, h, w) each
         size = tuple(max(each.shape[axis] for each in maps) for axis in (2, 3))
         step = math.lcm(*(family_of(s.encoder).smallest_side(s.encoder) for s in students))
         panels = [Panel("input", images)]
@@ -263,86 +238,10 @@ class MOKD(Method):
             panels.append(Panel(f"{place} part", enlarged))
             for number, whose in enumerate(("model", "partner")):
                 asking = students[1 - number]
-                query = asking.thead.query(outputs_of(asking, part).pooled)
+                query = asking.thead.query(networks.outputs_of(asking, part).pooled)
                 thead = teachers[number].thead
                 attention = thead.attention_to_query(maps[number], query)  # (B, h * w)
                 attention = attention.reshape(len(images), 1, *maps[number].shape[2:])
                 heat = F.interpolate(attention, size=size, mode="nearest")[:, 0]
                 panels.append(Panel(f"{place} part sought by {whose}", heat, kind="heat"))
         return panels
-
-
-def outputs_of(network: Network, images: Tensor) -> Outputs:
-    """What a network makes of images (N, C, H, W) of any size."""
-    encoder = network.encoder
-    last = list(family_of(encoder).stages(encoder))[-1:]
-    pooled, (maps,) = stage_features(encoder, images, last)
-    return Outputs(pooled, maps, network.head(pooled), network.thead(maps))
-
-
-@torch.no_grad()
-def search(thead: TransformerHead, maps: Tensor, queries: Tensor) -> Tensor:
-    """A teacher's T-Head logits (J * B, K) of global crop 0 for queries (J * B, D) of local crops.
-
-    ``maps`` (2B, C, h, w) are the teacher's of both global crops; nothing takes a gradient.
-    """
-    logits: Tensor = thead(maps.chunk(2)[0], queries.detach())
-    return logits
-
-
-def _is_resnet(encoder: Encoder) -> bool:
-    return family_of(encoder).convolutional
-
-
-def _build_partner(config: MokdSettings, encoder: Encoder) -> Encoder:
-    size = family_of(encoder).image_size(encoder)
-    channels = next(p for p in encoder.parameters() if p.ndim == 4).shape[1]
-    model, arguments = config.partner_model, config.partner_args
-    try:
-        partner = build_encoder(model, image_size=size, channels=channels, model_args=arguments)
-    except UserError as error:
-        raise UserError(
-            f"method.partner_model={model} with method.partner_args: {error}"
-        ) from error
-    MOKD.draw_weights(partner)
-    return partner
-
-
-def _thead_width(config: MokdSettings, encoder: Encoder, partner: Encoder) -> int:
-    """Width of both T-Heads: each gets the other's queries; a ViT's tokens enter as they are."""
-    names = {"model": encoder, f"method.partner_model={config.partner_model}": partner}
-    widths = {name: each.embed_dim for name, each in names.items() if not _is_resnet(each)}
-    if len(set(widths.values())) > 1:
-        stated = " and ".join(f"{name} is {width} wide" for name, width in widths.items())
-        raise UserError(
-            f"{stated}, but each asks the other's transformer head with a token of its own: choose "
-            "two vision transformers of the same embed_dim, in model_args or method.partner_args, "
-            "or a ResNet beside one of them"
-        )
-    own = next(iter(widths.values()), None)
-    if own is not None and config.thead_width not in (None, own):
-        raise UserError(
-            f"method.thead_width={config.thead_width}, but the tokens of the vision transformer "
-            f"are {own} wide and enter its head as they are: leave the setting out"
-        )
-    width = own or config.thead_width or WIDTH_WITHOUT_VIT
-    heads = config.thead_heads
-    if width % heads:
-        fitting = max(n for n in range(1, heads) if width % n == 0)
-        raise UserError(
-            f"method.thead_heads={heads} does not divide the transformer heads' width {width}: set "
-            f"method.thead_heads={fitting}"
-        )
-    return width
-
-
-def _dino_head(config: MokdSettings, encoder: Encoder) -> DinoHead:
-    """The gain of the prototypes is learned for a ViT only, as main_mokd.py builds it."""
-    sizes = (config.out_dim, config.head_hidden, config.head_bottleneck)
-    return DinoHead(encoder.num_features, *sizes, trainable_gain=not _is_resnet(encoder))
-
-
-def _thead(config: MokdSettings, encoder: Encoder, width: int) -> TransformerHead:
-    sizes = (encoder.num_features, width, family_of(encoder).map_size(encoder), config.out_dim)
-    depth, heads = config.thead_depth, config.thead_heads
-    return TransformerHead(*sizes, depth=depth, num_heads=heads, project=_is_resnet(encoder))

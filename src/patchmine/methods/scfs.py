@@ -8,7 +8,7 @@ skyoux/scfs (models/scfs.py, main_scfs.py, README).  The variant for vision tran
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,12 @@ from patchmine.backbones.family import Encoder, StageFeatures, stage_features
 from patchmine.errors import UserError
 from patchmine.methods.settings.scfs import ScfsSettings
 from patchmine.models.centre import Centre
+from patchmine.models.distillation import check_crops, prototype_groups
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.heads import DinoHead, StageHead
 from patchmine.models.teacher import Teacher
 from patchmine.ops import distill
 from patchmine.ops.pictures import two_parts
-from patchmine.ops.processes import num_processes
 from patchmine.ops.schedules import cosine_decay
 from patchmine.ops.search import cosine_attention
 from patchmine.task import Method
@@ -67,7 +67,7 @@ class SCFS(Method):
         return {"encoder": self.encoder, "head": self.head, "stage_heads": self.stage_heads}
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        _check_views(batch)
+        check_crops(batch, "scfs", has_batch_norm=True)
         config = self.config
         large, small = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])  # 2B and J * B crops
         temperature = distill.teacher_temperature(
@@ -141,13 +141,7 @@ class SCFS(Method):
         config, convolutional = self.config, backbones.family_of(self.encoder).convolutional
         usual = "sgd" if convolutional else "adamw"
         optimizer = usual if config.optimizer == "auto" else config.optimizer
-        how: dict[str, Any] = dict(clip_norm=config.clip_grad, clip_each=True)
-        prototypes = [(name, p) for name, p in self.learning() if "last_layer" in name]
-        others = [(name, p) for name, p in self.learning() if "last_layer" not in name]
-        return [
-            ParamGroup(others, optimizer, **how),
-            ParamGroup(prototypes, optimizer, frozen_until=config.freeze_last_layer, **how),
-        ]
+        return prototype_groups(self.learning(), config, optimizer)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
@@ -197,17 +191,3 @@ def _active_weights(config: ScfsSettings, stages: list[str]) -> dict[str, float]
             f"method.stages=[{','.join(stages)}] names a stage twice: name each one once"
         )
     return {stage: weight for stage, weight in zip(stages, weights, strict=True) if weight}
-
-
-def _check_views(batch: Batch) -> None:
-    """UserError for batches that give the method nothing to compare."""
-    if len(batch.views) < 3:
-        raise UserError(
-            "method=scfs searches global crops for what local crops show, and there are no local "
-            "ones: set crops.num_local=1 or more"
-        )
-    if len(batch) * num_processes() < 2:
-        raise UserError(
-            "method=scfs has batch norms, which need 2 images or more at a time, and gets 1: raise "
-            "batch_size, or lower accumulate"
-        )

@@ -21,15 +21,14 @@ from patchmine.backbones.tokens import embed_patches, encoder_grid, patch_positi
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.methods.settings.semaim import SemAimSettings
-from patchmine.models.streams import check_causal, only_looking, query_stream, two_streams
-from patchmine.models.teacher import Teacher
+from patchmine.models.streams import check_causal, query_stream, two_streams, without_learning
+from patchmine.models.teacher import Teacher, foreign_teacher, ramped_decay
 from patchmine.ops import losses, orders
 from patchmine.ops import patches as cut
 from patchmine.ops.blur import blur_matrix, blurred
 from patchmine.ops.pictures import patch_map
-from patchmine.ops.schedules import ema_decay
 from patchmine.task import Method
-from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
+from patchmine.types import Batch, Losses, Panel, Progress
 
 
 class SemAIM(Method):
@@ -53,14 +52,10 @@ class SemAIM(Method):
         depth = config.query_depth or len(encoder.blocks)
         _check(config, depth=len(encoder.blocks), channels=channels)
 
-        self.foreign = None
+        self.foreign = foreign_teacher(config, self.grid)
         width = encoder.embed_dim
         out_width = self.grid.values_per_patch(channels) if config.target == "pixel" else width
-        if config.target in ("dino", "clip"):
-            renormalise = config.target_renormalise
-            self.foreign = ForeignTeacher(
-                config.target, config.target_file, grid=self.grid, renormalise=renormalise
-            )
+        if self.foreign is not None:
             out_width = self.foreign.width
             compared = self.by_content and config.similarity == "cls"
             if compared and self.foreign.tower.cls_token is None:
@@ -112,7 +107,7 @@ class SemAIM(Method):
         tokens, num_prefix = None, 1
         judging = self.encoder if self.teacher is None else cast(Encoder, self.teacher.encoder)
         similarity = None
-        with only_looking(judging, images.device):
+        with without_learning(judging, images.device):
             if self.foreign is not None:
                 tokens = self.foreign.tokens(images)
                 num_prefix = self.foreign.tower.num_prefix_tokens
@@ -183,14 +178,7 @@ class SemAIM(Method):
 
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
-            start, end = self.config.ema_start, self.config.ema_end
-            ramp = self.config.ema_ramp_epochs
-            decay = ema_decay(progress, start=start, end=end, ramp_epochs=ramp)
-            self.teacher.update(decay, encoder=self.encoder)
-
-    def param_groups(self) -> list[ParamGroup]:
-        """Everything that learns, clipped at the published norm."""
-        return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
+            self.teacher.update(ramped_decay(self.config, progress), encoder=self.encoder)
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
@@ -245,7 +233,7 @@ def _check(config: SemAimSettings, *, depth: int, channels: int) -> None:
         )
     if config.ties == "keep" and config.order not in orders.IN_GROUPS:
         raise UserError(
-            f"method.ties=keep means nothing for method.order={config.order}, which has no ties: "
+            f"method.ties=keep: method.order={config.order} has no ties; "
             f"choose method.order={', '.join(orders.IN_GROUPS)}, or method.group_size=N"
         )
     if config.ties == "keep" and config.group_size > 1:
@@ -255,13 +243,13 @@ def _check(config: SemAimSettings, *, depth: int, channels: int) -> None:
         )
     if config.semantic_source == "ema" and config.target not in ("pixel", "ema"):
         raise UserError(
-            f"method.semantic_source=ema is not used with method.target={config.target}, whose own "
-            "pass gives the similarity: leave it out"
+            f"method.semantic_source=ema is not used with method.target={config.target}, "
+            "which judges similarity itself: leave it out"
         )
     if foreign and config.similarity == "self":
         raise UserError(
-            "method.similarity=self needs attention of the encoder, but with method.target="
-            f"{config.target} that network judges: set method.similarity=cls or gap"
+            "method.similarity=self needs the encoder's attention, and method.target="
+            f"{config.target} judges by its own features: set method.similarity=cls or gap"
         )
     if foreign and channels != 3:
         raise UserError(

@@ -45,11 +45,8 @@ class SyncBatchNorm(_BatchNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        share = (
-            self.momentum
-            if self.momentum is not None
-            else 1 / self.num_batches_tracked.to(mean.dtype)
-        )
+        average = 1 / self.num_batches_tracked.to(mean.dtype)
+        share = average if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(var.to(self.running_var.dtype), share)
 
@@ -59,12 +56,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def synchronise_batch_norms(module: nn.Module) -> None:
-    """Every batch norm in ``module`` becomes a `SyncBatchNorm`, in place; names, tensors and
-    settings stay.
-
-    Raises:
-        ValueError: for another kind of batch norm, whose forward pass is not known here.
-    """
+    """Batch norms become `SyncBatchNorm`, in place; ValueError for kinds not known here."""
     for name, part in module.named_modules():
         if type(part) in _PLAIN:
             part.__class__ = SyncBatchNorm  # as torch's own lazy modules become what they stand for
@@ -75,9 +67,7 @@ def synchronise_batch_norms(module: nn.Module) -> None:
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalised rows of this process, with mean (C,), biased variance (C,) and number of rows ()
-    of all of them.
-    """
+    """This process's rows normalised; mean (C,), biased variance (C,) and count () of all rows."""
 
     @staticmethod
     def forward(
@@ -101,23 +91,19 @@ class _Normalise(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0], x, weight, mean, var, None, None, False, context.eps, [True, True, True]
         )
-        sums = torch.cat(
-            [grad_bias, grad_weight]
-        )  # (2C,): of the gradient, and of its product with the normalised x
+        # (2C,): of the gradient, and of its product with the normalised x
+        sums = torch.cat([grad_bias, grad_weight])
         torch.distributed.all_reduce(sums)
         shape = (1, -1, *(1,) * (x.ndim - 2))
         inverse = (var + context.eps).rsqrt()
         by_mean, by_var = (sums / count * (inverse * weight).repeat(2)).chunk(2)
-        by_statistics = by_mean.view(shape) + (x - mean.view(shape)) * (by_var * inverse).view(
-            shape
-        )
+        deviation, by_deviation = x - mean.view(shape), (by_var * inverse).view(shape)
+        by_statistics = by_mean.view(shape) + deviation * by_deviation
         return (grad_x - by_statistics).to(x.dtype), grad_weight, grad_bias, None
 
 
 def _gather_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (P, 1), means (P, C) and biased variances (P, C) of each process's share of a batch, in
-    float32 or more.
-    """
+    """Rows (P, 1), means (P, C) and biased variances (P, C) of each process's share of a batch."""
     wide = x.to(_wide(x))
     var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
     own = torch.cat([mean.new_full((1,), x.numel() / x.shape[1]), mean, var])

@@ -33,7 +33,7 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move to the mean of what was seen, in all processes; every process must call this."""
+        """Move to the mean of all logits since the last call; every process must call this."""
         if self._seen is not None:
             self.mean.copy_(new_centre(self.mean, self._seen / self._parts, self.momentum))
         self._seen, self._parts = None, 0

@@ -50,9 +50,9 @@ class DecoderInput(nn.Module):
 
     def forward(self, latent: Tensor, mask: Mask) -> Tensor:
         """(B, P + V, D) and a mask -> (B, P + V + M, W)."""
-        prefix, seen = self.embed(latent).split([self.num_prefix, mask.visible.shape[1]], dim=1)
+        prefix, visible = self.embed(latent).split([self.num_prefix, mask.visible.shape[1]], dim=1)
         missing = self.mask_token + self.pos_embed[mask.masked]  # (B, M, W)
-        return torch.cat([prefix, seen + self.pos_embed[mask.visible], missing], dim=1)
+        return torch.cat([prefix, visible + self.pos_embed[mask.visible], missing], dim=1)
 
     def all_visible(self, latent: Tensor) -> Tensor:
         """(B, P + L, D), nothing masked -> (B, P + L, W)."""
@@ -106,10 +106,7 @@ def masked_decoder(
 def check_decoder(
     settings: DecoderSettings, num_visible: int, mask_ratio: float, num_patches: int | None = None
 ) -> None:
-    """UserError for settings that no network can be built from.
-
-    ``num_visible`` of ``num_patches`` are left; None where some are always masked.
-    """
+    """UserError for unbuildable settings; ``num_patches`` is None where some are always masked."""
     width, heads = settings.decoder_embed_dim, settings.decoder_num_heads
     if width % heads or width % 4:
         raise UserError(

@@ -1,5 +1,4 @@
-"""Stochastic depth that decides by a step's own noise, so that a resumed run drops the same
-branches.
+"""Stochastic depth that decides by a step's own noise, so that a resumed run repeats itself.
 
 timm's draws from torch's global generator, whose state no checkpoint holds.
 """

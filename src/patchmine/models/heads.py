@@ -8,35 +8,29 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows are directions ``weight_v`` (out, in) with lengths
-    ``weight_g`` (out, 1).
+    """A linear layer without bias: directions ``weight_v`` (out, in), lengths ``weight_g``.
 
     The names are those of torch's old `weight_norm`, which its hook makes impossible to copy.
-    Lengths start at 1 and stay there unless ``trainable_gain``; directions start as those of any
-    linear layer.
+    Lengths start at 1 and stay there unless ``trainable_gain``.
     """
 
     def __init__(self, in_features: int, out_features: int, *, trainable_gain: bool) -> None:
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_features, 1), requires_grad=trainable_gain)
-        self.weight_v = nn.Parameter(
-            nn.Linear(in_features, out_features, bias=False).weight.detach()
-        )
+        directions = nn.Linear(in_features, out_features, bias=False).weight
+        self.weight_v = nn.Parameter(directions.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)."""
-        # The outputs are scaled, not the rows: for a batch on one device they are fewer numbers
-        # than 65536 rows of 256.
+        # The outputs are scaled, not the rows: they are fewer numbers than 65536 rows of 256.
         lengths = torch.linalg.vector_norm(self.weight_v, dim=1)
         return F.linear(x, self.weight_v) * (self.weight_g[:, 0] / lengths)
 
 
 class DinoHead(nn.Module):
-    """DINO's head: a perceptron, a point on the unit sphere, and its similarity to each prototype:
-    (N, in) -> (N, out).
+    """DINO's head: a perceptron, a unit vector, and its similarity to each prototype.
 
-    ``trainable_gain``: whether the prototypes' lengths are learned (DINO's
-    ``norm_last_layer=False``).
+    ``trainable_gain``: the prototypes' lengths are learned (DINO's ``norm_last_layer=False``).
     """
 
     def __init__(
@@ -68,8 +62,7 @@ class DinoHead(nn.Module):
 
 
 class StageHead(nn.Module):
-    """SCFS's head of one stage: a residual bottleneck on the map, its mean, a perceptron, a unit
-    vector (N, out).
+    """SCFS's head of one stage: a residual bottleneck on the map, its mean, a perceptron.
 
     Batch statistics always, also in eval mode and in a teacher: nothing here outlives pre-training,
     so running statistics have no use and are not kept.  A call needs two rows or more.
@@ -94,19 +87,17 @@ class StageHead(nn.Module):
         )
 
     def forward(self, maps: Tensor, attention: Tensor | None = None) -> Tensor:
-        """Unit vectors (N, out), float32, of maps (N, C, h, w); or (J * N, out) of the maps under J
-        weights each.
+        """Unit vectors (N, out), float32, of maps (N, C, h, w).
 
-        ``attention`` (J, N, h, w) stands for the J * N maps ``attention[j, n] * maps[n]``,
-        crop-major, which share their batch statistics.  They are not made before they must be: a
-        1x1 convolution without bias commutes with a weight at each position, so that it sees every
-        map once instead of J times (docs/methods/scfs.md).
+        With ``attention`` (J, N, h, w) those of the J * N maps ``attention[j, n] * maps[n]``,
+        crop-major, which share their batch statistics: (J * N, out).
         """
+        # Weighted maps are made as late as they can be: a 1x1 convolution without bias commutes
+        # with a weight at each position, and so takes every map once (docs/methods/scfs.md).
         y = self.conv1(maps)
-        weights = (
-            None if attention is None else attention[:, :, None].to(y.dtype)
-        )  # (J, N, 1, h, w)
-        if weights is not None:
+        weights: Tensor | None = None
+        if attention is not None:
+            weights = attention[:, :, None].to(y.dtype)  # (J, N, 1, h, w)
             y = (weights * y).flatten(0, 1)  # (J * N, K, h, w)
         y = F.relu(self.bn1(y), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)

@@ -46,11 +46,9 @@ class ItemMaps(nn.Module):
             (index.to(device), (maps * 255).round().to(device, torch.uint8))
             for index, maps in parts
         ]
-        items = (
-            torch.stack([index.max() + 1 for index, _ in found]).max()
-            if found
-            else torch.tensor(0, device=device)
-        )
+        items = torch.zeros((), dtype=torch.int64, device=device)
+        if found:
+            items = torch.stack([index.max() + 1 for index, _ in found]).max()
         together = num_processes() > 1
         if together:
             torch.distributed.all_reduce(items, op=torch.distributed.ReduceOp.MAX)
@@ -60,17 +58,13 @@ class ItemMaps(nn.Module):
         for index, maps in found:
             values[index] = maps
         if together:
-            torch.distributed.all_reduce(
-                values
-            )  # a sum in which each row has one term that is not zero
+            # A sum in which each row has one term that is not zero.
+            torch.distributed.all_reduce(values)
         self.values = values
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         stored = state_dict.get(f"{prefix}values")
-        if (
-            isinstance(stored, Tensor)
-            and stored.ndim == 2
-            and stored.shape[1] == self.values.shape[1]
-        ):
+        length = self.values.shape[1]
+        if isinstance(stored, Tensor) and stored.ndim == 2 and stored.shape[1] == length:
             self.values = self.values.new_empty(stored.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)

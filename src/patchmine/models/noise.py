@@ -22,16 +22,27 @@ class Noise:
         self.draws = 0  # of this step until now
 
     def begin(self, step: int, first_row: int = 0, global_rows: int | None = None) -> None:
-        """Go to ``step``; the next draws are rows from ``first_row`` of a batch of ``global_rows``."""
+        """Go to ``step``; draws are rows from ``first_row`` of a batch of ``global_rows``."""
         self._step, self._first_row, self._global_rows, self.draws = step, first_row, global_rows, 0
 
     def uniform(self, rows: int, *shape: int, device: torch.device | str = "cpu") -> Tensor:
-        """(rows, *shape) float32 in [0, 1)."""
-        generator = torch.Generator(device=device)
-        # Distinct streams by arithmetic; the generator itself scrambles its seed, which has 64
-        # bits.
-        generator.manual_seed(((self.seed * 1_000_003 + self._step) * 101 + self.draws) % 2**63)
-        self.draws += 1
+        """(rows, *shape) float32 in [0, 1), a row for each row of this batch."""
         total = rows if self._global_rows is None else self._global_rows
+        generator = self._generator(device)
         drawn = torch.rand(total, *shape, generator=generator, device=device)
         return drawn[self._first_row : self._first_row + rows]
+
+    def host(self) -> float:
+        """One number in [0, 1) for the whole global batch, equal in all processes and parts.
+
+        It is drawn on the processor, so that what is decided by it waits for no device.
+        """
+        return torch.rand((), generator=self._generator("cpu"), dtype=torch.float64).item()
+
+    def _generator(self, device: torch.device | str) -> torch.Generator:
+        """The generator of this step's next draw."""
+        generator = torch.Generator(device=device)
+        # Distinct streams by arithmetic; the generator scrambles its seed, which has 64 bits.
+        generator.manual_seed(((self.seed * 1_000_003 + self._step) * 101 + self.draws) % 2**63)
+        self.draws += 1
+        return generator

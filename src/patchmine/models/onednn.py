@@ -43,9 +43,7 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """`torch.nn.functional.linear` with all three products of forward and backward pass done by
-    oneDNN.
-    """
+    """`torch.nn.functional.linear` with all products of both passes done by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,18 +66,14 @@ class _Linear(torch.autograd.Function):
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` for float32 on the processor: (..., in), (out, in), (out,) ->
-    (..., out).
-    """
+    """`F.linear` for float32 on the processor: (..., in), (out, in), (out,) -> (..., out)."""
     return _Linear.apply(x, weight, bias)
 
 
 class OneDnnLinear(TorchFunctionMode):
-    """While entered, every float32 linear layer on the processor runs through oneDNN, those of
-    stock timm modules too.
+    """While entered, every float32 linear layer on the processor runs through oneDNN.
 
-    Chosen by what the tensors are and never by a timing, so that a resumed run repeats the same
-    arithmetic.
+    Chosen by what the tensors are, never by a timing: a resumed run repeats the same arithmetic.
     """
 
     def __torch_function__(
@@ -90,19 +84,9 @@ class OneDnnLinear(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if (
-            func is torch.nn.functional.linear
-            and "input" not in kwargs
-            and _plain_float(args[0])
-            and not _autocast()
-        ):
-            return onednn_linear(*args, **kwargs)
+        if func is torch.nn.functional.linear and "input" not in kwargs:
+            x = args[0]
+            plain = x.device.type == "cpu" and x.dtype == torch.float32
+            if plain and not torch.is_autocast_enabled("cpu"):
+                return onednn_linear(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _plain_float(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def _autocast() -> bool:
-    return torch.is_autocast_enabled("cpu")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.strict import Count, Depth, Strict
+from patchmine.strict import LARGEST_BATCH, Count, Depth, Strict
 
 
 class MethodSettings(Strict):
@@ -26,11 +26,15 @@ class MethodSettings(Strict):
     multi_crop: ClassVar[bool] = False
 
     name: str
+    clip_grad: float | None = Field(
+        None, gt=0, description="largest global gradient norm; null: no limit"
+    )
 
 
 class DecoderSettings(MethodSettings):
-    """Settings of a method with MAE's decoder."""
+    """Settings of a method with MAE's decoder; the defaults are MAE's (models_mae.py)."""
 
+    norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
     decoder_embed_dim: Count = Field(512, description="width of the decoder")
     decoder_depth: Depth = Field(8, description="blocks of the decoder")
     decoder_num_heads: Count = Field(16, description="attention heads of the decoder")
@@ -42,4 +46,50 @@ class DecoderSettings(MethodSettings):
     )
     decoder_qkv_bias: bool = Field(
         True, description="biases of queries, keys and values in the decoder's attention"
+    )
+
+
+class FeatureTargetSettings(MethodSettings):
+    """Settings of a method that may predict features of its EMA teacher or of a frozen network."""
+
+    target: Literal["pixel", "ema", "own", "dino", "clip"]
+    target_file: str | None = Field(
+        None, description="local weights of the frozen DINO or CLIP network"
+    )
+    target_renormalise: bool = Field(
+        False,
+        description="give a foreign network images in its own normalisation; the reference does "
+        "not",
+    )
+    ema_start: float = Field(0.999, ge=0, le=1, description="decay of the EMA teacher at the start")
+    ema_end: float = Field(
+        0.9999, ge=0, le=1, description="decay of the EMA teacher after the ramp"
+    )
+    ema_ramp_epochs: int | None = Field(
+        100,
+        gt=0,
+        description="epochs of the ramp, counted absolutely; null: per step, over the whole run",
+    )
+
+
+class DistillationSettings(MethodSettings):
+    """Settings of a method on DINO's distillation between crops (arXiv 2104.14294)."""
+
+    out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of a head")
+    head_hidden: Count = Field(2048, description="hidden width of DINO's head")
+    head_bottleneck: Count = Field(256, description="width of DINO's head before its prototypes")
+    teacher_temp_start: float = Field(
+        0.04, gt=0, description="temperature of the EMA teacher at the start"
+    )
+    teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
+    centre_momentum: float = Field(
+        0.9, ge=0, lt=1, description="how slowly the centres of the EMA teacher's logits move"
+    )
+    ema_start: float = Field(0.996, ge=0, le=1, description="decay of the EMA teacher at the start")
+    ema_end: float = Field(1.0, ge=0, le=1, description="decay of the EMA teacher at the end")
+    clip_grad: float | None = Field(
+        3.0, gt=0, description="largest gradient norm of each parameter by itself"
+    )
+    freeze_last_layer: int = Field(
+        1, ge=0, description="epochs during which the prototypes do not move"
     )

@@ -1,7 +1,6 @@
-"""Two streams over one sequence: content that looks back, and queries that know positions and look
-at earlier content.
+"""Two streams over one sequence: content under a causal mask, and queries that attend to it.
 
-The content stream is a stock timm ViT run under a causal mask, by functions around its parts.
+Content is a stock timm ViT run by functions around its parts; a query knows its position only.
 """
 
 from __future__ import annotations
@@ -46,11 +45,7 @@ class QueryBlock(nn.Module):
             nn.init.xavier_uniform_(part)
 
     def forward(self, queries: Tensor, content: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, D), (B, M, D) -> (B, N, D).
-
-        ``mask`` (1 or B, 1, N, M) bool, True = may look; None: row r looks at the first r + 1, and
-        N = M.
-        """
+        """(B, N, D), (B, M, D) -> (B, N, D); ``mask`` (1 or B, 1, N, M), None: causal, N = M."""
         query = _heads(self.query(self.norm1(queries)), self.num_heads)
         key, value = self.key_value(self.norm1(content)).chunk(2, dim=-1)
         mixed = F.scaled_dot_product_attention(
@@ -75,11 +70,8 @@ def query_stream(encoder: Encoder, depth: int) -> nn.ModuleList:
 
 
 def content_block(block: Block, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A stock block (B, N, D) -> (B, N, D) in which a token looks at itself and at earlier ones, or
-    as ``mask`` says.
-
-    Written out because not every timm that we support lets a block be told so.
-    """
+    """A stock block (B, N, D) -> (B, N, D) under ``mask`` (1 or B, 1, N, N); None: causal."""
+    # Written out because not every timm that we support lets a block be told so.
     attention = block.attn
     query, key, value = (
         _heads(part, attention.num_heads)
@@ -107,13 +99,10 @@ def two_streams(
     content_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What every block makes of content (B, M, D) and queries (B, N, D); the last queries are not
-    normed yet.
-
-    The query blocks are spread evenly over the encoder's, each behind the block whose output it
-    reads.  Without masks both streams are in the order of ranks, content with one token before it:
-    query r reads the first r + 1 tokens.
-    """
+    """What every block makes of content (B, M, D) and queries (B, N, D), before the last norm."""
+    # The query blocks are spread evenly over the encoder's, each behind the block whose output it
+    # reads.  Without masks both streams are in the order of ranks, content with one token before
+    # it: query r reads the first r + 1 tokens.
     contents, answers = [encoder.norm_pre(content)], [queries]
     step = len(encoder.blocks) // len(query_blocks)
     for i, block in enumerate(encoder.blocks):
@@ -124,29 +113,23 @@ def two_streams(
 
 
 def check_causal(encoder: Encoder, method: str) -> None:
-    """UserError for an encoder that `two_streams` cannot run: other blocks, or another start than
-    one class token.
-    """
+    """UserError for other blocks than `two_streams` runs, or another start than a class token."""
     prefix = encoder.num_prefix_tokens
     if encoder.cls_token is None or prefix != 1:
         raise UserError(
             f"method={method} starts every sequence from one class token, and this model has "
-            f"{prefix} tokens before "
-            "its patches: set model_args.class_token=true model_args.reg_tokens=0, or choose "
-            "vit_base_patch16_224"
+            f"{prefix} tokens before its patches: set model_args.class_token=true "
+            "model_args.reg_tokens=0, or choose vit_base_patch16_224"
         )
     if not all(type(block) is Block and _plain(block.attn) for block in encoder.blocks):
         raise UserError(
             f"method={method} runs the blocks of a plain vision transformer under a causal mask, "
-            "and this "
-            f"{type(encoder).__name__} has others: choose one such as vit_base_patch16_224"
+            f"and this {type(encoder).__name__} has others: choose one such as vit_base_patch16_224"
         )
 
 
 def _plain(attention: nn.Module) -> bool:
-    """No gate, and no norm on what attention gives: timm's newer options, which `content_block`
-    does not know.
-    """
+    """No gate and no norm behind attention: timm's newer options, unknown to `content_block`."""
     extra = [getattr(attention, name, None) for name in ("gate", "norm")]
     return type(attention) is Attention and all(
         part is None or isinstance(part, nn.Identity) for part in extra
@@ -154,13 +137,10 @@ def _plain(attention: nn.Module) -> bool:
 
 
 @contextmanager
-def only_looking(encoder: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run an encoder that also learns in this step: in eval mode, without gradients, in the step's
-    precision.
-
-    Autocast must not keep the weights that it casts meanwhile: until pytorch's pull request 165068
-    they stayed without gradients, and nothing would reach the weights from the part that learns.
-    """
+def without_learning(encoder: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run an encoder that also learns in this step: in eval mode, in the step's precision."""
+    # Autocast must not keep the weights that it casts meanwhile: until pytorch's pull request
+    # 165068 they stayed without gradients, and nothing would reach the weights from what learns.
     kind, training = device.type, encoder.training
     autocast = torch.autocast(
         kind,

@@ -1,4 +1,4 @@
-"""An EMA teacher: the moving average of a student."""
+"""Teachers: the moving average of a student, or a frozen network of others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from patchmine.backbones.foreign import ForeignTeacher
+from patchmine.errors import UserError
+from patchmine.models.settings import FeatureTargetSettings
+from patchmine.ops.schedules import ema_decay
+from patchmine.types import Grid, Progress
 
 
 class Teacher(nn.Module):
@@ -41,3 +47,22 @@ class Teacher(nn.Module):
         mine: list[Tensor] = [p for name in students for p in self.get_submodule(name).parameters()]
         theirs: list[Tensor] = [p for student in students.values() for p in student.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+
+def ramped_decay(settings: FeatureTargetSettings, progress: Progress) -> float:
+    """The decay of an EMA teacher at a step, from ``ema_start`` to ``ema_end``."""
+    start, end, ramp = settings.ema_start, settings.ema_end, settings.ema_ramp_epochs
+    return ema_decay(progress, start=start, end=end, ramp_epochs=ramp)
+
+
+def foreign_teacher(settings: FeatureTargetSettings, grid: Grid) -> ForeignTeacher | None:
+    """The frozen network whose features are predicted, where ``target`` names one."""
+    kind, file = settings.target, settings.target_file
+    if kind not in ("dino", "clip"):
+        return None
+    if len(grid.size) == 3:
+        raise UserError(
+            f"method.target={kind} is a network for images, which does not describe cubes of "
+            "clips: choose method.target=pixel or method.target=ema"
+        )
+    return ForeignTeacher(kind, file, grid=grid, renormalise=settings.target_renormalise)

@@ -1,6 +1,4 @@
-"""MOKD's T-Head: a small transformer over an encoder's map, which another network may ask for what
-it has seen.
-"""
+"""MOKD's T-Head: a small transformer over an encoder's map, which another network may query."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ _STD = 0.02
 
 
 class TransformerHead(nn.Module):
-    """Blocks over the tokens of a map, their mean, and its product with each prototype
-    (docs/methods/mokd.md).
+    """Blocks over a map's tokens, their mean, its product with prototypes (docs/methods/mokd.md).
 
     A query, the pooled feature of another network's view, may stand before the tokens.  It has no
     position, and it is left out of the mean: it acts through the attention that the tokens pay to
@@ -57,12 +54,10 @@ class TransformerHead(nn.Module):
         self.last_layer = WeightNormLinear(width, out_features, trainable_gain=True)
 
     def forward(self, maps: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Logits (N, K), float32, of maps (N, C, h, w); or (J * N, K) of the maps as each of J
-        queries asks for them.
-
-        ``queries`` (J * N, D), crop-major, are what `query` gives.  The map is projected and gets
-        its positions once, however many ask.
+        """Logits (N, K), float32, of maps (N, C, h, w); with ``queries`` of `query`, (J * N, D)
+        crop-major, (J * N, K) of the maps as each of J queries asks for them.
         """
+        # The map is projected and gets its positions once, however many ask.
         tokens = self.tokens(maps)
         if queries is not None:
             tokens = asked(tokens, queries)
@@ -75,11 +70,8 @@ class TransformerHead(nn.Module):
             return self.last_layer(mean.float())
 
     def query(self, pooled: Tensor) -> Tensor:
-        """What the other network's head is asked with: pooled features (N, C), projected as maps
-        are -> (N, D).
-
-        That is the mean of the projected map, because a 1x1 convolution commutes with a mean.
-        """
+        """A query of the other network's head: pooled features (N, C) -> (N, D), as for maps."""
+        # It is the mean of the projected map, because a 1x1 convolution commutes with a mean.
         if self.patch_embed is None:
             return pooled
         return F.linear(pooled, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
@@ -89,16 +81,13 @@ class TransformerHead(nn.Module):
         if self.patch_embed is not None:
             maps = self.patch_embed(maps)
         rows, columns = maps.shape[-2:]
-        return maps.flatten(2).transpose(1, 2) + resize_positions(
-            self.pos_embed[0], self.size, (rows, columns)
-        )
+        positions = resize_positions(self.pos_embed[0], self.size, (rows, columns))
+        return maps.flatten(2).transpose(1, 2) + positions
 
     def attention_to_query(self, maps: Tensor, queries: Tensor) -> Tensor:
-        """How much each token listens to its query, in (0, 1): (N, C, h, w), (J * N, D) -> float32
-        (J * N, h * w).
+        """Attention of each token to its query: (N, C, h, w), (J * N, D) -> (J * N, h * w).
 
-        The mean over blocks and heads.  It is the only way in which a query changes what `forward`
-        gives.
+        The mean over blocks and heads, float32 in (0, 1): the only way in which a query acts.
         """
         tokens = asked(self.tokens(maps), queries)
         shares = []
@@ -109,36 +98,26 @@ class TransformerHead(nn.Module):
 
 
 def asked(tokens: Tensor, queries: Tensor) -> Tensor:
-    """Each query before the tokens of its image: (N, n, D), (J * N, D) crop-major -> (J * N, 1 + n,
-    D).
-    """
-    queries = queries.to(tokens.dtype).reshape(
-        -1, len(tokens), 1, queries.shape[-1]
-    )  # (J, N, 1, D)
+    """Each query before the tokens of its image: (N, n, D), (J * N, D) -> (J * N, 1 + n, D)."""
+    queries = queries.to(tokens.dtype)
+    queries = queries.reshape(-1, len(tokens), 1, queries.shape[-1])  # (J, N, 1, D)
     tiled = tokens.expand(len(queries), *tokens.shape)  # (J, N, n, D), a view
     return torch.cat([queries, tiled], dim=2).flatten(0, 1)
 
 
 def _share_of_first(block: Block, tokens: Tensor) -> Tensor:
-    """Attention of all tokens but the first to the first, mean over heads: (N, 1 + n, D) -> float32
-    (N, n).
-    """
+    """Attention of all other tokens to the first, mean over heads: (N, 1 + n, D) -> (N, n)."""
     attention = block.attn
     query, key, _ = attention.qkv(block.norm1(tokens)).chunk(3, dim=-1)
     shape = (*query.shape[:2], attention.num_heads, -1)
     query, key = (part.reshape(shape).transpose(1, 2) for part in (query, key))
-    weights = (
-        (query[:, :, 1:] @ key.transpose(2, 3) * attention.scale).float().softmax(dim=-1)
-    )  # (N, heads, n, 1 + n)
-    return weights[..., 0].mean(dim=1)
+    scores = query[:, :, 1:] @ key.transpose(2, 3) * attention.scale  # (N, heads, n, 1 + n)
+    return scores.float().softmax(dim=-1)[..., 0].mean(dim=1)
 
 
 def draw_dino_weights(encoder: VisionTransformer | Beit) -> None:
-    """DINO's first weights of a ViT, in place: normal with deviation 0.02, and positions that are
-    learned.
-
-    Biases are 0, norms are as they are made, the patches' convolution keeps torch's default.
-    """
+    """DINO's first weights of a ViT, in place: normal with deviation 0.02, biases 0."""
+    # Norms are as they are made, the patches' convolution keeps torch's default.
     _draw_linear(encoder)
     encoder.patch_embed.proj.reset_parameters()
     for table in (encoder.cls_token, getattr(encoder, "reg_token", None), encoder.pos_embed):

@@ -19,8 +19,7 @@ def patches_per_unit(grid: Grid, mask_unit: int | None) -> tuple[int, ...]:
         step = math.lcm(*grid.patch)
         raise UserError(
             f"method.mask_unit={mask_unit} is not a multiple of the patch, {_by(grid.patch)} "
-            "pixels: "
-            f"try method.mask_unit={max(step, round(mask_unit / step) * step)}"
+            f"pixels: try method.mask_unit={max(step, round(mask_unit / step) * step)}"
         )
     if any(size % count for size, count in zip(grid.size, per_unit, strict=True)):
         image = tuple(size * step for size, step in zip(grid.size, grid.patch, strict=True))

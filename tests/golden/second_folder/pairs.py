@@ -17,8 +17,9 @@ from second_folder.drawing import Drawing, save
 from torch import Tensor, nn
 
 from patchmine.backbones.family import stage_features
-from patchmine.methods.mokd import MOKD, outputs_of
+from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
+from patchmine.models.networks import outputs_of
 from patchmine.types import Batch, Progress
 
 SOURCE = (
@@ -190,27 +191,27 @@ def activations(method: MOKD, batch: Batch, c: dict[str, Any]) -> dict[str, Tens
     seen: dict[str, Tensor] = {}
     with torch.no_grad():
         networks = list(zip(("cnn", "vit"), method.students(), method.teachers(), strict=True))
-        taught = {}
+        known = {}
         for name, student, teacher in networks:
-            mine, local, taught[name] = (
+            mine, local, known[name] = (
                 outputs_of(student, large),
                 outputs_of(student, small),
                 outputs_of(teacher, large),
             )
             seen |= {
                 f"s_{name}_m": torch.cat([mine.head, local.head]),
-                f"t_{name}_m": taught[name].head,
+                f"t_{name}_m": known[name].head,
             }
             seen |= {
                 f"s_{name}_t": torch.cat([mine.thead, local.thead]),
-                f"t_{name}_t": taught[name].thead,
+                f"t_{name}_t": known[name].thead,
             }
             seen[f"s_{name}_query_l"] = student.thead.query(local.pooled)
         for (name, _, teacher), other in zip(networks, ("vit", "cnn"), strict=True):
             queries = seen[f"s_{other}_query_l"].split(
                 c["batch"]
             )  # one after the other, of global crop 0 each time
-            first = taught[name].maps[: c["batch"]]
+            first = known[name].maps[: c["batch"]]
             seen[f"t_{name}_search_l"] = torch.cat(
                 [teacher.thead(first, query) for query in queries]
             )
@@ -354,15 +355,15 @@ def scfs_activations(method: SCFS, batch: Batch, c: dict[str, Any]) -> dict[str,
     large, small = torch.cat(batch.views[:2]), torch.cat(batch.views[2:])
     stages = ["layer2", "layer3", "layer4"]
     with torch.no_grad():
-        taught = stage_features(method.teacher.encoder, large, stages)
+        known = stage_features(method.teacher.encoder, large, stages)
         mine, local = (
             stage_features(method.encoder, large, stages),
             stage_features(method.encoder, small, stages),
         )
-        seen = {"act.t_final": method.teacher.head(taught.pooled)}
+        seen = {"act.t_final": method.teacher.head(known.pooled)}
         seen["act.s_final"] = method.head(torch.cat([mine.pooled, local.pooled]))
         for i, (maps, own, asking) in enumerate(
-            zip(taught.maps, mine.maps, local.maps, strict=True)
+            zip(known.maps, mine.maps, local.maps, strict=True)
         ):
             stage, head, teacher = f"l{i + 2}", method.stage_heads[i], method.teacher.stage_heads[i]
             seen |= {f"act.fmap_t_{stage}": maps, f"act.fmap_s_local_{stage}": asking}

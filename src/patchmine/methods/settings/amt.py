@@ -48,7 +48,7 @@ class AmtSettings(DecoderSettings):
     )
     maps: Literal["stored", "online"] = Field(
         "stored",
-        description="a map of each image, renewed now and then; or a EMA teacher attends anew",
+        description="a map of each image, renewed now and then; or an EMA teacher's attention",
     )
     alignment: Literal["area", "bilinear", "released"] = Field(
         "area",

@@ -28,8 +28,7 @@ class DropPosSettings(DecoderSettings):
     mask_token_type: Literal["param", "zeros", "wrong_pos"] = Field(
         "param",
         description="in place of a withheld position: a learned token, nothing, or the position "
-        "of another patch "
-        "that lost its own",
+        "of another patch that lost its own",
     )
     smoothing: float = Field(
         1.0,

@@ -52,7 +52,3 @@ class EmaeSettings(DecoderSettings):
         "learned",
         description="what the decoder gets for a masked patch: MAE's learned token, or zeros",
     )
-    norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
-    clip_grad: float | None = Field(
-        None, gt=0, description="largest global gradient norm; MAE does not clip"
-    )

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.models.settings import DecoderSettings
+from patchmine.models.settings import DecoderSettings, FeatureTargetSettings
 
 
-class HpmSettings(DecoderSettings):
+class HpmSettings(FeatureTargetSettings, DecoderSettings):
     """A teacher predicts where reconstruction will be hard, and masks there.
 
     Wang et al., "Hard Patches Mining", CVPR 2023, arXiv 2304.05919.  The defaults are the
@@ -24,14 +24,6 @@ class HpmSettings(DecoderSettings):
         "pixel",
         description="what is predicted: pixels, the teacher's features, or those of a frozen "
         "DINO or CLIP",
-    )
-    target_file: str | None = Field(
-        None, description="local weights of the frozen DINO or CLIP network"
-    )
-    target_renormalise: bool = Field(
-        False,
-        description="give a foreign network images in its own normalisation; the reference does "
-        "not",
     )
     norm_pix_loss: bool = Field(False, description="predict pixels standardised within each patch")
     prediction: Literal["relative", "absolute", "none"] = Field(
@@ -49,13 +41,6 @@ class HpmSettings(DecoderSettings):
     alpha_end: float = Field(0.5, ge=0, le=1, description="the same at the end")
     alpha_offset: int = Field(
         1, ge=0, description="epochs by which the schedule is ahead (generate_mask: 1)"
-    )
-    ema_start: float = Field(0.999, ge=0, le=1, description="decay of the teacher at the start")
-    ema_end: float = Field(0.9999, ge=0, le=1, description="decay of the teacher after the ramp")
-    ema_ramp_epochs: int | None = Field(
-        100,
-        gt=0,
-        description="epochs of the ramp, counted absolutely; null: per step, over the whole run",
     )
     mask_unit: Literal["tube", "cube"] = Field(
         "tube",

@@ -20,7 +20,3 @@ class MaeSettings(DecoderSettings):
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "video"})
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
-    norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
-    clip_grad: float | None = Field(
-        None, gt=0, description="largest global gradient norm; MAE does not clip"
-    )

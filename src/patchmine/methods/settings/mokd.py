@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.models.settings import MethodSettings
-from patchmine.strict import LARGEST_BATCH, Arguments, Count, Depth
+from patchmine.models.settings import DistillationSettings
+from patchmine.strict import Arguments, Count, Depth
 
 
-class MokdSettings(MethodSettings):
+class MokdSettings(DistillationSettings):
     """Two networks, each with an EMA teacher, that also learn from each other's teacher.
 
     Song et al., CVPR 2023, arXiv 2304.06461.  The defaults are the published ones, for a ResNet-50
@@ -39,11 +39,6 @@ class MokdSettings(MethodSettings):
         ge=0,
         description="weight of what the partner learns from model; null: as for cross_weight",
     )
-    out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of every head")
-    head_hidden: Count = Field(2048, description="hidden width of the perceptron heads")
-    head_bottleneck: Count = Field(
-        256, description="width of the perceptron heads before their prototypes"
-    )
     thead_width: Count | None = Field(
         None, description="width of the transformer heads; null: a ViT's own, 384 for two ResNets"
     )
@@ -52,21 +47,12 @@ class MokdSettings(MethodSettings):
     drop_path: float = Field(
         0.1, ge=0, lt=1, description="stochastic depth of a student ViT's last block"
     )
-    teacher_temp_start: float = Field(
-        0.04, gt=0, description="temperature of the teachers at the start"
-    )
-    teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
     cnn_temp_warmup_epochs: int = Field(
-        50, ge=0, description="epochs of that warm-up, for a ResNet's own teacher"
+        50, ge=0, description="epochs until teacher_temp_end, for a ResNet's own teacher"
     )
     vit_temp_warmup_epochs: int = Field(
         30, ge=0, description="the same for a ViT's own teacher, and between the networks"
     )
-    centre_momentum: float = Field(
-        0.9, ge=0, lt=1, description="how slowly the teachers' centres move"
-    )
-    ema_start: float = Field(0.996, ge=0, le=1, description="decay of the teachers at the start")
-    ema_end: float = Field(1.0, ge=0, le=1, description="decay of the teachers at the end")
     weight_decay_end: float | None = Field(
         0.4,
         ge=0,
@@ -83,10 +69,4 @@ class MokdSettings(MethodSettings):
         "sgd",
         description="of a ResNet's transformer head: SGD at AdamW's rates, as in the code; or "
         "AdamW, ours",
-    )
-    clip_grad: float | None = Field(
-        3.0, gt=0, description="largest gradient norm of each parameter by itself"
-    )
-    freeze_last_layer: int = Field(
-        1, ge=0, description="epochs during which the prototypes do not move"
     )

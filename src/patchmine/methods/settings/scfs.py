@@ -6,11 +6,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.models.settings import MethodSettings
+from patchmine.models.settings import DistillationSettings
 from patchmine.strict import LARGEST_BATCH, Count
 
 
-class ScfsSettings(MethodSettings):
+class ScfsSettings(DistillationSettings):
     """Local crops search the teacher's map of a global crop and learn from what they find.
 
     Song et al., ICCV 2023, arXiv 2212.06486.  The defaults are the published ones for a ResNet-50.
@@ -37,31 +37,13 @@ class ScfsSettings(MethodSettings):
     stage_search_weight: float = Field(
         0.5, ge=0, description="weight of a stage's loss of local crops"
     )
-    out_dim: int = Field(65536, gt=1, le=LARGEST_BATCH, description="prototypes of the last head")
-    head_hidden: Count = Field(2048, description="hidden width of the last head")
-    head_bottleneck: Count = Field(256, description="width of the last head before its prototypes")
     stage_out_dim: int = Field(
         256, gt=1, le=LARGEST_BATCH, description="outputs of the stages' heads"
     )
     stage_hidden: Count = Field(2048, description="hidden width of the stages' heads")
     stage_bottleneck: Count = Field(256, description="channels within the stages' heads")
-    teacher_temp_start: float = Field(
-        0.04, gt=0, description="temperature of the teacher at the start"
-    )
-    teacher_temp_end: float = Field(0.07, gt=0, description="the same after its warm-up")
-    teacher_temp_warmup_epochs: int = Field(50, ge=0, description="epochs of that warm-up")
-    centre_momentum: float = Field(
-        0.9, ge=0, lt=1, description="how slowly the teacher's centres move"
-    )
-    ema_start: float = Field(0.996, ge=0, le=1, description="decay of the teacher at the start")
-    ema_end: float = Field(1.0, ge=0, le=1, description="decay of the teacher at the end")
+    teacher_temp_warmup_epochs: int = Field(50, ge=0, description="epochs until teacher_temp_end")
     optimizer: Literal["auto", "sgd", "lars", "adamw"] = Field(
         "auto",
         description="auto: SGD with momentum for a ResNet, AdamW for a ViT; set blr to suit it",
-    )
-    clip_grad: float | None = Field(
-        3.0, gt=0, description="largest gradient norm of each parameter by itself"
-    )
-    freeze_last_layer: int = Field(
-        1, ge=0, description="epochs during which the prototypes do not move"
     )

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.models.settings import MethodSettings
+from patchmine.models.settings import FeatureTargetSettings
 from patchmine.strict import Count, Depth
 
 Order = Literal[
@@ -20,7 +20,7 @@ Order = Literal[
 ]
 
 
-class SemAimSettings(MethodSettings):
+class SemAimSettings(FeatureTargetSettings):
     """Predict every patch from those before it, in an order that starts at the main object.
 
     Song, Zhang, Wang, AAAI 2024, arXiv 2312.10457; order=stochastic is SAIM (arXiv 2212.01610).
@@ -33,9 +33,8 @@ class SemAimSettings(MethodSettings):
     order: Order = Field(
         "attention_center",
         description="attention_center: by distance from the patch most similar to the image; "
-        "similarity: by "
-        "similarity; stochastic: at random (SAIM); rowmajor, serpentine; center2out, out2center: "
-        "of the image",
+        "similarity: by similarity; stochastic: at random (SAIM); rowmajor, serpentine; "
+        "center2out, out2center: of the image",
     )
     similarity: Literal["cls", "gap", "self"] = Field(
         "cls",
@@ -62,16 +61,7 @@ class SemAimSettings(MethodSettings):
     target: Literal["pixel", "ema", "own", "dino", "clip"] = Field(
         "pixel",
         description="what is predicted: pixels, features of the EMA teacher or of itself, or "
-        "those of a "
-        "frozen DINO or CLIP",
-    )
-    target_file: str | None = Field(
-        None, description="local weights of the frozen DINO or CLIP network"
-    )
-    target_renormalise: bool = Field(
-        False,
-        description="give a foreign network images in its own normalisation; the reference does "
-        "not",
+        "those of a frozen DINO or CLIP",
     )
     pixel_loss: Literal["l2", "l1"] = Field(
         "l2", description="mean squared or mean absolute error of pixels"
@@ -82,15 +72,6 @@ class SemAimSettings(MethodSettings):
     )
     blur_sigma: float | None = Field(
         1.0, gt=0, description="deviation of that blur, in pixels; null: none"
-    )
-    ema_start: float = Field(0.999, ge=0, le=1, description="decay of the EMA teacher at the start")
-    ema_end: float = Field(
-        0.9999, ge=0, le=1, description="decay of the EMA teacher after the ramp"
-    )
-    ema_ramp_epochs: int | None = Field(
-        100,
-        gt=0,
-        description="epochs of the ramp, counted absolutely; null: per step, over the whole run",
     )
     clip_grad: float | None = Field(
         3.0, gt=0, description="largest global gradient norm (README.md: 3)"
