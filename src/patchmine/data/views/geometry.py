@@ -41,7 +41,7 @@ class Geometry:
         return values[0].to(mask.dtype).reshape(*mask.shape[:-2], *self.size)
 
     def apply_boxes(self, boxes: Tensor, height: int, width: int) -> Tensor:
-        """(N, 4) (left, top, right, bottom) in pixels of the image, to clipped ones of the view."""
+        """(N, 4) (left, top, right, bottom) in pixels of the image, as clipped ones of the view."""
         canvas_height, canvas_width = self.canvas or (height, width)
         top, left, box_height, box_width = self.box
         x = (boxes[:, 0::2] * (canvas_width / width) - left) * (self.size[1] / box_width)
