@@ -1,9 +1,8 @@
-"""Who started this process, and which of how many it is: read from what launchers export, before
-anything is opened.
+"""Who started this process, and which of how many it is: read from what launchers export.
 
-torchrun and srun start all processes of a run.  A process that nobody else accompanies starts those
-that ``devices`` asks for itself (`start_others`).  What they leave in a shell in which nothing was
-started is told apart from that and left aside.
+torchrun and srun start all processes of a run; a process that is alone starts those that
+``devices`` asks for itself.  What launchers leave in a shell in which nothing was started is told
+apart from that and left aside.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from patchmine.errors import UserError
 
 STARTED_BY = "PATCHMINE_STARTED_BY"  # set for processes that `start_others` started
 PORT = 29500  # torchrun's
 
-# SLURM's numbers for steps that srun did not start: the batch script, `salloc`'s shell and their
-# like.
+# SLURM's numbers for steps that srun did not start: the batch script, `salloc`'s shell and the like
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
@@ -29,10 +27,15 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 class Launch:
     """This process among those of a run.
 
-    ``by``: who started them, "torchrun", "SLURM", "the environment" or "patchmine"; ``local_size``
-    of them are on this machine.  ``starts``: how many this one has to start.  The process of rank 0
-    is at ``address`` and listens at ``port``; 0 is any free one.  ``agent``: torchrun listens there
-    itself, once for each attempt.  ``note``: what the user should know about it.
+    Args:
+        by: who started them: "torchrun", "SLURM", "the environment" or "patchmine".
+        rank: of this process, among ``world_size``.
+        local_rank: the same on this machine, among ``local_size``.
+        starts: how many this one has to start.
+        address: where the process of rank 0 is.
+        port: where it listens; 0 is any free one.
+        agent: torchrun listens there itself, once for each ``attempt``.
+        note: what the user should know about it.
     """
 
     by: str = "patchmine"
@@ -54,11 +57,9 @@ class Launch:
 
 
 def read_launch(environment: Mapping[str, str], devices: int = 1, num_nodes: int = 1) -> Launch:
-    """What the environment and the settings ``devices`` (on each machine) and ``num_nodes`` amount
-    to.
+    """What the environment and the settings ``devices`` and ``num_nodes`` amount to.
 
-    Raises:
-        UserError: for variables that are incomplete or contradict each other or the settings.
+    Raises UserError for variables that are incomplete or contradict each other or the settings.
     """
     if STARTED_BY in environment:
         return _from_variables(environment, "patchmine")
@@ -75,34 +76,30 @@ def read_launch(environment: Mapping[str, str], devices: int = 1, num_nodes: int
     else:
         return _alone(environment, devices, num_nodes)
     nodes = -(-launch.world_size // launch.local_size)
-    if devices not in (1, launch.local_size):
-        started = f"{launch.local_size} process{'es' * (launch.local_size > 1)}"
-        raise UserError(
-            f"devices={devices}, but {launch.by} started {started} on this machine; leave the setting out, or start"
-            f" {devices}"
-        )
-    if num_nodes not in (1, nodes):
-        raise UserError(
-            f"num_nodes={num_nodes}, but {launch.by} started processes on {nodes}; leave the setting out, or start them"
-            f" on {num_nodes}"
-        )
+    many = f"{launch.local_size} process{'es' * (launch.local_size > 1)} on this machine"
+    for name, given, found, started in (
+        ("devices", devices, launch.local_size, many),
+        ("num_nodes", num_nodes, nodes, f"processes on {nodes}"),
+    ):
+        if given not in (1, found):
+            raise UserError(
+                f"{name}={given}, but {launch.by} started {started}; leave the setting out, or "
+                f"start {given}"
+            )
     return launch
 
 
 def start_others(launch: Launch) -> list[subprocess.Popen[bytes]]:
-    """Start this program again, once for each process that ``launch`` still needs on this machine.
+    """Start this program again, once for each process that ``launch`` still needs here.
 
-    Raises:
-        UserError: where there is no program that could be started again, as in a notebook.
+    Raises UserError where there is no program that could be started again, as in a notebook.
     """
-    if launch.starts and (
-        not sys.argv[0] or sys.argv[0] == "-" or hasattr(sys, "ps1") or "ipykernel" in sys.modules
-    ):
+    typed = sys.argv[0] in ("", "-") or hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    if launch.starts and typed:
         raise UserError(
-            f"devices={launch.local_size} starts this program {launch.starts} more times, which a notebook or a prompt"
-            " cannot: write it into a file, or use devices=1"
+            f"devices={launch.local_size} starts this program {launch.starts} more times, which a "
+            "notebook or a prompt cannot: write it into a file, or use devices=1"
         )
-    command = [sys.executable, *sys.orig_argv[1:]]
     started = []
     for local_rank in range(1, launch.starts + 1):
         own = {
@@ -114,93 +111,83 @@ def start_others(launch: Launch) -> list[subprocess.Popen[bytes]]:
             "MASTER_ADDR": launch.address,
             "MASTER_PORT": launch.port,
         }
-        started.append(
-            subprocess.Popen(
-                command, env=os.environ | {name: str(value) for name, value in own.items()}
-            )
-        )
+        environment = os.environ | {name: str(value) for name, value in own.items()}
+        command = [sys.executable, *sys.orig_argv[1:]]
+        started.append(subprocess.Popen(command, env=environment))
     return started
 
 
 def _alone(environment: Mapping[str, str], devices: int, num_nodes: int) -> Launch:
     """A process that starts the others on its machine, if there are any."""
-    launch = Launch(
-        local_size=devices, world_size=devices, starts=devices - 1, note=_left_aside(environment)
-    )
     if num_nodes == 1:
-        return launch
+        note = _left_aside(environment)
+        return Launch(local_size=devices, world_size=devices, starts=devices - 1, note=note)
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if name not in environment]
     if missing:
+        are = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
         raise UserError(
-            f"num_nodes={num_nodes}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start"
-            " the run with srun or torchrun on all machines, or set NODE_RANK and MASTER_ADDR on each"
+            f"num_nodes={num_nodes}, but {are} not set: start the run with srun or torchrun on all "
+            "machines, or set NODE_RANK and MASTER_ADDR on each"
         )
     node = _number(environment, "NODE_RANK")
     if node >= num_nodes:
         raise UserError(
             f"NODE_RANK={node} must be below num_nodes={num_nodes}: machines are numbered from 0"
         )
-    return replace(
-        launch,
+    return Launch(
         rank=node * devices,
         world_size=num_nodes * devices,
+        local_size=devices,
+        starts=devices - 1,
         address=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT") if "MASTER_PORT" in environment else PORT,
-        note=None,
     )
 
 
 def _left_aside(environment: Mapping[str, str]) -> str | None:
-    """What to say of variables that look like a launcher's where no launcher started this process."""
+    """What to say of a launcher's variables where no launcher started this process."""
     tasks = environment.get("SLURM_NTASKS", "1")
     if tasks not in ("", "1"):
         return (
-            f"SLURM has {tasks} tasks for this job, but srun did not start this process, so that it goes by `devices`:"
-            " put srun before the command to use them"
+            f"SLURM has {tasks} tasks for this job, but srun did not start this process, so that "
+            "it goes by `devices`: put srun before the command to use them"
         )
-    stale = [
-        f"{name}={environment[name]}"
-        for name in ("RANK", "LOCAL_RANK")
-        if environment.get(name, "0") != "0"
-    ]
-    if stale:
-        return f"{' and '.join(stale)} in the environment, but no WORLD_SIZE: left aside, this process goes by `devices`"
-    return None
+    ranks = {name: environment.get(name, "0") for name in ("RANK", "LOCAL_RANK")}
+    stale = [f"{name}={value}" for name, value in ranks.items() if value != "0"]
+    if not stale:
+        return None
+    return (
+        f"{' and '.join(stale)} in the environment, but no WORLD_SIZE: left aside, this process "
+        "goes by `devices`"
+    )
 
 
 def _from_variables(environment: Mapping[str, str], by: str) -> Launch:
-    """torchrun's variables, which others set too; without LOCAL_RANK a process is the only one on
-    its machine.
-    """
+    """torchrun's variables; without LOCAL_RANK a process is the only one on its machine."""
     wanted = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
     if by != "the environment":
         wanted += ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]
-    missing = [name for name in wanted if not environment.get(name)]
-    if missing:
-        given = [f"{name}={environment[name]}" for name in wanted if environment.get(name)]
-        verb = "is" if len(missing) == 1 else "are"
+    given = [name for name in wanted if environment.get(name)]
+    if missing := [name for name in wanted if name not in given]:
+        shown = ", ".join(f"{name}={environment[name]}" for name in given) or by
         raise UserError(
-            f"{', '.join(given) or by} {'is' if len(given) == 1 else 'are'} set in the environment, but"
-            f" {', '.join(missing)} {verb} not: start the processes with torchrun or srun, or unset"
-            f" {' '.join(name.split('=')[0] for name in given) or 'TORCHELASTIC_RUN_ID'} to train with this one"
+            f"{shown} {'is' if len(given) == 1 else 'are'} set in the environment, but "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start the processes "
+            f"with torchrun or srun, or unset {' '.join(given) or 'TORCHELASTIC_RUN_ID'} to train "
+            "with this one"
         )
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     if rank >= world_size:
         raise UserError(
             f"RANK={rank} must be below WORLD_SIZE={world_size}: processes are numbered from 0"
         )
-    local_rank = _number(environment, "LOCAL_RANK") if environment.get("LOCAL_RANK") else 0
-    local_size = (
-        _number(environment, "LOCAL_WORLD_SIZE")
-        if environment.get("LOCAL_WORLD_SIZE")
-        else local_rank + 1
-    )
+    local_rank = _number(environment, "LOCAL_RANK", default=0)
     return Launch(
         by=by,
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        local_size=local_size,
+        local_size=_number(environment, "LOCAL_WORLD_SIZE", default=local_rank + 1),
         address=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT"),
         agent=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -209,10 +196,7 @@ def _from_variables(environment: Mapping[str, str], by: str) -> Launch:
 
 
 def _is_slurm_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several tasks.
-
-    ``SLURM_NTASKS`` alone does not say so: it is there in a batch script too.
-    """
+    """Whether srun started this process as one of several; a batch script has SLURM_NTASKS too."""
     step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     if not step.isdecimal() or int(step) >= _FIRST_SPECIAL_STEP or interactive:
@@ -221,9 +205,8 @@ def _is_slurm_step(environment: Mapping[str, str]) -> bool:
 
 
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
-    return _number(
-        environment, _of_step(environment, "STEP_NUM_TASKS", "NTASKS", "NPROCS"), default=1
-    )
+    name = _of_step(environment, "STEP_NUM_TASKS", "NTASKS", "NPROCS")
+    return _number(environment, name, default=1)
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Launch:
@@ -231,22 +214,20 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
     missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environment]
     if missing:
         raise UserError(
-            f"srun started {tasks} tasks, but {' and '.join(missing)} is not set: put srun before patchmine"
+            f"srun started {tasks} tasks, but {' and '.join(missing)} is not set: put srun before "
+            "patchmine"
         )
-    nodes = _number(
-        environment, _of_step(environment, "STEP_NUM_NODES", "NNODES", "JOB_NUM_NODES"), default=1
-    )
+    name = _of_step(environment, "STEP_NUM_NODES", "NNODES", "JOB_NUM_NODES")
+    nodes = _number(environment, name, default=1)
     name = _of_step(environment, "STEP_TASKS_PER_NODE", "TASKS_PER_NODE")
-    on_each = environment.get(name, "")
-    if len(set(_tasks_per_node(on_each))) > 1 or tasks % nodes:
+    on_each = environment.get(name, "")  # "2(x3),1" is 2, 2, 2, 1
+    if len({count for count, _ in re.findall(r"(\d+)(\(x\d+\))?", on_each)}) > 1 or tasks % nodes:
         shown = f"{name}={on_each}" if on_each else f"{tasks} tasks on {nodes} nodes"
         raise UserError(
-            f"{shown}: every node must run as many tasks as the others, as in `srun --nodes={nodes}"
-            f" --ntasks-per-node={max(1, tasks // nodes)}`"
+            f"{shown}: every node must run as many tasks as the others, as in `srun "
+            f"--nodes={nodes} --ntasks-per-node={max(1, tasks // nodes)}`"
         )
-    hosts = environment.get(
-        _of_step(environment, "STEP_NODELIST", "NODELIST", "JOB_NODELIST"), "127.0.0.1"
-    )
+    name = _of_step(environment, "STEP_NODELIST", "NODELIST", "JOB_NODELIST")
     job, step = (
         int(re.sub(r"\D", "", environment.get(key, "")) or 0)
         for key in ("SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -257,25 +238,16 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
         world_size=tasks,
         local_rank=_number(environment, "SLURM_LOCALID"),
         local_size=tasks // nodes,
-        address=environment.get("MASTER_ADDR") or first_host(hosts),
-        # All tasks know the same one; another job or another step of this one on the node has
-        # another.
+        address=environment.get("MASTER_ADDR") or first_host(environment.get(name, "127.0.0.1")),
+        # All tasks know the same one; another job, or step of this one, on the node has another.
         port=_number(environment, "MASTER_PORT", default=15000 + (job + 131 * step) % 15000),
     )
 
 
 def _of_step(environment: Mapping[str, str], *names: str) -> str:
-    """The first of SLURM's variables that is set; those of the step come before those of the whole
-    job.
-    """
+    """The first of SLURM's variables that is set; those of the step come before the job's."""
     full = [f"SLURM_{name}" for name in names]
     return next((name for name in full if environment.get(name)), full[-1])
-
-
-def _tasks_per_node(text: str) -> list[int]:
-    """SLURM's "2(x3),1" as [2, 2, 2, 1]."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
 
 def first_host(hosts: str) -> str:
