@@ -57,7 +57,6 @@ def preload() -> None:
     started.
     """
     torch.set_num_threads(1)
-    import lightning.fabric
     import timm
     import torchvision
 
@@ -70,7 +69,7 @@ def preload() -> None:
     Image.init()
     with suppress(ImportError):
         import av  # noqa: F401
-    del lightning, timm, torchvision, patchmine
+    del timm, torchvision, patchmine
 
 
 def make_images(folder: Path) -> Path:

@@ -1,25 +1,22 @@
-"""Devices, processes and precision of a run, and a thin door on Lightning Fabric, which wraps the
-method.
+"""Devices, processes and precision of a run, and all that the loop needs of "many processes".
 
-Importing Fabric takes seconds, so it is done late: mistakes in settings and data are told before.
-
-Everything that the loop needs from "many processes" is here and small; sharding (FSDP2) would be
-another ``strategy`` in ``_strategy``, and full tensors gathered where the loop saves.
+Sharding (FSDP2) would be another wrapper in `Engine.wrap`, and full tensors gathered where the loop
+saves.
 """
 
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from patchmine.errors import UserError
 from patchmine.models.batch_norm import synchronise_batch_norms
@@ -29,47 +26,28 @@ from patchmine.train.group import LONGEST, Group
 from patchmine.train.launch import Launch, read_launch
 from patchmine.types import Batch, Losses, Progress
 
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies.strategy import Strategy
-
 T = TypeVar("T")
-_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
-class _Arguments:
-    """Batch and progress as a plain object: Fabric rounds floats in collections to bf16; targets
-    must stay fp32.
-    """
-
-    def __init__(self, batch: Batch, progress: Progress) -> None:
-        self.batch = batch
-        self.progress = progress
+Forward = Callable[[Batch, Progress], Losses]
+"""A wrapped task: called like the task's forward."""
 
 
 class _Step(nn.Module):
-    """The module that is wrapped: one method's forward."""
+    """The module that is wrapped: one task's forward in the run's precision."""
 
-    def __init__(self, method: Task, arithmetic: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, task: Task, contexts: Sequence[Callable[[], AbstractContextManager[Any]]]
+    ) -> None:
         super().__init__()
-        self.method = method
-        self.arithmetic = arithmetic
+        self.task, self.contexts = task, contexts
 
-    def forward(self, arguments: _Arguments) -> Losses:
-        with self.arithmetic():
-            losses: Losses = self.method(arguments.batch, arguments.progress)
-        return losses
-
-
-class Forward:
-    """A wrapped method: call it like the method's forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-
-    def __call__(self, batch: Batch, progress: Progress) -> Losses:
-        losses: Losses = self.module(_Arguments(batch, progress))
-        return losses
+    def forward(self, batch: Batch, progress: Progress) -> Losses:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context())
+            losses: Losses = self.task(batch, progress)
+        return {name: loss.float() for name, loss in losses.items()}
 
 
 class Engine:
@@ -112,7 +90,6 @@ class Engine:
         )
         if launch.note is not None:
             say(launch.note)
-        self._fabric_made: Fabric | None = None
         self._host_group: Any = None
         self._group: Group | None = None
         if self.world_size > 1:
@@ -184,46 +161,45 @@ class Engine:
         """Around the writing of a file: the end of another process does not cut it off."""
         return nullcontext() if self._group is None else self._group.peers.undisturbed()
 
-    @property
-    def _fabric(self) -> Fabric:
-        if self._fabric_made is None:
-            self._fabric_made = _make_fabric(
-                self.device, self.rank, self.world_size, self.precision
-            )
-        return self._fabric_made
-
-    def wrap(self, method: Task, *, compile_blocks: bool = False) -> Forward:
-        """Move a method to the device and return its forward, autocast and synchronised."""
+    def wrap(self, task: Task, *, compile_blocks: bool = False) -> Forward:
+        """Move a task to the device and return its forward, autocast and synchronised."""
         if compile_blocks:
-            _compile_blocks(method)
-        if self.world_size > 1:
-            synchronise_batch_norms(method)
-        arithmetic = (
-            fast_linear if self.device.type == "cpu" and not compile_blocks else nullcontext
-        )
+            _compile_blocks(task)
+        contexts: list[Callable[[], AbstractContextManager[Any]]] = [self.autocast]
+        if self.device.type == "cpu" and not compile_blocks:
+            contexts.append(fast_linear)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size == 1:
+            return _Step(task.to(self.device), contexts)
+        synchronise_batch_norms(task)
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "`broadcast_buffers` is deprecated"
-            )  # torch 2.15; 2.11 has no other
-            forward = Forward(self._fabric.setup_module(_Step(method, arithmetic)))
-        if self.world_size > 1:
-            for buffer in method.buffers():  # DDP does so for parameters
-                torch.distributed.broadcast(buffer, src=0)
-        return forward
+            # torch 2.15; 2.11 has no other
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            # Buffers move by rule and are equal on all ranks; every trained parameter takes part in
+            # every loss.
+            wrapped = DistributedDataParallel(
+                _Step(task.to(self.device), contexts),
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=False,
+                gradient_as_bucket_view=True,
+            )
+        for buffer in task.buffers():  # DDP does so for parameters
+            torch.distributed.broadcast(buffer, src=0)
+        return wrapped
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The run's precision, for forwards outside of the loop (pictures, features)."""
-        return self._fabric.autocast()
+        """The run's precision, for forwards outside of the loop too (pictures)."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def no_sync(self, forward: Forward, skip: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch after which gradients need not be exchanged."""
-        if not skip or self.world_size == 1:
-            return nullcontext()
-        return self._fabric.no_backward_sync(forward.module)
-
-    def backward(self, loss: Tensor, weight: Tensor) -> None:
-        """Add the gradient of ``weight * loss``; both 0-d."""
-        self._fabric.backward(loss, gradient=weight)
+        """Around a micro-batch after which gradients need not be exchanged."""
+        if skip and isinstance(forward, DistributedDataParallel):
+            return forward.no_sync()
+        return nullcontext()
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over processes."""
@@ -297,81 +273,6 @@ def _refuse_crowding(launch: Launch) -> None:
             f"devices={launch.local_size} would start as many processes, but this machine has {cores} cores and no GPU"
             f" is used: set devices={cores} or fewer"
         )
-
-
-def _make_fabric(device: torch.device, rank: int, world_size: int, precision: str) -> Fabric:
-    """Fabric for one process and its device; that there are others is not its concern."""
-    fabric_class = _import_fabric()
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-
-    class Environment(LightningEnvironment):
-        """Everything is started and connected already."""
-
-        creates_processes_externally = True
-
-        def world_size(self) -> int:
-            return world_size
-
-        def global_rank(self) -> int:
-            return rank
-
-        def local_rank(self) -> int:
-            return 0
-
-        def node_rank(self) -> int:
-            return rank
-
-        def set_world_size(self, size: int) -> None:
-            pass
-
-        def set_global_rank(self, rank: int) -> None:
-            pass
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fabric = fabric_class(
-            accelerator=device.type,
-            devices=[device.index] if device.type == "cuda" else 1,
-            num_nodes=world_size,
-            strategy=_strategy(world_size),
-            precision="bf16-mixed" if precision == "bf16" else "32-true",
-            plugins=[Environment()],
-        )
-        fabric.launch()
-    return fabric
-
-
-def _strategy(processes: int) -> Strategy | str:
-    if processes == 1:
-        return "auto"
-    from lightning.fabric.strategies.ddp import DDPStrategy
-
-    # Buffers move by rule and are equal on all ranks; every trained parameter takes part in every
-    # loss.
-    return DDPStrategy(
-        broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True
-    )
-
-
-def _import_fabric() -> type[Fabric]:
-    asked = os.environ.get(_NVML_CHECK)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from lightning.fabric import Fabric
-    if asked is None:
-        # Fabric switches this on; without a GPU every optimizer step would then look for the driver
-        # anew (0.1 ms).
-        os.environ.pop(_NVML_CHECK, None)
-    # "Using bfloat16 ...", "All distributed processes registered", tips: nothing that our user
-    # asked for.
-    for name in (
-        "lightning",
-        "lightning.fabric",
-        "lightning.pytorch",
-        "lightning.fabric.utilities.rank_zero",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return Fabric
 
 
 def _compile_blocks(method: nn.Module) -> None:

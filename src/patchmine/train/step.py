@@ -97,5 +97,7 @@ class Stepper:
         # A loss that is not finite turns the gradient into NaN, which reaches every process
         # together with the gradients, so that all skip the step without asking each other.
         share = torch.full_like(loss, 1.0 / self.settings.accumulate)
-        self.engine.backward(loss, share.where(loss.detach().isfinite(), torch.nan))
+        loss.backward(  # type: ignore[no-untyped-call]
+            share.where(loss.detach().isfinite(), torch.nan)
+        )
         self.meter.add(losses)
