@@ -20,7 +20,7 @@ from patchmine.backbones.family import build_encoder
 from patchmine.methods.mokd import MOKD
 from patchmine.methods.scfs import SCFS
 from patchmine.models.batch_norm import synchronise_batch_norms
-from patchmine.ops.processes import num_processes
+from patchmine.models.processes import num_processes
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
+from patchmine.models.processes import num_processes
 from patchmine.ops.distill import new_centre
 
 
@@ -35,5 +37,9 @@ class Centre(nn.Module):
     def update(self) -> None:
         """Move to the mean of all logits since the last call; every process must call this."""
         if self._seen is not None:
-            self.mean.copy_(new_centre(self.mean, self._seen / self._parts, self.momentum))
+            mean = self._seen / self._parts  # (1, K)
+            if num_processes() > 1:
+                torch.distributed.all_reduce(mean)
+                mean = mean / num_processes()
+            self.mean.copy_(new_centre(self.mean, mean, self.momentum))
         self._seen, self._parts = None, 0

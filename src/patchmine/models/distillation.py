@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from patchmine.errors import UserError
+from patchmine.models.processes import num_processes
 from patchmine.models.settings import DistillationSettings
-from patchmine.ops.processes import num_processes
 from patchmine.types import Batch, ParamGroup
 
 

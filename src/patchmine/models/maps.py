@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from patchmine.ops.processes import num_processes
+from patchmine.models.processes import num_processes
 
 
 class ItemMaps(nn.Module):

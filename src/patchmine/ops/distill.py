@@ -9,12 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from patchmine.ops.processes import num_processes
 from patchmine.types import Progress
 
 STUDENT_TEMPERATURE = 0.1  # DINO, MOKD and SCFS; no published setting has another
@@ -63,11 +61,8 @@ def search_cross_entropy(
 def new_centre(
     centre: Float[Tensor, "K"], logits: Float[Tensor, "N K"], momentum: float
 ) -> Float[Tensor, "K"]:
-    """The centre moved to the mean of rows (N, K) of all processes: (K,), (N, K) -> (K,) float32."""
+    """The centre moved towards the mean row in float32; as it is where that is not finite."""
     mean = logits.float().mean(dim=0)
-    if num_processes() > 1:
-        torch.distributed.all_reduce(mean)
-        mean = mean / num_processes()
     moved = momentum * centre + (1 - momentum) * mean
     return torch.where(mean.isfinite().all(), moved, centre)
 
