@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,14 @@ from patchmine.methods import METHODS
 
 
 @pytest.fixture
-def toy(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def toy(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (repository / "CONTRIBUTING.md").read_text(encoding="utf-8")
     block = next(b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "toy.py" in b)
     (tmp_path / "toy.py").write_text(block, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("toy")
-    yield
-    del METHODS["toy"]
+    monkeypatch.delitem(sys.modules, "toy", raising=False)  # other tests have one of their own
+    monkeypatch.setitem(METHODS, "toy", METHODS["mae"])  # taken out again when the test ends
+    monkeypatch.setitem(sys.modules, "toy", importlib.import_module("toy"))
 
 
 def test_a_method_from_elsewhere_trains_resumes_shows_reports_and_exports(
