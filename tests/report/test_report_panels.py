@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchmine.report.panels import _wrap, colour, draw_panels, heat_pixels, image_pixels
+from patchmine.report.panels import _Type, colour, draw_panels, heat_pixels, image_pixels
 from patchmine.types import Panel
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -103,6 +103,10 @@ def test_huge_images_are_shrunk() -> None:
     "text", ["a b c d", "oneverylongwordwithoutanyspace", "short and anotherverylongwordhere x", ""]
 )
 def test_wrapping_loses_no_letter(text: str) -> None:
-    lines = _wrap(text, 8, len)
+    class Typewriter(_Type):
+        def width(self, text: str) -> float:
+            return len(text)
+
+    lines = Typewriter(12, (0, 0, 0)).wrap(text, 8)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert all(len(line) <= 8 for line in lines)
