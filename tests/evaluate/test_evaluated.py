@@ -140,7 +140,7 @@ def test_another_image_size_resamples_positions(run_folder):
         ("runs/nothing", {}, "no run"),
         ("random-init", {}, "random-init:RUN"),
         ("random-init:raw-pixels", {}, "no weights"),
-        ("RUN", {"weights": "best"}, "an encoder only"),
+        ("RUN", {"weights": "best"}, "weights=best: .* an encoder only"),
         ("RUN", {"image_size": (20, 20)}, "20x20"),
         ("RUN", {"channels": 1}, "channels=1"),
         ("EMPTY", {}, "neither a run"),

@@ -192,6 +192,11 @@ class Run:
             names = [name for name in found.model if name.startswith(prefix)]
             _load(encoder, {name[len(prefix) :]: found.model[name] for name in names}, found.path)
             return encoder.eval()
+        if not self.checkpoints and is_export(self.export_dir):
+            raise UserError(
+                f"weights={shown_name(which)}: {self.path} was imported as an encoder only,"
+                " which is the student: leave the setting out"
+            )
         encoders = self.method().encoders()
         if which not in encoders:
             raise UserError(
@@ -203,8 +208,8 @@ class Run:
     def _newest(self) -> Checkpoint:
         if not self.checkpoints and is_export(self.export_dir):
             raise UserError(
-                f"{self.path} was imported as an encoder only, there is no checkpoint in {self.checkpoint_dir}: "
-                "it serves for eval, embed, export and init="
+                f"{self.path} was imported as an encoder only, without a checkpoint in"
+                f" {self.checkpoint_dir}: it serves for eval, embed, export and init="
             )
         found = load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
         if bad := not_finite({"model": found.model}):
