@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import random
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,38 +26,48 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_reports_times_ratios_and_what_is_left_to_the_device(photos: Path) -> None:
+@pytest.fixture
+def against(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "data_against_torchvision", repository / "benchmarks" / "data_against_torchvision.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_it_reports_times_and_what_is_left_to_the_device(photos: Path) -> None:
     said: list[str] = []
     threads = torch.get_num_threads()
     result = bench.bench_data(photos, image_size=32, repeats=2, say=said.append)
     assert result["images"] == 12
-    assert set(result["milliseconds"]) == {"ours", "ours_float", "torchvision"}
-    assert all(
-        value > 0
-        for value in [*result["milliseconds"].values(), result["ratio"], result["ratio_float"]]
-    )
+    assert set(result["milliseconds"]) == {"uint8", "float"}
+    assert all(value > 0 for value in result["milliseconds"].values())
     crops = result["crops"]
     assert (crops["images"], crops["local_size"]) == (12, 14)
     for name, milliseconds in crops["milliseconds"].items():
         assert crops["per_second"][name] == pytest.approx(10_000 / milliseconds)
-    assert crops["ratio"] > 0
-    assert crops["ratio_float"] > 0
-    assert len([line for line in said if "crops per second and core" in line]) == 3
-    assert "on the device" in said[-1]
+    assert len([line for line in said if "crops per second and core" in line]) == 2
     assert torch.get_num_threads() == threads
 
 
-def test_the_chains_end_with_the_same_kind_of_picture() -> None:
+def test_both_sides_are_timed(photos: Path, against: ModuleType) -> None:
+    result = against.compare(photos, image_size=32, repeats=2)
+    for part in ("views", "crops"):
+        assert set(result[part]["milliseconds"]) == {"uint8", "float", "torchvision"}
+        assert all(ratio > 0 for ratio in result[part]["times_as_fast"].values())
+
+
+def test_the_chains_end_with_the_same_kind_of_picture(against: ModuleType) -> None:
     file = io.BytesIO()
     Image.new("RGB", (80, 60), (200, 100, 50)).save(file, "JPEG", quality=95)
-    theirs, ours = (
-        chain(file.getvalue()) for chain in (bench._torchvision(32), bench._ours_float(32))
-    )
+    theirs = against.torchvision_view(32)(file.getvalue())
+    (ours,) = bench.view_ways(32)["float"](file.getvalue())
     assert theirs.shape == ours.shape == (3, 32, 32)
     assert torch.allclose(theirs, ours, atol=0.02)
 
 
-def test_the_chains_of_crops_end_with_the_same_kind_of_pictures() -> None:
+def test_the_chains_of_crops_end_with_the_same_kind_of_pictures(against: ModuleType) -> None:
     """One grey level stays grey through hue and saturation; the other changes of colour are the
     same in the mean.
     """
@@ -63,7 +75,7 @@ def test_the_chains_of_crops_end_with_the_same_kind_of_pictures() -> None:
     random.seed(0)
     file = io.BytesIO()
     Image.new("RGB", (80, 60), (120, 120, 120)).save(file, "JPEG", quality=95)
-    chains = (bench._torchvision_crops(32, 16), bench._our_crops_float(32, 16))
+    chains = (against.torchvision_crops(32, 16), bench.crop_ways(32, 16)["float"])
     theirs, ours = ([chain(file.getvalue()) for _ in range(200)] for chain in chains)
     shapes = [(3, 32, 32)] * 2 + [(3, 16, 16)] * 8
     assert [view.shape for view in theirs[0]] == [view.shape for view in ours[0]] == shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,19 @@ def test_a_method_that_starts_differently_is_timed_at_both_ends(tmp_path: Path) 
     assert "times as long as mae" in text
 
 
-def test_transformers_competes_at_the_same_size() -> None:
+def rivals(name: str, repository: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "step_against", repository / "benchmarks" / "step_against.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.RIVALS[name]
+
+
+def test_transformers_competes_at_the_same_size(repository: Path) -> None:
     pytest.importorskip("transformers")
-    result, _ = run(method={"name": "mae", **SMALL_DECODER}, against="transformers")
+    theirs = rivals("transformers", repository)
+    result, _ = run(method={"name": "mae", **SMALL_DECODER}, rivals=theirs)
     ours, theirs = result["contestants"]
     assert theirs["name"] == "transformers"
     assert theirs["trained_parameters"] == ours["trained_parameters"]
@@ -91,7 +102,6 @@ def test_transformers_competes_at_the_same_size() -> None:
         ),
         ({"method": {"name": "mae", "mask_ratio": 1.2}}, ["mask_ratio", "1.2"]),
         ({"batch_sise": 3}, ["batch_sise", "batch_size"]),
-        ({"against": "tranformers"}, ["tranformers", "transformers"]),
         ({"model": "vit_smal_patch16_224"}, ["vit_smal_patch16_224", "vit_small_patch16_224"]),
     ],
 )
@@ -138,7 +148,7 @@ def test_peak_memory_counts_what_lives_at_one_time() -> None:
 
 
 def test_words_of_the_command_line_reach_every_method() -> None:
-    words = ["method=mae,hpm", "method.decoder_depth=1", "against=transformers", "rounds=3"]
+    words = ["method=mae,hpm", "method.decoder_depth=1", "rounds=3"]
     given = read_words(BenchStepSettings, words, command="bench step")
     assert given.method == {"name": "mae,hpm", "decoder_depth": 1}
     assert read_words(BenchStepSettings, ["method=[mae,hpm]"], command="bench step").method == {
@@ -151,14 +161,14 @@ def test_steps_on_clips() -> None:
     result, _ = run(method={"name": "mae,hpm", "mask_ratio": 0.5, **SMALL_DECODER}, **clips)
     work = {row["name"]: row["gflop_per_step"] for row in result["contestants"]}
     assert work["hpm (mid-training)"] > work["hpm (first step)"] > work["mae"] > 0
-    with pytest.raises(UserError, match="against=transformers times ViTMAE, which is for images"):
-        run(method="mae", against="transformers", **clips)
     with pytest.raises(UserError, match=r"clips of 4 frames .*clip.tubelet"):
         run(method="mae", tubelet=3, **clips)
 
 
 @pytest.mark.slow
-def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks() -> None:
+def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks(
+    repository: Path,
+) -> None:
     heads = {
         "out_dim": 64,
         "head_hidden": 16,
@@ -169,7 +179,8 @@ def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks() 
     own = {"thead_depth": 1, "thead_heads": 2, "partner_model": "resnet18", "stage_bottleneck": 8}
     own["partner_args"] = {"cifar_stem": True, "layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}
     crops = {"num_local": 3, "local_size": 16}
-    result, lines = run(method={"name": "scfs,mokd", **heads, **own}, crops=crops, against="dino")
+    dino = rivals("dino", repository)
+    result, lines = run(method={"name": "scfs,mokd", **heads, **own}, crops=crops, rivals=dino)
     work = {row["name"]: row["gflop_per_step"] for row in result["contestants"]}
     assert list(work) == ["scfs", "mokd", "dino"]
     assert work["dino"] < work["scfs"]

@@ -17,15 +17,11 @@ class BenchStepSettings(Strict):
     Prints ms and samples/s, peak memory, and the share of the machine's matrix-multiply rate.
 
     Example:
-        patchmine bench step method=mae against=transformers
+        patchmine bench step method=mae,hpm
     """
 
     method: str | list[str] | dict[str, Any] = Field(
         "mae", description="one method, or several as mae,hpm; method.KEY=VALUE is for all of them"
-    )
-    against: str | None = Field(
-        None,
-        description="also time `transformers` (its ViTMAE, same sizes), `dino` or another method",
     )
     model: str = Field(
         "vit_small_patch16_224", description="a ViT or ResNet of timm's, or of clips"
@@ -49,7 +45,7 @@ class BenchStepSettings(Strict):
 class BenchDataSettings(Strict):
     """Time how a worker makes training crops, or clips.
 
-    Against torchvision's ImageFolder chain with PIL, or PyAV frame after frame, in turns.
+    One thread, as in a worker; flips, colours and normalisation are the device's in training.
 
     Example:
         patchmine bench data data=photos.tar
