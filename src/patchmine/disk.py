@@ -1,4 +1,4 @@
-"""Making sure that what was written stays written, is never half there, and may be read by others."""
+"""Making sure that what was written stays written and is never half there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of its path is a file: name another place",
     errno.EISDIR: "a folder has that name: name another place",
     errno.EEXIST: "something else, a broken link perhaps, has that name: name another place",
-    errno.ELOOP: "a link stands there that leads nowhere or must not be followed: remove it, or name another place",
+    errno.ELOOP: "a link there leads nowhere or must not be followed: remove it, or name another place",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.EIO: "that disk reports errors: name another place",

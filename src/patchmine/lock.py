@@ -94,7 +94,7 @@ class HeldLock:
         self._handle = handle
 
     def stopping(self) -> None:
-        """Say that this process ends soon, so that the next one waits for it instead of giving up."""
+        """Say that this process ends soon, so that the next one waits for it."""
         self._me = replace(self._me, stopping=True)
         _write(self._handle, self._me)
         if (self.folder / OWNER).exists():
@@ -150,18 +150,23 @@ def _wait_for(folder: Path, say: Callable[[str], None]) -> HeldLock:
                 raise
             if not told:
                 say(
-                    f"{folder} is still being written by {error.holder}, which was asked to stop: waiting for it."
+                    f"{folder} is still being written by {error.holder}, which was asked to "
+                    "stop: waiting for it."
                 )
         told = True
         time.sleep(0.1)
 
 
 def _refusal(folder: Path, holder: Holder | None) -> str:
-    text = f"{folder} is being written by {holder or 'another process'}; wait for it, stop it, or choose another out"
+    text = (
+        f"{folder} is being written by {holder or 'another process'}; wait for it, stop it, or "
+        "choose another out"
+    )
     owner = folder / OWNER
     if owner.exists():
         text += (
-            f" (this file system has no locks, and from here it cannot be seen whether that process still runs;"
+            " (this file system has no locks, and from here it cannot be seen whether that "
+            "process still runs;"
             f" if it does not, remove {owner})"
         )
     return text

@@ -25,9 +25,9 @@ reads them.
 class Sample:
     """One item before collation: what `Batch` says of many, without their axis B.
 
-    ``views``: V tensors (C, H, W) or (C, T, H, W).  ``box`` (4,) and ``flip`` () of one view, (V, 4)
-    and (V,) of several, with ``photometric`` (V, P).  ``target``: a class, a mask, boxes, or None.
-    ``index`` is the loader's to fill in.
+    ``views``: V tensors (C, H, W) or (C, T, H, W).  ``box`` (4,) and ``flip`` () of one view, (V,
+    4) and (V,) of several, with ``photometric`` (V, P).  ``target``: a class, a mask, boxes, or
+    None. ``index`` is the loader's to fill in.
     """
 
     views: list[Tensor]

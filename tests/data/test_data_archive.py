@@ -192,7 +192,8 @@ def test_what_is_no_file_is_told(tmp_path: Path) -> None:
         add(archive, "device.jpg", kind=tarfile.CHRTYPE)
         add(archive, "1.jpg", JPEG)
     assert opened(tmp_path / "x.tar").notes == (
-        "data=x: 2 names are passed over (no regular file (pipe, socket or device): 2, as pipe.jpg).",
+        "data=x: 2 names are passed over (no regular file (pipe, socket or device): 2, as "
+        "pipe.jpg).",
     )
 
 

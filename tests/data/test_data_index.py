@@ -260,8 +260,10 @@ def test_writers_side_by_side_do_not_disturb_each_other(
 ) -> None:
     place = write_files(tmp_path / "in", *(f"{number}.jpg" for number in range(50)))
     program = (
-        "import sys; from patchmine.data.sources.folder import open_folder; from pathlib import Path\n"
-        "for _ in range(20): assert len(open_folder(Path(sys.argv[1]), 'x', Path(sys.argv[2]))) == 50"
+        "import sys; from patchmine.data.sources.folder import open_folder; from pathlib import "
+        "Path\n"
+        "for _ in range(20): assert len(open_folder(Path(sys.argv[1]), 'x', Path(sys.argv[2]))) "
+        "== 50"
     )
     cache = tmp_path / "cache"
     other = subprocess.Popen([sys.executable, "-c", program, str(place), str(cache)])

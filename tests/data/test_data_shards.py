@@ -94,9 +94,11 @@ def test_what_belongs_together_and_what_does_not_count(tmp_path: Path) -> None:
         long_name,
     ]
     assert source.notes == (
-        "data=x: 1 image is an item beside another of its key (cat/1.mask.png beside cat/1.jpg); to leave such out "
+        "data=x: 1 image is an item beside another of its key (cat/1.mask.png beside cat/1.jpg); "
+        "to leave such out "
         "name the endings that count, as in ::jpg",
-        "data=x: 3 names are passed over (ending .txt: 2, as cat/1.txt; hidden or of the system: 1, as cat/._2.jpg).",
+        "data=x: 3 names are passed over (ending .txt: 2, as cat/1.txt; hidden or of the system: "
+        "1, as cat/._2.jpg).",
     )
     labels = source.labels()
     assert labels is not None

@@ -134,11 +134,13 @@ def test_torch_datasets() -> None:
     [
         (
             "imagse",
-            r"data=imagse: there is no such file or folder \(did you mean images\?\); give a folder of images",
+            r"data=imagse: there is no such file or folder \(did you mean images\?\); give a "
+            r"folder of images",
         ),
         (
             "images/nothing",
-            r"no image and no tar shard in this folder; files that count end in \.jpg, .* or \.tar; videos",
+            r"no image and no tar shard in this folder; files that count end in \.jpg, .* or "
+            r"\.tar; videos",
         ),
         ("images/1.jpg", r"this is a single image; give the folder"),
         ("images/x.zip", r"a file that ends in \.zip is no source of images; give a folder"),

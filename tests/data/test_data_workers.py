@@ -69,7 +69,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             signal.SIGKILL,
-            r"was killed while it read folder/5\\n.png, most likely because the memory ran out: lower workers=2",
+            r"was killed while it read folder/5\\n.png, most likely because the memory ran out: "
+            r"lower workers=2",
         ),
         (signal.SIGBUS, r"ran out of shared memory while it read folder/5\\n.png: give more"),
         (signal.SIGABRT, r"ended by SIGABRT while it read folder/5\\n.png"),

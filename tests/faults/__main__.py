@@ -73,7 +73,8 @@ def _sizes(words: list[str]) -> Sizes:
         key, mark, value = word.partition("=")
         if not mark or key.lower() not in Sizes.__dataclass_fields__:
             raise SystemExit(
-                f"{word} is none of {', '.join(f'{name.upper()}=' for name in Sizes.__dataclass_fields__)}"
+                f"{word} is none of "
+                f"{', '.join(f'{name.upper()}=' for name in Sizes.__dataclass_fields__)}"
             )
         given[key.lower()] = value
     kinds = {name: type(getattr(Sizes, name)) for name in Sizes.__dataclass_fields__}

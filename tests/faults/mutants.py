@@ -41,7 +41,8 @@ def rows(scene: Scene, sizes: Any, processes: int, seconds: float) -> list[table
 
 def _row(name: str, tally: campaign.Tally, planned: int) -> table.Row:
     faults = [
-        f"{name}: {fault.kind}, {fault.reason} ({count} such; the first is mutant {fault.number}, {fault.mutators})"
+        f"{name}: {fault.kind}, {fault.reason} ({count} such; the first is mutant "
+        f"{fault.number}, {fault.mutators})"
         for fault, count in campaign.grouped(tally.faults)
     ]
     return table.Row(

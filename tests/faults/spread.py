@@ -91,7 +91,8 @@ def _fork(work: Work, cases: Sequence[Any], end: float) -> tuple[int, int]:
                 result = (
                     1,
                     [
-                        f"the campaign itself, on {case!r}: {' '.join(traceback.format_exc().split())[-400:]}"
+                        f"the campaign itself, on {case!r}: "
+                        f"{' '.join(traceback.format_exc().split())[-400:]}"
                     ],
                 )
             os.write(write, json.dumps(result).encode() + b"\n")

@@ -69,13 +69,15 @@ def as_markdown(rows: Sequence[Row], sizes: Any, seconds: float) -> str:
     """For docs/faults.md."""
     words = f"make faults MUTANTS={sizes.mutants} KILLS={sizes.kills} SEED={sizes.seed} MINUTES={sizes.minutes:g}"
     lines = [
-        f"`{words}`, {len(os.sched_getaffinity(0))} cores, {seconds / 60:.0f} minutes, {datetime.now(UTC):%Y-%m-%d}:",
+        f"`{words}`, {len(os.sched_getaffinity(0))} cores, {seconds / 60:.0f} minutes, "
+        f"{datetime.now(UTC):%Y-%m-%d}:",
         "",
         "| | tried | survived | faults | |",
         "|---|---:|---:|---:|---|",
     ]
     lines += [
-        f"| {each.name} | {each.tried:,} | {each.tried - each.wrong:,} | {each.wrong:,} | {each.notes} |"
+        f"| {each.name} | {each.tried:,} | {each.tried - each.wrong:,} | {each.wrong:,} | "
+        f"{each.notes} |"
         for each in (*rows, _total(rows))
     ]
     return "\n".join(lines) + "\n"

@@ -106,7 +106,8 @@ def _one_wins(ends: list[Ended], way: str) -> list[str]:
     faults = [fault for end in ends for fault in ended_badly(end, 0, 2)]
     if not faults and sorted(end.code or 0 for end in ends) != [0, 2]:
         faults = [
-            f"exit codes {[end.code for end in ends]}, not one 0 and one 2: {last_lines(ends[1].output)}"
+            f"exit codes {[end.code for end in ends]}, not one 0 and one 2: "
+            f"{last_lines(ends[1].output)}"
         ]
     if not faults and way == "resume beside a run" and ends[0].code != 0:
         faults = [f"the run that was there first lost: {last_lines(ends[0].output)}"]

@@ -44,7 +44,8 @@ def ended_badly(ended: Ended, *codes: int) -> list[str]:
         return [f"a traceback: {last_lines(ended.output)}"]
     if ended.code not in codes:
         return [
-            f"exit code {ended.code}, not {' or '.join(map(str, codes))}: {last_lines(ended.output)}"
+            f"exit code {ended.code}, not {' or '.join(map(str, codes))}: "
+            f"{last_lines(ended.output)}"
         ]
     return []
 

@@ -251,7 +251,8 @@ def test_it_learns_to_draw_and_larger_units_are_harder() -> None:
     [
         (
             dict(mask_unit=6),
-            r"method\.mask_unit=6 is not a multiple of the patch, 4x4 pixels: try method\.mask_unit=8",
+            r"method\.mask_unit=6 is not a multiple of the patch, 4x4 pixels: try "
+            r"method\.mask_unit=8",
         ),
         (dict(mask_unit=2), r"method\.mask_unit=2 is not a multiple .* try method\.mask_unit=4"),
         (

@@ -20,7 +20,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "hpm"
     folder.mkdir()
     (folder / "config.yaml").write_text(
-        "data: photos\nmodel: vit_tiny_patch16_224\nmodel_args: {depth: 1, embed_dim: 32, num_heads: 2}\n"
+        "data: photos\nmodel: vit_tiny_patch16_224\nmodel_args: {depth: 1, embed_dim: 32, "
+        "num_heads: 2}\n"
         "method: {name: hpm, decoder_embed_dim: 32, decoder_depth: 1, decoder_num_heads: 2}\n"
         "image_size: [32, 48]\npatch_size: 8\nepochs: 10\nbatch_size: 8\n"
     )
@@ -95,9 +96,11 @@ def trained_on_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "moving"
     folder.mkdir()
     (folder / "config.yaml").write_text(
-        "data: videos\nmodel: video_vit_tiny_patch16\nmodel_args: {depth: 1, embed_dim: 32, num_heads: 2}\n"
+        "data: videos\nmodel: video_vit_tiny_patch16\nmodel_args: {depth: 1, embed_dim: 32, "
+        "num_heads: 2}\n"
         "clip: {frames: 6, stride: 1, tubelet: 2}\n"
-        "method: {name: hpm, norm_pix_loss: true, decoder_embed_dim: 32, decoder_depth: 1, decoder_num_heads: 2}\n"
+        "method: {name: hpm, norm_pix_loss: true, decoder_embed_dim: 32, decoder_depth: 1, "
+        "decoder_num_heads: 2}\n"
         "image_size: [16, 24]\npatch_size: 8\nepochs: 10\nbatch_size: 8\n"
     )
     save(folder / "checkpoints", 50, build_method(Run(folder).config).state_dict(), {}, {}, keep=1)

@@ -59,11 +59,13 @@ def test_one_process_ends_all(case: str, tmp_path: Path) -> None:
     for rank in range(3):
         differ, batch = (tmp_path / f"said{rank}.txt").read_text().splitlines()
         assert differ == (
-            f"the processes of this run differ: data is 4 items on {HOST} (rank 0) and 3 items on {HOST} (rank 2); give"
+            f"the processes of this run differ: data is 4 items on {HOST} (rank 0) and 3 items "
+            f"on {HOST} (rank 2); give"
             " all of them the same"
         )
         assert batch == (
-            "batch_size=8 cannot be shared out to 3 processes x accumulate=1: start 2 or 4 processes (devices x"
+            "batch_size=8 cannot be shared out to 3 processes x accumulate=1: start 2 or 4 "
+            "processes (devices x"
             " num_nodes; a resumed run may change it), or in a new run use a multiple of 3"
         )
     if case != "mistake":

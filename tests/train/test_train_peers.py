@@ -67,7 +67,8 @@ def test_a_killed_process_is_named_everywhere(four: list[Peers], exits: list[int
     for error in (said[0], said[2]):  # one on each machine
         assert isinstance(error, UserError)
         assert str(error) == (
-            "rank 3 on b ended without a word (killed, out of memory, or its machine is gone); go on with `patchmine"
+            "rank 3 on b ended without a word (killed, out of memory, or its machine is gone); "
+            "go on with `patchmine"
             " resume r`"
         )
     assert isinstance(said[1], EndedElsewhereError)

@@ -1,4 +1,4 @@
-"""`patchmine bench data`: what it costs one worker to turn an encoded image into a training view."""
+"""`patchmine bench data`: what it costs one worker to turn an encoded image into a view."""
 
 from __future__ import annotations
 

@@ -95,7 +95,8 @@ class Run:
             )
         if not self.config_file.is_file():
             raise UserError(
-                f"{self.path} is no run: it has no config.yaml; give the folder that `patchmine pretrain` wrote"
+                f"{self.path} is no run: it has no config.yaml; give the folder that `patchmine "
+                "pretrain` wrote"
             )
 
     def __repr__(self) -> str:
@@ -214,8 +215,10 @@ class Run:
         found = load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
         if bad := not_finite({"model": found.model}):
             raise UserError(
-                f"{found.path} is of a run that diverged: {bad[0].removeprefix('model.')} holds values that are not"
-                f" finite ({len(bad)} of {len(found.model)} tensors do); `patchmine resume {self.path}` goes on from"
+                f"{found.path} is of a run that diverged: {bad[0].removeprefix('model.')} holds "
+                "values that are not"
+                f" finite ({len(bad)} of {len(found.model)} tensors do); `patchmine resume "
+                f"{self.path}` goes on from"
                 " the newest finite state, where there is one"
             )
         return found
@@ -233,7 +236,9 @@ def _load(module: nn.Module, tensors: dict[str, Any], path: Path) -> None:
 
 
 def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str]) -> Path:
-    """The folder that timm and transformers open, for an encoder that saw images as ``config`` says."""
+    """The folder that timm and transformers open, for an encoder that saw images as ``config``
+    says.
+    """
     if config.mean is None or config.std is None:
         raise UserError(
             "mean and std are not set; write those that the images were normalised with into "
@@ -263,11 +268,13 @@ def new_folder(config: RunConfig) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out={folder} is a file: name a new folder for the run")
     for name in [config.data] if isinstance(config.data, str) else config.data:
-        data = os.path.expanduser(name.split("::")[0])  # noqa: PTH111, Path refuses users that are unknown
+        # Path refuses users that are unknown.
+        data = os.path.expanduser(name.split("::")[0])  # noqa: PTH111
         inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data))
         if inside and os.path.isdir(data):  # noqa: PTH112
             raise UserError(
-                f"out={folder} lies in data={shown_name(name)}, where the run's pictures would be taken for images:"
+                f"out={folder} lies in data={shown_name(name)}, where the run's pictures would "
+                "be taken for images:"
                 " name a folder beside it"
             )
     return folder
@@ -324,7 +331,8 @@ def open_encoder(
     for name, value in given.items():
         if value is not None:
             raise UserError(
-                f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: leave it out"
+                f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: "
+                "leave it out"
             )
     encoder = Run(path).encoder("teacher" if which in ("teacher", "ema") else "student")
     if size is not None:

@@ -297,7 +297,8 @@ def _read_head(kept: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
     version = head["format"]
     if "crc32" in kept and isinstance(version, int) and version > FORMAT:
         raise UserError(
-            f"{path} was written by a newer patchmine (format {version}): update patchmine to read it"
+            f"{path} was written by a newer patchmine (format {version}): update patchmine to "
+            "read it"
         )
     if version != (FORMAT if "crc32" in kept else 1):
         raise DamagedCheckpointError(f"it has no known format ({version!r:.20})")

@@ -237,7 +237,8 @@ def _choose_device(device: str) -> str:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError(
-            "device=cuda, but torch sees no GPU here; use device=cpu, or install a torch that fits the driver"
+            "device=cuda, but torch sees no GPU here; use device=cpu, or install a torch that "
+            "fits the driver"
         )
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={device} is not known; use auto, cpu or cuda")
@@ -270,7 +271,8 @@ def _refuse_crowding(launch: Launch) -> None:
     cores = os.cpu_count() or 1
     if launch.starts >= max(8, cores):
         raise UserError(
-            f"devices={launch.local_size} would start as many processes, but this machine has {cores} cores and no GPU"
+            f"devices={launch.local_size} would start as many processes, but this machine has "
+            f"{cores} cores and no GPU"
             f" is used: set devices={cores} or fewer"
         )
 

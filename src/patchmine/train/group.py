@@ -78,7 +78,8 @@ class Group:
         except (RuntimeError, ValueError) as error:
             raise self.peers.ending(
                 UserError(
-                    f"the processes met, but cannot exchange tensors ({reason_of(error)}): name the network interface"
+                    f"the processes met, but cannot exchange tensors ({reason_of(error)}): name "
+                    "the network interface"
                     " in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, as in GLOO_SOCKET_IFNAME=eth0"
                 )
             ) from error
@@ -87,7 +88,8 @@ class Group:
         for rank, process in enumerate(self._others, start=1):
             if (code := process.poll()) is not None:
                 raise UserError(
-                    f"the process of rank {rank} ended with code {code} before the run began: see what it said above"
+                    f"the process of rank {rank} ended with code {code} before the run began: "
+                    "see what it said above"
                 )
 
     def _end_others(self) -> None:

@@ -69,7 +69,8 @@ def read_launch(environment: Mapping[str, str], devices: int = 1, num_nodes: int
         launch = _from_slurm(environment)
     elif _started_by_mpi(environment):
         raise UserError(
-            "mpirun's variables say nothing of where processes meet: start them with torchrun or srun"
+            "mpirun's variables say nothing of where processes meet: start them with torchrun or "
+            "srun"
         )
     elif environment.get("WORLD_SIZE", "1") != "1":
         launch = _from_variables(environment, "the environment")

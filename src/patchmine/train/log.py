@@ -37,7 +37,7 @@ DAMAGED = "metrics.damaged.jsonl"
 
 
 class Meter:
-    """Means of 0-d tensors over an interval, summed on the device.  What is not finite is left out."""
+    """Means of 0-d tensors over an interval, summed on the device; only what is finite counts."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, ...], Tensor] = {}
@@ -133,7 +133,8 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             if aside := trim_metrics(self._path, first_step):
                 say(
-                    f"{self._path}: {aside} damaged line{'s' * (aside > 1)} moved to {folder / DAMAGED}."
+                    f"{self._path}: {aside} damaged line{'s' * (aside > 1)} moved to "
+                    f"{folder / DAMAGED}."
                 )
             self._file = self._path.open(
                 "ab", buffering=0
@@ -147,7 +148,7 @@ class Log:
         self._start_bar(first_step, console)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one JSON object; it must hold ``step``.  Numbers that are not finite become null."""
+        """Append one JSON object with a ``step``; numbers that are not finite become null."""
         if self.folder is None:
             return
         text = json.dumps({key: _clean(value) for key, value in line.items()}, allow_nan=False)
@@ -206,7 +207,8 @@ class Log:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._path} could not be written ({error.strerror}); {remedy(error)}, then go on with"
+                f"{self._path} could not be written ({error.strerror}); {remedy(error)}, then go "
+                "on with"
                 f" `patchmine resume {self.folder}`"
             ) from error
 
@@ -219,7 +221,8 @@ class Log:
         except _WriterError as error:
             self._writers = [other for other in self._writers if other is not writer]
             self.say(
-                f"warning: {name} gets no more numbers ({error}); training goes on, metrics.jsonl has them all"
+                f"warning: {name} gets no more numbers ({error}); training goes on, "
+                "metrics.jsonl has them all"
             )
 
     def __enter__(self) -> Log:
@@ -269,13 +272,15 @@ class Log:
         started, first_step = self._clock
         left = (self._total - step) * (now - started) / max(1, step - first_step)
         self._say(
-            f"step {step}/{self._total}  epoch {line['epoch']:.2f}  {numbers}  {_minutes(left)} left"
+            f"step {step}/{self._total}  epoch {line['epoch']:.2f}  {numbers}  {_minutes(left)} "
+            "left"
         )
 
 
 def describe(line: Mapping[str, Any]) -> str:
     """The numbers of a metrics line that a watcher wants to see."""
-    text = f"loss {line['loss']:.4f}  {line['images_per_second']:.0f} samples/s  data wait {line['data_wait']:.0%}"
+    rate, wait = line["images_per_second"], line["data_wait"]
+    text = f"loss {line['loss']:.4f}  {rate:.0f} samples/s  data wait {wait:.0%}"
     return text + (f"  skipped {line['skipped']}" if line.get("skipped") else "")
 
 

@@ -212,7 +212,8 @@ def update(optimizers: Optimizers, bad: Tensor) -> None:
     """
     for optimizer in optimizers.by_name.values():
         if all(group.get("fused") for group in optimizer.param_groups):
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # the door of torch's GradScaler
+            # The door of torch's GradScaler.
+            optimizer.found_inf = bad  # type: ignore[attr-defined]
             optimizer.step()
         elif not bool(bad):
             optimizer.step()
@@ -230,7 +231,7 @@ def optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizers: Optimizers, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`.  ValueError for state that is not whole, or of what is not trained."""
+    """Undo `optimizer_tensors`; ValueError for state that is not whole or of something else."""
     by_parameter: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter_name, key = name.rsplit(".", 1)

@@ -52,7 +52,7 @@ class Lost:
 
 
 class Door:
-    """Where the first process waits for the others' connections; opened before they are told of it."""
+    """Where the first process waits for the others' connections, opened before they know."""
 
     def __init__(self) -> None:
         dual = socket.has_dualstack_ipv6()
@@ -216,7 +216,8 @@ def _accept(door: Door, everyone: list[dict[str, Any]], seconds: float) -> dict[
         except OSError as error:
             missing = [str(rank) for rank in range(1, len(everyone)) if rank not in found]
             raise UserError(
-                f"ranks {', '.join(missing)} signed in, but did not reach port {door.facts['door']} of this machine"
+                f"ranks {', '.join(missing)} signed in, but did not reach port "
+                f"{door.facts['door']} of this machine"
                 f" within {seconds:g} seconds: open the ports between the machines of a run"
             ) from error
         connection.settimeout(seconds)
@@ -242,14 +243,15 @@ def _connect(launch: Launch, first: dict[str, Any], seconds: float) -> dict[int,
         connection.sendall(f"{first['token']} {launch.rank}".ljust(64).encode())
     except OSError as error:
         raise UserError(
-            f"port {first['door']} of {launch.address}, where rank 0 is, cannot be reached ({reason_of(error)}): open"
+            f"port {first['door']} of {launch.address}, where rank 0 is, cannot be reached "
+            f"({reason_of(error)}): open"
             " the ports between the machines of a run"
         ) from error
     return {0: _watched(connection)}
 
 
 def _watched(connection: socket.socket) -> socket.socket:
-    """A connection that also ends, within half a minute, when the other machine no longer answers."""
+    """A connection that also ends when the other machine has not answered for half a minute."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):

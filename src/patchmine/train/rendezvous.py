@@ -102,7 +102,8 @@ class Meeting:
             everyone = [json.loads(text) for text in self.store.multi_get(keys)]
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"the process of rank 0 at {self._place()} went away while processes met ({reason_of(error)}): see what"
+                f"the process of rank 0 at {self._place()} went away while processes met "
+                f"({reason_of(error)}): see what"
                 " it said"
             ) from error
         _refuse_doubles(everyone)
@@ -136,13 +137,16 @@ class Meeting:
         waited = time.monotonic() - self._began
         if waited > self.seconds:
             raise UserError(
-                f"{missing()} of {self.launch.world_size} did not come within {self.seconds:g} seconds: see what they"
-                f" said, that every machine can reach {self._place()}, or set {WAIT_SETTING} to more seconds"
+                f"{missing()} of {self.launch.world_size} did not come within {self.seconds:g} "
+                "seconds: see what they"
+                f" said, that every machine can reach {self._place()}, or set {WAIT_SETTING} to "
+                "more seconds"
             )
         if waited > self._quiet and not self._spoke:
             self._spoke = True
             self._say(
-                f"waiting for {missing()} of {self.launch.world_size}, {self.seconds:g} seconds at most ..."
+                f"waiting for {missing()} of {self.launch.world_size}, {self.seconds:g} seconds "
+                "at most ..."
             )
         time.sleep(_LOOK_SECONDS)
 
@@ -152,8 +156,10 @@ class Meeting:
 
     def _taken(self, other: dict[str, Any]) -> str:
         return (
-            f"rank {self.launch.rank} was taken already, by process {other['process']} on {other['host']}: either RANK"
-            f" is set alike for two processes, or two runs meet at {self._place()}, so that one needs another"
+            f"rank {self.launch.rank} was taken already, by process {other['process']} on "
+            f"{other['host']}: either RANK"
+            f" is set alike for two processes, or two runs meet at {self._place()}, so that one "
+            "needs another"
             " MASTER_PORT"
         )
 
@@ -172,7 +178,8 @@ def _listen(launch: Launch, seconds: float) -> TCPStore:
         )
     except (RuntimeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"port {launch.port} of this machine cannot be listened at ({reason_of(error)}): another run may use it;"
+            f"port {launch.port} of this machine cannot be listened at ({reason_of(error)}): "
+            "another run may use it;"
             " set MASTER_PORT to a free port, the same for all processes"
         ) from error
 
@@ -184,6 +191,7 @@ def _refuse_doubles(everyone: list[dict[str, Any]]) -> None:
         first = places.setdefault((facts["host"], facts["local_rank"]), rank)
         if first != rank:
             raise UserError(
-                f"ranks {first} and {rank} are both LOCAL_RANK {facts['local_rank']} on {facts['host']}: number the"
+                f"ranks {first} and {rank} are both LOCAL_RANK {facts['local_rank']} on "
+                f"{facts['host']}: number the"
                 " processes of a machine from 0 in LOCAL_RANK"
             )

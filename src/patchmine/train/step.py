@@ -18,7 +18,7 @@ from patchmine.types import Batch, Progress
 
 
 class Stepper:
-    """A task on its device with its optimizers.  UserError for a batch that cannot be shared out."""
+    """A task on its device with its optimizers; UserError where a batch cannot be shared."""
 
     def __init__(self, task: Task, engine: Engine, settings: TrainSettings) -> None:
         parts = engine.world_size * settings.accumulate
