@@ -23,7 +23,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of its path is a file: name another place",
     errno.EISDIR: "a folder has that name: name another place",
     errno.EEXIST: "something else, a broken link perhaps, has that name: name another place",
-    errno.ELOOP: "a link leads nowhere or must not be followed: remove it, or name another place",
+    errno.ELOOP: "a link stands there that leads nowhere or may not be followed: remove it",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
     errno.EIO: "that disk reports errors: name another place",
