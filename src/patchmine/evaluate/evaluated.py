@@ -39,25 +39,15 @@ _NOT_WANTED = (
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A frozen encoder and how its items are prepared.
-
-    Args:
-        name: for people.
-        encoder: images (B, C, H, W), or clips (B, C, T, H, W), to features; None: the pixels.
-        input: sizes, channels and statistics of its items, and how clips are taken.
-        item: what it reads, images or videos.
-        crop_pct: centre crop, share of the shorter side.
-        folder: the run that results are filed in.
-        note: what a reader of the numbers must know.
-    """
+    """A frozen encoder and how its items are prepared."""
 
     name: str
-    encoder: Encoder | None
+    encoder: Encoder | None  # of images (B, C, H, W), or clips (B, C, T, H, W); None: the pixels
     input: InputSettings
     item: Item = IMAGE
-    crop_pct: float = CROP_PCT
-    folder: Path | None = None
-    note: str = ""
+    crop_pct: float = CROP_PCT  # centre crop, share of the shorter side
+    folder: Path | None = None  # the run that results are filed in
+    note: str = ""  # what a reader of the numbers must know
 
     def resized(self, size: tuple[int, int] | None) -> Evaluated:
         """The same for images of another size (height, width); positions are moved there."""
@@ -72,7 +62,8 @@ class Evaluated:
         if self.encoder is None:
             raise UserError(f"{self.name} has no weights that could be drawn at random")
         encoder = copy.deepcopy(self.encoder)
-        with _drawn_from(seed):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             for module in encoder.modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
@@ -119,17 +110,14 @@ def open_evaluated(
         made_for = f"{found.name} was made for {found.input.channels}"
         raise UserError(f"channels={channels}, but {made_for}: leave the setting out")
     if found.encoder is not None:
-        _refuse_infinite(found)
-        if image_size is not None:
-            _refuse_size(found)
+        _refuse_unusable(found, image_size)
     if crop_pct is not None:
         found = replace(found, crop_pct=crop_pct)
     if stride is None:
         return found
     if found.item is not CLIP:
-        raise UserError(
-            f"stride={stride} is for clips, but {found.name} takes images: leave it out"
-        )
+        wrong = f"stride={stride} is for clips, but {found.name} takes images"
+        raise UserError(f"{wrong}: leave it out")
     clip = found.input.clip.model_copy(update={"stride": stride})
     return replace(found, input=found.input.model_copy(update={"clip": clip}))
 
@@ -152,32 +140,22 @@ def in_eval_mode(encoder: nn.Module | None) -> Iterator[None]:
             part.training = training
 
 
-@contextmanager
-def _drawn_from(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def _refuse_infinite(evaluated: Evaluated) -> None:
-    for name, tensor in evaluated.encoder.state_dict().items():  # type: ignore[union-attr]
+def _refuse_unusable(evaluated: Evaluated, size: tuple[int, int] | None) -> None:
+    """UserError for infinite weights, and for a size that fails when a grey image is encoded."""
+    encoder: Any = evaluated.encoder
+    for name, tensor in encoder.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(
-                f"{evaluated.name}: its tensor {name} holds NaN or infinity, so that no feature "
-                "would mean anything: take an earlier checkpoint, or train again with a lower blr"
-            )
-
-
-def _refuse_size(evaluated: Evaluated) -> None:
-    """UserError for images of a size that the encoder cannot take: it is shown a grey one."""
-    height, width = evaluated.input.image_size
+            bad = f"{evaluated.name}: its tensor {name} holds NaN or infinity"
+            raise UserError(f"{bad}: take an earlier checkpoint, or train again with a lower blr")
+    if size is None:
+        return
+    height, width = size
     frames = (evaluated.input.clip.frames,) if evaluated.item is CLIP else ()
 
     def refuse(reason: str) -> UserError:
-        size = f"image_size={height}x{width}"
-        return UserError(f"{size} is nothing that {evaluated.name} can take ({reason})")
+        given = f"image_size={height}x{width}"
+        return UserError(f"{given} is nothing that {evaluated.name} can take ({reason})")
 
-    encoder: Any = evaluated.encoder
     with in_eval_mode(encoder), torch.inference_mode(), foreign_parser(refuse):
         encoder.forward_features(torch.zeros(1, evaluated.input.channels, *frames, height, width))
 
@@ -191,16 +169,14 @@ def _open(
             return _of_path(Path(text), size, weights)
         return _of_name(text, size, channels, weights, seed)
     if inner.startswith((f"{RAW_PIXELS}:", f"{RANDOM_INIT}:")):
-        stands = f"behind {kind}: stands a run, an export, a file or an architecture"
-        raise UserError(f"'{shown_name(text)}': {stands}")
+        what = "a run, an export, a file or an architecture"
+        raise UserError(f"'{shown_name(text)}': behind {kind}: stands {what}")
     if inner:
         base = _open(inner, size, channels, weights, seed)
         bare = base.raw_pixels() if kind == RAW_PIXELS else base.random_init(seed)
         return replace(bare, name=text)
     if kind == RANDOM_INIT:
-        raise UserError(
-            f"{RANDOM_INIT} needs the run or architecture to copy: write {RANDOM_INIT}:RUN"
-        )
+        raise UserError(f"{RANDOM_INIT} needs a run or architecture: write {RANDOM_INIT}:RUN")
     return Evaluated(RAW_PIXELS, None, _input(size or (32, 32), channels or 3))
 
 
@@ -215,20 +191,15 @@ def _of_path(path: Path, size: tuple[int, int] | None, weights: str) -> Evaluate
         return replace(found, folder=path, note=note).resized(size)
     if weights_in(path) is not None:
         if weights != "student":  # which would be evaluated in silence
-            raise UserError(
-                f"weights={shown_name(weights)}: {name} is an export, which holds one encoder; "
-                "leave the setting out, or name the run that it is from"
-            )
+            one = f"weights={shown_name(weights)}: {name} is an export, which holds one encoder"
+            raise UserError(f"{one}: leave the setting out, or name the run that it is from")
         cfg = read_json(path / CONFIG).get("pretrained_cfg") or _of_transformers(path)
         return _of_encoder(name, files.load_encoder(path), cfg).resized(size)
     if path.is_dir():
-        raise UserError(
-            f"{name} is neither a run (with config.yaml) nor an export (with config.json and "
-            "model.safetensors): give one of these, a file of weights, or a timm architecture"
-        )
+        neither = "neither a run (config.yaml) nor an export (config.json, model.safetensors)"
+        raise UserError(f"{name} is {neither}: give one, a file of weights or a timm architecture")
     if not path.is_file():
-        what = "is a pipe, a socket or a device"
-        raise UserError(f"{name} {what}: give a run, an export or a file of weights")
+        raise UserError(f"{name} is no regular file: give a run, an export or a file of weights")
     if weights not in get_args(Weights):
         known = " or ".join(get_args(Weights))
         raise UserError(f"weights={shown_name(weights)}: of the file {name} {known} can be taken")
@@ -252,7 +223,8 @@ def _of_name(
     """A video model or an architecture of timm's, its weights random or from a local file."""
     bare, shown = name.removeprefix("timm/"), shown_name(name)
     is_random, is_video = weights == "student", reads_clips(bare)
-    with _drawn_from(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         if is_video and is_random:
             clip = (Clip().frames, Clip().tubelet)
             image_size = size or (224, 224)
@@ -303,8 +275,7 @@ def _of_encoder(
     def refuse(reason: str) -> UserError:
         return UserError(f"{name}: how it takes images cannot be read ({reason})")
 
-    if cfg is None:
-        cfg = getattr(encoder, "pretrained_cfg", {})
+    cfg = getattr(encoder, "pretrained_cfg", {}) if cfg is None else cfg
     channels = next(part for part in encoder.parameters() if part.ndim >= 4).shape[1]
     family = family_of(encoder) if has_family(encoder) else None
     more: dict[str, Any] = {}

@@ -36,31 +36,22 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Features:
-    """Features of the readable items of a source, in its order.
+    """Features of the readable items of a source, in its order."""
 
-    Args:
-        x: (N, D), or (N, S, D) with S columns, float32.
-        labels: (N,) int64, where there are any.
-        index: (N,), which items of the source they are.
-    """
-
-    x: Tensor
-    labels: Tensor | None
-    index: Tensor
+    x: Tensor  # (N, D), or (N, S, D) with S columns, float32
+    labels: Tensor | None  # (N,) int64, where there are any
+    index: Tensor  # (N,), which items of the source they are
 
     def __len__(self) -> int:
         return len(self.x)
 
 
 class Reader:
-    """Turns normalised images (B, C, H, W), or clips (B, C, T, H, W), into columns (B, S, D).
+    """Turns normalised images (B, C, H, W), or clips (B, C, T, H, W), into columns (B, S, D)."""
 
-    Columns are class tokens of the last blocks, then means of their patches, all after the final
-    norm.  ``poolings`` says which of them, laid end to end, are meant by a name: ``cls``, ``mean``
-    and ``cls+mean`` of the last block, with more ``blocks`` also ``cls, last 4 blocks`` and so on.
-    A network without tokens has one column, ``pooled``; no encoder gives ``pixels``, the image
-    shrunk to at most 32 pixels, all frames of a clip to at most 8.
-    """
+    # Columns are class tokens of the last blocks, then means of their patches, after the final
+    # norm; ``poolings`` says which of them, laid end to end, a name means.  A network without
+    # tokens has one column, ``pooled``; no encoder gives ``pixels``, the shrunk image.
 
     def __init__(self, evaluated: Evaluated, blocks: int = 1) -> None:
         self.evaluated = evaluated
@@ -130,11 +121,7 @@ class Reader:
 
 
 class FrameReader(Reader):
-    """Lets an encoder of images read clips (B, C, T, H, W): its columns are means over the frames.
-
-    What it gives knows nothing of the order of frames: the baseline that an encoder of videos has
-    to rise above.  ``clips`` is what the clips were prepared for.
-    """
+    """An encoder of images reads clips prepared for ``clips``: columns are means over frames."""
 
     def __init__(self, evaluated: Evaluated, clips: Evaluated, blocks: int = 1) -> None:
         super().__init__(evaluated, blocks)
@@ -170,42 +157,28 @@ def _shrunk(images: Tensor) -> Tensor:
     if share >= 1:
         return images.float()
     size = (max(1, round(height * share)), max(1, round(width * share)))
-    return F.interpolate(
-        images.float(), size=size, mode="bilinear", antialias=True, align_corners=False
-    )
+    return F.interpolate(images.float(), size, mode="bilinear", antialias=True)
 
 
 @dataclass(frozen=True)
 class Views:
-    """Several views of each test item, whose scores are averaged.
-
-    ``view`` gives ``count`` of them, of which number ``middle`` is also scored alone; ``told`` are
-    the settings that say so.
-    """
+    """Several views of each test item, whose scores are averaged."""
 
     view: View
     count: int
-    middle: int
-    told: Mapping[str, int]
+    middle: int  # number of the view that is also scored alone
+    told: Mapping[str, int]  # settings that say so
 
 
 @dataclass(frozen=True)
 class FeatureLoop:
-    """A pass over items in which all readers see the same images.
+    """A pass over items in which all readers see the same images."""
 
-    Args:
-        readers: by name; items are prepared as the first one's model is used to.
-        reading: how items are read.
-        device: where encoders run; on a GPU under bf16 autocast.
-        say: hears about the progress and broken items.
-        engine: the processes that share the work; None: this one.
-    """
-
-    readers: Mapping[str, Reader]
+    readers: Mapping[str, Reader]  # items are prepared as the first one's model is used to
     reading: ReadingSettings
-    device: torch.device
+    device: torch.device  # where encoders run; on a GPU under bf16 autocast
     say: Say = silent
-    engine: Engine | None = None
+    engine: Engine | None = None  # the processes that share the work; None: this one
 
     @property
     def evaluated(self) -> Evaluated:
@@ -233,21 +206,17 @@ class FeatureLoop:
         self.judge_broken(part, sum(len(index) for index, _ in shares), title)
         index = torch.cat([index for index, _ in shares])
         labels = None if part.labels is None else torch.from_numpy(part.labels)[index]
-        tables = {
-            name: shares[0][1][name]
-            if len(shares) == 1
-            else torch.cat([tables[name] for _, tables in shares])
-            for name in self.readers
-        }
-        return {name: Features(x, labels, index) for name, x in tables.items()}
+        found = {}
+        for name in self.readers:
+            parts = [tables[name] for _, tables in shares]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)  # no copy of a large table
+            found[name] = Features(x, labels, index)
+        return found
 
     def batches(
         self, part: Part, title: str, views: Views | None = None
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """(index (B,), columns (B * V, S, D) by reader), in order, whole items only, on the CPU.
-
-        By default V = 1, the plain view of evaluation: of a video one clip from its middle.
-        """
+        """(index (B,), columns (B * V, S, D) by reader), in order, on the CPU; V = 1 by default."""
         evaluated = self.evaluated
         settings = evaluated.input
         for reader in self.readers.values():
@@ -257,12 +226,13 @@ class FeatureLoop:
         at_once = settings.clip.frames if evaluated.item is CLIP else 1
         if views is not None:
             view, at_once = views.view, at_once * views.count
+        wanted, spare = self.reading.workers, (os.cpu_count() or 1) - 1  # one core for the model
         loaded = plain_batches(
             part.source,
             view,
             batch_size=max(1, self.reading.batch_size // at_once),
             indices=part.indices,
-            workers=num_workers(self.reading),
+            workers=min(8, spare) if wanted == "auto" else wanted,
             # Broken items are judged at the end: in order, they may come in a row.
             bad=BadFiles(None, 1.0),
         )
@@ -273,19 +243,17 @@ class FeatureLoop:
                     flip = batch.flip.repeat_interleave(clips.shape[1])
                     batch = replace(batch, views=[clips.flatten(0, 1)], flip=flip)
                 images = normalise(batch, mean, std, self.device).views[0]
-                columns = {
-                    name: self._read(reader, images) for name, reader in self.readers.items()
-                }
-                for name, x in columns.items():
-                    refuse_infinite(self.readers[name], x, images, part.source, batch.index)
+                columns = {}
+                for name, reader in self.readers.items():
+                    columns[name] = x = self._read(reader, images)
+                    refuse_infinite(reader, x, images, part.source, batch.index)
                 yield batch.index, columns
                 tick(len(batch.index))
 
     @torch.inference_mode()
     def _read(self, reader: Reader, images: Tensor) -> Tensor:
-        autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
-        )
+        kind = self.device.type
+        autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
         with in_eval_mode(reader.evaluated.encoder), autocast:
             return reader(images).cpu()
 
@@ -332,11 +300,12 @@ def refuse_infinite(
     first = shown_name(source.path(int(index[items[0]])))
     if not images[int(wrong.nonzero()[0])].isfinite().all():
         raise UserError(f"{first}: its values are not finite (NaN or infinity): mend or remove it")
-    how_many = f"{len(items)} of {len(index)} {reader.evaluated.item.noun}s"
-    raise UserError(
-        f"{reader.evaluated.name} gives features that are not finite for {how_many}, the first of "
-        f"them {first}: take an earlier checkpoint, or train again with a lower blr"
+    name, many = (
+        reader.evaluated.name,
+        f"{len(items)} of {len(index)} {reader.evaluated.item.noun}s",
     )
+    found = f"{name}: features are not finite for {many}, the first of them {first}"
+    raise UserError(f"{found}: take an earlier checkpoint, or train again with a lower blr")
 
 
 def device_of(reading: ReadingSettings) -> torch.device:
@@ -347,11 +316,6 @@ def device_of(reading: ReadingSettings) -> torch.device:
     if reading.device == "cuda" and not available:
         raise UserError("device=cuda, but torch sees no GPU: give device=cpu")
     return torch.device(reading.device)
-
-
-def num_workers(reading: ReadingSettings) -> int:
-    """Processes that decode items: "auto" leaves one core to the model."""
-    return min(8, (os.cpu_count() or 1) - 1) if reading.workers == "auto" else reading.workers
 
 
 def extract(

@@ -23,14 +23,11 @@ _WORTH_THREADS = 2_000_000_000  # operations, about 20 ms of one core
 
 @dataclass(frozen=True)
 class HeadGrid:
-    """Classifiers that are trained together: every input in ``slots`` with each of R rates.
-
-    ``weights[name]`` (d, C, R) and ``biases[name]`` (C, R), d inputs, C classes.
-    """
+    """Classifiers that are trained together: every input in ``slots`` with each of R rates."""
 
     slots: Slots
-    weights: dict[str, Tensor]
-    biases: dict[str, Tensor]
+    weights: dict[str, Tensor]  # (d, C, R): d inputs, C classes
+    biases: dict[str, Tensor]  # (C, R)
 
     def logits(self, name: str, rows: Tensor) -> Tensor:
         """Scores (B, C, R) of the classifiers on input ``name`` for ``rows`` (B, S, D)."""
@@ -71,11 +68,8 @@ def train_grid(
     device: torch.device | str = "cpu",
     tick: Callable[[int], None] = lambda _: None,
 ) -> HeadGrid:
-    """Softmax regressions for every input and rate on ``rows`` of ``table`` (N, S, D).
-
-    SGD with momentum 0.9, no weight decay, cosine from each rate to zero over ``iterations``
-    (DINOv2, eval/linear.py).  A rate that is too large ruins its own classifier and no other.
-    """
+    """Softmax regressions for every input and rate on ``rows`` of ``table`` (N, S, D)."""
+    # DINOv2, eval/linear.py: SGD with momentum 0.9, no weight decay, cosine from each rate to zero.
     weights, biases, num_rates = {}, {}, len(rates)
     for name, chosen in slots.items():
         # N(0, 0.01) as DINOv2's, one draw for all rates, so that only the rate differs.
@@ -110,11 +104,8 @@ def train_grid(
 
 @contextmanager
 def _fitting_threads(operations: int) -> Iterator[None]:
-    """One thread for steps of few floating-point operations.
-
-    Dozens of tiny parallel regions in a step wait for each other; beside another busy process they
-    wait a time slice each, which made a step of 4 ms take 2 s.
-    """
+    """One thread for steps of few floating-point operations."""
+    # Tiny parallel regions wait for each other, beside another busy process a time slice each.
     before = torch.get_num_threads()
     if operations < _WORTH_THREADS:
         torch.set_num_threads(1)
@@ -154,11 +145,7 @@ def train_lars(
     device: torch.device | str = "cpu",
     tick: Callable[[int], None] = lambda _: None,
 ) -> nn.Sequential:
-    """MAE's probe on ``features`` (N, D), in eval mode (main_linprobe.py).
-
-    Batch norm without affine, linear; LARS with momentum 0.9, trust 0.001, no weight decay.  The
-    rate ``blr`` is per 256 rows: linear warm-up, then half a cosine to zero, per step.
-    """
+    """MAE's probe on ``features`` (N, D), in eval mode (main_linprobe.py); ``blr`` is per 256."""
     from timm.optim import Lars
 
     linear = nn.Linear(features.shape[1], num_classes)
@@ -168,10 +155,8 @@ def train_lars(
     norm = nn.BatchNorm1d(features.shape[1], affine=False, eps=1e-6)
     head = nn.Sequential(norm, linear).to(device)
     # timm adapts only where there is weight decay, unless told to; the bias is never adapted.
-    groups = [
-        dict(params=[linear.weight], always_adapt=True),
-        dict(params=[linear.bias], always_adapt=False),
-    ]
+    adapted = {linear.weight: True, linear.bias: False}
+    groups = [dict(params=[part], always_adapt=each) for part, each in adapted.items()]
     optimizer = Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001)
     batch_size = min(batch_size, len(features))
     per_epoch = len(features) // batch_size

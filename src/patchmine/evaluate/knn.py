@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from patchmine.models.onednn import fast_linear
 from patchmine.train.engine import Engine
 
 _STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
-_MOST_TRAIN, _MOST_TEST = 10_000, 2_000  # items of an evaluation during training
+_MOST_TRAIN, _MOST_TEST = 10_000, 2_000  # items of an evaluation during training, to cost little
 
 
 def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
@@ -43,13 +44,8 @@ def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
         if pooling != settings.pooling and evaluated.encoder is not None:
             what = _STAND_IN.get(pooling, pooling)
             say(f"{evaluated.name} has no class token: its features are {what}")
-    learn = partial(
-        learn_knn,
-        settings,
-        device_of(settings),
-        pooling=settings.pooling,
-        neighbours=settings.neighbours,
-    )
+    how: Any = dict(pooling=settings.pooling, neighbours=settings.neighbours)
+    learn = partial(learn_knn, settings, device_of(settings), **how)
     return measure(settings, {"knn": learn}, say, readers)[0]
 
 
@@ -86,11 +82,7 @@ def knn_in_training(
     reading: ReadingSettings | None = None,
     engine: Engine | None = None,
 ) -> Accuracy:
-    """``{"top1", "top5"}`` in percent of an encoder in training, whose modes are left as they are.
-
-    To cost little, at most 10,000 and 2,000 items are used, always the same, of each class its
-    share.  Every process of ``engine`` must call this: it reads its part, and all get the result.
-    """
+    """Accuracy of an encoder in training on a share of ``data``; every process must call this."""
     assert evaluated.encoder is not None, "an encoder in training"
     device = next(evaluated.encoder.parameters()).device
     readers = {"": Reader(evaluated)}
@@ -100,9 +92,8 @@ def knn_in_training(
         train = loop.table(data.train.sampled(_MOST_TRAIN), "train")[""]
 
         def learn() -> None:
-            learned["", ""] = learn_knn(
-                VoteSettings(), device, readers[""], train, len(data.classes)
-            )
+            num_classes = len(data.classes)
+            learned["", ""] = learn_knn(VoteSettings(), device, readers[""], train, num_classes)
 
         loop.in_all_processes(learn)
         accuracies, _ = score(loop, data.test.sampled(_MOST_TEST), learned, "test")

@@ -24,17 +24,11 @@ _IN_HALVES = ("embedded:photos", "embedded:moving-photos")
 
 @dataclass(frozen=True)
 class Part:
-    """Some items of a source.
-
-    Args:
-        source: where they are.
-        indices: (n,) which of them.
-        labels: (N,) of all items of the source, where there are labels.
-    """
+    """Some items of a source."""
 
     source: Source
-    indices: Index
-    labels: Index | None
+    indices: Index  # (n,) which of them
+    labels: Index | None  # (N,) of all items of the source, where there are labels
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -53,15 +47,12 @@ class Part:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Items to learn from and to be tested on, with one numbering of ``classes``.
-
-    ``how`` says where the test items come from.
-    """
+    """Items to learn from and to be tested on, with one numbering of ``classes``."""
 
     train: Part
     test: Part
     classes: list[str]
-    how: str
+    how: str  # where the test items come from, for people
 
 
 def everything(source: Source) -> Part:
@@ -100,20 +91,16 @@ def open_labelled(
     if len(held_out) == 0:
         few = f"{names[0]}={_shown(data)} has one {item.noun} per class"
         raise UserError(f"{few}, so none can be tested on: give more, or test=...")
-    how = (
-        f"{_shown(data)} has no part for testing: the last fifth of each class, in the order of "
-        f"the list, is tested on ({len(held_out):,} of {len(labels.ids):,} {item.noun}s)"
-    )
+    counts = f"{len(held_out):,} of {len(labels.ids):,} {item.noun}s"
+    last_fifth = f"the last fifth of each class, in the order of the list, is tested on ({counts})"
+    how = f"{_shown(data)} has no part for testing: {last_fifth}"
     train, last = (Part(source, indices, labels.ids) for indices in (kept, held_out))
     return LabelledData(train, last, labels.names, how)
 
 
 def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
-    """Places (ascending) of the first items of each class, and of its last ``share``.
-
-    The end of the list rather than a random draw, because neighbours in a list are often
-    near-duplicates.  At least one of each class is in the second, unless it has but one.
-    """
+    """Places (ascending) of the first items of each class, and of its last ``share``."""
+    # No random draw: neighbours in a list are often near-duplicates.
     last = np.zeros(len(labels), dtype=bool)
     for number in np.unique(labels):
         places = np.flatnonzero(labels == number)
@@ -123,11 +110,7 @@ def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
 
 
 def stratified(labels: Index, count: int, seed: int = 0) -> Index:
-    """Places (count,), ascending, of a random draw in which each class keeps its share.
-
-    Every class has at least one where ``count`` allows it, else the largest have.  Never every n-th
-    item: a list in which the classes come in turn would give one class only.
-    """
+    """Places (count,), ascending, of a random draw in which each class keeps its share."""
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]  # class by class, shuffled within each
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -140,7 +123,6 @@ def stratified(labels: Index, count: int, seed: int = 0) -> Index:
 
 
 def _division(path: Path) -> tuple[Path, Path] | None:
-    """The folders train and test of ``path``, where it has both."""
     try:
         with os.scandir(path) as entries:
             names = division_of([entry.name for entry in entries if entry.is_dir()])
@@ -154,9 +136,8 @@ def _of_two(data: Any, test: Any, item: Item, names: tuple[str, str], how: str) 
     test_source, test_labels = _open(test, item, names[1], fewest=1)
     ids = test_labels.numbered_as(labels.names)
     train = Part(source, np.arange(len(source)), labels.ids)
-    return LabelledData(
-        train, Part(test_source, np.arange(len(test_source)), ids), labels.names, how
-    )
+    tested = Part(test_source, np.arange(len(test_source)), ids)
+    return LabelledData(train, tested, labels.names, how)
 
 
 def _open(data: Any, item: Item, name: str, fewest: int = 2) -> tuple[Source, Labels]:
@@ -166,10 +147,8 @@ def _open(data: Any, item: Item, name: str, fewest: int = 2) -> tuple[Source, La
         raise UserError(re.sub("^data=", f"{name}=", str(error))) from error
     labels = source.labels()
     if labels is None:
-        raise UserError(
-            f"{name}={_shown(data)} has no labels, which an evaluation needs: give a folder with "
-            "one folder per class, or a list file with 'path label' lines"
-        )
+        remedy = "give a folder with one folder per class, or a list of 'path label' lines"
+        raise UserError(f"{name}={_shown(data)} has no labels, which an evaluation needs: {remedy}")
     if len(labels.names) < fewest:
         only = f"{name}={_shown(data)} has only one class ({shown_name(labels.names[0])})"
         raise UserError(f"{only}: an evaluation needs two or more")

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from patchmine.errors import UserError
 from patchmine.evaluate.features import Features, Reader, device_of
@@ -50,10 +51,7 @@ def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
 
 
 def batch_for(images: int, *, steps: int, least: int, most: int) -> int:
-    """The largest power of two that gives an epoch ``steps`` steps, from ``least`` to ``most``.
-
-    All images at once where they are fewer than that.
-    """
+    """The largest power of two in bounds that gives an epoch ``steps`` steps; else all images."""
     power = 2 ** int(math.log2(max(1, images // steps)))
     return min(images, max(least, min(most, power)))
 
@@ -72,8 +70,8 @@ def learn_grid(
     labels, parts = train.labels, split_by_class(train.labels.numpy(), settings.held_out)
     fit, choice = map(torch.from_numpy, parts)
     if len(choice) == 0:
-        few = "every class has but one training image, so that no classifier can be chosen"
-        raise UserError(f"{few}: give more")
+        few = f"held_out={settings.held_out:g}, but every class has but one training image"
+        raise UserError(f"{few}, so that no classifier can be chosen: give more")
     # DINOv2 has 1,024 for ImageNet; on 20,000 small images 256 gained 3 points over that for the
     # same work.
     usual = batch_for(len(fit), steps=128, least=64, most=1_024)
@@ -99,26 +97,21 @@ def learn_grid(
     best = int(held_out[pooling].argmax())
     if best in (0, len(rates) - 1) and len(rates) > 1:
         say(f"{name}: the best rate, {rates[best]:g}, is at the edge of rates=...; widen them")
+    table = {key: row.tolist() for key, row in held_out.items()}
     told = {
-        "chosen": {
-            "pooling": pooling,
-            "rate": rates[best],
-            "held_out_top1": float(held_out[pooling][best]),
-        },
+        "chosen": {"pooling": pooling, "rate": rates[best], "held_out_top1": table[pooling][best]},
         "held_out_top1": {
-            key: dict(zip(map(str, rates), scores.tolist(), strict=True))
-            for key, scores in held_out.items()
+            key: dict(zip(map(str, rates), row, strict=True)) for key, row in table.items()
         },
-        "settings": {
-            "iterations": iterations,
-            "train_batch": batch,
-            "trained_on": len(fit),
-            "chosen_on": len(choice),
-        },
+        "settings": dict(
+            iterations=iterations, train_batch=batch, trained_on=len(fit), chosen_on=len(choice)
+        ),
     }
-    return Learned(
-        lambda rows: {"best": grid.logits(pooling, rows.to(device))[..., best]}, "best", told
-    )
+
+    def scores(rows: Tensor) -> dict[str, Tensor]:
+        return {"best": grid.logits(pooling, rows.to(device))[..., best]}
+
+    return Learned(scores, "best", told)
 
 
 def learn_mae(

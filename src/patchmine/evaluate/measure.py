@@ -34,19 +34,13 @@ Accuracy = dict[str, float]
 
 @dataclass(frozen=True)
 class Learned:
-    """What a protocol made of the training features of one reader.
+    """What a protocol made of the training features of one reader."""
 
-    Args:
-        score: rows (R, S, D) on any device -> logits (R, C) of each of its classifiers, by name.
-        chosen: the classifier that the result's accuracy is of.
-        told: what else the result says.
-        all_under: the result's key for the accuracies of all of them.
-    """
-
+    # Rows (R, S, D) on any device -> logits (R, C) of each of its classifiers, by name.
     score: Callable[[Tensor], Mapping[str, Tensor]]
-    chosen: str
-    told: Result
-    all_under: str | None = None
+    chosen: str  # the classifier that the result's accuracy is of
+    told: Result  # what else the result says
+    all_under: str | None = None  # the result's key for the accuracies of all of them
 
 
 Learn = Callable[[Reader, Features, int], Learned]
@@ -68,10 +62,7 @@ def measure(
     views: Views | None = None,
     notes: Sequence[str] = (),
 ) -> list[Result]:
-    """Results of protocols, by name, on the model and its baselines, all from the same images.
-
-    ``readers`` as of `readers_of`.  Results are filed in eval/NAME.json where the model is a run's.
-    """
+    """Results of protocols on the readers of `readers_of`, from the same images; a run's filed."""
     start, evaluated = time.monotonic(), readers[""].evaluated
     noun = evaluated.item.noun
     data = open_labelled(settings.data, settings.test, evaluated.item)
@@ -130,11 +121,9 @@ def score(
     title: str,
     views: Views | None = None,
 ) -> tuple[dict[tuple[str, str], dict[str, Accuracy]], int]:
-    """Accuracies by (protocol, reader) and classifier, and how many items were read.
-
-    Features are scored as they come: memory holds one batch of them.  Of several views of an item
-    the softmax is averaged; then ``""`` is the accuracy of the chosen classifier on the middle one.
-    """
+    """Accuracies by (protocol, reader) and classifier, and how many items were read."""
+    # Features are scored as they come: memory holds one batch of them.  Of several views of an item
+    # the softmax is averaged; then "" is the accuracy of the chosen classifier on the middle one.
     assert part.labels is not None, "labelled data has labels"
     labels = torch.from_numpy(part.labels)
 
@@ -147,10 +136,8 @@ def score(
                 found = dict(each.score(columns[name]))
                 if views is not None:
                     chosen = found[each.chosen].view(len(index), views.count, -1)
-                    found = {
-                        key: logits.softmax(1).view_as(chosen).mean(1)
-                        for key, logits in found.items()
-                    }
+                    for key, logits in found.items():
+                        found[key] = logits.softmax(1).view_as(chosen).mean(1)
                     found[""] = chosen[:, views.middle]
                 for key, scores in found.items():
                     right = count_right(scores, truth)
@@ -170,10 +157,8 @@ def score(
 
 
 def count_right(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many rows of scores (B, C) have their label (B,) first, and among the first five: (2,).
-
-    Of equal scores the class with the smaller number counts more; rows of NaN are wrong.
-    """
+    """(2,): of how many rows (B, C) the label (B,) is first, and is among the first five."""
+    # Of equal scores the class with the smaller number counts more; rows of NaN are wrong.
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
     right = (best == labels[:, None].to(best.device)) & ~scores.isnan().any(1, keepdim=True)
     return torch.stack([right[:, 0].sum(), right.any(dim=1).sum()]).double().cpu()

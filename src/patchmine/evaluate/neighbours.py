@@ -50,11 +50,7 @@ def _first_largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def class_votes(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """The vote of each query's K neighbours, as logarithms, at any temperature: (Q, C) float64.
-
-    A neighbour of class ``labels`` (Q, K) with cosine ``similarity`` (Q, K) votes with
-    exp(similarity / temperature); a class that none votes for has minus infinity.
-    """
+    """Log of the summed votes exp(similarity / temperature) for each class: (Q, C) float64."""
     logits = similarity.double() / temperature
     # The largest is taken out class by class: the weights of a far class would else be zero beside
     # those of a near one.
@@ -72,10 +68,7 @@ def knn_votes(
     neighbours: Sequence[int],
     temperature: float = TEMPERATURE,
 ) -> dict[int, Tensor]:
-    """`class_votes` (Q, C) of the k nearest, for each k of ``neighbours`` (DINO, ``eval_knn.py``).
-
-    Rows of ``bank`` (N, D) have length one already; those of ``query`` (Q, D) may have any.
-    """
+    """`class_votes` (Q, C) of each k; rows of ``bank`` (N, D) have length one, of ``query`` any."""
     votes: dict[int, list[Tensor]] = {k: [] for k in neighbours}
     for start in range(0, len(query), _QUERY_ROWS):
         rows = F.normalize(query[start : start + _QUERY_ROWS].float(), dim=1)
