@@ -24,9 +24,9 @@ from patchmine.data.views.images import View
 from patchmine.data.workers import num_workers
 from patchmine.disk import replacing, sweep
 from patchmine.errors import UserError, reason_of, shown_name
-from patchmine.lock import HeldLock, lock
 from patchmine.report.monitor import Monitor
 from patchmine.runs import preparing
+from patchmine.runs.lock import HeldLock, lock
 from patchmine.runs.run import Run, build_method, new_folder, refuse_used_folder, write_export
 from patchmine.task import Method, Task
 from patchmine.train.checkpoint import Checkpoint, load_newest, point

@@ -131,7 +131,7 @@ def follow_last(checkpoints: Sequence[Path], data: bytes, folder: Path) -> objec
 
 def take_lock(name: str, data: bytes, folder: Path) -> object:
     """What a process that has ended says of itself does not keep others out."""
-    from patchmine.lock import lock
+    from patchmine.runs.lock import lock
 
     (folder / name).write_bytes(data)
     with lock(folder):

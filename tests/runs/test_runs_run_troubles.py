@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from patchmine import training as pretraining
 from patchmine.cli.app import app
 from patchmine.errors import UserError
-from patchmine.lock import lock
 from patchmine.methods.mae import MAE
 from patchmine.report import monitor
 from patchmine.report.show import run_progress
+from patchmine.runs.lock import lock
 from patchmine.runs.run import Run
 from patchmine.train import checkpoint
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from patchmine.backbones.reference import to_reference_names
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
-from patchmine.lock import lock
+from patchmine.runs.lock import lock
 from patchmine.runs.run import Run, build_method
 from patchmine.runs.transfer import export_run, import_file
 from patchmine.task import Method

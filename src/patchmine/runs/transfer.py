@@ -23,7 +23,7 @@ from patchmine.config.resolve import from_settings, silent
 from patchmine.config.schema import RunConfig
 from patchmine.disk import output, replacing, system_errors
 from patchmine.errors import UserError
-from patchmine.lock import lock
+from patchmine.runs.lock import lock
 from patchmine.runs.run import Run, build_method, refuse_used_folder, write_export
 from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints

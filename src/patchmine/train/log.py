@@ -270,11 +270,9 @@ class Log:
             return
         self._last_line = now
         started, first_step = self._clock
-        left = (self._total - step) * (now - started) / max(1, step - first_step)
-        self._say(
-            f"step {step}/{self._total}  epoch {line['epoch']:.2f}  {numbers}  {_minutes(left)} "
-            "left"
-        )
+        left = _minutes((self._total - step) * (now - started) / max(1, step - first_step))
+        epoch = line["epoch"]
+        self._say(f"step {step}/{self._total}  epoch {epoch:.2f}  {numbers}  {left} left")
 
 
 def describe(line: Mapping[str, Any]) -> str:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from patchmine import lock as locks
 from patchmine.errors import UserError
-from patchmine.lock import NAME, OWNER, lock
+from patchmine.runs import lock as locks
+from patchmine.runs.lock import NAME, OWNER, lock
 
 FORK = multiprocessing.get_context("fork")
 
