@@ -1,3 +1,1 @@
-"""Networks that several methods use: tokens in and out of a timm ViT, decoders, teachers, position
-tables, weights.
-"""
+"""Networks that several methods use: decoders, heads, teachers, stochastic depth and noise."""

@@ -1,8 +1,4 @@
-"""Batch norm over the joint batch of all processes.
-
-torch's own SyncBatchNorm takes no CPU tensors and waits for the device in every call, to leave out
-processes without rows, which we do not have.
-"""
+"""Batch norm over the joint batch of all processes, on any device and without waiting for it."""
 
 from __future__ import annotations
 
@@ -20,11 +16,10 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """A batch norm that, in training mode, normalises with the statistics of all processes' rows.
+    """Normalises, in training mode, with the statistics of all processes' rows."""
 
-    Processes may bring different numbers of rows.  Every process must make the same calls in the
-    same order.
-    """
+    # torch's own takes no CPU tensors, and waits for the device in every call.  Every process must
+    # make the same calls in the same order; they may bring different numbers of rows.
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch calls it so
         """(N, C, ...) -> the same shape."""
@@ -41,14 +36,13 @@ class SyncBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _follow(self, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics towards those of one batch; ``var`` is the unbiased one."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         average = 1 / self.num_batches_tracked.to(mean.dtype)
         share = average if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(var.to(self.running_var.dtype), share)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            assert running is not None
+            running.lerp_(new.to(running.dtype), share)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002 - torch calls it so
         if input.ndim < 2:
@@ -61,9 +55,8 @@ def synchronise_batch_norms(module: nn.Module) -> None:
         if type(part) in _PLAIN:
             part.__class__ = SyncBatchNorm  # as torch's own lazy modules become what they stand for
         elif isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm):
-            raise ValueError(
-                f"{name} is a {type(part).__name__}, which cannot be synchronised over processes"
-            )
+            kind = type(part).__name__
+            raise ValueError(f"{name} is a {kind}, which cannot be synchronised over processes")
 
 
 class _Normalise(torch.autograd.Function):

@@ -11,13 +11,9 @@ from patchmine.ops.distill import new_centre
 
 
 class Centre(nn.Module):
-    """What is subtracted from a teacher's logits: buffer ``mean`` (K,), float32.
+    """What is subtracted from a teacher's logits; it moves in `update`, after an optimizer step."""
 
-    The forward pass uses the centre as it is and hands over what it saw (`see`); `update`, after
-    the optimizer step, moves it: all parts of an accumulated batch use the same centre.
-    """
-
-    mean: Tensor
+    mean: Tensor  # buffer (K,), float32
 
     def __init__(self, width: int, momentum: float = 0.9) -> None:
         super().__init__()

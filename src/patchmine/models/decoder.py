@@ -18,12 +18,10 @@ from patchmine.types import Grid, Mask
 
 
 class DecoderInput(nn.Module):
-    """From encoder tokens to decoder tokens: narrowed, with mask tokens and positions.
+    """From encoder tokens to decoder tokens: narrowed, with mask tokens and positions."""
 
-    The order is [prefix | visible | masked], each part in raster order (docs/methods/mae.md): the
-    masked patches are one contiguous slice.  For clips it is VideoMAE's: a linear layer without
-    bias and its one-dimensional table of positions.
-    """
+    # The order is [prefix | visible | masked], each part in raster order (docs/methods/mae.md).
+    # Of clips it is VideoMAE's: no bias and a one-dimensional table of positions.
 
     pos_embed: Tensor
 
@@ -62,19 +60,14 @@ class DecoderInput(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Transformer blocks, a norm, and a linear head that the method applies to the rows it wants.
-
-    timm's `Block`; the defaults are MAE's (models_mae.py).
-    """
+    """Blocks of timm's, a norm, and a linear head that the method applies to the rows it wants."""
 
     def __init__(self, settings: DecoderSettings, out_width: int) -> None:
         super().__init__()
         width, ratio = settings.decoder_embed_dim, settings.decoder_mlp_ratio
         if int(width * ratio) == 0:
-            raise UserError(
-                f"method.decoder_mlp_ratio={ratio} leaves no hidden unit in a decoder of "
-                f"method.decoder_embed_dim={width}: set it to 1 or more"
-            )
+            given = f"method.decoder_mlp_ratio={ratio} with method.decoder_embed_dim={width}"
+            raise UserError(f"{given} leaves no hidden unit in the decoder: set it to 1 or more")
         norm = partial(nn.LayerNorm, eps=settings.decoder_norm_eps)
         sizes = dict(mlp_ratio=ratio, qkv_bias=settings.decoder_qkv_bias, norm_layer=norm)
         self.blocks = nn.ModuleList(
@@ -109,11 +102,9 @@ def check_decoder(
     """UserError for unbuildable settings; ``num_patches`` is None where some are always masked."""
     width, heads = settings.decoder_embed_dim, settings.decoder_num_heads
     if width % heads or width % 4:
-        raise UserError(
-            f"method.decoder_embed_dim={width} must be a multiple of 4 and of "
-            f"method.decoder_num_heads={heads}: "
-            f"try method.decoder_embed_dim={-(-width // (4 * heads)) * 4 * heads}"
-        )
+        wrong = f"={width} must be a multiple of 4 and of method.decoder_num_heads={heads}"
+        remedy = f"try method.decoder_embed_dim={-(-width // (4 * heads)) * 4 * heads}"
+        raise UserError(f"method.decoder_embed_dim{wrong}: {remedy}")
     given = f"method.mask_ratio={mask_ratio}"
     if num_visible == 0:
         raise UserError(f"{given} leaves no patch visible: lower it, or use smaller patches")

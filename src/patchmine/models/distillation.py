@@ -18,13 +18,10 @@ def prototype_groups(
     optimizer: str,
     **how: Any,
 ) -> list[ParamGroup]:
-    """Two groups: prototypes, which do not move in the first epochs, stand in the second one.
-
-    Each gradient is clipped by itself.
-    """
+    """Two groups, the prototypes second, frozen at first; each gradient is clipped by itself."""
     how = {"clip_norm": settings.clip_grad, "clip_each": True, **how}
-    prototypes = [(name, p) for name, p in members if "last_layer" in name]
-    others = [(name, p) for name, p in members if "last_layer" not in name]
+    prototypes = [each for each in members if "last_layer" in each[0]]
+    others = [each for each in members if "last_layer" not in each[0]]
     return [
         ParamGroup(others, optimizer, **how),
         ParamGroup(prototypes, optimizer, frozen_until=settings.freeze_last_layer, **how),
@@ -34,12 +31,8 @@ def prototype_groups(
 def check_crops(batch: Batch, method: str, *, has_batch_norm: bool) -> None:
     """UserError for batches that give a method nothing to compare."""
     if len(batch.views) < 3:
-        raise UserError(
-            f"method={method} searches global crops for what local crops show, and there are no "
-            "local ones: set crops.num_local=1 or more"
-        )
+        what = "searches global crops for what local crops show"
+        raise UserError(f"method={method} {what}, and has none: set crops.num_local=1 or more")
     if has_batch_norm and len(batch) * num_processes() < 2:
-        raise UserError(
-            f"method={method} has batch norms here, which need 2 images or more at a time, and "
-            "gets 1: raise batch_size, or lower accumulate"
-        )
+        few = "has batch norms here, which need 2 images or more at a time, and gets 1"
+        raise UserError(f"method={method} {few}: raise batch_size, or lower accumulate")

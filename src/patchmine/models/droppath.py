@@ -1,7 +1,4 @@
-"""Stochastic depth that decides by a step's own noise, so that a resumed run repeats itself.
-
-timm's draws from torch's global generator, whose state no checkpoint holds.
-"""
+"""Stochastic depth by a step's own noise, so that a resumed run repeats itself; timm's does not."""
 
 from __future__ import annotations
 
@@ -31,12 +28,11 @@ class DropPath(nn.Module):
 
 def seed_drop_paths(encoder: nn.Module) -> list[DropPath]:
     """Put ours in the place of timm's; they have no weights, so no name changes."""
-    found = [(m, name, c) for m in encoder.modules() for name, c in m.named_children()]
     replaced = []
-    for module, name, child in found:
-        if isinstance(child, timm.layers.DropPath):
-            setattr(module, name, DropPath(child.drop_prob))
-            replaced.append(getattr(module, name))
+    for name, module in list(encoder.named_modules()):
+        if isinstance(module, timm.layers.DropPath):
+            replaced.append(DropPath(module.drop_prob))
+            encoder.set_submodule(name, replaced[-1])
     return replaced
 
 
@@ -46,9 +42,9 @@ def add_drop_paths(encoder: VisionTransformer | Beit, rate: float) -> list[DropP
     last = max(1, len(encoder.blocks) - 1)
     for number, block in enumerate(encoder.blocks):
         for name in ("drop_path1", "drop_path2"):
-            share = rate * number / last
-            setattr(block, name, DropPath(share) if share else nn.Identity())
-            added += [getattr(block, name)] if share else []
+            path = DropPath(share) if (share := rate * number / last) else nn.Identity()
+            setattr(block, name, path)
+            added += [path] if isinstance(path, DropPath) else []
     return added
 
 

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias: directions ``weight_v`` (out, in), lengths ``weight_g``.
+    """A linear layer without bias: directions ``weight_v`` (out, in), lengths ``weight_g``."""
 
-    The names are those of torch's old `weight_norm`, which its hook makes impossible to copy.
-    Lengths start at 1 and stay there unless ``trainable_gain``.
-    """
+    # The names are those of torch's old `weight_norm`, which its hook makes impossible to copy.
 
     def __init__(self, in_features: int, out_features: int, *, trainable_gain: bool) -> None:
         super().__init__()
@@ -28,10 +26,7 @@ class WeightNormLinear(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """DINO's head: a perceptron, a unit vector, and its similarity to each prototype.
-
-    ``trainable_gain``: the prototypes' lengths are learned (DINO's ``norm_last_layer=False``).
-    """
+    """DINO's head: a perceptron, a unit vector, and its similarity to each prototype."""
 
     def __init__(
         self,
@@ -40,7 +35,7 @@ class DinoHead(nn.Module):
         hidden: int = 2048,
         bottleneck: int = 256,
         *,
-        trainable_gain: bool,
+        trainable_gain: bool,  # of the prototypes' lengths: DINO's norm_last_layer=False
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
@@ -62,11 +57,9 @@ class DinoHead(nn.Module):
 
 
 class StageHead(nn.Module):
-    """SCFS's head of one stage: a residual bottleneck on the map, its mean, a perceptron.
+    """SCFS's head of one stage: a residual bottleneck on the map, its mean, a perceptron."""
 
-    Batch statistics always, also in eval mode and in a teacher: nothing here outlives pre-training,
-    so running statistics have no use and are not kept.  A call needs two rows or more.
-    """
+    # Batch statistics always, also in eval mode and in a teacher: a call needs two rows or more.
 
     def __init__(
         self, channels: int, out_features: int, *, hidden: int = 2048, bottleneck: int = 256
@@ -87,11 +80,8 @@ class StageHead(nn.Module):
         )
 
     def forward(self, maps: Tensor, attention: Tensor | None = None) -> Tensor:
-        """Unit vectors (N, out), float32, of maps (N, C, h, w).
-
-        With ``attention`` (J, N, h, w) those of the J * N maps ``attention[j, n] * maps[n]``,
-        crop-major, which share their batch statistics: (J * N, out).
-        """
+        """Unit vectors (N, out), float32, of maps (N, C, h, w)."""
+        # With attention (J, N, h, w) those of attention[j, n] * maps[n], crop-major: (J * N, out).
         # Weighted maps are made as late as they can be: a 1x1 convolution without bias commutes
         # with a weight at each position, and so takes every map once (docs/methods/scfs.md).
         y = self.conv1(maps)

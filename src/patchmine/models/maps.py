@@ -13,11 +13,7 @@ from patchmine.models.processes import num_processes
 
 
 class ItemMaps(nn.Module):
-    """A table (items, length) of numbers in [0, 1], in steps of 1/255, in the method's state.
-
-    How many items there are is not known before the first `replace`: until then every item has a
-    map of zeros, as has one that could not be read.
-    """
+    """A table (items, length) of numbers in [0, 1], in steps of 1/255; zeros before `replace`."""
 
     values: Tensor
 
@@ -36,11 +32,7 @@ class ItemMaps(nn.Module):
 
     @torch.no_grad()
     def replace(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Take over new maps: pairs of item numbers (B,) and maps (B, length), each item once.
-
-        Each process brings those of its own items, and all end with the whole table.  Raises
-        ValueError when none brings any.
-        """
+        """Take over every process's (items (B,), maps (B, length)); ValueError for none at all."""
         device, length = self.values.device, self.values.shape[1]
         found = [
             (index.to(device), (maps * 255).round().to(device, torch.uint8))

@@ -44,10 +44,7 @@ def outputs_of(network: Network, images: Tensor) -> Outputs:
 
 @torch.no_grad()
 def search(thead: TransformerHead, maps: Tensor, queries: Tensor) -> Tensor:
-    """A teacher's T-Head logits (J * B, K) of global crop 0 for queries (J * B, D) of local crops.
-
-    ``maps`` (2B, C, h, w) are the teacher's of both global crops; nothing takes a gradient.
-    """
+    """A teacher's T-Head logits (J * B, K) of global crop 0, of ``maps`` of both, for queries."""
     logits: Tensor = thead(maps.chunk(2)[0], queries.detach())
     return logits
 
@@ -65,9 +62,8 @@ def build_partner(config: MokdSettings, encoder: Encoder) -> Encoder:
     try:
         return build_encoder(model, image_size=size, channels=channels, model_args=arguments)
     except UserError as error:
-        raise UserError(
-            f"method.partner_model={model} with method.partner_args: {error}"
-        ) from error
+        given = f"method.partner_model={model} with method.partner_args"
+        raise UserError(f"{given}: {error}") from error
 
 
 def thead_width(config: MokdSettings, encoder: Encoder, partner: Encoder) -> int:
@@ -76,24 +72,18 @@ def thead_width(config: MokdSettings, encoder: Encoder, partner: Encoder) -> int
     widths = {name: each.embed_dim for name, each in names.items() if not is_resnet(each)}
     if len(set(widths.values())) > 1:
         stated = " and ".join(f"{name} is {width} wide" for name, width in widths.items())
-        raise UserError(
-            f"{stated}, but tokens of each enter the other's transformer head: set the same "
-            "embed_dim in model_args and method.partner_args, or pair one of them with a ResNet"
-        )
+        remedy = "set the same embed_dim in model_args and method.partner_args, or take a ResNet"
+        raise UserError(f"{stated}, but tokens of each enter the other's head: {remedy}")
     own = next(iter(widths.values()), None)
     if own is not None and config.thead_width not in (None, own):
-        raise UserError(
-            f"method.thead_width={config.thead_width}, but the tokens of the vision transformer "
-            f"are {own} wide: leave the setting out"
-        )
+        wrong = f"but the tokens of the vision transformer are {own} wide"
+        raise UserError(f"method.thead_width={config.thead_width}, {wrong}: leave the setting out")
     width = own or config.thead_width or WIDTH_WITHOUT_VIT
     heads = config.thead_heads
     if width % heads:
         fitting = max(n for n in range(1, heads) if width % n == 0)
-        raise UserError(
-            f"method.thead_heads={heads} does not divide the transformer heads' width {width}: set "
-            f"method.thead_heads={fitting}"
-        )
+        wrong = f"method.thead_heads={heads} does not divide the transformer heads' width {width}"
+        raise UserError(f"{wrong}: set method.thead_heads={fitting}")
     return width
 
 

@@ -7,12 +7,10 @@ from torch import Tensor
 
 
 class Noise:
-    """Uniform numbers that depend on seed, step and a row's place in the global batch only.
+    """Uniform numbers that depend on seed, step and a row's place in the global batch only."""
 
-    Every process draws the noise of the *whole* global batch and keeps its own rows: one process,
-    eight processes and eight accumulated parts give the same masks, and a resumed run repeats
-    itself without any stored generator state.
-    """
+    # Every process draws the noise of the *whole* global batch and keeps its own rows: however the
+    # batch is divided, masks are the same, and a resumed run repeats itself without stored state.
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -33,10 +31,7 @@ class Noise:
         return drawn[self._first_row : self._first_row + rows]
 
     def host(self) -> float:
-        """One number in [0, 1) for the whole global batch, equal in all processes and parts.
-
-        It is drawn on the processor, so that what is decided by it waits for no device.
-        """
+        """One number in [0, 1) for the global batch; drawn on the CPU, it waits for no GPU."""
         return torch.rand((), generator=self._generator("cpu"), dtype=torch.float64).item()
 
     def _generator(self, device: torch.device | str) -> torch.Generator:

@@ -1,8 +1,5 @@
-"""Matrix products on the processor through oneDNN.
-
-torch gives float32 products on x86 to MKL, which runs its AVX2 kernels on processors that are not
-Intel's: on an AMD EPYC of 2025 that is under half of what the AVX-512 kernels of oneDNN, which
-torch ships as well, reach with the same float32 arithmetic.
+"""Matrix products on the processor through oneDNN, whose AVX-512 kernels serve AMD's as well:
+MKL, which torch gives float32 products to, has AVX2 there, under half the speed on an EPYC of 2025.
 """
 
 from __future__ import annotations
@@ -33,10 +30,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """``left.T @ right`` of (N, A) and (N, B).
-
-    oneDNN copies its first factor when that is transposed, so it gets the narrower one first.
-    """
+    """``left.T @ right`` of (N, A) and (N, B)."""
+    # oneDNN copies its first factor when that is transposed, so it gets the narrower one first.
     if left.shape[1] <= right.shape[1]:
         return _product(left.t(), right.t())
     return _product(right.t(), left.t()).t()
@@ -71,10 +66,9 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 class OneDnnLinear(TorchFunctionMode):
-    """While entered, every float32 linear layer on the processor runs through oneDNN.
+    """While entered, every float32 linear layer on the processor runs through oneDNN."""
 
-    Chosen by what the tensors are, never by a timing: a resumed run repeats the same arithmetic.
-    """
+    # Chosen by what the tensors are, never by a timing: a resumed run repeats the same arithmetic.
 
     def __torch_function__(
         self,

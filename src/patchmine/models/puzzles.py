@@ -15,13 +15,11 @@ from patchmine.types import Grid, Mask
 
 @dataclass(frozen=True)
 class Puzzle:
-    """Numbers of the patches of each image that keep their position (B, K), lose it (B, Q), or are
-    removed (B, L - V), each in raster order.
-    """
+    """Numbers of patches of each image by what becomes of them, each in raster order."""
 
-    kept: Tensor
-    dropped: Tensor
-    removed: Tensor
+    kept: Tensor  # (B, K) keep their position
+    dropped: Tensor  # (B, Q) lose it
+    removed: Tensor  # (B, L - V)
 
     @property
     def visible(self) -> Tensor:

@@ -1,13 +1,11 @@
-"""Two streams over one sequence: content under a causal mask, and queries that attend to it.
-
-Content is a stock timm ViT run by functions around its parts; a query knows its position only.
-"""
+"""Two streams over one sequence: content under a causal mask, and queries that attend to it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +19,7 @@ from patchmine.errors import UserError
 
 
 class QueryBlock(nn.Module):
-    """Cross-attention from queries to content, then an MLP; both residual, on the queries.
-
-    The same `norm1` serves queries and content (SAIM, util/blocks.py).  Keys and values come from
-    one product.
-    """
+    """Cross-attention from queries to content, then an MLP; both residual (SAIM, blocks.py)."""
 
     def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
@@ -48,13 +42,9 @@ class QueryBlock(nn.Module):
         """(B, N, D), (B, M, D) -> (B, N, D); ``mask`` (1 or B, 1, N, M), None: causal, N = M."""
         query = _heads(self.query(self.norm1(queries)), self.num_heads)
         key, value = self.key_value(self.norm1(content)).chunk(2, dim=-1)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            _heads(key, self.num_heads),
-            _heads(value, self.num_heads),
-            attn_mask=mask,
-            is_causal=mask is None,
-        )
+        key, value = (_heads(part, self.num_heads) for part in (key, value))
+        how: Any = dict(attn_mask=mask, is_causal=mask is None)
+        mixed = F.scaled_dot_product_attention(query, key, value, **how)
         queries = queries + self.proj(_joined(mixed))
         return queries + self.mlp(self.norm2(queries))
 
@@ -116,16 +106,12 @@ def check_causal(encoder: Encoder, method: str) -> None:
     """UserError for other blocks than `two_streams` runs, or another start than a class token."""
     prefix = encoder.num_prefix_tokens
     if encoder.cls_token is None or prefix != 1:
-        raise UserError(
-            f"method={method} starts every sequence from one class token, and this model has "
-            f"{prefix} tokens before its patches: set model_args.class_token=true "
-            "model_args.reg_tokens=0, or choose vit_base_patch16_224"
-        )
+        wrong = f"method={method} starts from one class token, and this model has {prefix} tokens"
+        remedy = "set model_args.class_token=true model_args.reg_tokens=0"
+        raise UserError(f"{wrong} before its patches: {remedy}, or choose vit_base_patch16_224")
     if not all(type(block) is Block and _plain(block.attn) for block in encoder.blocks):
-        raise UserError(
-            f"method={method} runs the blocks of a plain vision transformer under a causal mask, "
-            f"and this {type(encoder).__name__} has others: choose one such as vit_base_patch16_224"
-        )
+        wrong = f"needs blocks of a plain vision transformer, {type(encoder).__name__} has others"
+        raise UserError(f"method={method} {wrong}: choose one such as vit_base_patch16_224")
 
 
 def _plain(attention: nn.Module) -> bool:
@@ -142,12 +128,8 @@ def without_learning(encoder: nn.Module, device: torch.device) -> Iterator[None]
     # Autocast must not keep the weights that it casts meanwhile: until pytorch's pull request
     # 165068 they stayed without gradients, and nothing would reach the weights from what learns.
     kind, training = device.type, encoder.training
-    autocast = torch.autocast(
-        kind,
-        dtype=torch.get_autocast_dtype(kind),
-        enabled=torch.is_autocast_enabled(kind),
-        cache_enabled=False,
-    )
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    autocast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
     encoder.eval()
     try:
         with torch.no_grad(), autocast:

@@ -16,14 +16,10 @@ from patchmine.types import Grid, Progress
 
 
 class Teacher(nn.Module):
-    """Exponential moving average of some of a method's modules: frozen, in eval mode.
+    """Exponential moving average of modules under the same names: frozen, in eval mode."""
 
-    ``Teacher(encoder=encoder, predictor=predictor)`` holds copies under the same names; the
-    students are passed to `update`, so that every parameter has one owner.  Weights stay float32:
-    bfloat16 would swallow an update of 1e-4.  Buffers are never averaged: with ``own_statistics``
-    batch norms follow the method's mode and gather those of the teacher's own batch
-    (docs/methods/mokd.md).
-    """
+    # Weights stay float32: bfloat16 would swallow an update of 1e-4.  Buffers are never averaged:
+    # with own_statistics batch norms gather the statistics of its batch (docs/methods/mokd.md).
 
     def __init__(self, *, own_statistics: bool = False, **students: nn.Module) -> None:
         super().__init__()
@@ -61,8 +57,6 @@ def foreign_teacher(settings: FeatureTargetSettings, grid: Grid) -> ForeignTeach
     if kind not in ("dino", "clip"):
         return None
     if len(grid.size) == 3:
-        raise UserError(
-            f"method.target={kind} is a network for images, which does not describe cubes of "
-            "clips: choose method.target=pixel or method.target=ema"
-        )
+        wrong = f"method.target={kind} is a network for images, which does not describe clips"
+        raise UserError(f"{wrong}: choose method.target=pixel or method.target=ema")
     return ForeignTeacher(kind, file, grid=grid, renormalise=settings.target_renormalise)

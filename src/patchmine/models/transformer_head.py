@@ -18,14 +18,10 @@ _STD = 0.02
 
 
 class TransformerHead(nn.Module):
-    """Blocks over a map's tokens, their mean, its product with prototypes (docs/methods/mokd.md).
+    """Blocks over a map's tokens, mean, product with prototypes (docs/methods/mokd.md)."""
 
-    A query, the pooled feature of another network's view, may stand before the tokens.  It has no
-    position, and it is left out of the mean: it acts through the attention that the tokens pay to
-    it.  ``size``: (rows, columns) of the position table; maps of another size get resized
-    positions.  ``project``: a 1x1 convolution to ``width``, which a ResNet's map needs; without it
-    ``in_width`` must be ``width``.  The names of the parts are the reference's.
-    """
+    # A query, the pooled feature of another network's view, may stand before the tokens.  It has no
+    # position and is left out of the mean: it acts through the attention that tokens pay to it.
 
     patch_embed: nn.Conv2d | None
 
@@ -33,12 +29,12 @@ class TransformerHead(nn.Module):
         self,
         in_width: int,
         width: int,
-        size: tuple[int, int],
+        size: tuple[int, int],  # rows and columns of the position table
         out_features: int,
         *,
         depth: int = 3,
         num_heads: int = 6,
-        project: bool,
+        project: bool,  # a 1x1 convolution to ``width``, which a ResNet's map needs
     ) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, eps=1e-6)
@@ -54,9 +50,7 @@ class TransformerHead(nn.Module):
         self.last_layer = WeightNormLinear(width, out_features, trainable_gain=True)
 
     def forward(self, maps: Tensor, queries: Tensor | None = None) -> Tensor:
-        """Logits (N, K), float32, of maps (N, C, h, w); with ``queries`` of `query`, (J * N, D)
-        crop-major, (J * N, K) of the maps as each of J queries asks for them.
-        """
+        """Logits (N, K), float32, of maps (N, C, h, w); (J * N, K) for queries, crop-major."""
         # The map is projected and gets its positions once, however many ask.
         tokens = self.tokens(maps)
         if queries is not None:
@@ -85,10 +79,7 @@ class TransformerHead(nn.Module):
         return maps.flatten(2).transpose(1, 2) + positions
 
     def attention_to_query(self, maps: Tensor, queries: Tensor) -> Tensor:
-        """Attention of each token to its query: (N, C, h, w), (J * N, D) -> (J * N, h * w).
-
-        The mean over blocks and heads, float32 in (0, 1): the only way in which a query acts.
-        """
+        """Attention of tokens to their query, mean of blocks and heads: (J * N, h * w) float32."""
         tokens = asked(self.tokens(maps), queries)
         shares = []
         for block in self.blocks:
