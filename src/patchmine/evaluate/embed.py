@@ -108,10 +108,8 @@ def _npz(path: Path) -> Iterator[Callable[[Rows], None]]:
     parts: list[Rows] = []
     with path.open("wb") as handle:  # now, so that it fails early; savez would also add an ending
         yield parts.append
-        arrays: dict[str, Any] = {
-            name: np.concatenate([part[name] for part in parts]) for name in parts[0]
-        }
-        np.savez(handle, **arrays)
+        rows: Rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        np.savez(handle, **rows)
 
 
 _TABLES = {".parquet": _parquet, ".csv": _csv, ".npz": _npz}  # one batch in memory, npz: all rows

@@ -165,7 +165,6 @@ def count_right(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _told(learned: Learned, accuracies: Mapping[str, Accuracy], views: Views | None) -> Result:
-    """What the result says of one reader."""
     result: Result = {**accuracies[learned.chosen]}
     if learned.all_under is not None:
         result[learned.all_under] = {key: each for key, each in accuracies.items() if key}
@@ -177,7 +176,6 @@ def _told(learned: Learned, accuracies: Mapping[str, Accuracy], views: Views | N
 
 
 def _images(evaluated: Evaluated, data: LabelledData, tested: int) -> Result:
-    """What was learnt from and tested on, and how it was prepared."""
     settings, clip = evaluated.input, evaluated.input.clip
     found = {
         "how": data.how,

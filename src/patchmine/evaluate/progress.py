@@ -27,12 +27,10 @@ def progress(title: str, total: int, say: Say) -> Iterator[Tick]:
         yield lambda _: None
         return
     if console.is_terminal:
-        columns = (
-            bars.TextColumn("{task.description}", markup=False),
-            *(bars.BarColumn(), bars.MofNCompleteColumn()),
-            *(bars.TimeElapsedColumn(), bars.TimeRemainingColumn()),
-        )
-        with bars.Progress(*columns, console=console, transient=True) as bar:
+        kinds = (bars.BarColumn, bars.MofNCompleteColumn, bars.TimeElapsedColumn)
+        columns = [kind() for kind in (*kinds, bars.TimeRemainingColumn)]
+        name = bars.TextColumn("{task.description}", markup=False)
+        with bars.Progress(name, *columns, console=console, transient=True) as bar:
             task = bar.add_task(title, total=total)
             yield lambda count: bar.advance(task, count)
         return

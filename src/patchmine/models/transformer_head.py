@@ -80,8 +80,7 @@ class TransformerHead(nn.Module):
 
     def attention_to_query(self, maps: Tensor, queries: Tensor) -> Tensor:
         """Attention of tokens to their query, mean of blocks and heads: (J * N, h * w) float32."""
-        tokens = asked(self.tokens(maps), queries)
-        shares = []
+        tokens, shares = asked(self.tokens(maps), queries), []
         for block in self.blocks:
             shares.append(_share_of_first(block, tokens))
             tokens = block(tokens)
