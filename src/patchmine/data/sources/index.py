@@ -39,16 +39,11 @@ _ALIGNED = 64
 
 @dataclass
 class Index:
-    """Paths and columns of N items, without a Python object for each.
+    """Paths and columns of N items, without a Python object for each."""
 
-    ``columns``: ``blob`` (bytes of all paths, one after the other), ``offsets`` (N + 1,), and what
-    a source adds.  ``stamp``: small JSON facts.  ``file``: where the index lies, once saved; a
-    saved index is pickled by its name.
-    """
-
-    columns: dict[str, NDArray[Any]]
-    stamp: dict[str, Any]
-    file: Path | None = None
+    columns: dict[str, NDArray[Any]]  # blob (of all paths), offsets (N + 1,), what a source adds
+    stamp: dict[str, Any]  # small JSON facts
+    file: Path | None = None  # where the index lies, once saved; it is then pickled by its name
 
     def __len__(self) -> int:
         return len(self.columns["offsets"]) - 1
@@ -111,11 +106,9 @@ class Marks:
 
 
 def mark_of(info: os.stat_result | None) -> list[int]:
-    """What tells one state of a file from another: size, time of change, of its inode's, inode.
-
-    A copy that keeps names, sizes and times (``rsync -a``, ``tar x``) has another inode, and what
-    is written anew in place has another time of the inode's change, which no program can set.
-    """
+    """What tells one state of a file from another: size, time of change, of its inode's, inode."""
+    # A copy that keeps size and times (``rsync -a``) has another inode; what is written anew in
+    # place has another time of the inode's change, which no program can set.
     if info is None:
         return [0, 0, 0, 0]
     return [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino & (2**63 - 1)]
@@ -164,15 +157,7 @@ class IndexedSource(Source):
 def kept_index(
     cache_dir: Path | None, what: str, kind: Kind, places: list[Path], make: Callable[[], Index]
 ) -> Index:
-    """The index that is kept of ``places`` if it still holds, or a new one, which is then kept.
-
-    Args:
-        cache_dir: where indices are kept; None: nowhere.
-        what: the kind of source, in the name of the file.
-        kind: the kind of items, by whose rule the index must have been made.
-        places: what is listed, resolved; marked paths count from the first.
-        make: lists them; an empty index is not kept.
-    """
+    """The index kept of ``places`` (resolved) if it still holds, else a new one, then kept."""
     if cache_dir is None:
         return make()
     digest = hashlib.sha256(os.fsencode("\n".join(map(os.fspath, places)))).hexdigest()

@@ -34,11 +34,7 @@ _COLUMNS = dict(shard="i", start="q", size="q", note_start="q", note_size="q", n
 
 
 class ShardSource(indices.IndexedSource):
-    """The images of tar shards, in the order of the shards and of their members.
-
-    ``index`` has the columns ``shard``, ``start``, ``size``, and of an item's note ``note_start``,
-    ``note_size`` and ``note_json`` (whether it is JSON).  ``notes`` names the shards that were cut.
-    """
+    """The images of tar shards, in the order of the shards and of their members."""
 
     encoded = True
 
@@ -49,8 +45,7 @@ class ShardSource(indices.IndexedSource):
         self.shards, self.marks = list(shards), marks
 
     def read(self, index: int) -> bytes:
-        pieces = self.index.stamp["pieces"].get(str(index))
-        return self._read(index, "start", "size", pieces)
+        return self._read(index, "start", "size", self.index.stamp["pieces"].get(str(index)))
 
     def path(self, index: int) -> str:
         """``shard:member``."""
@@ -138,12 +133,7 @@ _opened = lru_cache(maxsize=64)(_OpenShard)
 def open_shards(
     shards: Sequence[Path], name: str, cache_dir: Path | None, kind: contract.Kind = contract.IMAGES
 ) -> ShardSource:
-    """The images (or what else ``kind`` says) of some tar shards.
-
-    The index is kept in ``cache_dir`` and used again as long as no shard has changed.  What is
-    whole in a shard that was cut can be used.  UserError when a shard is missing, is no tar
-    archive, or when there is no image in any.
-    """
+    """The items of some tar shards, also what is whole in one that was cut; UserError if none."""
     marks, places = indices.Marks(), [shard.resolve() for shard in shards]
     for shard, place in zip(shards, places, strict=True):
         try:
