@@ -21,11 +21,7 @@ _SIGMAS = 3.0  # by which an estimated share must be above the limit to stop a r
 
 
 class BadFiles:
-    """Counts broken items once each, lists them in a file, and stops a run that has too many.
-
-    Lives in the main process.  ``path``: of the list, a line ``name<TAB>reason`` each; None only
-    counts.  ``max_share``: of the data set that may be broken.  ``item``: what it is of.
-    """
+    """Counts broken items once each, lists them in a file, and stops a run that has too many."""
 
     def __init__(self, path: Path | None, max_share: float, item: str = "image") -> None:
         self.path, self.max_share, self.item = path, max_share, item

@@ -17,11 +17,7 @@ _HEAD = 1 << 16  # bytes of a video file that are looked at
 
 
 def spread_indices(count: int, wanted: int, seed: int = 0) -> NDArray[np.int64]:
-    """(min(wanted, count),) int64: a seeded random choice of items, ascending, without repeats.
-
-    Not every k-th item: a list that goes through its classes, cameras or days in turn would give
-    one of them only.
-    """
+    """(min(wanted, count),) int64: a seeded random choice of items, ascending, without repeats."""
     if wanted >= count:
         return np.arange(count, dtype=np.int64)
     # The first ones of a permutation; so a choice of more items holds the choice of fewer.
@@ -29,13 +25,7 @@ def spread_indices(count: int, wanted: int, seed: int = 0) -> NDArray[np.int64]:
 
 
 def content_stamps(source: Source) -> list[str]:
-    """What a few items hold, to tell whether images were replaced under equal names.
-
-    Returns:
-        For each of at most ``STAMPED`` items, always the same ones of a source, 8 hexadecimal
-        digits of its bytes, of a video of its beginning; "" for what cannot be read or is no file.
-        Empty where a torch dataset is among the sources, which may give other pixels each time.
-    """
+    """For each of at most ``STAMPED`` items 8 hex digits of its bytes, "" if unreadable."""
     chosen = spread_indices(len(source), STAMPED).tolist() if source.repeatable else []
     return [_stamp(source, index) for index in chosen]
 

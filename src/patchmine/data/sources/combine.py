@@ -65,10 +65,7 @@ class Joined(Source):
 
 
 class DatasetSource(Source):
-    """A map-style ``torch.utils.data.Dataset`` of images or of pairs (image, class number).
-
-    A dataset cannot be asked what it holds, so the fingerprint knows its type and its length only.
-    """
+    """A map-style torch dataset; its fingerprint knows its type and its length only."""
 
     repeatable = False
 

@@ -201,11 +201,7 @@ class ClassNames:
 
 
 def folder_classes(paths: Iterable[str]) -> Labels | None:
-    """The class of every item by the first folder of its path below the root.
-
-    Where the first folders divide the data set (`is_divided`), the second ones are the classes.
-    None where an item lies in no such folder.
-    """
+    """The classes by first folders, or second ones where those divide the set; None without."""
     first, second, count = ClassNames(), ClassNames(), 0
     for count, path in enumerate(paths, 1):  # noqa: B007
         parts = path.split("/", 2)

@@ -113,10 +113,7 @@ class PhotoCrops(_Embedded):
 
 
 class MovingPhotos(_Embedded):
-    """The clips of one part, taken when they are read; a clip is a function of its number alone.
-
-    What a single frame shows says next to nothing about the class.
-    """
+    """The clips of one part, taken when read; a clip is a function of its number alone."""
 
     classes = tuple(sorted(MOTIONS))
 
@@ -214,10 +211,7 @@ def levels_of(photograph: Tensor) -> list[Tensor]:
 
 
 class Shot(NamedTuple):
-    """One clip: photograph, motion, how far it goes, and the view in its middle.
-
-    ``row``, ``column`` and ``side`` of the view are in pixels, ``angle`` in degrees.
-    """
+    """One clip: photograph, motion, its reach, and its middle view in pixels and degrees."""
 
     photograph: int
     motion: int

@@ -22,11 +22,7 @@ UPWARDS = "link to a folder that it lies in"
 
 
 class FileSource(indices.IndexedSource):
-    """Files below ``root``, or elsewhere where a list gives absolute paths.
-
-    Classes are those of the list (column ``label`` of the index, ``names`` of its stamp) or, of a
-    folder, those of `folder_classes`.
-    """
+    """Files below ``root`` or at absolute paths, with the classes of their list or folders."""
 
     def __init__(self, root: Path, index: indices.Index, name: str, kind: contract.Kind) -> None:
         super().__init__(name, index)
@@ -100,11 +96,7 @@ class FrameFolders(contract.Source):
 def open_folder(
     root: Path, name: str, cache_dir: Path | None, kind: contract.Kind = contract.IMAGES
 ) -> FileSource:
-    """All files below a folder that count (`data.sources.members`), sorted by path; maybe none.
-
-    The listing is kept in ``cache_dir`` and used again as long as no folder in it has changed.
-    UserError when the folder may not be read.
-    """
+    """All files below a folder that count, sorted by path; maybe none."""
     try:
         index = indices.kept_index(
             cache_dir, "folder", kind, [root.resolve()], lambda: list_folder(root, kind)
@@ -163,10 +155,7 @@ class _Listing:
         return True
 
     def _names(self, prefix: bytes) -> list[bytes]:
-        """Names in a folder that count, the last first; a slash sorts a folder as its files.
-
-        OSError of the root; another folder that cannot be read is passed over.
-        """
+        """Names in a folder that count, the last first; OSError only of the root."""
         folder = self.root + b"/" + prefix if prefix else self.root
         names = []
         try:

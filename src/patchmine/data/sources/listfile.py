@@ -36,11 +36,7 @@ Line = tuple[int, str, str | None]
 
 
 def open_list(file: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES) -> FileSource:
-    """The items that a list names, in its order; paths count from the list's own folder.
-
-    The list is read again when the file has changed.  UserError when it cannot be read, is empty,
-    names a file that does not exist, or gives a label to some items only.
-    """
+    """The items that a list names, in its order; paths count from the list's own folder."""
     with foreign_parser(lambda reason: data_error(name, f"the list cannot be read ({reason})")):
         place = file.parent.resolve() / file.name
         index = kept_index(cache_dir, "list", kind, [place], lambda: _index(file, name, kind))
@@ -125,10 +121,7 @@ def _reason_against(
 
 
 def _lines(file: Path, newline: str | None) -> Iterator[str]:
-    """The lines of a list as text, where names that are no UTF-8 keep their bytes.
-
-    UTF-16 where the first bytes say so; ValueError where this cannot be a list.
-    """
+    """A list's lines, UTF-16 where its first bytes say so; ValueError where it can be no list."""
     with file.open("rb") as handle:
         start = handle.read(4)
     utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

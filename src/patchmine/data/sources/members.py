@@ -147,10 +147,7 @@ def is_hidden(path: str) -> bool:
 
 
 def outside_of_root(path: str) -> str:
-    """What `is_hidden` should judge of a path that a list gives outside of its own folder.
-
-    There a folder with a dot in front may be where a person keeps the data.
-    """
+    """What `is_hidden` judges of a path outside of its list's folder, where dots do no harm."""
     *folders, last = path.split("/")
     return "/".join([*filter(_SYSTEM.fullmatch, folders), last])
 
