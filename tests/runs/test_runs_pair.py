@@ -107,7 +107,7 @@ def test_all_four_encoders_can_be_had(run: Path) -> None:
         measured = open_evaluated(run, weights=which)
         assert type(measured.encoder) is type(encoder)
     with pytest.raises(
-        UserError, match="no friend.*weights=student or teacher or partner or partner-teacher"
+        UserError, match=r"no friend.*weights=student or teacher or partner or partner-teacher"
     ):
         open_evaluated(run, weights="friend")
 
