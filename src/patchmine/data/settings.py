@@ -45,15 +45,16 @@ class DataSettings(Strict):
 class Clip(Strict):
     """How a clip is taken from a video; of runs whose ``model`` is a video one."""
 
-    frames: Count = Field(16, description="frames of a clip; a multiple of clip.tubelet")
-    stride: Count = Field(4, description="a clip takes every such frame of the video")
-    tubelet: Count = Field(2, description="frames that one patch spans")
-    repeats: Count = Field(1, description="clips from one opening of a video, in one batch")
+    frames: Count = Field(default=16, description="frames of a clip; a multiple of clip.tubelet")
+    stride: Count = Field(default=4, description="a clip takes every such frame of the video")
+    tubelet: Count = Field(default=2, description="frames that one patch spans")
+    repeats: Count = Field(default=1, description="clips from one opening of a video, in one batch")
     short: Literal["hold", "loop", "refuse"] = Field(
-        "hold", description="shorter videos: hold the last frame, loop, or refuse"
+        default="hold",
+        description="shorter videos: hold the last frame, start again, or leave them out",
     )
     scales: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
-        [1.0, 0.875, 0.75, 0.66],
+        default=[1.0, 0.875, 0.75, 0.66],
         description="sides of a crop, shares of the shorter side of the video",
     )
 
@@ -71,21 +72,23 @@ class InputSettings(Strict):
 
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
-    image_size: Size = Field((224, 224), description="pixels, one number or [height, width]")
-    channels: Count = Field(3, description="channels of the images")
+    image_size: Size = Field(
+        default=(224, 224), description="pixels, one number or [height, width]"
+    )
+    channels: Count = Field(default=3, description="channels of the images")
     mean: list[float] | None = Field(
-        None,
+        default=None,
         validate_default=True,
         description="one a channel; null: ImageNet's for 3 channels, else the data's",
     )
     std: list[Annotated[float, Field(gt=0)]] | None = Field(
-        None, validate_default=True, description="one a channel; null: as for mean"
+        default=None, validate_default=True, description="one a channel; null: as for mean"
     )
     max_pixels: Positive = Field(
-        MAX_PIXELS,
+        default=MAX_PIXELS,
         description="pixels of an image or frame above which it counts as broken, undecoded",
     )
-    clip: Clip = Field(Clip(), description="of models that take clips of videos")
+    clip: Clip = Field(default=Clip(), description="of models that take clips of videos")
 
     @field_validator("mean", "std")
     @classmethod
@@ -117,13 +120,17 @@ def _ranges(**ranges: tuple[float, float]) -> Iterator[SettingError]:
 class Crops(Strict):
     """Crops of each image, for methods that compare several; ``image_size`` is the global ones'."""
 
-    num_global: Literal[2] = Field(2, description="large crops of each image; always 2")
-    num_local: int = Field(8, ge=0, le=LARGEST_COUNT, description="small crops of each image")
-    local_size: Side = Field(96, description="pixels; a multiple of the model's patch")
-    global_scale: tuple[Fraction, Fraction] = Field(
-        (0.25, 1.0), description="smallest and largest share of the image in a large crop"
+    num_global: Literal[2] = Field(default=2, description="large crops of each image; always 2")
+    num_local: int = Field(
+        default=8, ge=0, le=LARGEST_COUNT, description="small crops of each image"
     )
-    local_scale: tuple[Fraction, Fraction] = Field((0.05, 0.25), description="of a small crop")
+    local_size: Side = Field(default=96, description="pixels; a multiple of the model's patch")
+    global_scale: tuple[Fraction, Fraction] = Field(
+        default=(0.25, 1.0), description="smallest and largest share of the image in a large crop"
+    )
+    local_scale: tuple[Fraction, Fraction] = Field(
+        default=(0.05, 0.25), description="of a small crop"
+    )
 
     def setting_errors(self) -> Iterator[SettingError]:
         """Ranges of shares that are none."""
@@ -134,16 +141,16 @@ class ViewSettings(InputSettings):
     """How crops are taken in training."""
 
     crop_scale: tuple[Fraction, Fraction] = Field(
-        (0.2, 1.0), description="smallest and largest share of the image in a crop"
+        default=(0.2, 1.0), description="smallest and largest share of the image in a crop"
     )
     crop_ratio: tuple[float, float] = Field(
-        (3 / 4, 4 / 3), description="width / height of crops, from and to"
+        default=(3 / 4, 4 / 3), description="width / height of crops, from and to"
     )
-    flip: Fraction = Field(0.5, description="probability of a mirrored crop")
+    flip: Fraction = Field(default=0.5, description="probability of a mirrored crop")
     interpolation: Literal["bicubic", "bilinear"] = Field(
-        "bicubic", description="resizing of crops"
+        default="bicubic", description="resizing of crops"
     )
-    crops: Crops = Field(Crops(), description="of methods with several crops of each image")
+    crops: Crops = Field(default=Crops(), description="of methods with several crops of each image")
 
     def setting_errors(self) -> Iterator[SettingError]:
         """Ranges that are none."""

@@ -62,10 +62,14 @@ class EvalSettings(Strict):
 class ReadingSettings(Strict):
     """How items are read; none of it changes a result beyond rounding."""
 
-    batch_size: BatchSize = Field(256, description="images encoded at once")
-    workers: Workers = Field("auto", description="processes that decode images")
-    device: Device = Field("auto", description="auto: cuda where there is one")
-    max_bad_share: Fraction = Field(0.05, description="share of broken images that stops it")
+    batch_size: BatchSize = Field(
+        default=256, description="images encoded at once; changes no result"
+    )
+    workers: Workers = Field(default="auto", description="processes that decode images")
+    device: Device = Field(default="auto", description="auto: cuda where there is one")
+    max_bad_share: Fraction = Field(
+        default=0.05, description="share of broken images above which to stop"
+    )
 
 
 class EvaluatedSettings(Strict):
@@ -120,9 +124,9 @@ class ProtocolSettings(ReadingSettings, EvaluatedSettings):
 class VoteSettings(Strict):
     """How neighbours vote."""
 
-    k: BatchSize = Field(HEADLINE, description="neighbours that vote for top1 and top5")
+    k: BatchSize = Field(default=HEADLINE, description="neighbours that vote for top1 and top5")
     temperature: float = Field(
-        TEMPERATURE, ge=1e-6, description="of the vote exp(cosine / temperature)"
+        default=TEMPERATURE, ge=1e-6, description="of the vote exp(cosine / temperature)"
     )
 
 
@@ -150,7 +154,9 @@ class GridSettings(ProtocolSettings):
     iterations: Positive | None = Field(
         None, description="training steps (dinov2); null: by the data"
     )
-    held_out: float = Field(0.1, gt=0, lt=1, description="share of data to choose on")
+    held_out: float = Field(
+        0.1, gt=0, lt=1, description="share of the data that the choice is made on"
+    )
     train_batch: BatchSize | None = Field(None, description="features in a step; null: by the data")
 
 

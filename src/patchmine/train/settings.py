@@ -32,13 +32,15 @@ class ScheduleSettings(Strict):
     batch_size: BatchSize = Field(256, description="images in one optimizer step, over all devices")
     accumulate: Count = Field(1, description="parts that a batch is cut into to save memory")
     blr: float = Field(
-        1.5e-4, gt=0, description="learning rate for a batch of 256; follows the batch"
+        1.5e-4, gt=0, description="learning rate at batch_size=256; follows the batch"
     )
     warmup_epochs: float = Field(10, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
     warmup_lr: float = Field(0, ge=0, description="learning rate at step 0")
-    warmup_prefix: bool = Field(True, description="the cosine begins after the warm-up")
+    warmup_prefix: bool = Field(
+        True, description="the cosine begins after the warm-up, not at step 0"
+    )
     lr_schedule: Literal["cosine", "multi_step", "constant"] = Field(
-        "cosine", description="course after the warm-up"
+        "cosine", description="how the learning rate goes on after the warm-up"
     )
     min_lr: float = Field(0, ge=0, description="learning rate at the end of the cosine")
     lr_milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
@@ -122,7 +124,7 @@ class SavingSettings(Strict):
     checkpoint_every: Positive | None = Field(
         None, description="steps; null: 1 epoch, 100 at least"
     )
-    keep_checkpoints: Positive = Field(3, description="newest ones kept")
+    keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
 
 
 class LoggingSettings(Strict):

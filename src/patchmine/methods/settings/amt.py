@@ -20,7 +20,9 @@ class AmtSettings(DecoderSettings):
     implementation: ClassVar[str] = "patchmine.methods.amt:AMT"
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit"})
     name: Literal["amt"] = "amt"
-    host: Literal["mae", "simmim"] = Field("mae", description="what predicts the masked patches")
+    host: Literal["mae", "simmim"] = Field(
+        "mae", description="what predicts the masked patches: MAE or SimMIM"
+    )
     mask_ratio: float | None = Field(
         None, gt=0, lt=1, description="share that is masked; null: 0.45 on MAE, 0.44 on SimMIM"
     )
@@ -28,10 +30,15 @@ class AmtSettings(DecoderSettings):
         None, ge=0, lt=1, description="share that is thrown away; null: 0.40 on MAE, 0.26 on SimMIM"
     )
     start_epoch: int | None = Field(
-        None, ge=0, description="first guided epoch; null: 41, or a tenth of a run below 200"
+        None,
+        ge=0,
+        description="first epoch guided by attention; null: 41, or a tenth of a run below 200 "
+        "epochs",
     )
     refresh_every: int | None = Field(
-        None, gt=0, description="epochs a map serves; null: 40, or a tenth of a run below 200"
+        None,
+        gt=0,
+        description="epochs that stored maps serve; null: 40, or a tenth of a run below 200 epochs",
     )
     warmup_mask_ratio: float | None = Field(
         None,
@@ -44,13 +51,18 @@ class AmtSettings(DecoderSettings):
         description="a map of each image, renewed now and then; or an EMA teacher's attention",
     )
     alignment: Literal["area", "bilinear", "released"] = Field(
-        "area", description="how a stored map follows the crop; released: as in the published code"
+        "area",
+        description="how a stored map follows the crop; released: the published code's mistake, "
+        "for parity",
     )
     ema: float = Field(0.999, ge=0, le=1, description="decay of the EMA teacher, for maps=online")
-    norm_pix_loss: bool = Field(False, description="on MAE: standardise pixels in each patch")
+    norm_pix_loss: bool = Field(
+        False, description="on MAE: predict pixels standardised within each patch"
+    )
     mask_unit: Count | None = Field(
-        None, description="on SimMIM: side in pixels of a mask; null: two patches"
+        None,
+        description="on SimMIM: pixels along a side of what is hidden at once; null: two patches",
     )
     clip_grad: float | None = Field(
-        None, gt=0, description="largest gradient norm; null: none on MAE, 5 on SimMIM"
+        None, gt=0, description="largest global gradient norm; null: none on MAE, 5 on SimMIM"
     )

@@ -23,37 +23,56 @@ class DropPosSettings(DecoderSettings):
     name: Literal["droppos"] = "droppos"
     mask_ratio: float = Field(0.75, ge=0, lt=1, description="share of the patches that are removed")
     pos_mask_ratio: float = Field(
-        0.75, gt=0, le=1, description="share of visible patches without position"
+        0.75, gt=0, le=1, description="share of the visible patches whose position is withheld"
     )
     mask_token_type: Literal["param", "zeros", "wrong_pos"] = Field(
         "param",
-        description="instead of a withheld position: a learned token, nothing, another's position",
+        description="in place of a withheld position: a learned token, nothing, or the position "
+        "of another patch that lost its own",
     )
     smoothing: float = Field(
-        1.0, ge=0, description="width of smoothed targets: exp(-distance^2 / width^2); 0: none"
+        1.0,
+        ge=0,
+        description="width of the smoothed targets in patches: exp(-distance^2 / width^2); 0: none",
     )
-    smoothing_decay: bool = Field(True, description="let that width fall linearly towards 0")
+    smoothing_decay: bool = Field(
+        True, description="let that width fall linearly towards 0, epoch by epoch"
+    )
     smoothing_grid: Literal["patches", "as_run"] = Field(
         "patches",
-        description="distances on the grid of patches, or of pixels in a patch (published runs)",
+        description="distances on the grid of patches, or on one as wide as a patch has pixels "
+        "(published runs)",
     )
     smoothing_norm: Literal["column", "row"] = Field(
         "column",
-        description="divide smoothed targets by the sum of each place (the code) or target",
+        description="divide the smoothed targets by the sum of each place (the code) or of each "
+        "target",
     )
-    attentive: bool = Field(True, description="weigh patches by similarity to the class token")
-    temperature: float = Field(0.1, gt=0, description="of the softmax over these similarities")
+    attentive: bool = Field(
+        True,
+        description="weigh patches by their similarity to the class token, in a pass over the "
+        "whole image",
+    )
+    temperature: float = Field(
+        0.1, gt=0, description="of the softmax over these similarities (0.1 in the code)"
+    )
     conf_ignore: bool = Field(
-        False, description="leave out patches placed as surely as their target says"
+        False,
+        description="leave out patches that are placed at least as surely as the smoothed target "
+        "says",
     )
-    multi_task: bool = Field(False, description="also predict removed pixels, as MAE does")
+    multi_task: bool = Field(
+        False, description="also predict the pixels of removed patches, as MAE does"
+    )
     pos_weight: float = Field(
-        0.05, gt=0, description="with multi_task: weight of the position loss"
+        0.05, gt=0, description="weight of the position loss with multi_task, and only then"
     )
     norm_pix_loss: bool = Field(
-        True, description="with multi_task: standardise pixels in each patch"
+        True, description="with multi_task: predict pixels standardised within each patch"
     )
     decoder_depth: Depth = Field(2, description="blocks of the decoder")
     clip_grad: float | None = Field(
-        5.0, gt=0, description="largest gradient norm of each parameter"
+        5.0,
+        gt=0,
+        description="largest gradient norm of each parameter by itself (main_pretrain.py: 5)",
     )

@@ -21,22 +21,34 @@ class EmaeSettings(DecoderSettings):
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit"})
     name: Literal["emae"] = "emae"
     parts: int = Field(
-        4, ge=2, le=LARGEST_COUNT, description="parts an image is cut into, each seen once"
+        4,
+        ge=2,
+        le=LARGEST_COUNT,
+        description="parts an image is divided into; each is seen once, 1 - 1/parts masked",
     )
     parts_used: Count | None = Field(
-        None, description="parts that are encoded; null: all; 1 is MAE"
+        None, description="parts that are encoded; null: all of them; 1 is MAE"
     )
     sc_weight: float = Field(
-        1.0, ge=0, description="weight of self-consistency; 0: disjoint masks only"
+        1.0, ge=0, description="weight of the self-consistency loss; 0: disjoint masks only"
     )
-    sc_dist: Literal["l1", "l2"] = Field("l1", description="distance: absolute or squared")
+    sc_dist: Literal["l1", "l2"] = Field(
+        "l1", description="distance of two predictions: absolute or squared"
+    )
     sc_norm: Literal["all", "overlap"] = Field(
-        "all", description="divide by all patches, or those both predict"
+        "all",
+        description="a pair's distance is divided by all patches, or by those that both parts "
+        "predict",
     )
-    sc_pairs: Literal["mean", "sum"] = Field("mean", description="how pairs of parts are summed up")
+    sc_pairs: Literal["mean", "sum"] = Field(
+        "mean", description="pairs of parts are averaged, or added up"
+    )
     sc_grad: Literal["both", "none"] = Field(
-        "both", description="both: each distance counts twice, either side fixed"
+        "both",
+        description="each distance counted twice, with either side held fixed; or once: only the "
+        "value halves",
     )
     mask_token: Literal["learned", "zeros"] = Field(
-        "learned", description="the decoder's input for masked patches"
+        "learned",
+        description="what the decoder gets for a masked patch: MAE's learned token, or zeros",
     )

@@ -21,24 +21,35 @@ class HpmSettings(FeatureTargetSettings, DecoderSettings):
     name: Literal["hpm"] = "hpm"
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
     target: Literal["pixel", "ema", "dino", "clip"] = Field(
-        "pixel", description="pixels, or features of the teacher or a frozen DINO or CLIP"
+        "pixel",
+        description="what is predicted: pixels, the teacher's features, or those of a frozen "
+        "DINO or CLIP",
     )
     norm_pix_loss: bool = Field(False, description="predict pixels standardised within each patch")
     prediction: Literal["relative", "absolute", "none"] = Field(
-        "relative", description="of losses: their order, their standardised value, or none"
+        "relative",
+        description="how losses are predicted: their order, their standardised value, or not at "
+        "all",
     )
     losspred_head: Literal["patch", "scalar"] = Field(
-        "patch", description="an output per pixel value, averaged; or a single one"
+        "patch",
+        description="one output per value of a patch, averaged, as published; or a single output",
     )
     alpha_start: float = Field(
-        0.0, ge=0, le=1, description="share of hard patches among the masked, at first"
+        0.0, ge=0, le=1, description="share of hard patches among the masked, at the start"
     )
     alpha_end: float = Field(0.5, ge=0, le=1, description="the same at the end")
-    alpha_offset: int = Field(1, ge=0, description="epochs by which the schedule is ahead")
+    alpha_offset: int = Field(
+        1, ge=0, description="epochs by which the schedule is ahead (generate_mask: 1)"
+    )
     mask_unit: Literal["tube", "cube"] = Field(
-        "tube", description="of clips: hide a place at all times, or each cube by itself"
+        "tube",
+        description="of clips: hide a place at all times, or each cube by itself; images know no "
+        "difference",
     )
     tube_score: Literal["mean", "max"] = Field(
-        "mean", description="a tube's difficulty, from its cubes'"
+        "mean", description="difficulty of a tube: the mean or the greatest of its cubes"
     )
-    clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm")
+    clip_grad: float | None = Field(
+        5.0, gt=0, description="largest global gradient norm (util/misc.py: 5)"
+    )

@@ -22,12 +22,17 @@ class MokdSettings(DistillationSettings):
     relative_positions: ClassVar[bool] = True
     multi_crop: ClassVar[bool] = True
     name: Literal["mokd"] = "mokd"
-    partner_model: str = Field("resnet50", description="second network, a ViT or ResNet of timm's")
-    partner_args: Arguments = Field({}, description="the partner's model_args")
+    partner_model: str = Field(
+        "resnet50", description="the second network, a ViT or ResNet of timm's"
+    )
+    partner_args: Arguments = Field(
+        {}, description="its arguments, as model_args are the first one's"
+    )
     cross_weight: float | None = Field(
         None,
         ge=0,
-        description="weight of the partner's teaching; null: 1 for a ResNet, 0.1 for a ViT",
+        description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for "
+        "a ViT",
     )
     partner_cross_weight: float | None = Field(
         None,
@@ -39,17 +44,29 @@ class MokdSettings(DistillationSettings):
     )
     thead_depth: Depth = Field(3, description="blocks of the transformer heads")
     thead_heads: Count = Field(6, description="attention heads of the transformer heads")
-    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of a ViT's last block")
-    cnn_temp_warmup_epochs: int = Field(50, ge=0, description="epochs to teacher_temp_end, ResNets")
-    vit_temp_warmup_epochs: int = Field(30, ge=0, description="the same, ViTs and between the two")
-    weight_decay_end: float | None = Field(
-        0.4, ge=0, description="AdamW's at the end; null: it stays"
+    drop_path: float = Field(
+        0.1, ge=0, lt=1, description="stochastic depth of a student ViT's last block"
     )
-    sgd_blr: float = Field(0.1, gt=0, description="a ResNet's rate for 256 images; blr is AdamW's")
+    cnn_temp_warmup_epochs: int = Field(
+        50, ge=0, description="epochs until teacher_temp_end, for a ResNet's own teacher"
+    )
+    vit_temp_warmup_epochs: int = Field(
+        30, ge=0, description="the same for a ViT's own teacher, and between the networks"
+    )
+    weight_decay_end: float | None = Field(
+        0.4,
+        ge=0,
+        description="AdamW's at the end, by half a cosine from weight_decay; null: it stays",
+    )
+    sgd_blr: float = Field(
+        0.1, gt=0, description="a ResNet's learning rate for 256 images; blr is AdamW's"
+    )
     sgd_min_lr: float = Field(
-        0.0048, ge=0, description="a ResNet's rate at the end; min_lr is AdamW's"
+        0.0048, ge=0, description="a ResNet's learning rate at the end; min_lr is AdamW's"
     )
     sgd_weight_decay: float = Field(1e-4, ge=0, description="a ResNet's, constant")
     cnn_thead_optimizer: Literal["sgd", "adamw"] = Field(
-        "sgd", description="of a ResNet's transformer head; sgd as in the code, at AdamW's rates"
+        "sgd",
+        description="of a ResNet's transformer head: SGD at AdamW's rates, as in the code; or "
+        "AdamW, ours",
     )

@@ -32,9 +32,11 @@ class ScfsSettings(DistillationSettings):
         "0 is DINO",
     )
     stage_global_weight: float = Field(
-        0.5, ge=0, description="weight of losses between global crops"
+        0.5, ge=0, description="weight of a stage's loss between global crops"
     )
-    stage_search_weight: float = Field(0.5, ge=0, description="weight of losses of local crops")
+    stage_search_weight: float = Field(
+        0.5, ge=0, description="weight of a stage's loss of local crops"
+    )
     stage_out_dim: int = Field(
         256, gt=1, le=LARGEST_BATCH, description="outputs of the stages' heads"
     )

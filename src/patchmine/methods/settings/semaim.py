@@ -37,17 +37,25 @@ class SemAimSettings(FeatureTargetSettings):
         "center2out, out2center: of the image",
     )
     similarity: Literal["cls", "gap", "self"] = Field(
-        "cls", description="to class token or mean patch; self: class attention"
+        "cls",
+        description="of a patch to class token or mean patch, or the class token's attention "
+        "(self)",
     )
     semantic_source: Literal["online", "ema"] = Field(
-        "online", description="who judges similarity for pixel targets"
+        "online",
+        description="who judges similarity when pixels are predicted: the encoder, or its EMA "
+        "teacher",
     )
     ties: Literal["break", "keep"] = Field(
-        "break", description="equal ranks: random order, or at once"
+        "break", description="patches of equal distance: in random order, or all at once (slower)"
     )
-    group_size: Count = Field(1, description="patches predicted at once (slower above 1)")
+    group_size: Count = Field(
+        1, description="patches of consecutive ranks predicted at once (slower above 1)"
+    )
     query_depth: Depth | None = Field(
-        None, description="query blocks, a divisor of the encoder's; null: as many"
+        None,
+        description="query blocks, a divisor of the encoder's depth; null: as many as the "
+        "encoder has",
     )
     head: Literal["mlp", "linear"] = Field("mlp", description="what turns queries into predictions")
     target: Literal["pixel", "ema", "own", "dino", "clip"] = Field(
@@ -55,8 +63,16 @@ class SemAimSettings(FeatureTargetSettings):
         description="what is predicted: pixels, features of the EMA teacher or of itself, or "
         "those of a frozen DINO or CLIP",
     )
-    pixel_loss: Literal["l2", "l1"] = Field("l2", description="squared or absolute error of pixels")
+    pixel_loss: Literal["l2", "l1"] = Field(
+        "l2", description="mean squared or mean absolute error of pixels"
+    )
     norm_pix_loss: bool = Field(True, description="predict pixels standardised within each patch")
-    blur_kernel: Count = Field(9, description="odd side of the blur of pixel targets")
-    blur_sigma: float | None = Field(1.0, gt=0, description="its deviation in pixels; null: none")
-    clip_grad: float | None = Field(3.0, gt=0, description="largest global gradient norm")
+    blur_kernel: Count = Field(
+        9, description="side of the window that pixel targets are blurred with, odd"
+    )
+    blur_sigma: float | None = Field(
+        1.0, gt=0, description="deviation of that blur, in pixels; null: none"
+    )
+    clip_grad: float | None = Field(
+        3.0, gt=0, description="largest global gradient norm (README.md: 3)"
+    )

@@ -21,8 +21,14 @@ class SimMimSettings(MethodSettings):
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit"})
     relative_positions: ClassVar[bool] = True
     name: Literal["simmim"] = "simmim"
-    mask_ratio: float = Field(0.6, gt=0, lt=1, description="share of mask units that is hidden")
-    mask_unit: Count | None = Field(
-        None, description="side in pixels of what is hidden; null: two patches"
+    mask_ratio: float = Field(
+        0.6, gt=0, lt=1, description="share of the mask units that are hidden, rounded up"
     )
-    clip_grad: float | None = Field(5.0, gt=0, description="largest global gradient norm")
+    mask_unit: Count | None = Field(
+        None,
+        description="pixels along a side of what is hidden at once; null: two patches, 32 as "
+        "published",
+    )
+    clip_grad: float | None = Field(
+        5.0, gt=0, description="largest global gradient norm (config.py: 5)"
+    )
