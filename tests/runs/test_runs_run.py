@@ -112,7 +112,7 @@ def test_a_run_without_checkpoints_but_with_an_export_still_has_an_encoder(tmp_p
     for path in run.checkpoints:
         path.unlink()
     assert same(run.encoder(), built.encoder)
-    with pytest.raises(UserError, match="no checkpoint in"):
+    with pytest.raises(UserError, match="without a checkpoint in"):
         run.method()
 
 

@@ -245,9 +245,13 @@ def test_a_short_run_that_skips_every_step_is_not_done(run_toy: Run) -> None:
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
 )
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
-    run_toy: Run, tmp_path: Path, number: int, code: int
+    run_toy: Run, tmp_path: Path, number: int, code: int, request: pytest.FixtureRequest
 ) -> None:
     said: list[str] = []
+    given = signal.getsignal(number)
+    if given == signal.SIG_IGN:  # under nohup, which a run respects
+        signal.signal(number, signal.SIG_DFL)
+        request.addfinalizer(lambda: signal.signal(number, given))
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as caught:
         run_toy(batches=stop_at(6, 12, number), say=said.append)
