@@ -165,9 +165,8 @@ def _refusal(folder: Path, holder: Holder | None) -> str:
     owner = folder / OWNER
     if owner.exists():
         text += (
-            " (this file system has no locks, and from here it cannot be seen whether that "
-            "process still runs;"
-            f" if it does not, remove {owner})"
+            " (this file system has no locks, and from here it cannot be seen whether that process "
+            f"still runs; if it does not, remove {owner})"
         )
     return text
 

@@ -195,31 +195,30 @@ class Run:
             return encoder.eval()
         if not self.checkpoints and is_export(self.export_dir):
             raise UserError(
-                f"weights={shown_name(which)}: {self.path} was imported as an encoder only,"
-                " which is the student: leave the setting out"
+                f"weights={shown_name(which)}: {self.path} was imported as an encoder only, which "
+                "is the student: leave the setting out"
             )
         encoders = self.method().encoders()
         if which not in encoders:
             raise UserError(
-                f"{self.path} holds no {shown_name(which)}: method={self.config.method.name} keeps"
-                f" none; use weights={' or '.join(encoders)}"
+                f"{self.path} holds no {shown_name(which)}: method={self.config.method.name} keeps "
+                f"none; use weights={' or '.join(encoders)}"
             )
         return encoders[which].eval()
 
     def _newest(self) -> Checkpoint:
         if not self.checkpoints and is_export(self.export_dir):
             raise UserError(
-                f"{self.path} was imported as an encoder only, without a checkpoint in"
-                f" {self.checkpoint_dir}: it serves for eval, embed, export and init="
+                f"{self.path} was imported as an encoder only, without a checkpoint in "
+                f"{self.checkpoint_dir}: it serves for eval, embed, export and init="
             )
         found = load_newest(self.checkpoint_dir, _log.warning, parts=("model",))
         if bad := not_finite({"model": found.model}):
             raise UserError(
                 f"{found.path} is of a run that diverged: {bad[0].removeprefix('model.')} holds "
-                "values that are not"
-                f" finite ({len(bad)} of {len(found.model)} tensors do); `patchmine resume "
-                f"{self.path}` goes on from"
-                " the newest finite state, where there is one"
+                f"values that are not finite ({len(bad)} of {len(found.model)} tensors do); "
+                f"`patchmine resume {self.path}` goes on from the newest finite state, where there "
+                "is one"
             )
         return found
 
@@ -273,9 +272,8 @@ def new_folder(config: RunConfig) -> Path:
         inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data))
         if inside and os.path.isdir(data):  # noqa: PTH112
             raise UserError(
-                f"out={folder} lies in data={shown_name(name)}, where the run's pictures would "
-                "be taken for images:"
-                " name a folder beside it"
+                f"out={folder} lies in data={shown_name(name)}, where the run's pictures would be "
+                "taken for images: name a folder beside it"
             )
     return folder
 

@@ -272,8 +272,7 @@ def _refuse_crowding(launch: Launch) -> None:
     if launch.starts >= max(8, cores):
         raise UserError(
             f"devices={launch.local_size} would start as many processes, but this machine has "
-            f"{cores} cores and no GPU"
-            f" is used: set devices={cores} or fewer"
+            f"{cores} cores and no GPU is used: set devices={cores} or fewer"
         )
 
 

@@ -79,8 +79,8 @@ class Group:
             raise self.peers.ending(
                 UserError(
                     f"the processes met, but cannot exchange tensors ({reason_of(error)}): name "
-                    "the network interface"
-                    " in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, as in GLOO_SOCKET_IFNAME=eth0"
+                    "the network interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, as in "
+                    "GLOO_SOCKET_IFNAME=eth0"
                 )
             ) from error
 

@@ -208,8 +208,7 @@ class Log:
         except OSError as error:
             raise UserError(
                 f"{self._path} could not be written ({error.strerror}); {remedy(error)}, then go "
-                "on with"
-                f" `patchmine resume {self.folder}`"
+                f"on with `patchmine resume {self.folder}`"
             ) from error
 
     @contextmanager

@@ -217,8 +217,8 @@ def _accept(door: Door, everyone: list[dict[str, Any]], seconds: float) -> dict[
             missing = [str(rank) for rank in range(1, len(everyone)) if rank not in found]
             raise UserError(
                 f"ranks {', '.join(missing)} signed in, but did not reach port "
-                f"{door.facts['door']} of this machine"
-                f" within {seconds:g} seconds: open the ports between the machines of a run"
+                f"{door.facts['door']} of this machine within {seconds:g} seconds: open the ports "
+                "between the machines of a run"
             ) from error
         connection.settimeout(seconds)
         rank = _greeting(connection, door.token)
@@ -244,8 +244,7 @@ def _connect(launch: Launch, first: dict[str, Any], seconds: float) -> dict[int,
     except OSError as error:
         raise UserError(
             f"port {first['door']} of {launch.address}, where rank 0 is, cannot be reached "
-            f"({reason_of(error)}): open"
-            " the ports between the machines of a run"
+            f"({reason_of(error)}): open the ports between the machines of a run"
         ) from error
     return {0: _watched(connection)}
 

@@ -103,8 +103,7 @@ class Meeting:
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"the process of rank 0 at {self._place()} went away while processes met "
-                f"({reason_of(error)}): see what"
-                " it said"
+                f"({reason_of(error)}): see what it said"
             ) from error
         _refuse_doubles(everyone)
         return everyone
@@ -138,9 +137,8 @@ class Meeting:
         if waited > self.seconds:
             raise UserError(
                 f"{missing()} of {self.launch.world_size} did not come within {self.seconds:g} "
-                "seconds: see what they"
-                f" said, that every machine can reach {self._place()}, or set {WAIT_SETTING} to "
-                "more seconds"
+                f"seconds: see what they said, that every machine can reach {self._place()}, or "
+                f"set {WAIT_SETTING} to more seconds"
             )
         if waited > self._quiet and not self._spoke:
             self._spoke = True
@@ -157,10 +155,8 @@ class Meeting:
     def _taken(self, other: dict[str, Any]) -> str:
         return (
             f"rank {self.launch.rank} was taken already, by process {other['process']} on "
-            f"{other['host']}: either RANK"
-            f" is set alike for two processes, or two runs meet at {self._place()}, so that one "
-            "needs another"
-            " MASTER_PORT"
+            f"{other['host']}: either RANK is set alike for two processes, or two runs meet at "
+            f"{self._place()}, so that one needs another MASTER_PORT"
         )
 
     def _place(self) -> str:
@@ -179,8 +175,7 @@ def _listen(launch: Launch, seconds: float) -> TCPStore:
     except (RuntimeError, ValueError, OverflowError) as error:
         raise UserError(
             f"port {launch.port} of this machine cannot be listened at ({reason_of(error)}): "
-            "another run may use it;"
-            " set MASTER_PORT to a free port, the same for all processes"
+            "another run may use it; set MASTER_PORT to a free port, the same for all processes"
         ) from error
 
 
@@ -192,6 +187,5 @@ def _refuse_doubles(everyone: list[dict[str, Any]]) -> None:
         if first != rank:
             raise UserError(
                 f"ranks {first} and {rank} are both LOCAL_RANK {facts['local_rank']} on "
-                f"{facts['host']}: number the"
-                " processes of a machine from 0 in LOCAL_RANK"
+                f"{facts['host']}: number the processes of a machine from 0 in LOCAL_RANK"
             )
