@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
@@ -15,6 +15,7 @@ from patchmine.backbones.family import Encoder
 from patchmine.config.explain import validate
 from patchmine.config.resolve import from_settings
 from patchmine.data.settings import Clip, Crops
+from patchmine.errors import Say
 from patchmine.evaluate.embed import embed
 from patchmine.evaluate.knn import evaluate_knn
 from patchmine.evaluate.linear import evaluate_linear
@@ -28,7 +29,6 @@ from patchmine.runs.run import open_encoder
 from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import export_run, import_file
 
-Say = Callable[[str], None]
 Model = TypeVar("Model", bound=BaseModel)
 Size = int | tuple[int, int]
 Name = str | PathLike[str]

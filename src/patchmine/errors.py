@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this; the command line prints it, exit code 2."""
+"""What reaches the user: the one exception, names as text, and who hears what happens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from contextlib import contextmanager
 
 REASON_LENGTH = 160  # characters of a foreign message that one of our sentences quotes
 NAME_LENGTH = 200  # characters; a longer name keeps its beginning and its end
+
+Say = Callable[[str], None]
+"""Hears, in sentences, what a person should know."""
+
+
+def silent(_: str) -> None:
+    """Hears and says nothing: the default of library functions."""
 
 
 class UserError(Exception):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from patchmine.backbones.family import family_of
-from patchmine.config.resolve import changed_results, parse, resolve_size, results_of, silent
+from patchmine.config.resolve import changed_results, parse, resolve_size, results_of
 from patchmine.config.schema import RunConfig, names_of_a_machine
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches, train_batches
@@ -23,7 +23,7 @@ from patchmine.data.sources.source import Spec
 from patchmine.data.views.images import View
 from patchmine.data.workers import num_workers
 from patchmine.disk import replacing, sweep
-from patchmine.errors import UserError, reason_of, shown_name
+from patchmine.errors import Say, UserError, reason_of, shown_name, silent
 from patchmine.report.monitor import Monitor
 from patchmine.runs import preparing
 from patchmine.runs.lock import HeldLock, lock
@@ -34,8 +34,6 @@ from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks, Keeper, refuse_stranger, train
 from patchmine.types import Batch
-
-Say = Callable[[str], None]
 
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 

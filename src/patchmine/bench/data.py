@@ -20,7 +20,7 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.images import NUM_GLOBAL, MultiCropView, TrainView
 from patchmine.data.views.normalise import normalise
-from patchmine.errors import UserError
+from patchmine.errors import Say, UserError, silent
 
 T = TypeVar("T")
 Turns = dict[str, list[float]]
@@ -32,11 +32,7 @@ _IMAGES, _CROP_IMAGES = 500, 100
 
 
 def bench_data(
-    source: str | Path,
-    *,
-    image_size: int = 224,
-    repeats: int = 5,
-    say: Callable[[str], None] = lambda _: None,
+    source: str | Path, *, image_size: int = 224, repeats: int = 5, say: Say = silent
 ) -> dict[str, Any]:
     """Time the making of views on one thread, over up to 500 images of 3 channels.
 

@@ -22,7 +22,7 @@ from patchmine.bench import measure
 from patchmine.bench.settings import BenchStepSettings
 from patchmine.config.explain import did_you_mean, shown, validate
 from patchmine.data.views.images import NUM_GLOBAL
-from patchmine.errors import UserError
+from patchmine.errors import Say, UserError
 from patchmine.methods import METHODS, method_class
 from patchmine.task import Method
 from patchmine.train.engine import Engine
@@ -49,9 +49,7 @@ Rivals = Callable[[Mapping[str, Method], BenchStepSettings, Engine], list[Contes
 """What else takes part, given the methods by name (see the scripts in benchmarks/)."""
 
 
-def bench_step(
-    *, say: Callable[[str], None], rivals: Rivals = lambda *_: [], **settings: Any
-) -> dict[str, Any]:
+def bench_step(*, say: Say, rivals: Rivals = lambda *_: [], **settings: Any) -> dict[str, Any]:
     """Time whole training steps on random images: forward, backward, update, what comes then.
 
     A method whose first step does other work than one in mid-training (nothing hard to look for

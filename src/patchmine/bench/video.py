@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -20,7 +19,7 @@ from patchmine.data.settings import Clip, ViewSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.clips import TrainClips, window
-from patchmine.errors import UserError
+from patchmine.errors import Say, UserError, silent
 
 _VIDEOS = 50
 Job = tuple[str | bytes, list[int]]
@@ -34,7 +33,7 @@ def bench_video(
     frames: int = 16,
     stride: int = 4,
     repeats: int = 5,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = silent,
 ) -> dict[str, Any]:
     """Time the reading of clips on one thread, a random window of each of up to 50 videos.
 

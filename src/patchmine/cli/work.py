@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchmine.cli.commands import COMMANDS, Say, named
-from patchmine.errors import UserError, shown_name
+from patchmine.cli.commands import COMMANDS, named
+from patchmine.errors import Say, UserError, shown_name
 
 if TYPE_CHECKING:
     from patchmine.bench.settings import BenchDataSettings, BenchStepSettings

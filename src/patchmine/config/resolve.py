@@ -12,18 +12,13 @@ from patchmine.config.explain import nearest, refusal, shown, validate
 from patchmine.config.overrides import exists, merge, read_settings, repeated, tree_of
 from patchmine.config.recipes import Recipe, load_recipe
 from patchmine.config.schema import RunConfig, names_of
-from patchmine.errors import UserError, shown_name
+from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.methods import METHODS
 from patchmine.strict import LARGEST_COUNT, SettingError
 
-Say = Callable[[str], None]
 Checks = Sequence[Callable[[RunConfig], list[SettingError]]]
 
 RATES = ("lr", "learning_rate", "peak_lr", "max_lr")  # absolute ones, as others call them
-
-
-def silent(_: str) -> None:
-    """Says nothing."""
 
 
 def parse(

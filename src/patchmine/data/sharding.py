@@ -6,7 +6,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from patchmine.data.decoding.decode import DecodeError, decode, probe
 from patchmine.data.sources.contract import IMAGE_SUFFIXES, Source
 from patchmine.data.sources.members import HEAD, ending_told_by, is_hidden
 from patchmine.disk import remedy, replacing
-from patchmine.errors import UserError, foreign_parser, reason_of, shown_name
+from patchmine.errors import Say, UserError, foreign_parser, reason_of, shown_name, silent
 
 JPEG_QUALITY = 95
 """Of images that are made smaller; with all colour samples kept (4:4:4)."""
@@ -45,7 +45,7 @@ def write_shards(
     *,
     max_side: int | None = None,
     shard_size: int = 256 * 2**20,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = silent,
 ) -> Written:
     """Write every image, in the source's order, into ``out/shard-000000.tar`` and so on.
 
@@ -85,7 +85,7 @@ def write_shards(
 
 
 def _write_all(
-    source: Source, room: Path, max_side: int | None, shard_size: int, say: Callable[[str], None]
+    source: Source, room: Path, max_side: int | None, shard_size: int, say: Say
 ) -> Written:
     labels, done, keys = source.labels(), Written(), set[int]()
     shard: _Shard | None = None

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from patchmine.disk import output
-from patchmine.errors import shown_name, whole_name
+from patchmine.errors import Say, shown_name, silent, whole_name
 from patchmine.evaluate.features import FeatureLoop, Reader, device_of
 from patchmine.evaluate.labelled import everything
 from patchmine.evaluate.measure import opened
-from patchmine.evaluate.progress import Say, silent
 from patchmine.evaluate.settings import EmbedSettings
 from patchmine.models.onednn import fast_linear
 

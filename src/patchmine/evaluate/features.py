@@ -19,10 +19,10 @@ from patchmine.data.loader import plain_batches
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import normalise
-from patchmine.errors import UserError, foreign_parser, shown_name
+from patchmine.errors import Say, UserError, foreign_parser, shown_name, silent
 from patchmine.evaluate.evaluated import Evaluated, in_eval_mode
 from patchmine.evaluate.labelled import Part, everything
-from patchmine.evaluate.progress import Say, progress, silent
+from patchmine.evaluate.progress import progress
 from patchmine.evaluate.settings import ReadingSettings
 
 if TYPE_CHECKING:

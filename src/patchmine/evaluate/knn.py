@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.errors import Say, silent
 from patchmine.evaluate.evaluated import Evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, device_of
 from patchmine.evaluate.labelled import LabelledData
 from patchmine.evaluate.measure import Accuracy, Learned, Result, measure, opened, readers_of, score
 from patchmine.evaluate.neighbours import knn_votes
-from patchmine.evaluate.progress import Say, silent
 from patchmine.evaluate.settings import KnnSettings, ReadingSettings, VoteSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.train.engine import Engine

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchmine.errors import UserError
+from patchmine.errors import Say, UserError, silent
 from patchmine.evaluate.features import Features, Reader, device_of
 from patchmine.evaluate.heads import grid_accuracy, train_grid, train_lars
 from patchmine.evaluate.labelled import split_by_class
 from patchmine.evaluate.measure import Learned, Result, measure, opened, readers_of
-from patchmine.evaluate.progress import Say, progress, silent
+from patchmine.evaluate.progress import progress
 from patchmine.evaluate.settings import GridSettings, LinearSettings
 
 BLOCKS = 4

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from patchmine.data.items import CLIP
 from patchmine.disk import refusal, replacing
-from patchmine.errors import UserError
+from patchmine.errors import Say, UserError
 from patchmine.evaluate.evaluated import Evaluated, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, Views, device_of
 from patchmine.evaluate.labelled import LabelledData, Part, open_labelled
-from patchmine.evaluate.progress import Say
 from patchmine.evaluate.settings import EvaluatedSettings, ProtocolSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.run import Run

@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from rich import progress as bars
 from rich.console import Console
 
-Say = Callable[[str], None]
+from patchmine.errors import Say, silent
+
 Tick = Callable[[int], None]
 
 _SECONDS_BETWEEN_LINES = 15.0
-
-
-def silent(_: str) -> None:
-    """Says nothing; the default of library functions."""
 
 
 @contextmanager

@@ -7,13 +7,12 @@ from functools import partial
 
 from patchmine.data.items import CLIP
 from patchmine.data.views.clips import TestClips
-from patchmine.errors import UserError
+from patchmine.errors import Say, UserError, silent
 from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.evaluate.features import FrameReader, Views, device_of
 from patchmine.evaluate.knn import learn_knn
 from patchmine.evaluate.linear import BLOCKS, learn_grid
 from patchmine.evaluate.measure import Result, measure, opened, readers_of
-from patchmine.evaluate.progress import Say, silent
 from patchmine.evaluate.settings import VideoSettings
 
 

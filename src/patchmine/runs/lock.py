@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from patchmine.disk import remedy
-from patchmine.errors import UserError, shown_name
+from patchmine.errors import Say, UserError, shown_name
 
 NAME, OWNER = ".lock", ".lock.owner"
 STOPPING_SECONDS = (
@@ -113,7 +113,7 @@ class HeldLock:
 
 
 @contextmanager
-def lock(folder: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[HeldLock]:
+def lock(folder: Path, say: Say = lambda text: None) -> Iterator[HeldLock]:
     """Hold the lock of a run folder, which is made where it is missing and removed where nothing
     was put into it.
 
@@ -138,7 +138,7 @@ def lock(folder: Path, say: Callable[[str], None] = lambda text: None) -> Iterat
                 path.rmdir()
 
 
-def _wait_for(folder: Path, say: Callable[[str], None]) -> HeldLock:
+def _wait_for(folder: Path, say: Say) -> HeldLock:
     """The lock, at once or when a holder that is stopping has ended.  Raises BusyError, OSError."""
     end = time.monotonic() + STOPPING_SECONDS
     told = False

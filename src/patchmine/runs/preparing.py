@@ -19,12 +19,10 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec, default_cache_dir
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import normalise
-from patchmine.errors import UserError, shown_name
+from patchmine.errors import Say, UserError, shown_name
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.types import Batch, Progress
-
-Say = Callable[[str], None]
 
 
 def item_of(config: ModelSettings) -> Item:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -17,9 +16,9 @@ from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import Encoder, build_encoder, family_of
 from patchmine.backbones.loading import LoadReport
 from patchmine.backbones.naming import Weights
-from patchmine.config.resolve import parse, silent
+from patchmine.config.resolve import parse
 from patchmine.config.schema import RunConfig
-from patchmine.errors import UserError, shown_name
+from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.methods import method_class
 from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
@@ -30,9 +29,7 @@ _WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "export", "export-partner
 _log = logging.getLogger("patchmine")
 
 
-def build_method(
-    config: RunConfig, *, start_from: str | None = None, say: Callable[[str], None] = silent
-) -> Method:
+def build_method(config: RunConfig, *, start_from: str | None = None, say: Say = silent) -> Method:
     """The method that the settings describe, freshly initialised (seed torch first).
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +19,15 @@ from patchmine.backbones.naming import Weights
 from patchmine.backbones.official import OfficialFile
 from patchmine.backbones.weights import as_size
 from patchmine.config.explain import shown
-from patchmine.config.resolve import from_settings, silent
+from patchmine.config.resolve import from_settings
 from patchmine.config.schema import RunConfig
 from patchmine.disk import output, replacing, system_errors
-from patchmine.errors import UserError
+from patchmine.errors import Say, UserError, silent
 from patchmine.runs.lock import lock
 from patchmine.runs.run import Run, build_method, refuse_used_folder, write_export
 from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints
 
-Say = Callable[[str], None]
 What = Literal["auto", "encoder", "full"]
 
 _TEACHER = "teacher."

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchmine.disk import remedy, replacing, sweep, system_errors
-from patchmine.errors import UserError, foreign_parser, reason_of
+from patchmine.errors import Say, UserError, foreign_parser, reason_of
 
 FORMAT = 2  # of the head; 1 had no checksum over itself, over shapes and over types
 
@@ -193,11 +193,7 @@ def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
 
 
 def load_newest(
-    folder: Path,
-    say: Callable[[str], None],
-    *,
-    parts: tuple[str, ...] = _PARTS,
-    finite: bool = False,
+    folder: Path, say: Say, *, parts: tuple[str, ...] = _PARTS, finite: bool = False
 ) -> Checkpoint:
     """The newest readable checkpoint; others are passed over with a warning that names both.
 

@@ -18,7 +18,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from patchmine.errors import UserError
+from patchmine.errors import Say, UserError
 from patchmine.models.batch_norm import synchronise_batch_norms
 from patchmine.models.onednn import fast_linear
 from patchmine.task import Task
@@ -73,7 +73,7 @@ class Engine:
         devices: int = 1,
         num_nodes: int = 1,
         precision: str = "auto",
-        say: Callable[[str], None] = lambda text: None,
+        say: Say = lambda text: None,
     ) -> None:
         kind = _choose_device(device)
         launch = read_launch(os.environ, devices, num_nodes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from patchmine.errors import UserError, reason_of
+from patchmine.errors import Say, UserError, reason_of
 from patchmine.train.launch import Launch, start_others
 from patchmine.train.peers import Door, Peers
 from patchmine.train.rendezvous import Meeting, wait_seconds
@@ -32,7 +31,7 @@ class Group:
     `Meeting` does.
     """
 
-    def __init__(self, launch: Launch, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(self, launch: Launch, device: torch.device, say: Say) -> None:
         seconds = wait_seconds(os.environ)
         _share_cores(launch)
         door = Door() if launch.rank == 0 else None

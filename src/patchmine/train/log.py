@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from patchmine.disk import remedy, replacing
-from patchmine.errors import UserError, foreign_parser
+from patchmine.errors import Say, UserError, foreign_parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +115,7 @@ class Log:
         *,
         total_steps: int,
         first_step: int = 0,
-        say: Callable[[str], None],
+        say: Say,
         tensorboard: bool = True,
         wandb: str | None = None,
         console: Console | None = None,

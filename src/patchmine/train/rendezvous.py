@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from patchmine.errors import UserError, reason_of
+from patchmine.errors import Say, UserError, reason_of
 from patchmine.train.launch import Launch
 
 WAIT_SETTING = "PATCHMINE_JOIN_TIMEOUT"
@@ -55,7 +55,7 @@ class Meeting:
         lives: raises UserError when a process that we started has ended.
     """
 
-    def __init__(self, launch: Launch, seconds: float, say: Callable[[str], None]) -> None:
+    def __init__(self, launch: Launch, seconds: float, say: Say) -> None:
         own = (
             _OWN_FACTOR
             if launch.by == "patchmine" and launch.world_size == launch.local_size
