@@ -262,7 +262,7 @@ def pretrain(
         UserError: settings, data or folders are wrong; the message lists every error.
     """
     given: dict[str, Any] = dict(settings)
-    source = None if data is None or _is_named(data) else data
+    source = _dataset(data)
     if data is not None:
         given["data"] = data if source is None else f"python:{type(data).__name__}"
     start_from = None if recipe is None else os.fspath(recipe)
@@ -288,17 +288,18 @@ def resume(
         UserError: the run cannot go on, or a setting would change its weights.
     """
     given: dict[str, Any] = dict(settings)
-    source = None if data is None or _is_named(data) else data
+    source = _dataset(data)
     if data is not None and source is None:
         given["data"] = data
     words = [f"{name}={value}" for name, value in given.items()]
     return Run(training.resume(path, words, source=source, say=say).path)
 
 
-def _is_named(data: Any) -> bool:
-    """Whether data are given by name: a path, or several."""
+def _dataset(data: Any) -> Any:
+    """Data given as an object; None where there are none, or named by one path or several."""
     parts = data if isinstance(data, list | tuple) else [data]
-    return all(isinstance(part, str | PathLike) for part in parts)
+    named = all(isinstance(part, str | PathLike) for part in parts)
+    return None if data is None or named else data
 
 
 def import_weights(file: Name, out: Name, *, say: Say = print, **settings: Any) -> Run:

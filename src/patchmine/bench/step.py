@@ -21,6 +21,7 @@ from patchmine.backbones.family import build_encoder, family_of
 from patchmine.bench import measure
 from patchmine.bench.settings import BenchStepSettings
 from patchmine.config.explain import did_you_mean, shown, validate
+from patchmine.data.items import CLIP
 from patchmine.data.views.images import NUM_GLOBAL
 from patchmine.errors import Say, UserError
 from patchmine.methods import METHODS, method_class
@@ -163,7 +164,7 @@ def contestants(
     """The method in mid-training, and at its first step where that does other work."""
     settings = TrainSettings.model_validate({"batch_size": config.batch_size, "warmup_epochs": 0})
     stepper = Stepper(method, engine, settings)
-    clips = family_of(config.model).item.noun == "video"
+    clips = family_of(config.model).item is CLIP
     size = (config.frames, *size_of(config)) if clips else size_of(config)
     several, crops = method.config.multi_crop, config.crops
     views = random_images(config, NUM_GLOBAL if several else 1, size, engine)

@@ -20,7 +20,6 @@ from patchmine.backbones.description import CONFIG, read_json, weights_in
 from patchmine.backbones.family import Encoder, build_encoder, family_of, initialise_encoder
 from patchmine.backbones.family import is_encoder as has_family
 from patchmine.backbones.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
-from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights
 from patchmine.config.overrides import exists
 from patchmine.data.items import CLIP, IMAGE, Item
@@ -184,9 +183,8 @@ def _of_path(path: Path, size: tuple[int, int] | None, weights: str) -> Evaluate
     name = shown_name(path)
     if is_run(path):
         run = Run(path)
-        if run.config.mean is None or run.config.std is None:
-            raise UserError(f"{run.config_file} has no mean and std: start the run again")
-        found = of_run(run.config, run.config.crop_pct, run.encoder(weights), name)
+        config = run.whole_config
+        found = of_run(config, config.crop_pct, run.encoder(weights), name)
         note = "" if weights == "student" else f"weights: {weights}"
         return replace(found, folder=path, note=note).resized(size)
     if weights_in(path) is not None:
@@ -222,7 +220,7 @@ def _of_name(
 ) -> Evaluated:
     """A video model or an architecture of timm's, its weights random or from a local file."""
     bare, shown = name.removeprefix("timm/"), shown_name(name)
-    is_random, is_video = weights == "student", reads_clips(bare)
+    is_random, is_video = weights == "student", family_of(bare).item is CLIP
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if is_video and is_random:

@@ -24,6 +24,7 @@ from patchmine.evaluate.evaluated import Evaluated, in_eval_mode
 from patchmine.evaluate.labelled import Part, everything
 from patchmine.evaluate.progress import progress
 from patchmine.evaluate.settings import ReadingSettings
+from patchmine.train.engine import choose_device
 
 if TYPE_CHECKING:
     from patchmine.train.engine import Engine
@@ -310,12 +311,7 @@ def refuse_infinite(
 
 def device_of(reading: ReadingSettings) -> torch.device:
     """The device that is meant; UserError where there is none."""
-    available = torch.cuda.is_available()
-    if reading.device == "auto":
-        return torch.device("cuda" if available else "cpu")
-    if reading.device == "cuda" and not available:
-        raise UserError("device=cuda, but torch sees no GPU: give device=cpu")
-    return torch.device(reading.device)
+    return torch.device(choose_device(reading.device))
 
 
 def extract(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from patchmine.backbones.names import reads_clips
 from patchmine.backbones.settings import ModelSettings
 from patchmine.data.badfiles import BadFiles
+from patchmine.data.items import CLIP
 from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.contract import Source
@@ -78,10 +78,11 @@ class Monitor:
     def _draw(self, progress: Progress) -> None:
         model = self.model
         if self._batch is None:
-            shown = SAMPLE_CLIPS if reads_clips(model.model) else SAMPLE_IMAGES
+            item = item_of(model)
+            shown = SAMPLE_CLIPS if item is CLIP else SAMPLE_IMAGES
             loaded = plain_batches(
                 self.images,
-                item_of(model).plain_view(model, 1.0),
+                item.plain_view(model, 1.0),
                 batch_size=shown,
                 indices=spread_indices(len(self.images), shown, self.training.seed),
                 bad=BadFiles(None, 1.0),

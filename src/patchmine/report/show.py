@@ -46,7 +46,7 @@ def show(
     """
     out, files = Path(out), [Path(path) for path in paths]
     run = Run(run_path)
-    config = run.config
+    config = run.whole_config
     item = item_of(config)
     endings = [*Image.registered_extensions(), *(MOVING if item is CLIP else ())]
     if out.suffix.lower() not in endings:
@@ -56,8 +56,6 @@ def show(
     if not files:
         raise UserError(f"show needs at least one {item.noun}: name it after the run")
     samples = [replace(_read(path, config, item), index=i) for i, path in enumerate(files)]
-    if config.mean is None or config.std is None:
-        raise UserError(f"{run.config_file} has no mean and std; write those of the run into it")
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     method, progress = run.method(), run_progress(run)
     method.noise.seed = seed

@@ -145,6 +145,15 @@ class Run:
         return parse(self.config_file, [])
 
     @property
+    def whole_config(self) -> RunConfig:
+        """The same with mean and std.  Raises UserError where the file has none."""
+        if self.config.mean is None or self.config.std is None:
+            raise UserError(
+                f"{self.config_file} has no mean and std; write those of the run into it"
+            )
+        return self.config
+
+    @property
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, oldest first."""
         return list_checkpoints(self.checkpoint_dir)

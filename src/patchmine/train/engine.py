@@ -75,7 +75,7 @@ class Engine:
         precision: str = "auto",
         say: Say = lambda text: None,
     ) -> None:
-        kind = _choose_device(device)
+        kind = choose_device(device)
         launch = read_launch(os.environ, devices, num_nodes)
         if kind == "cpu":
             _refuse_crowding(launch)
@@ -233,7 +233,8 @@ class Engine:
             self._host_group = None
 
 
-def _choose_device(device: str) -> str:
+def choose_device(device: str) -> str:
+    """The kind of device that a setting means; UserError where there is none."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError(
