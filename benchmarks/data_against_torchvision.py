@@ -1,6 +1,6 @@
 """Times our way from bytes to training views in turns with torchvision's on PIL images.
 
-    python benchmarks/data_against_torchvision.py photos/ out=data.json
+    python benchmarks/data_against_torchvision.py photos/ > data.json
 
 torchvision's chain is what most recipes use: RandomResizedCrop, flip, ToTensor, Normalize; for
 several crops DINO's augmentation of the same parts.  Ratios are medians over turns.
@@ -11,17 +11,18 @@ from __future__ import annotations
 import io
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import click
 from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms as T
 
 from patchmine.bench import data as ours
+from patchmine.cli.program import ended_in_words
 from patchmine.data.sources.source import open_source
 
 BICUBIC = T.InterpolationMode.BICUBIC
@@ -93,9 +94,13 @@ def compare(source: str | Path, *, image_size: int = 224, repeats: int = 5) -> d
     return result
 
 
+@click.command(help=__doc__)
+@click.argument("source")
+def main(source: str) -> None:
+    """The comparison as JSON."""
+    with ended_in_words():
+        print(json.dumps(compare(source), indent=1))
+
+
 if __name__ == "__main__":
-    source, *words = sys.argv[1:]
-    result = compare(source)
-    print(json.dumps(result, indent=1))
-    for word in words:
-        Path(word.removeprefix("out=")).write_text(json.dumps(result, indent=1) + "\n")
+    main()

@@ -10,9 +10,10 @@ a setting of `patchmine bench step`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
+
+import click
 
 from patchmine.bench.settings import BenchStepSettings
 from patchmine.bench.step import (
@@ -24,6 +25,7 @@ from patchmine.bench.step import (
     size_of,
 )
 from patchmine.cli.commands import read_words
+from patchmine.cli.program import ended_in_words
 from patchmine.methods import METHODS
 from patchmine.task import Method
 from patchmine.train.engine import Engine
@@ -91,7 +93,16 @@ def transformers(
 
 RIVALS = {"transformers": transformers, "dino": dino}
 
+
+@click.command(help=__doc__)
+@click.argument("rival", type=click.Choice(list(RIVALS)))
+@click.argument("words", nargs=-1)
+def main(rival: str, words: tuple[str, ...]) -> None:
+    """One race."""
+    with ended_in_words():
+        given = read_words(BenchStepSettings, list(words), command="bench step")
+        bench_step(say=print, rivals=RIVALS[rival], **given.model_dump(exclude_unset=True))
+
+
 if __name__ == "__main__":
-    name, *words = sys.argv[1:] or ["transformers"]
-    given = read_words(BenchStepSettings, words, command="bench step")
-    bench_step(say=print, rivals=RIVALS[name], **given.model_dump(exclude_unset=True))
+    main()

@@ -1,6 +1,6 @@
 """Times our reading of a clip's frames in turns with PyAV used as most training code uses it.
 
-    python benchmarks/video_against_pyav.py clips/ out=video.json
+    python benchmarks/video_against_pyav.py clips/ > video.json
 
 ``sequential`` decodes and converts all frames from the first on; ``until`` stops at the last one
 wanted and converts the wanted ones only.  Ratios: of each video the median over the repeats, of
@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import av
+import click
 import numpy as np
 import torch
 from torch import Tensor
 
 from patchmine.bench.data import in_turns
 from patchmine.bench.video import Job, per_video, read_frames, video_jobs
+from patchmine.cli.program import ended_in_words
 from patchmine.data.sources.source import open_source
 
 
@@ -72,9 +73,13 @@ def compare(
     return {"videos": len(jobs), **size, "milliseconds": times, "times_as_fast": ratios}
 
 
+@click.command(help=__doc__)
+@click.argument("source")
+def main(source: str) -> None:
+    """The comparison as JSON."""
+    with ended_in_words():
+        print(json.dumps(compare(source), indent=1))
+
+
 if __name__ == "__main__":
-    source, *words = sys.argv[1:]
-    result = compare(source)
-    print(json.dumps(result, indent=1))
-    for word in words:
-        Path(word.removeprefix("out=")).write_text(json.dumps(result, indent=1) + "\n")
+    main()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -27,13 +27,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def against(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "data_against_torchvision", repository / "benchmarks" / "data_against_torchvision.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+def against(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("data_against_torchvision")
 
 
 def test_it_reports_times_and_what_is_left_to_the_device(photos: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -71,18 +72,9 @@ def test_a_method_that_starts_differently_is_timed_at_both_ends(tmp_path: Path) 
     assert "times as long as mae" in text
 
 
-def rivals(name: str, repository: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "step_against", repository / "benchmarks" / "step_against.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.RIVALS[name]
-
-
-def test_transformers_competes_at_the_same_size(repository: Path) -> None:
+def test_transformers_competes_at_the_same_size(script: Callable[[str], ModuleType]) -> None:
     pytest.importorskip("transformers")
-    theirs = rivals("transformers", repository)
+    theirs = script("step_against").RIVALS["transformers"]
     result, _ = run(method={"name": "mae", **SMALL_DECODER}, rivals=theirs)
     ours, theirs = result["contestants"]
     assert theirs["name"] == "transformers"
@@ -167,7 +159,7 @@ def test_steps_on_clips() -> None:
 
 @pytest.mark.slow
 def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks(
-    repository: Path,
+    script: Callable[[str], ModuleType],
 ) -> None:
     heads = {
         "out_dim": 64,
@@ -179,7 +171,7 @@ def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks(
     own = {"thead_depth": 1, "thead_heads": 2, "partner_model": "resnet18", "stage_bottleneck": 8}
     own["partner_args"] = {"cifar_stem": True, "layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}
     crops = {"num_local": 3, "local_size": 16}
-    dino = rivals("dino", repository)
+    dino = script("step_against").RIVALS["dino"]
     result, lines = run(method={"name": "scfs,mokd", **heads, **own}, crops=crops, rivals=dino)
     work = {row["name"]: row["gflop_per_step"] for row in result["contestants"]}
     assert list(work) == ["scfs", "mokd", "dino"]

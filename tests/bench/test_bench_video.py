@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,14 +29,9 @@ def clips(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def against(repository: Path) -> ModuleType:
+def against(script: Callable[[str], ModuleType]) -> ModuleType:
     pytest.importorskip("av")
-    spec = importlib.util.spec_from_file_location(
-        "video_against_pyav", repository / "benchmarks" / "video_against_pyav.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+    return script("video_against_pyav")
 
 
 def test_it_reports_times(clips: Path) -> None:

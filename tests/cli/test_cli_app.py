@@ -17,10 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
 from patchmine import __version__
-from patchmine.cli.app import app
 from patchmine.cli.commands import COMMANDS as PROGRAMS
 from patchmine.cli.commands import Command, named
 from patchmine.cli.program import last_words, say
@@ -28,6 +26,7 @@ from patchmine.config.recipes import recipe_names
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
+from spoken import call
 
 COMMANDS = [command.name.split() for command in PROGRAMS]
 
@@ -54,10 +53,6 @@ ROOMS = [
 ]
 TABLES = [command for command in PROGRAMS if command.settings]
 Calls = dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
-
-
-def call(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
 
 
 def name_of(command: list[str]) -> str:

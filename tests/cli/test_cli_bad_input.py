@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
-from patchmine.cli.app import app
 from patchmine.data.sharding import write_shards
 from patchmine.data.sources.source import open_source
 from patchmine.methods.mae import MAE
 from patchmine.runs.run import Run
 from patchmine.train import checkpoint
+from spoken import call
 
 SMALL = [
     *(
@@ -38,13 +37,9 @@ SMALL = [
 ]
 
 
-def patchmine(*words: str) -> Any:
-    return CliRunner().invoke(app, list(words))
-
-
 def refused(*words: str) -> str:
     """What a command that ends with exit code 2 says; one paragraph, no traceback."""
-    result = patchmine(*words)
+    result = call(*words)
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.stderr
     return " ".join(result.stderr.split())
@@ -117,7 +112,7 @@ def test_one_image_that_is_broken_is_skipped_and_listed(
     spoil: Any, images: Path, out: Path
 ) -> None:
     broken = spoil(images)
-    result = patchmine(*pretrain(images, out, "max_bad_share=0.2", "steps=6"))
+    result = call(*pretrain(images, out, "max_bad_share=0.2", "steps=6"))
     assert result.exit_code == 0, result.output
     (line,) = (out / "bad_files.txt").read_text().splitlines()
     assert line.startswith(str(broken))
@@ -146,7 +141,7 @@ def test_a_shard_that_is_cut_in_the_middle(images: Path, tmp_path: Path, out: Pa
     write_shards(open_source(images), tmp_path / "shards", say=lambda _: None)
     (shard,) = (tmp_path / "shards").glob("*.tar")
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 2 // 3])
-    result = patchmine(*pretrain(tmp_path / "shards", out))
+    result = call(*pretrain(tmp_path / "shards", out))
     assert result.exit_code == 0, result.output  # the whole images before the cut are used
     assert shard.name in result.stderr
     shard.write_bytes(shard.read_bytes()[:700])
@@ -200,7 +195,7 @@ def test_settings_that_cannot_be(
 
 @pytest.fixture
 def finished(images: Path, out: Path) -> Path:
-    assert patchmine(*pretrain(images, out)).exit_code == 0
+    assert call(*pretrain(images, out)).exit_code == 0
     return out
 
 
@@ -221,7 +216,7 @@ def test_resuming_on_other_images(finished: Path, images: Path) -> None:
     assert "other data" in refused("resume", str(finished), f"data={images}")
     assert made(finished) == before
     assert (
-        patchmine("resume", str(finished), f"data={moved}").exit_code == 0
+        call("resume", str(finished), f"data={moved}").exit_code == 0
     )  # the same images elsewhere are the same
     assert Run(finished).config.data == str(moved)
 
@@ -255,7 +250,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(
     (kept,) = Run(out).checkpoints
     assert kept.name == "step-00000001.safetensors"
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["last", kept.name]
-    assert patchmine("resume", str(out)).exit_code == 0
+    assert call("resume", str(out)).exit_code == 0
     assert Run(out).checkpoints[-1].name == "step-00000002.safetensors"
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 import patchmine
-from patchmine.cli.app import app
 from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.runs.run import Run
+from spoken import patchmine_says
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 
@@ -34,12 +33,6 @@ WORDS = [
     ),
     *("workers=0", "tensorboard=false", "device=cpu"),
 ]
-
-
-def patchmine_says(*words: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, result.output
-    return " ".join((result.stderr if code else result.output).split())
 
 
 def pretrain(data: Path, out: Path, *words: str, args: str = SHARED, code: int = 0) -> str:

@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
 from PIL import Image
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 
 import patchmine
-from patchmine.cli.app import app
 from patchmine.errors import UserError
 from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.runs.run import Run
+from spoken import patchmine_says
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 
@@ -56,12 +55,6 @@ WORDS = [
         "device=cpu",
     ),
 ]
-
-
-def patchmine_says(*words: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, result.output
-    return " ".join((result.stderr if code else result.output).split())
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file
 
 from patchmine import training as pretraining
-from patchmine.cli.app import app
 from patchmine.errors import UserError
 from patchmine.methods.mae import MAE
 from patchmine.report import monitor
@@ -26,6 +25,7 @@ from patchmine.report.show import run_progress
 from patchmine.runs.lock import lock
 from patchmine.runs.run import Run
 from patchmine.train import checkpoint
+from spoken import call
 
 SMALL = [
     *(
@@ -46,12 +46,8 @@ FORK = multiprocessing.get_context("fork")
 Weights = Callable[[Path | Run], dict[str, torch.Tensor]]
 
 
-def patchmine(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words))
-
-
 def start(data: Path, out: Path, *words: str) -> Result:
-    return patchmine("pretrain", f"data={data}", f"out={out}", *SMALL, *words)
+    return call("pretrain", f"data={data}", f"out={out}", *SMALL, *words)
 
 
 def refused(result: Result) -> str:
@@ -115,11 +111,11 @@ def test_a_run_that_is_being_written_can_be_read_and_not_resumed(
 ) -> None:
     assert start(image_folder, out).exit_code == 0
     with lock(out):
-        for result in (patchmine("resume", str(out)), start(image_folder, out)):
+        for result in (call("resume", str(out)), start(image_folder, out)):
             assert f"{out} is being written by process {os.getpid()} on host" in refused(result)
-        assert patchmine("report", str(out), f"out={tmp_path / 'r.html'}").exit_code == 0
-        assert patchmine("export", str(out), f"out={tmp_path / 'export'}").exit_code == 0
-    assert patchmine("resume", str(out)).exit_code == 0
+        assert call("report", str(out), f"out={tmp_path / 'r.html'}").exit_code == 0
+        assert call("export", str(out), f"out={tmp_path / 'export'}").exit_code == 0
+    assert call("resume", str(out)).exit_code == 0
 
 
 def test_a_mistake_leaves_no_folder(tmp_path: Path, out: Path) -> None:
@@ -184,7 +180,7 @@ def test_foreign_things_in_a_run_folder_do_not_stop_a_resume(
         path.write_text("a file")
     else:
         path.mkdir()
-    result = patchmine("resume", str(out))
+    result = call("resume", str(out))
     assert result.exit_code == 0, result.output
     assert Run(out).checkpoints[-1].stem == "step-00000006"
 
@@ -193,7 +189,7 @@ def test_a_file_in_the_place_of_checkpoints_is_told(image_folder: Path, out: Pat
     assert start(image_folder, out).exit_code == 0
     shutil.rmtree(out / "checkpoints")
     (out / "checkpoints").write_text("a file")
-    assert f"checkpoint {out}/checkpoints/step-" in refused(patchmine("resume", str(out)))
+    assert f"checkpoint {out}/checkpoints/step-" in refused(call("resume", str(out)))
 
 
 def test_a_picture_that_fails_costs_one_line(
@@ -234,7 +230,7 @@ def test_an_export_that_fails_is_made_up_for_by_resume(
     assert f"{out} is trained to its end" in told
     assert f"patchmine resume {out}" in told
     monkeypatch.undo()
-    assert patchmine("resume", str(out)).exit_code == 0
+    assert call("resume", str(out)).exit_code == 0
     assert (out / "export" / "config.json").is_file()
 
 
@@ -314,8 +310,8 @@ def test_states_of_earlier_versions_that_are_not_finite(
             match=r"step-00000006.* encoder\.norm\.weight holds values that are not finite",
         ):
             read()
-    assert "encoder.norm.weight" in refused(patchmine("export", str(out)))
-    result = patchmine("resume", str(out))
+    assert "encoder.norm.weight" in refused(call("export", str(out)))
+    result = call("resume", str(out))
     assert result.exit_code == 0, result.output
     for step in ("step-00000004", "step-00000006", "step-00000002"):
         assert step in result.stderr
@@ -365,12 +361,12 @@ def test_settings_that_were_edited_since_a_checkpoint_are_refused(
     config.write_text(
         whole.replace("blr: 0.00015", "blr: 0.001").replace("log_every: 1", "log_every: 3")
     )
-    told = refused(patchmine("resume", str(out)))
+    told = refused(call("resume", str(out)))
     assert "step-00000004.safetensors was written with other settings" in told
     assert "blr (was 0.00015, now 0.001)." in told
     assert "log_every" not in told
     config.write_text(whole.replace("log_every: 1", "log_every: 3"))
-    assert patchmine("resume", str(out)).exit_code == 0
+    assert call("resume", str(out)).exit_code == 0
     assert Run(out).config.log_every == 3
 
 
@@ -379,7 +375,7 @@ def test_a_checkpoint_of_another_run_is_refused(image_folder: Path, out: Path) -
     assert start(image_folder, out.with_name("other"), "seed=5", "steps=8").exit_code == 0
     stranger = Run(out.with_name("other")).checkpoints[-1]
     shutil.copy(stranger, out / "checkpoints")
-    told = refused(patchmine("resume", str(out)))
+    told = refused(call("resume", str(out)))
     assert stranger.name in told
     assert "seed (was 5, now 0)" in told
     assert "remove that file if it is of another run" in told
