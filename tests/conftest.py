@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import Tensor
 
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 from patchmine.train.checkpoint import list_checkpoints
 
 # Tiny tensors gain nothing from threads, and processes that a test starts inherit this; results
@@ -52,13 +52,13 @@ def shared(repository: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def weights() -> Callable[[Path | Run], dict[str, Tensor]]:
+def weights() -> Callable[[Path | RunFolder], dict[str, Tensor]]:
     """Reads the newest checkpoint of a run.  Copied, because safetensors maps the file and some
     tests damage it.
     """
 
-    def read(run: Path | Run) -> dict[str, Tensor]:
-        folder = run.path if isinstance(run, Run) else run
+    def read(run: Path | RunFolder) -> dict[str, Tensor]:
+        folder = run.path if isinstance(run, RunFolder) else run
         newest = list_checkpoints(folder / "checkpoints")[-1]
         return {name: tensor.clone() for name, tensor in load_file(newest).items()}
 

@@ -24,8 +24,7 @@ from patchmine.evaluate.video import evaluate_video
 from patchmine.report.page import write_report
 from patchmine.report.show import show
 from patchmine.runs.checking import CHECKS
-from patchmine.runs.run import Run as RunFolder
-from patchmine.runs.run import open_encoder
+from patchmine.runs.folder import RunFolder, open_encoder
 from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import export_run, import_file
 

@@ -26,8 +26,14 @@ from patchmine.disk import replacing, sweep
 from patchmine.errors import Say, UserError, reason_of, shown_name, silent
 from patchmine.report.monitor import Monitor
 from patchmine.runs import preparing
+from patchmine.runs.folder import (
+    RunFolder,
+    build_method,
+    new_folder,
+    refuse_used_folder,
+    write_export,
+)
 from patchmine.runs.lock import HeldLock, lock
-from patchmine.runs.run import Run, build_method, new_folder, refuse_used_folder, write_export
 from patchmine.task import Method, Task
 from patchmine.train.checkpoint import Checkpoint, load_newest, point
 from patchmine.train.engine import Engine
@@ -64,7 +70,7 @@ class Place:
             self.write_config(config)
 
 
-def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent) -> Run:
+def pretrain(config: RunConfig, *, source: Spec | None = None, say: Say = silent) -> RunFolder:
     """Make a run in the new folder ``config.out``.
 
     Args:
@@ -92,7 +98,7 @@ def resume(
     *,
     source: Spec | None = None,
     say: Say = silent,
-) -> Run:
+) -> RunFolder:
     """Go on with a run from its newest readable checkpoint, exactly as if it had never stopped.
 
     A run that was killed before its first checkpoint starts again.
@@ -111,7 +117,7 @@ def resume(
         UserError: other settings or images than the run's own.
         Interrupted: as in `pretrain`.
     """
-    run = Run(path)
+    run = RunFolder(path)
     config = parse(run.config_file, list(overrides), say)
     with _place(run.path, config, say) as place:
         own, now = results_of(run.config), results_of(config)
@@ -184,7 +190,9 @@ def _open(config: RunConfig, place: Place, source: Spec | None) -> tuple[Source,
     return images, config
 
 
-def _pretrain(config: RunConfig, place: Place, images: Source, start: Checkpoint | None) -> Run:
+def _pretrain(
+    config: RunConfig, place: Place, images: Source, start: Checkpoint | None
+) -> RunFolder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         method = build_method(
@@ -207,7 +215,7 @@ def _pretrain(config: RunConfig, place: Place, images: Source, start: Checkpoint
         _export(config, place.folder, method)
         place.say(_last_words(place.folder, method, bad))
     place.engine.barrier()
-    return Run(place.folder)
+    return RunFolder(place.folder)
 
 
 def train_task(
@@ -301,7 +309,7 @@ def train_task(
 
 
 def _export(config: RunConfig, folder: Path, method: Method) -> None:
-    run = Run(folder)
+    run = RunFolder(folder)
     try:
         for name, encoder in method.encoders().items():
             if any(parameter.requires_grad for parameter in encoder.parameters()):

@@ -23,7 +23,7 @@ from patchmine.backbones.weights import load_encoder
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.runs.run import build_method
+from patchmine.runs.folder import build_method
 from patchmine.runs.transfer import import_file
 from patchmine.types import Grid
 

@@ -29,7 +29,7 @@ from patchmine.backbones.weights import load_encoder
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.runs.run import Run, build_method
+from patchmine.runs.folder import RunFolder, build_method
 from patchmine.runs.transfer import export_run, import_file
 from patchmine.train import checkpoint
 from patchmine.types import Grid
@@ -129,7 +129,7 @@ def test_an_export_is_moved_from_its_own_grid(
     assert torch.equal(open_evaluated(folder, image_size=wanted).encoder.pos_embed, expected)  # type: ignore[union-attr]
 
 
-def made_run(folder: Path, size: tuple[int, int], method: str = "mae") -> tuple[Run, Any]:
+def made_run(folder: Path, size: tuple[int, int], method: str = "mae") -> tuple[RunFolder, Any]:
     small = ["method.decoder_embed_dim=32", "method.decoder_depth=1", "method.decoder_num_heads=2"]
     words = [
         "data=x",
@@ -145,7 +145,7 @@ def made_run(folder: Path, size: tuple[int, int], method: str = "mae") -> tuple[
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     checkpoint.save(folder / "checkpoints", 7, built.state_dict(), {}, {}, keep=3)
-    return Run(folder), built
+    return RunFolder(folder), built
 
 
 def test_a_run_is_moved_from_its_own_grid(tmp_path: Path) -> None:

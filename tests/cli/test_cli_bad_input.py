@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from patchmine.data.sharding import write_shards
 from patchmine.data.sources.source import open_source
 from patchmine.methods.mae import MAE
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 from patchmine.train import checkpoint
 from spoken import call
 
@@ -218,7 +218,7 @@ def test_resuming_on_other_images(finished: Path, images: Path) -> None:
     assert (
         call("resume", str(finished), f"data={moved}").exit_code == 0
     )  # the same images elsewhere are the same
-    assert Run(finished).config.data == str(moved)
+    assert RunFolder(finished).config.data == str(moved)
 
 
 def test_an_output_folder_that_holds_a_run(finished: Path, images: Path) -> None:
@@ -247,11 +247,11 @@ def test_a_full_disk_while_a_checkpoint_is_written(
     assert str(out) in message
     assert "No space left on device" in message
     monkeypatch.undo()
-    (kept,) = Run(out).checkpoints
+    (kept,) = RunFolder(out).checkpoints
     assert kept.name == "step-00000001.safetensors"
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["last", kept.name]
     assert call("resume", str(out)).exit_code == 0
-    assert Run(out).checkpoints[-1].name == "step-00000002.safetensors"
+    assert RunFolder(out).checkpoints[-1].name == "step-00000002.safetensors"
 
 
 def test_a_loss_that_is_not_a_number(
@@ -267,7 +267,9 @@ def test_a_loss_that_is_not_a_number(
     message = refused(*pretrain(images, out, "steps=40", "log_every=1", "checkpoint_every=2"))
     assert "10 steps in a row" in message
     assert "blr" in message
-    skipped = [line["skipped"] for line in Run(out).metrics()]
+    skipped = [line["skipped"] for line in RunFolder(out).metrics()]
     assert skipped[:3] == [0, 0, 0]
     assert sum(skipped) == 10
-    assert all(value.isfinite().all() for value in load_file(Run(out).checkpoints[-1]).values())
+    assert all(
+        value.isfinite().all() for value in load_file(RunFolder(out).checkpoints[-1]).values()
+    )

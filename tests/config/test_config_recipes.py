@@ -13,7 +13,7 @@ from patchmine.config.resolve import parse, resolve_size
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.ops.schedules import learning_rate
-from patchmine.runs.run import build_method
+from patchmine.runs.folder import build_method
 from patchmine.train.optim import schedule_of
 from patchmine.types import Progress
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from patchmine.backbones.family import build_encoder
 from patchmine.config.schema import RunConfig
-from patchmine.runs.run import write_export
+from patchmine.runs.folder import write_export
 
 MODEL_ARGS = {"depth": 5, "embed_dim": 24, "num_heads": 3}
 

@@ -26,12 +26,12 @@ def read_recipe(data: bytes, folder: Path) -> object:
 
 def read_config(data: bytes, folder: Path) -> object:
     from patchmine.report.page import write_report
-    from patchmine.runs.run import Run
+    from patchmine.runs.folder import RunFolder
 
     (folder / "run").mkdir(exist_ok=True)
     (folder / "run" / "config.yaml").write_bytes(data)
     write_report([folder / "run"], folder / "report.html")
-    config = Run(folder / "run").config
+    config = RunFolder(folder / "run").config
     config.to_yaml()
     return config
 
@@ -79,7 +79,7 @@ def read_run_file(run: Path, name: str, data: bytes, folder: Path) -> object:
     that goes on.
     """
     from patchmine.report.page import write_report
-    from patchmine.runs.run import Run
+    from patchmine.runs.folder import RunFolder
     from patchmine.train.log import trim_metrics
 
     copy = folder / "run"
@@ -88,11 +88,11 @@ def read_run_file(run: Path, name: str, data: bytes, folder: Path) -> object:
     path = copy / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-    Run(copy).metrics()
+    RunFolder(copy).metrics()
     write_report([copy], folder / "report.html").read_text(encoding="utf-8")
     if name == "metrics.jsonl":
         trim_metrics(path, 4)
-        return [line.get("step") for line in Run(copy).metrics()]
+        return [line.get("step") for line in RunFolder(copy).metrics()]
     return None
 
 

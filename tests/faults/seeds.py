@@ -190,7 +190,7 @@ def official_weights() -> dict[str, Tensor]:
 
     from patchmine.backbones.reference import to_reference_names
     from patchmine.config.resolve import from_settings
-    from patchmine.runs.run import build_method
+    from patchmine.runs.folder import build_method
 
     settings = {
         key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in SETTINGS)

@@ -26,7 +26,7 @@ from patchmine.config.schema import RunConfig
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.methods.amt import probe
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 from patchmine.training import _PlainData
 from patchmine.types import Batch, Progress
 
@@ -54,7 +54,7 @@ TINY = {
 ON_SIMMIM = {"method.host": "simmim", "method.mask_unit": 4}
 
 
-def pretrain(data: Any, out: Path, **settings: Any) -> Run:
+def pretrain(data: Any, out: Path, **settings: Any) -> RunFolder:
     return patchmine.pretrain(data=data, out=out, say=lambda _: None, **(TINY | settings))
 
 
@@ -154,7 +154,7 @@ def test_two_processes_and_a_broken_image_give_the_maps_of_one(
         f"out={tmp_path / 'two'}",
     ]
     subprocess.run(command, check=True, capture_output=True, timeout=250)
-    one, two = (weights(run)["model.maps.values"] for run in (alone, Run(tmp_path / "two")))
+    one, two = (weights(run)["model.maps.values"] for run in (alone, RunFolder(tmp_path / "two")))
     assert one.shape == (34, 16)  # the last image has none
     assert one.float().std() > 5
     assert (one.int() - two.int()).abs().max() <= 1  # batches of other sizes round otherwise

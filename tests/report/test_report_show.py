@@ -8,7 +8,7 @@ from PIL import Image
 from patchmine.errors import UserError
 from patchmine.report.animation import save_animation
 from patchmine.report.show import run_progress, show
-from patchmine.runs.run import Run, build_method
+from patchmine.runs.folder import RunFolder, build_method
 from patchmine.train.checkpoint import save
 
 MakeRun = Callable[..., Path]
@@ -28,7 +28,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "metrics.jsonl").write_text(
         '{"step": 40, "epoch": 2.0, "samples": 320, "loss": 1.0}\n'
     )
-    save(folder / "checkpoints", 50, build_method(Run(folder).config).state_dict(), {}, {}, keep=1)
+    save(
+        folder / "checkpoints",
+        50,
+        build_method(RunFolder(folder).config).state_dict(),
+        {},
+        {},
+        keep=1,
+    )
     return folder
 
 
@@ -57,16 +64,16 @@ def test_the_seed_decides_the_masks(trained: Path, pictures: list[Path], tmp_pat
 
 
 def test_progress_is_that_of_the_checkpoint(trained: Path) -> None:
-    progress = run_progress(Run(trained))
+    progress = run_progress(RunFolder(trained))
     assert (progress.step, progress.total_steps, progress.steps_per_epoch) == (49, 200, 20)
 
 
 def test_weights_without_metrics_count_as_finished(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text((trained / "config.yaml").read_text())
-    assert run_progress(Run(tmp_path)).fraction == 0.0
+    assert run_progress(RunFolder(tmp_path)).fraction == 0.0
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000800.safetensors").touch()
-    assert run_progress(Run(tmp_path)).fraction == pytest.approx(1.0, abs=0.01)
+    assert run_progress(RunFolder(tmp_path)).fraction == pytest.approx(1.0, abs=0.01)
 
 
 def test_mistakes_are_named(trained: Path, pictures: list[Path], tmp_path: Path) -> None:
@@ -103,7 +110,14 @@ def trained_on_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "decoder_num_heads: 2}\n"
         "image_size: [16, 24]\npatch_size: 8\nepochs: 10\nbatch_size: 8\n"
     )
-    save(folder / "checkpoints", 50, build_method(Run(folder).config).state_dict(), {}, {}, keep=1)
+    save(
+        folder / "checkpoints",
+        50,
+        build_method(RunFolder(folder).config).state_dict(),
+        {},
+        {},
+        keep=1,
+    )
     return folder
 
 

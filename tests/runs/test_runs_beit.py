@@ -15,7 +15,7 @@ from PIL import Image
 
 import patchmine
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 from spoken import patchmine_says
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
@@ -71,7 +71,7 @@ def test_the_export_opens_in_timm(run: Path, tmp_path: Path) -> None:
     images = torch.randn(2, 3, 16, 16)
     patchmine_says("export", str(run), f"out={tmp_path / 'export'}")
     with torch.no_grad():
-        expected = Run(run).encoder().forward_features(images)
+        expected = RunFolder(run).encoder().forward_features(images)
         for folder in (run / "export", tmp_path / "export"):
             opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
             assert isinstance(opened, timm.models.beit.Beit)
@@ -104,7 +104,7 @@ def test_another_run_starts_from_it(
     pretrain(
         image_folder, tmp_path / "next", "steps=1", "blr=1e-9", f"init={run}", f"image_size={size}"
     )
-    before, after = Run(run).encoder(), Run(tmp_path / "next").encoder()
+    before, after = RunFolder(run).encoder(), RunFolder(tmp_path / "next").encoder()
     name = "blocks.1.attn.qkv.weight"
     torch.testing.assert_close(after.get_parameter(name), before.get_parameter(name))
     table = after.get_parameter("rel_pos_bias.relative_position_bias_table")

@@ -17,7 +17,7 @@ from patchmine.config.resolve import fit_batch, from_settings, missing_files, pa
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.runs.checking import misfits
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 
 RECIPES = [recipe.name for recipe in list_recipes()]
 TINY = [
@@ -200,7 +200,7 @@ def test_what_only_real_tensors_allow_is_no_mistake(monkeypatch: pytest.MonkeyPa
     def needs_values(_: object) -> None:
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    monkeypatch.setattr("patchmine.runs.run.build_method", needs_values)
+    monkeypatch.setattr("patchmine.runs.folder.build_method", needs_values)
     assert misfits(from_settings(data="x")) == []
 
 
@@ -285,6 +285,6 @@ def test_my_images_trains_on_seven_and_resumes(image_folder: Path, tmp_path: Pat
     result = CliRunner().invoke(app, ["pretrain", *words])
     assert result.exit_code == 0, result.output
     assert "batch_size=64 is more than the 7 images" in result.stderr
-    assert Run(out).config.batch_size == 7
+    assert RunFolder(out).config.batch_size == 7
     assert CliRunner().invoke(app, ["resume", str(out)]).exit_code == 0
-    assert Run(out).config.batch_size == 7
+    assert RunFolder(out).config.batch_size == 7

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 import patchmine
 from patchmine.errors import UserError
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 from spoken import patchmine_says
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
@@ -87,11 +87,11 @@ def test_going_on_from_the_middle_arrives_at_the_same_bits(
 
 def test_all_four_encoders_can_be_had(run: Path) -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    method = Run(run).method()
+    method = RunFolder(run).method()
     places = {"student": "encoder", "teacher": "teacher.encoder"}
     places |= {"partner": "partner", "partner-teacher": "partner_teacher.encoder"}
     for which, place in places.items():
-        encoder = Run(run).encoder(which)  # type: ignore[arg-type]
+        encoder = RunFolder(run).encoder(which)  # type: ignore[arg-type]
         assert isinstance(encoder, ResNet if "partner" in which else VisionTransformer)
         assert not encoder.training
         with torch.no_grad():
@@ -113,14 +113,15 @@ def test_both_are_exported(run: Path, tmp_path: Path) -> None:
     )  # timm cannot know the stem for small images
     with torch.no_grad():
         assert torch.equal(
-            first.forward_features(images), Run(run).encoder().forward_features(images)
+            first.forward_features(images), RunFolder(run).encoder().forward_features(images)
         )
         assert torch.equal(
-            second.forward_features(images), Run(run).encoder("partner").forward_features(images)
+            second.forward_features(images),
+            RunFolder(run).encoder("partner").forward_features(images),
         )
     patchmine_says("export", str(run), f"out={tmp_path / 'x'}", "weights=partner-teacher")
     third = patchmine.load_encoder(tmp_path / "x")
-    assert torch.equal(third.conv1.weight, Run(run).encoder("partner-teacher").conv1.weight)
+    assert torch.equal(third.conv1.weight, RunFolder(run).encoder("partner-teacher").conv1.weight)
     assert not torch.equal(third.conv1.weight, second.conv1.weight)
 
 
@@ -200,6 +201,6 @@ def test_a_run_may_start_from_the_partner_of_another(
         "method.sgd_blr=1e-9",
         "method.sgd_min_lr=0",
     )
-    found, expected = Run(out).encoder(), Run(run).encoder("partner")
+    found, expected = RunFolder(out).encoder(), RunFolder(run).encoder("partner")
     torch.testing.assert_close(found.conv1.weight, expected.conv1.weight, atol=1e-5, rtol=0)
-    assert isinstance(Run(out).encoder("partner"), VisionTransformer)
+    assert isinstance(RunFolder(out).encoder("partner"), VisionTransformer)

@@ -24,7 +24,7 @@ from patchmine.data.sharding import write_shards
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 
 pytestmark = pytest.mark.bitwise
 
@@ -64,7 +64,7 @@ def tiny(method: str) -> dict[str, Any]:
     }
 
 
-def pretrain(data: Any, out: Path, **settings: Any) -> Run:
+def pretrain(data: Any, out: Path, **settings: Any) -> RunFolder:
     known = tiny(settings.get("method", "mae"))
     return patchmine.pretrain(data=data, out=out, say=lambda _: None, **(known | settings))
 
@@ -154,7 +154,7 @@ def test_killed_anywhere_and_resumed_is_as_if_nothing_had_happened(
     kill_at_step(start, killed, random.randint(1, 30))
     patchmine.resume(killed, workers=2, say=lambda _: None)
     assert_identical(weights(whole), weights(killed))
-    steps_logged = [line["step"] for line in Run(killed).metrics() if "loss" in line]
+    steps_logged = [line["step"] for line in RunFolder(killed).metrics() if "loss" in line]
     assert steps_logged == list(range(1, steps + 1))
 
 
@@ -299,4 +299,4 @@ def test_two_processes_equal_one_with_the_whole_batch(
         torch.testing.assert_close(
             two[name], value, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )
-    assert [line["step"] for line in Run(tmp_path / "two").metrics()] == [5]
+    assert [line["step"] for line in RunFolder(tmp_path / "two").metrics()] == [5]

@@ -22,8 +22,8 @@ from patchmine.errors import UserError
 from patchmine.methods.mae import MAE
 from patchmine.report import monitor
 from patchmine.report.show import run_progress
+from patchmine.runs.folder import RunFolder
 from patchmine.runs.lock import lock
-from patchmine.runs.run import Run
 from patchmine.train import checkpoint
 from spoken import call
 
@@ -43,7 +43,7 @@ SMALL = [
     *("checkpoint_every=2", "log_every=1", "sample_every=2"),
 ]
 FORK = multiprocessing.get_context("fork")
-Weights = Callable[[Path | Run], dict[str, torch.Tensor]]
+Weights = Callable[[Path | RunFolder], dict[str, torch.Tensor]]
 
 
 def start(data: Path, out: Path, *words: str) -> Result:
@@ -95,7 +95,7 @@ def test_of_two_starts_at_once_one_wins_and_its_run_is_whole(
     codes = [process.exitcode for process in both]
     assert sorted(codes) == [0, 2]
     winner = codes.index(0)
-    assert Run(out).config.seed == winner
+    assert RunFolder(out).config.seed == winner
     loser = (tmp_path / f"said-{1 - winner}").read_text()
     assert (
         f"{out} is being written by process " in loser or f"out={out} already holds a run" in loser
@@ -147,8 +147,8 @@ def test_what_is_removed_in_mid_run_is_made_again(
     assert result.exit_code == 0, result.output
     found, whole = weights(out), weights(tmp_path / "whole")
     assert all(torch.equal(found[name], whole[name]) for name in whole)
-    assert Run(out).config.steps == 6
-    assert Run(out).encoder() is not None
+    assert RunFolder(out).config.steps == 6
+    assert RunFolder(out).encoder() is not None
     assert (out / "export" / "model.safetensors").is_file()
     assert (out / "metrics.jsonl").is_file()
 
@@ -173,7 +173,7 @@ def test_foreign_things_in_a_run_folder_do_not_stop_a_resume(
     image_folder: Path, out: Path, what: str
 ) -> None:
     assert start(image_folder, out).exit_code == 0
-    Run(out).checkpoints[-1].unlink()
+    RunFolder(out).checkpoints[-1].unlink()
     path = out / what
     if path.is_dir():
         shutil.rmtree(path)
@@ -182,7 +182,7 @@ def test_foreign_things_in_a_run_folder_do_not_stop_a_resume(
         path.mkdir()
     result = call("resume", str(out))
     assert result.exit_code == 0, result.output
-    assert Run(out).checkpoints[-1].stem == "step-00000006"
+    assert RunFolder(out).checkpoints[-1].stem == "step-00000006"
 
 
 def test_a_file_in_the_place_of_checkpoints_is_told(image_folder: Path, out: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_state_that_is_not_finite_ends_a_run_with_a_sentence(
     """In the middle, and in the very last step, after which the loss is never seen."""
     at_step(monkeypatch, step, spoil)
     told = refused(start(image_folder, out))
-    saved = Run(out).checkpoints
+    saved = RunFolder(out).checkpoints
     for part in (
         "model.encoder.norm.weight",
         f"after step {saving} ",
@@ -301,10 +301,10 @@ def test_states_of_earlier_versions_that_are_not_finite(
 ) -> None:
     assert start(image_folder, out).exit_code == 0
     before = weights(out)
-    for path in Run(out).checkpoints[1:]:
+    for path in RunFolder(out).checkpoints[1:]:
         write_as_before(path, with_nan)
     shutil.rmtree(out / "export")
-    for read in (Run(out).encoder, Run(out).method):
+    for read in (RunFolder(out).encoder, RunFolder(out).method):
         with pytest.raises(
             UserError,
             match=r"step-00000006.* encoder\.norm\.weight holds values that are not finite",
@@ -355,7 +355,7 @@ def test_settings_that_were_edited_since_a_checkpoint_are_refused(
     edited.
     """
     assert start(image_folder, out).exit_code == 0
-    Run(out).checkpoints[-1].unlink()
+    RunFolder(out).checkpoints[-1].unlink()
     config = out / "config.yaml"
     whole = config.read_text()
     config.write_text(
@@ -367,13 +367,13 @@ def test_settings_that_were_edited_since_a_checkpoint_are_refused(
     assert "log_every" not in told
     config.write_text(whole.replace("log_every: 1", "log_every: 3"))
     assert call("resume", str(out)).exit_code == 0
-    assert Run(out).config.log_every == 3
+    assert RunFolder(out).config.log_every == 3
 
 
 def test_a_checkpoint_of_another_run_is_refused(image_folder: Path, out: Path) -> None:
     assert start(image_folder, out).exit_code == 0
     assert start(image_folder, out.with_name("other"), "seed=5", "steps=8").exit_code == 0
-    stranger = Run(out.with_name("other")).checkpoints[-1]
+    stranger = RunFolder(out.with_name("other")).checkpoints[-1]
     shutil.copy(stranger, out / "checkpoints")
     told = refused(call("resume", str(out)))
     assert stranger.name in told
@@ -427,6 +427,6 @@ def test_a_run_among_its_own_data_is_refused(image_folder: Path, place: str) -> 
 def test_show_survives_damaged_metrics(image_folder: Path, out: Path, line: bytes) -> None:
     assert start(image_folder, out).exit_code == 0
     (out / "metrics.jsonl").write_bytes(line)
-    progress = run_progress(Run(out))
+    progress = run_progress(RunFolder(out))
     assert (progress.step, progress.total_steps) == (5, 6)
     assert progress.steps_per_epoch >= 1

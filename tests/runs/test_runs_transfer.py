@@ -13,8 +13,8 @@ from torch import Tensor
 from patchmine.backbones.reference import to_reference_names
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
+from patchmine.runs.folder import RunFolder, build_method
 from patchmine.runs.lock import lock
-from patchmine.runs.run import Run, build_method
 from patchmine.runs.transfer import export_run, import_file
 from patchmine.task import Method
 from patchmine.train import checkpoint
@@ -31,7 +31,7 @@ OFFICIAL = ["mae", "hpm"]  # whose files are read and written whole
 DECODER = ["method.decoder_embed_dim=512", "method.decoder_depth=1", "method.decoder_num_heads=16"]
 
 
-def make_run(folder: Path, method: str) -> tuple[Run, Method]:
+def make_run(folder: Path, method: str) -> tuple[RunFolder, Method]:
     config = parse(None, [*WORDS, *DECODER, f"method={method}"])
     torch.manual_seed(1)
     built = build_method(config)
@@ -41,7 +41,7 @@ def make_run(folder: Path, method: str) -> tuple[Run, Method]:
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     checkpoint.save(folder / "checkpoints", 7, built.state_dict(), {}, {}, keep=3)
-    return Run(folder), built
+    return RunFolder(folder), built
 
 
 def reference_state(method: Method) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from patchmine.backbones.video import VideoTransformer
 from patchmine.backbones.weights import load_encoder
 from patchmine.config.resolve import parse
-from patchmine.runs.run import Run, build_method
+from patchmine.runs.folder import RunFolder, build_method
 from patchmine.runs.transfer import export_run, import_file
 from patchmine.task import Method
 from patchmine.train import checkpoint
@@ -30,7 +30,7 @@ WORDS = [
 ]
 
 
-def make_run(folder: Path, method: str) -> tuple[Run, Method]:
+def make_run(folder: Path, method: str) -> tuple[RunFolder, Method]:
     config = parse(None, [*WORDS, f"method={method}"])
     torch.manual_seed(1)
     built = build_method(config)
@@ -41,7 +41,7 @@ def make_run(folder: Path, method: str) -> tuple[Run, Method]:
     folder.mkdir()
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     checkpoint.save(folder / "checkpoints", 7, built.state_dict(), {}, {}, keep=3)
-    return Run(folder), built
+    return RunFolder(folder), built
 
 
 @pytest.mark.parametrize("name", ["mae", "hpm"])

@@ -15,7 +15,7 @@ from PIL import Image
 
 import patchmine
 from patchmine.errors import UserError
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
 
@@ -49,7 +49,7 @@ class Clips(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
         return generator.integers(0, 255, (7, 20, 24, 3), dtype=np.uint8), index % 2
 
 
-def pretrain(data: Any, out: Path, say: Any = lambda _: None, **settings: Any) -> Run:
+def pretrain(data: Any, out: Path, say: Any = lambda _: None, **settings: Any) -> RunFolder:
     return patchmine.pretrain(data=data, out=out, say=say, **(TINY | settings))
 
 
@@ -140,6 +140,6 @@ def test_two_processes_equal_one_on_clips(tmp_path: Path, weights: Any) -> None:
     words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     start = [sys.executable, "-m", "patchmine.cli.app", "pretrain", *words]
     subprocess.run(start, check=True, capture_output=True, timeout=250)
-    two = weights(Run(tmp_path / "two"))
+    two = weights(RunFolder(tmp_path / "two"))
     for name, value in weights(one).items():
         torch.testing.assert_close(two[name], value, atol=2e-4, rtol=1e-3)

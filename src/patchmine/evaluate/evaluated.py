@@ -25,7 +25,7 @@ from patchmine.config.overrides import exists
 from patchmine.data.items import CLIP, IMAGE, Item
 from patchmine.data.settings import Clip, InputSettings
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.runs.run import Run, is_run
+from patchmine.runs.folder import RunFolder, is_run
 
 RAW_PIXELS, RANDOM_INIT = "raw-pixels", "random-init"
 CROP_PCT = 0.875  # 224 / 256, the resize and centre crop of DINO, MAE and HPM
@@ -182,7 +182,7 @@ def _open(
 def _of_path(path: Path, size: tuple[int, int] | None, weights: str) -> Evaluated:
     name = shown_name(path)
     if is_run(path):
-        run = Run(path)
+        run = RunFolder(path)
         config = run.whole_config
         found = of_run(config, config.crop_pct, run.encoder(weights), name)
         note = "" if weights == "student" else f"weights: {weights}"

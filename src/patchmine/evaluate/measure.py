@@ -24,7 +24,7 @@ from patchmine.evaluate.features import FeatureLoop, Features, Reader, Views, de
 from patchmine.evaluate.labelled import LabelledData, Part, open_labelled
 from patchmine.evaluate.settings import EvaluatedSettings, ProtocolSettings
 from patchmine.models.onednn import fast_linear
-from patchmine.runs.run import Run
+from patchmine.runs.folder import RunFolder
 
 Result = dict[str, Any]
 Accuracy = dict[str, float]
@@ -197,7 +197,7 @@ def file_result(result: Result, evaluated: Evaluated) -> None:
     if evaluated.folder is None:
         return
     try:
-        write_result(Run(evaluated.folder).eval_dir / f"{result['name']}.json", result)
+        write_result(RunFolder(evaluated.folder).eval_dir / f"{result['name']}.json", result)
     except OSError as error:
         told = f"top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}"
         why = refusal(error, "cannot be written")

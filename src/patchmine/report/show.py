@@ -21,8 +21,8 @@ from patchmine.errors import UserError
 from patchmine.report.animation import MOVING, save_animation
 from patchmine.report.panels import draw_moments, draw_panels
 from patchmine.report.reading import distinct_names, read_run
+from patchmine.runs.folder import RunFolder
 from patchmine.runs.preparing import item_of
-from patchmine.runs.run import Run
 from patchmine.types import Progress, Sample
 
 
@@ -45,7 +45,7 @@ def show(
         UserError: something cannot be read or written, or the run has no checkpoint.
     """
     out, files = Path(out), [Path(path) for path in paths]
-    run = Run(run_path)
+    run = RunFolder(run_path)
     config = run.whole_config
     item = item_of(config)
     endings = [*Image.registered_extensions(), *(MOVING if item is CLIP else ())]
@@ -71,7 +71,7 @@ def show(
     return out
 
 
-def run_progress(run: Run) -> Progress:
+def run_progress(run: RunFolder) -> Progress:
     """The step of the newest checkpoint's weights; a run without metrics counts as at its end."""
     made = int(run.checkpoints[-1].stem.removeprefix("step-")) if run.checkpoints else 0
     record = read_run(run.path, run.path.name)

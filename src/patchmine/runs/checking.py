@@ -51,8 +51,8 @@ def _refusal(config: RunConfig) -> str | None:
     """What building the method says, on the meta device: its tensors have shapes and no memory."""
     import torch
 
+    from patchmine.runs.folder import build_method
     from patchmine.runs.preparing import train_view
-    from patchmine.runs.run import build_method
 
     method_name = f"method={config.method.name}"
     try:

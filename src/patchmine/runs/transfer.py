@@ -23,8 +23,8 @@ from patchmine.config.resolve import from_settings
 from patchmine.config.schema import RunConfig
 from patchmine.disk import output, replacing, system_errors
 from patchmine.errors import Say, UserError, silent
+from patchmine.runs.folder import RunFolder, build_method, refuse_used_folder, write_export
 from patchmine.runs.lock import lock
-from patchmine.runs.run import Run, build_method, refuse_used_folder, write_export
 from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints
 
@@ -54,7 +54,7 @@ def export_run(
     Raises:
         UserError: the run has no such weights, or ``out`` cannot be written.
     """
-    run = Run(path)
+    run = RunFolder(path)
     if what == "encoder":
         folder = run.export_folder(weights) if out is None else out
         return write_export(run.config, run.encoder(weights), folder)
@@ -117,7 +117,7 @@ def import_file(
     decoder_num_heads: int | None = None,
     allow: Sequence[str] = (),
     say: Say = silent,
-) -> Run:
+) -> RunFolder:
     """Turn a checkpoint of others into a run in the new folder ``out``, with an encoder's export.
 
     Args:
@@ -182,7 +182,7 @@ def import_file(
         say(report.render())
         with replacing(folder / "config.yaml") as new:
             new.write_text(config.to_yaml(), encoding="utf-8")
-    return Run(folder)
+    return RunFolder(folder)
 
 
 def _assumed(found: OfficialFile, config: RunConfig) -> list[str]:

@@ -58,7 +58,7 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
     """Take over the weights of another encoder (init=)."""
     source = f"init={shown_name(start_from)}"
     if is_run(start_from):
-        return weights.fill(encoder, Run(start_from).encoder(), source)
+        return weights.fill(encoder, RunFolder(start_from).encoder(), source)
     # Tensors with relative positions do not tell which network they are of; the settings do.
     named: dict[str, Any] = {}
     if family_of(encoder).infer is None:
@@ -78,10 +78,8 @@ def _bare_encoder(config: RunConfig) -> Encoder:
     return build_encoder(config, clip=(config.clip.frames, config.clip.tubelet))
 
 
-class Run:
-    """A run that was made, or is being made, in the folder ``path``.  Raises UserError when the
-    folder holds none.
-    """
+class RunFolder:
+    """A run that was made, or is being made; UserError where the folder ``path`` holds none."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
@@ -159,9 +157,7 @@ class Run:
         return list_checkpoints(self.checkpoint_dir)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; what cannot be read, such as a last line that a kill cut
-        short, is left out.
-        """
+        """The lines of metrics.jsonl that can be read; a kill may have cut the last one short."""
         if not self.metrics_file.is_file():
             return []
         lines = [read_line(text) for text in self.metrics_file.read_bytes().split(b"\n")]
@@ -241,9 +237,7 @@ def _load(module: nn.Module, tensors: dict[str, Any], path: Path) -> None:
 
 
 def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str]) -> Path:
-    """The folder that timm and transformers open, for an encoder that saw images as ``config``
-    says.
-    """
+    """The folder that timm and transformers open, of an encoder that saw images so prepared."""
     if config.mean is None or config.std is None:
         raise UserError(
             "mean and std are not set; write those that the images were normalised with into "
@@ -338,7 +332,7 @@ def open_encoder(
                 f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: "
                 "leave it out"
             )
-    encoder = Run(path).encoder("teacher" if which in ("teacher", "ema") else "student")
+    encoder = RunFolder(path).encoder("teacher" if which in ("teacher", "ema") else "student")
     if size is not None:
         weights.resize_encoder(encoder, size)
     return encoder

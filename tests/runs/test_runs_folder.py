@@ -16,7 +16,7 @@ from patchmine.config.resolve import parse
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.runs.run import Run, build_method, is_run, open_encoder, write_export
+from patchmine.runs.folder import RunFolder, build_method, is_run, open_encoder, write_export
 from patchmine.task import Method
 from patchmine.train import checkpoint
 
@@ -51,7 +51,7 @@ def known_to(method: str, words: list[str]) -> list[str]:
     ]
 
 
-def make_run(folder: Path, method: str = "mae", step: int = 3) -> tuple[Run, Method]:
+def make_run(folder: Path, method: str = "mae", step: int = 3) -> tuple[RunFolder, Method]:
     """A run folder with one checkpoint, and the method whose weights are in it."""
     config = settings(method)
     torch.manual_seed(step)
@@ -59,7 +59,7 @@ def make_run(folder: Path, method: str = "mae", step: int = 3) -> tuple[Run, Met
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     checkpoint.save(folder / "checkpoints", step, built.state_dict(), {}, {}, keep=3)
-    return Run(folder), built
+    return RunFolder(folder), built
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -148,12 +148,12 @@ def test_folders_that_are_no_runs_are_named_with_what_they_lack(tmp_path: Path) 
     with pytest.raises(
         UserError, match="nowhere does not exist; give the folder that `patchmine pretrain` wrote"
     ):
-        Run(tmp_path / "nowhere")
+        RunFolder(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"is no run: it has no config\.yaml"):
-        Run(tmp_path)
+        RunFolder(tmp_path)
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="is a file, not the folder of a run"):
-        Run(tmp_path / "file")
+        RunFolder(tmp_path / "file")
 
 
 def test_a_damaged_config_is_an_error_of_the_user_and_is_never_executed(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_damaged_config_is_an_error_of_the_user_and_is_never_executed(tmp_path
         f"data: !!python/object/apply:pathlib.Path.touch [{mark}]\n", encoding="utf-8"
     )
     with pytest.raises(UserError, match="not valid YAML"):
-        _ = Run(tmp_path).config
+        _ = RunFolder(tmp_path).config
     assert not mark.exists()
 
 
@@ -176,7 +176,7 @@ def test_settings_that_do_not_fit_the_checkpoint_are_named(tmp_path: Path) -> No
     with pytest.raises(
         UserError, match=r"does not fit the settings in config.yaml \(Missing key.*decoder"
     ):
-        Run(tmp_path).method()
+        RunFolder(tmp_path).method()
 
 
 def test_training_may_start_from_another_runs_encoder(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_resnets_export_starts_another_run(tmp_path: Path, stem: bool) -> None
 
 def test_the_public_names_open_runs(tmp_path: Path) -> None:
     _, built = make_run(tmp_path)
-    assert isinstance(patchmine.Run(tmp_path), Run)
+    assert isinstance(patchmine.Run(tmp_path), RunFolder)
     assert same(patchmine.load_encoder(tmp_path), built.encoder)
     assert same(open_encoder(tmp_path), built.encoder)
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
