@@ -30,7 +30,7 @@ def class_attention(
         )
     tokens = embed_patches(encoder, images)
     tokens = torch.cat([prefix_tokens(encoder, len(tokens)), tokens], dim=1)  # (B, P + L, D)
-    (tokens,) = block_outputs(encoder, tokens, [len(encoder.blocks) - 1])
+    ((_, tokens),) = block_outputs(encoder, tokens, [len(encoder.blocks) - 1])
     last = encoder.blocks[-1]
     logits = _class_logits(last.attn, last.norm1(tokens)) + family_of(encoder).class_bias(encoder)
     return logits.float().softmax(dim=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -133,15 +133,15 @@ def initialise_encoder(encoder: Encoder) -> None:
 
 
 def block_outputs(
-    encoder: Encoder, embedded: Float[Tensor, "B N D"], counts: Sequence[int]
-) -> list[Float[Tensor, "B N D"]]:
-    """Embedded tokens after so many blocks for each of ``counts``; no final norm."""
+    encoder: Encoder, embedded: Float[Tensor, "B N D"], counts: Collection[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """Each of ``counts`` with the tokens (B, N, D) after so many blocks, as they come; no norm."""
     return tokens.block_outputs(encoder, embedded, counts, family_of(encoder).enter_blocks)
 
 
 def transform(encoder: Encoder, embedded: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
     """Embedded tokens after all blocks and the final norm."""
-    (last,) = block_outputs(encoder, embedded, [len(encoder.blocks)])
+    ((_, last),) = block_outputs(encoder, embedded, [len(encoder.blocks)])
     return encoder.norm(last)
 
 

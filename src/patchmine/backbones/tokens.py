@@ -3,7 +3,7 @@ training needs no conversion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -89,17 +89,17 @@ def prefix_tokens(encoder: Encoder, batch: int) -> Float[Tensor, "B P D"]:
 def block_outputs(
     encoder: Encoder,
     tokens: Float[Tensor, "B N D"],
-    counts: Sequence[int],
+    counts: Collection[int],
     enter_blocks: EnterBlocks,
-) -> list[Float[Tensor, "B N D"]]:
-    """Embedded tokens after so many blocks for each of ``counts``; no final norm."""
+) -> Iterator[tuple[int, Tensor]]:
+    """Each of ``counts`` with the tokens (B, N, D) after so many blocks, as they come; no norm."""
     tokens, keywords = enter_blocks(encoder, tokens)
-    found = {0: tokens}
+    if 0 in counts:
+        yield 0, tokens
     for number, block in enumerate(encoder.blocks[: max(counts)], start=1):
-        tokens = found[number] = block(tokens, **keywords)
-        if number not in counts:
-            del found[number]  # a teacher needs no more memory than it must
-    return [found[count] for count in counts]
+        tokens = block(tokens, **keywords)
+        if number in counts:
+            yield number, tokens
 
 
 def token_features(
@@ -126,13 +126,10 @@ def token_features(
     first, depth = prefix.shape[1], len(encoder.blocks)
     tokens = torch.cat([prefix, project_patches(encoder, images) + positions], dim=1)
     counts = [int(stage.removeprefix("blocks.")) + 1 for stage in stages]
-    *outputs, last = block_outputs(encoder, tokens, [*counts, depth], enter_blocks)
-    normed = encoder.norm(last)  # (N, P + L, D)
-    outputs = [
-        normed if count == depth else output for count, output in zip(counts, outputs, strict=True)
-    ]
-    maps = [
-        output[:, first:].transpose(1, 2).reshape(len(images), -1, *size) for output in outputs
-    ]  # (N, D, rows, columns) each
-    pooled = normed[:, first:].mean(dim=1) if encoder.cls_token is None else normed[:, 0]
-    return StageFeatures(pooled, maps)
+    maps: dict[int, Tensor] = {}
+    for count, output in block_outputs(encoder, tokens, {*counts, depth}, enter_blocks):
+        tokens = encoder.norm(output) if count == depth else output  # (N, P + L, D)
+        # A view, taken before the next block: gradients of the tokens are summed in this order.
+        maps[count] = tokens[:, first:].transpose(1, 2).unflatten(2, size)  # (N, D, rows, columns)
+    pooled = tokens[:, first:].mean(dim=1) if encoder.cls_token is None else tokens[:, 0]
+    return StageFeatures(pooled, [maps[count] for count in counts])

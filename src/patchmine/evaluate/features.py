@@ -109,7 +109,7 @@ class Reader:
             depth = len(encoder.blocks)
             counts = range(depth - self.blocks + 1, depth + 1)
             outputs = block_outputs(encoder, embed_patches(encoder, images), counts)
-            return [encoder.norm(output) for output in outputs]
+            return [encoder.norm(output) for _, output in outputs]
         parts = encoder.forward_intermediates(
             images,
             indices=self.blocks,
