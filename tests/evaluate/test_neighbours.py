@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.evaluate.votes import knn_accuracy, vote_shares
 
-from patchmine.evaluate.neighbours import class_votes, nearest_rows
+from patchmine.evaluate.neighbours import class_votes, nearest, nearest_rows
 
 
 def slow_knn(bank, bank_labels, query, query_labels, num_classes, k, temperature=0.07):
@@ -137,3 +137,23 @@ def test_shares_rank_as_the_vote_and_sum_to_one(temperature):
     similarity, place = nearest_rows(bank, torch.nn.functional.normalize(query, dim=1), 20)
     wanted = class_votes(similarity, labels[place], 5, temperature).softmax(1)
     torch.testing.assert_close(shares, wanted.float())
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 12), exclude_self=st.booleans())
+def test_nearest_equals_a_sort_of_all_similarities(seed, k, exclude_self):
+    # Small whole numbers: many equal similarities, and rows that are twins of each other.
+    table = torch.randint(-2, 3, (300, 3), generator=torch.Generator().manual_seed(seed)).float()
+    similarity = table @ table.T
+    if exclude_self:
+        similarity.fill_diagonal_(-torch.inf)
+    wanted = similarity.sort(dim=1, descending=True, stable=True)
+    scores, places = nearest(table, table, k, exclude_self=exclude_self)
+    assert torch.equal(scores, wanted.values[:, :k])
+    assert torch.equal(places, wanted.indices[:, :k])
+
+
+def test_of_a_small_table_all_rows_are_near():
+    table = torch.eye(3)
+    assert nearest(torch.ones(5, 3), table, 10)[1].tolist() == [[0, 1, 2]] * 5
+    assert nearest(table, table, 10, exclude_self=True)[1].tolist() == [[1, 2], [0, 2], [0, 1]]

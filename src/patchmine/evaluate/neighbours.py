@@ -15,6 +15,38 @@ from patchmine.evaluate.settings import TEMPERATURE
 _QUERY_ROWS, _BANK_ROWS = 256, 65_536
 
 
+def nearest(
+    queries: Tensor, table: Tensor, k: int, *, exclude_self: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` rows of a table that have the largest inner products with each query.
+
+    The inner product is the cosine where rows have length one.  Memory beside what is given and
+    returned is some hundred MB, whatever the number of queries and rows.
+
+    Args:
+        queries: (Q, D); the work is done where they lie.
+        table: (N, D).
+        k: how many; all where there are fewer.
+        exclude_self: query i is row i of the table and no neighbour of itself.
+
+    Returns:
+        Inner products and places in the table, (Q, k) each, best first; of equal ones those with
+        the smaller place.
+    """
+    k = min(k, len(table) - exclude_self)
+    scores, places = queries.new_empty(len(queries), k), queries.new_empty(len(queries), k).long()
+    for start in range(0, len(queries), _QUERY_ROWS):
+        rows = slice(start, start + _QUERY_ROWS)
+        score, place = nearest_rows(table, queries[rows], k + exclude_self)
+        if exclude_self:
+            own = torch.arange(start, start + len(place), device=place.device)[:, None]
+            # Itself goes behind all others, where the last column is cut off.
+            order = (place == own).sort(dim=1, stable=True).indices[:, :k]
+            score, place = score.gather(1, order), place.gather(1, order)
+        scores[rows], places[rows] = score, place
+    return scores, places
+
+
 def nearest_rows(
     bank: Tensor, query: Tensor, k: int, *, bank_rows: int = _BANK_ROWS
 ) -> tuple[Tensor, Tensor]:
