@@ -26,8 +26,8 @@ class Sample:
     """One item before collation: what `Batch` says of many, without their axis B.
 
     ``views``: V tensors (C, H, W) or (C, T, H, W).  ``box`` (4,) and ``flip`` () of one view, (V,
-    4) and (V,) of several, with ``photometric`` (V, P).  ``target``: a class, a mask, boxes, or
-    None. ``index`` is the loader's to fill in.
+    4) and (V,) of several, with ``photometric`` (V, P).  ``target``: a class, numbers (K,), a
+    mask, boxes, or None. ``index`` is the loader's to fill in.
     """
 
     views: list[Tensor]
@@ -53,7 +53,7 @@ class Batch:
     (`data.views.photometric` names the P numbers).
 
     ``target``: what a supervised task learns, in the frame of the finished (mirrored) view: classes
-    (B,) int64 or masks (B, H, W); None in pre-training.
+    (B,) int64, numbers (B, K) float32 or masks (B, H, W); None in pre-training.
     """
 
     views: list[Tensor]

@@ -79,14 +79,17 @@ class Source(ABC):
     def _known_labels(self) -> Labels | None:
         return self.labels()
 
-    def target(self, index: int) -> int | None:
-        """The class of one item, a place in ``labels().names``; None where there are no classes."""
+    def target(self, index: int) -> int | NDArray[np.float32] | None:
+        """What is learnt of one item: its class, a place in ``labels().names``, or (K,) numbers.
+
+        None where there is nothing.
+        """
         known = self._known_labels
         return None if known is None else int(known.ids[index])
 
     @property
     def target_digest(self) -> str | None:
-        """Changes when an item's class or the list of classes does; None without classes."""
+        """Changes when an item's target or the list of classes does; None without targets."""
         known = self._known_labels
         if known is None:
             return None
