@@ -17,6 +17,7 @@ from patchmine.train.optim import (
     is_decayed,
     load_optimizer_tensors,
     optimizer_tensors,
+    render_groups,
     set_rates,
     update,
 )
@@ -379,3 +380,22 @@ def test_mistakes_of_a_method_are_named() -> None:
     del state["0.weight.exp_avg"]
     with pytest.raises(ValueError, match="optimizer state of some parameters is incomplete"):
         load_optimizer_tensors(build(module), state)
+
+
+def test_the_table_of_groups_counts_what_is_trained_at_each_rate() -> None:
+    layers = dict(network().named_children())
+    groups = [
+        ParamGroup(named(layers["2"])),  # 6 * 2 + 2
+        ParamGroup(named(layers["0"]), scale=0.25),  # 4 * 6 + 6
+        ParamGroup(named(layers["1"]), scale=0.25, weight_decay=0.0),  # 6 + 6
+    ]
+    text = render_groups(groups, weight_decay=0.05, blr=1e-3, batch_size=512)
+    assert [line.split() for line in text.splitlines()] == [
+        ["rate", "scale", "tensors", "parameters", "decayed"],
+        ["5.00e-04", "0.2500", "4", "42", "24"],
+        ["2.00e-03", "1.0000", "2", "14", "12"],
+        ["all", "6", "56", "36"],
+    ]
+    spared = [ParamGroup(named(layers["2"]), weight_decay=0.0, blr=1e-2)]
+    row = render_groups(spared, weight_decay=0.05, blr=1e-3, batch_size=256).splitlines()[1]
+    assert row.split() == ["1.00e-02", "1.0000", "2", "14", "0"]

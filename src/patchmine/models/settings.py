@@ -1,10 +1,13 @@
-"""Settings of what methods are built of, and what those of every method have in common."""
+"""Settings of what methods are built of, what those of every method have in common, and what of a
+network is trained.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import re
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from patchmine.strict import LARGEST_BATCH, Count, Depth, Strict
 
@@ -93,3 +96,44 @@ class DistillationSettings(MethodSettings):
     freeze_last_layer: int = Field(
         1, ge=0, description="epochs during which the prototypes do not move"
     )
+
+
+DEFAULT_RANK = 16
+
+
+class Trainable(NamedTuple):
+    """What of an encoder is fine-tuned.
+
+    ``amount``: blocks of "last", in halves; the rank of "lora"; else 0.
+    """
+
+    kind: Literal["all", "none", "bias", "last", "lora"]
+    amount: float = 0.0
+
+
+def parse_trainable(text: str) -> Trainable:
+    """What ``trainable=`` says: all, none, bias, last:4, last:0.5, lora or lora:8.
+
+    Raises:
+        ValueError: it is none of these; the text is what a value must be.
+    """
+    if text in ("all", "none", "bias"):
+        return Trainable(text)  # type: ignore[arg-type]  # mypy does not narrow by membership
+    if found := re.fullmatch(r"lora(?::([1-9][0-9]{0,4}))?", text):
+        return Trainable("lora", float(found[1] or DEFAULT_RANK))
+    found = re.fullmatch(r"last:([0-9]{1,3}(?:\.[05])?)", text)
+    if found and float(found[1]) > 0:
+        return Trainable("last", float(found[1]))
+    raise ValueError(
+        "all, none (the head only), bias, lora:16 (of any rank) or last:4 (any number of blocks; "
+        "last:0.5 is the MLP of the last one)"
+    )
+
+
+def _is_trainable(text: str) -> str:
+    parse_trainable(text)
+    return text
+
+
+TrainableSpec = Annotated[str, AfterValidator(_is_trainable)]
+"""A text that `parse_trainable` reads."""

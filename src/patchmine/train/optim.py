@@ -65,6 +65,32 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
+def render_groups(
+    groups: Sequence[ParamGroup], *, weight_decay: float, blr: float, batch_size: int
+) -> str:
+    """A table of what is trained at which rate, for people: a line for each highest rate.
+
+    Settings count where a group says nothing; ``decayed`` are parameters with weight decay.
+    """
+    rows: dict[tuple[float, float], list[int]] = {}
+    for group in groups:
+        rate = group.scale * (blr if group.blr is None else group.blr) * batch_size / 256
+        decay = weight_decay if group.weight_decay is None else group.weight_decay
+        row = rows.setdefault((rate, group.scale), [0, 0, 0])
+        for name, parameter in group.params:
+            decays = decay > 0 and (group.decay_all or is_decayed(name, parameter))
+            size = parameter.numel()
+            row[:] = row[0] + 1, row[1] + size, row[2] + size * decays
+    total = [sum(column) for column in zip(*rows.values(), strict=True)]
+    lines = [
+        (f"{rate:.2e}", f"{scale:.4f}", *(f"{count:,}" for count in rows[rate, scale]))
+        for rate, scale in sorted(rows)
+    ]
+    head = ("rate", "scale", "tensors", "parameters", "decayed")
+    lines = [head, *lines, ("all", "", *(f"{count:,}" for count in total))]
+    return "\n".join("".join(f"{cell:>13}" for cell in line) for line in lines)
+
+
 def build_optimizers(
     groups: Sequence[ParamGroup], *, weight_decay: float, blr: float, betas: tuple[float, float]
 ) -> Optimizers:
