@@ -16,7 +16,16 @@ from patchmine.config.resolve import from_settings, parse
 from patchmine.config.schema import RunConfig
 from patchmine.data.settings import Clip, Crops, InspectSettings, ShardSettings
 from patchmine.errors import UserError
-from patchmine.evaluate.settings import EmbedSettings, KnnSettings, LinearSettings, VideoSettings
+from patchmine.evaluate.settings import (
+    ClusterSettings,
+    EmbedSettings,
+    FewshotSettings,
+    KnnSettings,
+    LinearSettings,
+    QualitySettings,
+    RetrievalSettings,
+    VideoSettings,
+)
 from patchmine.methods import METHODS
 from patchmine.report.settings import ReportSettings, ShowSettings
 from patchmine.runs.settings import ExportSettings, ImportSettings
@@ -31,7 +40,16 @@ COMMANDS = [
     ShardSettings,
     BenchDataSettings,
 ]
-EVALUATIONS = [EmbedSettings, KnnSettings, LinearSettings, VideoSettings]
+EVALUATIONS = [
+    EmbedSettings,
+    KnnSettings,
+    LinearSettings,
+    VideoSettings,
+    FewshotSettings,
+    ClusterSettings,
+    RetrievalSettings,
+    QualitySettings,
+]
 METHOD_CONFIGS = [*METHODS.values()]
 TABLES: list[type[BaseModel]] = [
     RunConfig,

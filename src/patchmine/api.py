@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from pydantic import BaseModel
 
@@ -17,18 +17,15 @@ from patchmine.config.resolve import from_settings
 from patchmine.data.settings import Clip, Crops
 from patchmine.errors import Say
 from patchmine.evaluate.embed import embed
-from patchmine.evaluate.knn import evaluate_knn
-from patchmine.evaluate.linear import evaluate_linear
-from patchmine.evaluate.settings import EmbedSettings, KnnSettings, LinearSettings, VideoSettings
-from patchmine.evaluate.video import evaluate_video
+from patchmine.evaluate.measured_run import MeasuredRun
+from patchmine.evaluate.settings import EmbedSettings
 from patchmine.report.page import write_report
 from patchmine.report.show import show
 from patchmine.runs.checking import CHECKS
-from patchmine.runs.folder import RunFolder, open_encoder
+from patchmine.runs.folder import open_encoder
 from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import export_run, import_file
 
-Model = TypeVar("Model", bound=BaseModel)
 Size = int | tuple[int, int]
 Name = str | PathLike[str]
 
@@ -94,7 +91,7 @@ class RunSettings(RunningSettings, total=False):
     by_size: list[dict[str, Any]]
 
 
-class Run(RunFolder):
+class Run(MeasuredRun):
     """A run that was made, or is being made, in a folder.
 
     Beside its files (`config`, `checkpoints`, `metrics()`) it gives its networks (`encoder()`,
@@ -106,54 +103,6 @@ class Run(RunFolder):
     Raises:
         UserError: the folder holds no run.
     """
-
-    def eval_knn(self, data: Any, *, say: Say = print, **settings: Any) -> dict[str, Any]:
-        """Measure the frozen encoder by its nearest neighbours.
-
-        Args:
-            data: labelled images; folders train/ and test/ in it are used as such.
-            say: hears about the progress.
-            **settings: those of `KnnSettings`.
-
-        Returns:
-            The result that also stands in ``eval/knn.json``: ``top1``, ``top5`` in percent, ...
-
-        Raises:
-            UserError: settings or data cannot be used.
-        """
-        return evaluate_knn(self._settings(KnnSettings, data, settings), say)
-
-    def eval_linear(self, data: Any, *, say: Say = print, **settings: Any) -> dict[str, Any]:
-        """Measure the frozen encoder by linear classifiers.
-
-        Args:
-            data: labelled images; folders train/ and test/ in it are used as such.
-            say: hears about the progress.
-            **settings: those of `LinearSettings`.
-
-        Returns:
-            The result that also stands in ``eval/linear.json``: ``top1``, ``top5`` in percent, ...
-
-        Raises:
-            UserError: settings or data cannot be used.
-        """
-        return evaluate_linear(self._settings(LinearSettings, data, settings), say)
-
-    def eval_video(self, data: Any, *, say: Say = print, **settings: Any) -> list[dict[str, Any]]:
-        """Measure an encoder of clips with several views of each video.
-
-        Args:
-            data: labelled videos; folders train/ and test/ in it are used as such.
-            say: hears about the progress.
-            **settings: those of `VideoSettings`.
-
-        Returns:
-            The results of the nearest neighbours and of the linear classifier.
-
-        Raises:
-            UserError: settings or data cannot be used.
-        """
-        return evaluate_video(self._settings(VideoSettings, data, settings), say)
 
     def embed(self, data: Any, out: Name, *, say: Say = print, **settings: Any) -> Path:
         """Write one feature vector per image, or video, to a file.
@@ -170,7 +119,7 @@ class Run(RunFolder):
         Raises:
             UserError: settings or data cannot be used, or the file cannot be written.
         """
-        return embed(self._settings(EmbedSettings, data, {"out": out, **settings}), say)
+        return embed(self._of_target(EmbedSettings, data, {"out": out, **settings}), say)
 
     def show(
         self, images: Name | Sequence[Name], out: Name = "panel.png", *, seed: int = 0
@@ -228,10 +177,6 @@ class Run(RunFolder):
         """
         place = None if out is None else str(out)
         return export_run(self.path, place, what=what, weights=weights)
-
-    def _settings(self, model: type[Model], data: Any, settings: Mapping[str, Any]) -> Model:
-        values = {"target": str(self.path), "data": data, **settings}
-        return validate(model, values, where=f"the settings of {model.__name__}")
 
 
 def pretrain(

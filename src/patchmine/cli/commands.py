@@ -56,6 +56,30 @@ COMMANDS = (
     Command(
         "eval video", "evaluate.video:evaluate_video", "evaluate.settings:VideoSettings", "target"
     ),
+    Command(
+        "eval fewshot",
+        "evaluate.fewshot:evaluate_fewshot",
+        "evaluate.settings:FewshotSettings",
+        "target",
+    ),
+    Command(
+        "eval cluster",
+        "evaluate.clustering:evaluate_cluster",
+        "evaluate.settings:ClusterSettings",
+        "target",
+    ),
+    Command(
+        "eval retrieval",
+        "evaluate.retrieval:evaluate_retrieval",
+        "evaluate.settings:RetrievalSettings",
+        "target",
+    ),
+    Command(
+        "eval quality",
+        "evaluate.quality:evaluate_quality",
+        "evaluate.settings:QualitySettings",
+        "target",
+    ),
     Command("embed", "evaluate.embed:embed", "evaluate.settings:EmbedSettings", "target"),
     Command("show", "cli.work:show", "report.settings:ShowSettings", "run", "images"),
     Command("report", "report.page:write_report", "report.settings:ReportSettings", rest="runs"),

@@ -172,3 +172,29 @@ def train_lars(
             optimizer.step()
             tick(1)
     return head.eval()
+
+
+def train_logistic(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Weight (D, C) and bias (C,) of softmax regression on few rows (N, D), to the optimum."""
+    # What scikit-learn's LogisticRegression minimises with C=1: the summed cross entropy plus half
+    # of the squared weights; the bias is free.
+    rows = x.double()
+    weight = rows.new_zeros(x.shape[1], num_classes, requires_grad=True)
+    bias = rows.new_zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=500,
+        tolerance_grad=1e-6,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        misfit = F.cross_entropy(rows @ weight + bias, labels, reduction="sum")
+        loss = misfit + weight.square().sum() / 2
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(objective)  # type: ignore[no-untyped-call]
+    return weight.detach().to(x.dtype), bias.detach().to(x.dtype)

@@ -14,13 +14,21 @@ from patchmine.errors import Say, silent
 from patchmine.evaluate.evaluated import Evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, device_of
 from patchmine.evaluate.labelled import LabelledData
-from patchmine.evaluate.measure import Accuracy, Learned, Result, measure, opened, readers_of, score
+from patchmine.evaluate.measure import (
+    Accuracy,
+    Learned,
+    Result,
+    choose_pooling,
+    measure,
+    opened,
+    readers_of,
+    score,
+)
 from patchmine.evaluate.neighbours import knn_votes
 from patchmine.evaluate.settings import KnnSettings, ReadingSettings, VoteSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.train.engine import Engine
 
-_STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
 _MOST_TRAIN, _MOST_TEST = 10_000, 2_000  # items of an evaluation during training, to cost little
 
 
@@ -38,12 +46,7 @@ def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
         UserError: the model or the data cannot be used.
     """
     readers = readers_of(settings, opened(settings), blocks=1)
-    readers[""].choose(settings.pooling)  # a mistake is told before images are read
-    for reader in readers.values():
-        evaluated, pooling = reader.evaluated, reader.choose(settings.pooling)
-        if pooling != settings.pooling and evaluated.encoder is not None:
-            what = _STAND_IN.get(pooling, pooling)
-            say(f"{evaluated.name} has no class token: its features are {what}")
+    choose_pooling(readers, settings.pooling, say)
     how: Any = dict(pooling=settings.pooling, neighbours=settings.neighbours)
     learn = partial(learn_knn, settings, device_of(settings), **how)
     return measure(settings, {"knn": learn}, say, readers)[0]

@@ -98,6 +98,12 @@ def open_labelled(
     return LabelledData(train, last, labels.names, how)
 
 
+def labelled_part(data: Any, item: Item = IMAGE) -> tuple[Part, list[str]]:
+    """All items of a source, with labels, and the names of the classes; else UserError."""
+    source, labels = _open(data, item, "data")
+    return Part(source, np.arange(len(source)), labels.ids), labels.names
+
+
 def split_by_class(labels: Index, share: float) -> tuple[Index, Index]:
     """Places (ascending) of the first items of each class, and of its last ``share``."""
     # No random draw: neighbours in a list are often near-duplicates.

@@ -22,7 +22,7 @@ from patchmine.errors import Say, UserError
 from patchmine.evaluate.evaluated import Evaluated, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, Views, device_of
 from patchmine.evaluate.labelled import LabelledData, Part, open_labelled
-from patchmine.evaluate.settings import EvaluatedSettings, ProtocolSettings
+from patchmine.evaluate.settings import EvaluatedSettings, FiledSettings, ProtocolSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.folder import RunFolder
 
@@ -41,6 +41,9 @@ class Learned:
     told: Result  # what else the result says
     all_under: str | None = None  # the result's key for the accuracies of all of them
 
+
+_STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
+_WORDS = {"top1": "top-1", "top5": "top-5"}
 
 Learn = Callable[[Reader, Features, int], Learned]
 """(reader, training features, number of classes) -> what was learnt."""
@@ -83,7 +86,7 @@ def measure(
         few = f"there are only {len(data.classes)} classes"
         notes = [f"top-5 is 100 by definition: {few}", *notes]
     common = {
-        "target": {"name": evaluated.name, "weights": settings.weights, "note": evaluated.note},
+        "target": target_of(settings, evaluated),
         "images": _images(evaluated, data, tested),
         "seconds_spent": {"features": round(spent - learning, 1), "all": round(spent, 1)},
         "notes": [*filter(None, [evaluated.note]), *notes],
@@ -105,11 +108,26 @@ def measure(
 
 def readers_of(settings: ProtocolSettings, evaluated: Evaluated, blocks: int) -> dict[str, Reader]:
     """The reader of the model under the name "", and those of its baselines where asked for."""
+    return {name: Reader(each, blocks) for name, each in models_of(settings, evaluated).items()}
+
+
+def models_of(settings: FiledSettings, evaluated: Evaluated) -> dict[str, Evaluated]:
+    """The model under the name "", and its baselines where asked for."""
     models = {"": evaluated}
     if settings.baselines and evaluated.encoder is not None:
         models["random_init"] = evaluated.random_init(settings.seed)
         models["raw_pixels"] = evaluated.raw_pixels()
-    return {name: Reader(model, blocks) for name, model in models.items()}
+    return models
+
+
+def choose_pooling(readers: Mapping[str, Reader], pooling: str, say: Say) -> None:
+    """Say what stands in for a class token; UserError for a pooling that the model has not."""
+    readers[""].choose(pooling)  # a mistake is told before images are read
+    for reader in readers.values():
+        evaluated, chosen = reader.evaluated, reader.choose(pooling)
+        if chosen != pooling and evaluated.encoder is not None:
+            what = _STAND_IN.get(chosen, chosen)
+            say(f"{evaluated.name} has no class token: its features are {what}")
 
 
 @torch.no_grad()
@@ -175,13 +193,19 @@ def _told(learned: Learned, accuracies: Mapping[str, Accuracy], views: Views | N
 
 
 def _images(evaluated: Evaluated, data: LabelledData, tested: int) -> Result:
+    counts = {"train": len(data.train), "test": len(data.test), "test_read": tested}
+    return {"how": data.how, **counts, "classes": len(data.classes), **prepared(evaluated)}
+
+
+def target_of(settings: EvaluatedSettings, evaluated: Evaluated) -> Result:
+    """What a result says about the model under evaluation."""
+    return {"name": evaluated.name, "weights": settings.weights, "note": evaluated.note}
+
+
+def prepared(evaluated: Evaluated) -> Result:
+    """What a result says about how items were prepared."""
     settings, clip = evaluated.input, evaluated.input.clip
-    found = {
-        "how": data.how,
-        "train": len(data.train),
-        "test": len(data.test),
-        "test_read": tested,
-        "classes": len(data.classes),
+    found: Result = {
         "image_size": list(settings.image_size),
         "crop_pct": evaluated.crop_pct,
         "mean": settings.mean,
@@ -199,7 +223,7 @@ def file_result(result: Result, evaluated: Evaluated) -> None:
     try:
         write_result(RunFolder(evaluated.folder).eval_dir / f"{result['name']}.json", result)
     except OSError as error:
-        told = f"top-1 {result['top1']:.2f}, top-5 {result['top5']:.2f}"
+        told = ", ".join(f"{_WORDS.get(k, k)} {v:.2f}" for k, v in numbers_of(result).items())
         why = refusal(error, "cannot be written")
         raise UserError(f"{why}.  What was measured: {told}") from error
 
@@ -211,9 +235,26 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
         new.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def numbers_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """What a result found: its accuracies or other measures, by name."""
+    return {name: value for name, value in result.items() if isinstance(value, float)}
+
+
 def show_result(result: Mapping[str, Any], console: Console) -> None:
     """A small table for people: the model first, then its baselines."""
     print_line = partial(console.print, markup=False)  # names may hold brackets
+    if "top1" in result:
+        _show_accuracies(result, console, print_line)
+    else:
+        _show_numbers(result, console)
+        print_line(result["images"]["how"])
+    for note in result["notes"]:
+        print_line(note)
+
+
+def _show_accuracies(
+    result: Mapping[str, Any], console: Console, print_line: Callable[[str], None]
+) -> None:
     table = Table(title=Text(f"{result['protocol']}: {result['target']['name']}"))
     for column in ("", "top-1", "top-5"):
         table.add_column(column, justify="right" if column else "left")
@@ -236,5 +277,14 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
         best = result["chosen"]
         held_out = f"{best['held_out_top1']:.2f} on held-out images"
         print_line(f"chosen: {best['pooling']}, rate {best['rate']:g} ({held_out})")
-    for note in result["notes"]:
-        print_line(note)
+
+
+def _show_numbers(result: Mapping[str, Any], console: Console) -> None:
+    """A line for each measure, a column for the model and each baseline."""
+    table = Table(title=Text(f"{result['protocol']}: {result['target']['name']}"))
+    columns = {"this model": result, **result.get("baselines", {})}
+    for column in ("", *columns):
+        table.add_column(column.replace("_", " "), justify="right" if column else "left")
+    for name in numbers_of(result):
+        table.add_row(name.replace("_", " "), *(f"{each[name]:.3f}" for each in columns.values()))
+    console.print(table)

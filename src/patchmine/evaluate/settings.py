@@ -26,6 +26,7 @@ from patchmine.strict import (
 
 TEMPERATURE = 0.07  # DINO's knn_classifier
 NEIGHBOURS = (10, 20, 100, 200)  # reported by DINO, DINOv2 and HPM
+SHOTS = RECALL = (1, 5, 10)
 HEADLINE = 20  # the k that papers quote
 # DINOv2, eval/linear.py, for 256 images; the last three are added because features of masked
 # pre-training ask for more.
@@ -108,10 +109,9 @@ class EmbedSettings(ReadingSettings, EvaluatedSettings):
     pooling: str = _POOLING
 
 
-class ProtocolSettings(ReadingSettings, EvaluatedSettings):
+class FiledSettings(ReadingSettings, EvaluatedSettings):
     """What the protocols share."""
 
-    test: Texts | None = Field(None, description="images to test on; null: a part of data")
     baselines: bool = Field(False, description="also measure random weights and the raw pixels")
     name: str | None = Field(
         None,
@@ -119,6 +119,12 @@ class ProtocolSettings(ReadingSettings, EvaluatedSettings):
         max_length=100,
         description="of the result's file; null: the protocol's",
     )
+
+
+class ProtocolSettings(FiledSettings):
+    """What the protocols share that learn from some images and are tested on others."""
+
+    test: Texts | None = Field(None, description="images to test on; null: a part of data")
 
 
 class VoteSettings(Strict):
@@ -193,3 +199,67 @@ class VideoSettings(VoteSettings, GridSettings):
     image: Text | None = Field(
         None, description="also measure this encoder of images over the frames"
     )
+
+
+class FewshotSettings(VoteSettings, ProtocolSettings):
+    """A few labelled images of each class, on frozen features.
+
+    Nearest neighbours and logistic regression learn from 1, 5 and 10 random images of each class,
+    several times; mean and standard deviation of top-1 are reported.
+
+    Example:
+        patchmine eval fewshot runs/hpm data=labelled/ shots=[1,5,10] draws=10
+    """
+
+    pooling: str = _POOLING
+    shots: tuple[BatchSize, ...] = Field(
+        SHOTS, min_length=1, description="images of each class to learn from"
+    )
+    draws: Count = Field(10, description="random choices of these images")
+
+
+class ClusterSettings(FiledSettings):
+    """Clusters of frozen features, compared with the classes.
+
+    k-means without labels; then normalised mutual information (NMI) and the adjusted Rand index
+    (ARI) between clusters and classes, both 1 where they are the same.
+
+    Example:
+        patchmine eval cluster runs/hpm data=labelled/ baselines=true
+    """
+
+    pooling: str = _POOLING
+    clusters: BatchSize | None = Field(None, description="null: as many as classes")
+    iterations: Positive = Field(100, description="of k-means, at most")
+
+
+class RetrievalSettings(ProtocolSettings):
+    """Search for images of the same class among frozen features.
+
+    Each test image searches the images of data: mean average precision over the whole ranking, and
+    the share of searches that find its class among the first 1, 5 and 10.
+
+    Example:
+        patchmine eval retrieval runs/hpm data=labelled/ baselines=true
+    """
+
+    pooling: str = _POOLING
+    recall: tuple[BatchSize, ...] = Field(
+        RECALL, min_length=1, description="numbers of first images that are looked at"
+    )
+    queries: BatchSize | None = Field(
+        default=10_000, description="most test images that search, drawn by class; null: all"
+    )
+
+
+class QualitySettings(FiledSettings):
+    """Directions that frozen features use; needs no labels.
+
+    RankMe, the effective rank of the features, and alpha, the exponent with which the spectrum of
+    their covariance falls.  They compare runs on the same images, not models of different widths.
+
+    Example:
+        patchmine eval quality runs/hpm data=photos/ baselines=true
+    """
+
+    pooling: str = _POOLING
