@@ -36,6 +36,7 @@ class Sample:
     photometric: Tensor | None = None
     target: Any = None
     index: int = -1
+    erase: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Batch:
     flip: Tensor
     photometric: Tensor | None = None
     target: Tensor | None = None
+    erase: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -79,7 +81,7 @@ class Batch:
         return replace(self, views=views)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        rest = (self.index, self.box, self.flip, self.photometric, self.target)
+        rest = (self.index, self.box, self.flip, self.photometric, self.target, self.erase)
         changed = [None if tensor is None else change(tensor) for tensor in rest]
         return Batch([change(view) for view in self.views], *changed)  # type: ignore[arg-type]
 

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from patchmine.data.decoding.decode import decode
-from patchmine.data.settings import InputSettings, ViewSettings
+from patchmine.data.settings import InputSettings, SupervisedSettings, ViewSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import decoder_of, open_source
 from patchmine.data.views.clips import PlainClips, TrainClips, middle_frame
 from patchmine.data.views.images import MultiCropView, PlainView, TrainView, View
+from patchmine.data.views.supervised import SupervisedView
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,19 @@ class Item:
     """One kind of item, for everything that must not ask which kind it is.
 
     ``noun``: for messages.  ``open(spec, cache_dir=...)``: a source of such items.
-    ``train_view(settings, smallest_side, multi_crop)`` and ``plain_view(settings, crop_pct)``: what
-    becomes of an item in training, and where nothing is random (``crop_pct=None``: all of it,
-    squashed).  ``pixels(raw, channels, max_pixels)``: (C, H, W) that stands
-    for an item in statistics.  ``samples(settings)``: samples that one item gives in an epoch.
-    ``describe(settings)``: what one item is, before its size, for messages.  ``notes(source)``:
-    what a user should know of a source.
+    ``train_view(settings, smallest_side, multi_crop)``, ``supervised_view(settings,
+    smallest_side)`` and ``plain_view(settings, crop_pct)``: what becomes of an item in training,
+    without and with labels, and where nothing is random (``crop_pct=None``: all of it, squashed).
+    ``pixels(raw, channels, max_pixels)``: (C, H, W) that stands for an item in statistics.
+    ``samples(settings)``: samples that one item gives in an epoch.  ``describe(settings)``: what
+    one item is, before its size, for messages.  ``notes(source)``: what a user should know of a
+    source.
     """
 
     noun: str
     open: Callable[..., Source]
     train_view: Callable[[ViewSettings, int, bool], View]
+    supervised_view: Callable[[SupervisedSettings, int], View]
     plain_view: Callable[[InputSettings, float | None], View]
     pixels: Callable[[Any, int, int], Tensor]
     samples: Callable[[InputSettings], int]
@@ -64,6 +67,7 @@ IMAGE = Item(
     noun="image",
     open=partial(open_source, kind="image"),
     train_view=_train_image,
+    supervised_view=lambda settings, side: SupervisedView(settings, TrainView(settings, side)),
     plain_view=_plain_image,
     pixels=decode,
     samples=lambda settings: 1,
@@ -74,6 +78,7 @@ CLIP = Item(
     noun="video",
     open=partial(open_source, kind="video"),
     train_view=lambda settings, smallest_side, multi_crop: TrainClips(settings, smallest_side),
+    supervised_view=lambda settings, side: SupervisedView(settings, TrainClips(settings, side)),
     plain_view=PlainClips,
     pixels=middle_frame,
     samples=lambda settings: settings.clip.repeats,

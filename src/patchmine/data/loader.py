@@ -241,7 +241,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         values = [getattr(sample, name) for sample in samples]
         return None if values[0] is None else default_collate(values)
 
-    rest = [column(name) for name in ("index", "box", "flip", "photometric", "target")]
+    rest = [column(name) for name in ("index", "box", "flip", "photometric", "target", "erase")]
     return Batch(views, *rest)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
@@ -26,6 +27,11 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 
 MAX_PIXELS = 1 << 27
 """Default of ``max_pixels``: 108 megapixels pass, and decoding them stays below a gigabyte."""
+
+# timm.data.auto_augment.rand_augment_transform, which takes no notice of much that it does not know
+_RAND_AUGMENT = re.compile(
+    r"rand(-(m\d{1,2}|n[1-9]|p(0|1|0\.\d+)|mstd\d+(\.\d+)?|mmax[1-9]\d?|inc[01]|t(weights|3aw?)))+"
+)
 
 READ_TIMEOUT = 600.0
 """Default of ``read_timeout`` in seconds; network disks have been seen to need minutes."""
@@ -155,6 +161,53 @@ class ViewSettings(InputSettings):
     def setting_errors(self) -> Iterator[SettingError]:
         """Ranges that are none."""
         yield from _ranges(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio)
+
+
+class AugmentSettings(Strict):
+    """How labelled images are changed in training, beyond their crop: as timm changes them."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    auto_augment: str | None = Field(
+        default=None, description="RandAugment in timm's words, as rand-m9-mstd0.5-inc1; null: none"
+    )
+    erase_prob: Fraction = Field(
+        default=0.0, description="probability that noise fills a rectangle of an image"
+    )
+    mixup: float = Field(
+        default=0.0, ge=0, le=1000, description="alpha of blending pairs of images; 0: never"
+    )
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="alpha of exchanging a rectangle between pairs of images; 0: never",
+    )
+    mix_prob: Fraction = Field(default=1.0, description="share of steps with mixup or cutmix")
+    mix_switch_prob: Fraction = Field(
+        default=0.5, description="share of cutmix in these, with both mixup and cutmix above 0"
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Words that are none of RandAugment's."""
+        policy = self.auto_augment
+        if policy is not None and not _RAND_AUGMENT.fullmatch(policy):
+            must = (
+                "must be rand- with parts such as m9, n2, p0.5, mstd0.5, mmax10, inc1 or tweights: "
+                "try auto_augment=rand-m9-mstd0.5-inc1, or null for no RandAugment"
+            )
+            yield SettingError("auto_augment", f"given {policy}; {must}")
+
+
+class SupervisedSettings(ViewSettings, AugmentSettings):
+    """How labelled images are seen in training."""
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Channels that RandAugment has no colours for."""
+        if self.auto_augment is not None and self.channels not in (1, 3):
+            why = f"RandAugment changes grey and RGB images, not channels={self.channels}"
+            text = f"given {self.auto_augment}; {why}: set auto_augment=null"
+            yield SettingError("auto_augment", text)
 
 
 class InspectSettings(Strict):
