@@ -160,23 +160,29 @@ class Run(MeasuredRun):
         out: Name | None = None,
         *,
         what: Literal["encoder", "full"] = "encoder",
+        to: Literal["timm", "onnx", "transformers"] = "timm",
         weights: str = "student",
+        say: Say = print,
     ) -> Path:
-        """Write the encoder as a folder that timm and transformers open.
+        """Write the encoder as a folder that timm and transformers open, or as an ONNX file.
 
         Args:
-            out: the folder; None: ``export/`` in the run.
+            out: the folder or .onnx file; None: ``export/`` or ``export.onnx`` in the run.
             what: "full" writes the whole method as one .safetensors file instead.
+            to: "onnx" writes one file, and compares its outputs in onnxruntime with the encoder's;
+                "transformers" writes timm's folder, and compares it as transformers opens it.
             weights: which network; "teacher" is the EMA copy, where the method keeps one.
+            say: hears what a comparison found.
 
         Returns:
             The folder or file.
 
         Raises:
-            UserError: the run lacks that network, or the place cannot be written.
+            UserError: the run lacks that network, a library is missing that ``to`` needs, outputs
+                differ there, or the place cannot be written.
         """
         place = None if out is None else str(out)
-        return export_run(self.path, place, what=what, weights=weights)
+        return export_run(self.path, place, what=what, weights=weights, to=to, say=say)
 
 
 def pretrain(

@@ -233,7 +233,7 @@ def ends_in(*endings: str) -> Callable[[str], str]:
 
 
 _FILES = (
-    *(".pt", ".pth", ".ckpt", ".bin", ".h5", ".safetensors", ".npz"),
+    *(".pt", ".pth", ".ckpt", ".bin", ".h5", ".safetensors", ".npz", ".onnx"),
     *(".zip", ".tar", ".json", ".yaml"),
 )
 
@@ -241,9 +241,6 @@ _FILES = (
 def is_folder_name(name: str) -> str:
     """A check of the name of a folder that is to be written: it does not look like a file's."""
     ending = PurePath(name).suffix.lower()
-    if ending == ".onnx":
-        opened = "ONNX is not written yet, but timm and transformers open the folder"
-        raise ValueError(f"the name of a folder: {opened}")
     if ending in _FILES:
         raise ValueError(f"the name of a folder, which does not end in {ending}")
     return name

@@ -257,7 +257,8 @@ def test_pictures_and_pages_get_their_words(rooms: Calls) -> None:
 
 def test_weights_get_their_words(rooms: Calls) -> None:
     call("export", "runs/hpm", "weights=teacher")
-    assert rooms["export_run"] == (("runs/hpm", None), {"what": "encoder", "weights": "teacher"})
+    words = {"what": "encoder", "to": "timm", "weights": "teacher", "say": say}
+    assert rooms["export_run"] == (("runs/hpm", None), words)
     result = call("import", "mae.pth", "out=runs/mae", "num_heads=3")
     given = rooms["import_file"][1]
     assert (given["file"], given["out"], given["num_heads"]) == ("mae.pth", "runs/mae", 3)

@@ -331,7 +331,14 @@ def test_show_needs_no_settings_to_take_a_name_with_a_dash(
         (
             ExportSettings,
             ["r", "out=x.onnx"],
-            "must be the name of a folder: ONNX is not written yet, but timm and transformers",
+            "must be the name of a folder; to=onnx writes a file that ends in .onnx",
+        ),
+        (ExportSettings, ["r", "to=onnx", "out=x"], "the name of a file that ends in .onnx"),
+        (ExportSettings, ["r", "to=transformers", "out=x.onnx"], "must be the name of a folder;"),
+        (
+            ExportSettings,
+            ["r", "to=onnx", "what=full", "out=x.safetensors"],
+            "to: given 'onnx'; must be left out with what=full",
         ),
         (
             ExportSettings,

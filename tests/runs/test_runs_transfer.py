@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -229,3 +230,23 @@ def test_an_import_has_its_folder_for_itself_and_leaves_none_behind_a_mistake(
     with pytest.raises(UserError, match=r"mae\.pth does not exist"):
         import_file(str(tmp_path / "mae.pth"), str(out))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_and_transformers_are_written_where_the_folder_would_be(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="`export` is not installed")
+    pytest.importorskip("transformers", reason="the extra `export` is not installed")
+    run, built = make_run(tmp_path / "run", "hpm")
+    said: list[str] = []
+    how: dict[str, Any] = {"what": "encoder", "say": said.append}
+    file = export_run(run.path, None, weights="teacher", to="onnx", **how)
+    folder = export_run(run.path, None, weights="student", to="transformers", **how)
+    assert (file, folder) == (run.path / "export.onnx", run.export_dir)
+    assert ["onnxruntime" in said[0], "transformers" in said[1], len(said)] == [True, True, 2]
+    images = torch.randn(2, 3, 32, 32)
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"images": images.numpy()})
+    teacher = built.eval().get_submodule("teacher").get_submodule("encoder")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), teacher(images), rtol=1e-4, atol=1e-5)
+    opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert equal(opened.state_dict(), built.encoder.state_dict())

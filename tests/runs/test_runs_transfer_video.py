@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from patchmine.backbones.video import VideoTransformer
 from patchmine.backbones.weights import load_encoder
 from patchmine.config.resolve import parse
+from patchmine.errors import UserError
 from patchmine.runs.folder import RunFolder, build_method
 from patchmine.runs.transfer import export_run, import_file
 from patchmine.task import Method
@@ -123,3 +124,10 @@ def test_an_encoder_alone_becomes_a_run_with_an_encoder(tmp_path: Path) -> None:
         torch.zeros(1, dtype=torch.bool),
     )
     assert run.method()(batch, Progress(0, 1, 1))["loss"].isfinite()
+
+
+def test_transformers_has_no_network_for_clips(tmp_path: Path) -> None:
+    run, _ = make_run(tmp_path / "run", "mae")
+    with pytest.raises(UserError, match=r"to=transformers: .*for videos.*use to=onnx, or to=timm"):
+        export_run(run.path, None, what="encoder", weights="student", to="transformers")
+    assert not run.export_dir.exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchmine.backbones.description import CONFIG, WEIGHTS, note
-from patchmine.backbones.family import create_encoder, family_of
+from patchmine.backbones.family import create_encoder, family_of, input_size
 from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.record import Encoder, Family
 from patchmine.disk import settle, system_errors
@@ -90,7 +90,11 @@ class Preprocessing:
 
 
 def export_encoder(
-    encoder: Encoder, folder: str | PathLike[str], preprocessing: Preprocessing
+    encoder: Encoder,
+    folder: str | PathLike[str],
+    preprocessing: Preprocessing,
+    *,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a folder that timm (`create_model("local-dir:FOLDER")`) and transformers open.
 
@@ -102,6 +106,7 @@ def export_encoder(
         encoder: of `build_encoder` or `load_encoder`, which says what it was built from.
         folder: a new or empty one, or an export.
         preprocessing: noted for who opens the folder.
+        check: is shown the folder before it takes its place, which nothing does if this raises.
 
     Raises:
         UserError: ``folder`` holds anything else, or a weight is not finite.
@@ -124,6 +129,8 @@ def export_encoder(
         (new / README).write_text(_model_card(encoder, family, config), encoding="utf-8")
         for path in (new / WEIGHTS, new / CONFIG, new):
             settle(path)
+        if check is not None:
+            check(new)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -145,8 +152,7 @@ def _config(encoder: Encoder, preprocessing: Preprocessing) -> dict[str, Any]:
     arguments = {**built.model_args, "in_chans": built.channels, **own}
     arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
     eps = arguments.pop("norm_eps", None)
-    clip, stated = family.clip(encoder), getattr(encoder, "pretrained_cfg", {})
-    frames = () if clip is None else clip[:1]
+    stated = getattr(encoder, "pretrained_cfg", {})
     places = {"first_conv": "patch_embed.proj", "classifier": "head"}
     if family.convolutional:
         places = {name: stated[name] for name in places}
@@ -161,7 +167,7 @@ def _config(encoder: Encoder, preprocessing: Preprocessing) -> dict[str, Any]:
         **({} if eps is None else {"norm_eps": eps}),
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [built.channels, *frames, *family.image_size(encoder)],
+            "input_size": list(input_size(encoder)),
             "fixed_input_size": not any_size,
             "interpolation": preprocessing.interpolation,
             "crop_pct": preprocessing.crop_pct,

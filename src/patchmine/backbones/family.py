@@ -127,6 +127,14 @@ def infer_blueprint(tensors: Mapping[str, Tensor], source: str, **wanted: Any) -
     return infer(tensors, source, **wanted)
 
 
+def input_size(encoder: Encoder) -> tuple[int, ...]:
+    """(channels, height, width) that it is built for; with frames behind channels for clips."""
+    family = family_of(encoder)
+    clip = family.clip(encoder)
+    frames = () if clip is None else clip[:1]
+    return (encoder.built_from.channels, *frames, *family.image_size(encoder))
+
+
 def initialise_encoder(encoder: Encoder) -> None:
     """Fresh weights in place, as the encoder's family draws them."""
     family_of(encoder).initialise(encoder)

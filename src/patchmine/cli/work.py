@@ -69,11 +69,12 @@ def show(settings: ShowSettings) -> Path:
     return draw(settings.run, settings.images, settings.out, seed=settings.seed)
 
 
-def export(settings: ExportSettings) -> Path:
+def export(settings: ExportSettings, say: Say) -> Path:
     """Write an encoder, or a whole method."""
     from patchmine.runs.transfer import export_run
 
-    return export_run(settings.run, settings.out, what=settings.what, weights=settings.weights)
+    how = settings.model_dump(include={"what", "to", "weights"})
+    return export_run(settings.run, settings.out, say=say, **how)
 
 
 def inspect(settings: InspectSettings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -236,22 +237,32 @@ def _load(module: nn.Module, tensors: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def write_export(config: RunConfig, encoder: Encoder, folder: str | PathLike[str]) -> Path:
-    """The folder that timm and transformers open, of an encoder that saw images so prepared."""
+def preprocessing_of(config: RunConfig, encoder: Encoder) -> Preprocessing:
+    """How images came to an encoder of such a run.  UserError where config.yaml does not tell."""
     if config.mean is None or config.std is None:
         raise UserError(
             "mean and std are not set; write those that the images were normalised with into "
             "config.yaml"
         )
     clips = family_of(encoder).clip(encoder) is not None
-    preprocessing = Preprocessing(
+    return Preprocessing(
         mean=config.mean,
         std=config.std,
         crop_pct=config.crop_pct,
         interpolation=config.interpolation,
         stride=config.clip.stride if clips else None,
     )
-    return export_encoder(encoder, folder, preprocessing)
+
+
+def write_export(
+    config: RunConfig,
+    encoder: Encoder,
+    folder: str | PathLike[str],
+    *,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """`export_encoder` of an encoder that saw images as the run prepared them."""
+    return export_encoder(encoder, folder, preprocessing_of(config, encoder), check=check)
 
 
 def new_folder(config: RunConfig) -> Path:

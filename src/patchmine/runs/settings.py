@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from patchmine.strict import Count, FolderName, Size, Strict, Text, ends_in, is_folder_name
+from patchmine.strict import (
+    Count,
+    FolderName,
+    SettingError,
+    Size,
+    Strict,
+    Text,
+    ends_in,
+    is_folder_name,
+)
 
 
 def _export_name(name: str | None, info: ValidationInfo) -> str | None:
     if name is None:
         return None
-    full = info.data.get("what") == "full"
-    return ends_in(".safetensors")(name) if full else is_folder_name(name)
+    if info.data.get("what") == "full":
+        return ends_in(".safetensors")(name)
+    if info.data.get("to") == "onnx":
+        return ends_in(".onnx")(name)
+    if name.lower().endswith(".onnx"):
+        raise ValueError("the name of a folder; to=onnx writes a file that ends in .onnx")
+    return is_folder_name(name)
 
 
 class ExportSettings(Strict):
-    """Write a run's encoder for timm and transformers.
+    """Write a run's encoder for timm, transformers or ONNX.
 
-    timm.create_model("local-dir:FOLDER", pretrained=True) opens the folder.
+    timm.create_model("local-dir:FOLDER", pretrained=True) opens the folder.  to=transformers writes
+    the same one and compares what transformers makes of it; to=onnx writes one file and compares
+    what onnxruntime makes of it.
 
     Example:
         patchmine export runs/hpm out=hpm-vit-s
+        patchmine export runs/hpm to=onnx out=hpm-vit-s.onnx
     """
 
     run: Text = Field(description="name the folder of a run first, as in patchmine export runs/hpm")
     what: Literal["encoder", "full"] = Field(
         "encoder", description="the encoder alone, or the whole method under the reference's names"
     )
+    to: Literal["timm", "onnx", "transformers"] = Field(
+        "timm", description="a folder, or one .onnx file; the last two are compared with the run"
+    )
     out: Annotated[Text | None, AfterValidator(_export_name)] = Field(
-        None, description="folder to write, or .safetensors of what=full; null: export/ in the run"
+        None, description="folder to write, or file of to=onnx, what=full; null: export in the run"
     )
     weights: Literal["student", "teacher", "partner", "partner-teacher"] = Field(
         "student",
         description="teacher: the EMA copy, where there is one; partner: the second of a pair",
     )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        if self.what == "full" and self.to != "timm":
+            must = "must be left out with what=full, which is one .safetensors file"
+            yield SettingError("to", f"given '{self.to}'; {must}")
 
 
 class ImportSettings(Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.backbones import official, reference
+from patchmine.backbones import official, onnx_file, reference
 from patchmine.backbones.description import note
-from patchmine.backbones.family import Encoder, create_encoder, family_of
+from patchmine.backbones.family import Encoder, create_encoder, family_of, input_size
 from patchmine.backbones.loading import LoadReport, load_tensors
 from patchmine.backbones.naming import Weights
+from patchmine.backbones.network import Network, check_transformers
 from patchmine.backbones.official import OfficialFile
 from patchmine.backbones.weights import as_size
 from patchmine.config.explain import shown
@@ -23,12 +25,19 @@ from patchmine.config.resolve import from_settings
 from patchmine.config.schema import RunConfig
 from patchmine.disk import output, replacing, system_errors
 from patchmine.errors import Say, UserError, silent
-from patchmine.runs.folder import RunFolder, build_method, refuse_used_folder, write_export
+from patchmine.runs.folder import (
+    RunFolder,
+    build_method,
+    preprocessing_of,
+    refuse_used_folder,
+    write_export,
+)
 from patchmine.runs.lock import lock
 from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints
 
 What = Literal["auto", "encoder", "full"]
+Target = Literal["timm", "onnx", "transformers"]
 
 _TEACHER = "teacher."
 _FULL = ("mae", "hpm")  # the methods whose whole files we write and read
@@ -37,27 +46,63 @@ _TOLD = ("mask_ratio", "norm_pix_loss")  # settings of the method that a file ma
 
 
 def export_run(
-    path: str | PathLike[str], out: str | None, *, what: Literal["encoder", "full"], weights: str
+    path: str | PathLike[str],
+    out: str | None,
+    *,
+    what: Literal["encoder", "full"],
+    weights: str,
+    to: Target = "timm",
+    say: Say = silent,
 ) -> Path:
-    """Write the encoder of a run as a folder for timm and transformers, or its ``full`` method.
+    """Write the encoder of a run for timm, transformers or ONNX, or its ``full`` method.
 
     Args:
         path: the run's folder.
-        out: the folder, None for ``export/`` in the run; of the full method a .safetensors file
-            under the reference code's names, which `import_file` reads (of clips VideoMAE's).
+        out: the folder or .onnx file, None for ``export/`` or ``export.onnx`` in the run; of the
+            full method a .safetensors file under the reference code's names, which `import_file`
+            reads (of clips VideoMAE's).
         what: "encoder" or "full".
         weights: which of the run's networks.
+        to: "timm" and "transformers" are one folder, which the latter also opens and compares.
+        say: hears what a comparison found.
 
     Returns:
         The folder or file.
 
     Raises:
-        UserError: the run has no such weights, or ``out`` cannot be written.
+        UserError: the run has no such weights, ``to`` does not take such a network or needs a
+            library that is missing, or ``out`` cannot be written.
     """
     run = RunFolder(path)
-    if what == "encoder":
-        folder = run.export_folder(weights) if out is None else out
-        return write_export(run.config, run.encoder(weights), folder)
+    if what == "full":
+        return _write_full(run, out, weights)
+    if to == "onnx":
+        onnx_file.refuse_missing_libraries()
+    encoder = run.encoder(weights)
+    folder = run.export_folder(weights)
+    if to == "timm":
+        return write_export(run.config, encoder, out or folder)
+    network = Network(
+        encoder,
+        encoder.built_from.architecture,
+        input_size(encoder),
+        preprocessing_of(run.config, encoder),
+    )
+    if to == "onnx":
+        return onnx_file.write_onnx(network, Path(out or folder.with_suffix(".onnx")), say)
+    if not family_of(encoder).timm_opens(encoder):
+        raise UserError(
+            f"to=transformers: {run.path} is of {network.architecture} for "
+            f"{'images with a small stem' if network.input_name == 'images' else 'videos'}, which "
+            "transformers cannot build: use to=onnx, or to=timm, whose folder "
+            "patchmine.load_encoder opens"
+        )
+    check = partial(check_transformers, network, say)
+    return write_export(run.config, encoder, out or folder, check=check)
+
+
+def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
+    """The whole method of a run under the names of its reference code."""
     name = run.config.method.name
     if name not in _FULL:
         raise UserError(
