@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_WORD = 0xFFFF_FFFF  # 32 bits
-
 
 def erase(
     images: Float[Tensor, "B C *space"], boxes: Int[Tensor, "B 4"], noise: Float[Tensor, "B 2"]
@@ -37,17 +35,18 @@ def erase(
 # the batch is divided: that would be 600 MB for 1024 images, in each process.
 def pixel_noise(noise: Float[Tensor, "B 2"], count: int) -> Float[Tensor, "B N"]:
     """(B, count) float32 standard normal: a hash of two numbers in [0, 1) and of the place."""
-    halves = (noise * 2**16).long()
-    key = halves[:, :1] << 16 | halves[:, 1:]  # (B, 1) of 32 bits
-    place = _scrambled(torch.arange(count, device=noise.device))
-    word = _scrambled(key ^ place)  # (B, count)
+    halves = (noise * 2**16).int()
+    key = (halves[:, :1] - 2**15) * 2**16 + halves[:, 1:]  # (B, 1) of 32 bits
+    place = torch.arange(count, dtype=torch.int32, device=noise.device)
+    word = _scramble(key ^ _scramble(place))  # (B, count)
     # Odd multiples of 2^-24 between -1 and 1, which float32 holds exactly and which are never +-1
-    centred = ((word >> 7 | 1) - 2**24).float() / 2**24
-    return math.sqrt(2) * torch.erfinv(centred)
+    centred = word.bitwise_right_shift_(7).bitwise_or_(1).float().div_(2**24)
+    return centred.erfinv_().mul_(math.sqrt(2))
 
 
-def _scrambled(word: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
-    """A one-to-one hash of 32 bits, kept in int64 where products of two words do not overflow."""
+def _scramble(word: Int[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+    """A one-to-one hash of int32, in place; products keep their lower 32 bits."""
     for _ in range(2):
-        word = (word ^ word >> 16) * 0x045D_9F3B & _WORD  # T. Mueller's multiplier
-    return word ^ word >> 16
+        word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF))  # >> repeats the sign, & removes it
+        word.mul_(0x045D_9F3B)  # T. Mueller's multiplier
+    return word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF))
