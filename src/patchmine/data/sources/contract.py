@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import unicodedata
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Collection, Iterable
@@ -201,6 +202,13 @@ class ClassNames:
         renumber = np.array([rank[name] for name in self.numbers], np.int64)
         ids = np.frombuffer(self._ids, np.int32)
         return Labels(renumber[ids] if names else np.zeros(0, np.int64), names)
+
+
+def plain_spelling(name: str) -> str:
+    """What spellings of a name have in common that differ in case, blanks or Unicode form only."""
+    plain = " ".join(unicodedata.normalize("NFKC", name).split())
+    # Of single letters case may be all that tells two classes apart: handwritten a and A.
+    return plain.casefold() if len(plain) > 1 else plain
 
 
 def folder_classes(paths: Iterable[str]) -> Labels | None:

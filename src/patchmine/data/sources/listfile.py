@@ -27,8 +27,9 @@ from patchmine.errors import foreign_parser, reason_of, shown_name
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 LONGEST_LINE = 65_536  # letters; paths have 4,096 bytes at most, so what is longer is no list
 
-_PATH_HEAD = re.compile(r"path|(image|img|video)(_path|_file)?|file(_?name|_?path)?")
-_LABEL_HEAD = re.compile(r"labels?|class|target|category|(class|label)_(name|id)")
+# Names of columns, in small letters
+PATH_HEAD = re.compile(r"path|(image|img|video)(_path|_file)?|file(_?name|_?path)?")
+LABEL_HEAD = re.compile(r"labels?|class|target|category|(class|label)_(name|id)")
 _QUOTED = re.compile(r'"([^"]+)"\s*([^"]*)')
 
 Line = tuple[int, str, str | None]
@@ -120,7 +121,7 @@ def _reason_against(
     return members.reason_against(inside, kind, partial(members.head_of, place), listed=True)
 
 
-def _lines(file: Path, newline: str | None) -> Iterator[str]:
+def lines_of(file: Path, newline: str | None) -> Iterator[str]:
     """A list's lines, UTF-16 where its first bytes say so; ValueError where it can be no list."""
     with file.open("rb") as handle:
         start = handle.read(4)
@@ -139,7 +140,7 @@ def _lines(file: Path, newline: str | None) -> Iterator[str]:
 
 
 def _text_lines(file: Path, kind: Kind) -> Iterator[Line]:
-    for number, raw in enumerate(_lines(file, None), 1):
+    for number, raw in enumerate(lines_of(file, None), 1):
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
@@ -165,7 +166,7 @@ def _is_one_path(folder: Path, line: str, head: str, kind: Kind) -> bool:
 
 def _table_lines(file: Path, kind: Kind) -> Iterator[Line]:
     delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    rows = csv.reader(_lines(file, ""), delimiter=delimiter)
+    rows = csv.reader(lines_of(file, ""), delimiter=delimiter)
     path_column, label_column, first = 0, 1, True
     for row in rows:
         cells = [cell.strip() for cell in row]
@@ -173,11 +174,11 @@ def _table_lines(file: Path, kind: Kind) -> Iterator[Line]:
         if not any(cells) or (cells[0].startswith("#") and not is_path):
             continue
         heads = [cell.lower() for cell in cells]
-        is_head = first and not is_path and any(map(_PATH_HEAD.fullmatch, heads))
+        is_head = first and not is_path and any(map(PATH_HEAD.fullmatch, heads))
         first = False
         if is_head:
-            path_column = next(i for i, head in enumerate(heads) if _PATH_HEAD.fullmatch(head))
-            labels = (i for i, head in enumerate(heads) if _LABEL_HEAD.fullmatch(head))
+            path_column = next(i for i, head in enumerate(heads) if PATH_HEAD.fullmatch(head))
+            labels = (i for i, head in enumerate(heads) if LABEL_HEAD.fullmatch(head))
             label_column = next(labels, len(heads))
             continue
         path = cells[path_column] if path_column < len(cells) else ""
