@@ -158,7 +158,7 @@ def encode(
 ) -> Float[Tensor, "B N D"]:
     """Normed tokens, prefix first, then the patches in ``visible`` (or all)."""
     patches = tokens.embed_patches(encoder, images, visible)
-    prefix = tokens.prefix_tokens(encoder, len(patches))
+    prefix = tokens.prefix_tokens(encoder, patches.shape[0])
     return transform(encoder, torch.cat([prefix, patches], dim=1))
 
 

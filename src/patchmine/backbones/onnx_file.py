@@ -87,6 +87,9 @@ def _traced(network: Network) -> Any:
             verbose=False,
         )
     assert program is not None  # it is None for torch's older exporter only
+    taken = program.model.graph.inputs[0].shape
+    if taken is None or isinstance(taken[0], int):  # of len(items) in its code, perhaps
+        raise refuse(f"its outputs hang on a number of {network.input_name} that is fixed")
     for node in program.model.graph:
         node.metadata_props.clear()  # lines of source code, under the paths of this machine
     program.model.metadata_props.update(_metadata(network))

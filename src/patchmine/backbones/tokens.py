@@ -122,7 +122,7 @@ def token_features(
         )
     size = tuple(side // step for side, step in zip(sides, own.patch, strict=True))
     positions = resize_positions(patch_positions(encoder), own.size, size)
-    prefix = prefix_tokens(encoder, len(images))
+    prefix = prefix_tokens(encoder, images.shape[0])
     first, depth = prefix.shape[1], len(encoder.blocks)
     tokens = torch.cat([prefix, project_patches(encoder, images) + positions], dim=1)
     counts = [int(stage.removeprefix("blocks.")) + 1 for stage in stages]
