@@ -17,6 +17,7 @@ from patchmine.config.schema import RunConfig
 from patchmine.data.settings import Clip, Crops, InspectSettings, ShardSettings
 from patchmine.errors import UserError
 from patchmine.evaluate.settings import (
+    AttentiveSettings,
     ClusterSettings,
     EmbedSettings,
     FewshotSettings,
@@ -45,6 +46,7 @@ EVALUATIONS = [
     KnnSettings,
     LinearSettings,
     VideoSettings,
+    AttentiveSettings,
     FewshotSettings,
     ClusterSettings,
     RetrievalSettings,

@@ -37,6 +37,7 @@ ROOMS = [
     ("evaluate.knn", "evaluate_knn"),
     ("evaluate.linear", "evaluate_linear"),
     ("evaluate.video", "evaluate_video"),
+    ("evaluate.attentive", "evaluate_attentive"),
     ("evaluate.fewshot", "evaluate_fewshot"),
     ("evaluate.clustering", "evaluate_cluster"),
     ("evaluate.retrieval", "evaluate_retrieval"),

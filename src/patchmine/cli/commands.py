@@ -57,6 +57,12 @@ COMMANDS = (
         "eval video", "evaluate.video:evaluate_video", "evaluate.settings:VideoSettings", "target"
     ),
     Command(
+        "eval attentive",
+        "evaluate.attentive:evaluate_attentive",
+        "evaluate.settings:AttentiveSettings",
+        "target",
+    ),
+    Command(
         "eval fewshot",
         "evaluate.fewshot:evaluate_fewshot",
         "evaluate.settings:FewshotSettings",

@@ -39,7 +39,7 @@ Found = TypeVar("Found")
 class Features:
     """Features of the readable items of a source, in its order."""
 
-    x: Tensor  # (N, D), or (N, S, D) with S columns, float32
+    x: Tensor  # (N, D), or (N, S, D) with S columns; float32 unless the loop's tables are others
     labels: Tensor | None  # (N,) int64, where there are any
     index: Tensor  # (N,), which items of the source they are
 
@@ -180,6 +180,7 @@ class FeatureLoop:
     device: torch.device  # where encoders run; on a GPU under bf16 autocast
     say: Say = silent
     engine: Engine | None = None  # the processes that share the work; None: this one
+    empty: Callable[..., Tensor] = torch.empty  # makes the tables, (N, ...)
 
     @property
     def evaluated(self) -> Evaluated:
@@ -198,8 +199,9 @@ class FeatureLoop:
                 index[rows] = places
                 for name, x in columns.items():
                     # Made once, at full size: lists of batches would need twice the memory.
-                    table = tables.setdefault(name, torch.empty(len(mine), *x.shape[1:]))
-                    table[rows] = x
+                    if name not in tables:
+                        tables[name] = self.empty(len(mine), *x.shape[1:])
+                    tables[name][rows] = x
                 done += len(places)
             return index[:done], {name: x[:done] for name, x in tables.items()}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -61,14 +63,25 @@ def iterations_for(images: int, batch: int) -> int:
     return min(MAX_ITERATIONS, max(MIN_ITERATIONS, EPOCHS * (images // batch)))
 
 
-def learn_grid(
-    settings: GridSettings, say: Say, reader: Reader, train: Features, num_classes: int
-) -> Learned:
-    """The classifier of the grid that is best on held-out training items."""
-    device, name, rates = device_of(settings), reader.evaluated.name, settings.rates
-    assert train.labels is not None, "labelled data has labels"
-    labels, parts = train.labels, split_by_class(train.labels.numpy(), settings.held_out)
-    fit, choice = map(torch.from_numpy, parts)
+@dataclass(frozen=True)
+class GridPlan:
+    """What classifiers of a grid are trained on, how long, and what they are chosen on."""
+
+    fit: Tensor  # rows of the training features
+    choice: Tensor
+    batch: int
+    iterations: int
+
+    @property
+    def told(self) -> Result:
+        """What a result says about it."""
+        steps = {"iterations": self.iterations, "train_batch": self.batch}
+        return {**steps, "trained_on": len(self.fit), "chosen_on": len(self.choice)}
+
+
+def grid_plan(settings: GridSettings, labels: Tensor) -> GridPlan:
+    """The plan for training items with these labels (N,)."""
+    fit, choice = map(torch.from_numpy, split_by_class(labels.numpy(), settings.held_out))
     if len(choice) == 0:
         few = f"held_out={settings.held_out:g}, but every class has but one training image"
         raise UserError(f"{few}, so that no classifier can be chosen: give more")
@@ -76,36 +89,48 @@ def learn_grid(
     # same work.
     usual = batch_for(len(fit), steps=128, least=64, most=1_024)
     batch = min(len(fit), settings.train_batch or usual)
-    iterations = settings.iterations or iterations_for(len(fit), batch)
+    return GridPlan(fit, choice, batch, settings.iterations or iterations_for(len(fit), batch))
+
+
+def say_edge(name: str, rates: Sequence[float], best: int, say: Say) -> None:
+    """Say where the best rate is the smallest or the largest."""
+    if best in (0, len(rates) - 1) and len(rates) > 1:
+        say(f"{name}: the best rate, {rates[best]:g}, is at the edge of rates=...; widen them")
+
+
+def learn_grid(
+    settings: GridSettings, say: Say, reader: Reader, train: Features, num_classes: int
+) -> Learned:
+    """The classifier of the grid that is best on held-out training items."""
+    device, name, rates = device_of(settings), reader.evaluated.name, settings.rates
+    assert train.labels is not None, "labelled data has labels"
+    labels, plan = train.labels, grid_plan(settings, train.labels)
     title = f"{name}: {len(rates) * len(reader.poolings)} classifiers"
-    with progress(title, iterations, say) as tick:
+    with progress(title, plan.iterations, say) as tick:
         grid = train_grid(
             train.x,
             labels,
             num_classes,
             reader.poolings,
-            [rate * batch / 256 for rate in rates],
-            rows=fit,
-            iterations=iterations,
-            batch_size=batch,
+            [rate * plan.batch / 256 for rate in rates],
+            rows=plan.fit,
+            iterations=plan.iterations,
+            batch_size=plan.batch,
             seed=settings.seed,
             device=device,
             tick=tick,
         )
-    held_out = grid_accuracy(grid, train.x[choice], labels[choice], device)
+    held_out = grid_accuracy(grid, train.x[plan.choice], labels[plan.choice], device)
     pooling = max(held_out, key=lambda key: float(held_out[key].max()))
     best = int(held_out[pooling].argmax())
-    if best in (0, len(rates) - 1) and len(rates) > 1:
-        say(f"{name}: the best rate, {rates[best]:g}, is at the edge of rates=...; widen them")
+    say_edge(name, rates, best, say)
     table = {key: row.tolist() for key, row in held_out.items()}
     told = {
         "chosen": {"pooling": pooling, "rate": rates[best], "held_out_top1": table[pooling][best]},
         "held_out_top1": {
             key: dict(zip(map(str, rates), row, strict=True)) for key, row in table.items()
         },
-        "settings": dict(
-            iterations=iterations, train_batch=batch, trained_on=len(fit), chosen_on=len(choice)
-        ),
+        "settings": plan.told,
     }
 
     def scores(rows: Tensor) -> dict[str, Tensor]:

@@ -63,6 +63,7 @@ def measure(
     *,
     views: Views | None = None,
     notes: Sequence[str] = (),
+    empty: Callable[..., Tensor] = torch.empty,
 ) -> list[Result]:
     """Results of protocols on the readers of `readers_of`, from the same images; a run's filed."""
     start, evaluated = time.monotonic(), readers[""].evaluated
@@ -70,7 +71,7 @@ def measure(
     data = open_labelled(settings.data, settings.test, evaluated.item)
     for line in filter(None, (evaluated.note, data.how)):
         say(line)
-    loop = FeatureLoop(readers, settings, device_of(settings), say)
+    loop = FeatureLoop(readers, settings, device_of(settings), say, empty=empty)
     learned: dict[tuple[str, str], Learned] = {}
     with fast_linear():
         train = loop.table(data.train, f"train {noun}s")

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from patchmine.config.explain import validate
 from patchmine.errors import Say
+from patchmine.evaluate.attentive import evaluate_attentive
 from patchmine.evaluate.clustering import evaluate_cluster
 from patchmine.evaluate.fewshot import evaluate_fewshot
 from patchmine.evaluate.knn import evaluate_knn
@@ -16,6 +17,7 @@ from patchmine.evaluate.linear import evaluate_linear
 from patchmine.evaluate.quality import evaluate_quality
 from patchmine.evaluate.retrieval import evaluate_retrieval
 from patchmine.evaluate.settings import (
+    AttentiveSettings,
     ClusterSettings,
     FewshotSettings,
     KnnSettings,
@@ -64,6 +66,22 @@ class MeasuredRun(RunFolder):
             UserError: settings or data cannot be used.
         """
         return evaluate_linear(self._of_target(LinearSettings, data, settings), say)
+
+    def eval_attentive(self, data: Any, *, say: Say = print, **settings: Any) -> dict[str, Any]:
+        """Measure the frozen encoder by classifiers that learn which patch tokens to look at.
+
+        Args:
+            data: labelled images; folders train/ and test/ in it are used as such.
+            say: hears about the progress and the size of the tokens.
+            **settings: those of `AttentiveSettings`.
+
+        Returns:
+            The result that also stands in ``eval/attentive.json``: ``top1``, ``top5``, ...
+
+        Raises:
+            UserError: settings or data cannot be used.
+        """
+        return evaluate_attentive(self._of_target(AttentiveSettings, data, settings), say)
 
     def eval_video(self, data: Any, *, say: Say = print, **settings: Any) -> list[dict[str, Any]]:
         """Measure an encoder of clips with several views of each video.

@@ -31,6 +31,7 @@ HEADLINE = 20  # the k that papers quote
 # DINOv2, eval/linear.py, for 256 images; the last three are added because features of masked
 # pre-training ask for more.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+ATTENTIVE_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 TABLE_ENDINGS = (".parquet", ".csv", ".npz")
 
 _POOLING = Field("cls", description="cls, mean or cls+mean; cls is mean where there is none")
@@ -182,6 +183,30 @@ class LinearSettings(GridSettings):
     epochs: Positive = Field(90, description="passes over the training images (mae)")
     warmup_epochs: int = Field(10, ge=0, le=LARGEST_RUN, description="with a rising rate (mae)")
     blr: _Rate = Field(0.1, description="learning rate for 256 images (mae)")
+
+
+class AttentiveSettings(GridSettings):
+    """Attentive classifiers on frozen patch tokens.
+
+    Queries are learnt that pick the tokens to look at, which suits masked pre-training better than
+    one fixed mean.  All rates are trained at once; the best is chosen on held-out images.
+
+    Example:
+        patchmine eval attentive runs/hpm data=cifar10/train test=cifar10/test
+    """
+
+    rates: tuple[_Rate, ...] = Field(
+        ATTENTIVE_RATES, min_length=1, description="of AdamW, for 256 images"
+    )
+    probe: Literal["efficient", "latent"] = Field(
+        "efficient", description="Efficient Probing, or timm's AttentionPoolLatent"
+    )
+    queries: Count | None = Field(
+        None, description="of the efficient probe; null: 32, or the next that divides the width"
+    )
+    token_memory: float = Field(
+        4.0, ge=0, le=1e6, description="GB of tokens held in memory; more lie in a temporary file"
+    )
 
 
 class VideoSettings(VoteSettings, GridSettings):
