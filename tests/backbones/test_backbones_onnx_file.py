@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def onnxruntime() -> Any:
     return pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", ["vit", "beit", "small stem", "clips"])
 def test_onnxruntime_gives_what_timm_gives(kind: str, tmp_path: Path, onnxruntime: Any) -> None:
     network, said = network_of(kind), list[str]()
     file = write_onnx(network, tmp_path / "new" / "x.onnx", said.append)
@@ -97,16 +98,15 @@ def test_the_file_says_how_images_are_prepared_and_not_where_it_was_made(
     tmp_path: Path, onnxruntime: Any
 ) -> None:
     made = network_of("clips")
-    network = Network(
-        made.module, made.architecture, made.input_size, made.preprocessing, ["cat", "Käfer"]
-    )
+    network = replace(made, loss="bce", names=["cat", "Käfer"])
     file = write_onnx(network, tmp_path / "x.onnx", silent)
     session = onnxruntime.InferenceSession(file)
     told = session.get_modelmeta().custom_metadata_map
-    assert (told.pop("architecture"), told.pop("interpolation")) == (
+    assert [told.pop(name) for name in ("architecture", "interpolation", "loss")] == [
         "video_vit_tiny_patch16",
         "bicubic",
-    )
+        "bce",
+    ]
     assert {name: json.loads(value) for name, value in told.items()} == {
         "image_size": [32, 48],
         "mean": [0.5] * 3,
@@ -141,7 +141,7 @@ class OfTwo(Rows):
     [
         (OtherWhenTraced(), r"nothing was written: .* differ by at most 1.0e-03 .*use to=timm"),
         (OfTwo(), r"cannot write rows as ONNX \(.*number of images that is fixed\): use to=timm"),
-        (NotInOnnx(), r"torch .* cannot write rows as ONNX \(.*use to=timm"),
+        (NotInOnnx(), r"torch .* cannot write rows as ONNX \(.*linalg_eig.*\): use to=timm"),
     ],
 )
 def test_a_file_that_would_be_wrong_is_not_written(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from patchmine.backbones.export import Preprocessing
-from patchmine.errors import Say, UserError, foreign_parser
+from patchmine.errors import Say, UserError, foreign_parser, shown_name
 
 TOLERANCE = 1e-4
 """How far outputs may differ elsewhere, as a share of the largest one: far beyond rounding."""
@@ -29,14 +29,17 @@ class Network:
         architecture: its name, for people.
         input_size: (channels, height, width), or of clips (channels, frames, height, width).
         preprocessing: how images become its input.
-        classes: names of the outputs in their order, which are then logits; None: features.
+        loss: what outputs were trained by: "ce" makes them logits of classes, "bce" logits of
+            labels, "mse" values; None: they are features.
+        names: of the outputs that are no features, in their order.
     """
 
     module: nn.Module
     architecture: str
     input_size: Sequence[int]
     preprocessing: Preprocessing
-    classes: Sequence[str] | None = None
+    loss: str | None = None
+    names: Sequence[str] = ()
 
     @property
     def input_name(self) -> str:
@@ -45,8 +48,8 @@ class Network:
 
     @property
     def output_name(self) -> str:
-        """``features`` or ``logits``."""
-        return "features" if self.classes is None else "logits"
+        """``features``, ``logits`` or ``values``."""
+        return {None: "features", "mse": "values"}.get(self.loss, "logits")
 
 
 def check_outputs(network: Network, other: Callable[[Tensor], Tensor], library: str) -> str:
@@ -90,7 +93,7 @@ def check_transformers(network: Network, say: Say, folder: Path) -> None:
 
     library = f"transformers {transformers.__version__}"
     kind = transformers.AutoModelForImageClassification
-    if network.classes is None:
+    if network.loss is None:
         kind = transformers.AutoModel
 
     def refuse(reason: str) -> UserError:
@@ -104,8 +107,10 @@ def check_transformers(network: Network, say: Say, folder: Path) -> None:
 
     def outputs(images: Tensor) -> Tensor:
         found = model(images)
-        return found.pooler_output if network.classes is None else found.logits
+        return found.pooler_output if network.loss is None else found.logits
 
+    if network.names and list(model.config.id2label.values()) != list(network.names):
+        raise refuse(f"it names the outputs {shown_name(str(model.config.id2label))}")
     say(check_outputs(network, outputs, library))
 
 

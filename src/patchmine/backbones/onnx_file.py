@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.network import Network, check_outputs
 from patchmine.disk import output
-from patchmine.errors import Say, UserError, foreign_parser, shown_name
+from patchmine.errors import Say, UserError, foreign_parser, reason_of, shown_name
 
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 _LARGEST = 2**31 - 2**24  # bytes: protobuf's files end at 2 GiB, and the graph needs a little
@@ -77,15 +77,21 @@ def _traced(network: Network) -> Any:
     # relative positions, torch's fused one gets a memory layout that the exporter trips over.
     example = torch.zeros(2, *network.input_size)
     with foreign_parser(refuse), sdpa_kernel(SDPBackend.MATH):
-        program = torch.onnx.export(
-            network.module,
-            (example,),
-            dynamo=True,
-            input_names=[network.input_name],
-            output_names=[network.output_name],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                network.module,
+                (example,),
+                dynamo=True,
+                input_names=[network.input_name],
+                output_names=[network.output_name],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason: BaseException = error  # its own text is advice to programmers
+            while reason.__cause__ is not None:
+                reason = reason.__cause__
+            raise refuse(reason_of(reason)) from error
     assert program is not None  # it is None for torch's older exporter only
     taken = program.model.graph.inputs[0].shape
     if taken is None or isinstance(taken[0], int):  # of len(items) in its code, perhaps
@@ -112,8 +118,8 @@ def _metadata(network: Network) -> dict[str, str]:
     }
     if prepared.stride is not None:
         told |= {"frames": network.input_size[1], "stride": prepared.stride}
-    if network.classes is not None:
-        told["class_names"] = list(network.classes)
+    if network.loss is not None:
+        told |= {"loss": network.loss, "class_names": list(network.names)}
     return {
         name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()
     }

@@ -74,7 +74,7 @@ def embed_patches(
     return project_patches(encoder, images, index) + positions
 
 
-def prefix_tokens(encoder: Encoder, batch: int) -> Float[Tensor, "B P D"]:
+def prefix_tokens(encoder: Encoder, batch: int | torch.SymInt) -> Float[Tensor, "B P D"]:
     """Class and register tokens with their positions; P may be 0."""
     named = (encoder.cls_token, getattr(encoder, "reg_token", None))
     parts = [token for token in named if token is not None]
