@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What a room may import; a room is a folder or a top-level file of the package.  Downwards only.
 FLOOR = {"types", "errors", "disk", "strict", "settings"}
 BELOW_TASKS = FLOOR | {"ops", "data", "backbones", "models"}
-PARTS = BELOW_TASKS | {"task", "methods", "train"}
+PARTS = BELOW_TASKS | {"task", "methods", "tasks", "train"}
 BELOW_TRAINING = PARTS | {"config", "runs", "evaluate", "report"}
 MAY_IMPORT = {
     "types": set(),
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "models": FLOOR | {"ops", "backbones"},
     "task": FLOOR | {"ops", "backbones", "models"},
     "methods": BELOW_TASKS - {"data"} | {"task"},
+    "tasks": BELOW_TASKS - {"data"} | {"task"},
     "train": FLOOR | {"ops", "models", "task"},
     "config": PARTS,
     "runs": PARTS | {"config"},

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchmine.api import Run as Run
+    from patchmine.api import finetune as finetune
     from patchmine.api import import_weights as import_weights
     from patchmine.api import load_encoder as load_encoder
     from patchmine.api import pretrain as pretrain
     from patchmine.api import resume as resume
-    from patchmine.config.schema import RunConfig as RunConfig
+    from patchmine.config.schema import FinetuneConfig as FinetuneConfig
+    from patchmine.config.schema import PretrainConfig as PretrainConfig
     from patchmine.data.inspect import inspect as inspect
     from patchmine.data.settings import Clip as Clip
     from patchmine.data.settings import Crops as Crops
@@ -50,8 +52,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("Run", "import_weights", "load_encoder", "pretrain", "resume"),
-    "config.schema": ("RunConfig",),
+    "api": ("Run", "finetune", "import_weights", "load_encoder", "pretrain", "resume"),
+    "config.schema": ("FinetuneConfig", "PretrainConfig"),
     "data.inspect": ("inspect",),
     "data.settings": ("Clip", "Crops"),
     "data.sharding": ("write_shards",),

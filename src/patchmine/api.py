@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from patchmine import training
 from patchmine.backbones.family import Encoder
 from patchmine.config.explain import validate
-from patchmine.config.resolve import from_settings
+from patchmine.config.resolve import from_settings, of_kind
+from patchmine.config.schema import FinetuneConfig, PretrainConfig
 from patchmine.data.settings import Clip, Crops
 from patchmine.errors import Say
 from patchmine.evaluate.embed import embed
@@ -21,10 +22,11 @@ from patchmine.evaluate.measured_run import MeasuredRun
 from patchmine.evaluate.settings import EmbedSettings
 from patchmine.report.page import write_report
 from patchmine.report.show import show
-from patchmine.runs.checking import CHECKS
+from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS
 from patchmine.runs.folder import open_encoder
 from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import export_run, import_file
+from patchmine.training.starting import settings_of_start
 
 Size = int | tuple[int, int]
 Name = str | PathLike[str]
@@ -217,7 +219,93 @@ def pretrain(
         given["data"] = data if source is None else f"python:{type(data).__name__}"
     start_from = None if recipe is None else os.fspath(recipe)
     config = from_settings(start_from, say=say, also=CHECKS, **given)
+    config = of_kind(config, PretrainConfig)
     return Run(training.pretrain(config, source=source, say=say).path)
+
+
+class FinetuneRunSettings(RunningSettings, total=False):
+    """The settings of a run that fine-tunes, as keywords; `patchmine config schema finetune`
+    explains each.
+    """
+
+    labels: Name | None
+    column: str | None
+    loss: Literal["ce", "bce", "mse"]
+    share: float
+    val: Name | None
+    val_share: float
+    patience: int | None
+    test: Name | None
+    eval_batch: int
+    pool: Literal["mean", "cls"]
+    head_std: float
+    trainable: str
+    positions: Literal["learned", "frozen"]
+    layer_decay: float | None
+    drop_path: float
+    label_smoothing: float
+    balance: bool
+    clip_grad: float | None
+    ema_decay: float | None
+    auto_augment: str | None
+    erase_prob: float
+    mixup: float
+    cutmix: float
+    mix_prob: float
+    mix_switch_prob: float
+    image_size: Size
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    interpolation: Literal["bicubic", "bilinear"]
+    max_bad_share: float
+    clip: Clip | Mapping[str, Any]
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    accumulate: int
+    blr: float
+    warmup_epochs: float
+    min_lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    seed: int
+    precision: Literal["auto", "fp32", "bf16"]
+
+
+def finetune(
+    start: Name,
+    *,
+    data: Any = None,
+    recipe: Name | None = None,
+    say: Say = print,
+    **settings: Unpack[FinetuneRunSettings],
+) -> Run:
+    """Teach a backbone your labels, test it, and export it with its classifier.
+
+    Example:
+        ``finetune("runs/hpm", data="labelled/", out="runs/classify").classifier()``
+
+    Args:
+        start: a run, an export, a file of weights, or the name of a model (random weights).
+        data: labelled images: folders are the classes, or ``labels`` names a CSV file.
+        recipe: name or file of settings to start from.
+        say: hears what a person should know.
+        **settings: those of `patchmine config schema finetune`.
+
+    Returns:
+        The finished run: tested (``eval/test.json``) and exported with its classifier.
+
+    Raises:
+        UserError: settings, labels or folders are wrong; the message lists every error.
+    """
+    given: dict[str, Any] = dict(settings)
+    if data is not None:
+        given["data"] = data
+    base = settings_of_start(os.fspath(start))
+    start_from = None if recipe is None else os.fspath(recipe)
+    config = from_settings(start_from, say=say, also=CLASSIFIER_CHECKS, base=base, **given)
+    return Run(training.finetune(of_kind(config, FinetuneConfig), say=say).path)
 
 
 def resume(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from patchmine.backbones.classifier import Head
 from patchmine.backbones.description import CONFIG, WEIGHTS, note
 from patchmine.backbones.family import create_encoder, family_of, input_size
 from patchmine.backbones.loading import refuse_non_finite
@@ -39,6 +40,22 @@ features = encoder.forward_features({items})  # {shape}
 from transformers import AutoModel
 features = AutoModel.from_pretrained("FOLDER")({items}).last_hidden_state
 ```"""
+_CLASSIFY_HERE = """```python
+import patchmine
+scores = patchmine.Run("RUN").classifier()({items})  # (batch, {count}), before softmax
+```"""
+_CLASSIFY_ANYWHERE = """```python
+import timm
+classifier = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+scores = classifier({items})  # (batch, {count}), before softmax
+```
+
+```python
+from transformers import AutoModelForImageClassification
+scores = AutoModelForImageClassification.from_pretrained("FOLDER")({items}).logits
+```
+
+The scores are of, in this order (`label_names` in config.json): {names}."""
 _SMALL_STEM = """
 
 timm and transformers cannot open this folder: the network begins with a 3x3 convolution of stride 1
@@ -54,7 +71,7 @@ vision transformers do not have.  The other tensors have timm's names."""
 _CARD = """---
 {tags}
 ---
-# {architecture}, pre-trained without labels by patchmine
+# {architecture}, {trained} by patchmine
 
 Give the path of this folder in place of FOLDER.
 
@@ -93,6 +110,7 @@ def export_encoder(
     encoder: Encoder,
     folder: str | PathLike[str],
     preprocessing: Preprocessing,
+    head: Head | None = None,
     *,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -106,6 +124,7 @@ def export_encoder(
         encoder: of `build_encoder` or `load_encoder`, which says what it was built from.
         folder: a new or empty one, or an export.
         preprocessing: noted for who opens the folder.
+        head: the classifier on it, which timm's and transformers' networks then have too.
         check: is shown the folder before it takes its place, which nothing does if this raises.
 
     Raises:
@@ -115,9 +134,11 @@ def export_encoder(
     folder = Path(folder)
     _refuse_other_content(folder)
     refuse_non_finite(encoder.state_dict(), f"out={shown_name(folder)}")
-    family, config = family_of(encoder), _config(encoder, preprocessing)
-    _check_description(encoder, config["architecture"], config["model_args"])
-    tensors = {name: _plain(tensor) for name, tensor in encoder.state_dict().items()}
+    family, config = family_of(encoder), _config(encoder, preprocessing, head)
+    described = encoder.state_dict() if head is None else head.tensors(encoder)
+    if head is None or family.timm_opens(encoder):
+        _check_description(encoder, described, config)
+    tensors = {name: _plain(tensor) for name, tensor in described.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
@@ -145,10 +166,11 @@ def is_export(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file()
 
 
-def _config(encoder: Encoder, preprocessing: Preprocessing) -> dict[str, Any]:
+def _config(encoder: Encoder, preprocessing: Preprocessing, head: Head | None) -> dict[str, Any]:
     """timm's config.json, and what timm's arguments cannot say (``norm_eps``, ``stride``)."""
     family, built = family_of(encoder), encoder.built_from
-    own = family.export_arguments(encoder)
+    own = family.export_arguments(encoder) | ({} if head is None else head.arguments(encoder))
+    num_classes = 0 if head is None else head.layer.out_features
     arguments = {**built.model_args, "in_chans": built.channels, **own}
     arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
     eps = arguments.pop("norm_eps", None)
@@ -160,7 +182,8 @@ def _config(encoder: Encoder, preprocessing: Preprocessing) -> dict[str, Any]:
     stride = {} if preprocessing.stride is None else {"stride": preprocessing.stride}
     return {
         "architecture": built.architecture,
-        "num_classes": 0,
+        "num_classes": num_classes,
+        **({} if head is None else {"label_names": list(head.names)}),
         "num_features": encoder.num_features,
         "global_pool": own.get("global_pool", encoder.global_pool),
         "model_args": arguments,
@@ -174,7 +197,7 @@ def _config(encoder: Encoder, preprocessing: Preprocessing) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
-            "num_classes": 0,
+            "num_classes": num_classes,
             "pool_size": None,
             **stride,
             **places,
@@ -182,13 +205,22 @@ def _config(encoder: Encoder, preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _check_description(encoder: Encoder, architecture: str, arguments: dict[str, Any]) -> None:
+def _check_description(
+    encoder: Encoder, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> None:
     """Build the described model without memory and compare, so that others can open the folder."""
-    rebuilt = create_encoder(architecture, {**arguments, "device": "meta"}, "the export")
-    shapes, heads = [], []
-    for each in (rebuilt, encoder):
-        shapes.append({name: tuple(tensor.shape) for name, tensor in each.state_dict().items()})
-        heads.append(each.blocks[0].attn.num_heads if hasattr(each, "blocks") else None)
+    architecture, arguments = config["architecture"], config["model_args"]
+    rebuilt = create_encoder(
+        architecture, {**arguments, "device": "meta"}, "the export", config["num_classes"]
+    )
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in each.items()}
+        for each in (rebuilt.state_dict(), tensors)
+    ]
+    heads = [
+        each.blocks[0].attn.num_heads if hasattr(each, "blocks") else None
+        for each in (rebuilt, encoder)
+    ]
     if shapes[0] != shapes[1] or heads[0] != heads[1]:
         names = sorted(shapes[0].keys() | shapes[1].keys())
         differing = [name for name in names if shapes[0].get(name) != shapes[1].get(name)]
@@ -233,19 +265,27 @@ def _model_card(encoder: Encoder, family: Family, config: dict[str, Any]) -> str
     """The README: what the folder holds, and how timm, transformers or patchmine open it."""
     prepared, width = config["pretrained_cfg"], config["num_features"]
     video = family.clip(encoder) is not None
-    how = _OPEN_ANYWHERE
+    names = config.get("label_names")
+    anywhere, here = _OPEN_ANYWHERE, _OPEN_HERE
+    if names is not None:
+        anywhere, here = _CLASSIFY_ANYWHERE, _CLASSIFY_HERE
+    how = anywhere
     if not family.timm_opens(encoder):
-        how = _OPEN_HERE + (_CUBES if video else _SMALL_STEM)
+        how = here + (_CUBES if video else _SMALL_STEM)
     maps, tokens = f"(batch, {width}, rows, columns)", f"(batch, tokens, {width})"
-    timm_tags = "library_name: timm\ntags: [image-feature-extraction, timm]"
+    use = "feature-extraction" if names is None else "classification"
+    timm_tags = f"library_name: timm\ntags: [image-{use}, timm]"
     return _CARD.format(
-        tags="tags: [video-feature-extraction]" if video else timm_tags,
+        tags=f"tags: [video-{use}]" if video else timm_tags,
+        trained="pre-trained without labels" if names is None else "fine-tuned",
         architecture=config["architecture"],
         how=how.format(
             items="clips" if video else "images",
             shape=maps if family.convolutional else tokens,
             architecture=config["architecture"],
             channels=prepared["input_size"][0],
+            count=config["num_classes"],
+            names=", ".join(map(shown_name, names or [])),
         ),
         eps=_EPS.format(**config) if "norm_eps" in config else "",
         size="x".join(map(str, prepared["input_size"])),

@@ -96,8 +96,10 @@ def build_encoder(
     return encoder
 
 
-def create_encoder(model: str, arguments: Mapping[str, Any], source: str) -> Encoder:
-    """The network that ``source`` describes, without classifier, its weights not meaningful.
+def create_encoder(
+    model: str, arguments: Mapping[str, Any], source: str, num_classes: int = 0
+) -> Encoder:
+    """The network that ``source`` describes, its weights not meaningful; 0: without classifier.
 
     Nothing is downloaded.  Raises UserError where it cannot be built, or is of no family.
     """
@@ -107,7 +109,7 @@ def create_encoder(model: str, arguments: Mapping[str, Any], source: str) -> Enc
             f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may"
         )
     try:
-        encoder = family.create(model, {**arguments, "num_classes": 0})
+        encoder = family.create(model, {**arguments, "num_classes": num_classes})
     except _CANNOT_BUILD as error:
         shown = {name: value for name, value in arguments.items() if name != "device"}
         raise UserError(f"{source}: timm cannot build {model} with {shown} ({error})") from error
@@ -160,6 +162,21 @@ def encode(
     patches = tokens.embed_patches(encoder, images, visible)
     prefix = tokens.prefix_tokens(encoder, patches.shape[0])
     return transform(encoder, torch.cat([prefix, patches], dim=1))
+
+
+def pooled(encoder: Encoder, images: Float[Tensor, "B C *S"], pool: str) -> Float[Tensor, "B D"]:
+    """What a linear classifier stands on; of a ResNet the mean over its last map.
+
+    ``pool="mean"``: the mean of the patch tokens, then the encoder's last norm (timm's ``fc_norm``,
+    MAE's fine-tuning); ``"cls"``: the class token after that norm.
+    """
+    if family_of(encoder).convolutional:
+        return family_of(encoder).features(encoder, images, ()).pooled
+    patches = tokens.embed_patches(encoder, images)
+    embedded = torch.cat([tokens.prefix_tokens(encoder, len(patches)), patches], dim=1)
+    ((_, last),) = block_outputs(encoder, embedded, [len(encoder.blocks)])
+    prefix = encoder.num_prefix_tokens
+    return encoder.norm(last[:, 0] if pool == "cls" else last[:, prefix:].mean(1))
 
 
 def stage_features(encoder: Encoder, images: Tensor, stages: Sequence[str] = ()) -> StageFeatures:

@@ -46,6 +46,7 @@ class Command:
 COMMANDS = (
     Command("pretrain", "cli.work:pretrain", usage="[RECIPE] KEY=VALUE..."),
     Command("resume", "cli.work:resume", usage="RUN [KEY=VALUE...]"),
+    Command("finetune", "cli.work:finetune", usage="START data=... out=... [KEY=VALUE...]"),
     Command("eval knn", "evaluate.knn:evaluate_knn", "evaluate.settings:KnnSettings", "target"),
     Command(
         "eval linear",
@@ -190,7 +191,12 @@ def page(command: Command) -> Iterator[str]:
         lines += describe(named(command.settings), others)
     elif command.name == "pretrain":
         from patchmine.config.describe import describe_blocks
+        from patchmine.config.schema import PretrainConfig
 
-        lines = describe_blocks()
+        lines = describe_blocks(PretrainConfig)
+    elif command.name == "finetune":
+        from patchmine.config.describe import describe_finetune
+
+        lines = describe_finetune()
     yield f"Usage: patchmine {command.name} {usage}".rstrip()
     yield from (f"  {line}".rstrip() for line in ["", *command.help.splitlines(), "", *lines])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchmine.cli.commands import COMMANDS, named
+from patchmine.cli.commands import COMMANDS, named, read_words
 from patchmine.errors import Say, UserError, shown_name
 
 if TYPE_CHECKING:
@@ -29,12 +29,57 @@ def pretrain(words: Sequence[str], say: Say) -> None:
         patchmine pretrain my.yaml out=runs/x epochs=50 method.mask_ratio=0.8
     """
     from patchmine.config import resolve
+    from patchmine.config.schema import PretrainConfig
     from patchmine.runs import checking
 
     config = resolve.parse(*_recipe_and_settings(words), say, also=checking.CHECKS)
     from patchmine.training import pretrain as start  # after the settings are known to be right
 
-    start(config, say=say)
+    start(resolve.of_kind(config, PretrainConfig), say=say)
+
+
+def finetune(words: Sequence[str], say: Say) -> None:
+    """Teach a backbone your labels, test it, and export it with its classifier.
+
+    START is a run, an export, a file of weights, or the name of a model (random weights).  The
+    folders in data are the classes, train/ and test/ in it are used as such; or labels=FILE.csv.
+    recipe=NAME takes published settings (`patchmine list recipes`); check=true only looks whether
+    settings, labels and images fit together.  `patchmine resume RUN` goes on.
+
+    Example:
+        patchmine finetune runs/hpm data=labelled/ out=runs/classify
+        patchmine finetune runs/hpm data=labelled/ out=runs/few recipe=small-labels share=0.1
+        patchmine finetune runs/hpm data=photos/ labels=age.csv loss=mse out=runs/age
+    """
+    first, settings = _recipe_and_settings(words)
+    if first is None:
+        raise UserError(
+            "Name what to start from first, as in `patchmine finetune runs/hpm data=labelled/ "
+            "out=runs/classify`: a run, an export, a file of weights, or a model."
+        )
+    from patchmine.config import resolve
+    from patchmine.config.schema import FinetuneConfig
+    from patchmine.runs.checking import CLASSIFIER_CHECKS
+    from patchmine.tasks.settings import FinetuneOptions
+    from patchmine.training.starting import settings_of_start
+
+    def is_option(word: str) -> bool:
+        return word.split("=")[0] in FinetuneOptions.model_fields
+
+    options = read_words(
+        FinetuneOptions, list(filter(is_option, settings)), command="finetune", say=say
+    )
+    config = resolve.parse(
+        options.recipe,
+        [word for word in settings if not is_option(word)],
+        say,
+        also=CLASSIFIER_CHECKS,
+        base=settings_of_start(first),
+    )
+    from patchmine.training import finetuning
+
+    work = finetuning.check if options.check else finetuning.finetune
+    work(resolve.of_kind(config, FinetuneConfig), say=say)
 
 
 def resume(words: Sequence[str], say: Say) -> None:
@@ -175,7 +220,8 @@ def list_recipes() -> None:
 
     for recipe in recipes():
         print(f"{recipe.name}: {recipe.about['title']}")
-        print(f"  methods   {', '.join(recipe.method_names)}")
+        if recipe.settings.get("kind", "pretrain") == "pretrain":
+            print(f"  methods   {', '.join(recipe.method_names)}")
         for key in ("data", "hardware", "time", "expected", "command"):
             print(f"  {key:<9} {recipe.about[key]}")
         print()
@@ -208,21 +254,22 @@ def config_schema(words: Sequence[str]) -> None:
         patchmine config schema hpm
         patchmine config schema eval.knn
     """
-    from patchmine.config.describe import describe, describe_method, describe_run
+    from patchmine.config.describe import describe, describe_finetune, describe_method, describe_run
     from patchmine.config.explain import did_you_mean
     from patchmine.methods import METHODS
 
     tables = {command.name.replace(" ", "."): command.settings for command in COMMANDS}
     tables = {name: settings for name, settings in tables.items() if settings}
+    runs = {"pretrain": describe_run, "finetune": describe_finetune}
     for word in words or ["pretrain"]:
         if word in METHODS:
             lines = describe_method(word)
         elif word in tables:
             lines = describe(named(tables[word]))
-        elif word == "pretrain":
-            lines = describe_run()
+        elif word in runs:
+            lines = runs[word]()
         else:
-            names = [*METHODS, "pretrain", *tables]
+            names = [*METHODS, *runs, *tables]
             near = did_you_mean(word, names) or f"; there are {', '.join(names)}"
             raise UserError(f"No method or command '{shown_name(word)}'{near}")
         print("\n".join(lines))

@@ -11,10 +11,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from patchmine.config.explain import did_you_mean
-from patchmine.config.schema import RunConfig, names_of
+from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig, names_of
 from patchmine.errors import UserError, shown_name
 from patchmine.methods import METHODS
 from patchmine.strict import Strict
+from patchmine.tasks.settings import FinetuneOptions
 
 _WIDTH = 36  # columns of a name with its default
 
@@ -55,17 +56,24 @@ def as_word(value: Any) -> str:
 
 
 def describe_run() -> list[str]:
-    """Every setting of a run, and of every method."""
+    """Every setting of a pre-training run, and of every method."""
     methods = [[f"# Of method={name}.", *describe_method(name), ""] for name in METHODS]
-    return describe_blocks([line for lines in methods for line in lines])
+    return describe_blocks(PretrainConfig, [line for lines in methods for line in lines])
 
 
-def describe_blocks(between: Sequence[str] = ()) -> list[str]:
+def describe_finetune() -> list[str]:
+    """Every setting of a run that fine-tunes."""
+    options = describe(FinetuneOptions)
+    return ["# How the command goes about it.", *options, "", *describe_blocks(FinetuneConfig)]
+
+
+def describe_blocks(config: type[RunConfig], between: Sequence[str] = ()) -> list[str]:
     """Every setting of a run: first what decides the weights."""
-    decide, running = names_of(decide_weights=True), names_of(decide_weights=False)
-    first = ["# What decides the weights.", *describe(RunConfig, [*decide, "by_size"]), ""]
+    decide = [*names_of(config, decide_weights=True), "by_size"]
+    running = names_of(config, decide_weights=False)
+    first = ["# What decides the weights.", *describe(config, decide), ""]
     title = "# Where and how the run is made; may change on resume."
-    return [*first, *between, title, *describe(RunConfig, running)]
+    return [*first, *between, title, *describe(config, running)]
 
 
 def describe_method(name: str) -> list[str]:

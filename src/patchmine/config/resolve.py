@@ -5,29 +5,44 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from patchmine.backbones.names import reads_clips
 from patchmine.config.explain import nearest, refusal, shown, validate
 from patchmine.config.overrides import exists, merge, read_settings, repeated, tree_of
 from patchmine.config.recipes import Recipe, load_recipe
-from patchmine.config.schema import RunConfig, names_of
+from patchmine.config.schema import (
+    KINDS,
+    AnyConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    names_of,
+)
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.methods import METHODS
 from patchmine.strict import LARGEST_COUNT, SettingError
 
-Checks = Sequence[Callable[[RunConfig], list[SettingError]]]
+Config = TypeVar("Config", bound=RunConfig)
+Checks = Sequence[Callable[[Any], list[SettingError]]]
+"""What looks for more errors in the settings of a run."""
 
 RATES = ("lr", "learning_rate", "peak_lr", "max_lr")  # absolute ones, as others call them
 
 
 def parse(
-    recipe: str | Path | None, overrides: Sequence[str], say: Say = silent, *, also: Checks = ()
-) -> RunConfig:
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+    say: Say = silent,
+    *,
+    also: Checks = (),
+    base: Mapping[str, Any] | None = None,
+) -> AnyConfig:
     """The run that a recipe (name, file or none) and ``key=value`` words describe.
 
-    ``say`` hears what was decided for the user; ``also`` looks for more errors (`validate`).
-    Raises UserError with all errors in them.
+    ``say`` hears what was decided for the user; ``also`` looks for more errors (`validate`);
+    ``base`` holds settings that recipe and words overrule, ``kind`` among them.  Raises UserError
+    with all errors in them.
     """
     pairs, errors, others = read_settings(overrides)
     for word in others:
@@ -36,14 +51,29 @@ def parse(
         errors.append(SettingError(shown_name(word), text))
     for sentence in repeated(pairs):
         say(sentence)
-    return _assemble(recipe, pairs, errors, say, also)
+    return _assemble(recipe, pairs, errors, say, also, base or {})
 
 
 def from_settings(
-    recipe: str | Path | None = None, say: Say = silent, also: Checks = (), **settings: Any
-) -> RunConfig:
+    recipe: str | Path | None = None,
+    say: Say = silent,
+    also: Checks = (),
+    base: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> AnyConfig:
     """The same from Python: ``from_settings(data="photos", **{"method.mask_ratio": 0.8})``."""
-    return _assemble(recipe, list(settings.items()), [], say, also)
+    return _assemble(recipe, list(settings.items()), [], say, also, base or {})
+
+
+def of_kind(config: RunConfig, wanted: type[Config]) -> Config:
+    """The settings, where they are of the wanted kind of run; else a UserError."""
+    if not isinstance(config, wanted):
+        kind = wanted.model_fields["kind"].default
+        raise UserError(
+            f"kind={config.kind}: these settings are for another kind of run than kind={kind}: "
+            f"give them to `patchmine {_COMMANDS.get(type(config), 'pretrain')}`"
+        )
+    return config
 
 
 def _assemble(
@@ -52,12 +82,13 @@ def _assemble(
     errors: list[SettingError],
     say: Say,
     also: Checks,
-) -> RunConfig:
+    base: Mapping[str, Any],
+) -> AnyConfig:
     recipe = None if recipe_name is None else load_recipe(recipe_name)
     wanted, torn = tree_of((path, _plain(value)) for path, value in pairs)
-    settings, where = wanted, "the settings"
+    settings, where = merge(base, wanted), "the settings"
     if recipe is not None:
-        settings = merge(_settings_of(recipe, wanted, say), wanted)
+        settings = merge(merge(base, _settings_of(recipe, {**base, **wanted}, say)), wanted)
         where = f"the settings (with {recipe.name})"
     # A batch size that the user did not choose may be fitted to the machine and to the data.
     own = wanted if recipe is None or recipe.ours else settings
@@ -67,6 +98,15 @@ def _assemble(
         _with_row(config, row.use, text, silent, also)
     shortened = "epochs" in wanted or "warmup_epochs" not in settings
     return _fit_warmup(config, shortened and "warmup_epochs" not in wanted, say)
+
+
+_COMMANDS: dict[type[RunConfig], str] = {FinetuneConfig: "finetune"}
+
+
+def _model_of(settings: Mapping[str, Any]) -> type[AnyConfig]:
+    """The settings that a run of this kind has; of an unknown kind its error is told."""
+    kind = settings.get("kind", "pretrain")
+    return KINDS.get(kind, PretrainConfig) if isinstance(kind, str) else PretrainConfig
 
 
 def _plain(value: Any) -> Any:
@@ -81,16 +121,17 @@ def _checked(
     errors: Sequence[SettingError] = (),
     say: Say = silent,
     also: Checks = (),
-) -> RunConfig:
+) -> AnyConfig:
     """The settings as a run, or every error in them."""
-    known = dict(settings) if batch_chosen else _shared_out(settings, say)
+    model = _model_of(settings)
+    known = dict(settings) if batch_chosen else _shared_out(settings, model, say)
     rates = [(name, known.pop(name)) for name in RATES if known.get(name) is not None]
     config = validate(
-        RunConfig,
+        model,
         known,
         where=where,
-        before=[*errors, *(_rate(name, value, known) for name, value in rates)],
-        hint="; `patchmine config schema` lists all",
+        before=[*errors, *(_rate(name, value, known, model) for name, value in rates)],
+        hint=f"; `patchmine config schema {_COMMANDS.get(model, 'pretrain')}` lists all",
         also=also,
     )
     if not batch_chosen:
@@ -98,9 +139,11 @@ def _checked(
     return config
 
 
-def _rate(name: str, rate: Any, settings: Mapping[str, Any]) -> SettingError:
+def _rate(
+    name: str, rate: Any, settings: Mapping[str, Any], model: type[RunConfig]
+) -> SettingError:
     """An absolute learning rate, with the setting that gives it."""
-    batch_size = settings.get("batch_size", RunConfig.model_fields["batch_size"].default)
+    batch_size = settings.get("batch_size", model.model_fields["batch_size"].default)
     remedy = "the rate for 256 images: blr = rate * 256 / batch_size"
     are_numbers = all(type(x) in (int, float) and 0 < x < 1e9 for x in (rate, batch_size))
     if are_numbers and "by_size" not in settings:
@@ -110,9 +153,26 @@ def _rate(name: str, rate: Any, settings: Mapping[str, Any]) -> SettingError:
 
 
 def _settings_of(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[str, Any]:
-    """The recipe's settings for the wanted method, without what the wanted model makes void."""
+    """The recipe's settings for what is wanted, without what the wanted model makes void."""
     settings = dict(recipe.settings)
-    default, method = settings.get("method", "mae"), wanted.get("method")
+    if _model_of({**settings, **wanted}) is PretrainConfig:
+        settings = _for_method(recipe, wanted.get("method"), say)
+    if recipe.by_size:
+        settings["by_size"] = [
+            {**row, "use": _minus(use, wanted) if isinstance(use, Mapping) else use}
+            for row, use in ((row, row.get("use", {})) for row in recipe.by_size)
+        ]
+    model, arguments = wanted.get("model"), settings.get("model_args")
+    if "model" in wanted and arguments and model != settings.get("model"):
+        void = f"its model_args {shown(settings.pop('model_args'))} are not used"
+        say(f"model={model} replaces the recipe's model, so {void}.")
+    return settings
+
+
+def _for_method(recipe: Recipe, method: Any, say: Say) -> dict[str, Any]:
+    """The recipe's settings for the wanted method of pre-training, or for its own."""
+    settings = dict(recipe.settings)
+    default = settings.get("method", "mae")
     default = default if isinstance(default, Mapping) else {"name": default}
     name = (method.get("name") if isinstance(method, Mapping) else method) or default.get("name")
     if not isinstance(name, str | None):
@@ -123,15 +183,6 @@ def _settings_of(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[st
     elif name in METHODS and (recipe.methods or name != default.get("name")):
         own = "the method's own defaults are used"
         say(f"Recipe {recipe.name} has no settings for method={name}: {own}.")
-    if recipe.by_size:
-        settings["by_size"] = [
-            {**row, "use": _minus(use, wanted) if isinstance(use, Mapping) else use}
-            for row, use in ((row, row.get("use", {})) for row in recipe.by_size)
-        ]
-    model, arguments = wanted.get("model"), settings.get("model_args")
-    if "model" in wanted and arguments and model != settings.get("model"):
-        void = f"its model_args {shown(settings.pop('model_args'))} are not used"
-        say(f"model={model} replaces the recipe's model, so {void}.")
     return settings
 
 
@@ -149,7 +200,7 @@ def _minus(use: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _fit_warmup(config: RunConfig, may_shorten: bool, say: Say) -> RunConfig:
+def _fit_warmup(config: Config, may_shorten: bool, say: Say) -> Config:
     """A warm-up that nobody asked for must not outlast a run that somebody shortened."""
     warmup, epochs = config.warmup_epochs, config.epochs
     if config.by_size or config.steps is not None or epochs is None:
@@ -165,7 +216,7 @@ def _fit_warmup(config: RunConfig, may_shorten: bool, say: Say) -> RunConfig:
     return config
 
 
-def resolve_size(config: RunConfig, num_images: int, say: Say = silent) -> RunConfig:
+def resolve_size(config: Config, num_images: int, say: Say = silent) -> Config:
     """The settings for a data set of ``num_images``, where the recipe makes them depend on it."""
     if not config.by_size:
         return config
@@ -182,16 +233,16 @@ def resolve_size(config: RunConfig, num_images: int, say: Say = silent) -> RunCo
 
 
 def _with_row(
-    config: RunConfig, use: Mapping[str, Any], where: str, say: Say, also: Checks = ()
-) -> RunConfig:
+    config: Config, use: Mapping[str, Any], where: str, say: Say, also: Checks = ()
+) -> Config:
     settings = merge(config.model_dump(exclude={"by_size"}), use)
     chosen = "batch_size" not in use and "batch_size" in config.model_fields_set
-    return _checked(settings, where, chosen, say=say, also=also)
+    return of_kind(_checked(settings, where, chosen, say=say, also=also), type(config))
 
 
-def _shared_out(settings: Mapping[str, Any], say: Say) -> dict[str, Any]:
+def _shared_out(settings: Mapping[str, Any], model: type[RunConfig], say: Say) -> dict[str, Any]:
     """The settings with a batch that divides among the parts that it is cut into."""
-    names, fields = ("batch_size", "accumulate", "devices", "num_nodes"), RunConfig.model_fields
+    names, fields = ("batch_size", "accumulate", "devices", "num_nodes"), model.model_fields
     batch, *counts = (settings.get(name, fields[name].default) for name in names)
     clip = settings.get("clip")
     if reads_clips(str(settings.get("model"))) and isinstance(clip, Mapping):
@@ -207,7 +258,7 @@ def _shared_out(settings: Mapping[str, Any], say: Say) -> dict[str, Any]:
     return {**settings, "batch_size": fitting}
 
 
-def fit_batch(config: RunConfig, samples: int, items: str, say: Say = silent) -> RunConfig:
+def fit_batch(config: Config, samples: int, items: str, say: Say = silent) -> Config:
     """The settings for ``samples`` samples in an epoch, called ``items`` in messages.
 
     A larger batch that the user did not choose is lowered; UserError for one that was chosen, and
@@ -234,8 +285,8 @@ def fit_batch(config: RunConfig, samples: int, items: str, say: Say = silent) ->
 def missing_files(config: RunConfig) -> list[SettingError]:
     """Files that the settings name and that are not there, for `parse`: it needs no torch."""
     found = []
-    for setting in ("data", "eval_data", "eval_test"):
-        given = getattr(config, setting)
+    for setting in ("data", "eval_data", "eval_test", "labels", "val", "test"):
+        given = getattr(config, setting, None)
         for name in given if isinstance(given, list) else [given]:
             # A pattern or a scheme such as embedded:photos only opening can judge
             if name is not None and not exists(name) and not set(name) & set("*?[{:"):
@@ -258,7 +309,7 @@ def _neighbour(name: str) -> str:
 
 def results_of(config: RunConfig) -> dict[str, Any]:
     """The settings that decide the weights as JSON, by dotted names."""
-    tree = config.model_dump(mode="json", include=set(names_of(decide_weights=True)))
+    tree = config.model_dump(mode="json", include=set(names_of(type(config), decide_weights=True)))
     return _flat(tree)
 
 

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import Field
 
 from patchmine.backbones.settings import ModelSettings
-from patchmine.data.settings import DataSettings, ViewSettings
+from patchmine.data.settings import DataSettings, SupervisedSettings, ViewSettings
 from patchmine.evaluate.settings import EvalSettings
 from patchmine.methods import METHODS
 from patchmine.models.settings import MethodSettings
-from patchmine.strict import OF_A_MACHINE, ByName, Positive, SettingError, Strict
+from patchmine.strict import (
+    LARGEST_RUN,
+    OF_A_MACHINE,
+    BatchSize,
+    ByName,
+    Positive,
+    SettingError,
+    Strict,
+)
+from patchmine.tasks.settings import FinetuneSettings
 from patchmine.train.settings import TrainSettings, fitting_counts
-
-
-class MethodChoice(Strict):
-    """What the network learns from."""
-
-    DECIDES_WEIGHTS: ClassVar[bool] = True
-
-    method: Annotated[MethodSettings, ByName(lambda: METHODS, default="mae")] = Field(
-        "mae", validate_default=True, description="the method's name and its own settings"
-    )
 
 
 class SizeRow(Strict):
@@ -35,20 +34,16 @@ class SizeRow(Strict):
     use: dict[str, Any]
 
 
-class RunConfig(
-    EvalSettings, TrainSettings, MethodChoice, ViewSettings, ModelSettings, DataSettings
-):
-    """A run, complete and checked.  Its settings are listed from the last block to the first."""
+class RunConfig(TrainSettings, ViewSettings, ModelSettings, DataSettings):
+    """What the runs of all kinds have.  Settings are listed from the last block to the first."""
 
-    kind: Literal["pretrain"] = Field("pretrain", description="what the run is for")
+    kind: str = Field(description="what the run is for")
     by_size: list[SizeRow] = Field(
         [], description="settings by the number of images; see the recipe my-images"
     )
 
     def setting_errors(self) -> Iterator[SettingError]:
-        """What does not fit together between blocks."""
-        if self.method.multi_crop and self.crops.num_local:
-            yield from self.unfilled("crops.local_size", [self.crops.local_size])
+        """A batch that cannot be shared out."""
         counts = {name: getattr(self, name) for name in ("accumulate", "devices", "num_nodes")}
         parts, batch, repeats = math.prod(counts.values()), self.batch_size, self.clip.repeats
         if batch % parts:
@@ -71,7 +66,7 @@ class RunConfig(
     def to_yaml(self) -> str:
         """The settings, fully resolved, as a file that `patchmine pretrain` accepts."""
         values = self.model_dump(mode="json", exclude=set() if self.by_size else {"by_size"})
-        running = {name: values.pop(name) for name in names_of(decide_weights=False)}
+        running = {name: values.pop(name) for name in names_of(type(self), decide_weights=False)}
         parts = (
             ("What decides the weights.", values),
             ("Where and how the run is made; may change on resume.", running),
@@ -81,20 +76,64 @@ class RunConfig(
         )
 
 
-def names_of(*, decide_weights: bool) -> list[str]:
+class PretrainConfig(EvalSettings, RunConfig):
+    """A pre-training run, complete and checked."""
+
+    kind: Literal["pretrain"] = Field("pretrain", description="what the run is for")
+    method: Annotated[MethodSettings, ByName(lambda: METHODS, default="mae")] = Field(
+        "mae", validate_default=True, description="the method's name and its own settings"
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Local crops that patches do not fill."""
+        if self.method.multi_crop and self.crops.num_local:
+            yield from self.unfilled("crops.local_size", [self.crops.local_size])
+
+
+class FinetuneConfig(FinetuneSettings, SupervisedSettings, RunConfig):
+    """A run that fine-tunes a classifier, complete and checked."""
+
+    kind: Literal["classify"] = Field("classify", description="what the run is for")
+    epochs: Positive | None = Field(50, description="passes over the data")
+    batch_size: BatchSize = Field(64, description="images in one optimizer step, over all devices")
+    blr: float = Field(1e-3, gt=0, description="learning rate at batch_size=256; follows the batch")
+    warmup_epochs: float = Field(5, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
+    min_lr: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's"
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Rows that have no partner to be mixed with, and mixtures of numbers."""
+        parts = 2 * self.clip.repeats * self.accumulate * self.devices * self.num_nodes
+        if (self.mixup or self.cutmix) and self.batch_size % parts:
+            near = max(parts, round(self.batch_size / parts) * parts)
+            must = f"mixup and cutmix need pairs of images: try batch_size={near}"
+            yield SettingError("batch_size", f"given {self.batch_size}; {must}")
+        if (self.mixup or self.cutmix) and self.loss == "mse":
+            name = "mixup" if self.mixup else "cutmix"
+            yield SettingError(name, f"given {getattr(self, name):g}; of no use with loss=mse: 0")
+
+
+AnyConfig: TypeAlias = PretrainConfig | FinetuneConfig
+KINDS: dict[str, type[AnyConfig]] = {"pretrain": PretrainConfig, "classify": FinetuneConfig}
+"""The settings of each kind of run, as ``kind`` in config.yaml says; absent is "pretrain"."""
+
+
+def names_of(config: type[RunConfig], *, decide_weights: bool) -> list[str]:
     """The settings that decide the weights, which a resumed run must keep; or all others."""
-    blocks = [kind for kind in RunConfig.__mro__ if issubclass(kind, Strict)]
+    blocks = [block for block in config.__mro__ if issubclass(block, Strict)]
     running = {
         name
         for block in blocks
         if vars(block).get("DECIDES_WEIGHTS") is False
         for name in block.model_fields
     }
-    both = [name for name in RunConfig.model_fields if name != "by_size"]
+    both = [name for name in config.model_fields if name != "by_size"]
     return [name for name in both if (name not in running) is decide_weights]
 
 
 def names_of_a_machine() -> set[str]:
     """The settings that may differ between the processes of one run."""
-    fields = RunConfig.model_fields.items()
+    fields = [each for config in KINDS.values() for each in config.model_fields.items()]
     return {name for name, field in fields if OF_A_MACHINE in field.metadata}

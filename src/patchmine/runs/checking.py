@@ -6,7 +6,7 @@ import importlib.util
 import os
 
 from patchmine.config.resolve import missing_files
-from patchmine.config.schema import RunConfig
+from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.strict import SettingError
 
@@ -17,11 +17,37 @@ class _MisfitError(Exception):
     """What an argument makes timm or torch raise, which is no sentence of ours."""
 
 
-def misfits(config: RunConfig) -> list[SettingError]:
+def misfits(config: PretrainConfig) -> list[SettingError]:
     """A model that cannot be built, a method that it does not suit, what this machine lacks."""
-    import torch  # only now, where all that needs no torch is right
-
     found = [SettingError("", text) for text in _refusals(config)]
+    return found + _lacking(config)
+
+
+def misfits_of_classifier(config: FinetuneConfig) -> list[SettingError]:
+    """A backbone that cannot be built or is not moved as asked, what this machine lacks."""
+    import torch
+
+    from patchmine.runs.folder import build_classifier
+
+    found: list[SettingError] = []
+    named = config.model_copy(update={"classes": config.classes or ["one", "other"]})
+    try:
+        with torch.device("meta"), foreign_parser(_MisfitError):
+            build_classifier(named).param_groups()
+    except UserError as error:
+        found.append(SettingError("", str(error)))
+    except _MisfitError as error:
+        if "meta" not in str(error):
+            model = f"model={shown_name(config.model)} cannot be built"
+            found.append(SettingError("", f"{model} ({error}): check model_args and the sizes"))
+    return found + _lacking(config)
+
+
+def _lacking(config: RunConfig) -> list[SettingError]:
+    """What this machine does not have."""
+    import torch
+
+    found = []
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         missing = "but wandb is not installed; run `pip install patchmine[wandb]`"
         found.append(SettingError("wandb", f"given '{shown_name(config.wandb)}', {missing}"))
@@ -32,9 +58,11 @@ def misfits(config: RunConfig) -> list[SettingError]:
 
 CHECKS = (missing_files, misfits)
 """What is asked of the settings of a new run, in this order; torch is imported for the second."""
+CLASSIFIER_CHECKS = (missing_files, misfits_of_classifier)
+"""The same of a run that fine-tunes."""
 
 
-def _refusals(config: RunConfig) -> list[str]:
+def _refusals(config: PretrainConfig) -> list[str]:
     """What building the method says, and what it would say with a usual model."""
     if config.by_size:
         return []  # each row has its own model, which is checked with the row
@@ -42,12 +70,12 @@ def _refusals(config: RunConfig) -> list[str]:
     if told is None or told.startswith("method."):
         return [] if told is None else [told]
     # A model that cannot be built hides what is wrong with the method.
-    usual = {"model": RunConfig.model_fields["model"].default, "model_args": {}}
+    usual = {"model": PretrainConfig.model_fields["model"].default, "model_args": {}}
     more = _refusal(config.model_copy(update=usual))
     return [told, more] if more is not None and more.startswith("method.") else [told]
 
 
-def _refusal(config: RunConfig) -> str | None:
+def _refusal(config: PretrainConfig) -> str | None:
     """What building the method says, on the meta device: its tensors have shapes and no memory."""
     import torch
 

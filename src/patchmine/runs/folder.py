@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from patchmine.backbones import weights
+from patchmine.backbones.classifier import Classifier, Head
 from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import Encoder, build_encoder, family_of
 from patchmine.backbones.loading import LoadReport
 from patchmine.backbones.naming import Weights
 from patchmine.config.resolve import parse
-from patchmine.config.schema import RunConfig
+from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.methods import method_class
 from patchmine.task import Method
-from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load_newest, not_finite
+from patchmine.tasks.classify import Classify
+from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load, load_newest, not_finite
 from patchmine.train.log import read_line
-
-_WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "export", "export-partner", "bad_files.txt")
 
 _log = logging.getLogger("patchmine")
 
 
-def build_method(config: RunConfig, *, start_from: str | None = None, say: Say = silent) -> Method:
+def build_method(
+    config: PretrainConfig, *, start_from: str | None = None, say: Say = silent
+) -> Method:
     """The method that the settings describe, freshly initialised (seed torch first).
 
     Args:
@@ -55,6 +56,34 @@ def build_method(config: RunConfig, *, start_from: str | None = None, say: Say =
     return method
 
 
+def build_classifier(
+    config: FinetuneConfig,
+    *,
+    weights: Tensor | None = None,
+    scale: Tensor | None = None,
+    start_from: str | None = None,
+    say: Say = silent,
+) -> Classify:
+    """The classifier that the settings describe, freshly initialised (seed torch first).
+
+    Args:
+        config: settings of a run, ``classes`` filled in.
+        weights: see `Classify`, as ``scale``.
+        start_from: a run, export or weights file, whose encoder is taken instead of a random one.
+        say: hears what became of its tensors.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+    encoder = _bare_encoder(config)
+    report = None if start_from is None else _initialise(encoder, start_from)
+    task = Classify(config, encoder, config.classes, weights, scale)
+    if report is not None:
+        report.random = [f"head.{name}" for name in task.head.state_dict()]
+        say(report.render())
+    return task
+
+
 def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
     """Take over the weights of another encoder (init=)."""
     source = f"init={shown_name(start_from)}"
@@ -75,7 +104,7 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
     return report
 
 
-def _bare_encoder(config: RunConfig) -> Encoder:
+def _bare_encoder(config: AnyConfig) -> Encoder:
     return build_encoder(config, clip=(config.clip.frames, config.clip.tubelet))
 
 
@@ -139,12 +168,12 @@ class RunFolder:
         return self.path / ("export" if name in ("", "student") else f"export-{name}")
 
     @cached_property
-    def config(self) -> RunConfig:
+    def config(self) -> AnyConfig:
         """The run's settings.  Raises UserError when config.yaml is damaged."""
         return parse(self.config_file, [])
 
     @property
-    def whole_config(self) -> RunConfig:
+    def whole_config(self) -> AnyConfig:
         """The same with mean and std.  Raises UserError where the file has none."""
         if self.config.mean is None or self.config.std is None:
             raise UserError(
@@ -170,10 +199,39 @@ class RunFolder:
         Raises UserError when there is no checkpoint, when it does not fit the settings, or when it
         is not finite.
         """
+        if not isinstance(self.config, PretrainConfig):
+            raise UserError(
+                f"{self.path} was fine-tuned (kind={self.config.kind}) and has no pre-training "
+                "method: name the run that it started from"
+            )
         found = self._newest()
         method = build_method(self.config)
         _load(method, found.model, found.path)
         return method.eval()
+
+    def classify(self) -> Classify:
+        """What a fine-tuned run trained, with the weights of its best checkpoint where it chose
+        one, else of the newest; on the CPU, in eval mode.
+
+        Raises UserError for a run of another kind, and as `method` does.
+        """
+        if not isinstance(self.config, FinetuneConfig):
+            raise UserError(
+                f"{self.path} was pre-trained and knows no classes: fine-tune it first, as in "
+                f"`patchmine finetune {self.path} data=labelled/ out=runs/classify`"
+            )
+        best = self.checkpoint_dir / "best"
+        found = load(best.resolve(), parts=("model",)) if best.exists() else self._newest()
+        task = build_classifier(self.config)
+        _load(task, found.model, found.path)
+        return task.eval()
+
+    def classifier(self) -> Classifier:
+        """Encoder and linear layer of a fine-tuned run: images or clips, normalised, to scores.
+
+        Raises UserError as `classify` does.
+        """
+        return self.classify().network().eval()
 
     def encoder(self, which: str = "student") -> Encoder:
         """One encoder of the run, from the newest readable checkpoint or else from its export.
@@ -188,6 +246,14 @@ class RunFolder:
         Raises:
             UserError: there is no such encoder, or it is not finite.
         """
+        if isinstance(self.config, FinetuneConfig):
+            encoders: dict[str, Encoder] = dict(self.classify().encoders())
+            if which not in encoders:
+                raise UserError(
+                    f"weights={shown_name(which)}: {self.path} was fine-tuned and has one encoder: "
+                    "leave the setting out"
+                )
+            return encoders[which].eval()
         folder = self.export_folder(which)
         if not self.checkpoints and is_export(folder) and not which.endswith("teacher"):
             return weights.load_encoder(folder).eval()
@@ -204,8 +270,8 @@ class RunFolder:
         encoders = self.method().encoders()
         if which not in encoders:
             raise UserError(
-                f"{self.path} holds no {shown_name(which)}: method={self.config.method.name} keeps "
-                f"none; use weights={' or '.join(encoders)}"
+                f"{self.path} holds no {shown_name(which)}: its method keeps none; "
+                f" use weights={' or '.join(encoders)}"
             )
         return encoders[which].eval()
 
@@ -237,7 +303,7 @@ def _load(module: nn.Module, tensors: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def preprocessing_of(config: RunConfig, encoder: Encoder) -> Preprocessing:
+def preprocessing_of(config: AnyConfig, encoder: Encoder) -> Preprocessing:
     """How images came to an encoder of such a run.  UserError where config.yaml does not tell."""
     if config.mean is None or config.std is None:
         raise UserError(
@@ -255,54 +321,15 @@ def preprocessing_of(config: RunConfig, encoder: Encoder) -> Preprocessing:
 
 
 def write_export(
-    config: RunConfig,
+    config: AnyConfig,
     encoder: Encoder,
     folder: str | PathLike[str],
+    head: Head | None = None,
     *,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
     """`export_encoder` of an encoder that saw images as the run prepared them."""
-    return export_encoder(encoder, folder, preprocessing_of(config, encoder), check=check)
-
-
-def new_folder(config: RunConfig) -> Path:
-    """The folder of a run to be made.  Raises UserError for a place where no run can be."""
-    if config.out is None:
-        raise UserError("out is not set: name a new folder for the run, as in out=runs/first")
-    folder = Path(config.out)
-    # Safetensors opens no path that is not UTF-8, and no checkpoint could be read
-    if not str(folder).isprintable():
-        raise UserError(
-            f"out={shown_name(folder)}: name the run's folder by letters that can be printed"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"out={folder} is a file: name a new folder for the run")
-    for name in [config.data] if isinstance(config.data, str) else config.data:
-        # Path refuses users that are unknown.
-        data = os.path.expanduser(name.split("::")[0])  # noqa: PTH111
-        inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data))
-        if inside and os.path.isdir(data):  # noqa: PTH112
-            raise UserError(
-                f"out={folder} lies in data={shown_name(name)}, where the run's pictures would be "
-                "taken for images: name a folder beside it"
-            )
-    return folder
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """Raise UserError where a new run would write over another one, or over somebody's files."""
-    if os.path.lexists(folder / "config.yaml"):
-        raise UserError(
-            f"out={folder} already holds a run, which is left as it is: go on with it by "
-            f"`patchmine resume {folder}`, or choose another out"
-        )
-    for name in _WRITTEN:
-        place = folder / name
-        if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
-            raise UserError(
-                f"out={folder} holds no run, but {name}, which a run writes itself: choose a new "
-                "folder"
-            )
+    return export_encoder(encoder, folder, preprocessing_of(config, encoder), head, check=check)
 
 
 def is_run(path: str | PathLike[str]) -> bool:

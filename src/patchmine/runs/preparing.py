@@ -10,8 +10,8 @@ import torch
 
 from patchmine.backbones.family import family_of, is_encoder
 from patchmine.backbones.settings import ModelSettings
-from patchmine.config.resolve import fit_batch
-from patchmine.config.schema import RunConfig
+from patchmine.config.resolve import Config, fit_batch
+from patchmine.config.schema import PretrainConfig, RunConfig
 from patchmine.data.items import Item
 from patchmine.data.loader import data_statistics
 from patchmine.data.settings import InputSettings
@@ -20,7 +20,7 @@ from patchmine.data.sources.source import Spec, default_cache_dir
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import normalise
 from patchmine.errors import Say, UserError, shown_name
-from patchmine.task import Method
+from patchmine.task import Method, Task
 from patchmine.train.engine import Engine
 from patchmine.types import Batch, Progress
 
@@ -39,7 +39,7 @@ def open_data(config: RunConfig, source: Spec | None, say: Say) -> Source:
     return opened
 
 
-def with_statistics(config: RunConfig, source: Source, say: Say) -> RunConfig:
+def with_statistics(config: Config, source: Source, say: Say) -> Config:
     """The settings with mean and deviation of the data, where they name none."""
     if config.mean is not None:
         return config
@@ -49,7 +49,7 @@ def with_statistics(config: RunConfig, source: Source, say: Say) -> RunConfig:
     return config.model_copy(update={"mean": rounded[0], "std": rounded[1]})
 
 
-def fit_to_length(config: RunConfig, num_items: int, say: Say) -> RunConfig:
+def fit_to_length(config: Config, num_items: int, say: Say) -> Config:
     """Fits the batch to the data, and shortens a warm-up that would outlast half of the steps."""
     item = item_of(config)
     samples = num_items * item.samples(config)
@@ -78,10 +78,9 @@ def length_of(config: RunConfig, num_items: int) -> Progress:
     return Progress(0, total, steps_per_epoch)
 
 
-def train_view(config: RunConfig, method: Method) -> View:
+def train_view(config: PretrainConfig, method: Method) -> View:
     """What becomes of an item in training.  UserError for local crops that patches do not fill."""
-    # Of all backbones
-    patches = [family_of(part).smallest_side(part) for part in method.modules() if is_encoder(part)]
+    patches = _smallest_sides(method)
     size, step = config.crops.local_size, math.lcm(*patches)
     multi_crop = method.config.multi_crop
     if multi_crop and config.crops.num_local and size % step:
@@ -91,6 +90,16 @@ def train_view(config: RunConfig, method: Method) -> View:
             f"of method={config.method.name} ask for: set crops.local_size={near}"
         )
     return item_of(config).train_view(config, max(patches), multi_crop)
+
+
+def smallest_side(task: Task) -> int:
+    """Pixels of the smallest image that is of use to a task."""
+    return max(_smallest_sides(task))
+
+
+def _smallest_sides(task: Task) -> list[int]:
+    """Of all its backbones."""
+    return [family_of(part).smallest_side(part) for part in task.modules() if is_encoder(part)]
 
 
 def normaliser(config: InputSettings, engine: Engine) -> Callable[[Batch], Batch]:

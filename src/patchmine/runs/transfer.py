@@ -21,17 +21,12 @@ from patchmine.backbones.network import Network, check_transformers
 from patchmine.backbones.official import OfficialFile
 from patchmine.backbones.weights import as_size
 from patchmine.config.explain import shown
-from patchmine.config.resolve import from_settings
-from patchmine.config.schema import RunConfig
+from patchmine.config.resolve import from_settings, of_kind
+from patchmine.config.schema import FinetuneConfig, PretrainConfig
 from patchmine.disk import output, replacing, system_errors
 from patchmine.errors import Say, UserError, silent
-from patchmine.runs.folder import (
-    RunFolder,
-    build_method,
-    preprocessing_of,
-    refuse_used_folder,
-    write_export,
-)
+from patchmine.runs.folder import RunFolder, build_method, preprocessing_of, write_export
+from patchmine.runs.fresh import refuse_used_folder
 from patchmine.runs.lock import lock
 from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints
@@ -80,8 +75,9 @@ def export_run(
         onnx_file.refuse_missing_libraries()
     encoder = run.encoder(weights)
     folder = run.export_folder(weights)
+    head = run.classify().head_of() if isinstance(run.config, FinetuneConfig) else None
     if to == "timm":
-        return write_export(run.config, encoder, out or folder)
+        return write_export(run.config, encoder, out or folder, head)
     network = Network(
         encoder,
         encoder.built_from.architecture,
@@ -98,12 +94,13 @@ def export_run(
             "patchmine.load_encoder opens"
         )
     check = partial(check_transformers, network, say)
-    return write_export(run.config, encoder, out or folder, check=check)
+    return write_export(run.config, encoder, out or folder, head, check=check)
 
 
 def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
     """The whole method of a run under the names of its reference code."""
-    name = run.config.method.name
+    config = of_kind(run.config, PretrainConfig)
+    name = config.method.name
     if name not in _FULL:
         raise UserError(
             f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and "
@@ -127,12 +124,12 @@ def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
         tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
     else:
         tensors = _as_videomae(tensors, method if weights == "student" else None)
-    told = {each: getattr(run.config.method, each) for each in (*_DECODER_TOLD, *_TOLD)}
-    if "norm_eps" in run.config.model_args:
-        told["norm_eps"] = run.config.model_args["norm_eps"]
+    told = {each: getattr(config.method, each) for each in (*_DECODER_TOLD, *_TOLD)}
+    if "norm_eps" in config.model_args:
+        told["norm_eps"] = config.model_args["norm_eps"]
     if clip is not None:
         told["clip"] = clip
-    metadata = note(run.config.image_size, encoder.blocks[0].attn.num_heads, **told)
+    metadata = note(config.image_size, encoder.blocks[0].attn.num_heads, **told)
     contiguous = {each: tensor.contiguous() for each, tensor in tensors.items()}
     with output(target) as new, system_errors(target):
         save_file(contiguous, new, metadata=metadata)
@@ -230,7 +227,7 @@ def import_file(
     return RunFolder(folder)
 
 
-def _assumed(found: OfficialFile, config: RunConfig) -> list[str]:
+def _assumed(found: OfficialFile, config: PretrainConfig) -> list[str]:
     """Which settings of the method the file does not tell."""
     unknown = [name for name in _TOLD if name not in found.settings]
     told = [f"method.{name}={shown(getattr(config.method, name))}" for name in unknown]
@@ -238,7 +235,7 @@ def _assumed(found: OfficialFile, config: RunConfig) -> list[str]:
     return [f"{because}: {', '.join(told)}"] if told else []
 
 
-def _settings(found: OfficialFile, out: str) -> RunConfig:
+def _settings(found: OfficialFile, out: str) -> PretrainConfig:
     """The settings of a run that would have made the file, as far as it tells."""
     architecture = found.architecture
     method: dict[str, Any] = {"name": found.method}
@@ -247,7 +244,7 @@ def _settings(found: OfficialFile, out: str) -> RunConfig:
     clip: dict[str, Any] = {}
     if architecture.clip is not None:
         clip["clip"] = dict(zip(("frames", "tubelet"), architecture.clip, strict=True))
-    return from_settings(
+    config = from_settings(
         data=f"imported:{found.source}",
         model=architecture.model,
         model_args=dict(architecture.model_args),
@@ -258,6 +255,7 @@ def _settings(found: OfficialFile, out: str) -> RunConfig:
         out=out,
         **clip,
     )
+    return of_kind(config, PretrainConfig)
 
 
 def _method_tensors(found: OfficialFile, method: Method) -> dict[str, Tensor]:

@@ -58,6 +58,7 @@ class Keeper:
         identity: fingerprints that must be equal on resume, by what they stand for.
         remembered: other JSON to be kept.
         best_by: the score, the higher the better, by which ``checkpoints/best`` is chosen.
+        patience: epochs without a better score after which training ends; None: never early.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Keeper:
     identity: Mapping[str, str] = field(default_factory=dict)
     remembered: Mapping[str, Any] = field(default_factory=dict)
     best_by: str | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         facts = {} if self.start is None else self.start.facts
@@ -80,6 +82,12 @@ class Keeper:
             return False
         self.best = {"step": done.step, "metric": self.best_by, "score": score}
         return True
+
+    def is_exhausted(self, done: Progress) -> bool:
+        """Whether the best score is as old as ``patience`` epochs; the same on every resume."""
+        if self.patience is None or self.best is None or done.step % done.steps_per_epoch:
+            return False
+        return done.step - int(self.best["step"]) >= self.patience * done.steps_per_epoch
 
     def save(self, stepper: Stepper, done: Progress) -> None:
         """Write a checkpoint.  Raises UserError for a state that is not finite, or a full disk."""
@@ -137,32 +145,25 @@ def train(
     hooks = hooks or Hooks()
     stepper = Stepper(task, engine, settings)
     start, total, per_epoch = keeper.start, length.total_steps, length.steps_per_epoch
-    # Once an epoch, but epochs of a few steps do not deserve a file each.
-    save_every = settings.checkpoint_every or max(per_epoch, min(100, total))
-    sample_every = settings.sample_every or max(1, total // 10)
     if start is not None:
         restore(task, stepper.optimizers, start, keeper.identity)
     task.train()
     with StopSignals(hooks.on_stop) as stop:
         for step in range(0 if start is None else start.step, total):
             now, done = length.at(step), length.at(step + 1)
+            if keeper.is_exhausted(now):
+                log.say(
+                    f"no better {keeper.best_by} in {keeper.patience} epochs: training ends after "
+                    f"step {step} of {total}"
+                )
+                return now
             if step % per_epoch == 0:
                 hooks.before_epoch(now)
             batch = stepper.make(now, batches)
             if _due(done, settings.log_every):
                 _report(stepper, done, log, keeper.folder)
             log.advance(done.step)
-            with stepper.watch.paused():
-                if engine.is_main and _due(done, sample_every):
-                    hooks.on_sample(done, batch)
-                scores = hooks.on_epoch(done) if _due(done, per_epoch) else None
-                task.train()
-                asked = engine.largest(stop.received)
-                best = keeper.is_best(scores, done)
-                if engine.is_main and (asked or best or _due(done, save_every)):
-                    with engine.undisturbed():
-                        hooks.before_save()
-                        keeper.save(stepper, done)
+            asked = _look(stepper, done, batch, stop, keeper, hooks)
             if asked and done.step < total:
                 engine.barrier()  # the checkpoint is written before any process ends
                 name = signal.Signals(asked).name
@@ -173,6 +174,28 @@ def train(
                 raise Interrupted(asked, done.step, is_main=engine.is_main)
     _say_skipped(keeper.skipped + stepper.total_skipped(), stepper, total, log)
     return length.at(total)
+
+
+def _look(
+    stepper: Stepper, done: Progress, batch: Batch, stop: StopSignals, keeper: Keeper, hooks: Hooks
+) -> int:
+    """What is due between two steps: a picture, scores, a checkpoint.  Gives the signal to stop."""
+    settings, engine, total = stepper.settings, stepper.engine, done.total_steps
+    # Once an epoch, but epochs of a few steps do not deserve a file each.
+    save_every = settings.checkpoint_every or max(done.steps_per_epoch, min(100, total))
+    with stepper.watch.paused():
+        if engine.is_main and _due(done, settings.sample_every or max(1, total // 10)):
+            hooks.on_sample(done, batch)
+        scores = hooks.on_epoch(done) if _due(done, done.steps_per_epoch) else None
+        stepper.task.train()
+        asked = engine.largest(stop.received)
+        best = keeper.is_best(scores, done)
+        last = asked or best or keeper.is_exhausted(done)
+        if engine.is_main and (last or _due(done, save_every)):
+            with engine.undisturbed():
+                hooks.before_save()
+                keeper.save(stepper, done)
+    return asked
 
 
 def restore(

@@ -1,0 +1,95 @@
+"""A classifier on a backbone: one linear layer on pooled features, and the same as timm has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from patchmine.backbones.family import family_of, pooled
+from patchmine.backbones.record import Encoder
+from patchmine.errors import UserError
+
+_FINAL_NORM = "norm."  # of a ViT; timm has it behind the pooling as fc_norm, under another name
+
+
+class Classifier(nn.Module):
+    """Scores of images (B, C, H, W), or of clips (B, C, T, H, W).
+
+    Args:
+        encoder: a network without classifier.
+        head: from its features (B, D) to the scores (B, K).
+        pool: see `family.pooled`.
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Linear, pool: str) -> None:
+        super().__init__()
+        if pool == "cls" and getattr(encoder, "cls_token", None) is None:
+            raise UserError("pool=cls, but this encoder has no class token: give pool=mean")
+        self.encoder, self.head, self.pool = encoder, head, pool
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, K) scores before softmax or sigmoid."""
+        scores: Tensor = self.head(pooled(self.encoder, images, self.pool))
+        return scores
+
+
+@dataclass(frozen=True)
+class Head:
+    """What an export says of a classifier: its layer, how features are pooled, names of scores."""
+
+    layer: nn.Linear
+    pool: str
+    names: Sequence[str]
+
+    def arguments(self, encoder: Encoder) -> dict[str, Any]:
+        """timm's arguments of a network that pools so, but ``num_classes``."""
+        family = family_of(encoder)
+        if family.convolutional:
+            return {}
+        mean = self.pool == "mean"
+        own: dict[str, Any] = {"global_pool": "avg" if mean else "token"}
+        return own | ({"fc_norm": mean} if "fc_norm" in family.export_arguments(encoder) else {})
+
+    def tensors(self, encoder: Encoder) -> dict[str, Tensor]:
+        """The whole classifier under timm's names."""
+        renamed = self.pool == "mean" and not family_of(encoder).convolutional
+        body = {
+            f"fc_{name}" if renamed and name.startswith(_FINAL_NORM) else name: tensor
+            for name, tensor in encoder.state_dict().items()
+        }
+        place = "fc" if family_of(encoder).convolutional else "head"
+        return body | {f"{place}.{name}": each for name, each in self.layer.state_dict().items()}
+
+
+def with_head(encoder: Encoder, head: Head) -> nn.Module:
+    """timm's network with this classifier, on the CPU, in eval mode.
+
+    Raises UserError for an encoder that timm has not.
+    """
+    family, built = family_of(encoder), encoder.built_from
+    if not family.timm_opens(encoder):
+        raise UserError(
+            f"timm has no {built.model} as it was trained here ({family.item.noun}s, or a stem for "
+            "small images): use it by patchmine.Run(...).classifier()"
+        )
+    arguments: Mapping[str, Any] = {
+        **built.model_args,
+        "in_chans": built.channels,
+        **family.export_arguments(encoder),
+        **head.arguments(encoder),
+        "num_classes": head.layer.out_features,
+    }
+    network: nn.Module = family.create(built.architecture, arguments)
+    network.load_state_dict({name: each.cpu() for name, each in head.tensors(encoder).items()})
+    return network.eval()
+
+
+def new_layer(width: int, outputs: int, std: float) -> nn.Linear:
+    """A classifier before its first step: weights normal, biases 0 (MAE, ``main_finetune.py``)."""
+    layer = nn.Linear(width, outputs)
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,51 @@
+"""The folder of a run that is to be made: a place that holds nothing yet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from patchmine.config.schema import RunConfig
+from patchmine.errors import UserError, shown_name
+
+_WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "export", "export-partner", "bad_files.txt")
+
+
+def new_folder(config: RunConfig) -> Path:
+    """The folder of a run to be made.  Raises UserError for a place where no run can be."""
+    if config.out is None:
+        raise UserError("out is not set: name a new folder for the run, as in out=runs/first")
+    folder = Path(config.out)
+    # Safetensors opens no path that is not UTF-8, and no checkpoint could be read
+    if not str(folder).isprintable():
+        raise UserError(
+            f"out={shown_name(folder)}: name the run's folder by letters that can be printed"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"out={folder} is a file: name a new folder for the run")
+    for name in [config.data] if isinstance(config.data, str) else config.data:
+        # Path refuses users that are unknown.
+        data = os.path.expanduser(name.split("::")[0])  # noqa: PTH111
+        inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(data))
+        if inside and os.path.isdir(data):  # noqa: PTH112
+            raise UserError(
+                f"out={folder} lies in data={shown_name(name)}, where the run's pictures would be "
+                "taken for images: name a folder beside it"
+            )
+    return folder
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Raise UserError where a new run would write over another one, or over somebody's files."""
+    if os.path.lexists(folder / "config.yaml"):
+        raise UserError(
+            f"out={folder} already holds a run, which is left as it is: go on with it by "
+            f"`patchmine resume {folder}`, or choose another out"
+        )
+    for name in _WRITTEN:
+        place = folder / name
+        if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
+            raise UserError(
+                f"out={folder} holds no run, but {name}, which a run writes itself: choose a new "
+                "folder"
+            )

@@ -1,0 +1,136 @@
+"""Settings of the supervised tasks: what is learned, from which labels, and how carefully."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from patchmine.models.settings import TrainableSpec
+from patchmine.strict import (
+    LARGEST_COUNT,
+    LARGEST_RUN,
+    OF_A_MACHINE,
+    Fraction,
+    Positive,
+    SettingError,
+    Strict,
+    Text,
+    Texts,
+)
+
+Loss = Literal["ce", "bce", "mse"]
+
+
+class LabelSettings(Strict):
+    """The labels, and which images the network is judged by."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    labels: Annotated[Text | None, OF_A_MACHINE] = Field(
+        None, description="CSV file of labels, a row an image; null: the folders are the classes"
+    )
+    column: str | None = Field(
+        None, description="of labels: the column to learn; null: the only one beside the file's"
+    )
+    loss: Loss = Field(
+        "ce", description="ce: one class an image; bce: any number of labels; mse: a number"
+    )
+    share: float = Field(
+        1.0, gt=0, le=1, description="share of the training images of each class that is used"
+    )
+    val: Annotated[Texts | None, OF_A_MACHINE] = Field(
+        None, description="labelled images that choose the best checkpoint; null: see val_share"
+    )
+    val_share: float = Field(
+        0.0, ge=0, lt=1, description="share of each class kept from training to choose it by"
+    )
+    patience: Positive | None = Field(
+        None, description="epochs without a better validation after which training stops"
+    )
+    classes: list[str] = Field([], description="names of what is told apart; []: the data's")
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Validation without data, and a column without a table."""
+        if self.patience is not None and self.val is None and not self.val_share:
+            text = "but nothing to validate on: set val_share=0.1, or val to labelled images"
+            yield SettingError("patience", f"given {self.patience}, {text}")
+        if self.val is not None and self.val_share:
+            text = f"given {self.val_share:g}, but val names images: give one of the two"
+            yield SettingError("val_share", text)
+        if self.labels is None and self.column is not None:
+            text = f"given '{self.column}', but there is no table: set labels to a CSV file"
+            yield SettingError("column", text)
+        if self.labels is None and self.loss == "mse":
+            text = "given mse, but folders name classes: set labels to a CSV file of numbers"
+            yield SettingError("loss", text)
+
+
+class NetworkSettings(Strict):
+    """What stands on the backbone, and how far the backbone moves."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    pool: Literal["mean", "cls"] = Field(
+        "mean", description="mean of the patches, then the norm; or the class token"
+    )
+    head_std: float = Field(
+        2e-5, ge=0, le=1, description="deviation of the classifier's first weights"
+    )
+    trainable: TrainableSpec = Field(
+        "all", description="all, none (the classifier only), last:4 (blocks), bias, lora:8 (rank)"
+    )
+    positions: Literal["learned", "frozen"] = Field(
+        "learned", description="whether the table of positions is trained too (trainable=all)"
+    )
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="factor of the rate from layer to layer; null: 0.75, or 1"
+    )
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block")
+
+
+class RegularSettings(Strict):
+    """What keeps a network from learning few labels by heart."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    label_smoothing: float = Field(
+        0.1, ge=0, lt=1, description="share of a label that goes to all classes"
+    )
+    balance: bool = Field(False, description="weigh images so that all classes count the same")
+    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keep a moving average of the weights, and use that"
+    )
+
+
+class TestSettings(Strict):
+    """What the finished network is tested on."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = False
+    __test__: ClassVar[bool] = False  # no test, whatever pytest thinks of the name
+
+    test: Annotated[Texts | None, OF_A_MACHINE] = Field(
+        None, description="labelled images to test on; null: a part of data"
+    )
+    eval_every: int = Field(
+        1, ge=0, le=LARGEST_RUN, description="epochs between validations; 0: at the end only"
+    )
+    eval_batch: int = Field(
+        256, gt=0, le=LARGEST_COUNT, description="images tested at once; changes no result"
+    )
+    crop_pct: Fraction = Field(
+        0.875, gt=0, description="centre crop in tests, share of the shorter side"
+    )
+
+
+class FinetuneSettings(TestSettings, RegularSettings, NetworkSettings, LabelSettings):
+    """All that a fine-tuned run has beside a pre-training run's data, views and schedule."""
+
+
+class FinetuneOptions(Strict):
+    """What `patchmine finetune` takes beside the settings of a run."""
+
+    recipe: Text | None = Field(None, description="a recipe's name or YAML file; yours overrule it")
+    check: bool = Field(False, description="only look whether settings, labels and images fit")

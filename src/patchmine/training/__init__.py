@@ -1,0 +1,9 @@
+"""From settings to a finished run: the only place where data, a task and optimizers meet."""
+
+from __future__ import annotations
+
+from patchmine.training.finetuning import finetune as finetune
+from patchmine.training.place import Place as Place
+from patchmine.training.place import train_task as train_task
+from patchmine.training.pretraining import pretrain as pretrain
+from patchmine.training.resuming import resume as resume

@@ -1,0 +1,272 @@
+"""Fine-tuning: a backbone learns labels, is tested, and is exported with its classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from patchmine.config.resolve import resolve_size
+from patchmine.config.schema import FinetuneConfig
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.loader import plain_batches
+from patchmine.data.sampling import spread_indices
+from patchmine.data.sources.selected import Selected
+from patchmine.data.workers import num_workers
+from patchmine.disk import refusal
+from patchmine.errors import Say, UserError, reason_of, shown_name, silent
+from patchmine.evaluate.evaluated import of_run
+from patchmine.evaluate.features import FeatureLoop, Reader
+from patchmine.evaluate.labelled import Part
+from patchmine.evaluate.measure import write_result
+from patchmine.evaluate.scores import classification_scores, multilabel_scores, regression_scores
+from patchmine.evaluate.settings import ReadingSettings
+from patchmine.runs import preparing
+from patchmine.runs.folder import RunFolder, build_classifier, write_export
+from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.tasks.classify import Classify, balanced_weights
+from patchmine.train.checkpoint import Checkpoint
+from patchmine.train.engine import Engine
+from patchmine.train.log import Log
+from patchmine.train.loop import Hooks
+from patchmine.train.optim import render_groups
+from patchmine.training.labels import Labelled, open_labelled_parts
+from patchmine.training.place import Place, agree, open_place, train_task
+from patchmine.types import Progress
+
+TEST = "test"  # eval/test.json
+
+
+def finetune(config: FinetuneConfig, *, say: Say = silent) -> RunFolder:
+    """Make a run that learns labels, in the new folder ``config.out``.
+
+    Args:
+        config: the settings.
+        say: hears what happens.
+
+    Returns:
+        The run: trained, tested (``eval/test.json``) and exported with its classifier.
+
+    Raises:
+        UserError: mistakes in settings, labels or folders.
+        Interrupted: a SystemExit with the stated code, when it was asked to stop.
+    """
+    folder = new_folder(config)
+    with open_place(folder, config, say) as place:
+        refuse_used_folder(folder)
+        labelled, config = open_labels(config, place)
+        return train_classifier(config, place, labelled, None)
+
+
+def check(config: FinetuneConfig, *, say: Say = silent) -> None:
+    """Look whether settings, labels and images fit together; nothing is written or trained.
+
+    Raises UserError as `finetune` does.
+    """
+    folder = new_folder(config)
+    refuse_used_folder(folder)
+    engine = Engine(config.device, config.devices, config.num_nodes, config.precision, say)
+    labelled, config = open_labels(config, Place(folder, engine, say))
+    item, part = preparing.item_of(config), labelled.train
+    view = item.supervised_view(config, 1)
+    bad = BadFiles(None, config.max_bad_share, item.noun)
+    some = spread_indices(len(part), 32, config.seed)
+    read = sum(
+        len(batch) for batch in plain_batches(part, view, batch_size=8, indices=some, bad=bad)
+    )
+    counts = ", ".join(
+        f"{len(each):,} to {use}"
+        for each, use in ((part, "train on"), (labelled.val, "choose by"), (labelled.test, "test"))
+        if each is not None
+    )
+    say(f"Settings and labels fit: {len(labelled.names)} {labelled.what}; {counts}.")
+    say(f"{read} of {len(some)} {item.noun}s that were tried can be read.")
+
+
+def open_labels(config: FinetuneConfig, place: Place) -> tuple[Labelled, FinetuneConfig]:
+    """Labelled images, and the settings that had to wait for them, alike in all processes."""
+    labelled = open_labelled_parts(config, preparing.item_of(config), place.say)
+    images = labelled.train
+    if config.classes and list(config.classes) != labelled.names:
+        raise UserError(
+            f"classes={config.classes} are not those of the data, {labelled.names}: leave the "
+            "setting out, or give the run's own data"
+        )
+    config = config.model_copy(update={"classes": labelled.names})
+    config = resolve_size(config, len(images), place.say)
+    config = preparing.with_statistics(config, images, place.say)
+    config = preparing.fit_to_length(config, len(images), place.say)
+    parts = (images, labelled.val, labelled.test)
+    found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in parts if part)
+    agree(config, place, ", ".join(found))
+    return labelled, config
+
+
+def train_classifier(
+    config: FinetuneConfig, place: Place, labelled: Labelled, start: Checkpoint | None
+) -> RunFolder:
+    """The run with these settings, trained to its end, tested and exported."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        task = build_classifier(
+            config,
+            **_statistics(config, labelled.train),
+            start_from=config.init if start is None else None,
+            say=place.say,
+        )
+    rates = render_groups(
+        task.param_groups(),
+        weight_decay=config.weight_decay,
+        blr=config.blr,
+        batch_size=config.batch_size,
+    )
+    place.say(rates)
+    tester = Tester(task, config, place)
+
+    def watch(log: Log) -> Hooks:
+        return Hooks(on_epoch=lambda done: _validate(tester, labelled.val, log, done))
+
+    item = preparing.item_of(config)
+    bad = train_task(
+        task,
+        config,
+        labelled.train,
+        item.supervised_view(config, preparing.smallest_side(task)),
+        place,
+        name=f"fine-tuning to {len(labelled.names)} {labelled.what}",
+        start=start,
+        watch=watch,
+        patience=config.patience,
+    )
+    place.engine.barrier()  # the checkpoint is written
+    return _finish(config, place, labelled, tester, bad)
+
+
+def _statistics(config: FinetuneConfig, images: Selected) -> dict[str, Tensor | None]:
+    """What the labels to be learnt say of themselves: weights of classes, or mean and spread."""
+    targets = torch.from_numpy(np.asarray(images.targets))
+    if config.loss == "mse":
+        spread = targets.std(0, correction=0)
+        return {"scale": torch.stack([targets.mean(0), torch.where(spread > 0, spread, 1)])}
+    if config.loss == "ce" and config.balance:
+        counts = torch.bincount(targets, minlength=len(images.names))
+        return {"weights": balanced_weights(counts)}
+    return {}
+
+
+@dataclass(frozen=True)
+class Tester:
+    """Scores of images that are not trained on, each process reading its share."""
+
+    task: Classify
+    config: FinetuneConfig
+    place: Place
+
+    def __call__(self, part: Selected, title: str) -> dict[str, Any]:
+        """What `evaluate.scores` says of a part.  Raises UserError where too much is broken."""
+        config, engine = self.config, self.place.engine
+        workers = num_workers(config.workers, engine.device, engine.local_size)
+        reading = ReadingSettings(
+            batch_size=config.eval_batch, workers=workers, max_bad_share=config.max_bad_share
+        )
+        model = of_run(config, config.crop_pct, self.task.encoder, "the classifier")
+        reader = _Scores(replace(model, encoder=self.task))
+        loop = FeatureLoop({"": reader}, reading, engine.device, self.place.say, engine)
+        found = loop.table(Part(part, np.arange(len(part)), None), title)[""]
+        scores, targets = found.x[:, 0], torch.from_numpy(part.targets)[found.index]
+        rate = {"ce": classification_scores, "bce": multilabel_scores, "mse": regression_scores}
+        result: dict[str, Any] = rate[config.loss](scores, targets, part.names)
+        return result
+
+
+class _Scores(Reader):
+    """A classifier's scores in the place of features: one column (B, 1, K)."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        task: Any = self.evaluated.encoder
+        scores: Tensor = task.scores(images)
+        return scores[:, None]
+
+
+def _validate(
+    tester: Tester, part: Selected | None, log: Log, done: Progress
+) -> Mapping[str, float] | None:
+    """Scores every ``eval_every`` epochs and at the end: a line of metrics.jsonl."""
+    every, is_last = tester.config.eval_every, done.step == done.total_steps
+    if part is None or (not is_last and (every == 0 or done.epoch % every)):
+        return None
+    found = tester(part, "validation")
+    numbers = {name: value for name, value in found.items() if isinstance(value, float)}
+    epoch = done.step / done.steps_per_epoch
+    log.write({"step": done.step, "epoch": epoch, "eval": {"name": "val", **numbers}})
+    metric = tester.task.metric()
+    log.say(f"step {done.step}: validation {metric} {numbers[metric]:.2f}")
+    return numbers
+
+
+def _finish(
+    config: FinetuneConfig, place: Place, labelled: Labelled, tester: Tester, bad: BadFiles
+) -> RunFolder:
+    """Test the network that is kept, file the result, export, and say what can be done next."""
+    engine, folder = place.engine, place.folder
+    chosen = folder / "checkpoints" / "best"
+    if labelled.val is not None and chosen.exists():
+        tester.task.load_state_dict(RunFolder(folder).classify().state_dict())
+    found = tester(labelled.test, "test")
+    if engine.is_main:
+        place.put_back(config)
+        run = RunFolder(folder)
+        try:
+            write_result(run.eval_dir / f"{TEST}.json", _result(config, labelled, found))
+            network = tester.task.network().cpu()
+            head = tester.task.head_of()
+            write_export(config, network.encoder, run.export_dir, head)
+        except (OSError, SafetensorError) as error:
+            why = refusal(error) if isinstance(error, OSError) else reason_of(error)
+            raise UserError(
+                f"{folder} is trained to its end, but its results could not be written ({why}); "
+                f"make room there, then run `patchmine resume {folder}`, which has only that left "
+                "to do"
+            ) from error
+        place.say(_last_words(config, place, found, bad))
+    engine.barrier()
+    return RunFolder(folder)
+
+
+def _result(config: FinetuneConfig, labelled: Labelled, found: Mapping[str, Any]) -> dict[str, Any]:
+    chosen_by = None if labelled.val is None else f"validation on {len(labelled.val):,} images"
+    return {
+        "name": TEST,
+        "protocol": "finetune",
+        **found,
+        "target": {"name": config.init or config.model, "weights": "student", "note": ""},
+        "images": {
+            "how": labelled.how,
+            "train": len(labelled.train),
+            "test": len(labelled.test),
+            "classes": len(labelled.names),
+            "image_size": list(config.image_size),
+            "crop_pct": config.crop_pct,
+        },
+        "chosen_by": chosen_by,
+        "notes": [],
+    }
+
+
+def _last_words(
+    config: FinetuneConfig, place: Place, found: Mapping[str, Any], bad: BadFiles
+) -> str:
+    folder = place.folder
+    metric = {"ce": "top1", "bce": "map", "mse": "r2"}[config.loss]
+    unit = "" if metric == "r2" else " %"
+    broken = f" {len(bad)} broken {bad.item}s were left out, see {bad.path}." if len(bad) else ""
+    return (
+        f"Done: {folder}, test {metric} {found[metric]:.2f}{unit} (eval/{TEST}.json).{broken} "
+        f"Next: `patchmine predict {shown_name(folder)} images/ out=predictions.csv`, or "
+        f'timm.create_model("local-dir:{folder}/export", pretrained=True).'
+    )

@@ -1,0 +1,177 @@
+"""Where a run is made, and how any task is trained there to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from patchmine.config.resolve import results_of
+from patchmine.config.schema import RunConfig, names_of_a_machine
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.loader import train_batches
+from patchmine.data.sampling import changed_stamps, content_stamps
+from patchmine.data.sources.contract import Source
+from patchmine.data.views.images import View
+from patchmine.disk import replacing, sweep
+from patchmine.errors import Say, shown_name, silent
+from patchmine.runs import preparing
+from patchmine.runs.lock import HeldLock, lock
+from patchmine.task import Task
+from patchmine.train.checkpoint import Checkpoint, point
+from patchmine.train.engine import Engine
+from patchmine.train.log import Log
+from patchmine.train.loop import Hooks, Keeper, refuse_stranger, train
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is made: its folder, this process among its processes, and the folder's lock.
+
+    ``held`` is None in all processes but the first, which stand under its lock.
+    """
+
+    folder: Path
+    engine: Engine
+    say: Say = silent
+    held: HeldLock | None = None
+
+    def write_config(self, config: RunConfig) -> None:
+        """config.yaml, atomically."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / "config.yaml") as new:
+            new.write_text(config.to_yaml(), encoding="utf-8")
+
+    def put_back(self, config: RunConfig) -> None:
+        """What somebody removed from the folder meanwhile, and a run cannot be resumed without."""
+        if self.held is not None:
+            self.held.renew()
+        if not (self.folder / "config.yaml").exists():
+            self.write_config(config)
+
+
+@contextmanager
+def open_place(folder: Path, config: RunConfig, say: Say) -> Iterator[Place]:
+    """The processes of a run, of which the first locks the folder; what ends one ends all."""
+    engine = Engine(config.device, config.devices, config.num_nodes, config.precision, say)
+    under: AbstractContextManager[HeldLock | None] = nullcontext()
+    with engine.together():
+        if engine.is_main:
+            under = lock(folder, say)
+        with under as held:
+            yield Place(folder, engine, say if engine.is_main else silent, held)
+
+
+def agree(config: RunConfig, place: Place, found: str) -> None:
+    """Settings and data (``found`` says which) are alike in all processes, or a UserError."""
+    settings = config.model_dump(mode="json", exclude=names_of_a_machine())
+    place.engine.agree({"data": found} | settings)
+
+
+def train_task(
+    task: Task,
+    config: RunConfig,
+    images: Source,
+    view: View,
+    place: Place,
+    *,
+    name: str = "A task",
+    start: Checkpoint | None = None,
+    watch: Callable[[Log], Hooks] = lambda log: Hooks(),
+    best_by: str | None = None,
+    patience: int | None = None,
+) -> BadFiles:
+    """Train any task to the end of the run, which stands in ``place`` then.
+
+    Args:
+        task: what is trained.
+        config: complete settings, with mean and std.
+        images: what is trained on; with targets where the task uses them.
+        view: what becomes of one item.
+        place: the run's folder and processes.
+        name: of the task, for people.
+        start: the checkpoint to go on from.
+        watch: what else is done on the way, given the log.
+        best_by: the score that chooses the best checkpoint, where the task names none.
+        patience: epochs without a better score after which training ends early.
+
+    Returns:
+        The items that could not be read.
+
+    Raises:
+        UserError: data or targets are not those of ``start``, and as `train.loop.train` does.
+        Interrupted: as `train.loop.train` does.
+    """
+    folder, engine, say = place.folder, place.engine, place.say
+    task.noise.seed = config.seed
+    identity = {"data": images.fingerprint}
+    if task.uses_targets:
+        identity["targets"] = str(images.target_digest)
+    if start is not None:
+        refuse_stranger(start, identity)  # before anything in the folder changes
+    length = preparing.length_of(config, len(images))
+    noted = folder / "bad_files.txt" if engine.is_main else None
+    bad = BadFiles(noted, config.max_bad_share, preparing.item_of(config).noun)
+    stamps = content_stamps(images) if engine.is_main else []
+    if start is not None and (changed := changed_stamps(start.facts.get("contents"), stamps)):
+        say(
+            f"Beware: {changed} of the {len(stamps)} items looked at in {shown_name(images.name)} "
+            f"have other contents than when {start.path} was written, under the same names; the "
+            "run goes on with them."
+        )
+    if engine.is_main:
+        # Not before now: a mistake in the settings must not leave a folder that looks like a run.
+        for inner in (folder, folder / "checkpoints", folder / "samples"):
+            sweep(inner)
+        if start is not None:  # a full disk may have kept it at an older one
+            point(start.path, "last")
+        place.write_config(config)
+        say(_summary(name, config, images, engine))
+    engine.advise(f"go on with `patchmine resume {folder}`")
+    first = 0 if start is None else start.step
+    loaded = train_batches(
+        images,
+        view,
+        config,
+        config,
+        engine,
+        seed=config.seed,
+        steps=range(first, length.total_steps),
+        steps_per_epoch=length.steps_per_epoch,
+        bad=bad,
+        targets=task.uses_targets,
+    )
+    remembered = {"contents": stamps, "settings": results_of(config)}
+    best_by = task.metric() or best_by
+    keeper = Keeper(folder / "checkpoints", start, identity, remembered, best_by, patience)
+    log = Log(
+        folder if engine.is_main else None,
+        total_steps=length.total_steps,
+        first_step=first,
+        say=say,
+        tensorboard=config.tensorboard,
+        wandb=config.wandb,
+    )
+    with log:
+        hooks = replace(
+            watch(log),
+            before_save=lambda: place.put_back(config),
+            on_stop=place.held.stopping if place.held is not None else lambda: None,
+        )
+        batches = map(preparing.normaliser(config, engine), loaded)
+        train(task, batches, engine, config, length, keeper=keeper, log=log, hooks=hooks)
+    return bad
+
+
+def _summary(name: str, config: RunConfig, images: Source, engine: Engine) -> str:
+    (height, width), item = config.image_size, preparing.item_of(config)
+    length = preparing.length_of(config, len(images))
+    epochs = length.total_steps / length.steps_per_epoch
+    return (
+        f"{name} on {len(images):,} {item.noun}s of {shown_name(images.name)}: "
+        f"{config.model} at {item.describe(config)}{height}x{width}, "
+        f"{length.total_steps:,} steps ({epochs:g} epochs) of {config.batch_size}, "
+        f"lr {config.blr:g} x {config.batch_size}/256, "
+        f"{engine.precision} on {engine.world_size} x {engine.device.type}"
+    )

@@ -1,0 +1,171 @@
+"""Pre-training: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from patchmine.backbones.family import family_of
+from patchmine.config.resolve import resolve_size
+from patchmine.config.schema import PretrainConfig
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.loader import plain_batches
+from patchmine.data.sources.contract import Source
+from patchmine.data.sources.source import Spec
+from patchmine.data.workers import num_workers
+from patchmine.errors import Say, UserError, reason_of, silent
+from patchmine.report.monitor import Monitor
+from patchmine.runs import preparing
+from patchmine.runs.folder import RunFolder, build_method, write_export
+from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.task import Method
+from patchmine.train.checkpoint import Checkpoint
+from patchmine.train.engine import Engine
+from patchmine.train.log import Log
+from patchmine.train.loop import Hooks
+from patchmine.training.place import Place, agree, open_place, train_task
+from patchmine.types import Batch
+
+PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
+
+
+def pretrain(config: PretrainConfig, *, source: Spec | None = None, say: Say = silent) -> RunFolder:
+    """Make a run in the new folder ``config.out``.
+
+    Args:
+        config: the settings.
+        source: takes the place of ``config.data``: any torch Dataset, say.
+        say: hears what happens.
+
+    Returns:
+        The run, trained and exported.
+
+    Raises:
+        UserError: mistakes in settings, data or folders.
+        Interrupted: a SystemExit with the stated code, when it was asked to stop.
+    """
+    folder = new_folder(config)
+    with open_place(folder, config, say) as place:
+        refuse_used_folder(folder)
+        images, config = open_images(config, place, source)
+        return train_method(config, place, images, None)
+
+
+def open_images(
+    config: PretrainConfig, place: Place, source: Spec | None
+) -> tuple[Source, PretrainConfig]:
+    """Images, and the settings that had to wait for them, alike in all processes."""
+    if source is None and str(config.data).startswith("python:"):
+        raise UserError(
+            f"data={config.data}: this run was made on a torch dataset; go on from Python, with "
+            "patchmine.resume(path, data=dataset)"
+        )
+    images = preparing.open_data(config, source, place.say)
+    config = resolve_size(config, len(images), place.say)
+    config = preparing.with_statistics(config, images, place.say)
+    config = preparing.fit_to_length(config, len(images), place.say)
+    agree(config, place, f"{len(images):,} items with fingerprint {images.fingerprint}")
+    return images, config
+
+
+def train_method(
+    config: PretrainConfig, place: Place, images: Source, start: Checkpoint | None
+) -> RunFolder:
+    """The run with these settings, trained to its end and exported."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        method = build_method(
+            config, start_from=config.init if start is None else None, say=place.say
+        )
+
+    def watch(log: Log) -> Hooks:
+        plain_data = _PlainData(config, images, place.engine, log.say)
+        monitor = Monitor(config, config, config, place.folder, place.engine, images, method, log)
+        return Hooks(
+            before_epoch=lambda now: method.begin_epoch(now, plain_data),
+            on_epoch=monitor.evaluate,
+            on_sample=monitor.draw,
+        )
+
+    view = preparing.train_view(config, method)
+    bad = train_task(
+        method,
+        config,
+        images,
+        view,
+        place,
+        name=config.method.name,
+        start=start,
+        watch=watch,
+        best_by="top1",
+    )
+    if place.engine.is_main:
+        place.put_back(config)
+        _export(config, place.folder, method)
+        place.say(_last_words(place.folder, method, bad))
+    place.engine.barrier()
+    return RunFolder(place.folder)
+
+
+def _export(config: PretrainConfig, folder: Path, method: Method) -> None:
+    run = RunFolder(folder)
+    try:
+        for name, encoder in method.encoders().items():
+            if any(parameter.requires_grad for parameter in encoder.parameters()):
+                write_export(config, encoder, run.export_folder(name))
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is trained to its end, but its export could not be written "
+            f"({reason_of(error)}); make room there, then run `patchmine resume {folder}`, which "
+            "has only that left to do"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _PlainData:
+    """This process's share of the training set, squashed to the model's size, at each iteration."""
+
+    config: PretrainConfig
+    images: Source
+    engine: Engine
+    say: Say
+
+    def __iter__(self) -> Iterator[Batch]:
+        count, rank, processes = len(self.images), self.engine.rank, self.engine.world_size
+        share = range(count * rank // processes, count * (rank + 1) // processes)
+        item = preparing.item_of(self.config)
+        loaded = plain_batches(
+            self.images,
+            item.plain_view(self.config, None),
+            batch_size=256,
+            indices=share,
+            workers=num_workers(self.config.workers, self.engine.device, self.engine.local_size),
+            read_timeout=self.config.read_timeout,
+            bad=BadFiles(None, self.config.max_bad_share, item.noun),
+        )
+        done, last = 0, time.monotonic()
+        for batch in map(preparing.normaliser(self.config, self.engine), loaded):
+            yield batch
+            done += len(batch)
+            if time.monotonic() - last > PASS_SECONDS:
+                last = time.monotonic()
+                self.say(
+                    "Looking at all training images before the epoch: "
+                    f"{done:,} of this process's {len(share):,}."
+                )
+
+
+def _last_words(folder: Path, method: Method, bad: BadFiles) -> str:
+    opened = f'patchmine.load_encoder("{folder}/export")'
+    if family_of(method.encoder).timm_opens(method.encoder):
+        opened = f'timm.create_model("local-dir:{folder}/export", pretrained=True)'
+    broken = f" {len(bad)} broken {bad.item}s were left out, see {folder / 'bad_files.txt'}."
+    return (
+        f"Done: {folder}.{broken if len(bad) else ''} Next: `patchmine report {folder} "
+        f"out={folder}/report.html`, or {opened}."
+    )

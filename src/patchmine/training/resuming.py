@@ -1,0 +1,96 @@
+"""Going on with a run of any kind from its newest checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from patchmine.config.resolve import changed_results, of_kind, parse, results_of
+from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
+from patchmine.data.sources.source import Spec
+from patchmine.errors import Say, UserError, silent
+from patchmine.runs.folder import RunFolder
+from patchmine.train.checkpoint import Checkpoint, load_newest
+from patchmine.training import finetuning, pretraining
+from patchmine.training.place import Place, open_place
+
+_KNOWN_BY_CONTENT = ("data", "labels", "val")  # by fingerprints, so that files may move
+
+
+def resume(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    source: Spec | None = None,
+    say: Say = silent,
+) -> RunFolder:
+    """Go on with a run from its newest readable checkpoint, exactly as if it had never stopped.
+
+    A run that was killed before its first checkpoint starts again.
+
+    Args:
+        path: the run's folder.
+        overrides: ``key=value`` for settings that do not change results (workers, device, ...), and
+            ``data`` where the same images have moved.
+        source: as in `pretrain`.
+        say: hears what happens.
+
+    Returns:
+        The run, trained and exported.
+
+    Raises:
+        UserError: other settings or images than the run's own.
+        Interrupted: as in `pretrain`.
+    """
+    run = RunFolder(path)
+    config = parse(run.config_file, list(overrides), say)
+    with open_place(run.path, config, say) as place:
+        own, now = results_of(run.config), results_of(config)
+        moved = {name: own[name] for name in _KNOWN_BY_CONTENT if name in own}
+        if changed := changed_results(own, now | moved):
+            command = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+            raise UserError(
+                "a resumed run must keep the settings that decide its weights, but "
+                f"{'; '.join(changed)}: leave them out, or start a new run with `patchmine "
+                f"{command}` and another out"
+            )
+        start = load_newest(run.checkpoint_dir, place.say, finite=True) if run.checkpoints else None
+        if isinstance(config, FinetuneConfig):
+            labelled, config = finetuning.open_labels(config, place)
+            _refuse_stale(run, start, config, place)
+            return finetuning.train_classifier(config, place, labelled, start)
+        images, config = pretraining.open_images(of_kind(config, PretrainConfig), place, source)
+        _refuse_stale(run, start, config, place)
+        return pretraining.train_method(config, place, images, start)
+
+
+def _refuse_stale(
+    run: RunFolder, start: Checkpoint | None, config: RunConfig, place: Place
+) -> None:
+    """Say where the run goes on; UserError for a checkpoint of other settings or an old one."""
+    if start is not None:
+        _refuse_other_settings(start, config)
+    step = 0 if start is None else start.step
+    least, most = -place.engine.largest(-step), place.engine.largest(step)
+    if least != most:  # a stale list of files on another machine
+        raise UserError(
+            f"{run.checkpoint_dir} looks different from the machines of this run (steps {least} "
+            f"and {most}): wait until its file system has caught up, then resume again"
+        )
+    from_where = f": going on from step {step}." if start else " has no checkpoint: from the start."
+    place.say(f"{run.path}{from_where}")
+
+
+def _refuse_other_settings(start: Checkpoint, config: RunConfig) -> None:
+    """Raise UserError where config.yaml was edited or the checkpoint is another run's."""
+    now, then = results_of(config), start.facts.get("settings")
+    if not isinstance(then, dict):
+        return  # earlier versions kept none
+    common = [name for name in then if name in now and name not in _KNOWN_BY_CONTENT]
+    old, new = ({name: values[name] for name in common} for values in (then, now))
+    if changed := changed_results(old, new):
+        raise UserError(
+            f"{start.path} was written with other settings than config.yaml beside it has now: "
+            f"{'; '.join(changed)}. Put these back to go on, remove that file if it is of another "
+            "run, or start a new run in another out"
+        )
