@@ -12,7 +12,7 @@ import pytest
 
 import patchmine
 from patchmine import api
-from patchmine.config.schema import RunConfig, names_of
+from patchmine.config.schema import FinetuneConfig, PretrainConfig, names_of
 
 
 def test_the_names_are_those_that_are_promised_and_no_others() -> None:
@@ -32,10 +32,15 @@ def test_importing_brings_no_module_and_each_name_only_its_own() -> None:
 
 
 def test_the_keywords_of_pretrain_and_resume_are_the_settings() -> None:
-    running = set(names_of(decide_weights=False))
+    running = set(names_of(PretrainConfig, decide_weights=False))
     assert set(get_type_hints(api.RunningSettings)) == running
     own = {"data", "kind"}  # an argument of its own, and what pretrain itself says
-    assert own | set(get_type_hints(api.RunSettings)) == set(RunConfig.model_fields)
+    assert own | set(get_type_hints(api.RunSettings)) == set(PretrainConfig.model_fields)
+
+
+def test_the_keywords_of_finetune_are_its_settings() -> None:
+    own = {"data", "kind"}
+    assert own | set(get_type_hints(api.FinetuneRunSettings)) == set(FinetuneConfig.model_fields)
 
 
 @pytest.mark.parametrize("name", patchmine.__all__)

@@ -169,7 +169,10 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         patchmine.cli.commands, "read_words", stops(patchmine.cli.commands.read_words)
     )
     monkeypatch.setattr(patchmine.config.resolve, "parse", stops(patchmine.config.resolve.parse))
-    monkeypatch.setattr(patchmine.runs.checking, "CHECKS", ())  # the files shown are not there
+    for checks in ("CHECKS", "CLASSIFIER_CHECKS"):  # the files shown are not there
+        monkeypatch.setattr(patchmine.runs.checking, checks, ())
+    starting = importlib.import_module("patchmine.training.starting")
+    monkeypatch.setattr(starting, "settings_of_start", lambda start: {"kind": "classify"})
     monkeypatch.setattr(pretrain, "resume", stops(lambda *_, **__: None))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from patchmine.bench.settings import BenchDataSettings, BenchStepSettings
 from patchmine.cli.commands import read_words
 from patchmine.config.resolve import from_settings, parse
-from patchmine.config.schema import RunConfig
+from patchmine.config.schema import PretrainConfig
 from patchmine.data.settings import Clip, Crops, InspectSettings, ShardSettings
 from patchmine.errors import UserError
 from patchmine.evaluate.settings import (
@@ -54,7 +54,7 @@ EVALUATIONS = [
 ]
 METHOD_CONFIGS = [*METHODS.values()]
 TABLES: list[type[BaseModel]] = [
-    RunConfig,
+    PretrainConfig,
     Crops,
     Clip,
     BenchStepSettings,

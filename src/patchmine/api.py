@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
-
-from pydantic import BaseModel
+from typing import Any, Literal, Unpack
 
 from patchmine import training
 from patchmine.backbones.family import Encoder
 from patchmine.config.explain import validate
+from patchmine.config.keywords import FinetuneRunSettings, Name, RunningSettings, RunSettings, Size
 from patchmine.config.resolve import from_settings, of_kind
 from patchmine.config.schema import FinetuneConfig, PretrainConfig
-from patchmine.data.settings import Clip, Crops
 from patchmine.errors import Say
 from patchmine.evaluate.embed import embed
 from patchmine.evaluate.measured_run import MeasuredRun
@@ -27,70 +25,6 @@ from patchmine.runs.folder import open_encoder
 from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import export_run, import_file
 from patchmine.training.starting import settings_of_start
-
-Size = int | tuple[int, int]
-Name = str | PathLike[str]
-
-
-class RunningSettings(TypedDict, total=False):
-    """Settings that change no weights, as keywords; `patchmine config schema` explains each."""
-
-    device: Literal["auto", "cpu", "cuda"]
-    devices: int
-    num_nodes: int
-    workers: int | Literal["auto"]
-    read_timeout: float
-    compile: bool
-    out: Name | None
-    checkpoint_every: int | None
-    keep_checkpoints: int
-    eval_every: int
-    eval_data: Name | None
-    eval_test: Name | None
-    crop_pct: float
-    log_every: int
-    sample_every: int | None
-    tensorboard: bool
-    wandb: str | None
-
-
-class RunSettings(RunningSettings, total=False):
-    """The settings of a run, as keywords; `patchmine config schema` explains each."""
-
-    max_bad_share: float
-    image_size: Size
-    channels: int
-    mean: list[float] | None
-    std: list[float] | None
-    max_pixels: int
-    clip: Clip | Mapping[str, Any]
-    model: str
-    model_args: dict[str, Any]
-    patch_size: int | None
-    init: Name | None
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: float
-    interpolation: Literal["bicubic", "bilinear"]
-    crops: Crops | Mapping[str, Any]
-    method: str | Mapping[str, Any] | BaseModel
-    epochs: int | None
-    steps: int | None
-    batch_size: int
-    accumulate: int
-    blr: float
-    warmup_epochs: float
-    warmup_lr: float
-    warmup_prefix: bool
-    lr_schedule: Literal["cosine", "multi_step", "constant"]
-    min_lr: float
-    lr_milestones: list[float]
-    lr_gamma: float
-    weight_decay: float
-    betas: tuple[float, float]
-    seed: int
-    precision: Literal["auto", "fp32", "bf16"]
-    by_size: list[dict[str, Any]]
 
 
 class Run(MeasuredRun):
@@ -221,56 +155,6 @@ def pretrain(
     config = from_settings(start_from, say=say, also=CHECKS, **given)
     config = of_kind(config, PretrainConfig)
     return Run(training.pretrain(config, source=source, say=say).path)
-
-
-class FinetuneRunSettings(RunningSettings, total=False):
-    """The settings of a run that fine-tunes, as keywords; `patchmine config schema finetune`
-    explains each.
-    """
-
-    labels: Name | None
-    column: str | None
-    loss: Literal["ce", "bce", "mse"]
-    share: float
-    val: Name | None
-    val_share: float
-    patience: int | None
-    test: Name | None
-    eval_batch: int
-    pool: Literal["mean", "cls"]
-    head_std: float
-    trainable: str
-    positions: Literal["learned", "frozen"]
-    layer_decay: float | None
-    drop_path: float
-    label_smoothing: float
-    balance: bool
-    clip_grad: float | None
-    ema_decay: float | None
-    auto_augment: str | None
-    erase_prob: float
-    mixup: float
-    cutmix: float
-    mix_prob: float
-    mix_switch_prob: float
-    image_size: Size
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: float
-    interpolation: Literal["bicubic", "bilinear"]
-    max_bad_share: float
-    clip: Clip | Mapping[str, Any]
-    epochs: int | None
-    steps: int | None
-    batch_size: int
-    accumulate: int
-    blr: float
-    warmup_epochs: float
-    min_lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    seed: int
-    precision: Literal["auto", "fp32", "bf16"]
 
 
 def finetune(

@@ -23,7 +23,7 @@ from patchmine.cli.commands import COMMANDS as PROGRAMS
 from patchmine.cli.commands import Command, named
 from patchmine.cli.program import last_words, say
 from patchmine.config.recipes import recipe_names
-from patchmine.config.schema import RunConfig
+from patchmine.config.schema import PretrainConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from spoken import call
@@ -33,6 +33,7 @@ COMMANDS = [command.name.split() for command in PROGRAMS]
 # Where each command does its work: (module, function).
 ROOMS = [
     ("training", "pretrain"),
+    ("training.finetuning", "finetune"),
     ("training", "resume"),
     ("evaluate.knn", "evaluate_knn"),
     ("evaluate.linear", "evaluate_linear"),
@@ -71,6 +72,10 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(
         "patchmine.runs.checking.CHECKS", ()
     )  # the data of the examples are not there
+    monkeypatch.setattr("patchmine.runs.checking.CLASSIFIER_CHECKS", ())
+    monkeypatch.setattr(  # nor are their backbones
+        "patchmine.training.starting.settings_of_start", lambda start: {"kind": "classify"}
+    )
 
     def recorder(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # its parameters say what it takes
@@ -103,8 +108,8 @@ def test_help_has_one_line_for_the_list_and_an_example(command: list[str]) -> No
 def test_the_first_help_shows_the_commands_in_the_order_of_work() -> None:
     result = call("--help")
     order = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout, flags=re.MULTILINE)
-    assert order[:3] == ["pretrain", "resume", "eval"]
-    assert len(order) == 12
+    assert order[:4] == ["pretrain", "resume", "finetune", "eval"]
+    assert len(order) == 13
     assert result.exit_code == 0
     assert "patchmine list recipes" in result.stdout
     assert call("--version").stdout == f"patchmine {__version__}\n"
@@ -162,7 +167,7 @@ def test_every_setting_of_a_run_stands_on_its_help_page_and_in_its_schema() -> N
     schema = call("config", "schema").stdout
     assert schema == call("config", "schema", "pretrain").stdout
     text = call("pretrain", "--help").stdout
-    for name in RunConfig.model_fields:
+    for name in PretrainConfig.model_fields:
         assert f"\n{name}=" in schema or f"\n{name}.*" in schema
         assert f"\n  {name}=" in text or f"\n  {name}.*" in text
     for method, table in METHODS.items():

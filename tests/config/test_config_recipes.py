@@ -10,6 +10,7 @@ import pytest
 
 from patchmine.config.recipes import ABOUT, list_recipes, load_recipe, recipe_names
 from patchmine.config.resolve import parse, resolve_size
+from patchmine.config.schema import FinetuneConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.ops.schedules import learning_rate
@@ -24,7 +25,9 @@ VIDEO = {  # encoder, epochs, frames between two that are taken, decoder's width
     "video-vit-b-kinetics400": ("video_vit_base_patch16", 800, 4, 384, 6),
     "video-vit-b-ssv2": ("video_vit_base_patch16", 800, 2, 384, 6),
 }
-RECIPES = {recipe.name: recipe for recipe in list_recipes()}
+ALL = {recipe.name: recipe for recipe in list_recipes()}
+FINETUNE = {name: each for name, each in ALL.items() if each.settings.get("kind") == "classify"}
+RECIPES = {name: recipe for name, recipe in ALL.items() if name not in FINETUNE}
 ROWS = [(recipe.name, method) for recipe in RECIPES.values() for method in recipe.method_names]
 
 
@@ -32,12 +35,52 @@ def test_all_promised_recipes_are_there() -> None:
     assert set(recipe_names()) >= TINY | PUBLISHED | set(VIDEO) | {"my-images", "moving-photos"}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ALL)
 def test_the_head_states_what_a_reader_needs(name: str) -> None:
-    about = RECIPES[name].about
+    about = ALL[name].about
     assert set(about) == set(ABOUT)
     assert all(about.values())
-    assert about["command"].startswith(f"patchmine pretrain {name} ")
+    if name in FINETUNE:
+        assert about["command"].startswith("patchmine finetune runs/")
+        assert f" recipe={name}" in about["command"]
+    else:
+        assert about["command"].startswith(f"patchmine pretrain {name} ")
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_the_command_of_fine_tuning_parses(name: str) -> None:
+    words = [word for word in ALL[name].about["command"].split()[3:] if "recipe=" not in word]
+    config = parse(name, words, base={"kind": "classify"})
+    assert isinstance(config, FinetuneConfig)
+    sized = resolve_size(config, 300)
+    assert sized.epochs == (200 if name == "small-labels" else config.epochs)
+    assert (sized.weight_decay, sized.betas) == (0.05, (0.9, 0.999))
+
+
+# Epochs, batch, rate for 256 images, layer decay, drop path, warm-up: the specs' sections 6.
+TUNED = {
+    "finetune-mae-vit-b": (100, 1024, 5e-4, 0.65, 0.1, 5),
+    "finetune-mae-vit-l": (50, 1024, 1e-3, 0.75, 0.2, 5),
+    "finetune-mae-vit-h": (50, 1024, 1e-3, 0.75, 0.3, 5),
+    "finetune-hpm-vit-b": (100, 384, 5e-4, 0.8, 0.1, 5),
+    "finetune-hpm-vit-l": (50, 512, 5e-4, 0.8, 0.1, 5),
+    "finetune-droppos-vit-b": (100, 1024, 1e-3, 0.75, 0.1, 5),
+    "finetune-droppos-vit-l": (50, 1024, 1e-3, 0.75, 0.1, 5),
+    "finetune-semaim-vit-b": (100, 1024, 5e-4, 0.65, 0.1, 20),
+    "finetune-simmim-vit-b": (100, 2048, 6.25e-4, 0.65, 0.1, 20),
+    "finetune-amt-vit-b": (100, 1024, 1e-3, 0.75, 0.1, 5),
+    "finetune-videomae-vit-b-kinetics400": (100, 512, 1e-3, 0.75, 0.1, 5),
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_published_fine_tuning_holds_the_published_numbers(name: str) -> None:
+    config = parse(name, ["data=x"])
+    assert isinstance(config, FinetuneConfig)
+    names = ("epochs", "batch_size", "blr", "layer_decay", "drop_path", "warmup_epochs")
+    assert tuple(getattr(config, each) for each in names) == TUNED[name]
+    assert (config.mixup, config.cutmix, config.erase_prob) == (0.8, 1.0, 0.25)
+    assert config.positions == ("frozen" if "droppos" in name else "learned")
 
 
 @pytest.mark.parametrize(("name", "method"), ROWS)

@@ -16,7 +16,7 @@ from patchmine.config.describe import describe_method, describe_run
 from patchmine.config.explain import nearest
 from patchmine.config.overrides import parse_value, put, split_setting
 from patchmine.config.resolve import changed_results, from_settings, parse, resolve_size, results_of
-from patchmine.config.schema import RunConfig, names_of, names_of_a_machine
+from patchmine.config.schema import PretrainConfig, names_of, names_of_a_machine
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.models.settings import MethodSettings
@@ -160,25 +160,33 @@ def test_yaml_is_complete_and_reads_back_equal(method: str, tmp_path: Path) -> N
     )
     text = config.to_yaml()
     assert parse(write(tmp_path, text), []) == config
-    assert all(f"\n{name}:" in f"\n{text}" for name in set(RunConfig.model_fields) - {"by_size"})
+    assert all(
+        f"\n{name}:" in f"\n{text}" for name in set(PretrainConfig.model_fields) - {"by_size"}
+    )
 
 
 def test_every_setting_is_either_a_result_or_not() -> None:
-    results, running = names_of(decide_weights=True), names_of(decide_weights=False)
+    results, running = (names_of(PretrainConfig, decide_weights=decide) for decide in (True, False))
     assert not set(results) & set(running)
-    assert {*results, *running, "by_size"} == set(RunConfig.model_fields)
+    assert {*results, *running, "by_size"} == set(PretrainConfig.model_fields)
     assert {"data", "method", "model", "batch_size", "seed", "precision", "init"} < set(results)
     assert {"out", "devices", "workers", "compile", "eval_every", "crop_pct"} < set(running)
 
 
 def test_what_may_differ_between_machines_is_said_at_the_setting() -> None:
     of_a_machine = {"data", "out", "device", "devices", "num_nodes", "workers", "init"}
-    assert names_of_a_machine() == of_a_machine | {"eval_data", "eval_test"}
+    assert names_of_a_machine() == of_a_machine | {
+        "eval_data",
+        "eval_test",
+        "labels",
+        "val",
+        "test",
+    }
 
 
 def test_schema_names_every_setting_and_its_meaning() -> None:
     text = "\n".join(describe_run())
-    for name, field in RunConfig.model_fields.items():
+    for name, field in PretrainConfig.model_fields.items():
         if name == "by_size":
             continue
         assert f"\n{name}=" in text or f"\n{name}.*" in text
@@ -332,7 +340,7 @@ def test_python_gets_the_same_message() -> None:
     with pytest.raises(UserError, match="epoch: no such setting"):
         from_settings(data="x", epoch=3)
     with pytest.raises(ValueError, match="multiple of 16"):
-        RunConfig(data="x", image_size=225)  # any way of building one is checked
+        PretrainConfig(data="x", image_size=225)  # any way of building one is checked
 
 
 # A method from elsewhere
@@ -494,7 +502,7 @@ def test_a_count_that_no_row_covers_is_an_error(tmp_path: Path) -> None:
 # What a resumed run must keep
 
 
-def changed(old: RunConfig, new: RunConfig) -> list[str]:
+def changed(old: PretrainConfig, new: PretrainConfig) -> list[str]:
     return changed_results(results_of(old), results_of(new))
 
 
@@ -505,8 +513,8 @@ def test_changed_results_names_what_decides_weights_and_nothing_else() -> None:
         ["data=x", "method=hpm", "method.mask_ratio=0.8", "batch_size=64", "workers=3", "out=y"],
     )
     assert changed(old, new) == [
-        "method.mask_ratio (was 0.75, now 0.8)",
         "batch_size (was 256, now 64)",
+        "method.mask_ratio (was 0.75, now 0.8)",
     ]
     assert changed(old, parse(None, ["data=x", "method=hpm", "compile=true", "device=cpu"])) == []
     other = changed(old, parse(None, ["data=x", "method=mae"]))

@@ -15,7 +15,7 @@ from patchmine.config.explain import OTHER_NAMES, all_settings, nearest, validat
 from patchmine.config.overrides import read_settings, read_yaml
 from patchmine.config.recipes import load_recipe
 from patchmine.config.resolve import RATES, from_settings, parse
-from patchmine.config.schema import RunConfig
+from patchmine.config.schema import PretrainConfig
 from patchmine.data.settings import ShardSettings
 from patchmine.errors import UserError
 from patchmine.evaluate.settings import KnnSettings
@@ -136,11 +136,11 @@ def test_quotes_that_a_shell_has_left_are_no_part_of_a_value() -> None:
 
 @pytest.mark.parametrize("name", sorted(OTHER_NAMES))
 def test_every_name_of_another_program_leads_to_a_setting(name: str) -> None:
-    assert name not in RunConfig.model_fields
+    assert name not in PretrainConfig.model_fields
     ours = OTHER_NAMES[name]
-    of_a_run = ours in all_settings(RunConfig) or ours.startswith("model_args.")
+    of_a_run = ours in all_settings(PretrainConfig) or ours.startswith("model_args.")
     assert of_a_run or ours in KnnSettings.model_fields
-    model: type[BaseModel] = RunConfig if of_a_run else KnnSettings
+    model: type[BaseModel] = PretrainConfig if of_a_run else KnnSettings
     with pytest.raises(UserError) as caught:
         validate(model, {"data": "x", name: 3}, where="the settings")
     assert f"{name}: no such setting (given 3); it is called {ours} here" in str(caught.value)
@@ -178,7 +178,7 @@ def test_a_rate_beside_other_mistakes_is_told_with_them() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_hint_proposes_the_word_that_was_refused(method: str) -> None:
-    for path in all_settings(RunConfig):
+    for path in all_settings(PretrainConfig):
         if not path.startswith("method."):
             continue
         with pytest.raises(UserError) as caught:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from patchmine.backbones.family import build_encoder
-from patchmine.config.schema import RunConfig
+from patchmine.config.schema import PretrainConfig
 from patchmine.runs.folder import write_export
 
 MODEL_ARGS = {"depth": 5, "embed_dim": 24, "num_heads": 3}
@@ -24,7 +24,7 @@ def make_run(folder: Path, **changes) -> Path:
         "image_size": 16,
         "patch_size": 8,
     } | changes
-    config = RunConfig(data="photos", **settings)
+    config = PretrainConfig(data="photos", **settings)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
     args = dict(

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 
 import patchmine
 from patchmine.cli.app import app
-from patchmine.config.schema import RunConfig
+from patchmine.config.schema import PretrainConfig
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.methods.amt import probe
@@ -106,7 +106,7 @@ def test_maps_decide_what_is_trained(image_folder: Path, tmp_path: Path) -> None
     assert losses[0][4:] != losses[1][4:]
 
 
-def config_for(data: Path) -> RunConfig:
+def config_for(data: Path) -> PretrainConfig:
     from patchmine.config.resolve import from_settings
 
     return from_settings(data=str(data), mean=[0.5] * 3, std=[0.5] * 3, **TINY)

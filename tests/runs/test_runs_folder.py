@@ -13,7 +13,7 @@ import torch
 import patchmine
 from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.config.resolve import parse
-from patchmine.config.schema import RunConfig
+from patchmine.config.schema import PretrainConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.runs.folder import RunFolder, build_method, is_run, open_encoder, write_export
@@ -37,7 +37,7 @@ TINY = [
 ]
 
 
-def settings(method: str = "mae") -> RunConfig:
+def settings(method: str = "mae") -> PretrainConfig:
     return parse(None, [*known_to(method, TINY), f"method={method}"])
 
 
@@ -225,7 +225,7 @@ def test_pretrain_from_python_takes_settings_and_datasets(
 ) -> None:
     calls = []
 
-    def pretrain(config: RunConfig, **more: Any) -> SimpleNamespace:
+    def pretrain(config: PretrainConfig, **more: Any) -> SimpleNamespace:
         calls.append((config, more))
         return SimpleNamespace(path=tmp_path)
 

@@ -39,12 +39,13 @@ def pretrain(words: Sequence[str], say: Say) -> None:
 
 
 def finetune(words: Sequence[str], say: Say) -> None:
-    """Teach a backbone your labels, test it, and export it with its classifier.
+    """Teach a backbone your labels, and test what it learned.
 
     START is a run, an export, a file of weights, or the name of a model (random weights).  The
     folders in data are the classes, train/ and test/ in it are used as such; or labels=FILE.csv.
+    The run is exported with its classifier, and `patchmine resume RUN` goes on with it.
     recipe=NAME takes published settings (`patchmine list recipes`); check=true only looks whether
-    settings, labels and images fit together.  `patchmine resume RUN` goes on.
+    settings, labels and images fit together.
 
     Example:
         patchmine finetune runs/hpm data=labelled/ out=runs/classify

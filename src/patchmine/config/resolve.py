@@ -101,6 +101,7 @@ def _assemble(
 
 
 _COMMANDS: dict[type[RunConfig], str] = {FinetuneConfig: "finetune"}
+_SCHEMAS: dict[type[RunConfig], str] = {FinetuneConfig: "patchmine config schema finetune"}
 
 
 def _model_of(settings: Mapping[str, Any]) -> type[AnyConfig]:
@@ -131,7 +132,7 @@ def _checked(
         known,
         where=where,
         before=[*errors, *(_rate(name, value, known, model) for name, value in rates)],
-        hint=f"; `patchmine config schema {_COMMANDS.get(model, 'pretrain')}` lists all",
+        hint=f"; `{_SCHEMAS.get(model, 'patchmine config schema')}` lists all",
         also=also,
     )
     if not batch_chosen:

@@ -1,0 +1,146 @@
+"""Settings as keywords of Python functions, for editors that complete them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Literal, TypedDict
+
+from pydantic import BaseModel
+
+from patchmine.data.settings import Clip, Crops
+
+Size = int | tuple[int, int]
+Name = str | PathLike[str]
+
+
+class SharedRunningSettings(TypedDict, total=False):
+    """Settings of runs of all kinds that change no weights."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    devices: int
+    num_nodes: int
+    workers: int | Literal["auto"]
+    read_timeout: float
+    compile: bool
+    out: Name | None
+    checkpoint_every: int | None
+    keep_checkpoints: int
+    eval_every: int
+    crop_pct: float
+    log_every: int
+    sample_every: int | None
+    tensorboard: bool
+    wandb: str | None
+
+
+class RunningSettings(SharedRunningSettings, total=False):
+    """Settings that change no weights, as keywords; `patchmine config schema` explains each."""
+
+    eval_data: Name | None
+    eval_test: Name | None
+
+
+class RunSettings(RunningSettings, total=False):
+    """The settings of a run, as keywords; `patchmine config schema` explains each."""
+
+    max_bad_share: float
+    image_size: Size
+    channels: int
+    mean: list[float] | None
+    std: list[float] | None
+    max_pixels: int
+    clip: Clip | Mapping[str, Any]
+    model: str
+    model_args: dict[str, Any]
+    patch_size: int | None
+    init: Name | None
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    interpolation: Literal["bicubic", "bilinear"]
+    crops: Crops | Mapping[str, Any]
+    method: str | Mapping[str, Any] | BaseModel
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    accumulate: int
+    blr: float
+    warmup_epochs: float
+    warmup_lr: float
+    warmup_prefix: bool
+    lr_schedule: Literal["cosine", "multi_step", "constant"]
+    min_lr: float
+    lr_milestones: list[float]
+    lr_gamma: float
+    weight_decay: float
+    betas: tuple[float, float]
+    seed: int
+    precision: Literal["auto", "fp32", "bf16"]
+    by_size: list[dict[str, Any]]
+
+
+class FinetuneRunSettings(SharedRunningSettings, total=False):
+    """The settings of a run that fine-tunes, as keywords; `patchmine config schema finetune`
+    explains each.
+    """
+
+    labels: Name | None
+    column: str | None
+    loss: Literal["ce", "bce", "mse"]
+    share: float
+    val: Name | None
+    val_share: float
+    patience: int | None
+    test: Name | None
+    eval_batch: int
+    pool: Literal["mean", "cls"]
+    head_std: float
+    trainable: str
+    positions: Literal["learned", "frozen"]
+    layer_decay: float | None
+    drop_path: float
+    label_smoothing: float
+    balance: bool
+    clip_grad: float | None
+    ema_decay: float | None
+    auto_augment: str | None
+    erase_prob: float
+    mixup: float
+    cutmix: float
+    mix_prob: float
+    mix_switch_prob: float
+    image_size: Size
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    interpolation: Literal["bicubic", "bilinear"]
+    max_bad_share: float
+    max_pixels: int
+    channels: int
+    mean: list[float] | None
+    std: list[float] | None
+    model: str
+    model_args: dict[str, Any]
+    patch_size: int | None
+    init: Name | None
+    classes: list[str]
+    warmup_lr: float
+    warmup_prefix: bool
+    lr_schedule: Literal["cosine", "multi_step", "constant"]
+    lr_milestones: list[float]
+    lr_gamma: float
+    crops: Crops | Mapping[str, Any]
+    by_size: list[dict[str, Any]]
+    clip: Clip | Mapping[str, Any]
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    accumulate: int
+    blr: float
+    warmup_epochs: float
+    min_lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    seed: int
+    precision: Literal["auto", "fp32", "bf16"]
