@@ -102,6 +102,8 @@ class Run(MeasuredRun):
     ) -> Path:
         """Write the encoder as a folder that timm and transformers open, or as an ONNX file.
 
+        That of a fine-tuned run goes with its classifier.
+
         Args:
             out: the folder or .onnx file; None: ``export/`` or ``export.onnx`` in the run.
             what: "full" writes the whole method as one .safetensors file instead.

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from patchmine.backbones.classifier import Classifier, Head
 from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import build_encoder, input_size
 from patchmine.backbones.network import Network, check_outputs, check_transformers
@@ -226,6 +227,54 @@ def test_transformers_gives_what_timm_gives(kind: str, tmp_path: Path) -> None:
     images = torch.randn(2, *network.input_size)
     with torch.no_grad():
         torch.testing.assert_close(opened(images).pooler_output, network.module(images))
+
+
+def classifier_of(kind: str, pool: str) -> tuple[Network, Head]:
+    network = network_of(kind)
+    layer = nn.Linear(network.module.num_features, 3)
+    head = Head(layer, pool, ["cat", "dog", "Käfer"])
+    module = Classifier(network.module, layer, pool).eval()
+    return replace(network, module=module, loss="ce", names=head.names), head
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [
+        ("five channels", "mean"),
+        ("vit", "cls"),
+        ("beit", "mean"),
+        ("resnet", "mean"),
+        ("clips", "mean"),
+    ],
+)
+def test_a_classifier_gives_the_same_logits_everywhere(
+    kind: str, pool: str, tmp_path: Path, onnxruntime: Any
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="`export` is not installed")
+    network, head = classifier_of(kind, pool)
+    items = torch.randn(5, *network.input_size)
+    with torch.no_grad():
+        wanted = network.module(items)
+    session = onnxruntime.InferenceSession(write_onnx(network, tmp_path / "x.onnx", silent))
+    (found,) = session.run(["logits"], {network.input_name: items.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
+    if kind == "clips":
+        return
+    said = list[str]()
+    folder = export_encoder(
+        network.module.encoder,  # type: ignore[arg-type]
+        tmp_path / "export",
+        network.preprocessing,
+        head,
+        check=lambda new: check_transformers(network, said.append, new),
+    )
+    assert "logits in transformers" in said[0]
+    opened = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    classifier = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(opened(items).logits, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(classifier(items), wanted, rtol=1e-4, atol=1e-5)
+    assert list(opened.config.id2label.values()) == ["cat", "dog", "Käfer"]
 
 
 def test_an_export_that_transformers_reads_otherwise_leaves_the_older_one(tmp_path: Path) -> None:

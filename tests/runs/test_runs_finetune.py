@@ -94,6 +94,27 @@ def test_a_run_is_tested_and_exported_with_its_classifier(
     assert tuned.metrics()[-1]["step"] == 12
 
 
+def test_a_classifier_goes_to_onnx_and_transformers(tuned: patchmine.Run, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="`export` is not installed")
+    pytest.importorskip("transformers", reason="the extra `export` is not installed")
+    said: list[str] = []
+    file = tuned.export(tmp_path / "x.onnx", to="onnx", say=said.append)
+    folder = tuned.export(tmp_path / "folder", to="transformers", say=said.append)
+    assert ["logits in onnxruntime" in said[0], "logits in transformers" in said[1]] == [True, True]
+    session, images = onnxruntime.InferenceSession(file), torch.randn(3, 3, 16, 16)
+    told = session.get_modelmeta().custom_metadata_map
+    assert (told["loss"], json.loads(told["class_names"])) == ("ce", ["cat", "dog"])
+    with torch.no_grad():
+        wanted = tuned.classifier()(images)
+    (found,) = session.run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
+    written = load_file(folder / "model.safetensors")
+    of_the_run = load_file(tuned.export_dir / "model.safetensors")
+    assert written.keys() == of_the_run.keys()
+    assert all(torch.equal(tensor, of_the_run[name]) for name, tensor in written.items())
+
+
 def test_the_encoder_of_a_tuned_run_serves_wherever_one_does(
     tuned: patchmine.Run, labelled: Path, tmp_path: Path
 ) -> None:
@@ -255,11 +276,19 @@ def test_a_column_of_a_table_is_learnt(
     run = tune(backbone, labelled, tmp_path / "run", labels=table, column=column, loss=loss)
     result = json.loads((run.eval_dir / "test.json").read_text())
     assert score in result
+    assert run.config.classes == {"mse": ["size"], "bce": ["big", "old"]}[loss]
     images = torch.randn(2, 3, 16, 16)
     exported = timm.create_model(f"local-dir:{run.export_dir}", pretrained=True).eval()
     with torch.no_grad():
-        torch.testing.assert_close(exported(images), run.classify().scores(images))
-    assert run.config.classes == {"mse": ["size"], "bce": ["big", "old"]}[loss]
+        scores = run.classify().scores(images)
+        torch.testing.assert_close(exported(images), scores)
+    if loss == "bce":
+        return
+    onnxruntime = pytest.importorskip("onnxruntime", reason="`export` is not installed")
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    session = onnxruntime.InferenceSession(run.export(to="onnx", say=lambda _: None))
+    (found,) = session.run(["values"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["export", "resnet18", "vit_tiny_patch16_224"])

@@ -173,10 +173,11 @@ def pooled(encoder: Encoder, images: Float[Tensor, "B C *S"], pool: str) -> Floa
     if family_of(encoder).convolutional:
         return family_of(encoder).features(encoder, images, ()).pooled
     patches = tokens.embed_patches(encoder, images)
-    embedded = torch.cat([tokens.prefix_tokens(encoder, len(patches)), patches], dim=1)
+    prefix = tokens.prefix_tokens(encoder, patches.shape[0])
+    embedded = torch.cat([prefix, patches], dim=1)
     ((_, last),) = block_outputs(encoder, embedded, [len(encoder.blocks)])
-    prefix = encoder.num_prefix_tokens
-    return encoder.norm(last[:, 0] if pool == "cls" else last[:, prefix:].mean(1))
+    first = prefix.shape[1]
+    return encoder.norm(last[:, 0] if pool == "cls" else last[:, first:].mean(1))
 
 
 def stage_features(encoder: Encoder, images: Tensor, stages: Sequence[str] = ()) -> StageFeatures:

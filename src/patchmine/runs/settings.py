@@ -32,7 +32,7 @@ def _export_name(name: str | None, info: ValidationInfo) -> str | None:
 
 
 class ExportSettings(Strict):
-    """Write a run's encoder for timm, transformers or ONNX.
+    """Write a run's encoder for timm, transformers or ONNX, with its classifier if it has one.
 
     timm.create_model("local-dir:FOLDER", pretrained=True) opens the folder.  to=transformers writes
     the same one and compares what transformers makes of it; to=onnx writes one file and compares
@@ -40,7 +40,7 @@ class ExportSettings(Strict):
 
     Example:
         patchmine export runs/hpm out=hpm-vit-s
-        patchmine export runs/hpm to=onnx out=hpm-vit-s.onnx
+        patchmine export runs/classify to=onnx out=birds.onnx
     """
 
     run: Text = Field(description="name the folder of a run first, as in patchmine export runs/hpm")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patchmine.backbones import official, onnx_file, reference
+from patchmine.backbones.classifier import Classifier
 from patchmine.backbones.description import note
 from patchmine.backbones.family import Encoder, create_encoder, family_of, input_size
 from patchmine.backbones.loading import LoadReport, load_tensors
@@ -51,6 +52,8 @@ def export_run(
 ) -> Path:
     """Write the encoder of a run for timm, transformers or ONNX, or its ``full`` method.
 
+    The encoder of a fine-tuned run is written with its classifier.
+
     Args:
         path: the run's folder.
         out: the folder or .onnx file, None for ``export/`` or ``export.onnx`` in the run; of the
@@ -75,14 +78,18 @@ def export_run(
         onnx_file.refuse_missing_libraries()
     encoder = run.encoder(weights)
     folder = run.export_folder(weights)
-    head = run.classify().head_of() if isinstance(run.config, FinetuneConfig) else None
+    head, loss = None, None
+    if isinstance(run.config, FinetuneConfig):
+        head, loss = run.classify().head_of(), run.config.loss
     if to == "timm":
         return write_export(run.config, encoder, out or folder, head)
     network = Network(
-        encoder,
+        encoder if head is None else Classifier(encoder, head.layer, head.pool).eval(),
         encoder.built_from.architecture,
         input_size(encoder),
         preprocessing_of(run.config, encoder),
+        loss=loss,
+        names=() if head is None else head.names,
     )
     if to == "onnx":
         return onnx_file.write_onnx(network, Path(out or folder.with_suffix(".onnx")), say)
