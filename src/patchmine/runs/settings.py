@@ -32,11 +32,11 @@ def _export_name(name: str | None, info: ValidationInfo) -> str | None:
 
 
 class ExportSettings(Strict):
-    """Write a run's encoder for timm, transformers or ONNX, with its classifier if it has one.
+    """Write a run's encoder for timm, transformers or ONNX.
 
-    timm.create_model("local-dir:FOLDER", pretrained=True) opens the folder.  to=transformers writes
-    the same one and compares what transformers makes of it; to=onnx writes one file and compares
-    what onnxruntime makes of it.
+    That of a fine-tuned run goes with its classifier.  timm.create_model("local-dir:FOLDER",
+    pretrained=True) opens the folder; to=transformers writes the same one and compares what
+    transformers makes of it; to=onnx writes one file and compares what onnxruntime makes of it.
 
     Example:
         patchmine export runs/hpm out=hpm-vit-s
