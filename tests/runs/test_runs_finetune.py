@@ -123,6 +123,8 @@ def test_the_encoder_of_a_tuned_run_serves_wherever_one_does(
     assert tuned.report(tmp_path / "report.html").is_file()
     with pytest.raises(UserError, match="fine-tuned"):
         tuned.method()
+    with pytest.raises(UserError, match=r"what=full .* was fine-tuned: leave the setting out"):
+        tuned.export(what="full")
     again = tune(tuned.path, labelled, tmp_path / "again", epochs=1)
     assert again.config.init == str(tuned.path)
 

@@ -121,7 +121,8 @@ def _metadata(network: Network) -> dict[str, str]:
     if network.loss is not None:
         told |= {"loss": network.loss, "class_names": list(network.names)}
     return {
-        name: value if isinstance(value, str) else json.dumps(value) for name, value in told.items()
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in told.items()
     }
 
 

@@ -106,7 +106,12 @@ def export_run(
 
 def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
     """The whole method of a run under the names of its reference code."""
-    config = of_kind(run.config, PretrainConfig)
+    config = run.config
+    if isinstance(config, FinetuneConfig):
+        raise UserError(
+            f"what=full writes a pre-training method, and {run.path} was fine-tuned: leave the "
+            "setting out, and the classifier is written"
+        )
     name = config.method.name
     if name not in _FULL:
         raise UserError(
