@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -164,6 +164,18 @@ def test_groups_hold_each_trained_parameter_once(name: str) -> None:
     method = build(name)
     grouped = [key for group in method.param_groups() for key, _ in group.params]
     assert sorted(grouped) == sorted(key for key, p in method.named_parameters() if p.requires_grad)
+
+
+def test_difficulty_is_of_each_image_alone(name: str) -> None:
+    method = build(name).eval()
+    batch = plain_images(method, 5).views[0]
+    found = method.difficulty(batch)
+    if found is None:
+        pytest.skip(f"{name} predicts no difficulty")
+    assert found.shape == (5,)
+    assert (found > 0).all()
+    alone = torch.cat([cast(Tensor, method.difficulty(image)) for image in batch.flip(0).split(1)])
+    torch.testing.assert_close(alone.flip(0), found)
 
 
 def test_a_step_repeats_itself(name: str, progress: Progress) -> None:

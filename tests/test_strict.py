@@ -28,13 +28,14 @@ from patchmine.evaluate.settings import (
     VideoSettings,
 )
 from patchmine.methods import METHODS
-from patchmine.report.settings import ReportSettings, ShowSettings
+from patchmine.report.settings import ExploreSettings, ReportSettings, ShowSettings
 from patchmine.runs.settings import ExportSettings, ImportSettings
 from patchmine.strict import Strict, _flat, _leaves
 
 COMMANDS = [
     ShowSettings,
     ReportSettings,
+    ExploreSettings,
     ExportSettings,
     ImportSettings,
     InspectSettings,

@@ -18,7 +18,9 @@ from patchmine.errors import Say
 from patchmine.evaluate.embed import embed
 from patchmine.evaluate.measured_run import MeasuredRun
 from patchmine.evaluate.settings import EmbedSettings
+from patchmine.report.explore import explore
 from patchmine.report.page import write_report
+from patchmine.report.settings import ExploreSettings
 from patchmine.report.show import show
 from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS
 from patchmine.runs.folder import open_encoder
@@ -56,6 +58,25 @@ class Run(MeasuredRun):
             UserError: settings or data cannot be used, or the file cannot be written.
         """
         return embed(self._of_target(EmbedSettings, data, {"out": out, **settings}), say)
+
+    def explore(
+        self, data: Any, out: Name = "explore.html", *, say: Say = print, **settings: Any
+    ) -> Path:
+        """Write one HTML page about a data set as this run sees it, and a table to clean it by.
+
+        Args:
+            data: images, or videos; labels are not needed.
+            out: the page to write; the table stands beside it as a CSV file.
+            say: hears about the progress.
+            **settings: those of `patchmine config schema explore`.
+
+        Returns:
+            The page's file.
+
+        Raises:
+            UserError: settings or data cannot be used, or a file cannot be written.
+        """
+        return explore(self._of_target(ExploreSettings, data, {"out": out, **settings}), say)
 
     def show(
         self, images: Name | Sequence[Name], out: Name = "panel.png", *, seed: int = 0

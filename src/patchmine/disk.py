@@ -81,12 +81,12 @@ def system_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def output(path: Path) -> Iterator[Path]:
+def output(path: Path, setting: str = "out") -> Iterator[Path]:
     """A name to write the file of ``out=path`` to, which takes its place whole; its folder is made.
 
     Raises:
         UserError: ``path`` cannot be written (a folder, below a file, a full disk), with the
-        remedy.
+        ``setting`` that names it and the remedy.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,8 @@ def output(path: Path) -> Iterator[Path]:
         if isinstance(error, FileExistsError):  # of making a folder where a file is
             error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         raise UserError(
-            f"out={shown_name(path)} cannot be written ({error.strerror or error}); {remedy(error)}"
+            f"{setting}={shown_name(path)} cannot be written ({error.strerror or error}); "
+            f"{remedy(error)}"
         ) from error
 
 

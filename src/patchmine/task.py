@@ -132,6 +132,18 @@ class Method(Task):
                 uncropped; ``Batch.index`` says which items they are, broken ones are missing.
         """
 
+    def difficulty(self, images: Tensor) -> Tensor | None:
+        """How hard the method finds each image (B,), the same whatever the batch, or None.
+
+        Args:
+            images: normalised, (B, C, H, W) or clips (B, C, T, H, W).
+
+        Returns:
+            Numbers that can be compared between images, larger where it is harder; None where the
+            method predicts no difficulty.
+        """
+        return None
+
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
         """Pictures of what the method does to a batch; the first shows the input."""
         raise NotImplementedError

@@ -47,6 +47,7 @@ ROOMS = [
     ("evaluate.embed", "embed"),
     ("report.show", "show"),
     ("report.page", "write_report"),
+    ("report.explore", "explore"),
     ("runs.transfer", "export_run"),
     ("runs.transfer", "import_file"),
     ("data.sources.source", "open_source"),

@@ -90,6 +90,7 @@ COMMANDS = (
     Command("embed", "evaluate.embed:embed", "evaluate.settings:EmbedSettings", "target"),
     Command("show", "cli.work:show", "report.settings:ShowSettings", "run", "images"),
     Command("report", "report.page:write_report", "report.settings:ReportSettings", rest="runs"),
+    Command("explore", "report.explore:explore", "report.settings:ExploreSettings", "target"),
     Command("export", "cli.work:export", "runs.settings:ExportSettings", "run"),
     Command("import", "runs.transfer:import_file", "runs.settings:ImportSettings", "file"),
     Command("data inspect", "cli.work:inspect", "data.settings:InspectSettings", "data"),

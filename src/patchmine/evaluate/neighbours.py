@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.evaluate.progress import Tick
 from patchmine.evaluate.settings import TEMPERATURE
 
 # 256 x 65,536 similarities are 64 MiB: large enough for the matrix product's full speed, small
@@ -16,7 +17,12 @@ _QUERY_ROWS, _BANK_ROWS = 256, 65_536
 
 
 def nearest(
-    queries: Tensor, table: Tensor, k: int, *, exclude_self: bool = False
+    queries: Tensor,
+    table: Tensor,
+    k: int,
+    *,
+    exclude_self: bool = False,
+    tick: Tick = lambda _: None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` rows of a table that have the largest inner products with each query.
 
@@ -28,6 +34,7 @@ def nearest(
         table: (N, D).
         k: how many; all where there are fewer.
         exclude_self: query i is row i of the table and no neighbour of itself.
+        tick: hears how many queries were just answered.
 
     Returns:
         Inner products and places in the table, (Q, k) each, best first; of equal ones those with
@@ -44,6 +51,7 @@ def nearest(
             order = (place == own).sort(dim=1, stable=True).indices[:, :k]
             score, place = score.gather(1, order), place.gather(1, order)
         scores[rows], places[rows] = score, place
+        tick(len(place))
     return scores, places
 
 

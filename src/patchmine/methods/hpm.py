@@ -112,12 +112,17 @@ class HPM(Method):
     def draw_mask(self, images: Tensor, difficulty: Tensor | None, progress: Progress) -> Mask:
         """The hardest units are masked, as many as the schedule asks for; the rest is drawn."""
         noise = self.noise.uniform(len(images), self.num_units, device=images.device)
-        scores, count = noise, 0
-        if difficulty is not None:
-            slots = difficulty.reshape(len(noise), -1, self.num_units)  # (B, slots, units)
-            mean = self.config.tube_score == "mean"
-            scores = slots.mean(dim=1) if mean else slots.amax(dim=1)
-            count = self._hard_count(progress)
+        if difficulty is None:
+            return self._mask_hardest(noise, noise, 0)
+        return self._mask_hardest(noise, self._unit_scores(difficulty), self._hard_count(progress))
+
+    def _unit_scores(self, difficulty: Tensor) -> Tensor:
+        """Difficulty of each unit (B, units), of that of patches (B, L)."""
+        slots = difficulty.reshape(len(difficulty), -1, self.num_units)  # (B, slots, units)
+        return slots.mean(dim=1) if self.config.tube_score == "mean" else slots.amax(dim=1)
+
+    def _mask_hardest(self, noise: Tensor, scores: Tensor, count: int) -> Mask:
+        """``count`` units with the largest scores (B, units) are masked, others by noise."""
         return masks.tubes(masks.hard_masked(noise, scores, count, self.visible_units), self.grid)
 
     def _hard_count(self, progress: Progress) -> int:
@@ -146,13 +151,33 @@ class HPM(Method):
         return self.sparing(undecayed, clip_norm=self.config.clip_grad)
 
     @torch.no_grad()
+    def difficulty(self, images: Tensor) -> Tensor | None:
+        """The student's mean error (B,) where the teacher expects it to be hardest.
+
+        The predictions themselves only rank the patches of one image: nothing in the relative loss
+        makes their level the same in two images.  The error under the mask that they choose can be
+        compared.
+        """
+        if self.predictor is None:
+            return None
+        features, expected = self.ask_teachers(images, True)
+        scores = self._unit_scores(cast(Tensor, expected))
+        num_hard = self.num_units - self.visible_units
+        mask = self._mask_hardest(torch.zeros_like(scores), scores, num_hard)
+        return self.error(self._reconstruct(images, mask), images, features, mask).mean(dim=1)
+
+    def _reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
+        """What the decoder says of each masked patch, (B, M, T)."""
+        latent = encode(self.encoder, images, mask.visible)
+        return self.decoder.head(self.decoder(self.decoder_input(latent, mask), self.num_masked))
+
+    @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
         """Input, predicted difficulty, what the student saw, the reconstruction, the true error."""
         images, grid = batch.views[0], self.grid
         features, difficulty = self.ask_teachers(images, self.predictor is not None)
         mask = self.draw_mask(images, difficulty, progress)
-        latent = encode(self.encoder, images, mask.visible)
-        output = self.decoder.head(self.decoder(self.decoder_input(latent, mask), self.num_masked))
+        output = self._reconstruct(images, mask)
         panels = [Panel("input", images)]
         if difficulty is not None:
             heat = pictures.patch_map(difficulty, grid)

@@ -56,7 +56,7 @@ def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
     drawings = [draw(chart, last_step) for chart in charts(runs)]
     evaluations = evaluations_of(runs)
     tops = overviews(runs)
-    template = _templates().get_template("page.html")
+    template = templates().get_template("page.html")
     return template.render(
         written=f"{written:%Y-%m-%d %H:%M} UTC",
         runs=runs,
@@ -74,7 +74,8 @@ def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
 
 
 @cache
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """What pages are made of: escaping, strict, with our words for numbers."""
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("patchmine.report"),
         autoescape=True,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from patchmine.evaluate.settings import EvaluatedSettings, ReadingSettings
 from patchmine.strict import Strict, Text, ends_in
 
 
@@ -41,4 +42,36 @@ class ReportSettings(Strict):
     runs: list[str] = Field(min_length=1, description="name one run folder or several")
     out: Annotated[Text, AfterValidator(ends_in(".html", ".htm"))] = Field(
         "report.html", description="page to write"
+    )
+
+
+class ExploreSettings(ReadingSettings, EvaluatedSettings):
+    """Write a page about a data set, and a table to clean it by.
+
+    As a model sees it: near-duplicates, outliers, clusters, the hardest and the easiest images of
+    an HPM run, and the nearest neighbours of any image that is clicked.  The table has a row for
+    every image.  Of a model of clips the items are videos.
+
+    Example:
+        patchmine explore runs/hpm data=photos/ out=explore.html
+    """
+
+    out: Annotated[Text, AfterValidator(ends_in(".html", ".htm"))] = Field(
+        "explore.html", description="page to write"
+    )
+    csv: Annotated[Text, AfterValidator(ends_in(".csv"))] | None = Field(
+        None, description="table to write; null: beside the page, under its name"
+    )
+    pooling: str = Field("cls", description="cls, mean or cls+mean; cls is mean without a token")
+    neighbours: Annotated[int, Field(ge=1, le=100)] = Field(
+        10, description="of each image that are found and shown"
+    )
+    clusters: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="how many; null: the root of half the images, at most 50"
+    )
+    similarity: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="cosine of near-duplicates; null: by the data"
+    )
+    shown: Annotated[int, Field(ge=1, le=20_000)] = Field(
+        2000, description="images on the page at most; the table has all"
     )

@@ -1,0 +1,95 @@
+"""Small pictures of items of any kind, read by the loader's processes and packed into a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.items import Item
+from patchmine.data.loader import plain_batches
+from patchmine.data.settings import InputSettings
+from patchmine.data.sources.contract import Source
+from patchmine.data.views.geometry import resize
+from patchmine.types import Sample
+
+SIDE = 128
+"""Pixels of a thumbnail's longer side; smaller images stay as they are."""
+_QUALITY = 80  # of WebP: 2 to 4 KB each
+
+
+class Thumbnail(NamedTuple):
+    """A picture as the address that a page holds, and its size in pixels."""
+
+    uri: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class ThumbnailView:
+    """The whole image, small, in the upper left of a black square; ``box`` is its part of that.
+
+    ``pixels``: the one of an `Item`, which of a video gives the frame in the middle.
+    """
+
+    settings: InputSettings
+    pixels: Callable[[Any, int, int], Tensor]
+    repeats: ClassVar[int] = 1
+
+    def __call__(self, raw: Any, generator: np.random.Generator, target: Any = None) -> Sample:
+        image = self.pixels(raw, self.settings.channels, self.settings.max_pixels)  # (C, H, W)
+        share = min(1.0, SIDE / max(image.shape[-2:]))
+        height, width = (max(1, round(side * share)) for side in image.shape[-2:])
+        square = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+        square[:, :height, :width] = resize(_coloured(image), (height, width))
+        return Sample([square], torch.tensor([0, 0, height / SIDE, width / SIDE]), _UNFLIPPED)
+
+
+_UNFLIPPED = torch.tensor(False)
+
+
+def _coloured(image: Tensor) -> Tensor:
+    """Three channels of bytes; deeper pixels from the smallest value, black, to the largest."""
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    if image.dtype == torch.uint8:
+        return image
+    image = image.float().nan_to_num(0.0, 0.0, 0.0)
+    low, high = image.amin(), image.amax()
+    return ((image - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
+
+
+def thumbnails(
+    source: Source, places: Sequence[int], item: Item, settings: InputSettings, workers: int
+) -> Mapping[int, Thumbnail]:
+    """Thumbnails of some items by their place; those that cannot be read now are left out."""
+    loaded = plain_batches(
+        source,
+        ThumbnailView(settings, item.pixels),
+        batch_size=64,
+        indices=places,
+        workers=workers,
+        bad=BadFiles(None, 1.0),
+    )
+    return {
+        int(index): _packed(square, box)
+        for batch in loaded
+        for index, square, box in zip(batch.index, batch.views[0], batch.box, strict=True)
+    }
+
+
+def _packed(square: Tensor, box: Tensor) -> Thumbnail:
+    height, width = (max(1, round(SIDE * share)) for share in box[2:].tolist())
+    pixels = square[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "WEBP", quality=_QUALITY)
+    content = base64.b64encode(file.getvalue()).decode("ascii")
+    return Thumbnail(f"data:image/webp;base64,{content}", width, height)
