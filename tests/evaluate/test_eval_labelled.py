@@ -131,3 +131,38 @@ def test_mistakes_are_explained(tmp_path, image_folder):
         open_labelled(image_folder, write(tmp_path / "other", "ab"))
     with pytest.raises(UserError, match="one image per class"):
         open_labelled(write(tmp_path / "few", "ab", count=1))
+
+
+def says(*given):
+    with pytest.raises(UserError) as error:
+        open_labelled(*given)
+    return str(error.value)
+
+
+def test_classes_that_are_tested_and_not_learnt(tmp_path, image_folder):
+    other = write(tmp_path / "other", ["circel", "square", "zebra"])
+    said = says(image_folder, other)
+    assert f"the class 'circel' of test={other} (2 such) is not among the 3 classes" in said
+    assert f"data={image_folder}; near: 'circle'" in said
+    said = says(image_folder, write(tmp_path / "more", ["zebra"]))
+    assert "they are 'circle', 'square', 'stripes'" in said
+
+
+def test_classes_that_are_learnt_and_not_tested_are_told(tmp_path, image_folder):
+    data = open_labelled(image_folder, write(tmp_path / "one", ["square"]))
+    assert "2 classes have no image to be tested on: 'circle', 'stripes'" in data.how
+    folder = write(tmp_path / "some", "ab")
+    write(folder, ["rare"], count=1)
+    data = open_labelled(folder)
+    assert "1 class has one image, which is learnt from and never tested: 'rare'" in data.how
+    assert set(data.train.labels[data.train.indices]) == {0, 1, 2}
+    assert "class" not in open_labelled(image_folder).how.replace("each class", "")
+
+
+def test_a_class_in_two_spellings(tmp_path, image_folder):
+    twice = write(tmp_path / "twice", ["Cat", "cat", "dog"])
+    said = says(twice)
+    assert said.startswith(f"data={twice}: the classes 'Cat', 'cat' differ only in case")
+    test = write(tmp_path / "test", ["square", "square "])
+    assert says(image_folder, test).startswith(f"test={test}: the classes 'square', 'square ' ")
+    assert open_labelled(write(tmp_path / "letters", "aA")).classes == ["A", "a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchmine.data.items import IMAGE, Item
-from patchmine.data.sources.contract import Labels, Source, division_of
+from patchmine.data.sources.contract import Labels, Source, division_of, plain_spelling
 from patchmine.errors import UserError, shown_name
 
 Index = NDArray[np.int64]
@@ -52,7 +53,7 @@ class LabelledData:
     train: Part
     test: Part
     classes: list[str]
-    how: str  # where the test items come from, for people
+    how: str  # where the test items come from and what they lack, for people
 
 
 def everything(source: Source) -> Part:
@@ -74,7 +75,8 @@ def open_labelled(
         names: of the two settings, for messages.
 
     Raises:
-        UserError: there are no labels, fewer than two classes, or nothing to be tested on.
+        UserError: there are no labels, fewer than two classes, one in two spellings, one to be
+            tested on that is not learnt, or nothing to be tested on.
     """
     if test is not None:
         how = f"learns from {_shown(data)}, is tested on {_shown(test)}"
@@ -94,6 +96,8 @@ def open_labelled(
     counts = f"{len(held_out):,} of {len(labels.ids):,} {item.noun}s"
     last_fifth = f"the last fifth of each class, in the order of the list, is tested on ({counts})"
     how = f"{_shown(data)} has no part for testing: {last_fifth}"
+    alone = [labels.names[k] for k in np.flatnonzero(np.bincount(labels.ids) == 1)]
+    how += _lacking(alone, f"one {item.noun}, which is learnt from and never tested")
     train, last = (Part(source, indices, labels.ids) for indices in (kept, held_out))
     return LabelledData(train, last, labels.names, how)
 
@@ -140,7 +144,17 @@ def _division(path: Path) -> tuple[Path, Path] | None:
 def _of_two(data: Any, test: Any, item: Item, names: tuple[str, str], how: str) -> LabelledData:
     source, labels = _open(data, item, names[0])
     test_source, test_labels = _open(test, item, names[1], fewest=1)
+    strangers = sorted({*test_labels.names} - {*labels.names})
+    if strangers:
+        near = difflib.get_close_matches(strangers[0], labels.names, n=3, cutoff=0.5)
+        told = f"near: {_quoted(near)}" if near else f"they are {_quoted(labels.names)}"
+        classes = f"{_quoted(strangers[:1])} of {names[1]}={_shown(test)} ({len(strangers)} such)"
+        known = f"is not among the {len(labels.names)} classes of {names[0]}={_shown(data)}"
+        raise UserError(f"the class {classes} {known}; {told}: name the classes alike in both")
     ids = test_labels.numbered_as(labels.names)
+    tested_names = {*test_labels.names}
+    untested = [name for name in labels.names if name not in tested_names]
+    how += _lacking(untested, f"no {item.noun} to be tested on")
     train = Part(source, np.arange(len(source)), labels.ids)
     tested = Part(test_source, np.arange(len(test_source)), ids)
     return LabelledData(train, tested, labels.names, how)
@@ -158,7 +172,28 @@ def _open(data: Any, item: Item, name: str, fewest: int = 2) -> tuple[Source, La
     if len(labels.names) < fewest:
         only = f"{name}={_shown(data)} has only one class ({shown_name(labels.names[0])})"
         raise UserError(f"{only}: an evaluation needs two or more")
+    first: dict[str, str] = {}
+    for spelling in labels.names:
+        before = first.setdefault(plain_spelling(spelling), spelling)
+        if before != spelling:
+            only = "differ only in case, blanks or Unicode form: write the class in one way"
+            both = _quoted([before, spelling])
+            raise UserError(f"{name}={_shown(data)}: the classes {both} {only}")
     return source, labels
+
+
+def _lacking(classes: Sequence[str], what: str) -> str:
+    """The end of a sentence about classes that have not enough; nothing where there are none."""
+    if not classes:
+        return ""
+    have = "1 class has" if len(classes) == 1 else f"{len(classes):,} classes have"
+    return f"; {have} {what}: {_quoted(classes)}"
+
+
+def _quoted(names: Sequence[str]) -> str:
+    """The first of many names, for people."""
+    shown = ", ".join(f"'{shown_name(name)}'" for name in names[:5])
+    return f"{shown}, ..." if len(names) > 5 else shown
 
 
 def _shown(data: Any) -> str:
