@@ -47,6 +47,12 @@ def test_a_cosine_that_is_given_joins_neighbours() -> None:
     assert [rows.tolist() for rows in found.members(found.group, -angles)] == [[2, 1, 0], [4, 3]]
 
 
+def test_of_a_handful_the_last_neighbour_is_none() -> None:
+    x = F.normalize(torch.eye(24)[0] + 0.3 * spread(5), dim=1)
+    x[4] = -torch.eye(24)[0]  # as far from all as can be
+    assert set(structure_of(x, neighbours=10).group.tolist()) == {-1}
+
+
 def test_items_that_are_all_alike_are_one_group_and_no_outliers() -> None:
     found = structure_of(spread(1).expand(6, -1).contiguous(), neighbours=3)
     assert found.group.tolist() == [0] * 6

@@ -14,9 +14,10 @@ from patchmine.evaluate.clusters import kmeans
 from patchmine.evaluate.neighbours import nearest
 from patchmine.evaluate.progress import progress
 
-# Near-duplicates are so much nearer to each other than items usually are to their last neighbour;
-# below the second number distances are rounding.  Measured in docs/explore.md.
-_DUPLICATE_SHARE, _ROUNDING = 0.1, 2e-6
+# Near-duplicates are so much nearer to each other than items usually are to their last neighbour
+# among this share of all: of a handful the last of ten is no neighbour.  See docs/explore.md.
+_DUPLICATE_SHARE, _NEIGHBOURHOOD = 0.1, 0.05
+_ROUNDING = 2e-6  # smaller distances are none
 _MOST_CLUSTERS = 50  # that are chosen where the user chose none: a page still shows them
 _ROWS = 65_536
 
@@ -66,7 +67,7 @@ def structure_of(
         neighbours: how many of each item are found; all others where there are fewer.
         clusters: how many; None: the root of half the items, at most 50.
         threshold: cosine from which two neighbours are near-duplicates; None: a tenth of the usual
-            distance (the median) to the last neighbour.
+            distance (the median) to the last neighbour, in small sets to an earlier one.
         seed: decides the start of k-means.
         say: hears about the progress.
     """
@@ -75,7 +76,8 @@ def structure_of(
         similarity, places = nearest(x, x, neighbours, exclude_self=True, tick=tick)
     similarity, places = similarity.cpu(), places.cpu()
     if threshold is None:
-        usual = float(1 - similarity[:, -1].median())
+        last = min(similarity.shape[1], math.ceil(_NEIGHBOURHOOD * count)) - 1
+        usual = float(1 - similarity[:, last].median())
         threshold = 1 - max(_DUPLICATE_SHARE * usual, _ROUNDING)
     distance = (1 - similarity).mean(1).clamp(min=0)
     if clusters is None:
