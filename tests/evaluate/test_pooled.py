@@ -114,7 +114,21 @@ def test_search_equals_one_ranking_at_a_time(monkeypatch):
     mean = sum(map(slow_average_precision, rankings)) / 13
     assert found["map"] == pytest.approx(100 * mean, rel=1e-5)
     for k in (1, 3):
-        assert found[f"recall_{k}"] == 100 * sum(any(row[:k]) for row in rankings) / 13
+        share = sum(any(row[:k]) for row in rankings) / 13
+        assert found[f"recall_{k}"] == pytest.approx(100 * share)
+
+
+def test_features_that_do_not_differ_find_nothing():
+    same, labels = torch.ones(40, 3), torch.arange(40) % 4
+    found = search(same, labels, same, labels, (1, 30, 31))
+    assert found["map"] == pytest.approx(25)  # as many as there are of the class
+    assert (found["recall_1"], found["recall_30"], found["recall_31"]) == (0, 0, 100)
+
+
+def test_twins_of_the_right_class_are_all_first():
+    gallery, labels = torch.eye(2).repeat_interleave(3, 0), torch.arange(6) // 3
+    found = search(torch.eye(2), torch.arange(2), gallery, labels, (1,))
+    assert found == {"map": 100, "recall_1": 100}
 
 
 # ---- label-free quality ----

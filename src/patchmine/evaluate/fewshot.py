@@ -61,8 +61,7 @@ def learn_fewshot(
     assert test.labels is not None, "labelled data has labels"
     # Logistic regression wants inputs of one scale.  It is that of all training images, of which
     # no label is looked at: that of one image a class would be chance.
-    mean, std = train.x.mean(0), train.x.std(0).clamp(min=1e-6)
-    scaled = ((test.x - mean) / std).to(device)
+    mean, std = train.x.mean(0), train.x.std(0, correction=0).clamp(min=1e-6)
     query = test.x.to(device)
     found: Result = {}
     draws: dict[str, list[float]] = {}
@@ -74,7 +73,10 @@ def learn_fewshot(
             bank = F.normalize(x, dim=1).to(device)
             votes = knn_votes(bank, labels, query, num_classes, [k], settings.temperature)[k]
             weight, bias = train_logistic(((x - mean) / std).to(device), labels, num_classes)
-            for name, scores in {"knn": votes, "logistic": scaled @ weight + bias}.items():
+            # The scale goes into the weights: no scaled copy of the test features.
+            weight = weight / std.to(device)[:, None]
+            logits = query @ weight + (bias - mean.to(device) @ weight)
+            for name, scores in {"knn": votes, "logistic": logits}.items():
                 right = float(count_right(scores, test.labels)[0])
                 draws.setdefault(f"{name}_{shots}_shot", []).append(100 * right / len(test))
     for name, accuracies in draws.items():

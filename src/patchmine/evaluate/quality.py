@@ -61,10 +61,12 @@ def evaluate_quality(settings: QualitySettings, say: Say = silent) -> Result:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Means over the rows (N, D) of their outer products, (D, D), and of themselves, float64."""
     second = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
     for start in range(0, len(x), _ROWS):
         rows = x[start : start + _ROWS].double()
         second.addmm_(rows.T, rows)
-    return second / len(x), x.mean(0, dtype=torch.float64)
+        total += rows.sum(0)
+    return second / len(x), total / len(x)
 
 
 def rankme(second: Tensor) -> float:

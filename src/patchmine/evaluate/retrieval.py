@@ -15,7 +15,7 @@ from patchmine.evaluate.measure import Result, opened
 from patchmine.evaluate.pooled import Items, measure_pooled, unit_rows
 from patchmine.evaluate.settings import RetrievalSettings
 
-# Similarities that are sorted at once: 64 MiB, and some 300 MiB with their places.
+# Similarities that are computed at once: 64 MiB.
 _SIMILARITIES = 2**24
 
 
@@ -60,20 +60,33 @@ def search(
     queries: Tensor, query_labels: Tensor, gallery: Tensor, labels: Tensor, recall: Sequence[int]
 ) -> dict[str, float]:
     """mAP and recall at k in percent, of queries (Q, D) among the gallery (N, D)."""
-    # A class that the gallery lacks is never found: its precision counts as zero.
-    precision, hits = 0.0, dict.fromkeys(recall, 0)
-    place = torch.arange(1, len(gallery) + 1, device=gallery.device)  # (N,)
+    precision = torch.zeros(len(queries), dtype=torch.float64)
+    nearer = torch.zeros(len(queries), dtype=torch.int64)
     size = max(1, _SIMILARITIES // len(gallery))
     for start in range(0, len(queries), size):
-        similarity = F.linear(queries[start : start + size], gallery)  # (B, N)
-        # Stable: of equally near ones the first in the list comes first.
-        order = similarity.sort(dim=1, descending=True, stable=True).indices
-        truth = query_labels[start : start + size, None].to(gallery.device)
-        right = labels[order] == truth  # (B, N)
-        found = right.cumsum(1, dtype=torch.int32)
-        average = (found / place * right).sum(1) / found[:, -1].clamp(min=1)
-        precision += float(average.sum())
-        for k in recall:
-            hits[k] += int(right[:, :k].any(1).sum())
-    at = {f"recall_{k}": 100 * count / len(queries) for k, count in hits.items()}
-    return {"map": 100 * precision / len(queries), **at}
+        rows = slice(start, start + size)
+        similarity = F.linear(queries[rows], gallery)  # (B, N)
+        ranked = map(_rank, similarity, (labels == label for label in query_labels[rows].tolist()))
+        precision[rows], nearer[rows] = (torch.stack(each) for each in zip(*ranked, strict=True))
+    at = {f"recall_{k}": 100 * float((nearer < k).double().mean()) for k in recall}
+    return {"map": 100 * float(precision.mean()), **at}
+
+
+def _rank(similarity: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Average precision of one query, and how many wrong ones are as near as its first right one.
+
+    ``similarity`` (N,) to all, ``right`` (N,) bool.  Of equally near ones the wrong come first: one
+    vector for all images is no good search.
+    """
+    own = similarity[right].sort().values  # (R,), the nearest last
+    if len(own) == 0:  # a class that the gallery lacks is never found
+        return own.new_zeros(()), right.new_tensor(len(right), dtype=torch.int64)
+    # Counted against the few of its class, instead of sorting all: a fifth of the time.
+    everything, right_ones = _at_least(similarity, own), _at_least(own, own)
+    return (right_ones / everything).mean(), everything[-1] - right_ones[-1]
+
+
+def _at_least(values: Tensor, bounds: Tensor) -> Tensor:
+    """How many of the values (N,) are at least as large as each of the rising bounds (R,)."""
+    counts = torch.bucketize(values, bounds, right=True).bincount(minlength=len(bounds) + 1)
+    return counts.flip(0).cumsum(0).flip(0)[1:]
