@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from patchmine.backbones.family import Encoder, family_of
 from patchmine.config.resolve import resolve_size
 from patchmine.config.schema import FinetuneConfig
 from patchmine.data.badfiles import BadFiles
@@ -29,7 +30,7 @@ from patchmine.evaluate.settings import ReadingSettings
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_classifier, write_export
 from patchmine.runs.fresh import new_folder, refuse_used_folder
-from patchmine.tasks.classify import Classify, balanced_weights
+from patchmine.tasks.classify import SCORE, Classify, balanced_weights
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
@@ -233,7 +234,7 @@ def _finish(
                 f"make room there, then run `patchmine resume {folder}`, which has only that left "
                 "to do"
             ) from error
-        place.say(_last_words(config, place, found, bad))
+        place.say(_last_words(config, place, network.encoder, found, bad))
     engine.barrier()
     return RunFolder(folder)
 
@@ -259,14 +260,15 @@ def _result(config: FinetuneConfig, labelled: Labelled, found: Mapping[str, Any]
 
 
 def _last_words(
-    config: FinetuneConfig, place: Place, found: Mapping[str, Any], bad: BadFiles
+    config: FinetuneConfig, place: Place, encoder: Encoder, found: Mapping[str, Any], bad: BadFiles
 ) -> str:
-    folder = place.folder
-    metric = {"ce": "top1", "bce": "map", "mse": "r2"}[config.loss]
+    folder, metric = place.folder, SCORE[config.loss]
     unit = "" if metric == "r2" else " %"
     broken = f" {len(bad)} broken {bad.item}s were left out, see {bad.path}." if len(bad) else ""
+    opened = f'patchmine.Run("{folder}").classifier()'
+    if family_of(encoder).timm_opens(encoder):
+        opened = f'timm.create_model("local-dir:{folder}/export", pretrained=True)'
     return (
         f"Done: {folder}, test {metric} {found[metric]:.2f}{unit} (eval/{TEST}.json).{broken} "
-        f"Next: `patchmine predict {shown_name(folder)} images/ out=predictions.csv`, or "
-        f'timm.create_model("local-dir:{folder}/export", pretrained=True).'
+        f"Next: `patchmine predict {shown_name(folder)} images/ out=predictions.csv`, or {opened}."
     )
