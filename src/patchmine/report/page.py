@@ -18,6 +18,7 @@ import numpy as np
 from patchmine.disk import output
 from patchmine.report import reading, words
 from patchmine.report.charts import Chart, draw, make_curve
+from patchmine.report.classes import ByClass, take_classes
 
 _LAST_CHARTS = ("lr", "images_per_second", "data_wait")
 _NOTES = {
@@ -189,6 +190,7 @@ class Result:
 
     Accuracies in percent, ``baselines`` name -> top-1.  ``measures``: the numbers of an evaluation
     that has no accuracy.  ``notes``: sentences for the reader.  ``conditions``: how it was made.
+    ``by_class``: what it says of each class, where it does.
     """
 
     run: int
@@ -199,6 +201,7 @@ class Result:
     measures: Mapping[str, float]
     notes: Sequence[str]
     conditions: Mapping[str, str]
+    by_class: ByClass | None
 
     @property
     def in_words(self) -> str:
@@ -243,6 +246,7 @@ def read_result(run: int, name: str, content: Mapping[str, object]) -> Result:
     """The numbers of an eval/NAME.json, whatever else it holds."""
     rest = dict(content)
     rest.pop("name", None)
+    by_class = take_classes(rest)
     top1, top5 = (reading.finite_number(rest.pop(key, None)) for key in ("top1", "top5"))
     older, notes = rest.pop("floors", None), rest.pop("notes", None)  # the older name of baselines
     baselines = rest.pop("baselines", older)
@@ -263,6 +267,7 @@ def read_result(run: int, name: str, content: Mapping[str, object]) -> Result:
         conditions=reading.flatten(
             {key: value for key, value in rest.items() if key not in measures}
         ),
+        by_class=by_class,
     )
 
 
