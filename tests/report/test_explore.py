@@ -218,6 +218,9 @@ def test_mistakes_are_one_sentence_and_leave_what_was_there(
     (tmp_path / "file").write_text("")
     refused(r"out=.*file/p\.html cannot be written", out=tmp_path / "file" / "p.html")
     refused(r"csv=.*file/t\.csv cannot be written", csv=str(tmp_path / "file" / "t.csv"))
+    # Told before anything is read.
+    refused(r"out=/proc/p\.html cannot be written", tmp_path / "nowhere", out=Path("/proc/p.html"))
+    refused(r"csv=/proc/t\.csv cannot be written", tmp_path / "nowhere", csv="/proc/t.csv")
     few = tmp_path / "few"
     few.mkdir()
     for number in range(2):

@@ -36,7 +36,7 @@ _FEWEST = 3
 def explore(settings: ExploreSettings, say: Say = silent) -> Path:
     """Write a page and a table about a data set: duplicates, outliers, clusters, difficulty.
 
-    Both files appear complete or not at all.  Memory beside the features, which are held once, is
+    Each file appears complete or not at all.  Memory beside the features, which are held once, is
     bounded, whatever the number of images.
 
     Args:
@@ -51,10 +51,12 @@ def explore(settings: ExploreSettings, say: Say = silent) -> Path:
     """
     out = Path(settings.out)
     table = out.with_suffix(".csv") if settings.csv is None else Path(settings.csv)
-    # A place that cannot be written is told before an hour of work.
-    with output(out) as new_page, output(table, "csv") as new_table:
-        findings = _look(settings, say)
-        _write_table(findings, new_table)
+    with output(out) as new_page:
+        new_page.touch()  # a place that cannot be written is told before an hour of work
+        with output(table, "csv") as new_table:
+            new_table.touch()
+            findings = _look(settings, say)
+            _write_table(findings, new_table)
         page = render(findings, settings, shown_name(table.name))
         new_page.write_bytes(page.encode("utf-8", "backslashreplace"))
     many = f"{len(findings.index):,} {findings.evaluated.item.noun}s"
