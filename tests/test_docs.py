@@ -173,6 +173,9 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.setattr(patchmine.runs.checking, checks, ())
     starting = importlib.import_module("patchmine.training.starting")
     monkeypatch.setattr(starting, "settings_of_start", lambda start: {"kind": "classify"})
+    extending = importlib.import_module("patchmine.training.extending")
+    extended = {"kind": "pretrain", "data": "photos"}
+    monkeypatch.setattr(extending, "settings_of_extension", lambda path: extended)
     monkeypatch.setattr(pretrain, "resume", stops(lambda *_, **__: None))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -22,10 +22,11 @@ from patchmine.report.explore import explore
 from patchmine.report.page import write_report
 from patchmine.report.settings import ExploreSettings
 from patchmine.report.show import show
-from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS
+from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, checks_of
 from patchmine.runs.folder import open_encoder
 from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import export_run, import_file
+from patchmine.training.extending import settings_of_extension
 from patchmine.training.starting import settings_of_start
 
 
@@ -142,6 +143,32 @@ class Run(MeasuredRun):
         """
         place = None if out is None else str(out)
         return export_run(self.path, place, what=what, weights=weights, to=to, say=say)
+
+    def extend(self, out: Name, *, data: Any = None, say: Say = print, **settings: Any) -> Run:
+        """Train longer: a new run from all of this one's weights, with a schedule of its own.
+
+        Example:
+            ``patchmine.Run("runs/hpm").extend("runs/hpm-longer", epochs=400)``
+
+        Args:
+            out: the new folder.
+            data: other data, as `pretrain` and `finetune` take them; None: the run's own.
+            say: hears what a person should know, what became of the optimizer's state among it.
+            **settings: ``epochs`` or ``steps`` of the new schedule, and those of `patchmine config
+                schema` that are not to be this run's.
+
+        Returns:
+            The finished run.
+
+        Raises:
+            UserError: this run has no checkpoint, or settings do not fit its weights.
+        """
+        given, source = {"out": out, **settings}, _dataset(data)
+        if data is not None:
+            given["data"] = data if source is None else f"python:{type(data).__name__}"
+        base = settings_of_extension(self.path)
+        config = from_settings(say=say, also=checks_of(base["kind"]), base=base, **given)
+        return Run(training.extend(config, self.path, source=source, say=say).path)
 
 
 def pretrain(

@@ -35,6 +35,7 @@ ROOMS = [
     ("training", "pretrain"),
     ("training.finetuning", "finetune"),
     ("training", "resume"),
+    ("training.extending", "extend"),
     ("evaluate.knn", "evaluate_knn"),
     ("evaluate.linear", "evaluate_linear"),
     ("evaluate.video", "evaluate_video"),
@@ -70,12 +71,16 @@ def name_of(command: list[str]) -> str:
 def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Stands in for the rooms; remembers the last call of each function."""
     calls: Calls = {}
+    extended = {"kind": "pretrain", "data": "photos"}
     monkeypatch.setattr(
         "patchmine.runs.checking.CHECKS", ()
     )  # the data of the examples are not there
     monkeypatch.setattr("patchmine.runs.checking.CLASSIFIER_CHECKS", ())
     monkeypatch.setattr(  # nor are their backbones
         "patchmine.training.starting.settings_of_start", lambda start: {"kind": "classify"}
+    )
+    monkeypatch.setattr(  # nor the runs
+        "patchmine.training.extending.settings_of_extension", lambda path: extended
     )
 
     def recorder(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,8 +114,8 @@ def test_help_has_one_line_for_the_list_and_an_example(command: list[str]) -> No
 def test_the_first_help_shows_the_commands_in_the_order_of_work() -> None:
     result = call("--help")
     order = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout, flags=re.MULTILINE)
-    assert order[:4] == ["pretrain", "resume", "finetune", "eval"]
-    assert len(order) == 14
+    assert order[:4] == ["pretrain", "resume", "extend", "finetune"]
+    assert len(order) == 15
     assert result.exit_code == 0
     assert "patchmine list recipes" in result.stdout
     assert call("--version").stdout == f"patchmine {__version__}\n"
@@ -334,6 +339,8 @@ def test_lists_name_methods_recipes_and_models() -> None:
         ("pretrain data=x --epochs 3", "settings are written without dashes, as in epochs="),
         ("pretrain photos/", "images are given as data=photos/"),
         ("resume", "Name the folder of a run first"),
+        ("extend epochs=3 out=x", "Name the folder of a run first"),
+        ("extend nowhere epochs=3 out=x", "nowhere does not exist; give the folder"),
         ("resume nowhere", "nowhere does not exist; give the folder"),
         (
             "eval knn nowhere dta=x baselines=perhaps",

@@ -46,6 +46,7 @@ class Command:
 COMMANDS = (
     Command("pretrain", "cli.work:pretrain", usage="[RECIPE] KEY=VALUE..."),
     Command("resume", "cli.work:resume", usage="RUN [KEY=VALUE...]"),
+    Command("extend", "cli.work:extend", usage="RUN epochs=... out=... [KEY=VALUE...]"),
     Command("finetune", "cli.work:finetune", usage="START data=... out=... [KEY=VALUE...]"),
     Command("eval knn", "evaluate.knn:evaluate_knn", "evaluate.settings:KnnSettings", "target"),
     Command(

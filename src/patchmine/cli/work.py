@@ -100,6 +100,33 @@ def resume(words: Sequence[str], say: Say) -> None:
     go_on(run, settings, say=say)
 
 
+def extend(words: Sequence[str], say: Say) -> None:
+    """Train longer: a new run from another one's weights.
+
+    The new run starts from all that RUN knows: every weight of its method or classifier, and the
+    optimizer's state.  epochs (or steps) is how much longer: the schedule starts anew, with its
+    warm-up, at step 0.  All other settings are RUN's, but for what you give; data may be other
+    images.  A pre-training run takes the next seed, so that it sees new crops and masks.
+
+    Example:
+        patchmine extend runs/hpm epochs=400 out=runs/hpm-longer
+        patchmine extend runs/hpm epochs=50 data=more/ blr=5e-5 warmup_epochs=2 out=runs/more
+    """
+    run, settings = _recipe_and_settings(words)
+    if run is None:
+        raise UserError(
+            "Name the folder of a run first, as in `patchmine extend runs/hpm epochs=400 "
+            "out=runs/hpm-longer`."
+        )
+    from patchmine.config import resolve
+    from patchmine.runs.checking import checks_of
+    from patchmine.training import extending
+
+    base = extending.settings_of_extension(run)
+    config = resolve.parse(None, settings, say, also=checks_of(base["kind"]), base=base)
+    extending.extend(config, run, say=say)
+
+
 def _recipe_and_settings(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
     """The recipe or run, if the first word is one, and the settings."""
     from patchmine.config.overrides import split_setting

@@ -86,6 +86,8 @@ def _assemble(
 ) -> AnyConfig:
     recipe = None if recipe_name is None else load_recipe(recipe_name)
     wanted, torn = tree_of((path, _plain(value)) for path, value in pairs)
+    if _method_in(wanted) not in (None, _method_in(base)):  # another has settings of its own
+        base = {name: value for name, value in base.items() if name != "method"}
     settings, where = merge(base, wanted), "the settings"
     if recipe is not None:
         settings = merge(merge(base, _settings_of(recipe, {**base, **wanted}, say)), wanted)
@@ -108,6 +110,11 @@ def _model_of(settings: Mapping[str, Any]) -> type[AnyConfig]:
     """The settings that a run of this kind has; of an unknown kind its error is told."""
     kind = settings.get("kind", "pretrain")
     return KINDS.get(kind, PretrainConfig) if isinstance(kind, str) else PretrainConfig
+
+
+def _method_in(settings: Mapping[str, Any]) -> Any:
+    method = settings.get("method")
+    return method.get("name") if isinstance(method, Mapping) else method
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from patchmine.config.resolve import missing_files
+from patchmine.config.resolve import Checks, missing_files
 from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.strict import SettingError
@@ -60,6 +60,11 @@ CHECKS = (missing_files, misfits)
 """What is asked of the settings of a new run, in this order; torch is imported for the second."""
 CLASSIFIER_CHECKS = (missing_files, misfits_of_classifier)
 """The same of a run that fine-tunes."""
+
+
+def checks_of(kind: str) -> Checks:
+    """What is asked of the settings of a new run of this kind."""
+    return CLASSIFIER_CHECKS if kind == "classify" else CHECKS
 
 
 def _refusals(config: PretrainConfig) -> list[str]:

@@ -256,6 +256,18 @@ def optimizer_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
     }
 
 
+def fitting_state(
+    params: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The part of `optimizer_tensors` that is of these parameters, by names and shapes."""
+    fitting = {}
+    for name, value in tensors.items():
+        parameter = params.get(name.rsplit(".", 1)[0])
+        if parameter is not None and (value.ndim == 0 or value.shape == parameter.shape):
+            fitting[name] = value
+    return fitting
+
+
 def load_optimizer_tensors(optimizers: Optimizers, tensors: Mapping[str, Tensor]) -> None:
     """Undo `optimizer_tensors`; ValueError for state that is not whole or of something else."""
     by_parameter: dict[nn.Parameter, dict[str, Tensor]] = {}

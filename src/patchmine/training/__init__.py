@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from patchmine.training.extending import extend as extend
 from patchmine.training.finetuning import finetune as finetune
 from patchmine.training.place import Place as Place
 from patchmine.training.place import train_task as train_task

@@ -108,18 +108,22 @@ def open_labels(config: FinetuneConfig, place: Place) -> tuple[Labelled, Finetun
     return labelled, config
 
 
+def make_classifier(
+    config: FinetuneConfig, images: Selected, init: str | None = None, say: Say = silent
+) -> Classify:
+    """The classifier that the settings and the labels describe, as the seed draws it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        told = _statistics(config, images)
+        return build_classifier(config, **told, start_from=init, say=say)
+
+
 def train_classifier(
     config: FinetuneConfig, place: Place, labelled: Labelled, start: Checkpoint | None
 ) -> RunFolder:
     """The run with these settings, trained to its end, tested and exported."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        task = build_classifier(
-            config,
-            **_statistics(config, labelled.train),
-            start_from=config.init if start is None else None,
-            say=place.say,
-        )
+    init = config.init if start is None else None
+    task = make_classifier(config, labelled.train, init, place.say)
     rates = render_groups(
         task.param_groups(),
         weight_decay=config.weight_decay,

@@ -69,6 +69,14 @@ def agree(config: RunConfig, place: Place, found: str) -> None:
     place.engine.agree({"data": found} | settings)
 
 
+def identity_of(task: Task, images: Source) -> dict[str, str]:
+    """The fingerprints that a run on these images must find again when it is resumed."""
+    identity = {"data": images.fingerprint}
+    if task.uses_targets:
+        identity["targets"] = str(images.target_digest)
+    return identity
+
+
 def train_task(
     task: Task,
     config: RunConfig,
@@ -105,9 +113,7 @@ def train_task(
     """
     folder, engine, say = place.folder, place.engine, place.say
     task.noise.seed = config.seed
-    identity = {"data": images.fingerprint}
-    if task.uses_targets:
-        identity["targets"] = str(images.target_digest)
+    identity = identity_of(task, images)
     if start is not None:
         refuse_stranger(start, identity)  # before anything in the folder changes
     length = preparing.length_of(config, len(images))

@@ -73,15 +73,18 @@ def open_images(
     return images, config
 
 
+def make_method(config: PretrainConfig, init: str | None = None, say: Say = silent) -> Method:
+    """The method that the settings describe, as the seed draws it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_method(config, start_from=init, say=say)
+
+
 def train_method(
     config: PretrainConfig, place: Place, images: Source, start: Checkpoint | None
 ) -> RunFolder:
     """The run with these settings, trained to its end and exported."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        method = build_method(
-            config, start_from=config.init if start is None else None, say=place.say
-        )
+    method = make_method(config, config.init if start is None else None, place.say)
 
     def watch(log: Log) -> Hooks:
         plain_data = _PlainData(config, images, place.engine, log.say)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from patchmine.config.resolve import changed_results, of_kind, parse, results_of
 from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from patchmine.data.sources.source import Spec
-from patchmine.errors import Say, UserError, silent
+from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.runs.folder import RunFolder
 from patchmine.train.checkpoint import Checkpoint, load_newest
 from patchmine.training import finetuning, pretraining
@@ -49,10 +49,11 @@ def resume(
         moved = {name: own[name] for name in _KNOWN_BY_CONTENT if name in own}
         if changed := changed_results(own, now | moved):
             command = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+            longer = " ".join(["patchmine extend", shown_name(run.path), *overrides, "out=..."])
             raise UserError(
                 "a resumed run must keep the settings that decide its weights, but "
-                f"{'; '.join(changed)}: leave them out, or start a new run with `patchmine "
-                f"{command}` and another out"
+                f"{'; '.join(changed)}: leave them out, train longer from its weights with "
+                f"`{longer}`, or start a new run with `patchmine {command}` and another out"
             )
         start = load_newest(run.checkpoint_dir, place.say, finite=True) if run.checkpoints else None
         if isinstance(config, FinetuneConfig):
