@@ -196,7 +196,7 @@ def train_logistic(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor,
         optimizer.zero_grad()
         misfit = F.cross_entropy(rows @ weight + bias, labels, reduction="sum")
         loss = misfit + weight.square().sum() / 2
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     optimizer.step(objective)  # type: ignore[no-untyped-call]
