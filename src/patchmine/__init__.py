@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchmine.api import Run as Run
+    from patchmine.api import compare_shares as compare_shares
     from patchmine.api import finetune as finetune
     from patchmine.api import import_weights as import_weights
     from patchmine.api import load_encoder as load_encoder
@@ -52,7 +53,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("Run", "finetune", "import_weights", "load_encoder", "pretrain", "resume"),
+    "api": (
+        "Run",
+        "compare_shares",
+        "finetune",
+        "import_weights",
+        "load_encoder",
+        "pretrain",
+        "resume",
+    ),
     "config.schema": ("FinetuneConfig", "PretrainConfig"),
     "data.inspect": ("inspect",),
     "data.settings": ("Clip", "Crops"),

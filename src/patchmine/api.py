@@ -14,7 +14,7 @@ from patchmine.config.explain import validate
 from patchmine.config.keywords import FinetuneRunSettings, Name, RunningSettings, RunSettings, Size
 from patchmine.config.resolve import from_settings, of_kind
 from patchmine.config.schema import FinetuneConfig, PretrainConfig
-from patchmine.errors import Say
+from patchmine.errors import Say, silent
 from patchmine.evaluate.embed import embed
 from patchmine.evaluate.measured_run import MeasuredRun
 from patchmine.evaluate.settings import EmbedSettings
@@ -26,7 +26,9 @@ from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, checks_of
 from patchmine.runs.folder import open_encoder
 from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import export_run, import_file
+from patchmine.tasks.settings import ShareSettings
 from patchmine.training.extending import settings_of_extension
+from patchmine.training.shares import settings_of_starts
 from patchmine.training.starting import settings_of_start
 
 
@@ -240,6 +242,60 @@ def finetune(
     start_from = None if recipe is None else os.fspath(recipe)
     config = from_settings(start_from, say=say, also=CLASSIFIER_CHECKS, base=base, **given)
     return Run(training.finetune(of_kind(config, FinetuneConfig), say=say).path)
+
+
+def compare_shares(
+    start: Name,
+    *,
+    data: Any = None,
+    shares: Sequence[float | str] = (),
+    baselines: bool = True,
+    compare: Sequence[Name] = (),
+    seeds: int = 1,
+    recipe: Name | None = None,
+    say: Say = print,
+    **settings: Unpack[FinetuneRunSettings],
+) -> dict[str, Any]:
+    """Say how much pre-training is worth: runs with parts of the labels, from several starts.
+
+    A run is made in ``out/runs`` for each start, share and seed, at equal settings; those that are
+    finished are not made again, so that the same call goes on after an interruption.
+
+    Example:
+        ``compare_shares("runs/hpm", data="labelled/", shares=[0.01, 0.1, 1], out="runs/verdict")``
+
+    Args:
+        start: a run, an export, or a file of weights.
+        data: labelled images, as in `finetune`.
+        shares: of the labels, as 0.1 or "10%"; those of a smaller share are among those of a larger
+            one.
+        baselines: also from random weights.
+        compare: further starts; the name of a model stands for its random weights.
+        seeds: runs of each, with other labels and other random numbers.
+        recipe: name or file of settings to start from.
+        say: hears what a person should know.
+        **settings: those of `patchmine config schema finetune`.
+
+    Returns:
+        What ``out/eval/shares.json`` holds: ``entries``, one for each share and start, with mean
+        (``top1`` in percent) and ``std`` over seeds; ``write_report`` takes ``out``.
+
+    Raises:
+        UserError: settings, labels or folders are wrong, before anything is trained.
+    """
+    asked = {"shares": list(shares), "baselines": baselines, "seeds": seeds}
+    asked["compare"] = [os.fspath(name) for name in compare]
+    wanted = validate(ShareSettings, asked, where="the settings of compare_shares")
+    given: dict[str, Any] = dict(settings)
+    if data is not None:
+        given["data"] = data
+    start_from = None if recipe is None else os.fspath(recipe)
+    configs: dict[str, FinetuneConfig] = {}
+    for name, base in settings_of_starts(os.fspath(start), wanted).items():
+        hears = silent if configs else say
+        config = from_settings(start_from, say=hears, also=CLASSIFIER_CHECKS, base=base, **given)
+        configs[name] = of_kind(config, FinetuneConfig)
+    return training.compare_shares(configs, wanted, say=say)
 
 
 def resume(

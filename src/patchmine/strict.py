@@ -30,6 +30,16 @@ LARGEST_RUN = 10**9
 MOST_WORKERS = 1_024
 _WORD = 2**63  # beyond it no array and no random generator holds a whole number
 
+
+def _as_share(value: Any) -> Any:
+    """Percent as a fraction; what is no number is told by the setting."""
+    number = value.removesuffix("%") if isinstance(value, str) else ""
+    try:
+        return float(number) / (1 if number == value else 100)
+    except ValueError:
+        return value
+
+
 Count = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 """Of what is held in memory at once or started as a process: widths, frames, devices."""
 Depth = Annotated[int, Field(gt=0, le=LARGEST_DEPTH)]
@@ -42,6 +52,8 @@ Positive = Annotated[int, Field(gt=0, le=LARGEST_RUN)]
 Workers = Annotated[int, Field(ge=0, le=MOST_WORKERS)] | Literal["auto"]
 """Processes that read images."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, BeforeValidator(_as_share), Field(gt=0, le=1)]
+"""A part of a whole, above 0: 0.1, or 10% as text."""
 Device = Literal["auto", "cpu", "cuda"]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchmine.cli.commands import COMMANDS, named, read_words
-from patchmine.errors import Say, UserError, shown_name
+from patchmine.errors import Say, UserError, shown_name, silent
 
 if TYPE_CHECKING:
     from patchmine.bench.settings import BenchDataSettings, BenchStepSettings
@@ -45,12 +45,15 @@ def finetune(words: Sequence[str], say: Say) -> None:
     folders in data are the classes, train/ and test/ in it are used as such; or labels=FILE.csv.
     The run is exported with its classifier, and `patchmine resume RUN` goes on with it.
     recipe=NAME takes published settings (`patchmine list recipes`); check=true only looks whether
-    settings, labels and images fit together.
+    settings, labels and images fit together.  shares=, baselines=, compare= and seeds= make many
+    runs instead of one, and say how much the pre-training is worth.
 
     Example:
         patchmine finetune runs/hpm data=labelled/ out=runs/classify
         patchmine finetune runs/hpm data=labelled/ out=runs/few recipe=small-labels share=0.1
         patchmine finetune runs/hpm data=photos/ labels=age.csv loss=mse out=runs/age
+        patchmine finetune runs/hpm data=labelled/ out=runs/verdict shares=1%,10%,100% \
+            baselines=true seeds=3
     """
     first, settings = _recipe_and_settings(words)
     if first is None:
@@ -62,7 +65,6 @@ def finetune(words: Sequence[str], say: Say) -> None:
     from patchmine.config.schema import FinetuneConfig
     from patchmine.runs.checking import CLASSIFIER_CHECKS
     from patchmine.tasks.settings import FinetuneOptions
-    from patchmine.training.starting import settings_of_start
 
     def is_option(word: str) -> bool:
         return word.split("=")[0] in FinetuneOptions.model_fields
@@ -70,17 +72,46 @@ def finetune(words: Sequence[str], say: Say) -> None:
     options = read_words(
         FinetuneOptions, list(filter(is_option, settings)), command="finetune", say=say
     )
-    config = resolve.parse(
-        options.recipe,
-        [word for word in settings if not is_option(word)],
-        say,
-        also=CLASSIFIER_CHECKS,
-        base=settings_of_start(first),
-    )
-    from patchmine.training import finetuning
+    from patchmine.training import finetuning, shares
 
+    configs: dict[str, FinetuneConfig] = {}
+    for name, base in shares.settings_of_starts(first, options).items():
+        config = resolve.parse(
+            options.recipe,
+            [word for word in settings if not is_option(word)],
+            silent if configs else say,
+            also=CLASSIFIER_CHECKS,
+            base=base,
+        )
+        configs[name] = resolve.of_kind(config, FinetuneConfig)
+    if options.asked:
+        if options.check:
+            shares.check_shares(configs, options, say=say)
+        else:
+            _print_table(shares.compare_shares(configs, options, say=say))
+        return
     work = finetuning.check if options.check else finetuning.finetune
-    work(resolve.of_kind(config, FinetuneConfig), say=say)
+    work(next(iter(configs.values())), say=say)
+
+
+def _print_table(result: Mapping[str, Any]) -> None:
+    """Scores of each start by the share of labels."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from patchmine.report.verdict import read_verdict, sentences, table
+
+    verdict = read_verdict(result)
+    head, rows = table(verdict)
+    shown = Table(title=f"{verdict.title} by share of the labels")
+    for column in head:
+        shown.add_column(column, justify="right")
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    for sentence in sentences(verdict):
+        console.print(sentence, markup=False, highlight=False)
 
 
 def resume(words: Sequence[str], say: Say) -> None:

@@ -88,7 +88,7 @@ class FinetuneRunSettings(SharedRunningSettings, total=False):
     labels: Name | None
     column: str | None
     loss: Literal["ce", "bce", "mse"]
-    share: float
+    share: float | str
     val: Name | None
     val_share: float
     patience: int | None

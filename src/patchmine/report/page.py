@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 
 from patchmine.disk import output
-from patchmine.report import reading, words
+from patchmine.report import reading, verdict, words
 from patchmine.report.charts import Chart, draw, make_curve
 from patchmine.report.classes import ByClass, take_classes
 
@@ -43,7 +43,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     Raises:
         UserError: a folder that holds no run, and an ``out`` that cannot be written.
     """
-    page = render(reading.read_runs(runs), written=datetime.now(UTC))
+    found = reading.read_runs(runs)
+    found.sort(key=lambda run: reading.SHARES in run.evaluations)  # colours of runs go by place
+    page = render(found, written=datetime.now(UTC))
     path = Path(out)
     with output(path) as new:
         new.write_bytes(page.encode("utf-8", "backslashreplace"))
@@ -56,11 +58,15 @@ def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
     last_step = float(max(steps, default=1.0))
     drawings = [draw(chart, last_step) for chart in charts(runs)]
     evaluations = evaluations_of(runs)
-    tops = overviews(runs)
+    read = {run.name: verdict.verdict_of(run) for run in runs}
+    verdicts = {name: one for name, one in read.items() if one is not None}
+    tops = overviews([run for run in runs if run.name not in verdicts])
     template = templates().get_template("page.html")
     return template.render(
         written=f"{written:%Y-%m-%d %H:%M} UTC",
         runs=runs,
+        about=tops[0].about if tops else verdicts[runs[0].name].about,
+        verdicts=verdicts,
         overviews=tops,
         fact_labels=_union(top.facts for top in tops),
         evaluations=evaluations,
@@ -85,7 +91,9 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     found.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    for function in (words.number, words.percent, words.points, words.spoken, words.title):
+    in_words = (words.number, words.percent, words.points, words.spoken, words.title)
+    of_verdicts = (verdict.sentences, verdict.table, verdict.plot, verdict.drawn)
+    for function in (*in_words, *of_verdicts):
         found.filters[function.__name__] = function
     found.filters["thousands"] = words.whole
     found.globals["nothing"] = words.NOTHING
@@ -228,6 +236,8 @@ def evaluations_of(runs: Sequence[reading.RunRecord]) -> list[Evaluation]:
     by_name: dict[str, list[Result]] = {}
     for i, run in enumerate(runs):
         for name, content in run.evaluations.items():
+            if name == reading.SHARES:
+                continue  # the verdict, which the page opens with
             by_name.setdefault(name, []).append(read_result(i, run.name, content))
     return [
         Evaluation(

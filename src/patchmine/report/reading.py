@@ -22,6 +22,9 @@ from patchmine.train.log import read_line, step_of
 
 Floats = npt.NDArray[np.float64]
 
+SHARES = "shares"
+"""eval/shares.json compares runs with parts of the labels."""
+
 _POSITION = ("step", "epoch", "samples")
 # A number beyond the largest is damage, one below the smallest 0: charts divide by any other.
 _LARGEST, _SMALLEST = 1e100, 1e-100
@@ -120,15 +123,23 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str) -> RunRecord:
-    """The run in ``folder``; UserError where there is neither config.yaml nor metrics.jsonl."""
+    """The run in ``folder``, or the comparison of runs, which has ``eval/shares.json`` alone.
+
+    Raises UserError where there is neither.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the folder that pretrain wrote (its out=)")
-    if not (folder / "config.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
-        raise UserError(
-            f"{folder} holds no run (neither config.yaml nor metrics.jsonl); "
-            "give the folder that pretrain wrote"
-        )
     unread: list[str] = []
+    if not (folder / "config.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
+        if not (folder / "eval" / f"{SHARES}.json").is_file():
+            raise UserError(
+                f"{folder} holds no run (neither config.yaml nor metrics.jsonl); "
+                "give the folder that pretrain wrote"
+            )
+        found = _read_evaluations(folder / "eval", unread)
+        equal = found.get(SHARES, {}).get("settings")
+        settings = flatten(equal) if isinstance(equal, Mapping) else {}
+        return RunRecord(name, folder, settings, {}, found, [], 0, None, None, unread=tuple(unread))
     config = _read_config(folder / "config.yaml", unread)
     trained, evaluated = _read_lines(folder / "metrics.jsonl", unread)
     steps_per_epoch = _steps_per_epoch(trained)

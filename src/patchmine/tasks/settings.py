@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from patchmine.models.settings import TrainableSpec
 from patchmine.strict import (
@@ -15,6 +15,7 @@ from patchmine.strict import (
     Fraction,
     Positive,
     SettingError,
+    Share,
     Strict,
     Text,
     Texts,
@@ -37,8 +38,8 @@ class LabelSettings(Strict):
     loss: Loss = Field(
         "ce", description="ce: one class an image; bce: any number of labels; mse: a number"
     )
-    share: float = Field(
-        1.0, gt=0, le=1, description="share of the training images of each class that is used"
+    share: Share = Field(
+        1.0, description="share of the training images of each class that is used, as 0.1 or 10%"
     )
     val: Annotated[Texts | None, OF_A_MACHINE] = Field(
         None, description="labelled images that choose the best checkpoint; null: see val_share"
@@ -129,7 +130,32 @@ class FinetuneSettings(TestSettings, RegularSettings, NetworkSettings, LabelSett
     """All that a fine-tuned run has beside a pre-training run's data, views and schedule."""
 
 
-class FinetuneOptions(Strict):
+def _listed(value: Any) -> Any:
+    """1%,10%,100% as a list; one share alone is a list too."""
+    if isinstance(value, str):
+        return value.split(",")
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class ShareSettings(Strict):
+    """Runs with parts of the labels, and of other starts, to be compared with each other."""
+
+    shares: Annotated[list[Share], BeforeValidator(_listed)] = Field(
+        [], description="a run for each of these shares of the labels, as 1%,10%,100%"
+    )
+    baselines: bool = Field(False, description="the same from random weights, to compare with")
+    compare: Texts = Field([], description="other starts to compare with, at equal settings")
+    seeds: Annotated[int, Field(ge=1, le=100)] = Field(
+        1, description="runs of each share and start, with other labels and other random numbers"
+    )
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is anything to compare."""
+        return bool(self.shares or self.baselines or self.compare or self.seeds > 1)
+
+
+class FinetuneOptions(ShareSettings):
     """What `patchmine finetune` takes beside the settings of a run."""
 
     recipe: Text | None = Field(None, description="a recipe's name or YAML file; yours overrule it")

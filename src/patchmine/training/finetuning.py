@@ -92,6 +92,11 @@ def check(config: FinetuneConfig, *, say: Say = silent) -> None:
 def open_labels(config: FinetuneConfig, place: Place) -> tuple[Labelled, FinetuneConfig]:
     """Labelled images, and the settings that had to wait for them, alike in all processes."""
     labelled = open_labelled_parts(config, preparing.item_of(config), place.say)
+    return labelled, fit_to_labels(config, place, labelled)
+
+
+def fit_to_labels(config: FinetuneConfig, place: Place, labelled: Labelled) -> FinetuneConfig:
+    """The settings, with those that had to wait for the labels, alike in all processes."""
     images = labelled.train
     if config.classes and list(config.classes) != labelled.names:
         raise UserError(
@@ -105,7 +110,7 @@ def open_labels(config: FinetuneConfig, place: Place) -> tuple[Labelled, Finetun
     parts = (images, labelled.val, labelled.test)
     found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in parts if part)
     agree(config, place, ", ".join(found))
-    return labelled, config
+    return config
 
 
 def make_classifier(

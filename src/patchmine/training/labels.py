@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -53,11 +54,22 @@ def open_labelled_parts(settings: FinetuneConfig, item: Item, say: Say) -> Label
 
     Raises UserError for labels that are missing, contradict each other or leave a class empty.
     """
-    found = _of_table(settings, item) if settings.labels else _of_folders(settings, item)
-    train, val, test, how = found
+    labelled = divide(open_parts(settings, item), settings)
+    say(labelled.how)
+    return labelled
+
+
+def open_parts(settings: FinetuneConfig, item: Item) -> Parts:
+    """All labelled images, of which `divide` takes those that ``share`` and ``val_share`` leave."""
+    return _of_table(settings, item) if settings.labels else _of_folders(settings, item)
+
+
+def divide(parts: Parts, settings: FinetuneConfig) -> Labelled:
+    """What is trained on, chosen by and tested on; a smaller share is a part of a larger one."""
+    train, val, test, how = parts
     if settings.share < 1:
         train = _shared(train, settings)
-        how = f"{settings.share:.3g} of the training images of each class; {how}"
+        how = f"{100 * settings.share:.3g} % of the training images of each class; {how}"
     if settings.val_share:
         kept, held_out = _split(train, settings.val_share, settings.loss)
         if len(held_out) == 0:
@@ -66,7 +78,6 @@ def open_labelled_parts(settings: FinetuneConfig, item: Item, say: Say) -> Label
                 "val=... instead"
             )
         train, val = _part(train, kept), _part(train, held_out)
-    say(how)
     return Labelled(train, val, test, list(train.names), _WHAT[settings.loss], how)
 
 
@@ -142,7 +153,12 @@ def _shared(train: Selected, settings: FinetuneConfig) -> Selected:
         places = stratified(train.targets.astype(np.int64), count, settings.seed)
     if count < (classes if settings.loss == "ce" else 1):
         raise UserError(
-            f"share={settings.share:g} of {len(train):,} images is {count}, which leaves some of "
-            f"the {classes} classes empty: set share={classes / len(train):.2g} or more"
+            f"share={100 * settings.share:g}% of {len(train):,} images is {count}, which leaves "
+            f"some of the {classes} classes empty: take {_rounded_up(classes / len(train))} or more"
         )
     return _part(train, places)
+
+
+def _rounded_up(share: float) -> str:
+    """In percent with a decimal."""
+    return f"{math.ceil(1000 * share) / 10:g}%"

@@ -2,7 +2,7 @@
 "use strict";
 
 const charts = JSON.parse(document.getElementById("chart-data").textContent);
-const plots = [...document.querySelectorAll(".plot")];
+const plots = [...document.querySelectorAll(".plot[data-chart]")];
 const hidden = new Set(); // runs that are switched off
 const show = (element, visible) => element.classList.toggle("off", !visible);
 

@@ -1,0 +1,265 @@
+"""Did it help?  Runs with parts of the labels, from several starts, at equal settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patchmine.backbones.description import read_json
+from patchmine.config.overrides import exists
+from patchmine.config.resolve import changed_results, results_of
+from patchmine.config.schema import FinetuneConfig
+from patchmine.disk import output
+from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.evaluate.measure import write_result
+from patchmine.report.reading import SHARES
+from patchmine.report.verdict import draw_verdict, read_verdict
+from patchmine.runs import preparing
+from patchmine.runs.folder import RunFolder
+from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.tasks.classify import SCORE
+from patchmine.tasks.settings import ShareSettings
+from patchmine.train.engine import Engine
+from patchmine.train.launch import read_launch
+from patchmine.training import finetuning
+from patchmine.training.labels import Parts, divide, open_parts
+from patchmine.training.place import Place, open_place
+from patchmine.training.resuming import resume
+from patchmine.training.starting import settings_of_start
+
+PRETRAINED, RANDOM = "pretrained", "random_init"
+_OF_THE_DATA = ("image_size", "channels", "interpolation", "crop_pct", "clip")
+_TESTED = ("test", "crop_pct")  # these decide no weights, but the numbers
+
+
+def settings_of_starts(start: str, wanted: ShareSettings) -> dict[str, dict[str, Any]]:
+    """The settings that each start stands for, by its name in the result; the given one first.
+
+    Images are prepared as for the given one; mean and deviation are those of each network.
+
+    Args:
+        start: as in `settings_of_start`.
+        wanted: ``baselines`` and ``compare``.
+
+    Raises:
+        UserError: there is no such start, or a random one is to be compared with itself.
+    """
+    base = settings_of_start(start)
+    if wanted.baselines and "init" not in base:
+        raise UserError(
+            f"baselines=true, but {shown_name(start)} is an architecture, whose weights are random "
+            "already: start from a run, an export or a file, or leave baselines out"
+        )
+    starts = {PRETRAINED if "init" in base else RANDOM: base}
+    if wanted.baselines:
+        starts[RANDOM] = {name: value for name, value in base.items() if name != "init"}
+    equal = {name: base[name] for name in _OF_THE_DATA if name in base}
+    compared = [wanted.compare] if isinstance(wanted.compare, str) else wanted.compare
+    for number, name in enumerate(compared, 1):
+        label = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).stem if exists(name) else name)
+        label = label if label not in starts else f"{label}-{number}"
+        starts[label] = settings_of_start(name) | equal
+    return starts
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A run that is to be made: its complete settings, the images that it trains on, its steps."""
+
+    start: str
+    config: FinetuneConfig
+    images: int
+    steps: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it stands."""
+        return Path(str(self.config.out))
+
+    def is_finished(self) -> bool:
+        """Whether it has been tested."""
+        return (self.folder / "eval" / f"{finetuning.TEST}.json").is_file()
+
+
+def check_shares(
+    starts: Mapping[str, FinetuneConfig], wanted: ShareSettings, *, say: Say = silent
+) -> None:
+    """Look whether all runs can be made; nothing is trained.  Raises as `compare_shares` does."""
+    planned, _ = _plan(starts, wanted, say)
+    say(f"Settings and labels fit: {_counted(planned)}.")
+
+
+def compare_shares(
+    starts: Mapping[str, FinetuneConfig], wanted: ShareSettings, *, say: Say = silent
+) -> dict[str, Any]:
+    """Make a run for each start, share and seed below ``out``, and put their results together.
+
+    A run that is finished is not made again, and one that was interrupted goes on.
+
+    Args:
+        starts: settings of each start, by its name; all have the same ``out``.
+        wanted: shares and seeds.
+        say: hears what happens.
+
+    Returns:
+        What ``eval/shares.json`` holds; a picture stands beside it in ``shares.png``.
+
+    Raises:
+        UserError: mistakes in settings, labels or folders, all before anything is trained.
+        Interrupted: as `finetuning.finetune`.
+    """
+    planned, parts = _plan(starts, wanted, say)
+    say(f"{_counted(planned)}; the same command goes on after an interruption.")
+    for number, run in enumerate(planned, 1):
+        config, start = run.config, run.start
+        told = f"{number} of {len(planned)}: {start}, {100 * config.share:g} % of the labels"
+        told += f" ({run.images:,} to train on), seed {config.seed}"
+        if run.is_finished():
+            say(f"{told}: done before.")
+            continue
+        say(f"{told}: {run.folder}")
+        if (run.folder / "config.yaml").exists():
+            resume(run.folder, say=say)
+        else:
+            with open_place(run.folder, config, say) as place:
+                refuse_used_folder(run.folder)
+                labelled = divide(parts, config)
+                finetuning.train_classifier(config, place, labelled, None)
+    result = _put_together(planned)
+    folder = _folder_of(starts)
+    write_result(folder / "eval" / f"{SHARES}.json", result)
+    with output(folder / f"{SHARES}.png") as new:
+        draw_verdict(read_verdict(result)).save(new)
+    say(f"Done: {folder}/{SHARES}.png. Next: `patchmine report {shown_name(folder)}`.")
+    return result
+
+
+def _folder_of(starts: Mapping[str, FinetuneConfig]) -> Path:
+    return new_folder(next(iter(starts.values())))
+
+
+def _counted(planned: Sequence[Planned]) -> str:
+    starts, shares, seeds = (
+        len(set(each))
+        for each in zip(*((p.start, p.config.share, p.config.seed) for p in planned), strict=True)
+    )
+    return (
+        f"{len(planned)} runs (shares: {shares}, starts: {starts}, seeds: {seeds}), "
+        f"{sum(run.steps for run in planned):,} steps in all"
+    )
+
+
+def _plan(
+    starts: Mapping[str, FinetuneConfig], wanted: ShareSettings, say: Say
+) -> tuple[list[Planned], Parts]:
+    """Every run, and all labelled images; seed by seed, so that whole tables are finished first."""
+    first, folder = next(iter(starts.values())), _folder_of(starts)
+    refuse_used_folder(folder)
+    _refuse_misfits(starts, wanted)
+    shares, item = sorted(set(wanted.shares)) or [first.share], preparing.item_of(first)
+    parts = open_parts(first, item)
+    say(parts[-1])
+    engine = Engine(first.device, 1, 1, first.precision, say)
+    planned = []
+    for seed in range(first.seed, first.seed + wanted.seeds):
+        for share in shares:
+            for name, given in starts.items():
+                place = folder / "runs" / f"{name}-{100 * share:g}pct-seed{seed}"
+                own = {"share": share, "seed": seed, "out": str(place)}
+                config = given.model_copy(update=own)
+                # Few images are fewer than a batch: it is lowered, for all starts alike.
+                config.model_fields_set.discard("batch_size")
+                labelled = divide(parts, config)
+                config = finetuning.fit_to_labels(config, Place(place, engine), labelled)
+                steps = preparing.length_of(config, len(labelled.train)).total_steps
+                planned.append(Planned(name, config, len(labelled.train), steps))
+    for run in planned:
+        _refuse_other_settings(run)
+    return planned, parts
+
+
+def _refuse_misfits(starts: Mapping[str, FinetuneConfig], wanted: ShareSettings) -> None:
+    """UserError for settings that are right for one run, and not for a comparison."""
+    first = next(iter(starts.values()))
+    if read_launch(os.environ, first.devices, first.num_nodes).world_size > 1:
+        raise UserError(
+            f"devices={first.devices} and num_nodes={first.num_nodes}: the runs of a comparison "
+            "are made one after the other by one process: leave these settings and launchers out"
+        )
+    if wanted.shares and first.share < 1:
+        raise UserError(f"share={100 * first.share:g}% beside shares: give one of the two")
+    item = preparing.item_of(first)
+    for name, config in starts.items():
+        if preparing.item_of(config) is not item:
+            raise UserError(
+                f"compare: {name} takes no {item.noun}s, as the others do: leave it out"
+            )
+
+
+def _refuse_other_settings(run: Planned) -> None:
+    """UserError where a run stands already that was made otherwise."""
+    if not (run.folder / "config.yaml").exists():
+        return
+    before, now = (
+        results_of(config) | {name: getattr(config, name) for name in _TESTED}
+        for config in (RunFolder(run.folder).config, run.config)
+    )
+    if changed := changed_results(before, now):
+        raise UserError(
+            f"{run.folder} was made with other settings: {'; '.join(changed)}: give those to go "
+            "on, or choose another out"
+        )
+
+
+def _put_together(planned: Sequence[Planned]) -> dict[str, Any]:
+    """The result from those of the runs."""
+    metric = SCORE[planned[0].config.loss]
+    found = {run: read_json(run.folder / "eval" / f"{finetuning.TEST}.json") for run in planned}
+    entries = []
+    for share, start in dict.fromkeys((run.config.share, run.start) for run in planned):
+        own = [run for run in planned if (run.config.share, run.start) == (share, start)]
+        scores = [_score(run, found[run], metric) for run in own]
+        entries.append(
+            {
+                "share": share,
+                "start": start,
+                "images": own[0].images,
+                "steps": own[0].steps,
+                "batch_size": own[0].config.batch_size,
+                metric: statistics.fmean(scores),
+                "std": statistics.stdev(scores) if len(scores) > 1 else None,
+                "scores": scores,
+                "seeds": [run.config.seed for run in own],
+                "runs": [f"runs/{run.folder.name}" for run in own],
+            }
+        )
+    settings = {run: results_of(run.config) for run in planned}
+    every = list(settings.values())
+    varied = {"share", "seed", "batch_size"}
+    equal = {k: v for k, v in every[0].items() if all(k in s and s[k] == v for s in every)}
+    first = {run.start: settings[run] for run in reversed(planned)}
+    return {
+        "name": SHARES,
+        "protocol": "finetune",
+        "metric": metric,
+        "entries": entries,
+        "settings": equal,
+        "starts": {
+            run: {k: v for k, v in own.items() if k not in equal and k not in varied}
+            for run, own in reversed(first.items())
+        },
+        "images": found[max(planned, key=lambda run: run.config.share)]["images"],
+        "notes": [],
+    }
+
+
+def _score(run: Planned, result: Mapping[str, Any], metric: str) -> float:
+    value = result.get(metric)
+    if not isinstance(value, int | float):
+        raise UserError(f"{run.folder}/eval/{finetuning.TEST}.json has no {metric}: give more test")
+    return float(value)
