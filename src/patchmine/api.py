@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from patchmine import training
@@ -15,24 +14,18 @@ from patchmine.config.keywords import FinetuneRunSettings, Name, RunningSettings
 from patchmine.config.resolve import from_settings, of_kind
 from patchmine.config.schema import FinetuneConfig, PretrainConfig
 from patchmine.errors import Say, silent
-from patchmine.evaluate.embed import embed
-from patchmine.evaluate.measured_run import MeasuredRun
-from patchmine.evaluate.settings import EmbedSettings
-from patchmine.report.explore import explore
-from patchmine.report.page import write_report
-from patchmine.report.settings import ExploreSettings
-from patchmine.report.show import show
+from patchmine.report.used_run import UsedRun
 from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, checks_of
 from patchmine.runs.folder import open_encoder
 from patchmine.runs.settings import ImportSettings
-from patchmine.runs.transfer import export_run, import_file
+from patchmine.runs.transfer import import_file
 from patchmine.tasks.settings import ShareSettings
 from patchmine.training.extending import settings_of_extension
 from patchmine.training.shares import settings_of_starts
 from patchmine.training.starting import settings_of_start
 
 
-class Run(MeasuredRun):
+class Run(UsedRun):
     """A run that was made, or is being made, in a folder.
 
     Beside its files (`config`, `checkpoints`, `metrics()`) it gives its networks (`encoder()`,
@@ -44,107 +37,6 @@ class Run(MeasuredRun):
     Raises:
         UserError: the folder holds no run.
     """
-
-    def embed(self, data: Any, out: Name, *, say: Say = print, **settings: Any) -> Path:
-        """Write one feature vector per image, or video, to a file.
-
-        Args:
-            data: images; labels are not needed.
-            out: file that ends in .parquet, .csv or .npz.
-            say: hears about the progress.
-            **settings: those of `EmbedSettings`.
-
-        Returns:
-            The file.
-
-        Raises:
-            UserError: settings or data cannot be used, or the file cannot be written.
-        """
-        return embed(self._of_target(EmbedSettings, data, {"out": out, **settings}), say)
-
-    def explore(
-        self, data: Any, out: Name = "explore.html", *, say: Say = print, **settings: Any
-    ) -> Path:
-        """Write one HTML page about a data set as this run sees it, and a table to clean it by.
-
-        Args:
-            data: images, or videos; labels are not needed.
-            out: the page to write; the table stands beside it as a CSV file.
-            say: hears about the progress.
-            **settings: those of `patchmine config schema explore`.
-
-        Returns:
-            The page's file.
-
-        Raises:
-            UserError: settings or data cannot be used, or a file cannot be written.
-        """
-        return explore(self._of_target(ExploreSettings, data, {"out": out, **settings}), say)
-
-    def show(
-        self, images: Name | Sequence[Name], out: Name = "panel.png", *, seed: int = 0
-    ) -> Path:
-        """Draw input, mask, prediction and error for some images, or videos.
-
-        Args:
-            images: their files.
-            out: the picture to write; of videos also .gif or .mp4.
-            seed: decides the random masks.
-
-        Returns:
-            The picture's file.
-
-        Raises:
-            UserError: an image cannot be read, or the run holds no whole method.
-        """
-        names = [images] if isinstance(images, str | PathLike) else images
-        return show(self.path, [str(name) for name in names], str(out), seed=seed)
-
-    def report(self, out: Name = "report.html", *, others: Sequence[Name] = ()) -> Path:
-        """Write one HTML page about this run, beside others if there are any.
-
-        Args:
-            out: the page to write.
-            others: folders of runs to compare it with.
-
-        Returns:
-            The page's file.
-
-        Raises:
-            UserError: one of them is no run, or the page cannot be written.
-        """
-        return write_report([str(self.path), *map(str, others)], str(out))
-
-    def export(
-        self,
-        out: Name | None = None,
-        *,
-        what: Literal["encoder", "full"] = "encoder",
-        to: Literal["timm", "onnx", "transformers"] = "timm",
-        weights: str = "student",
-        say: Say = print,
-    ) -> Path:
-        """Write the encoder as a folder that timm and transformers open, or as an ONNX file.
-
-        That of a fine-tuned run goes with its classifier.
-
-        Args:
-            out: the folder or .onnx file; None: ``export/`` or ``export.onnx`` in the run.
-            what: "full" writes the whole method as one .safetensors file instead.
-            to: "onnx" writes one file, and compares its outputs in onnxruntime with the encoder's;
-                "transformers" writes timm's folder, and compares it as transformers opens it.
-            weights: which network; "teacher" is the EMA copy, where the method keeps one.
-            say: hears what a comparison found.
-
-        Returns:
-            The folder or file.
-
-        Raises:
-            UserError: the run lacks that network, a library is missing that ``to`` needs, outputs
-                differ there, or the place cannot be written.
-        """
-        place = None if out is None else str(out)
-        return export_run(self.path, place, what=what, weights=weights, to=to, say=say)
 
     def extend(self, out: Name, *, data: Any = None, say: Say = print, **settings: Any) -> Run:
         """Train longer: a new run from all of this one's weights, with a schedule of its own.

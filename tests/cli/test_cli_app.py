@@ -45,6 +45,7 @@ ROOMS = [
     ("evaluate.retrieval", "evaluate_retrieval"),
     ("evaluate.quality", "evaluate_quality"),
     ("evaluate.measure", "show_result"),
+    ("report.predictions", "predict"),
     ("evaluate.embed", "embed"),
     ("report.show", "show"),
     ("report.page", "write_report"),
@@ -115,7 +116,7 @@ def test_the_first_help_shows_the_commands_in_the_order_of_work() -> None:
     result = call("--help")
     order = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout, flags=re.MULTILINE)
     assert order[:4] == ["pretrain", "resume", "extend", "finetune"]
-    assert len(order) == 15
+    assert len(order) == 16
     assert result.exit_code == 0
     assert "patchmine list recipes" in result.stdout
     assert call("--version").stdout == f"patchmine {__version__}\n"

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchmine.report.panels import _Type, colour, draw_panels, heat_pixels, image_pixels
+from patchmine.report.letters import Letters
+from patchmine.report.panels import colour, draw_panels, heat_pixels, image_pixels
 from patchmine.types import Panel
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -103,7 +104,7 @@ def test_huge_images_are_shrunk() -> None:
     "text", ["a b c d", "oneverylongwordwithoutanyspace", "short and anotherverylongwordhere x", ""]
 )
 def test_wrapping_loses_no_letter(text: str) -> None:
-    class Typewriter(_Type):
+    class Typewriter(Letters):
         def width(self, text: str) -> float:
             return len(text)
 

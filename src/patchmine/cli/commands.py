@@ -88,6 +88,9 @@ COMMANDS = (
         "evaluate.settings:QualitySettings",
         "target",
     ),
+    Command(
+        "predict", "report.predictions:predict", "evaluate.settings:PredictSettings", "run", "data"
+    ),
     Command("embed", "evaluate.embed:embed", "evaluate.settings:EmbedSettings", "target"),
     Command("show", "cli.work:show", "report.settings:ShowSettings", "run", "images"),
     Command("report", "report.page:write_report", "report.settings:ReportSettings", rest="runs"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from patchmine.evaluate.features import FeatureLoop, Reader, device_of
 from patchmine.evaluate.labelled import everything
 from patchmine.evaluate.measure import opened
 from patchmine.evaluate.settings import EmbedSettings
+from patchmine.evaluate.tables import TABLES, Add, Rows
 from patchmine.models.onednn import fast_linear
 
 
@@ -46,7 +46,7 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
         with fast_linear(), _TABLES[out.suffix.lower()](new) as add:
             for index, columns in loop.batches(part, "embeddings"):
                 places = index.tolist()
-                rows: Rows = {"path": [whole_name(source.path(i)) for i in places]}
+                rows: dict[str, Any] = {"path": [whole_name(source.path(i)) for i in places]}
                 rows["index"] = index.numpy()
                 if labels is not None:
                     rows["label"] = [whole_name(labels.names[labels.ids[i]]) for i in places]
@@ -58,57 +58,15 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
     return out
 
 
-Rows = dict[str, Any]
-"""Columns of a table by name, the last of them ``embedding`` (B, D) float32."""
-
-
 @contextmanager
-def _parquet(path: Path) -> Iterator[Callable[[Rows], None]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    writer: Any = None
-
-    def add(rows: Rows) -> None:
-        nonlocal writer
-        x = rows["embedding"]
-        lists = pa.FixedSizeListArray.from_arrays(np.ravel(x), x.shape[1])
-        table = pa.table(rows | {"embedding": lists})
-        writer = writer or pq.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-
-    try:
-        yield add
-    finally:
-        if writer is not None:
-            writer.close()
-
-
-@contextmanager
-def _csv(path: Path) -> Iterator[Callable[[Rows], None]]:
-    with path.open("w", encoding="utf-8", newline="") as handle:
-        writer, started = csv.writer(handle), False
-
-        def add(rows: Rows) -> None:
-            nonlocal started
-            if not started:
-                width = rows["embedding"].shape[1]
-                writer.writerow([*list(rows)[:-1], *(f"f{i}" for i in range(width))])
-                started = True
-            # str() of a NumPy float32 is the shortest text that reads back as the same number.
-            for *head, x in zip(*rows.values(), strict=True):
-                writer.writerow([*head, *map(str, x)])
-
-        yield add
-
-
-@contextmanager
-def _npz(path: Path) -> Iterator[Callable[[Rows], None]]:
+def _npz(path: Path) -> Iterator[Add]:
     parts: list[Rows] = []
     with path.open("wb") as handle:  # now, so that it fails early; savez would also add an ending
         yield parts.append
-        rows: Rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        rows: dict[str, Any] = {
+            name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+        }
         np.savez(handle, **rows)
 
 
-_TABLES = {".parquet": _parquet, ".csv": _csv, ".npz": _npz}  # one batch in memory, npz: all rows
+_TABLES = TABLES | {".npz": _npz}  # which has all rows in memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
@@ -33,6 +34,7 @@ HEADLINE = 20  # the k that papers quote
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 ATTENTIVE_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 TABLE_ENDINGS = (".parquet", ".csv", ".npz")
+PREDICTION_ENDINGS = (".csv", ".parquet")
 
 _POOLING = Field("cls", description="cls, mean or cls+mean; cls is mean where there is none")
 _Rate = Annotated[float, Field(gt=0, le=1e6)]
@@ -108,6 +110,39 @@ class EmbedSettings(ReadingSettings, EvaluatedSettings):
         description="parquet file to write, as in out=embeddings.parquet; or .csv or .npz"
     )
     pooling: str = _POOLING
+
+
+def _is_table_or_folder(name: str) -> str:
+    """A check of ``out`` of predictions: a table by its ending, or a folder without one."""
+    ending = PurePath(name).suffix.lower()
+    if ending and ending not in PREDICTION_ENDINGS and not name.endswith("/"):
+        endings = " or ".join(PREDICTION_ENDINGS)
+        raise ValueError(f"the name of a file that ends in {endings}, or of a folder (out=name/)")
+    return name
+
+
+class PredictSettings(ReadingSettings):
+    """Write the class of each image to a file.
+
+    One row for each readable image: file, class and probability, by a fine-tuned run.  Of a run
+    with several labels (loss=bce) the class is all labels above 0.5, joined by |, and each label
+    has a column; of one with numbers (loss=mse) each number has.  Of a run on videos the rows are
+    videos.
+
+    Example:
+        patchmine predict runs/classify images/ out=predictions.csv
+        patchmine predict runs/classify images/ out=predictions/ top=3
+    """
+
+    run: Text = Field(description="folder of a fine-tuned run")
+    data: Texts = Field(description="folder of images or videos, list file or tar shards")
+    out: Annotated[Text, AfterValidator(_is_table_or_folder)] = Field(
+        "predictions.csv", description=".csv or .parquet; or a folder, for a table and pictures"
+    )
+    top: Count = Field(1, description="classes in a row, the most probable first")
+    all: bool = Field(False, description="also a column for each class, with its probability")
+    segments: Count = Field(1, description="clips of each video, whose probabilities are averaged")
+    crops: Count = Field(1, description="crops of each of these, along the longer side")
 
 
 class FiledSettings(ReadingSettings, EvaluatedSettings):

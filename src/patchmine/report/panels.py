@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from patchmine.report.letters import INK, PAPER, SOFT, Letters
 from patchmine.report.words import number
 from patchmine.types import Panel
 
 Pixels = npt.NDArray[np.uint8]
 Numbers = Sequence[float] | Tensor
-Colour = tuple[int, int, int]
 
 LEAST_SIDE, MOST_SIDE = 150, 512
 """Pixels of a cell's shorter and longer side; small images are enlarged by a whole factor."""
@@ -27,7 +26,6 @@ LEAST_FRAME_SIDE, MOST_FRAMES = 100, 8
 """Pixels of a frame's shorter side, and frames of a clip, on the contact sheet of clips."""
 
 _GAP, _MARGIN, _LABEL_WIDTH, _BAR = 14, 18, 150, 9
-_INK, _SOFT, _PAPER = (27, 29, 32), (99, 103, 110), (255, 255, 255)
 _HATCH_LIGHT, _HATCH_DARK, _HATCH_PERIOD = 236, 176, 8
 
 # Dark blue over green to pale yellow: brightness rises all the way, which any colour vision and a
@@ -219,43 +217,7 @@ def _hatched(pixels: Pixels, missing: npt.NDArray[np.bool_], size: tuple[int, in
 # ---- from cells and texts to a sheet ----
 
 
-class _Type:
-    """A size of letters, the colour in which they are written, and how they are set."""
-
-    def __init__(self, size: int, ink: Colour) -> None:
-        self.size, self.ink = size, ink
-        self.line = round(size * 1.25)  # pixels from one line to the next
-
-    @cached_property
-    def font(self) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-        """PIL's own font, loaded when something is written."""
-        return ImageFont.load_default(self.size)
-
-    def width(self, text: str) -> float:
-        """Pixels that a text takes."""
-        return float(self.font.getlength(text))
-
-    def write(self, draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: Sequence[str]) -> None:
-        """Lines below each other, the first with its upper left corner at ``at``, x first."""
-        for i, text in enumerate(lines):
-            draw.text((at[0], at[1] + i * self.line), text, fill=self.ink, font=self.font)
-
-    def wrap(self, text: str, width: float) -> list[str]:
-        """The whole text in lines of at most ``width`` pixels; a word that is too long is cut."""
-        lines = [""]
-        for word in text.split():
-            if lines[-1] and self.width(f"{lines[-1]} {word}") > width:
-                lines.append("")
-            elif lines[-1]:
-                lines[-1] += " "
-            for letter in word:
-                if lines[-1] and self.width(lines[-1] + letter) > width:
-                    lines.append("")
-                lines[-1] += letter
-        return lines
-
-
-_TITLE, _NOTE = _Type(14, _INK), _Type(12, _SOFT)
+_TITLE, _NOTE = Letters(14, INK), Letters(12, SOFT)
 
 
 def _draw(table: _Table, mean: Numbers, std: Numbers) -> Image.Image:
@@ -272,7 +234,7 @@ def _draw(table: _Table, mean: Numbers, std: Numbers) -> Image.Image:
     legend = _NOTE.wrap(table.legend, lefts[-1] - left - _GAP)
 
     size = (lefts[-1] - _GAP + _MARGIN, tops[-1] + len(legend) * _NOTE.line)
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for top, lines in zip(tops, table.labels, strict=False):
         parts = [part for line in lines for part in _NOTE.wrap(line, label_width)]
@@ -307,5 +269,5 @@ def _place(
         bar = colour(np.broadcast_to(np.linspace(0, 1, width), (_BAR - 3, width)))
         sheet.paste(Image.fromarray(bar), (x, y + height + 3))
         below = y + height + _BAR + 3
-        draw.text((x, below), number(low), fill=_SOFT, font=_NOTE.font)
-        draw.text((x + width, below), number(high), fill=_SOFT, font=_NOTE.font, anchor="ra")
+        draw.text((x, below), number(low), fill=SOFT, font=_NOTE.font)
+        draw.text((x + width, below), number(high), fill=SOFT, font=_NOTE.font, anchor="ra")

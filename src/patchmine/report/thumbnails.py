@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -71,6 +72,14 @@ def thumbnails(
     source: Source, places: Sequence[int], item: Item, settings: InputSettings, workers: int
 ) -> Mapping[int, Thumbnail]:
     """Thumbnails of some items by their place; those that cannot be read now are left out."""
+    found = pictures(source, places, item, settings, workers)
+    return {place: _packed(pixels) for place, pixels in found.items()}
+
+
+def pictures(
+    source: Source, places: Sequence[int], item: Item, settings: InputSettings, workers: int
+) -> Mapping[int, NDArray[np.uint8]]:
+    """The same as pixels (H, W, 3)."""
     loaded = plain_batches(
         source,
         ThumbnailView(settings, item.pixels),
@@ -80,16 +89,21 @@ def thumbnails(
         bad=BadFiles(None, 1.0),
     )
     return {
-        int(index): _packed(square, box)
+        int(index): _cut(square, box)
         for batch in loaded
         for index, square, box in zip(batch.index, batch.views[0], batch.box, strict=True)
     }
 
 
-def _packed(square: Tensor, box: Tensor) -> Thumbnail:
+def _cut(square: Tensor, box: Tensor) -> NDArray[np.uint8]:
     height, width = (max(1, round(SIDE * share)) for share in box[2:].tolist())
-    pixels = square[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
+    pixels: NDArray[np.uint8] = square[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
+    return pixels
+
+
+def _packed(pixels: NDArray[np.uint8]) -> Thumbnail:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "WEBP", quality=_QUALITY)
     content = base64.b64encode(file.getvalue()).decode("ascii")
+    height, width = pixels.shape[:2]
     return Thumbnail(f"data:image/webp;base64,{content}", width, height)

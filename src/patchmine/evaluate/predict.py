@@ -1,0 +1,178 @@
+"""What a fine-tuned run says of items without labels: probabilities, and rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchmine.backbones.classifier import Classifier
+from patchmine.backbones.family import pooled
+from patchmine.data.items import CLIP
+from patchmine.data.sources.contract import Source
+from patchmine.data.views.clips import TestClips
+from patchmine.errors import Say, UserError, shown_name, silent, whole_name
+from patchmine.evaluate.evaluated import Evaluated, of_run
+from patchmine.evaluate.features import FeatureLoop, Reader, Views, device_of
+from patchmine.evaluate.labelled import Part
+from patchmine.evaluate.settings import PredictSettings
+from patchmine.models.onednn import fast_linear
+from patchmine.runs.folder import RunFolder
+
+LIMIT = 0.5
+"""The probability above which an image has a label (``loss=bce``)."""
+_FIXED = ("file", "class", "probability")
+
+
+def predicted(settings: PredictSettings, say: Say = silent) -> dict[str, list[Any]]:
+    """The table's columns: ``file``, ``class``, ``probability``, and what else is asked for.
+
+    Raises UserError as `open_question` and `Question.batches` do.
+    """
+    question = open_question(settings, say)
+    found: dict[str, list[Any]] = {}
+    for index, values in question.batches():
+        for name, column in question.rows(index, values).items():
+            found.setdefault(name, []).extend(
+                column if isinstance(column, list) else column.tolist()
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fine-tuned run, and the items that it is asked about.
+
+    Args:
+        loop: reads them.
+        source: they are of.
+        names: of the classes, labels or numbers.
+        loss: what the run learned them by: ``ce``, ``bce`` or ``mse``.
+        top: classes in a row.
+        all: whether each class has a column too.
+        views: of each video; None: the clip in its middle.
+        by_path: whether files are named by their whole path, not by their place in the source.
+    """
+
+    loop: FeatureLoop
+    source: Source
+    names: Sequence[str]
+    loss: str
+    top: int
+    all: bool
+    views: Views | None
+    by_path: bool
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(index (B,), probabilities or numbers (B, K)) of readable items, in order, on the CPU.
+
+        Raises UserError where nothing, or too little, can be read.
+        """
+        part, done = Part(self.source, np.arange(len(self.source)), None), 0
+        with fast_linear():
+            for index, columns in self.loop.batches(part, "predictions", self.views):
+                values = columns[""][:, 0]  # (B * V, K)
+                yield index, values.view(len(index), -1, values.shape[1]).mean(1)
+                done += len(index)
+        self.loop.judge_broken(part, done, "predictions")
+
+    def members(self, values: Tensor) -> Tensor:
+        """(B, K): whether an item is of a class, or has a label; of numbers all are."""
+        if self.loss == "ce":
+            return F.one_hot(values.argmax(1), values.shape[1]).bool()
+        return values > LIMIT if self.loss == "bce" else torch.ones_like(values, dtype=torch.bool)
+
+    def rows(self, index: Tensor, values: Tensor) -> dict[str, Any]:
+        """Columns of the table for a batch: lists of text, and arrays (B,) float32."""
+        names = np.array([whole_name(name) for name in self.names], object)
+        rows: dict[str, Any] = {"file": [self.file(place) for place in index.tolist()]}
+        if self.loss == "bce":
+            rows["class"] = ["|".join(names[own]) for own in self.members(values).numpy()]
+        if self.loss == "ce":
+            best, places = values.topk(self.top, dim=1)
+            for n in range(self.top):
+                number = f"_{n + 1}" if n else ""
+                rows[f"class{number}"] = names[places[:, n].numpy()].tolist()
+                rows[f"probability{number}"] = best[:, n].numpy()
+        if self.all or self.loss != "ce":
+            for name, column in zip(names, values.numpy().T, strict=True):
+                while name in rows or name in _FIXED:  # a class that is called "file"
+                    name += "_"
+                rows[name] = column
+        return rows
+
+    def file(self, place: int) -> str:
+        """The name of an item by which a person finds it, as one line."""
+        return whole_name(self.source.path(place) if self.by_path else self.source.key(place))
+
+
+def open_question(settings: PredictSettings, say: Say = silent) -> Question:
+    """The run and the items that the settings name.
+
+    Raises UserError for a run that was not fine-tuned, and for settings that do not fit it.
+    """
+    run = RunFolder(settings.run)
+    task = run.classify()
+    head, config, loss = task.head_of(), run.whole_config, task.config.loss
+    network = Classifier(task.network().encoder, head.layer, head.pool).eval()
+    name = shown_name(settings.run)
+    evaluated = of_run(config, config.crop_pct, task.encoder, name)
+    if loss != "ce" and settings.top > 1:
+        raise UserError(f"top={settings.top} is for classes, but {name} learned with loss={loss}")
+    if settings.top > len(head.names):
+        few = f"but {name} knows {len(head.names)} classes"
+        raise UserError(f"top={settings.top}, {few}: give at most so many")
+    views = _views(settings, evaluated)
+    source = evaluated.item.open(settings.data)
+    for note in source.notes:
+        say(note)
+    return Question(
+        loop=FeatureLoop(
+            {"": _Answers(evaluated, network, loss)}, settings, device_of(settings), say
+        ),
+        source=source,
+        names=list(head.names),
+        loss=loss,
+        top=settings.top,
+        all=settings.all,
+        views=views,
+        by_path=isinstance(settings.data, list) and len(settings.data) > 1,
+    )
+
+
+def _views(settings: PredictSettings, evaluated: Evaluated) -> Views | None:
+    told = {name: getattr(settings, name) for name in ("segments", "crops")}
+    count = settings.segments * settings.crops
+    if count == 1:
+        return None
+    if evaluated.item is not CLIP:
+        given = ", ".join(f"{name}={value}" for name, value in told.items() if value > 1)
+        raise UserError(f"{given}: is for videos, but {evaluated.name} takes images: leave it out")
+    view = TestClips(evaluated.input, settings.segments, settings.crops)
+    return Views(view, count, middle=count // 2, told=told)
+
+
+class _Answers(Reader):
+    """Probabilities, or numbers in their own units, in the place of features: (B, 1, K)."""
+
+    def __init__(self, evaluated: Evaluated, network: Classifier, loss: str) -> None:
+        # In place of the encoder: whoever reads moves it to the device.
+        whole: Any = network
+        super().__init__(replace(evaluated, encoder=whole))
+        self.network, self.loss = network, loss
+
+    def __call__(self, images: Tensor) -> Tensor:
+        features = pooled(self.network.encoder, images, self.network.pool)
+        # bfloat16 has three digits, and numbers in their own units may be large.
+        with torch.autocast(images.device.type, enabled=False):
+            scores: Tensor = self.network.head(features.float())
+        if self.loss == "ce":
+            scores = scores.softmax(1)
+        elif self.loss == "bce":
+            scores = scores.sigmoid()
+        return scores[:, None]
