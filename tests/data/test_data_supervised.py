@@ -23,8 +23,9 @@ from timm.data.random_erasing import RandomErasing
 from patchmine.data.items import CLIP, IMAGE
 from patchmine.data.settings import AugmentSettings, SupervisedSettings, ViewSettings
 from patchmine.data.sources.contract import Labels
-from patchmine.data.views.clips import TrainClips
-from patchmine.data.views.images import TrainView
+from patchmine.data.views.clips import LabelledClips
+from patchmine.data.views.geometry import Geometry
+from patchmine.data.views.images import TrainView, crop_box
 from patchmine.data.views.supervised import SupervisedView, erase_box
 from patchmine.errors import UserError
 from patchmine.types import Sample
@@ -189,8 +190,25 @@ def test_frames_of_a_clip_are_changed_alike() -> None:
         assert (pixels == pixels[:, :1]).all()
         assert found.erase.shape == (4,)
         assert not torch.equal(pixels, again.views[0])
-        (plain,) = TrainClips(base)(video, np.random.default_rng(seed)).views
+        (plain,) = LabelledClips(base)(video, np.random.default_rng(seed)).views
         assert not torch.equal(pixels, plain)
+
+
+def test_a_labelled_clip_has_one_crop_by_area_and_shape() -> None:
+    scale, ratio = (0.08, 0.2), (3 / 4, 4 / 3)
+    base = clips(16, 3, 1, crop_scale=scale, crop_ratio=ratio, interpolation="bicubic")
+    pixels = image()  # (40, 52, 3)
+    video = np.stack([pixels] * 3)
+    for seed in range(20):
+        found = CLIP.supervised_view(supervised(base), 1)(video, np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        generator.integers(1)  # the window
+        box = top, left, height, width = crop_box(40, 52, scale, ratio, generator)
+        assert found.box.tolist() == pytest.approx([top / 40, left / 52, height / 40, width / 52])
+        assert 0.07 < height * width / (40 * 52) < 0.21  # sides are whole pixels
+        cut = Geometry(box, (16, 16)).apply(torch.from_numpy(pixels).permute(2, 0, 1), "bicubic")
+        (clip,) = found.views
+        assert all(torch.equal(frame, cut) for frame in clip.unbind(1))
 
 
 def test_boxes_to_erase_are_timms() -> None:

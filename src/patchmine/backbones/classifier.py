@@ -45,13 +45,13 @@ class Head:
     names: Sequence[str]
 
     def arguments(self, encoder: Encoder) -> dict[str, Any]:
-        """timm's arguments of a network that pools so, but ``num_classes``."""
+        """The arguments of a network that pools so, but ``num_classes``."""
         family = family_of(encoder)
         if family.convolutional:
             return {}
-        mean = self.pool == "mean"
-        own: dict[str, Any] = {"global_pool": "avg" if mean else "token"}
-        return own | ({"fc_norm": mean} if "fc_norm" in family.export_arguments(encoder) else {})
+        mean, known = self.pool == "mean", family.export_arguments(encoder)
+        own = {"global_pool": "avg" if mean else "token", "fc_norm": mean}
+        return {name: value for name, value in own.items() if name in known}
 
     def tensors(self, encoder: Encoder) -> dict[str, Tensor]:
         """The whole classifier under timm's names."""

@@ -94,6 +94,8 @@ class FinetuneRunSettings(SharedRunningSettings, total=False):
     patience: int | None
     test: Name | None
     eval_batch: int
+    test_segments: int
+    test_crops: int
     pool: Literal["mean", "cls"]
     head_std: float
     trainable: str

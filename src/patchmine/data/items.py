@@ -13,7 +13,7 @@ from patchmine.data.decoding.decode import decode
 from patchmine.data.settings import InputSettings, SupervisedSettings, ViewSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import decoder_of, open_source
-from patchmine.data.views.clips import PlainClips, TrainClips, middle_frame
+from patchmine.data.views.clips import LabelledClips, PlainClips, TrainClips, middle_frame
 from patchmine.data.views.images import MultiCropView, PlainView, TrainView, View
 from patchmine.data.views.supervised import SupervisedView
 
@@ -78,7 +78,7 @@ CLIP = Item(
     noun="video",
     open=partial(open_source, kind="video"),
     train_view=lambda settings, smallest_side, multi_crop: TrainClips(settings, smallest_side),
-    supervised_view=lambda settings, side: SupervisedView(settings, TrainClips(settings, side)),
+    supervised_view=lambda settings, side: SupervisedView(settings, LabelledClips(settings, side)),
     plain_view=PlainClips,
     pixels=middle_frame,
     samples=lambda settings: settings.clip.repeats,

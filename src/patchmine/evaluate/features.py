@@ -16,7 +16,9 @@ from patchmine.backbones.tokens import embed_patches
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.items import CLIP
 from patchmine.data.loader import plain_batches
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.contract import Source
+from patchmine.data.views.clips import TestClips
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import normalise
 from patchmine.errors import Say, UserError, foreign_parser, shown_name, silent
@@ -171,6 +173,16 @@ class Views:
     told: Mapping[str, int]  # settings that say so
 
 
+def clip_views(settings: InputSettings, segments: int, crops: int) -> Views:
+    """``segments`` clips of a video times ``crops`` crops."""
+    return Views(
+        TestClips(settings, segments, crops),
+        count=segments * crops,
+        middle=segments // 2 * crops + crops // 2,
+        told={"segments": segments, "crops": crops},
+    )
+
+
 @dataclass(frozen=True)
 class FeatureLoop:
     """A pass over items in which all readers see the same images."""
@@ -187,14 +199,17 @@ class FeatureLoop:
         """The model of the first reader."""
         return next(iter(self.readers.values())).evaluated
 
-    def table(self, part: Part, title: str) -> dict[str, Features]:
-        """Features (N, S, D) by reader, the same in every process."""
+    def table(self, part: Part, title: str, views: Views | None = None) -> dict[str, Features]:
+        """Features (N, S, D) by reader, the same in every process.
+
+        With ``views``, readers that make one row of all views of an item.
+        """
 
         def own() -> tuple[Tensor, dict[str, Tensor]]:
             mine, done = self.share(part), 0
             index = torch.empty(len(mine), dtype=torch.int64)
             tables: dict[str, Tensor] = {}
-            for places, columns in self.batches(mine, title):
+            for places, columns in self.batches(mine, title, views):
                 rows = slice(done, done + len(places))
                 index[rows] = places
                 for name, x in columns.items():
@@ -301,7 +316,10 @@ def refuse_infinite(
         return
     items = wrong.view(len(index), -1).any(1).nonzero()[:, 0]
     first = shown_name(source.path(int(index[items[0]])))
-    if not images[int(wrong.nonzero()[0])].isfinite().all():
+    rows = images.view(
+        len(wrong), -1, *images.shape[1:]
+    )  # a reader may make one row of several views
+    if not rows[int(wrong.nonzero()[0])].isfinite().all():
         raise UserError(f"{first}: its values are not finite (NaN or infinity): mend or remove it")
     name, many = (
         reader.evaluated.name,

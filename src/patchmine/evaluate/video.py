@@ -6,10 +6,9 @@ from dataclasses import replace
 from functools import partial
 
 from patchmine.data.items import CLIP
-from patchmine.data.views.clips import TestClips
 from patchmine.errors import Say, UserError, silent
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.evaluate.features import FrameReader, Views, device_of
+from patchmine.evaluate.features import FrameReader, clip_views, device_of
 from patchmine.evaluate.knn import learn_knn
 from patchmine.evaluate.linear import BLOCKS, learn_grid
 from patchmine.evaluate.measure import Result, measure, opened, readers_of
@@ -54,11 +53,5 @@ def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
         "video-knn": partial(learn_knn, settings, device_of(settings)),
         "video-linear": partial(learn_grid, settings, say),
     }
-    segments, crops = settings.segments, settings.crops
-    views = Views(
-        TestClips(evaluated.input, segments, crops),
-        count=segments * crops,
-        middle=segments // 2 * crops + crops // 2,
-        told={"segments": segments, "crops": crops},
-    )
+    views = clip_views(evaluated.input, settings.segments, settings.crops)
     return measure(settings, protocols, say, readers, views=views, notes=notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+from patchmine.backbones.names import reads_clips
 from patchmine.config.resolve import Checks, missing_files
 from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from patchmine.errors import UserError, foreign_parser, shown_name
@@ -30,6 +31,10 @@ def misfits_of_classifier(config: FinetuneConfig) -> list[SettingError]:
     from patchmine.runs.folder import build_classifier
 
     found: list[SettingError] = []
+    for name in ("test_segments", "test_crops"):
+        if getattr(config, name) > 1 and not reads_clips(config.model):
+            text = f"model={shown_name(config.model)} reads images, of which there is one view: 1"
+            found.append(SettingError(name, f"given {getattr(config, name)}, but {text}"))
     named = config.model_copy(update={"classes": config.classes or ["one", "other"]})
     try:
         with torch.device("meta"), foreign_parser(_MisfitError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -164,6 +165,15 @@ class Classify(Task):
         if self.config.loss == "mse":
             return scores * self.scale[1] + self.scale[0]
         return scores
+
+    def averaged(self, scores: Tensor) -> Tensor:
+        """(B, K) of scores (B, V, K) of several views: probabilities are averaged, or numbers."""
+        if self.config.loss == "mse":
+            return scores.mean(1)
+        if self.config.loss == "bce":
+            odds = F.logsigmoid(scores).logsumexp(1) - F.logsigmoid(-scores).logsumexp(1)
+            return odds  # of the mean probability, without rounding to 0 or 1
+        return scores.log_softmax(-1).logsumexp(1) - math.log(scores.shape[1])
 
     def param_groups(self) -> list[ParamGroup]:
         """Rates that fall from layer to layer (layer decay), as timm groups parameters."""

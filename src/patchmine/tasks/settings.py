@@ -12,6 +12,7 @@ from patchmine.strict import (
     LARGEST_COUNT,
     LARGEST_RUN,
     OF_A_MACHINE,
+    Count,
     Fraction,
     Positive,
     SettingError,
@@ -123,6 +124,12 @@ class TestSettings(Strict):
     )
     crop_pct: Fraction = Field(
         0.875, gt=0, description="centre crop in tests, share of the shorter side"
+    )
+    test_segments: Count = Field(
+        1, description="clips of each test video, at even distances, whose scores are averaged"
+    )
+    test_crops: Count = Field(
+        1, description="crops of each of these along the longer side; 1 and 1: the middle"
     )
 
 

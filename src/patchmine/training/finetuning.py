@@ -21,8 +21,8 @@ from patchmine.data.sources.selected import Selected
 from patchmine.data.workers import num_workers
 from patchmine.disk import refusal
 from patchmine.errors import Say, UserError, reason_of, shown_name, silent
-from patchmine.evaluate.evaluated import of_run
-from patchmine.evaluate.features import FeatureLoop, Reader
+from patchmine.evaluate.evaluated import Evaluated, of_run
+from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views
 from patchmine.evaluate.labelled import Part
 from patchmine.evaluate.measure import write_result
 from patchmine.evaluate.scores import classification_scores, multilabel_scores, regression_scores
@@ -177,17 +177,20 @@ class Tester:
     config: FinetuneConfig
     place: Place
 
-    def __call__(self, part: Selected, title: str) -> dict[str, Any]:
-        """What `evaluate.scores` says of a part.  Raises UserError where too much is broken."""
+    def __call__(self, part: Selected, title: str, views: Views | None = None) -> dict[str, Any]:
+        """What `evaluate.scores` says of a part.  Raises UserError where too much is broken.
+
+        ``views`` are those of each item, whose scores are averaged; None: the middle alone.
+        """
         config, engine = self.config, self.place.engine
         workers = num_workers(config.workers, engine.device, engine.local_size)
         reading = ReadingSettings(
             batch_size=config.eval_batch, workers=workers, max_bad_share=config.max_bad_share
         )
         model = of_run(config, config.crop_pct, self.task.encoder, "the classifier")
-        reader = _Scores(replace(model, encoder=self.task))
+        reader = _Scores(replace(model, encoder=self.task), 1 if views is None else views.count)
         loop = FeatureLoop({"": reader}, reading, engine.device, self.place.say, engine)
-        found = loop.table(Part(part, np.arange(len(part)), None), title)[""]
+        found = loop.table(Part(part, np.arange(len(part)), None), title, views)[""]
         scores, targets = found.x[:, 0], torch.from_numpy(part.targets)[found.index]
         rate = {"ce": classification_scores, "bce": multilabel_scores, "mse": regression_scores}
         result: dict[str, Any] = rate[config.loss](scores, targets, part.names)
@@ -195,11 +198,17 @@ class Tester:
 
 
 class _Scores(Reader):
-    """A classifier's scores in the place of features: one column (B, 1, K)."""
+    """A classifier's scores in the place of features: one column (B, 1, K), of all views."""
+
+    def __init__(self, evaluated: Evaluated, views: int) -> None:
+        super().__init__(evaluated)
+        self.views = views
 
     def __call__(self, images: Tensor) -> Tensor:
         task: Any = self.evaluated.encoder
         scores: Tensor = task.scores(images)
+        if self.views > 1:
+            scores = task.averaged(scores.view(-1, self.views, scores.shape[1]))
         return scores[:, None]
 
 
@@ -227,12 +236,16 @@ def _finish(
     chosen = folder / "checkpoints" / "best"
     if labelled.val is not None and chosen.exists():
         tester.task.load_state_dict(RunFolder(folder).classify().state_dict())
-    found = tester(labelled.test, "test")
+    views = None
+    if config.test_segments * config.test_crops > 1:
+        views = clip_views(config, config.test_segments, config.test_crops)
+    found = tester(labelled.test, "test", views)
     if engine.is_main:
         place.put_back(config)
         run = RunFolder(folder)
         try:
-            write_result(run.eval_dir / f"{TEST}.json", _result(config, labelled, found))
+            result = _result(config, labelled, found, views)
+            write_result(run.eval_dir / f"{TEST}.json", result)
             network = tester.task.network().cpu()
             head = tester.task.head_of()
             write_export(config, network.encoder, run.export_dir, head)
@@ -248,7 +261,9 @@ def _finish(
     return RunFolder(folder)
 
 
-def _result(config: FinetuneConfig, labelled: Labelled, found: Mapping[str, Any]) -> dict[str, Any]:
+def _result(
+    config: FinetuneConfig, labelled: Labelled, found: Mapping[str, Any], views: Views | None
+) -> dict[str, Any]:
     chosen_by = None if labelled.val is None else f"validation on {len(labelled.val):,} images"
     return {
         "name": TEST,
@@ -261,7 +276,8 @@ def _result(config: FinetuneConfig, labelled: Labelled, found: Mapping[str, Any]
             "test": len(labelled.test),
             "classes": len(labelled.names),
             "image_size": list(config.image_size),
-            "crop_pct": config.crop_pct,
+            # Of several views nothing is cut from the shorter side.
+            **({"crop_pct": config.crop_pct} if views is None else views.told),
         },
         "chosen_by": chosen_by,
         "notes": [],

@@ -14,7 +14,7 @@ from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import RawVideo, VideoReader, fit_frames, open_video
 from patchmine.data.settings import Clip, InputSettings, ViewSettings
 from patchmine.data.views.geometry import Geometry, resize
-from patchmine.data.views.images import check_crop_pct, check_side, plain_geometry
+from patchmine.data.views.images import check_crop_pct, check_side, crop_box, plain_geometry
 from patchmine.types import Sample
 
 Short = Literal["hold", "loop", "refuse"]
@@ -53,9 +53,28 @@ class TrainClips:
         start = int(generator.integers(0, max(0, video.num_frames - clip.frames * clip.stride) + 1))
         frames = _window_of(video, start, settings, self.smallest_side)
         height, width = frames.shape[-2:]
-        box = scaled_crop(height, width, settings.image_size, clip.scales, generator)
+        box = self.crop(height, width, generator)
         geometry = Geometry(box, settings.image_size, bool(generator.random() < settings.flip))
         return _sample(frames, geometry, settings.interpolation, target)
+
+    def crop(
+        self, height: int, width: int, generator: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """(top, left, height, width) in pixels, of all frames."""
+        settings = self.settings
+        return scaled_crop(height, width, settings.image_size, settings.clip.scales, generator)
+
+
+@dataclass(frozen=True)
+class LabelledClips(TrainClips):
+    """VideoMAE's view for fine-tuning: a random window, one crop by area and shape as of images."""
+
+    def crop(
+        self, height: int, width: int, generator: np.random.Generator
+    ) -> tuple[int, int, int, int]:
+        """(top, left, height, width) in pixels, of all frames."""
+        settings = self.settings
+        return crop_box(height, width, settings.crop_scale, settings.crop_ratio, generator)
 
 
 @dataclass(frozen=True)
