@@ -92,7 +92,7 @@ def test_all_starts_are_trained_alike_and_differ_in_their_weights(verdict: Path)
     first = runs["pretrained-25pct-seed0"].config.model_dump()
     other = runs["random_init-25pct-seed0"].config.model_dump()
     assert {key for key in first if first[key] != other[key]} == {"init", "out"}
-    # The run and its export are the same weights: so are the results.
+    # The run and its export are the same weights, and all else is drawn alike: so are the results.
     for entry in result_of(verdict)["entries"]:
         if entry["start"] == "export":
             twin = dict(

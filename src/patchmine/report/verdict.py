@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from patchmine.report import words
 from patchmine.report.charts import Axis, linear_axis, log_axis, tick_texts
-from patchmine.report.reading import SHARES, RunRecord, finite_number
+from patchmine.report.reading import SHARES, RunRecord, finite_number, flatten
 
 _RANDOM = "random_init"
 _GREY = 6  # among the colours of runs: what the others are measured by
@@ -60,17 +60,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What eval/shares.json says: at least one line, the given start first."""
+    """What eval/shares.json says: at least one line, the given start first.
+
+    ``differing``: by start the settings in which they differ.
+    """
 
     metric: str
     lines: Sequence[Line]
-    settings: Mapping[str, object]
+    differing: Mapping[str, Mapping[str, str]]
     about: str
 
     @property
     def shares(self) -> list[float]:
         """All shares, rising."""
         return sorted({point.share for line in self.lines for point in line.points})
+
+    @property
+    def names_differing(self) -> list[str]:
+        """The settings in which the starts differ."""
+        return list(dict.fromkeys(key for own in self.differing.values() for key in own))
 
     def value(self, point: Point | None, unit: str = "") -> str:
         """71.2 ± 0.6; R² has two more digits."""
@@ -95,8 +103,9 @@ def read_verdict(content: Mapping[str, Any]) -> Verdict:
     """The lines of a result.  Raises ValueError where it holds none."""
     metric = str(content.get("metric", "top1"))
     found: dict[str, list[Point]] = {}
-    entries = content.get("entries")
-    for entry in entries if isinstance(entries, list) else []:
+    given = content.get("entries")
+    entries = given if isinstance(given, list) else []
+    for entry in (each for each in entries if isinstance(each, Mapping)):
         numbers = [finite_number(entry.get(key)) for key in ("share", "images", "steps", metric)]
         known = [number for number in numbers if number is not None]
         if len(known) < len(numbers) or known[0] <= 0:
@@ -113,11 +122,11 @@ def read_verdict(content: Mapping[str, Any]) -> Verdict:
         Line(name, colours.get(name, _GREY), sorted(points, key=lambda point: point.share))
         for name, points in found.items()
     ]
-    settings, images = content.get("settings"), content.get("images")
-    how = images.get("how") if isinstance(images, Mapping) else None
-    data = settings.get("data") if isinstance(settings, Mapping) else None
-    about = " · ".join(str(text) for text in (data, how) if text)
-    return Verdict(metric, lines, settings if isinstance(settings, Mapping) else {}, about)
+    tables = (content.get(key) for key in ("settings", "images", "starts"))
+    settings, images, starts = (each if isinstance(each, Mapping) else {} for each in tables)
+    about = [str(text) for text in (settings.get("data"), images.get("how")) if text]
+    differing = {str(k): flatten(own) for k, own in starts.items() if isinstance(own, Mapping)}
+    return Verdict(metric, lines, differing, " · ".join(about))
 
 
 def verdict_of(run: RunRecord) -> Verdict | None:

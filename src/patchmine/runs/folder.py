@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from patchmine.backbones import weights
@@ -76,7 +77,8 @@ def build_classifier(
         UserError: settings that do not fit together.
     """
     encoder = _bare_encoder(config)
-    report = None if start_from is None else _initialise(encoder, start_from)
+    with torch.random.fork_rng(devices=[]):  # so that the head is the same whatever it starts from
+        report = None if start_from is None else _initialise(encoder, start_from)
     task = Classify(config, encoder, config.classes, weights, scale)
     if report is not None:
         report.random = [f"head.{name}" for name in task.head.state_dict()]

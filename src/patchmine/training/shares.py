@@ -115,6 +115,7 @@ def compare_shares(
     """
     planned, parts = _plan(starts, wanted, say)
     say(f"{_counted(planned)}; the same command goes on after an interruption.")
+    say = _once(say)
     for number, run in enumerate(planned, 1):
         config, start = run.config, run.start
         told = f"{number} of {len(planned)}: {start}, {100 * config.share:g} % of the labels"
@@ -137,6 +138,18 @@ def compare_shares(
         draw_verdict(read_verdict(result)).save(new)
     say(f"Done: {folder}/{SHARES}.png. Next: `patchmine report {shown_name(folder)}`.")
     return result
+
+
+def _once(say: Say) -> Say:
+    """Says no text twice: the table of rates of a start, what became of its tensors."""
+    said: set[str] = set()
+
+    def hear(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            say(text)
+
+    return hear
 
 
 def _folder_of(starts: Mapping[str, FinetuneConfig]) -> Path:
