@@ -114,6 +114,15 @@ def test_a_killed_extension_does_not_go_on_with_other_data(
         patchmine.resume(longer.path, data=hpm.config.data, say=lambda _: None)
 
 
+def test_other_classes_or_parts_do_not_fit(tuned: patchmine.Run, tmp_path: Path) -> None:
+    out: dict[str, Any] = dict(out=tmp_path / "x", epochs=1, say=lambda _: None)
+    with pytest.raises(UserError, match=r"lora_a is absent there .* `patchmine finetune \S+`"):
+        tuned.extend(trainable="lora:2", **out)
+    with pytest.raises(UserError, match=r"classes=\['cat', 'dog'\] are not those of the data"):
+        tuned.extend(data=draw_images(tmp_path / "others", 12, ("cat", "cow", "dog")), **out)
+    assert not out["out"].exists()
+
+
 def test_what_is_trained_decides_what_the_optimizer_keeps(
     tuned: patchmine.Run, tmp_path: Path
 ) -> None:

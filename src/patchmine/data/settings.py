@@ -61,7 +61,7 @@ class Clip(Strict):
     )
     scales: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = Field(
         default=[1.0, 0.875, 0.75, 0.66],
-        description="sides of a crop, shares of the shorter side of the video",
+        description="sides of a crop in pre-training, shares of the video's shorter side",
     )
 
     def setting_errors(self) -> Iterator[SettingError]:

@@ -107,7 +107,7 @@ def _refuse_misfit(wanted: dict[str, Tensor], config: AnyConfig, before: Checkpo
     """Raise UserError where the settings make another network than a checkpoint is of."""
 
     def shape(tensors: dict[str, Tensor], name: str) -> str:
-        return "x".join(map(str, tensors[name].shape)) if name in tensors else "not there"
+        return "x".join(map(str, tensors[name].shape)) if name in tensors else "absent"
 
     names = dict.fromkeys([*before.model, *wanted])
     differing = [name for name in names if shape(before.model, name) != shape(wanted, name)]

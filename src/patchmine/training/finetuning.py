@@ -100,8 +100,8 @@ def fit_to_labels(config: FinetuneConfig, place: Place, labelled: Labelled) -> F
     images = labelled.train
     if config.classes and list(config.classes) != labelled.names:
         raise UserError(
-            f"classes={config.classes} are not those of the data, {labelled.names}: leave the "
-            "setting out, or give the run's own data"
+            f"classes={config.classes} are not those of the data, {labelled.names}: give data of "
+            "these classes, or make a new run by `patchmine finetune` without the setting"
         )
     config = config.model_copy(update={"classes": labelled.names})
     config = resolve_size(config, len(images), place.say)

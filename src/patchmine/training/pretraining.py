@@ -62,7 +62,7 @@ def open_images(
     """Images, and the settings that had to wait for them, alike in all processes."""
     if source is None and str(config.data).startswith("python:"):
         raise UserError(
-            f"data={config.data}: this run was made on a torch dataset; go on from Python, with "
+            f"data={config.data}: this run was made on a torch dataset; give it from Python, as in "
             "patchmine.resume(path, data=dataset)"
         )
     images = preparing.open_data(config, source, place.say)
