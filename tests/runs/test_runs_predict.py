@@ -147,6 +147,21 @@ def test_a_folder_holds_pictures_too(tuned: patchmine.Run, labelled: Path, tmp_p
     assert len(hits) == 1
 
 
+def test_an_export_predicts_as_its_run_does(
+    tuned: patchmine.Run, backbone: Path, labelled: Path, tmp_path: Path
+) -> None:
+    alone = shutil.copytree(tuned.export_dir, tmp_path / "alone")
+    out = tmp_path / "p.csv"
+    patchmine_says("predict", str(alone), f"data={labelled}", f"out={out}", "workers=0")
+    rows, wanted = read_csv(out), tuned.predict(labelled, **QUIET)
+    assert [row["file"] for row in rows] == wanted["file"]
+    assert [row["class"] for row in rows] == wanted["class"]
+    found = [float(row["probability"]) for row in rows]
+    np.testing.assert_allclose(found, wanted["probability"], rtol=1e-5)
+    given = [str(backbone / "export"), str(labelled), f"out={out}"]
+    assert "without classifier" in patchmine_says("predict", *given, code=2)
+
+
 @pytest.mark.parametrize("loss", ["bce", "mse"])
 def test_labels_and_numbers_have_a_column_each(
     loss: str, backbone: Path, labelled: Path, table: Path, tmp_path: Path
@@ -166,6 +181,11 @@ def test_labels_and_numbers_have_a_column_each(
             "|".join(n for n, v in zip(["big", "old"], row, strict=True) if v > 0.5) for row in p
         ]
         assert rows["class"] == named
+    out = tmp_path / "p.parquet"
+    patchmine_says("predict", str(run.export_dir), str(labelled), f"out={out}", "workers=0")
+    exported = pq.read_table(out).to_pydict()
+    assert list(exported) == list(rows)
+    np.testing.assert_allclose(exported[list(rows)[-1]], rows[list(rows)[-1]], rtol=1e-5)
     assert (run.predict(labelled, tmp_path / "both", **QUIET) / "predictions.png").is_file()
     with pytest.raises(UserError, match=f"top=2 .*loss={loss}"):
         run.predict(labelled, top=2, **QUIET)

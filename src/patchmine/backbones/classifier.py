@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from patchmine.backbones.description import CONFIG, WEIGHTS, read_json
 from patchmine.backbones.family import family_of, pooled
 from patchmine.backbones.record import Encoder
-from patchmine.errors import UserError
+from patchmine.errors import UserError, foreign_parser, shown_name
+
+PROBLEMS = {
+    "ce": "single_label_classification",
+    "bce": "multi_label_classification",
+    "mse": "regression",
+}
+"""What transformers calls the losses (``problem_type`` in config.json)."""
 
 _FINAL_NORM = "norm."  # of a ViT; timm has it behind the pooling as fc_norm, under another name
 
@@ -38,11 +48,19 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Head:
-    """What an export says of a classifier: its layer, how features are pooled, names of scores."""
+    """What an export says of a classifier.
+
+    Args:
+        layer: from pooled features to scores.
+        pool: see `family.pooled`.
+        names: of the scores.
+        loss: by which they were learned: ``ce``, ``bce`` or ``mse``.
+    """
 
     layer: nn.Linear
     pool: str
     names: Sequence[str]
+    loss: str = "ce"
 
     def arguments(self, encoder: Encoder) -> dict[str, Any]:
         """The arguments of a network that pools so, but ``num_classes``."""
@@ -62,6 +80,26 @@ class Head:
         }
         place = "fc" if family_of(encoder).convolutional else "head"
         return body | {f"{place}.{name}": each for name, each in self.layer.state_dict().items()}
+
+
+def read_head(folder: Path) -> Head:
+    """The classifier in an export.  UserError where it has none, or does not tell of it."""
+    config, name = read_json(folder / CONFIG), shown_name(folder)
+    losses = {told: loss for loss, told in PROBLEMS.items()}
+    names, loss = config.get("label_names"), losses.get(config.get("problem_type", ""))
+    with foreign_parser(lambda reason: UserError(f"{name}: its weights cannot be read ({reason})")):
+        tensors = load_file(folder / WEIGHTS)
+        places = [place for place in ("head", "fc") if f"{place}.weight" in tensors]
+        if not names or loss is None or not places:
+            raise UserError(
+                f"{name} is an export without classifier (label_names and problem_type in "
+                f"{CONFIG}): give a fine-tuned run, or what `patchmine export` wrote of one"
+            )
+        weight, bias = (tensors[f"{places[0]}.{part}"] for part in ("weight", "bias"))
+        layer = nn.Linear(weight.shape[1], len(names))
+        layer.load_state_dict({"weight": weight, "bias": bias})
+    pool = "cls" if config.get("global_pool") == "token" else "mean"
+    return Head(layer, pool, list(map(str, names)), loss)
 
 
 def with_head(encoder: Encoder, head: Head) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.backbones.classifier import Head
+from patchmine.backbones.classifier import PROBLEMS, Head
 from patchmine.backbones.description import CONFIG, WEIGHTS, note
 from patchmine.backbones.family import create_encoder, family_of, input_size
 from patchmine.backbones.loading import refuse_non_finite
@@ -170,7 +170,10 @@ def _config(encoder: Encoder, preprocessing: Preprocessing, head: Head | None) -
     """timm's config.json, and what timm's arguments cannot say (``norm_eps``, ``stride``)."""
     family, built = family_of(encoder), encoder.built_from
     own = family.export_arguments(encoder) | ({} if head is None else head.arguments(encoder))
-    num_classes = 0 if head is None else head.layer.out_features
+    num_classes, told = 0, dict[str, Any]()
+    if head is not None:
+        num_classes = head.layer.out_features
+        told = {"label_names": list(head.names), "problem_type": PROBLEMS[head.loss]}
     arguments = {**built.model_args, "in_chans": built.channels, **own}
     arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
     eps = arguments.pop("norm_eps", None)
@@ -183,7 +186,7 @@ def _config(encoder: Encoder, preprocessing: Preprocessing, head: Head | None) -
     return {
         "architecture": built.architecture,
         "num_classes": num_classes,
-        **({} if head is None else {"label_names": list(head.names)}),
+        **told,
         "num_features": encoder.num_features,
         "global_pool": own.get("global_pool", encoder.global_pool),
         "model_args": arguments,

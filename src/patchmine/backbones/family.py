@@ -177,7 +177,10 @@ def pooled(encoder: Encoder, images: Float[Tensor, "B C *S"], pool: str) -> Floa
     embedded = torch.cat([prefix, patches], dim=1)
     ((_, last),) = block_outputs(encoder, embedded, [len(encoder.blocks)])
     first = prefix.shape[1]
-    return encoder.norm(last[:, 0] if pool == "cls" else last[:, first:].mean(1))
+    if pool == "cls":
+        return encoder.norm(last[:, 0])
+    # One of the two does nothing: an exported classifier has its last norm under timm's name.
+    return encoder.fc_norm(encoder.norm(last[:, first:].mean(1)))
 
 
 def stage_features(encoder: Encoder, images: Tensor, stages: Sequence[str] = ()) -> StageFeatures:

@@ -164,17 +164,17 @@ def read_words(
     from patchmine.strict import SettingError
 
     pairs, errors, plain = read_settings(words)
+    pairs += zip(first, plain, strict=False)
+    more = plain[len(first) :]
+    if rest is not None and more:
+        pairs.append((rest, more))
+    elif more:
+        text = "one word too many; settings are written key=value"
+        errors += [SettingError(shown_name(word), text) for word in more]
     settings, torn = tree_of(pairs)
     errors += torn
     for sentence in repeated(pairs):
         say(sentence)
-    settings |= zip(first, plain, strict=False)
-    more = plain[len(first) :]
-    if rest is not None and more:
-        settings[rest] = more
-    else:
-        text = "one word too many; settings are written key=value"
-        errors += [SettingError(shown_name(word), text) for word in more]
     known = ", ".join(name for name in model.model_fields if name not in (*first, rest))
     hint = f"; there are {known}" if known else ""
     return validate(model, settings, where=f"`patchmine {command}`", before=errors, hint=hint)

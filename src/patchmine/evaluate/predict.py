@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.backbones.classifier import Classifier
+from patchmine.backbones.classifier import Classifier, Head, read_head
+from patchmine.backbones.export import is_export
 from patchmine.backbones.family import pooled
 from patchmine.data.items import CLIP
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.clips import TestClips
 from patchmine.errors import Say, UserError, shown_name, silent, whole_name
-from patchmine.evaluate.evaluated import Evaluated, of_run
+from patchmine.evaluate.evaluated import Evaluated, of_run, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Reader, Views, device_of
 from patchmine.evaluate.labelled import Part
 from patchmine.evaluate.settings import PredictSettings
 from patchmine.models.onednn import fast_linear
-from patchmine.runs.folder import RunFolder
+from patchmine.runs.folder import RunFolder, is_run
 
 LIMIT = 0.5
 """The probability above which an image has a label (``loss=bce``)."""
@@ -46,7 +48,7 @@ def predicted(settings: PredictSettings, say: Say = silent) -> dict[str, list[An
 
 @dataclass(frozen=True)
 class Question:
-    """A fine-tuned run, and the items that it is asked about.
+    """A fine-tuned run, and items that it is asked about.
 
     Args:
         loop: reads them.
@@ -116,12 +118,9 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
 
     Raises UserError for a run that was not fine-tuned, and for settings that do not fit it.
     """
-    run = RunFolder(settings.run)
-    task = run.classify()
-    head, config, loss = task.head_of(), run.whole_config, task.config.loss
-    network = Classifier(task.network().encoder, head.layer, head.pool).eval()
-    name = shown_name(settings.run)
-    evaluated = of_run(config, config.crop_pct, task.encoder, name)
+    evaluated, head = _opened(Path(settings.run))
+    name, loss = evaluated.name, head.loss
+    network = Classifier(evaluated.encoder, head.layer, head.pool).eval()
     if loss != "ce" and settings.top > 1:
         raise UserError(f"top={settings.top} is for classes, but {name} learned with loss={loss}")
     if settings.top > len(head.names):
@@ -143,6 +142,16 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
         views=views,
         by_path=isinstance(settings.data, list) and len(settings.data) > 1,
     )
+
+
+def _opened(path: Path) -> tuple[Evaluated, Head]:
+    """The backbone of a fine-tuned run, or of its export, and its classifier."""
+    if is_export(path) and not is_run(path):
+        return open_evaluated(path), read_head(path)
+    run = RunFolder(path)
+    task, config = run.classify(), run.whole_config
+    encoder = task.network().encoder
+    return of_run(config, config.crop_pct, encoder, shown_name(path)), task.head_of()
 
 
 def _views(settings: PredictSettings, evaluated: Evaluated) -> Views | None:

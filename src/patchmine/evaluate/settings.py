@@ -134,7 +134,7 @@ class PredictSettings(ReadingSettings):
         patchmine predict runs/classify images/ out=predictions/ top=3
     """
 
-    run: Text = Field(description="folder of a fine-tuned run")
+    run: Text = Field(description="folder of a fine-tuned run, or of its export")
     data: Texts = Field(description="folder of images or videos, list file or tar shards")
     out: Annotated[Text, AfterValidator(_is_table_or_folder)] = Field(
         "predictions.csv", description=".csv or .parquet; or a folder, for a table and pictures"

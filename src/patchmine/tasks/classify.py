@@ -108,7 +108,7 @@ class Classify(Task):
                 plain.weight.copy_(layer.weight.cpu() * deviation[:, None])
                 plain.bias.copy_(layer.bias.cpu() * deviation + mean)
             layer = plain
-        return Head(layer, self.config.pool, self.names)
+        return Head(layer, self.config.pool, self.names, self.config.loss)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """The loss of images that are mixed and erased as the settings say."""
