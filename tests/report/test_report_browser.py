@@ -189,3 +189,29 @@ def test_it_fits_the_window_in_both_schemes(opened: Callable[..., Any], make_run
     for width in (900, 1400):
         page.set_window_size(width, 1000)
         assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_verdict_stands_above_runs_whose_charts_still_answer(
+    opened: Callable[..., Any], make_run: MakeRun, tmp_path: Path
+) -> None:
+    entries = [
+        {"start": start, "share": share, "images": 9, "steps": 3, "top1": top1, "std": 2.0}
+        for start, top1s in {"pretrained": (40, 80), "random_init": (20, 60)}.items()
+        for share, top1 in zip((0.01, 1), top1s, strict=True)
+    ]
+    compared = tmp_path / "verdict"
+    (compared / "eval").mkdir(parents=True)
+    (compared / "eval/shares.json").write_text(json.dumps({"entries": entries}))
+    page = opened(compared, make_run("hpm", steps=100, lines=100))
+    assert texts(page, ".headline")[0].startswith("With 1 % of the labels, pre-trained weights")
+    assert texts(page, ".shares tbody tr")[0] == "1 % 9 3 40.0 ± 2.0 20.0 ± 2.0"
+    tops = heights(page, ".headline, .still, #overview, #curves")
+    assert tops == sorted(tops)
+    assert texts(page, ".still .tick.x") == ["1 %", "100 %"]
+    plot = page.find_element("css selector", ".still").rect
+    for points in page.find_elements("css selector", ".still .points"):
+        assert plot["x"] <= points.rect["x"]
+        assert points.rect["x"] + points.rect["width"] <= plot["x"] + plot["width"]
+    point_at(page, "loss", 0.30)
+    assert texts(page, "#chart-loss .at") == ["step 30"]
+    assert not page.get_log("browser")

@@ -69,7 +69,7 @@ def test_a_start_alone_and_another_metric_have_their_own_words() -> None:
         "With 1 % of the labels, pre-trained weights reach 0.712 ± 0.010 R²."
     ]
     assert table(verdict) == (
-        ["labels", "images", "steps", "pretrained"],
+        ["labels", "images", "steps", "pre-trained"],
         [["1 %", "10", "30", "0.712 ± 0.010"]],
     )
 

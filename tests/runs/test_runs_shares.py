@@ -175,6 +175,23 @@ def test_mistakes_are_told_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_numbers_are_compared_by_their_own_score(
+    backbone: Path, labelled: Path, tmp_path: Path
+) -> None:
+    files = sorted(labelled.rglob("*.png"))
+    rows = [f"{path.relative_to(labelled)},{number % 7}" for number, path in enumerate(files)]
+    (tmp_path / "ages.csv").write_text("\n".join(["file,age", *rows]))
+    settings = TUNE | dict(labels=tmp_path / "ages.csv", loss="mse", out=tmp_path / "verdict")
+    result = patchmine.compare_shares(
+        backbone, data=labelled, shares=["50%"], baselines=False, say=lambda _: None, **settings
+    )
+    (entry,) = result["entries"]
+    run = patchmine.Run(tmp_path / "verdict" / entry["runs"][0])
+    assert entry["r2"] == json.loads((run.eval_dir / "test.json").read_text())["r2"]
+    assert (result["metric"], entry["std"], entry["images"]) == ("r2", None, 16)
+    assert (tmp_path / "verdict/shares.png").is_file()
+
+
 def test_random_weights_are_no_baseline_of_themselves(labelled: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="baselines=true, but vit_tiny_patch16_224"):
         patchmine.compare_shares("vit_tiny_patch16_224", data=labelled, out=tmp_path / "run")

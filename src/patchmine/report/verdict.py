@@ -15,12 +15,14 @@ from patchmine.report.reading import SHARES, RunRecord, finite_number, flatten
 _RANDOM = "random_init"
 _GREY = 6  # among the colours of runs: what the others are measured by
 _IN_WORDS = {"pretrained": "pre-trained weights", _RANDOM: "random ones"}
+_TITLES = {"pretrained": "pre-trained", _RANDOM: "random init"}
 _METRICS = {"top1": "top-1", "map": "mAP", "r2": "R\N{SUPERSCRIPT TWO}"}
 
 # The colours of report.css on white, and the sizes of the picture, in pixels.
 _COLOURS = ("#0868ac", "#d1580a", "#00845f", "#a83f8a", "#a87900", "#3d9fd6", "#565b63", "#b3261e")
 _INK, _SOFT, _HAIR, _PAPER = "#1b1d20", "#63676e", "#e3e3df", "#ffffff"
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 960, 600, 90, 40, 100, 70
+_ASIDE = 0.01  # of the plot's width
 _FINE = 2  # drawn larger and reduced, for smooth lines
 
 
@@ -52,6 +54,11 @@ class Line:
     name: str
     colour: int
     points: Sequence[Point]
+
+    @property
+    def title(self) -> str:
+        """Its name for people; names of models and files stay as they are."""
+        return _TITLES.get(self.name, self.name)
 
     def at(self, share: float) -> Point | None:
         """The point at a share, if there is one."""
@@ -125,7 +132,11 @@ def read_verdict(content: Mapping[str, Any]) -> Verdict:
     tables = (content.get(key) for key in ("settings", "images", "starts"))
     settings, images, starts = (each if isinstance(each, Mapping) else {} for each in tables)
     about = [str(text) for text in (settings.get("data"), images.get("how")) if text]
-    differing = {str(k): flatten(own) for k, own in starts.items() if isinstance(own, Mapping)}
+    differing = {
+        _TITLES.get(str(name), str(name)): flatten(own)
+        for name, own in starts.items()
+        if isinstance(own, Mapping)
+    }
     return Verdict(metric, lines, differing, " · ".join(about))
 
 
@@ -170,7 +181,7 @@ def _sentence(verdict: Verdict, first: Line, other: Line | None, share: float) -
     if own.std is None or theirs.std is None:
         return f"{text} (one seed: the spread is unknown)."
     if own.low <= theirs.high and theirs.low <= own.high:
-        return f"{text}, which is within the spread of the seeds."
+        return f"{text}, a difference within the spread of the seeds."
     return f"{text}."
 
 
@@ -192,7 +203,7 @@ def percent_of(share: float) -> str:
 
 def table(verdict: Verdict) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: a row for each share, a column for each start."""
-    head = ["labels", "images", "steps", *(words.spoken(line.name) for line in verdict.lines)]
+    head = ["labels", "images", "steps", *(line.title for line in verdict.lines)]
     rows = []
     for share in verdict.shares:
         here = [line.at(share) for line in verdict.lines]
@@ -244,9 +255,10 @@ class Drawn(NamedTuple):
 
 
 def drawn(verdict: Verdict, axes: Plot) -> Iterator[Drawn]:
-    """Every start on these axes."""
-    for line in verdict.lines:
-        x = axes.across.place([point.share for point in line.points]).tolist()
+    """Every start on these axes, each a little beside the others so that no spread hides one."""
+    for number, line in enumerate(verdict.lines):
+        aside = _ASIDE * (number - (len(verdict.lines) - 1) / 2)
+        x = (axes.across.place([point.share for point in line.points]) + aside).tolist()
         heights = (
             axes.up.place([getattr(point, name) for point in line.points]).tolist()
             for name in ("mean", "low", "high")
@@ -293,7 +305,7 @@ def draw_verdict(verdict: Verdict) -> Image.Image:
                 draw.line([(a - 6 * k, edge), (a + 6 * k, edge)], colour, 2 * k)
             draw.ellipse([a - 5 * k, b - 5 * k, a + 5 * k, b + 5 * k], colour)
         draw.line([(legend, k * 72), (legend + 26 * k, k * 72)], colour, 3 * k)
-        name = words.spoken(each.line.name)
+        name = each.line.title
         draw.text((legend + 34 * k, k * 72), name, _INK, small, anchor="lm")
         legend += 34 * k + draw.textlength(name, small) + 30 * k
     spread = [p.seeds for line in verdict.lines for p in line.points if p.std is not None]

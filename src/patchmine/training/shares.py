@@ -114,7 +114,7 @@ def compare_shares(
         Interrupted: as `finetuning.finetune`.
     """
     planned, parts = _plan(starts, wanted, say)
-    say(f"{_counted(planned)}; the same command goes on after an interruption.")
+    say(f"{_counted(planned)}; after an interruption the same command goes on with them.")
     say = _once(say)
     for number, run in enumerate(planned, 1):
         config, start = run.config, run.start
@@ -124,20 +124,24 @@ def compare_shares(
             say(f"{told}: done before.")
             continue
         say(f"{told}: {run.folder}")
-        if (run.folder / "config.yaml").exists():
-            resume(run.folder, say=say)
-        else:
-            with open_place(run.folder, config, say) as place:
-                refuse_used_folder(run.folder)
-                labelled = divide(parts, config)
-                finetuning.train_classifier(config, place, labelled, None)
-    result = _put_together(planned)
+        _make(run, parts, say)
+    result = _put_together(planned, how=parts[-1])
     folder = _folder_of(starts)
     write_result(folder / "eval" / f"{SHARES}.json", result)
     with output(folder / f"{SHARES}.png") as new:
         draw_verdict(read_verdict(result)).save(new)
     say(f"Done: {folder}/{SHARES}.png. Next: `patchmine report {shown_name(folder)}`.")
     return result
+
+
+def _make(run: Planned, parts: Parts, say: Say) -> None:
+    """Train and test one of the runs, from where it stands."""
+    if (run.folder / "config.yaml").exists():
+        resume(run.folder, say=say)
+        return
+    with open_place(run.folder, run.config, say) as place:
+        refuse_used_folder(run.folder)
+        finetuning.train_classifier(run.config, place, divide(parts, run.config), None)
 
 
 def _once(say: Say) -> Say:
@@ -229,7 +233,7 @@ def _refuse_other_settings(run: Planned) -> None:
         )
 
 
-def _put_together(planned: Sequence[Planned]) -> dict[str, Any]:
+def _put_together(planned: Sequence[Planned], how: str) -> dict[str, Any]:
     """The result from those of the runs."""
     metric = SCORE[planned[0].config.loss]
     found = {run: read_json(run.folder / "eval" / f"{finetuning.TEST}.json") for run in planned}
@@ -266,7 +270,7 @@ def _put_together(planned: Sequence[Planned]) -> dict[str, Any]:
             run: {k: v for k, v in own.items() if k not in equal and k not in varied}
             for run, own in reversed(first.items())
         },
-        "images": found[max(planned, key=lambda run: run.config.share)]["images"],
+        "images": found[max(planned, key=lambda run: run.config.share)]["images"] | {"how": how},
         "notes": [],
     }
 
