@@ -81,7 +81,7 @@ def _rank(similarity: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     own = similarity[right].sort().values  # (R,), the nearest last
     if len(own) == 0:  # a class that the gallery lacks is never found
         return own.new_zeros(()), right.new_tensor(len(right), dtype=torch.int64)
-    # Counted against the few of its class, instead of sorting all: a fifth of the time.
+    # Counted against the few of its class, instead of sorting all.
     everything, right_ones = _at_least(similarity, own), _at_least(own, own)
     return (right_ones / everything).mean(), everything[-1] - right_ones[-1]
 

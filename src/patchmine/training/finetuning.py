@@ -177,7 +177,9 @@ class Tester:
     config: FinetuneConfig
     place: Place
 
-    def __call__(self, part: Selected, title: str, views: Views | None = None) -> dict[str, Any]:
+    def __call__(
+        self, part: Selected, title: str, say: Say, views: Views | None = None
+    ) -> dict[str, Any]:
         """What `evaluate.scores` says of a part.  Raises UserError where too much is broken.
 
         ``views`` are those of each item, whose scores are averaged; None: the middle alone.
@@ -189,7 +191,7 @@ class Tester:
         )
         model = of_run(config, config.crop_pct, self.task.encoder, "the classifier")
         reader = _Scores(replace(model, encoder=self.task), 1 if views is None else views.count)
-        loop = FeatureLoop({"": reader}, reading, engine.device, self.place.say, engine)
+        loop = FeatureLoop({"": reader}, reading, engine.device, say, engine)
         found = loop.table(Part(part, np.arange(len(part)), None), title, views)[""]
         scores, targets = found.x[:, 0], torch.from_numpy(part.targets)[found.index]
         rate = {"ce": classification_scores, "bce": multilabel_scores, "mse": regression_scores}
@@ -219,7 +221,7 @@ def _validate(
     every, is_last = tester.config.eval_every, done.step == done.total_steps
     if part is None or (not is_last and (every == 0 or done.epoch % every)):
         return None
-    found = tester(part, "validation")
+    found = tester(part, "validation", silent)  # a line an epoch is enough
     numbers = {name: value for name, value in found.items() if isinstance(value, float)}
     epoch = done.step / done.steps_per_epoch
     log.write({"step": done.step, "epoch": epoch, "eval": {"name": "val", **numbers}})
@@ -239,7 +241,7 @@ def _finish(
     views = None
     if config.test_segments * config.test_crops > 1:
         views = clip_views(config, config.test_segments, config.test_crops)
-    found = tester(labelled.test, "test", views)
+    found = tester(labelled.test, "test", place.say, views)
     if engine.is_main:
         place.put_back(config)
         run = RunFolder(folder)
