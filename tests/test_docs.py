@@ -171,8 +171,10 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(patchmine.config.resolve, "parse", stops(patchmine.config.resolve.parse))
     for checks in ("CHECKS", "CLASSIFIER_CHECKS"):  # the files shown are not there
         monkeypatch.setattr(patchmine.runs.checking, checks, ())
-    starting = importlib.import_module("patchmine.training.starting")
-    monkeypatch.setattr(starting, "settings_of_start", lambda start: {"kind": "classify"})
+    shares = importlib.import_module("patchmine.training.shares")
+    monkeypatch.setattr(
+        shares, "settings_of_start", lambda start: {"kind": "classify", "init": start}
+    )
     extending = importlib.import_module("patchmine.training.extending")
     extended = {"kind": "pretrain", "data": "photos"}
     monkeypatch.setattr(extending, "settings_of_extension", lambda path: extended)

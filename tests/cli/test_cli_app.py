@@ -34,6 +34,7 @@ COMMANDS = [command.name.split() for command in PROGRAMS]
 ROOMS = [
     ("training", "pretrain"),
     ("training.finetuning", "finetune"),
+    ("training.shares", "compare_shares"),
     ("training", "resume"),
     ("training.extending", "extend"),
     ("evaluate.knn", "evaluate_knn"),
@@ -78,8 +79,10 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
     )  # the data of the examples are not there
     monkeypatch.setattr("patchmine.runs.checking.CLASSIFIER_CHECKS", ())
     monkeypatch.setattr(  # nor are their backbones
-        "patchmine.training.starting.settings_of_start", lambda start: {"kind": "classify"}
+        "patchmine.training.shares.settings_of_start",
+        lambda start: {"kind": "classify", "init": start},
     )
+    monkeypatch.setattr("patchmine.cli.work._print_table", lambda result: None)
     monkeypatch.setattr(  # nor the runs
         "patchmine.training.extending.settings_of_extension", lambda path: extended
     )

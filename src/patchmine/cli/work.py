@@ -52,8 +52,7 @@ def finetune(words: Sequence[str], say: Say) -> None:
         patchmine finetune runs/hpm data=labelled/ out=runs/classify
         patchmine finetune runs/hpm data=labelled/ out=runs/few recipe=small-labels share=0.1
         patchmine finetune runs/hpm data=photos/ labels=age.csv loss=mse out=runs/age
-        patchmine finetune runs/hpm data=labelled/ out=runs/verdict shares=1%,10%,100% \
-            baselines=true seeds=3
+        patchmine finetune runs/hpm data=labelled/ out=runs/gain shares=1%,10%,100% baselines=true
     """
     first, settings = _recipe_and_settings(words)
     if first is None:
