@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,6 @@ def test_all_starts_are_trained_alike_and_differ_in_their_weights(verdict: Path)
 def test_the_same_command_goes_on(
     backbone: Path, labelled: Path, verdict: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     copy = tmp_path / "verdict"
     shutil.copytree(verdict, copy, symlinks=True)
     whole = result_of(verdict)
@@ -130,6 +129,8 @@ def test_the_same_command_goes_on(
     assert kept.stat().st_mtime_ns == before
     said = patchmine_says("finetune", *words, "blr=0.5", code=2)
     assert "blr (was 0.001, now 0.5)" in said
+    said = patchmine_says("finetune", *words, f"test={labelled}", code=2)
+    assert "tested on 8, but data and test give 10 and 40 now" in " ".join(said.split())
 
 
 def test_the_report_opens_with_the_verdict(verdict: Path, backbone: Path, tmp_path: Path) -> None:
@@ -152,6 +153,29 @@ def test_smaller_shares_are_parts_of_larger_ones(labelled: Path) -> None:
     small, middle, whole = (drawn(share, 0) for share in (0.1, 0.5, 1))
     assert small < middle < whole
     assert drawn(0.1, 1) != small
+
+
+def test_finished_runs_are_taken_for_what_they_are(
+    backbone: Path, labelled: Path, verdict: Path, tmp_path: Path
+) -> None:
+    copy, data = tmp_path / "verdict", tmp_path / "images"
+    shutil.copytree(verdict / "runs/pretrained-25pct-seed0", copy / "runs/pretrained-25pct-seed0")
+    shutil.copytree(labelled, data)
+    config = copy / "runs/pretrained-25pct-seed0/config.yaml"
+    text = config.read_text().replace(str(verdict), str(copy)).replace(str(labelled), str(data))
+    config.write_text(text)
+    words = [*words_of(backbone, data, copy), "shares=25%", "seeds=1", "check=true"]
+    assert "Settings and labels fit: 1 run" in patchmine_says("finetune", *words)
+    test = copy / "runs/pretrained-25pct-seed0/eval/test.json"
+    whole = test.read_text()
+    for damage in ("{", "[]", "{}"):
+        test.write_text(damage)
+        assert "test.json is no result" in patchmine_says("finetune", *words, code=2)
+    test.write_text(whole)
+    for image in sorted(data.rglob("*.png"))[:4]:
+        image.unlink()
+    said = patchmine_says("finetune", *words, code=2)
+    assert "trained on 8 images and tested on 8, but data and test give" in said
 
 
 @pytest.mark.parametrize(

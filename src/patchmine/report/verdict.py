@@ -76,6 +76,7 @@ class Verdict:
     lines: Sequence[Line]
     differing: Mapping[str, Mapping[str, str]]
     about: str
+    notes: Sequence[str]
 
     @property
     def shares(self) -> list[float]:
@@ -137,7 +138,9 @@ def read_verdict(content: Mapping[str, Any]) -> Verdict:
         for name, own in starts.items()
         if isinstance(own, Mapping)
     }
-    return Verdict(metric, lines, differing, " · ".join(about))
+    notes = content.get("notes")
+    told = [str(note) for note in notes] if isinstance(notes, list) else []
+    return Verdict(metric, lines, differing, " · ".join(about), told)
 
 
 def verdict_of(run: RunRecord) -> Verdict | None:

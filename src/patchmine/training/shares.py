@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchmine.backbones.description import read_json
 from patchmine.config.overrides import exists
 from patchmine.config.resolve import changed_results, results_of
 from patchmine.config.schema import FinetuneConfig
@@ -33,6 +33,10 @@ from patchmine.training.resuming import resume
 from patchmine.training.starting import settings_of_start
 
 PRETRAINED, RANDOM = "pretrained", "random_init"
+_EQUAL = (
+    "All starts have the settings of the first; random weights often want more epochs and "
+    "layer_decay=1."
+)
 _OF_THE_DATA = ("image_size", "channels", "interpolation", "crop_pct", "clip")
 _TESTED = ("test", "crop_pct")  # these decide no weights, but the numbers
 
@@ -69,11 +73,12 @@ def settings_of_starts(start: str, wanted: ShareSettings) -> dict[str, dict[str,
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A run that is to be made: its complete settings, the images that it trains on, its steps."""
+    """A run that is to be made: its complete settings, and how many images and steps it has."""
 
     start: str
     config: FinetuneConfig
     images: int
+    tested: int
     steps: int
 
     @property
@@ -81,9 +86,25 @@ class Planned:
         """Where it stands."""
         return Path(str(self.config.out))
 
+    @property
+    def tests(self) -> Path:
+        """The file of its result."""
+        return self.folder / "eval" / f"{finetuning.TEST}.json"
+
     def is_finished(self) -> bool:
         """Whether it has been tested."""
-        return (self.folder / "eval" / f"{finetuning.TEST}.json").is_file()
+        return self.tests.is_file()
+
+    def result(self) -> dict[str, Any]:
+        """What its test found.  Raises UserError for a damaged file."""
+        try:
+            found: dict[str, Any] = json.loads(self.tests.read_text(encoding="utf-8"))
+            counts = found["images"]["train"], found["images"]["test"]
+        except (ValueError, KeyError, TypeError):
+            counts = None
+        if counts is None:
+            raise UserError(f"{self.tests} is no result of a test: remove it to test again")
+        return found
 
 
 def check_shares(
@@ -181,7 +202,7 @@ def _plan(
     shares, item = sorted(set(wanted.shares)) or [first.share], preparing.item_of(first)
     parts = open_parts(first, item)
     say(parts[-1])
-    engine = Engine(first.device, 1, 1, first.precision, say)
+    engine, hear = Engine(first.device, 1, 1, first.precision, say), _once(say)
     planned = []
     for seed in range(first.seed, first.seed + wanted.seeds):
         for share in shares:
@@ -192,11 +213,12 @@ def _plan(
                 # Few images are fewer than a batch: it is lowered, for all starts alike.
                 config.model_fields_set.discard("batch_size")
                 labelled = divide(parts, config)
-                config = finetuning.fit_to_labels(config, Place(place, engine), labelled)
-                steps = preparing.length_of(config, len(labelled.train)).total_steps
-                planned.append(Planned(name, config, len(labelled.train), steps))
+                config = finetuning.fit_to_labels(config, Place(place, engine, hear), labelled)
+                images, tested = len(labelled.train), len(labelled.test)
+                steps = preparing.length_of(config, images).total_steps
+                planned.append(Planned(name, config, images, tested, steps))
     for run in planned:
-        _refuse_other_settings(run)
+        _refuse_another(run)
     return planned, parts
 
 
@@ -218,10 +240,18 @@ def _refuse_misfits(starts: Mapping[str, FinetuneConfig], wanted: ShareSettings)
             )
 
 
-def _refuse_other_settings(run: Planned) -> None:
-    """UserError where a run stands already that was made otherwise."""
+def _refuse_another(run: Planned) -> None:
+    """UserError where a run stands already that was made otherwise, or on other images."""
     if not (run.folder / "config.yaml").exists():
         return
+    if run.is_finished():
+        images = run.result()["images"]
+        if (images["train"], images["test"]) != (run.images, run.tested):
+            raise UserError(
+                f"{run.folder} was trained on {images['train']:,} images and tested on "
+                f"{images['test']:,}, but data and test give {run.images:,} and {run.tested:,} "
+                "now: choose another out"
+            )
     before, now = (
         results_of(config) | {name: getattr(config, name) for name in _TESTED}
         for config in (RunFolder(run.folder).config, run.config)
@@ -236,7 +266,7 @@ def _refuse_other_settings(run: Planned) -> None:
 def _put_together(planned: Sequence[Planned], how: str) -> dict[str, Any]:
     """The result from those of the runs."""
     metric = SCORE[planned[0].config.loss]
-    found = {run: read_json(run.folder / "eval" / f"{finetuning.TEST}.json") for run in planned}
+    found = {run: run.result() for run in planned}
     entries = []
     for share, start in dict.fromkeys((run.config.share, run.start) for run in planned):
         own = [run for run in planned if (run.config.share, run.start) == (share, start)]
@@ -271,12 +301,12 @@ def _put_together(planned: Sequence[Planned], how: str) -> dict[str, Any]:
             for run, own in reversed(first.items())
         },
         "images": found[max(planned, key=lambda run: run.config.share)]["images"] | {"how": how},
-        "notes": [],
+        "notes": [_EQUAL] if RANDOM in first else [],
     }
 
 
 def _score(run: Planned, result: Mapping[str, Any], metric: str) -> float:
     value = result.get(metric)
     if not isinstance(value, int | float):
-        raise UserError(f"{run.folder}/eval/{finetuning.TEST}.json has no {metric}: give more test")
+        raise UserError(f"{run.tests} has no {metric}: give more images to test on")
     return float(value)
