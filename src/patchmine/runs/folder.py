@@ -269,11 +269,12 @@ class RunFolder:
                 f"weights={shown_name(which)}: {self.path} was imported as an encoder only, which "
                 "is the student: leave the setting out"
             )
-        encoders = self.method().encoders()
+        method = self.method()
+        encoders = method.encoders()
         if which not in encoders:
             raise UserError(
-                f"{self.path} holds no {shown_name(which)}: its method keeps none; "
-                f" use weights={' or '.join(encoders)}"
+                f"{self.path} holds no {shown_name(which)}: method={method.config.name} keeps none; "
+                f"use weights={' or '.join(encoders)}"
             )
         return encoders[which].eval()
 
