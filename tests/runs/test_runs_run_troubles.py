@@ -17,7 +17,6 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file
 
-from patchmine import training as pretraining
 from patchmine.errors import UserError
 from patchmine.methods.mae import MAE
 from patchmine.report import monitor
@@ -25,6 +24,7 @@ from patchmine.report.show import run_progress
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.lock import lock
 from patchmine.train import checkpoint
+from patchmine.training import pretraining
 from spoken import call
 
 SMALL = [

@@ -273,8 +273,8 @@ class RunFolder:
         encoders = method.encoders()
         if which not in encoders:
             raise UserError(
-                f"{self.path} holds no {shown_name(which)}: method={method.config.name} keeps none; "
-                f"use weights={' or '.join(encoders)}"
+                f"{self.path} holds no {shown_name(which)}: method={method.config.name} keeps none;"
+                f" use weights={' or '.join(encoders)}"
             )
         return encoders[which].eval()
 
