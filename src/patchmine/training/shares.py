@@ -206,15 +206,15 @@ def _plan(
     planned = []
     for seed in range(first.seed, first.seed + wanted.seeds):
         for share in shares:
+            own = {"share": share, "seed": seed}
+            labelled = divide(parts, first.model_copy(update=own))
+            images, tested = len(labelled.train), len(labelled.test)
             for name, given in starts.items():
                 place = folder / "runs" / f"{name}-{100 * share:g}pct-seed{seed}"
-                own = {"share": share, "seed": seed, "out": str(place)}
-                config = given.model_copy(update=own)
+                config = given.model_copy(update={**own, "out": str(place)})
                 # Few images are fewer than a batch: it is lowered, for all starts alike.
                 config.model_fields_set.discard("batch_size")
-                labelled = divide(parts, config)
                 config = finetuning.fit_to_labels(config, Place(place, engine, hear), labelled)
-                images, tested = len(labelled.train), len(labelled.test)
                 steps = preparing.length_of(config, images).total_steps
                 planned.append(Planned(name, config, images, tested, steps))
     for run in planned:
