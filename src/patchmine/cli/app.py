@@ -10,7 +10,7 @@ import click
 from patchmine.cli.commands import COMMANDS, Command, page, perform
 from patchmine.cli.program import ended_in_words, last_words, say
 
-_HELP = """Pre-train vision backbones on your own unlabelled images and videos.
+_HELP = """Pre-train vision backbones on your own unlabelled images and videos, and use them.
 
 Settings are words, key=value, dotted where they are nested: method.mask_ratio=0.8. A misspelt one
 is answered with the names that come near."""
@@ -20,6 +20,8 @@ Start here:
   patchmine pretrain data=photos/ method=hpm out=runs/hpm   pre-train on a folder of images
   patchmine report runs/hpm out=report.html                 look at curves and pictures
   patchmine eval knn runs/hpm data=birds/ baselines=true    measure it, beside random weights
+  patchmine finetune runs/hpm data=birds/ out=runs/birds    teach it your labels
+  patchmine predict runs/birds photos/ out=birds.csv        and let it tell them
   patchmine list recipes                                    settings that are known to work
   patchmine config schema                                   every setting of a run
   patchmine COMMAND --help                                  the words of one command
