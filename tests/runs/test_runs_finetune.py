@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import patchmine
+from patchmine.config.resolve import from_settings
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import train_batches
 from patchmine.errors import UserError
@@ -291,6 +292,24 @@ def test_a_column_of_a_table_is_learnt(
     session = onnxruntime.InferenceSession(run.export(to="onnx", say=lambda _: None))
     (found,) = session.run(["values"], {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_of_divided_images_keeps_them_apart(labelled: Path, tmp_path: Path) -> None:
+    lines = ["file,size"]
+    for number, path in enumerate(sorted(labelled.rglob("*.png"))):
+        place = tmp_path / "images" / ("test" if number % 4 == 0 else "train") / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(path.read_bytes())
+        lines.append(f"{place.relative_to(tmp_path / 'images')},{number}")
+    table = tmp_path / "sizes.csv"
+    table.write_text("\n".join(lines) + "\n")
+    config = from_settings(
+        base={"kind": "classify"}, data=str(tmp_path / "images"), labels=str(table), loss="mse"
+    )
+    assert isinstance(config, patchmine.FinetuneConfig)
+    parts = open_labelled_parts(config, preparing.item_of(config), lambda _: None)
+    assert (len(parts.train), len(parts.test)) == (30, 10)
+    assert all(parts.test.key(index).startswith("test/") for index in range(10))
 
 
 @pytest.mark.parametrize("start", ["export", "resnet18", "vit_tiny_patch16_224"])

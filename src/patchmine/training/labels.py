@@ -11,6 +11,7 @@ import numpy as np
 from patchmine.config.schema import FinetuneConfig
 from patchmine.data.items import Item
 from patchmine.data.sources.combine import Joined
+from patchmine.data.sources.contract import division_of
 from patchmine.data.sources.selected import Selected
 from patchmine.data.sources.targets import read_targets
 from patchmine.errors import Say, UserError, shown_name
@@ -114,10 +115,15 @@ def _of_table(settings: FinetuneConfig, item: Item) -> Parts:
     val = parts.pop(0) if settings.val is not None else None
     if parts:
         return train, val, parts[0], f"labels of {name}; is tested on {settings.test}"
-    kept, held_out = _split(train, TEST_SHARE, settings.loss)
+    first = np.array([train.key(index).split("/")[0] for index in range(len(train))])
+    if folders := division_of(set(first.tolist())):
+        kept, held_out = (np.flatnonzero(first == folder) for folder in folders)
+        how = f"labels of {name}; learns from {folders[0]}/, is tested on {folders[1]}/"
+    else:
+        kept, held_out = _split(train, TEST_SHARE, settings.loss)
+        how = f"labels of {name}; the last fifth is tested on ({len(held_out):,} of {len(train):,})"
     if len(held_out) == 0:
         raise UserError(f"labels={name} has too few images to test on: give more, or test=...")
-    how = f"labels of {name}; the last fifth is tested on ({len(held_out):,} of {len(train):,})"
     return _part(train, kept), val, _part(train, held_out), how
 
 
