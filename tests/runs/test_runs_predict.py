@@ -122,6 +122,11 @@ def test_more_classes_stand_in_more_columns_and_python_has_the_same(
     np.testing.assert_array_equal(both.max(0), rows["probability"])
     np.testing.assert_array_equal(both.min(0), rows["probability_2"])
     assert all(one != two for one, two in zip(rows["class"], rows["class_2"], strict=True))
+    single = sorted(labelled.rglob("*.png"))[3:5]
+    alone = tuned.predict(single, top=2, all=True, **QUIET)
+    assert alone.pop("file") == [str(path) for path in single]
+    assert alone["class"] == rows["class"][3:5]
+    assert alone["probability"] == pytest.approx(rows["probability"][3:5], rel=1e-5)
     few = tuned.predict([labelled / CLASSES[0], labelled / CLASSES[1]], **QUIET)
     assert few["file"] == [str(path) for path in sorted(labelled.rglob("*.png"))]
 
@@ -230,6 +235,10 @@ def test_a_run_on_videos_predicts_videos(tmp_path: Path) -> None:
     )
     one = run.predict(clips, all=True, **QUIET)
     assert one["file"] == [path.name for path in sorted(clips.iterdir())]
+    exported = tmp_path / "p.csv"
+    patchmine_says("predict", str(run.export_dir), str(clips), f"out={exported}", "workers=0")
+    found = [float(row["probability"]) for row in read_csv(exported)]
+    np.testing.assert_allclose(found, one["probability"], rtol=1e-5)
     several = run.predict(clips, all=True, segments=3, crops=2, **QUIET)
     assert several["file"] == one["file"]
     assert several["a"] != one["a"]

@@ -15,12 +15,13 @@ from torch import Tensor
 from patchmine.backbones.classifier import Classifier, Head, read_head
 from patchmine.backbones.export import is_export
 from patchmine.backbones.family import pooled
-from patchmine.data.items import CLIP
+from patchmine.data.items import CLIP, Item
 from patchmine.data.sources.contract import Source
-from patchmine.data.views.clips import TestClips
+from patchmine.data.sources.listfile import open_files
+from patchmine.data.sources.source import KINDS
 from patchmine.errors import Say, UserError, shown_name, silent, whole_name
 from patchmine.evaluate.evaluated import Evaluated, of_run, open_evaluated
-from patchmine.evaluate.features import FeatureLoop, Reader, Views, device_of
+from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views, device_of
 from patchmine.evaluate.labelled import Part
 from patchmine.evaluate.settings import PredictSettings
 from patchmine.models.onednn import fast_linear
@@ -127,7 +128,7 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
         few = f"but {name} knows {len(head.names)} classes"
         raise UserError(f"top={settings.top}, {few}: give at most so many")
     views = _views(settings, evaluated)
-    source = evaluated.item.open(settings.data)
+    source = _source(settings.data, evaluated.item)
     for note in source.notes:
         say(note)
     return Question(
@@ -156,14 +157,19 @@ def _opened(path: Path) -> tuple[Evaluated, Head]:
 
 def _views(settings: PredictSettings, evaluated: Evaluated) -> Views | None:
     told = {name: getattr(settings, name) for name in ("segments", "crops")}
-    count = settings.segments * settings.crops
-    if count == 1:
+    given = ", ".join(f"{name}={value}" for name, value in told.items() if value > 1)
+    if not given:
         return None
     if evaluated.item is not CLIP:
-        given = ", ".join(f"{name}={value}" for name, value in told.items() if value > 1)
         raise UserError(f"{given}: is for videos, but {evaluated.name} takes images: leave it out")
-    view = TestClips(evaluated.input, settings.segments, settings.crops)
-    return Views(view, count, middle=count // 2, told=told)
+    return clip_views(evaluated.input, settings.segments, settings.crops)
+
+
+def _source(data: str | list[str], item: Item) -> Source:
+    """What ``item.open`` takes, or the files of single items, as a shell writes out ``*.jpg``."""
+    files, kind = [data] if isinstance(data, str) else data, KINDS[item.noun]
+    single = (Path(file).suffix.lower() in kind.suffixes and Path(file).is_file() for file in files)
+    return open_files(files, kind) if files and all(single) else item.open(data)
 
 
 class _Answers(Reader):

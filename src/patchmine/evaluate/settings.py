@@ -135,7 +135,9 @@ class PredictSettings(ReadingSettings):
     """
 
     run: Text = Field(description="folder of a fine-tuned run, or of its export")
-    data: Texts = Field(description="folder of images or videos, list file or tar shards")
+    data: Texts = Field(
+        description="folder of images or videos, list file, tar shards; or single files"
+    )
     out: Annotated[Text, AfterValidator(_is_table_or_folder)] = Field(
         "predictions.csv", description=".csv or .parquet; or a folder, for a table and pictures"
     )

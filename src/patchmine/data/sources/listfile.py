@@ -11,7 +11,7 @@ import csv
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +42,15 @@ def open_list(file: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES
         place = file.parent.resolve() / file.name
         index = kept_index(cache_dir, "list", kind, [place], lambda: _index(file, name, kind))
     return FileSource(file.parent, index, name, kind)
+
+
+def open_files(files: Sequence[str], kind: Kind = IMAGES) -> FileSource:
+    """The items that are these files, in their order, without labels."""
+    paths = PathList()
+    for file in files:
+        paths.add(file)
+    index = new_index(kind, paths, Marks(), members.PassedOver(), {}, listed=True, names=[])
+    return FileSource(Path(), index, files[0] if len(files) == 1 else f"{len(files)} files", kind)
 
 
 def _index(file: Path, name: str, kind: Kind) -> Index:
