@@ -1,16 +1,28 @@
 """Matrix products on the processor through oneDNN, whose AVX-512 kernels serve AMD's as well:
 MKL, which torch gives float32 products to, has AVX2 there, under half the speed on an EPYC of 2025.
+On Intel's own, MKL is the faster one (LOG.md), and stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+
+@cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's; one that does not tell is not."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def onednn_usable() -> bool:
@@ -20,8 +32,8 @@ def onednn_usable() -> bool:
 
 
 def fast_linear() -> AbstractContextManager[Any]:
-    """`OneDnnLinear` where this build of torch can do it, else nothing."""
-    return OneDnnLinear() if onednn_usable() else nullcontext()
+    """`OneDnnLinear` where it is faster and this build of torch can do it, else nothing."""
+    return OneDnnLinear() if onednn_usable() and not is_intel() else nullcontext()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
