@@ -64,7 +64,7 @@ def backbone(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return patchmine.pretrain(data=labelled, out=out, steps=2, batch_size=8, **MODEL).path
 
 
-def tune(backbone: Path, data: Path, out: Path, **settings: Any) -> patchmine.Run:
+def tune(backbone: Path | str, data: Path, out: Path, **settings: Any) -> patchmine.Run:
     return patchmine.finetune(backbone, data=data, out=out, **{**TUNE, **settings})
 
 
@@ -341,6 +341,7 @@ def test_a_check_trains_nothing(backbone: Path, labelled: Path, tmp_path: Path) 
         (["trainable=none", "layer_decay=0.5"], "layer_decay"),
         (["mixup=0.8", "batch_size=7"], "batch_size"),
         (["loss=mse"], "labels"),
+        (["loss=bce", "balance=true"], "balance"),
         (["column=age"], "labels"),
         (["share=0.01"], "share"),
         (["method=hpm"], "method"),
@@ -355,6 +356,16 @@ def test_mistakes_are_told_before_anything_is_written(
     given = [f"data={labelled}", f"out={tmp_path / 'run'}", "workers=0", *words]
     assert named in patchmine_says("finetune", str(backbone), *given, code=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_average_has_the_statistics_of_its_batch_norms(labelled: Path, tmp_path: Path) -> None:
+    run = tune("resnet18", labelled, tmp_path / "run", epochs=1, image_size=32, ema_decay=0.5)
+    task = run.classify()
+    assert task.average is not None
+    average = task.average.get_submodule("encoder")
+    assert torch.equal(average.bn1.running_mean, task.encoder.bn1.running_mean)
+    assert average.bn1.num_batches_tracked == 4
+    assert not torch.equal(average.bn1.weight, task.encoder.bn1.weight)
 
 
 @pytest.mark.slow

@@ -113,6 +113,9 @@ class FinetuneConfig(FinetuneSettings, SupervisedSettings, RunConfig):
         if (self.mixup or self.cutmix) and self.loss == "mse":
             name = "mixup" if self.mixup else "cutmix"
             yield SettingError(name, f"given {getattr(self, name):g}; of no use with loss=mse: 0")
+        if self.balance and self.loss != "ce":
+            text = f"given true; loss={self.loss} has no classes to weigh: leave it out"
+            yield SettingError("balance", text)
 
 
 AnyConfig: TypeAlias = PretrainConfig | FinetuneConfig

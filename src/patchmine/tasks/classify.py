@@ -197,6 +197,12 @@ class Classify(Task):
             step = progress.step + 1
             decay = min(self.config.ema_decay, (1 + step) / (10 + step))
             self.average.update(decay, encoder=self.encoder, head=self.head)
+            # Statistics of batch norms are averages already.
+            pairs = zip(
+                self.average.get_submodule("encoder").buffers(), self.encoder.buffers(), strict=True
+            )
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
 
     def encoders(self) -> dict[str, nn.Module]:
         """The backbone alone, in the state that is used."""
