@@ -27,7 +27,7 @@ from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.methods.amt import probe
 from patchmine.runs.folder import RunFolder
-from patchmine.training import _PlainData
+from patchmine.training.pretraining import PlainData
 from patchmine.types import Batch, Progress
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
@@ -120,7 +120,7 @@ def test_shares_are_the_whole_set_once(processes: int, image_folder: Path) -> No
         engine: Any = SimpleNamespace(
             local_size=1, rank=rank, world_size=processes, device=torch.device("cpu")
         )
-        data = _PlainData(config_for(image_folder), images, engine, lambda _: None)
+        data = PlainData(config_for(image_folder), images, engine, lambda _: None)
         share = [number for batch in data for number in batch.index.tolist()]
         assert share == [
             number for batch in data for number in batch.index.tolist()
@@ -240,8 +240,8 @@ def test_iterable_datasets_have_no_numbers(tmp_path: Path) -> None:
 def test_a_long_pass_says_how_far_it_is(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("patchmine.training.PASS_SECONDS", -1.0)
+    monkeypatch.setattr("patchmine.training.pretraining.PASS_SECONDS", -1.0)
     engine: Any = SimpleNamespace(local_size=1, rank=0, world_size=2, device=torch.device("cpu"))
     said: list[str] = []
-    list(_PlainData(config_for(image_folder), open_source(image_folder), engine, said.append))
+    list(PlainData(config_for(image_folder), open_source(image_folder), engine, said.append))
     assert said == ["Looking at all training images before the epoch: 18 of this process's 18."]

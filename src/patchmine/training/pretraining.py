@@ -87,7 +87,7 @@ def train_method(
     method = make_method(config, config.init if start is None else None, place.say)
 
     def watch(log: Log) -> Hooks:
-        plain_data = _PlainData(config, images, place.engine, log.say)
+        plain_data = PlainData(config, images, place.engine, log.say)
         monitor = Monitor(config, config, config, place.folder, place.engine, images, method, log)
         return Hooks(
             before_epoch=lambda now: method.begin_epoch(now, plain_data),
@@ -130,7 +130,7 @@ def _export(config: PretrainConfig, folder: Path, method: Method) -> None:
 
 
 @dataclass(frozen=True)
-class _PlainData:
+class PlainData:
     """This process's share of the training set, squashed to the model's size, at each iteration."""
 
     config: PretrainConfig
