@@ -34,15 +34,8 @@ class SharedRunningSettings(TypedDict, total=False):
     wandb: str | None
 
 
-class RunningSettings(SharedRunningSettings, total=False):
-    """Settings that change no weights, as keywords; `patchmine config schema` explains each."""
-
-    eval_data: Name | None
-    eval_test: Name | None
-
-
-class RunSettings(RunningSettings, total=False):
-    """The settings of a run, as keywords; `patchmine config schema` explains each."""
+class SharedRunSettings(SharedRunningSettings, total=False):
+    """Settings of runs of all kinds."""
 
     max_bad_share: float
     image_size: Size
@@ -60,7 +53,6 @@ class RunSettings(RunningSettings, total=False):
     flip: float
     interpolation: Literal["bicubic", "bilinear"]
     crops: Crops | Mapping[str, Any]
-    method: str | Mapping[str, Any] | BaseModel
     epochs: int | None
     steps: int | None
     batch_size: int
@@ -80,7 +72,20 @@ class RunSettings(RunningSettings, total=False):
     by_size: list[dict[str, Any]]
 
 
-class FinetuneRunSettings(SharedRunningSettings, total=False):
+class RunningSettings(SharedRunningSettings, total=False):
+    """Settings that change no weights, as keywords; `patchmine config schema` explains each."""
+
+    eval_data: Name | None
+    eval_test: Name | None
+
+
+class RunSettings(SharedRunSettings, RunningSettings, total=False):
+    """The settings of a run, as keywords; `patchmine config schema` explains each."""
+
+    method: str | Mapping[str, Any] | BaseModel
+
+
+class FinetuneRunSettings(SharedRunSettings, total=False):
     """The settings of a run that fine-tunes, as keywords; `patchmine config schema finetune`
     explains each.
     """
@@ -112,37 +117,4 @@ class FinetuneRunSettings(SharedRunningSettings, total=False):
     cutmix: float
     mix_prob: float
     mix_switch_prob: float
-    image_size: Size
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: float
-    interpolation: Literal["bicubic", "bilinear"]
-    max_bad_share: float
-    max_pixels: int
-    channels: int
-    mean: list[float] | None
-    std: list[float] | None
-    model: str
-    model_args: dict[str, Any]
-    patch_size: int | None
-    init: Name | None
     classes: list[str]
-    warmup_lr: float
-    warmup_prefix: bool
-    lr_schedule: Literal["cosine", "multi_step", "constant"]
-    lr_milestones: list[float]
-    lr_gamma: float
-    crops: Crops | Mapping[str, Any]
-    by_size: list[dict[str, Any]]
-    clip: Clip | Mapping[str, Any]
-    epochs: int | None
-    steps: int | None
-    batch_size: int
-    accumulate: int
-    blr: float
-    warmup_epochs: float
-    min_lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-    seed: int
-    precision: Literal["auto", "fp32", "bf16"]
