@@ -233,6 +233,14 @@ def test_the_best_checkpoint_is_kept_and_waiting_has_an_end(
     assert load(resumed.checkpoint_dir / "last").step == newest.step
 
 
+def test_a_damaged_best_checkpoint_is_told(backbone: Path, labelled: Path, tmp_path: Path) -> None:
+    run = tune(backbone, labelled, tmp_path / "run", epochs=1, val_share=0.3)
+    best = (run.checkpoint_dir / "best").resolve()
+    best.write_bytes(best.read_bytes()[:-100])
+    with pytest.raises(UserError, match="best is damaged"):
+        run.classifier()
+
+
 @pytest.mark.parametrize("trainable", ["none", "last:1", "bias", "lora:2"])
 def test_parts_of_a_backbone_are_trained(
     trainable: str, backbone: Path, labelled: Path, tmp_path: Path

@@ -24,7 +24,14 @@ from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.methods import method_class
 from patchmine.task import Method
 from patchmine.tasks.classify import Classify
-from patchmine.train.checkpoint import Checkpoint, list_checkpoints, load, load_newest, not_finite
+from patchmine.train.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    list_checkpoints,
+    load,
+    load_newest,
+    not_finite,
+)
 from patchmine.train.log import read_line
 
 _log = logging.getLogger("patchmine")
@@ -223,7 +230,12 @@ class RunFolder:
                 f"`patchmine finetune {self.path} data=labelled/ out=runs/classify`"
             )
         best = self.checkpoint_dir / "best"
-        found = load(best.resolve(), parts=("model",)) if best.exists() else self._newest()
+        try:
+            found = load(best.resolve(), parts=("model",)) if best.exists() else self._newest()
+        except DamagedCheckpointError as error:
+            raise UserError(
+                f"{best} is damaged ({error}): remove it to use the newest checkpoint instead"
+            ) from error
         task = build_classifier(self.config)
         _load(task, found.model, found.path)
         return task.eval()
