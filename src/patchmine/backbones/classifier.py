@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,29 +100,6 @@ def read_head(folder: Path) -> Head:
         layer.load_state_dict({"weight": weight, "bias": bias})
     pool = "cls" if config.get("global_pool") == "token" else "mean"
     return Head(layer, pool, list(map(str, names)), loss)
-
-
-def with_head(encoder: Encoder, head: Head) -> nn.Module:
-    """timm's network with this classifier, on the CPU, in eval mode.
-
-    Raises UserError for an encoder that timm has not.
-    """
-    family, built = family_of(encoder), encoder.built_from
-    if not family.timm_opens(encoder):
-        raise UserError(
-            f"timm has no {built.model} as it was trained here ({family.item.noun}s, or a stem for "
-            "small images): use it by patchmine.Run(...).classifier()"
-        )
-    arguments: Mapping[str, Any] = {
-        **built.model_args,
-        "in_chans": built.channels,
-        **family.export_arguments(encoder),
-        **head.arguments(encoder),
-        "num_classes": head.layer.out_features,
-    }
-    network: nn.Module = family.create(built.architecture, arguments)
-    network.load_state_dict({name: each.cpu() for name, each in head.tensors(encoder).items()})
-    return network.eval()
 
 
 def new_layer(width: int, outputs: int, std: float) -> nn.Linear:

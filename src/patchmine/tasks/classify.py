@@ -92,15 +92,19 @@ class Classify(Task):
         decay = settings.ema_decay
         self.average = None if decay is None else Teacher(encoder=encoder, head=self.head)
 
+    @property
+    def used(self) -> Any:
+        """What holds the ``encoder`` and ``head`` that count: the average where there is one."""
+        return self if self.average is None else self.average
+
     def network(self) -> Classifier:
-        """What is used when training is done: the moving average where there is one."""
-        source: Any = self if self.average is None else self.average
-        encoder = merged(source.encoder)  # what LoRA added becomes part of the weights
-        return Classifier(encoder, source.head, self.config.pool)
+        """What is used when training is done, a copy without LoRA."""
+        encoder = merged(self.used.encoder)  # what LoRA added becomes part of the weights
+        return Classifier(encoder, self.used.head, self.config.pool)
 
     def head_of(self) -> Head:
         """What an export says of the scores; numbers are in their own units."""
-        layer = self.network().head
+        layer: nn.Linear = self.used.head
         if self.config.loss == "mse":
             plain = nn.Linear(layer.in_features, layer.out_features)
             mean, deviation = self.scale.cpu()
@@ -160,8 +164,8 @@ class Classify(Task):
 
     def scores(self, images: Tensor) -> Tensor:
         """The same of images (B, C, H, W), or of clips (B, C, T, H, W)."""
-        source: Any = self if self.average is None else self.average
-        scores: Tensor = source.head(pooled(source.encoder, images, self.config.pool)).float()
+        features = pooled(self.used.encoder, images, self.config.pool)
+        scores: Tensor = self.used.head(features).float()
         if self.config.loss == "mse":
             return scores * self.scale[1] + self.scale[0]
         return scores
