@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from patchmine.backbones.family import Encoder, family_of
@@ -19,8 +18,7 @@ from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.selected import Selected
 from patchmine.data.workers import num_workers
-from patchmine.disk import refusal
-from patchmine.errors import Say, UserError, reason_of, shown_name, silent
+from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.evaluated import Evaluated, of_run
 from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views
 from patchmine.evaluate.labelled import Part
@@ -37,7 +35,7 @@ from patchmine.train.log import Log
 from patchmine.train.loop import Hooks
 from patchmine.train.optim import render_groups
 from patchmine.training.labels import Labelled, open_labelled_parts
-from patchmine.training.place import Place, agree, open_place, train_task
+from patchmine.training.place import Place, agree, last_files, open_place, train_task
 from patchmine.types import Progress
 
 TEST = "test"  # eval/test.json
@@ -245,19 +243,11 @@ def _finish(
     if engine.is_main:
         place.put_back(config)
         run = RunFolder(folder)
-        try:
+        with last_files(folder, "its results"):
             result = _result(config, labelled, found, views)
             write_result(run.eval_dir / f"{TEST}.json", result)
             network = tester.task.network().cpu()
-            head = tester.task.head_of()
-            write_export(config, network.encoder, run.export_dir, head)
-        except (OSError, SafetensorError) as error:
-            why = refusal(error) if isinstance(error, OSError) else reason_of(error)
-            raise UserError(
-                f"{folder} is trained to its end, but its results could not be written ({why}); "
-                f"make room there, then run `patchmine resume {folder}`, which has only that left "
-                "to do"
-            ) from error
+            write_export(config, network.encoder, run.export_dir, tester.task.head_of())
         place.say(_last_words(config, place, network.encoder, found, bad))
     engine.barrier()
     return RunFolder(folder)

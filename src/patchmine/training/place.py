@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from patchmine.config.resolve import results_of
 from patchmine.config.schema import RunConfig, names_of_a_machine
 from patchmine.data.badfiles import BadFiles
@@ -15,7 +17,7 @@ from patchmine.data.sampling import changed_stamps, content_stamps
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
 from patchmine.disk import replacing, sweep
-from patchmine.errors import Say, shown_name, silent
+from patchmine.errors import Say, UserError, reason_of, shown_name, silent
 from patchmine.runs import preparing
 from patchmine.runs.lock import HeldLock, lock
 from patchmine.task import Task
@@ -61,6 +63,19 @@ def open_place(folder: Path, config: RunConfig, say: Say) -> Iterator[Place]:
             under = lock(folder, say)
         with under as held:
             yield Place(folder, engine, say if engine.is_main else silent, held)
+
+
+@contextmanager
+def last_files(folder: Path, what: str) -> Iterator[None]:
+    """Around what is written when a run is trained to its end: a UserError says how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is trained to its end, but {what} could not be written "
+            f"({reason_of(error)}); make room there, then run `patchmine resume {folder}`, which "
+            "has only that left to do"
+        ) from error
 
 
 def agree(config: RunConfig, place: Place, found: str) -> None:

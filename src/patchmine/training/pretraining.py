@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from patchmine.backbones.family import family_of
 from patchmine.config.resolve import resolve_size
@@ -18,7 +17,7 @@ from patchmine.data.loader import plain_batches
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
 from patchmine.data.workers import num_workers
-from patchmine.errors import Say, UserError, reason_of, silent
+from patchmine.errors import Say, UserError, silent
 from patchmine.report.monitor import Monitor
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_method, write_export
@@ -28,7 +27,7 @@ from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks
-from patchmine.training.place import Place, agree, open_place, train_task
+from patchmine.training.place import Place, agree, last_files, open_place, train_task
 from patchmine.types import Batch
 
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
@@ -117,16 +116,10 @@ def train_method(
 
 def _export(config: PretrainConfig, folder: Path, method: Method) -> None:
     run = RunFolder(folder)
-    try:
+    with last_files(folder, "its export"):
         for name, encoder in method.encoders().items():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
                 write_export(config, encoder, run.export_folder(name))
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} is trained to its end, but its export could not be written "
-            f"({reason_of(error)}); make room there, then run `patchmine resume {folder}`, which "
-            "has only that left to do"
-        ) from error
 
 
 @dataclass(frozen=True)
