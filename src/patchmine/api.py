@@ -13,7 +13,7 @@ from patchmine.config.explain import validate
 from patchmine.config.keywords import FinetuneRunSettings, Name, RunningSettings, RunSettings, Size
 from patchmine.config.resolve import from_settings, of_kind
 from patchmine.config.schema import FinetuneConfig, PretrainConfig
-from patchmine.errors import Say, silent
+from patchmine.errors import Say
 from patchmine.report.used_run import UsedRun
 from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, checks_of
 from patchmine.runs.folder import open_encoder
@@ -21,7 +21,7 @@ from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import import_file
 from patchmine.tasks.settings import ShareSettings
 from patchmine.training.extending import settings_of_extension
-from patchmine.training.shares import settings_of_starts
+from patchmine.training.shares import configs_of_starts
 from patchmine.training.starting import settings_of_start
 
 
@@ -182,11 +182,11 @@ def compare_shares(
     if data is not None:
         given["data"] = data
     start_from = None if recipe is None else os.fspath(recipe)
-    configs: dict[str, FinetuneConfig] = {}
-    for name, base in settings_of_starts(os.fspath(start), wanted).items():
-        hears = silent if configs else say
-        config = from_settings(start_from, say=hears, also=CLASSIFIER_CHECKS, base=base, **given)
-        configs[name] = of_kind(config, FinetuneConfig)
+
+    def read(base: dict[str, Any], hears: Say) -> Any:
+        return from_settings(start_from, say=hears, also=CLASSIFIER_CHECKS, base=base, **given)
+
+    configs = configs_of_starts(os.fspath(start), wanted, read, say)
     return training.compare_shares(configs, wanted, say=say)
 
 

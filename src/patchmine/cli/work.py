@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchmine.cli.commands import COMMANDS, named, read_words
-from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.errors import Say, UserError, shown_name
 
 if TYPE_CHECKING:
     from patchmine.bench.settings import BenchDataSettings, BenchStepSettings
@@ -61,7 +61,6 @@ def finetune(words: Sequence[str], say: Say) -> None:
             "out=runs/classify`: a run, an export, a file of weights, or a model."
         )
     from patchmine.config import resolve
-    from patchmine.config.schema import FinetuneConfig
     from patchmine.runs.checking import CLASSIFIER_CHECKS
     from patchmine.tasks.settings import FinetuneOptions
 
@@ -73,16 +72,12 @@ def finetune(words: Sequence[str], say: Say) -> None:
     )
     from patchmine.training import finetuning, shares
 
-    configs: dict[str, FinetuneConfig] = {}
-    for name, base in shares.settings_of_starts(first, options).items():
-        config = resolve.parse(
-            options.recipe,
-            [word for word in settings if not is_option(word)],
-            silent if configs else say,
-            also=CLASSIFIER_CHECKS,
-            base=base,
-        )
-        configs[name] = resolve.of_kind(config, FinetuneConfig)
+    own = [word for word in settings if not is_option(word)]
+
+    def read(base: dict[str, Any], hears: Say) -> Any:
+        return resolve.parse(options.recipe, own, hears, also=CLASSIFIER_CHECKS, base=base)
+
+    configs = shares.configs_of_starts(first, options, read, say)
     if options.asked:
         if options.check:
             shares.check_shares(configs, options, say=say)

@@ -6,14 +6,14 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from patchmine.config.overrides import exists
-from patchmine.config.resolve import changed_results, results_of
-from patchmine.config.schema import FinetuneConfig
+from patchmine.config.resolve import changed_results, of_kind, results_of
+from patchmine.config.schema import AnyConfig, FinetuneConfig
 from patchmine.disk import output
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.measure import write_result
@@ -69,6 +69,25 @@ def settings_of_starts(start: str, wanted: ShareSettings) -> dict[str, dict[str,
         label = label if label not in starts else f"{label}-{number}"
         starts[label] = settings_of_start(name) | equal
     return starts
+
+
+def configs_of_starts(
+    start: str,
+    wanted: ShareSettings,
+    read: Callable[[dict[str, Any], Say], AnyConfig],
+    say: Say = silent,
+) -> dict[str, FinetuneConfig]:
+    """Complete settings of each start, by its name in the result.
+
+    Args:
+        start: see `settings_of_starts`, as ``wanted``.
+        read: makes a run's settings of those that a start stands for and of the user's own.
+        say: hears what ``read`` decides for the given start; for the others it decides it again.
+    """
+    configs: dict[str, FinetuneConfig] = {}
+    for name, base in settings_of_starts(start, wanted).items():
+        configs[name] = of_kind(read(base, silent if configs else say), FinetuneConfig)
+    return configs
 
 
 @dataclass(frozen=True, eq=False)
