@@ -22,12 +22,39 @@ reads them.
 
 
 @dataclass(frozen=True)
+class Objects:
+    """The objects of one image, in pixels of that image; there may be none.
+
+    ``boxes`` (N, 4) float32: (left, top, right, bottom).  ``labels`` (N,) int64: classes from 0.
+    ``masks`` (N, H, W) bool: their pixels; None where only boxes are known.  ``crowd`` (N,) bool:
+    groups, which are neither learned nor counted as missed.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Objects:
+        """The same with every tensor changed."""
+        masks = None if self.masks is None else change(self.masks)
+        return Objects(change(self.boxes), change(self.labels), change(self.crowd), masks)
+
+    def chosen(self, which: Tensor) -> Objects:
+        """Those of an index or a mask (N,)."""
+        return self.each(lambda tensor: tensor[which])
+
+
+@dataclass(frozen=True)
 class Sample:
     """One item before collation: what `Batch` says of many, without their axis B.
 
     ``views``: V tensors (C, H, W) or (C, T, H, W).  ``box`` (4,) and ``flip`` () of one view, (V,
     4) and (V,) of several, with ``photometric`` (V, P).  ``target``: a class, numbers (K,), a
-    mask, boxes, or None. ``index`` is the loader's to fill in.
+    mask (H, W), `Objects`, or None. ``index`` is the loader's to fill in.
     """
 
     views: list[Tensor]
@@ -54,7 +81,8 @@ class Batch:
     (`data.views.photometric` names the P numbers).
 
     ``target``: what a supervised task learns, in the frame of the finished (mirrored) view: classes
-    (B,) int64, numbers (B, K) float32 or masks (B, H, W); None in pre-training.
+    (B,) int64, numbers (B, K) float32, masks (B, H, W) or a list of B `Objects`; None in
+    pre-training.
     """
 
     views: list[Tensor]
@@ -62,7 +90,7 @@ class Batch:
     box: Tensor
     flip: Tensor
     photometric: Tensor | None = None
-    target: Tensor | None = None
+    target: Any = None
     erase: Tensor | None = None
 
     def __len__(self) -> int:
@@ -81,9 +109,13 @@ class Batch:
         return replace(self, views=views)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(value: Any) -> Any:
+            if isinstance(value, list):
+                return [objects.each(change) for objects in value]
+            return None if value is None else change(value)
+
         rest = (self.index, self.box, self.flip, self.photometric, self.target, self.erase)
-        changed = [None if tensor is None else change(tensor) for tensor in rest]
-        return Batch([change(view) for view in self.views], *changed)  # type: ignore[arg-type]
+        return Batch([change(view) for view in self.views], *map(changed, rest))
 
 
 @dataclass(frozen=True)

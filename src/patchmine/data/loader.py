@@ -29,7 +29,7 @@ from patchmine.data.views.normalise import as_float
 from patchmine.data.workers import Desk, Workers, num_workers
 from patchmine.errors import UserError, reason_of, shown_name
 from patchmine.train.settings import MachineSettings, ScheduleSettings
-from patchmine.types import Batch, Sample
+from patchmine.types import Batch, Objects, Sample
 
 # Items tried in place of a broken one before a worker gives up.
 _REPLACEMENTS = 100
@@ -237,12 +237,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
         mixed = len({crop.dtype for crop in crops}) > 1  # 8-bit and deeper images side by side
         views.append(default_collate([as_float(crop) for crop in crops] if mixed else [*crops]))
 
-    def column(name: str) -> Tensor | None:
+    def column(name: str) -> Any:
         values = [getattr(sample, name) for sample in samples]
+        if isinstance(values[0], Objects):  # of which every image has another number
+            return values
         return None if values[0] is None else default_collate(values)
 
-    rest = [column(name) for name in ("index", "box", "flip", "photometric", "target", "erase")]
-    return Batch(views, *rest)  # type: ignore[arg-type]
+    rest = (column(name) for name in ("index", "box", "flip", "photometric", "target", "erase"))
+    return Batch(views, *rest)
 
 
 def _reason(error: Exception) -> str:
