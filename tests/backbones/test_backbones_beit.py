@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 
 from patchmine.backbones.beit import BEIT
 from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import Encoder, build_encoder, encode
 from patchmine.backbones.tokens import patch_positions
-from patchmine.backbones.weights import fill, load_encoder
+from patchmine.backbones.weights import fill, load_encoder, open_weights
 from patchmine.errors import UserError
 from patchmine.methods import METHODS, method_class
 
@@ -125,6 +126,42 @@ def test_weights_of_another_grid_are_resampled(extra: dict[str, bool]) -> None:
             expected = resize_rel_pos_bias_table(before, (6, 4), table.shape)  # from a square
         assert torch.equal(table, expected)
     assert encode(large, torch.randn(1, 3, 24, 16)).isfinite().all()
+
+
+def test_each_block_begins_with_the_table_that_all_shared() -> None:
+    shared, own = beit(**SHARED).eval(), beit(use_rel_pos_bias=True).eval()
+    with torch.no_grad():
+        for parameter in shared.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    report = fill(own, shared, "elsewhere")
+    assert "blocks.*.attn.relative_position_bias_table from the shared table" in report.render()
+    assert report.missing + report.unexpected == []
+    images = torch.randn(2, 3, 16, 24)
+    expected, found = (each.forward_features(images) for each in (shared, own))
+    assert torch.equal(found, expected)
+    for each in (expected, found):
+        each.square().sum().backward()
+    gradients = [block.attn.relative_position_bias_table.grad for block in own.blocks]
+    assert not torch.equal(gradients[0], gradients[1])
+    torch.testing.assert_close(
+        sum(gradients), shared.rel_pos_bias.relative_position_bias_table.grad, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_file_with_one_table_for_all_opens_with_one_a_block(tmp_path: Path) -> None:
+    shared = beit(**SHARED).eval()
+    torch.nn.init.normal_(shared.rel_pos_bias.relative_position_bias_table)
+    save_file(shared.state_dict(), tmp_path / "simmim.safetensors")
+    opened, report = open_weights(
+        tmp_path / "simmim.safetensors",
+        model="beit_base_patch16_224",
+        model_args={**TINY, "patch_size": 4, "use_rel_pos_bias": True},
+        image_size=(16, 24),
+        source_size=(16, 24),
+    )
+    assert "from the shared table" in report.render()
+    images = torch.randn(2, 3, 16, 24)
+    assert torch.equal(opened.eval().forward_features(images), shared.forward_features(images))
 
 
 def test_a_convolutional_stem_is_refused() -> None:

@@ -112,6 +112,32 @@ def test_another_run_starts_from_it(
     assert table.any()
 
 
+def test_fine_tuning_as_published_gives_each_block_its_table(
+    run: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    said = patchmine_says(
+        "finetune",
+        str(run),
+        f"data={image_folder}",
+        f"out={tmp_path / 'run'}",
+        "recipe=finetune-simmim-vit-b",
+        *("steps=2", "epochs=null", "batch_size=8", "blr=0.1", "warmup_epochs=0"),
+        *("workers=0", "tensorboard=false", "device=cpu"),
+    )
+    assert "blocks.*.attn.relative_position_bias_table from the shared table" in said
+    tuned = patchmine.Run(tmp_path / "run")
+    args = tuned.config.model_args
+    assert (args["embed_dim"], args["use_abs_pos_emb"], args["use_shared_rel_pos_bias"]) == (
+        *(32, False, False),
+    )
+    tables = [block.attn.relative_position_bias_table for block in tuned.encoder().blocks]
+    assert not torch.equal(tables[0], tables[1])
+    exported = timm.create_model(f"local-dir:{tuned.export_dir}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(images), tuned.classifier()(images))
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

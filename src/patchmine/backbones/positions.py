@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from patchmine.backbones.description import Description
 from patchmine.errors import UserError
 
 RELATIVE = "relative_position_bias_table"  # BEiT's name for a table of distances
+SHARED = f"rel_pos_bias.{RELATIVE}"  # the one of all blocks, where it is not one in each
 _CLASS_ROWS = 3  # of such a table, at its end: class to patch, patch to class, class to itself
 
 
@@ -104,6 +105,23 @@ def move_all_positions(
         moved[name] = move_positions(tensors[name], source, wanted, num_prefix)
         report.append(f"{name} from {source[0]}x{source[1]} to {wanted[0]}x{wanted[1]} patches")
     return moved, report
+
+
+def give_each_its_own(
+    tensors: Mapping[str, Tensor], names: Collection[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """An encoder's tensors for one that has tensors ``names``, and what was done, for a report.
+
+    Where all blocks share one table of distances and there each has its own, each gets a copy, so
+    that the two compute the same (SimMIM's fine-tuning).
+    """
+    tables = [name for name in names if name.endswith(f".attn.{RELATIVE}")]
+    have_own = any(name in tensors for name in tables)
+    if SHARED not in tensors or SHARED in names or not tables or have_own:
+        return dict(tensors), []
+    rest = {name: tensor for name, tensor in tensors.items() if name != SHARED}
+    copies = {name: tensors[SHARED].clone() for name in tables}
+    return rest | copies, [f"blocks.*.attn.{RELATIVE} from the shared table"]
 
 
 def grids_of(count: int) -> list[tuple[int, int]]:

@@ -28,7 +28,12 @@ from patchmine.backbones.loading import (
 from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights, encoder_of, find_network
 from patchmine.backbones.official import with_usual_eps
-from patchmine.backbones.positions import is_position_table, move_all_positions, source_grid
+from patchmine.backbones.positions import (
+    give_each_its_own,
+    is_position_table,
+    move_all_positions,
+    source_grid,
+)
 from patchmine.backbones.record import Blueprint, Encoder
 from patchmine.backbones.tokens import embedded_prefix, refuse_unfilled
 from patchmine.errors import UserError, shown_name
@@ -215,7 +220,9 @@ def _fitted(
     found = source_grid(table, (rows,), patch, source, known, source_size, image_size)
     report.assumed += [found.note] if found.note else []
     tensors, moved = move_all_positions(tensors, found.grid, embed.grid_size, rows)
+    tensors, shared_out = give_each_its_own(tensors, encoder.state_dict())
     report.resized += moved
+    report.notes += shared_out
     return tensors
 
 
@@ -270,6 +277,7 @@ def fill(encoder: Encoder, other: Encoder, source: str) -> LoadReport:
         grids = [tuple(each.patch_embed.grid_size) for each in (other, encoder)]
         rows = embedded_prefix(other)
         tensors, report.resized = move_all_positions(tensors, grids[0], grids[1], rows)
+        tensors, report.notes = give_each_its_own(tensors, encoder.state_dict())
     elif families[0] is families[1]:
         report.assumed += clip_notes(encoder, families[0].image_size(other))
     load_tensors(encoder, tensors, report, allow=[f"*.{COUNTER}"])

@@ -170,10 +170,11 @@ def _settings_of(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[st
             {**row, "use": _minus(use, wanted) if isinstance(use, Mapping) else use}
             for row, use in ((row, row.get("use", {})) for row in recipe.by_size)
         ]
-    model, arguments = wanted.get("model"), settings.get("model_args")
-    if "model" in wanted and arguments and model != settings.get("model"):
-        void = f"its model_args {shown(settings.pop('model_args'))} are not used"
-        say(f"model={model} replaces the recipe's model, so {void}.")
+    if "model" in wanted and wanted["model"] != settings.get("model"):
+        settings.pop("model", None)
+        if arguments := settings.pop("model_args", None):
+            void = f"its model_args {shown(arguments)} are not used"
+            say(f"model={wanted['model']} replaces the recipe's model, so {void}.")
     return settings
 
 

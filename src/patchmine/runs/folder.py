@@ -107,7 +107,7 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
         named = dict(model=built.model, model_args=arguments, image_size=built.image_size)
     other, found = weights.open_weights(start_from, setting="init", **named)
     report = weights.fill(encoder, other, source)
-    report.dropped, report.notes = found.dropped, found.notes
+    report.dropped, report.notes = found.dropped, found.notes + report.notes
     report.resized = found.resized + report.resized
     report.assumed = found.assumed + report.assumed
     return report
