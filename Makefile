@@ -39,7 +39,7 @@ $(USER_READY): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing patchmine and its development tools into $(VENV); the first time this takes a few minutes."
-	@$(INSTALL) --editable '.[dev,demo,export,video]'
+	@$(INSTALL) --editable '.[dev,demo,export,video,seg,det]'
 	@touch $@ $(USER_READY)
 
 install: $(USER_READY)
