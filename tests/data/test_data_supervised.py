@@ -194,6 +194,32 @@ def test_frames_of_a_clip_are_changed_alike() -> None:
         assert not torch.equal(pixels, plain)
 
 
+def test_whole_frames_of_a_clip_are_changed_and_then_cropped() -> None:
+    policy, scale, ratio = "rand-m7-n4-mstd0.5-inc1", (0.08, 1.0), (3 / 4, 4 / 3)
+    base = clips(16, 3, 1, crop_scale=scale, crop_ratio=ratio, interpolation="bicubic")
+    view = CLIP.supervised_view(supervised(base, auto_augment=policy), 1)
+    hints = {"translate_const": 7, "img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
+    transform, changed = rand_augment_transform(policy, hints), 0
+    video = np.stack([image(seed=number) for number in range(3)])  # (3, 40, 52, 3)
+    for seed in range(12):
+        generator = np.random.default_rng(seed)
+        generator.integers(1)  # the window
+        geometry = Geometry(crop_box(40, 52, scale, ratio, generator), (16, 16))
+        generator.random()  # the flip
+        word = int(generator.integers(2**32, size=2)[0])
+        expected = []
+        for frame in video:
+            random.seed(word)
+            np.random.seed(word)
+            pixels = np.array(transform(Image.fromarray(frame)))
+            expected.append(geometry.apply(torch.from_numpy(pixels).permute(2, 0, 1), "bicubic"))
+        (found,) = view(video, np.random.default_rng(seed)).views
+        assert torch.equal(found, torch.stack(expected, 1))
+        (plain,) = LabelledClips(base)(video, np.random.default_rng(seed)).views
+        changed += not torch.equal(found, plain)
+    assert changed > 4
+
+
 def test_a_labelled_clip_has_one_crop_by_area_and_shape() -> None:
     scale, ratio = (0.08, 0.2), (3 / 4, 4 / 3)
     base = clips(16, 3, 1, crop_scale=scale, crop_ratio=ratio, interpolation="bicubic")

@@ -15,7 +15,7 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import decoder_of, open_source
 from patchmine.data.views.clips import LabelledClips, PlainClips, TrainClips, middle_frame
 from patchmine.data.views.images import MultiCropView, PlainView, TrainView, View
-from patchmine.data.views.supervised import SupervisedView
+from patchmine.data.views.supervised import SupervisedClips, SupervisedView
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ CLIP = Item(
     noun="video",
     open=partial(open_source, kind="video"),
     train_view=lambda settings, smallest_side, multi_crop: TrainClips(settings, smallest_side),
-    supervised_view=lambda settings, side: SupervisedView(settings, LabelledClips(settings, side)),
+    supervised_view=lambda settings, side: SupervisedClips(settings, LabelledClips(settings, side)),
     plain_view=PlainClips,
     pixels=middle_frame,
     samples=lambda settings: settings.clip.repeats,

@@ -48,14 +48,20 @@ class TrainClips:
     def __call__(
         self, raw: RawVideo | VideoReader, generator: np.random.Generator, target: Any = None
     ) -> Sample:
+        frames, geometry = self.drawn(raw, generator)
+        return clip_sample(frames, geometry, self.settings.interpolation, target)
+
+    def drawn(
+        self, raw: RawVideo | VideoReader, generator: np.random.Generator
+    ) -> tuple[Tensor, Geometry]:
+        """The frames of a window, (T, C, H, W) uint8 and whole, and how all of them are cropped."""
         settings, clip = self.settings, self.settings.clip
         video = open_video(raw, settings.max_pixels)
         start = int(generator.integers(0, max(0, video.num_frames - clip.frames * clip.stride) + 1))
         frames = _window_of(video, start, settings, self.smallest_side)
         height, width = frames.shape[-2:]
         box = self.crop(height, width, generator)
-        geometry = Geometry(box, settings.image_size, bool(generator.random() < settings.flip))
-        return _sample(frames, geometry, settings.interpolation, target)
+        return frames, Geometry(box, settings.image_size, bool(generator.random() < settings.flip))
 
     def crop(
         self, height: int, width: int, generator: np.random.Generator
@@ -101,7 +107,7 @@ class PlainClips:
         start = max(0, video.num_frames - clip.frames * clip.stride) // 2
         frames = _window_of(video, start, settings, self.smallest_side)
         geometry = plain_geometry(frames, settings.image_size, self.crop_pct)
-        return _sample(frames, geometry, self.interpolation, target)
+        return clip_sample(frames, geometry, self.interpolation, target)
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,8 @@ def _read(video: VideoReader, indices: Sequence[int], channels: int, smallest_si
     return frames if wanted == list(indices) else frames[[place[index] for index in indices]]
 
 
-def _sample(frames: Tensor, geometry: Geometry, interpolation: str, target: Any) -> Sample:
+def clip_sample(frames: Tensor, geometry: Geometry, interpolation: str, target: Any) -> Sample:
+    """What whole frames (T, C, H, W) become."""
     clip = _as_clip(geometry.apply(frames, interpolation))
     box, flip = geometry.shares(*frames.shape[-2:]), torch.tensor(geometry.flip)
     return Sample([clip], box, flip, target=target)

@@ -1,4 +1,4 @@
-"""A crop of a labelled item, changed as timm changes it: RandAugment, and a box to erase."""
+"""Labelled items, changed as timm changes images: RandAugment, and a box to erase."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from patchmine.data.settings import SupervisedSettings
+from patchmine.data.views.clips import LabelledClips, clip_sample
 from patchmine.data.views.images import View
 from patchmine.errors import UserError
 from patchmine.types import Sample
@@ -29,32 +30,60 @@ _TRANSLATED = 0.45  # most that an image moves, as a share of its shorter side
 
 @dataclass(frozen=True)
 class SupervisedView:
-    """What ``crop`` makes of an item, under RandAugment, and with the box that is to be erased.
+    """What ``crop`` makes of an image, under RandAugment, and with the box that is to be erased.
 
-    All frames of a clip are changed alike.  RandAugment comes before the mirroring, which is left
-    to the device; targets are of the whole view (classes, numbers), which no augmentation moves.
+    RandAugment comes before the mirroring, which is left to the device; targets are of the whole
+    view (classes, numbers), which no augmentation moves.
     """
 
     settings: SupervisedSettings
     crop: View
+    repeats: ClassVar[int] = 1
+
+    def __call__(self, raw: Any, generator: np.random.Generator, target: Any = None) -> Sample:
+        sample = self.crop(raw, generator, target)
+        policy_seed, erase_seed = _two_seeds(generator)
+        if self.settings.auto_augment is not None:
+            (view,) = sample.views
+            view = rand_augmented(view[None], self.settings, policy_seed)[0]
+            sample = replace(sample, views=[view])
+        return _with_box_to_erase(sample, self.settings, erase_seed)
+
+
+@dataclass(frozen=True)
+class SupervisedClips:
+    """The same of a clip, but for the order, VideoMAE's: whole frames are changed, then cropped.
+
+    All frames are changed alike.
+    """
+
+    settings: SupervisedSettings
+    crop: LabelledClips
 
     @property
     def repeats(self) -> int:
         return self.crop.repeats
 
     def __call__(self, raw: Any, generator: np.random.Generator, target: Any = None) -> Sample:
-        settings = self.settings
-        sample = self.crop(raw, generator, target)
-        # Drawn whatever the settings: one augmentation more does not change another.
-        policy_seed, erase_seed = generator.integers(2**32, size=2).tolist()
-        if settings.auto_augment is not None:
-            (view,) = sample.views
-            sample = replace(sample, views=[rand_augmented(view, settings, policy_seed)])
-        if settings.erase_prob:
-            draws = random.Random(erase_seed)
-            box = erase_box(*settings.image_size, settings.erase_prob, draws)
-            sample = replace(sample, erase=torch.tensor(box))
+        frames, geometry = self.crop.drawn(raw, generator)
+        policy_seed, erase_seed = _two_seeds(generator)
+        if self.settings.auto_augment is not None:
+            frames = rand_augmented(frames, self.settings, policy_seed)
+        sample = clip_sample(frames, geometry, self.settings.interpolation, target)
+        return _with_box_to_erase(sample, self.settings, erase_seed)
+
+
+def _two_seeds(generator: np.random.Generator) -> tuple[int, int]:
+    """For RandAugment and for erasing: drawn always, so that one does not change the other."""
+    policy_seed, erase_seed = generator.integers(2**32, size=2).tolist()
+    return policy_seed, erase_seed
+
+
+def _with_box_to_erase(sample: Sample, settings: SupervisedSettings, seed: int) -> Sample:
+    if not settings.erase_prob:
         return sample
+    box = erase_box(*settings.image_size, settings.erase_prob, random.Random(seed))
+    return replace(sample, erase=torch.tensor(box))
 
 
 def erase_box(
@@ -77,13 +106,13 @@ def erase_box(
     return 0, 0, 0, 0
 
 
-def rand_augmented(view: Tensor, settings: SupervisedSettings, seed: int) -> Tensor:
-    """A view (C, H, W) or (C, T, H, W) uint8 of 1 or 3 channels under timm's RandAugment.
+def rand_augmented(images: Tensor, settings: SupervisedSettings, seed: int) -> Tensor:
+    """Images (N, C, H, W) uint8 of 1 or 3 channels, all changed alike by timm's RandAugment.
 
     ``seed`` of 32 bits decides on the operations.  UserError for images of more than 8 bits.
     """
     assert settings.auto_augment is not None
-    if view.dtype != torch.uint8:
+    if images.dtype != torch.uint8:
         raise UserError(
             f"auto_augment={settings.auto_augment} changes images of 8 bits, and this data holds "
             "deeper ones: set auto_augment=null, or convert them to 8 bits"
@@ -93,13 +122,13 @@ def rand_augmented(view: Tensor, settings: SupervisedSettings, seed: int) -> Ten
     transform = _transform(
         settings.auto_augment, min(settings.image_size), fill, settings.interpolation
     )
-    frames, changed = [view] if view.ndim == 3 else view.unbind(1), list[Tensor]()
+    changed = []
     with _global_states_kept():
-        for frame in frames:
+        for image in images:
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002 - where timm draws from
-            changed.append(_as_tensor(transform(_as_picture(frame))))
-    return changed[0] if view.ndim == 3 else torch.stack(changed, 1)
+            changed.append(_as_tensor(transform(_as_picture(image))))
+    return torch.stack(changed)
 
 
 @cache
