@@ -101,6 +101,27 @@ def test_clips_are_learnt_and_videos_tested_by_the_mean_over_their_views(
     assert result["loss"] == pytest.approx(log_loss, rel=1e-4)
 
 
+def test_videos_are_predicted_as_they_were_tested(tuned: patchmine.Run, labelled: Path) -> None:
+    said: list[str] = []
+    quiet: dict[str, Any] = {"all": True, "workers": 0, "device": "cpu"}
+    rows = tuned.predict(labelled, say=said.append, **quiet)
+    assert any("segments=2 crops=3" in line for line in said)
+    probabilities = dict(zip(rows["file"], zip(rows["jump"], rows["run"], strict=True), strict=True))
+    test = open_labelled_parts(tuned.config, CLIP, lambda _: None).test
+    files = [test.source.key(int(place)) for place in test.indices]
+    found = torch.tensor([probabilities[file] for file in files])
+    targets = torch.from_numpy(np.asarray(test.targets))
+    result = json.loads((tuned.eval_dir / "test.json").read_text())
+    assert result["loss"] == pytest.approx(F.nll_loss(found.log(), targets).item(), rel=1e-4)
+    assert result["top1"] == pytest.approx(100 * (found.argmax(1) == targets).float().mean().item())
+    quiet |= {"say": lambda _: None}
+    assert tuned.predict(labelled, segments=2, crops=3, **quiet) == rows
+    middle = tuned.predict(labelled, segments=1, crops=1, **quiet)
+    assert middle["jump"] != rows["jump"]
+    one_crop = tuned.predict(labelled, crops=1, **quiet)  # of both clips
+    assert one_crop["jump"] not in (middle["jump"], rows["jump"])
+
+
 def test_the_export_holds_what_the_classifier_computes(tuned: patchmine.Run) -> None:
     clip, classifier = torch.randn(2, 3, 4, 16, 16), tuned.classifier()
     head = load_file(tuned.export_dir / "model.safetensors")

@@ -15,6 +15,8 @@ from torch import Tensor
 from patchmine.backbones.classifier import Classifier, Head, read_head
 from patchmine.backbones.export import is_export
 from patchmine.backbones.family import pooled
+from patchmine.config.resolve import of_kind
+from patchmine.config.schema import FinetuneConfig
 from patchmine.data.items import CLIP, Item
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.listfile import open_files
@@ -119,7 +121,7 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
 
     Raises UserError for a run that was not fine-tuned, and for settings that do not fit it.
     """
-    evaluated, head = _opened(Path(settings.run))
+    evaluated, head, tested = _opened(Path(settings.run))
     name, loss = evaluated.name, head.loss
     network = Classifier(evaluated.encoder, head.layer, head.pool).eval()
     if loss != "ce" and settings.top > 1:
@@ -127,7 +129,7 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
     if settings.top > len(head.names):
         few = f"but {name} knows {len(head.names)} classes"
         raise UserError(f"top={settings.top}, {few}: give at most so many")
-    views = _views(settings, evaluated)
+    views = _views(settings, evaluated, tested, say)
     source = _source(settings.data, evaluated.item)
     for note in source.notes:
         say(note)
@@ -145,24 +147,36 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
     )
 
 
-def _opened(path: Path) -> tuple[Evaluated, Head]:
-    """The backbone of a fine-tuned run, or of its export, and its classifier."""
+def _opened(path: Path) -> tuple[Evaluated, Head, tuple[int, int]]:
+    """The backbone of a fine-tuned run, or of its export, and its classifier.
+
+    Also the clips, and crops of each, by which a video was tested; an export does not tell.
+    """
     if is_export(path) and not is_run(path):
-        return open_evaluated(path), read_head(path)
+        return open_evaluated(path), read_head(path), (1, 1)
     run = RunFolder(path)
-    task, config = run.classify(), run.whole_config
-    encoder = task.network().encoder
-    return of_run(config, config.crop_pct, encoder, shown_name(path)), task.head_of()
+    task, config = run.classify(), of_kind(run.whole_config, FinetuneConfig)
+    evaluated = of_run(config, config.crop_pct, task.network().encoder, shown_name(path))
+    return evaluated, task.head_of(), (config.test_segments, config.test_crops)
 
 
-def _views(settings: PredictSettings, evaluated: Evaluated) -> Views | None:
-    told = {name: getattr(settings, name) for name in ("segments", "crops")}
-    given = ", ".join(f"{name}={value}" for name, value in told.items() if value > 1)
-    if not given:
-        return None
-    if evaluated.item is not CLIP:
+def _views(
+    settings: PredictSettings, evaluated: Evaluated, tested: tuple[int, int], say: Say
+) -> Views | None:
+    """Those that are asked for, or else those of the run's test; None: the middle alone."""
+    told = {"segments": settings.segments, "crops": settings.crops}
+    given = ", ".join(f"{name}={value}" for name, value in told.items() if value not in (None, 1))
+    if given and evaluated.item is not CLIP:
         raise UserError(f"{given}: is for videos, but {evaluated.name} takes images: leave it out")
-    return clip_views(evaluated.input, settings.segments, settings.crops)
+    usual = dict(zip(told, tested, strict=True))
+    own = {name: usual[name] for name, value in told.items() if value is None}
+    segments, crops = (value or usual[name] for name, value in told.items())
+    if segments * crops == 1:
+        return None
+    if own:
+        taken = " ".join(f"{name}={value}" for name, value in own.items())
+        say(f"{taken}, as the run was tested (segments=1 crops=1: the middle clip alone).")
+    return clip_views(evaluated.input, segments, crops)
 
 
 def _source(data: str | list[str], item: Item) -> Source:

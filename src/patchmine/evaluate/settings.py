@@ -143,8 +143,12 @@ class PredictSettings(ReadingSettings):
     )
     top: Count = Field(1, description="classes in a row, the most probable first")
     all: bool = Field(False, description="also a column for each class, with its probability")
-    segments: Count = Field(1, description="clips of each video, whose probabilities are averaged")
-    crops: Count = Field(1, description="crops of each of these, along the longer side")
+    segments: Count | None = Field(
+        None, description="clips of each video, averaged; null: as the run was tested"
+    )
+    crops: Count | None = Field(
+        None, description="crops of each of these, along the longer side; null: as it was tested"
+    )
 
 
 class FiledSettings(ReadingSettings, EvaluatedSettings):
