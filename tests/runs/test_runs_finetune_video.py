@@ -106,7 +106,9 @@ def test_videos_are_predicted_as_they_were_tested(tuned: patchmine.Run, labelled
     quiet: dict[str, Any] = {"all": True, "workers": 0, "device": "cpu"}
     rows = tuned.predict(labelled, say=said.append, **quiet)
     assert any("segments=2 crops=3" in line for line in said)
-    probabilities = dict(zip(rows["file"], zip(rows["jump"], rows["run"], strict=True), strict=True))
+    probabilities = dict(
+        zip(rows["file"], zip(rows["jump"], rows["run"], strict=True), strict=True)
+    )
     test = open_labelled_parts(tuned.config, CLIP, lambda _: None).test
     files = [test.source.key(int(place)) for place in test.indices]
     found = torch.tensor([probabilities[file] for file in files])
