@@ -163,6 +163,24 @@ class ViewSettings(InputSettings):
         yield from _ranges(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio)
 
 
+class DetectViewSettings(InputSettings):
+    """How images with objects are seen in training: large-scale jitter."""
+
+    scale: tuple[float, float] = Field(
+        default=(0.1, 2.0),
+        description="smallest and largest size of an image in training, as a factor of the size "
+        "that just fits image_size",
+    )
+    flip: Fraction = Field(default=0.5, description="probability of a mirrored image")
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        default="bilinear", description="resizing of images"
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """A range that is none."""
+        yield from _ranges(scale=self.scale)
+
+
 class AugmentSettings(Strict):
     """How labelled images are changed in training, beyond their crop: as timm changes them."""
 

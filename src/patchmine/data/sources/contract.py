@@ -80,10 +80,9 @@ class Source(ABC):
     def _known_labels(self) -> Labels | None:
         return self.labels()
 
-    def target(self, index: int) -> int | NDArray[np.float32] | None:
-        """What is learnt of one item: its class, a place in ``labels().names``, or (K,) numbers.
-
-        None where there is nothing.
+    def target(self, index: int) -> Any:
+        """What is learnt of one item: its class, a place in ``labels().names``; (K,) numbers, a
+        mask, `Objects`, in sources that have them.  None where there is nothing.
         """
         known = self._known_labels
         return None if known is None else int(known.ids[index])
