@@ -54,6 +54,15 @@ def foreign_parser(refuse: Callable[[str], Exception], *own: type[Exception]) ->
         raise refuse(reason_of(error)) from error
 
 
+@contextmanager
+def settings_of(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what is built of the settings in a file: a UserError begins with the file's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{shown_name(file)}: {error}") from error
+
+
 def shown_name(name: str | os.PathLike[str]) -> str:
     r"""A file's name as one line that any terminal, file and page can hold.
 

@@ -35,7 +35,7 @@ def parts(scene: Scene) -> list[Part]:
     shutil.rmtree(half, ignore_errors=True)
     log.unlink(missing_ok=True)
     words = scene.pretrain(half / "run", "workers=0")
-    ended = Child(words, log, prepare=_crash_after_checkpoint).wait(WAIT)
+    ended = Child(words, log, prepare=crash_after_checkpoint).wait(WAIT)
     if ended.code != CRASHED:
         raise RuntimeError(
             f"the first half of a run ended with {ended.code}: {ended.output[-2000:]}"
@@ -43,15 +43,15 @@ def parts(scene: Scene) -> list[Part]:
     return [Part("a run", None), Part("a resumed run", half / "run")]
 
 
-def _crash_after_checkpoint() -> None:
-    """Make the process end when the checkpoint of step 4 is complete."""
+def crash_after_checkpoint(last: int = 4) -> None:
+    """Make the process end when the checkpoint of step ``last`` is complete."""
     import patchmine.train.loop as loop
 
     save = loop.save
 
     def saved(folder: Path, step: int, *given: object, **named: object) -> Path:
         path = save(folder, step, *given, **named)
-        if step == 4:
+        if step == last:
             os._exit(CRASHED)
         return path
 

@@ -18,8 +18,9 @@ import data_readers
 import mutators
 import run_readers
 import seeds
+import tuned
 from data_readers import ITEM_ERRORS
-from mutators import BYTES, TEXT, YAML, Mutator
+from mutators import BYTES, TABLE, TEXT, YAML, Mutator
 from scene import make_images
 
 from patchmine.errors import UserError
@@ -71,7 +72,7 @@ class Format:
 
 def all_formats(run: Path) -> list[Format]:
     """The table; ``run`` is the folder of a finished run of `scene.SETTINGS`, with an evaluation in
-    it.
+    it; beside it stands what `tuned.make_tuned` makes.
     """
     pictures = seeds.images()
     return [
@@ -81,6 +82,8 @@ def all_formats(run: Path) -> list[Format]:
         *_run_files(run),
         *_weights(run),
         *_videos(run.parent, pictures),
+        *_labels(pictures["png"][0]),
+        *_tuned(run.parent),
     ]
 
 
@@ -294,5 +297,78 @@ def _videos(folder: Path, pictures: Mapping[str, list[bytes]]) -> list[Format]:
             BYTES,
             data_readers.read_frames,
             refusals=ITEM_ERRORS,
+        ),
+    ]
+
+
+def _labels(picture: bytes) -> list[Format]:
+    return [
+        Format(
+            f"labels of a table, loss={loss}",
+            [text.encode(), text.encode("utf-16")],
+            TABLE,
+            partial(tuned.read_labels, loss, picture),
+            named="table.csv",
+        )
+        for loss, text in tuned.TABLES.items()
+    ]
+
+
+def _tuned(base: Path) -> list[Format]:
+    run, compared = base / "tuned", base / "compared"
+    best = (run / "checkpoints" / "best").resolve()
+    test = "runs/pretrained-50pct-seed0/eval/test.json"
+    weights, config = "model.safetensors", "config.json"
+
+    def of(name: str, file: Path, damage: Sequence[Mutator], read: Any, **given: Any) -> Format:
+        return Format(name, [file.read_bytes()], damage, read, **given)
+
+    header = (*BYTES, *(containers.safetensors_header,) * 5)
+    predict = partial(tuned.predict_by, run / "export")
+    return [
+        of("eval/shares.json", compared / "eval" / "shares.json", TEXT, tuned.read_shares),
+        of(
+            "eval/test.json, compared",
+            compared / test,
+            TEXT,
+            partial(tuned.compare_again, compared, test),
+            named="test.json",
+        ),
+        of(
+            "best checkpoint",
+            best,
+            header,
+            partial(tuned.classify_by, run, f"checkpoints/{best.name}"),
+            named="checkpoints",
+            sealed=True,
+        ),
+        Format(
+            "checkpoints/best",
+            [best.name.encode()],
+            TEXT,
+            partial(tuned.classify_by, run, "checkpoints/best"),
+            named="checkpoints",
+        ),
+        of(
+            "config.yaml of labels",
+            run / "config.yaml",
+            YAML,
+            partial(tuned.predict_by, run, "config.yaml"),
+            named="tuned",
+            lines=True,
+        ),
+        of(
+            "export with classifier: config.json",
+            run / "export" / config,
+            TEXT,
+            partial(predict, config),
+            named="export",
+        ),
+        of(
+            f"export with classifier: {weights}",
+            run / "export" / weights,
+            header,
+            partial(predict, weights),
+            named="export",
         ),
     ]

@@ -11,14 +11,16 @@ import formats
 import seeds
 import table
 from scene import Scene
+from tuned import make_tuned
 
 
 def rows(scene: Scene, sizes: Any, processes: int, seconds: float) -> list[table.Row]:
     """One row a format; mutants with faults are written to ``sizes.keep``."""
-    run = scene.scratch / "damaged"
+    run = scene.scratch / "damaged" / "run"
     shutil.copytree(scene.whole, run, symlinks=True)
     (run / "eval").mkdir(exist_ok=True)
     (run / "eval" / "knn.json").write_bytes(seeds.EVALUATION)
+    make_tuned(run.parent)
     every = formats.all_formats(run)
     scratch = scene.scratch / "mutants"
     tallies = campaign.run(

@@ -248,6 +248,20 @@ def move_line(data: bytes, chance: random.Random) -> bytes:
     return b"".join(lines)
 
 
+def huge_cell(data: bytes, chance: random.Random) -> bytes:
+    """A cell of a table that is longer than any name, in quotation marks or not."""
+    place, mark = chance.randrange(len(data) + 1), chance.choice((b"", b'"'))
+    long = chance.choice((b"x", b'""', b"\n", b",", b" ")) * chance.choice((5_000, 200_000))
+    return data[:place] + mark + long + mark + data[place:]
+
+
+def reencode(data: bytes, chance: random.Random) -> bytes:
+    """The same text as another program saves it."""
+    text = data.decode("utf-8", "replace")
+    encoding = chance.choice(("latin-1", "utf-16", "utf-16-le", "utf-8-sig", "utf-32", "cp037"))
+    return text.encode(encoding, "replace")
+
+
 def bomb(data: bytes, chance: random.Random) -> bytes:  # noqa: ARG001
     """YAML aliases of aliases: a few hundred bytes that stand for a billion items."""
     lines = [b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
@@ -263,6 +277,7 @@ TEXT: tuple[Mutator, ...] = (
     *(replace_token, replace_token, swap_letter, swap_letter, insert_token, nest, move_line),
     *BYTES[:6],
 )
+TABLE: tuple[Mutator, ...] = (*TEXT, huge_cell, reencode, reencode)
 YAML: tuple[Mutator, ...] = (*TEXT, bomb)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +240,37 @@ def test_a_damaged_best_checkpoint_is_told(backbone: Path, labelled: Path, tmp_p
     best.write_bytes(best.read_bytes()[:-100])
     with pytest.raises(UserError, match="best is damaged"):
         run.classifier()
+    best.unlink()  # nor is another one taken without a word
+    with pytest.raises(UserError, match=r"best is damaged .*missing"):
+        run.classifier()
+
+
+def test_settings_that_build_no_network_are_told_with_their_file(
+    tuned: patchmine.Run, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tuned.path, tmp_path / "run", symlinks=True)
+    text = (copy / "config.yaml").read_text()
+    for width, reason in (("14", "a width that 4 divides"), ("33", "divisible")):
+        (copy / "config.yaml").write_text(text.replace("embed_dim: 32", f"embed_dim: {width}"))
+        with pytest.raises(
+            UserError, match=rf"run/config\.yaml: model=.* cannot be built.*{reason}"
+        ):
+            patchmine.Run(copy).classifier()
+
+
+def test_a_kill_before_the_best_checkpoint_has_its_name_changes_no_result(
+    backbone: Path, labelled: Path, tmp_path: Path
+) -> None:
+    settings = dict(val_share=0.3, keep_checkpoints=5, checkpoint_every=1)
+    run = tune(backbone, labelled, tmp_path / "run", **settings)
+    whole, best = json.loads((run.eval_dir / "test.json").read_text()), run.checkpoint_dir / "best"
+    chosen = best.resolve()
+    best.unlink()
+    best.symlink_to(next(path.name for path in run.checkpoints if path.name != chosen.name))
+    (run.eval_dir / "test.json").unlink()
+    patchmine.resume(run.path, say=lambda _: None)
+    assert best.resolve() == chosen
+    assert json.loads((run.eval_dir / "test.json").read_text()) == whole
 
 
 @pytest.mark.parametrize("trainable", ["none", "last:1", "bias", "lora:2"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from drawn import draw_clips, draw_images
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import patchmine
 from patchmine.data.decoding.decode import decode
@@ -165,6 +168,50 @@ def test_an_export_predicts_as_its_run_does(
     np.testing.assert_allclose(found, wanted["probability"], rtol=1e-5)
     given = [str(backbone / "export"), str(labelled), f"out={out}"]
     assert "without classifier" in patchmine_says("predict", *given, code=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("problem_type", ["single_label_classification"], "without classifier"),
+        ("problem_type", "sorting", "without classifier"),
+        ("label_names", [], "without classifier"),
+        ("label_names", ["cat"], "has 1 names"),
+        ("label_names", ["cat", "dog", "cow"], "has 3 names"),
+        ("label_names", "xy", "no list of texts"),
+        ("label_names", 7, "no list of texts"),
+        ("label_names", [1, None], "no list of texts"),
+        ("label_names", {"cat": 0, "dog": 1}, "no list of texts"),
+    ],
+)
+def test_a_classifier_that_is_told_wrongly_is_refused(
+    key: str, value: Any, named: str, tuned: patchmine.Run, labelled: Path, tmp_path: Path
+) -> None:
+    alone = shutil.copytree(tuned.export_dir, tmp_path / "alone")
+    config = json.loads((alone / "config.json").read_text())
+    (alone / "config.json").write_text(json.dumps(config | {key: value}))
+    said = patchmine_says("predict", str(alone), str(labelled), "workers=0", code=2)
+    assert str(alone) in said
+    assert named in said
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda head: head * float("nan"), "classifier of .*weight has 64 of 64"),
+        (lambda head: head[:, :-1], "31 features does not fit an encoder that gives 32"),
+        (lambda head: head[0], "cannot be read"),
+    ],
+)
+def test_a_damaged_classifier_is_refused(
+    damage: Any, named: str, tuned: patchmine.Run, labelled: Path, tmp_path: Path
+) -> None:
+    alone = shutil.copytree(tuned.export_dir, tmp_path / "alone")
+    tensors = load_file(alone / "model.safetensors")
+    tensors["head.weight"] = damage(tensors["head.weight"]).contiguous()
+    save_file(tensors, alone / "model.safetensors")
+    said = patchmine_says("predict", str(alone), str(labelled), "workers=0", code=2)
+    assert re.search(named, " ".join(said.split()))
 
 
 @pytest.mark.parametrize("loss", ["bce", "mse"])

@@ -168,9 +168,16 @@ def test_finished_runs_are_taken_for_what_they_are(
     assert "Settings and labels fit: 1 run" in patchmine_says("finetune", *words)
     test = copy / "runs/pretrained-25pct-seed0/eval/test.json"
     whole = test.read_text()
-    for damage in ("{", "[]", "{}"):
+    counted = '{"images": {"train": %s, "test": 8}}'
+    for damage in ("{", "[]", "{}", "[" * 100_000, "9" * 5_000, counted % '"8"', counted % "NaN"):
         test.write_text(damage)
         assert "test.json is no result" in patchmine_says("finetune", *words, code=2)
+    words.remove("check=true")
+    score = json.dumps(json.loads(whole)["top1"])
+    for damage in ("NaN", "1e400", "1" + "0" * 400, "true", "null", '"high"'):
+        test.write_text(whole.replace(f'"top1": {score}', f'"top1": {damage}', 1))
+        assert "test.json has no top1" in patchmine_says("finetune", *words, code=2)
+    words.append("check=true")
     test.write_text(whole)
     for image in sorted(data.rglob("*.png"))[:4]:
         image.unlink()

@@ -25,6 +25,8 @@ from patchmine.train.checkpoint import (
     load,
     load_newest,
     newest_finite,
+    point,
+    point_again,
     refuse_shared,
     save,
 )
@@ -270,6 +272,26 @@ def test_states_that_are_not_finite_are_passed_over_by_name(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"no usable checkpoint.*not finite \(in model\.w\)"):
         load_newest(tmp_path, said.append, finite=True)
     assert newest_finite(tmp_path) is None
+
+
+def test_links_that_a_kill_left_behind_are_put_right(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, STATE, MOMENTS, {"best": {"step": step}}, keep=3, best=step)
+    older, newest = list_checkpoints(tmp_path)
+    for name in ("last", "best"):  # as before the newest one had its links
+        point(older, name)
+    point_again(load(newest))
+    assert {(tmp_path / name).readlink().name for name in ("last", "best")} == {newest.name}
+    newest.unlink()
+    point_again(load(older))
+    assert (tmp_path / "best").readlink().name == older.name
+
+
+def test_links_that_lead_to_each_other_are_a_damaged_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "last").symlink_to("best")
+    (tmp_path / "best").symlink_to("last")
+    with pytest.raises(DamagedCheckpointError):
+        load(tmp_path / "best")
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from patchmine.backbones.description import CONFIG, WEIGHTS, read_json
 from patchmine.backbones.family import family_of, pooled
+from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.record import Encoder
 from patchmine.errors import UserError, foreign_parser, shown_name
 
@@ -38,6 +39,11 @@ class Classifier(nn.Module):
         super().__init__()
         if pool == "cls" and getattr(encoder, "cls_token", None) is None:
             raise UserError("pool=cls, but this encoder has no class token: give pool=mean")
+        if head.in_features != encoder.num_features:
+            raise UserError(
+                f"a classifier of {head.in_features} features does not fit an encoder that gives "
+                f"{encoder.num_features}: export both from one run"
+            )
         self.encoder, self.head, self.pool = encoder, head, pool
 
     def forward(self, images: Tensor) -> Tensor:
@@ -83,10 +89,13 @@ class Head:
 
 
 def read_head(folder: Path) -> Head:
-    """The classifier in an export.  UserError where it has none, or does not tell of it."""
+    """The classifier in an export.
+
+    Raises UserError where it has none, does not tell of it, or is damaged.
+    """
     config, name = read_json(folder / CONFIG), shown_name(folder)
     losses = {told: loss for loss, told in PROBLEMS.items()}
-    names, loss = config.get("label_names"), losses.get(config.get("problem_type", ""))
+    names, loss = config.get("label_names"), losses.get(str(config.get("problem_type")))
     with foreign_parser(lambda reason: UserError(f"{name}: its weights cannot be read ({reason})")):
         tensors = load_file(folder / WEIGHTS)
         places = [place for place in ("head", "fc") if f"{place}.weight" in tensors]
@@ -96,10 +105,18 @@ def read_head(folder: Path) -> Head:
                 f"{CONFIG}): give a fine-tuned run, or what `patchmine export` wrote of one"
             )
         weight, bias = (tensors[f"{places[0]}.{part}"] for part in ("weight", "bias"))
-        layer = nn.Linear(weight.shape[1], len(names))
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
         layer.load_state_dict({"weight": weight, "bias": bias})
+    refuse_non_finite(layer.state_dict(), f"the classifier of {name}")
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        raise UserError(f"{name}: label_names in {CONFIG} is no list of texts: export again")
+    if len(names) != layer.out_features:
+        raise UserError(
+            f"{name}: label_names in {CONFIG} has {len(names)} names, but its classifier has "
+            f"{layer.out_features} outputs: export again"
+        )
     pool = "cls" if config.get("global_pool") == "token" else "mean"
-    return Head(layer, pool, list(map(str, names)), loss)
+    return Head(layer, pool, names, loss)
 
 
 def new_layer(width: int, outputs: int, std: float) -> nn.Linear:

@@ -85,13 +85,13 @@ def build_encoder(
     family = family_of(blueprint.model)
     try:
         encoder = family.build(blueprint)
+        family.initialise(encoder)
     except _CANNOT_BUILD as error:
         usual = ", or choose a plain vision transformer such as vit_small_patch16_224"
         name, remedy = shown_name(blueprint.model), "" if blueprint.model in usual else usual
         raise UserError(
             f"model='{name}' cannot be built ({error}): check model_args{remedy}"
         ) from error
-    family.initialise(encoder)
     encoder.built_from = blueprint
     return encoder
 

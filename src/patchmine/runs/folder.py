@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
@@ -20,7 +21,7 @@ from patchmine.backbones.loading import LoadReport
 from patchmine.backbones.naming import Weights
 from patchmine.config.resolve import parse
 from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig
-from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.errors import Say, UserError, settings_of, shown_name, silent
 from patchmine.methods import method_class
 from patchmine.task import Method
 from patchmine.tasks.classify import Classify
@@ -214,7 +215,8 @@ class RunFolder:
                 "method: name the run that it started from"
             )
         found = self._newest()
-        method = build_method(self.config)
+        with settings_of(self.config_file):
+            method = build_method(self.config)
         _load(method, found.model, found.path)
         return method.eval()
 
@@ -231,12 +233,14 @@ class RunFolder:
             )
         best = self.checkpoint_dir / "best"
         try:
-            found = load(best.resolve(), parts=("model",)) if best.exists() else self._newest()
+            chosen = os.path.lexists(best)  # a link to a file that was removed too
+            found = load(best, parts=("model",)) if chosen else self._newest()
         except DamagedCheckpointError as error:
             raise UserError(
                 f"{best} is damaged ({error}): remove it to use the newest checkpoint instead"
             ) from error
-        task = build_classifier(self.config)
+        with settings_of(self.config_file):
+            task = build_classifier(self.config)
         _load(task, found.model, found.path)
         return task.eval()
 
@@ -272,7 +276,9 @@ class RunFolder:
         if not self.checkpoints and is_export(folder) and not which.endswith("teacher"):
             return weights.load_encoder(folder).eval()
         if which == "student":  # without the method, some of whose files may be gone by now
-            found, prefix, encoder = self._newest(), "encoder.", _bare_encoder(self.config)
+            with settings_of(self.config_file):
+                encoder = _bare_encoder(self.config)
+            found, prefix = self._newest(), "encoder."
             names = [name for name in found.model if name.startswith(prefix)]
             _load(encoder, {name[len(prefix) :]: found.model[name] for name in names}, found.path)
             return encoder.eval()

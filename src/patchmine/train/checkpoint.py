@@ -165,6 +165,18 @@ def point(path: Path, name: str) -> None:
             new.write_text(path.name + "\n", encoding="utf-8")
 
 
+def point_again(start: Checkpoint) -> None:
+    """Put ``last`` and ``best`` right beside the checkpoint that a run goes on from.
+
+    A kill or a full disk may have kept them at older ones.
+    """
+    point(start.path, "last")
+    best = start.facts.get("best")
+    step = best.get("step") if isinstance(best, dict) else None
+    if type(step) is int and (file := _file(start.path.parent, step)).is_file():
+        point(file, "best")
+
+
 def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
     """Read a checkpoint, or only its ``parts`` ("model", "optimizer").
 
@@ -173,9 +185,9 @@ def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
         its name says.
         UserError: a newer version wrote it.
     """
-    path = _followed(path)
     tensors: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     with foreign_parser(DamagedCheckpointError, DamagedCheckpointError):
+        path = _followed(path)  # links may lead to each other
         if not path.is_file():  # opening a pipe would wait for ever
             raise DamagedCheckpointError("it is no file" if path.exists() else "it is missing")
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -234,7 +235,7 @@ def _finish(
     """Test the network that is kept, file the result, export, and say what can be done next."""
     engine, folder = place.engine, place.folder
     chosen = folder / "checkpoints" / "best"
-    if labelled.val is not None and chosen.exists():
+    if labelled.val is not None and os.path.lexists(chosen):
         tester.task.load_state_dict(RunFolder(folder).classify().state_dict())
     views = None
     if config.test_segments * config.test_crops > 1:

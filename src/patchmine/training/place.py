@@ -21,7 +21,7 @@ from patchmine.errors import Say, UserError, reason_of, shown_name, silent
 from patchmine.runs import preparing
 from patchmine.runs.lock import HeldLock, lock
 from patchmine.task import Task
-from patchmine.train.checkpoint import Checkpoint, point
+from patchmine.train.checkpoint import Checkpoint, point_again
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks, Keeper, refuse_stranger, train
@@ -145,8 +145,8 @@ def train_task(
         # Not before now: a mistake in the settings must not leave a folder that looks like a run.
         for inner in (folder, folder / "checkpoints", folder / "samples"):
             sweep(inner)
-        if start is not None:  # a full disk may have kept it at an older one
-            point(start.path, "last")
+        if start is not None:
+            point_again(start)
         place.write_config(config)
         say(_summary(name, config, images, engine))
     engine.advise(f"go on with `patchmine resume {folder}`")

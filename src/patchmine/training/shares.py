@@ -15,9 +15,9 @@ from patchmine.config.overrides import exists
 from patchmine.config.resolve import changed_results, of_kind, results_of
 from patchmine.config.schema import AnyConfig, FinetuneConfig
 from patchmine.disk import output
-from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.errors import Say, UserError, foreign_parser, shown_name, silent
 from patchmine.evaluate.measure import write_result
-from patchmine.report.reading import SHARES
+from patchmine.report.reading import SHARES, finite_number
 from patchmine.report.verdict import draw_verdict, read_verdict
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder
@@ -116,13 +116,15 @@ class Planned:
 
     def result(self) -> dict[str, Any]:
         """What its test found.  Raises UserError for a damaged file."""
-        try:
+
+        def refuse(reason: str) -> UserError:
+            named = shown_name(self.tests)
+            return UserError(f"{named} is no result of a test ({reason}): remove it to test again")
+
+        with foreign_parser(refuse):
             found: dict[str, Any] = json.loads(self.tests.read_text(encoding="utf-8"))
-            counts = found["images"]["train"], found["images"]["test"]
-        except (ValueError, KeyError, TypeError):
-            counts = None
-        if counts is None:
-            raise UserError(f"{self.tests} is no result of a test: remove it to test again")
+            if not all(type(found["images"][part]) is int for part in ("train", "test")):
+                raise TypeError("images does not count them")
         return found
 
 
@@ -325,7 +327,10 @@ def _put_together(planned: Sequence[Planned], how: str) -> dict[str, Any]:
 
 
 def _score(run: Planned, result: Mapping[str, Any], metric: str) -> float:
-    value = result.get(metric)
-    if not isinstance(value, int | float):
-        raise UserError(f"{run.tests} has no {metric}: give more images to test on")
-    return float(value)
+    value = finite_number(result.get(metric))
+    if value is None:
+        raise UserError(
+            f"{shown_name(run.tests)} has no {metric} that is a number: give more images to test "
+            "on, or remove the file to test again"
+        )
+    return value
