@@ -178,6 +178,10 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     extending = importlib.import_module("patchmine.training.extending")
     extended = {"kind": "pretrain", "data": "photos"}
     monkeypatch.setattr(extending, "settings_of_extension", lambda path: extended)
+    known = importlib.import_module("patchmine.runs.known")
+    settings = patchmine.PretrainConfig(data="photos")
+    monkeypatch.setattr(known, "settings_of_run", lambda path: settings)
+    monkeypatch.setattr(known, "settings_to_resume", lambda path, words, say: settings)
     monkeypatch.setattr(pretrain, "resume", stops(lambda *_, **__: None))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -5,6 +5,7 @@ exit code 2.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ from patchmine.config.recipes import recipe_names
 from patchmine.config.schema import PretrainConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
+from patchmine.runs.known import words_known_to_fit
 from spoken import call
 
 COMMANDS = [command.name.split() for command in PROGRAMS]
@@ -86,6 +88,10 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(  # nor the runs
         "patchmine.training.extending.settings_of_extension", lambda path: extended
     )
+    monkeypatch.setattr(
+        "patchmine.runs.known.settings_of_run", lambda path: PretrainConfig(data="photos")
+    )
+    monkeypatch.setattr("patchmine.runs.known.settings_to_resume", lambda path, words, say: None)
 
     def recorder(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # its parameters say what it takes
@@ -212,6 +218,81 @@ def test_what_needs_no_torch_is_answered_at_once(line: str, code: int, seconds: 
     spent, *modules = done.stdout.split("LOADED")[1].split()
     assert not {"torch", "numpy", "timm", "lightning"} & set(modules)
     assert float(spent) < seconds
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What words may name: a run's settings, an export's description, weights, images."""
+    place = tmp_path_factory.mktemp("starts")
+    model = {"model": "vit_tiny_patch16_224", "patch_size": 4, "image_size": 16}
+    config = PretrainConfig(data="photos", mean=[0.5] * 3, std=[0.5] * 3, **model)
+    (place / "run").mkdir()
+    (place / "run/config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (place / "export").mkdir()
+    described = {"model_args": {"patch_size": 4, "in_chans": 1, "img_size": 16}}
+    described |= {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}
+    (place / "export/config.json").write_text(json.dumps(described), encoding="utf-8")
+    (place / "export/model.safetensors").write_bytes(b"")
+    (place / "weights.pth").write_bytes(b"weights")
+    (place / "images").mkdir()
+    return place
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("finetune run data=images out=x epoch=3", ["epoch: no such setting"]),
+        ("finetune run data=images out=x image_size=15", ["image_size: given 15x15", "of 4"]),
+        ("finetune run data=nowhere out=x", ["data: given 'nowhere'"]),
+        ("finetune run data=images", ["out is not set"]),
+        ("finetune run data=images out=run", ["already holds a run"]),
+        ("finetune run data=images out=x recipe=small-label", ["small-labels"]),
+        ("finetune run out=x epoch=3 blr=abc", ["3 errors", "data: missing", "epoch", "blr"]),
+        ("finetune run data=images out=x seeds=0", ["seeds"]),
+        ("finetune vit_tiny_patch16_224 data=images out=x epoch=3", ["did you mean epochs"]),
+        ("finetune vit_tiny_patch16_224 data=images out=x image_size=30", ["multiple of 16"]),
+        ("finetune export data=images out=x image_size=15 epoch=3", ["2 errors", "15x15"]),
+        ("finetune weights.pth data=images out=x epoch=3", ["did you mean epochs"]),
+        ("extend run epoch=3 out=x", ["did you mean epochs", "epochs=100"]),
+        ("extend run epochs=3 out=x data=nowhere blr=-1", ["2 errors", "data:", "blr:"]),
+        ("extend run epochs=3", ["out is not set"]),
+        ("extend nowhere epochs=3 out=x", ["nowhere does not exist"]),
+        ("resume run worker=3", ["did you mean workers"]),
+        ("resume run epochs=300", ["patchmine extend run epochs=300"]),
+        ("resume images", ["has no config.yaml"]),
+        ("pretrain data=images epoch=3", ["epoch: no such setting", "out is not set"]),
+    ],
+)
+def test_words_that_are_wrong_are_told_without_torch(
+    line: str, parts: list[str], starts: Path
+) -> None:
+    program = "import sys; from patchmine.cli.app import main\ntry: main()\n"
+    program += "finally: print('LOADED', *sys.modules)"
+    command = [sys.executable, "-c", program, *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=starts)
+    assert done.returncode == 2, done.stderr
+    assert [part for part in parts if part not in done.stderr] == [], done.stderr
+    assert not {"torch", "timm"} & set(done.stdout.split("LOADED")[1].split())
+    assert not (starts / "x").exists()
+
+
+def test_what_rests_on_unknown_weights_is_not_judged_early(starts: Path) -> None:
+    """A clip of 15 frames fits weights whose tubelet is of one or three."""
+    words = ["clip.frames=15", "mean=[0.5]", "std=[0.5]", "image_size=15", "epochs=2"]
+    _, sure = words_known_to_fit(str(starts / "weights.pth"), words)
+    assert sure == ["epochs=2"]
+    base, sure = words_known_to_fit(str(starts / "export"), words)
+    assert sure == words[1:]
+    assert (base["channels"], base["image_size"], base["patch_size"]) == (1, [16, 16], 4)
+
+
+def test_notes_are_told_once(starts: Path, rooms: Calls) -> None:
+    given = [f"data={starts / 'images'}", "out=x", "epochs=2", "seed=1", "seed=2"]
+    said = call("finetune", str(starts / "run"), *given).stderr
+    assert said.count("seed is given twice") == said.count("is shortened") == 1
+    said = call("finetune", str(starts / "run"), *given, "epoch=2").stderr
+    assert said.count("seed is given twice") == said.count("epoch: no such setting") == 1
+    assert rooms
 
 
 # Words reach the rooms
@@ -460,6 +541,7 @@ def test_what_the_system_refuses_is_one_sentence(
 
     for module, function in ROOMS:
         monkeypatch.setattr(importlib.import_module(f"patchmine.{module}"), function, fail)
+    monkeypatch.setattr("patchmine.runs.known.settings_to_resume", lambda *_: None)
     result = call(*line.split())
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1

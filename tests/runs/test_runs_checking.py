@@ -191,9 +191,9 @@ def test_no_data_are_opened_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         raise AssertionError("data were opened")
 
     monkeypatch.setattr("patchmine.runs.preparing.open_data", opened)
-    result = CliRunner().invoke(
-        app, ["pretrain", f"data={tmp_path}", f"out={tmp_path / 'x'}", "model=vit_smal_patch16"]
-    )
+    (tmp_path / "data").mkdir()
+    words = [f"data={tmp_path / 'data'}", f"out={tmp_path / 'x'}", "model=vit_smal_patch16"]
+    result = CliRunner().invoke(app, ["pretrain", *words])
     assert result.exit_code == 2
     assert "vit_small_patch16" in result.stderr
     assert not (tmp_path / "x").exists()

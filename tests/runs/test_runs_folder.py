@@ -16,7 +16,8 @@ from patchmine.config.resolve import parse
 from patchmine.config.schema import PretrainConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.runs.folder import RunFolder, build_method, is_run, open_encoder, write_export
+from patchmine.runs.folder import RunFolder, build_method, open_encoder, write_export
+from patchmine.runs.known import is_run
 from patchmine.task import Method
 from patchmine.train import checkpoint
 

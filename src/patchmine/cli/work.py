@@ -61,7 +61,9 @@ def finetune(words: Sequence[str], say: Say) -> None:
             "out=runs/classify`: a run, an export, a file of weights, or a model."
         )
     from patchmine.config import resolve
+    from patchmine.config.schema import FinetuneConfig
     from patchmine.runs.checking import CLASSIFIER_CHECKS
+    from patchmine.runs.known import tell_errors, words_known_to_fit
     from patchmine.tasks.settings import FinetuneOptions
 
     def is_option(word: str) -> bool:
@@ -70,9 +72,16 @@ def finetune(words: Sequence[str], say: Say) -> None:
     options = read_words(
         FinetuneOptions, list(filter(is_option, settings)), command="finetune", say=say
     )
-    from patchmine.training import finetuning, shares
-
     own = [word for word in settings if not is_option(word)]
+    known, sure = words_known_to_fit(first, own)
+
+    def read_at_once(hears: Say) -> None:
+        early = CLASSIFIER_CHECKS[:1]
+        config = resolve.parse(options.recipe, sure, hears, also=early, base=known)
+        resolve.of_kind(config, FinetuneConfig)
+
+    tell_errors(read_at_once, say)
+    from patchmine.training import finetuning, shares  # after the words are known to be right
 
     def read(base: dict[str, Any], hears: Say) -> Any:
         return resolve.parse(options.recipe, own, hears, also=CLASSIFIER_CHECKS, base=base)
@@ -120,7 +129,10 @@ def resume(words: Sequence[str], say: Say) -> None:
     run, settings = _recipe_and_settings(words)
     if run is None:
         raise UserError("Name the folder of a run first, as in `patchmine resume runs/hpm`.")
-    from patchmine.training import resume as go_on
+    from patchmine.runs.known import settings_to_resume, tell_errors
+
+    tell_errors(lambda hears: settings_to_resume(run, settings, hears), say)
+    from patchmine.training import resume as go_on  # after the words are known to be right
 
     go_on(run, settings, say=say)
 
@@ -145,10 +157,15 @@ def extend(words: Sequence[str], say: Say) -> None:
         )
     from patchmine.config import resolve
     from patchmine.runs.checking import checks_of
-    from patchmine.training import extending
+    from patchmine.runs.known import settings_of_run, settings_to_extend, tell_errors
+
+    base = settings_to_extend(settings_of_run(run), run)
+    checks = checks_of(base["kind"])
+    tell_errors(lambda hears: resolve.parse(None, settings, hears, also=checks[:1], base=base), say)
+    from patchmine.training import extending  # after the words are known to be right
 
     base = extending.settings_of_extension(run)
-    config = resolve.parse(None, settings, say, also=checks_of(base["kind"]), base=base)
+    config = resolve.parse(None, settings, say, also=checks, base=base)
     extending.extend(config, run, say=say)
 
 

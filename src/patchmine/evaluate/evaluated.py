@@ -25,7 +25,8 @@ from patchmine.config.overrides import exists
 from patchmine.data.items import CLIP, IMAGE, Item
 from patchmine.data.settings import Clip, InputSettings
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.runs.folder import RunFolder, is_run
+from patchmine.runs.folder import RunFolder
+from patchmine.runs.known import is_run
 
 RAW_PIXELS, RANDOM_INIT = "raw-pixels", "random-init"
 CROP_PCT = 0.875  # 224 / 256, the resize and centre crop of DINO, MAE and HPM

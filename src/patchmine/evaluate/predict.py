@@ -27,7 +27,8 @@ from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views, 
 from patchmine.evaluate.labelled import Part
 from patchmine.evaluate.settings import PredictSettings
 from patchmine.models.onednn import fast_linear
-from patchmine.runs.folder import RunFolder, is_run
+from patchmine.runs.folder import RunFolder
+from patchmine.runs.known import is_run
 
 LIMIT = 0.5
 """The probability above which an image has a label (``loss=bce``)."""

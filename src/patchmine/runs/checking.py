@@ -9,6 +9,7 @@ from patchmine.backbones.names import reads_clips
 from patchmine.config.resolve import Checks, missing_files
 from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from patchmine.errors import UserError, foreign_parser, shown_name
+from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.strict import SettingError
 
 _GIB = 2**30
@@ -61,9 +62,19 @@ def _lacking(config: RunConfig) -> list[SettingError]:
     return found
 
 
-CHECKS = (missing_files, misfits)
+def misplaced(config: RunConfig) -> list[SettingError]:
+    """Files that are not there, and a place where no new run can be made."""
+    found = missing_files(config)
+    try:
+        refuse_used_folder(new_folder(config))
+    except UserError as error:
+        found.append(SettingError("", str(error)))
+    return found
+
+
+CHECKS = (misplaced, misfits)
 """What is asked of the settings of a new run, in this order; torch is imported for the second."""
-CLASSIFIER_CHECKS = (missing_files, misfits_of_classifier)
+CLASSIFIER_CHECKS = (misplaced, misfits_of_classifier)
 """The same of a run that fine-tunes."""
 
 

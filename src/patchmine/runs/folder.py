@@ -23,6 +23,7 @@ from patchmine.config.resolve import parse
 from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig
 from patchmine.errors import Say, UserError, settings_of, shown_name, silent
 from patchmine.methods import method_class
+from patchmine.runs.known import CONFIG, is_run, settings_file
 from patchmine.task import Method
 from patchmine.tasks.classify import Classify
 from patchmine.train.checkpoint import (
@@ -122,17 +123,7 @@ class RunFolder:
     """A run that was made, or is being made; UserError where the folder ``path`` holds none."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            kind = "is a file, not the folder of a run" if self.path.is_file() else "does not exist"
-            raise UserError(
-                f"{self.path} {kind}; give the folder that `patchmine pretrain` wrote (its out=)"
-            )
-        if not self.config_file.is_file():
-            raise UserError(
-                f"{self.path} is no run: it has no config.yaml; give the folder that `patchmine "
-                "pretrain` wrote"
-            )
+        self.path = settings_file(path).parent
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -140,7 +131,7 @@ class RunFolder:
     @property
     def config_file(self) -> Path:
         """The settings, fully resolved."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG
 
     @property
     def metrics_file(self) -> Path:
@@ -351,11 +342,6 @@ def write_export(
 ) -> Path:
     """`export_encoder` of an encoder that saw images as the run prepared them."""
     return export_encoder(encoder, folder, preprocessing_of(config, encoder), head, check=check)
-
-
-def is_run(path: str | PathLike[str]) -> bool:
-    """Whether a folder holds the settings of a run."""
-    return (Path(path) / "config.yaml").is_file()
 
 
 def open_encoder(

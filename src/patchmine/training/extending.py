@@ -14,6 +14,7 @@ from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.runs.known import settings_to_extend
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, load, load_newest, save
 from patchmine.train.optim import fitting_state
@@ -23,23 +24,14 @@ from patchmine.training.pretraining import make_method, open_images, train_metho
 
 
 def settings_of_extension(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings of a run that goes on from another: all of its own but folder and length.
-
-    A pre-training run has another seed, so that order, crops and masks are not those of the first
-    epochs once more; that of a fine-tuned run also draws its share of the labels, and stays.
-    ``init`` names the run.  Raises UserError for a folder without a checkpoint.
-    """
+    """`settings_to_extend` of a run that has a checkpoint, and mean and std; else a UserError."""
     run = RunFolder(path)
     if not run.checkpoints:
         raise UserError(
             f"{run.path} has no checkpoint to go on from: `patchmine resume {run.path}` makes its "
             "first, and of an imported run `patchmine pretrain init=...` takes the encoder"
         )
-    config = run.whole_config
-    settings = config.model_dump(mode="json", exclude={"out", "steps", "by_size"})
-    if not isinstance(config, FinetuneConfig):
-        settings["seed"] = config.seed + 1
-    return {**settings, "epochs": None, "init": str(run.path)}
+    return settings_to_extend(run.whole_config, run.path)
 
 
 def extend(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from patchmine.config.resolve import changed_results, of_kind, parse, results_of
+from patchmine.config.resolve import changed_results, of_kind, results_of
 from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
 from patchmine.data.sources.source import Spec
-from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.errors import Say, UserError, silent
 from patchmine.runs.folder import RunFolder
+from patchmine.runs.known import KNOWN_BY_CONTENT, settings_to_resume
 from patchmine.train.checkpoint import Checkpoint, load_newest
 from patchmine.training import finetuning, pretraining
 from patchmine.training.place import Place, open_place
-
-_KNOWN_BY_CONTENT = ("data", "labels", "val")  # by fingerprints, so that files may move
 
 
 def resume(
@@ -42,19 +41,8 @@ def resume(
         UserError: other settings or images than the run's own.
         Interrupted: as in `pretrain`.
     """
-    run = RunFolder(path)
-    config = parse(run.config_file, list(overrides), say)
+    config, run = settings_to_resume(path, overrides, say), RunFolder(path)
     with open_place(run.path, config, say) as place:
-        own, now = results_of(run.config), results_of(config)
-        moved = {name: own[name] for name in _KNOWN_BY_CONTENT if name in own}
-        if changed := changed_results(own, now | moved):
-            command = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
-            longer = " ".join(["patchmine extend", shown_name(run.path), *overrides, "out=..."])
-            raise UserError(
-                "a resumed run must keep the settings that decide its weights, but "
-                f"{'; '.join(changed)}: leave them out, train longer from its weights with "
-                f"`{longer}`, or start a new run with `patchmine {command}` and another out"
-            )
         start = load_newest(run.checkpoint_dir, place.say, finite=True) if run.checkpoints else None
         if isinstance(config, FinetuneConfig):
             labelled, config = finetuning.open_labels(config, place)
@@ -87,7 +75,7 @@ def _refuse_other_settings(start: Checkpoint, config: RunConfig) -> None:
     now, then = results_of(config), start.facts.get("settings")
     if not isinstance(then, dict):
         return  # earlier versions kept none
-    common = [name for name in then if name in now and name not in _KNOWN_BY_CONTENT]
+    common = [name for name in then if name in now and name not in KNOWN_BY_CONTENT]
     old, new = ({name: values[name] for name in common} for values in (then, now))
     if changed := changed_results(old, new):
         raise UserError(

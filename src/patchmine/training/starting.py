@@ -9,15 +9,13 @@ import timm
 
 from patchmine.backbones.family import family_of
 from patchmine.backbones.names import VIDEO_MODELS
-from patchmine.backbones.settings import ModelSettings
 from patchmine.config.explain import did_you_mean
 from patchmine.config.overrides import exists
 from patchmine.data.items import CLIP
 from patchmine.errors import UserError, shown_name
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.runs.folder import RunFolder, is_run
-
-_PREPARED = (*ModelSettings.model_fields, "interpolation", "crop_pct")
+from patchmine.runs.folder import RunFolder
+from patchmine.runs.known import is_run, prepared_as
 
 
 def settings_of_start(start: str) -> dict[str, Any]:
@@ -37,9 +35,7 @@ def settings_of_start(start: str) -> dict[str, Any]:
     if not exists(start):
         return {**kind, "model": _known_model(start)}
     if is_run(start):
-        config = RunFolder(start).whole_config
-        own = config.model_dump(mode="json", include=set(_PREPARED))
-        return {**kind, **own, "init": start}
+        return {**kind, **prepared_as(RunFolder(start).whole_config), "init": start}
     found = open_evaluated(Path(start))
     built: Any = found.encoder.built_from if found.encoder is not None else None
     own = found.input.model_dump(mode="json", include={"channels", "mean", "std"})
