@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ import pytest
 
 
 @pytest.fixture
-def script(repository: Path) -> Callable[[str], ModuleType]:
+def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Imports one of them by its name."""
 
     def load(name: str) -> ModuleType:
@@ -21,6 +22,7 @@ def script(repository: Path) -> Callable[[str], ModuleType]:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)  # where annotations are looked up
         spec.loader.exec_module(module)
         return module
 

@@ -77,10 +77,10 @@ def nearest_rows(
 
 def _first_largest(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``topk`` of (Q, N) that takes the first of equal values, which torch does not promise."""
-    value, index = similarity.topk(k, dim=1)
-    least = value[:, -1:]
-    # Rows in which some of the values equal to the last were left out.
-    torn = (similarity == least).sum(1) > (value == least).sum(1)
+    value, index = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    # Rows in which one that was left out is equal to the last: any of the equal ones may be in.
+    torn = (value[:, k - 1 : k] == value[:, k:]).any(1)
+    value, index = value[:, :k], index[:, :k]
     if torn.any():
         whole = similarity[torn].sort(dim=1, descending=True, stable=True)
         value[torn], index[torn] = whole.values[:, :k], whole.indices[:, :k]

@@ -13,6 +13,7 @@ from patchmine.evaluate.features import Features, device_of
 from patchmine.evaluate.labelled import open_labelled
 from patchmine.evaluate.measure import Result, opened
 from patchmine.evaluate.pooled import Items, measure_pooled, unit_rows
+from patchmine.evaluate.progress import Tick, progress
 from patchmine.evaluate.settings import RetrievalSettings
 
 # Similarities that are computed at once: 64 MiB.
@@ -46,7 +47,9 @@ def evaluate_retrieval(settings: RetrievalSettings, say: Say = silent) -> Result
         assert train.labels is not None, "labelled data has labels"
         assert test.labels is not None, "labelled data has labels"
         gallery, labels = unit_rows(train).to(device), train.labels.to(device)
-        found = search(unit_rows(test).to(device), test.labels, gallery, labels, settings.recall)
+        searching = unit_rows(test).to(device)
+        with progress("searches", len(test), say) as tick:
+            found = search(searching, test.labels, gallery, labels, settings.recall, tick)
         return {**found, "settings": {"queries": len(test)}}
 
     items = Items({"train": data.train, "test": queries}, data.how, len(data.classes))
@@ -57,9 +60,17 @@ def evaluate_retrieval(settings: RetrievalSettings, say: Say = silent) -> Result
 
 
 def search(
-    queries: Tensor, query_labels: Tensor, gallery: Tensor, labels: Tensor, recall: Sequence[int]
+    queries: Tensor,
+    query_labels: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    recall: Sequence[int],
+    tick: Tick = lambda _: None,
 ) -> dict[str, float]:
-    """mAP and recall at k in percent, of queries (Q, D) among the gallery (N, D)."""
+    """mAP and recall at k in percent, of queries (Q, D) among the gallery (N, D).
+
+    ``tick`` hears how many queries were just answered.
+    """
     precision = torch.zeros(len(queries), dtype=torch.float64)
     nearer = torch.zeros(len(queries), dtype=torch.int64)
     size = max(1, _SIMILARITIES // len(gallery))
@@ -68,6 +79,7 @@ def search(
         similarity = F.linear(queries[rows], gallery)  # (B, N)
         ranked = map(_rank, similarity, (labels == label for label in query_labels[rows].tolist()))
         precision[rows], nearer[rows] = (torch.stack(each) for each in zip(*ranked, strict=True))
+        tick(len(similarity))
     at = {f"recall_{k}": 100 * float((nearer < k).double().mean()) for k in recall}
     return {"map": 100 * float(precision.mean()), **at}
 

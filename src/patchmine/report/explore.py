@@ -86,14 +86,15 @@ def _look(settings: ExploreSettings, say: Say) -> Findings:
     source = evaluated.item.open(settings.data)
     index, x, difficulty = _read(settings, evaluated, source, say)
     _refuse_few(settings, evaluated, len(index))
-    structure = structure_of(
-        x.to(device_of(settings)),
-        neighbours=settings.neighbours,
-        clusters=settings.clusters,
-        threshold=settings.similarity,
-        seed=settings.seed,
-        say=say,
-    )
+    with fast_linear():
+        structure = structure_of(
+            x.to(device_of(settings)),
+            neighbours=settings.neighbours,
+            clusters=settings.clusters,
+            threshold=settings.similarity,
+            seed=settings.seed,
+            say=say,
+        )
     return Findings(evaluated, source, index, structure, difficulty)
 
 
