@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,23 +33,22 @@ def packed(segmentation: Any) -> bytes:
 
 def masks_of(segmentations: Sequence[bytes], height: int, width: int) -> Tensor:
     """(N, H, W) bool of packed segmentations without faults (see `coco_check`)."""
-    if not segmentations:
-        return torch.zeros(0, height, width, dtype=torch.bool)
-    from pycocotools import mask as coco
-
-    runs = [_run_lengths(json.loads(text), height, width) for text in segmentations]
-    pixels = torch.from_numpy(coco.decode(runs))  # (H, W, N) of 0 and 1, in memory N x W x H
-    return pixels.view(torch.bool).permute(2, 0, 1)
+    pixels = np.zeros((len(segmentations), width * height), bool)  # by columns
+    for mask, text in zip(pixels, segmentations, strict=True):
+        counts = _counts(json.loads(text), height, width)
+        mask[:] = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return torch.from_numpy(pixels).view(-1, width, height).transpose(1, 2)
 
 
-def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    from pycocotools import mask as coco
+def _counts(segmentation: Any, height: int, width: int) -> list[int]:
+    """Lengths of the runs of 0, 1, 0, ... of one segmentation."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+    else:
+        from pycocotools import mask as coco
 
-    if isinstance(segmentation, list):
-        return coco.merge(coco.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return coco.frPyObjects(segmentation, height, width)
-    return {"size": [height, width], "counts": segmentation["counts"].encode()}
+        counts = coco.merge(coco.frPyObjects(segmentation, height, width))["counts"].decode()
+    return (counts_of(counts) or []) if isinstance(counts, str) else counts
 
 
 def counts_of(text: str) -> list[int] | None:
