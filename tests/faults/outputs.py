@@ -18,7 +18,7 @@ from filesystem import CRASHED, NEEDS_ROOM, Action, FileSystem, calls
 from scene import Ended, Scene, make_images
 from spread import Outcome, spread
 from tuned import COMPARES, LEARNS, make, make_tuned, run_in
-from verdict import ended_badly
+from verdict import body, ended_badly
 
 SLACK = 0.05  # share by which the size of an output may differ: times and paths are in some
 
@@ -26,7 +26,7 @@ SLACK = 0.05  # share by which the size of an output may differ: times and paths
 @dataclass(frozen=True)
 class Command:
     """A command whose words `tuned.run_in` takes, and what it writes below BASE; where this is
-    ``exact``, it is the same to the last bit whenever it is written.
+    ``exact``, it holds the same to the last bit whenever it is written.
     """
 
     words: tuple[str, ...]
@@ -195,9 +195,12 @@ def _other_sizes(out: Path, whole: Path) -> list[str]:
 
 
 def _other_bytes(out: Path, whole: Path) -> list[str]:
-    return [
-        name for name in _sizes(out) if (out / name).read_bytes() != (whole / name).read_bytes()
-    ]
+    return [name for name in _sizes(out) if _content(out / name) != _content(whole / name)]
+
+
+def _content(path: Path) -> bytes:
+    data = path.read_bytes()
+    return body(data) if path.suffix == ".safetensors" else data
 
 
 def _sizes(out: Path) -> dict[str, int]:

@@ -81,10 +81,10 @@ def _same_tensors(one: Path, other: Path) -> bool:
     if not one.exists():
         return False
     with one.open("rb") as a, other.open("rb") as b:
-        return _body(a.read()) == _body(b.read())
+        return body(a.read()) == body(b.read())
 
 
-def _body(data: bytes) -> bytes:
+def body(data: bytes) -> bytes:
     """The tensors' table and numbers of a safetensors file, without its notes, which tell paths and
     versions.
     """

@@ -190,7 +190,8 @@ def test_a_classifier_that_is_told_wrongly_is_refused(
     alone = shutil.copytree(tuned.export_dir, tmp_path / "alone")
     config = json.loads((alone / "config.json").read_text())
     (alone / "config.json").write_text(json.dumps(config | {key: value}))
-    said = patchmine_says("predict", str(alone), str(labelled), "workers=0", code=2)
+    given = [str(alone), str(labelled), f"out={tmp_path}/p.csv", "workers=0"]
+    said = patchmine_says("predict", *given, code=2)
     assert str(alone) in said
     assert named in said
 
@@ -210,7 +211,8 @@ def test_a_damaged_classifier_is_refused(
     tensors = load_file(alone / "model.safetensors")
     tensors["head.weight"] = damage(tensors["head.weight"]).contiguous()
     save_file(tensors, alone / "model.safetensors")
-    said = patchmine_says("predict", str(alone), str(labelled), "workers=0", code=2)
+    given = [str(alone), str(labelled), f"out={tmp_path}/p.csv", "workers=0"]
+    said = patchmine_says("predict", *given, code=2)
     assert re.search(named, " ".join(said.split()))
 
 
