@@ -57,12 +57,11 @@ class Run(UsedRun):
         Raises:
             UserError: this run has no checkpoint, or settings do not fit its weights.
         """
-        given, source = {"out": out, **settings}, _dataset(data)
-        if data is not None:
-            given["data"] = data if source is None else f"python:{type(data).__name__}"
+        given = {"out": out, **settings}
+        sources = _named(given, data)
         base = settings_of_extension(self.path)
         config = from_settings(say=say, also=checks_of(base["kind"]), base=base, **given)
-        return Run(training.extend(config, self.path, source=source, say=say).path)
+        return Run(training.extend(config, self.path, sources=sources, say=say).path)
 
 
 def pretrain(
@@ -92,13 +91,11 @@ def pretrain(
         UserError: settings, data or folders are wrong; the message lists every error.
     """
     given: dict[str, Any] = dict(settings)
-    source = _dataset(data)
-    if data is not None:
-        given["data"] = data if source is None else f"python:{type(data).__name__}"
+    sources = _named(given, data)
     start_from = None if recipe is None else os.fspath(recipe)
     config = from_settings(start_from, say=say, also=CHECKS, **given)
     config = of_kind(config, PretrainConfig)
-    return Run(training.pretrain(config, source=source, say=say).path)
+    return Run(training.pretrain(config, sources=sources, say=say).path)
 
 
 def finetune(
@@ -116,10 +113,13 @@ def finetune(
 
     Args:
         start: a run, an export, a file of weights, or the name of a model (random weights).
-        data: labelled images: folders are the classes, or ``labels`` names a CSV file.
+        data: labelled images: folders are the classes, or ``labels`` names a CSV file; or any torch
+            dataset of pairs of an image and the number of its class, which ``data.classes`` may
+            name.
         recipe: name or file of settings to start from.
         say: hears what a person should know.
-        **settings: those of `patchmine config schema finetune`.
+        **settings: those of `patchmine config schema finetune`; ``val`` and ``test`` may be torch
+            datasets, too.
 
     Returns:
         The finished run: tested (``eval/test.json``) and exported with its classifier.
@@ -128,12 +128,11 @@ def finetune(
         UserError: settings, labels or folders are wrong; the message lists every error.
     """
     given: dict[str, Any] = dict(settings)
-    if data is not None:
-        given["data"] = data
+    sources = _named(given, data)
     base = settings_of_start(os.fspath(start))
     start_from = None if recipe is None else os.fspath(recipe)
     config = from_settings(start_from, say=say, also=CLASSIFIER_CHECKS, base=base, **given)
-    return Run(training.finetune(of_kind(config, FinetuneConfig), say=say).path)
+    return Run(training.finetune(of_kind(config, FinetuneConfig), sources=sources, say=say).path)
 
 
 def compare_shares(
@@ -179,25 +178,32 @@ def compare_shares(
     asked["compare"] = [os.fspath(name) for name in compare]
     wanted = validate(ShareSettings, asked, where="the settings of compare_shares")
     given: dict[str, Any] = dict(settings)
-    if data is not None:
-        given["data"] = data
+    sources = _named(given, data)
     start_from = None if recipe is None else os.fspath(recipe)
 
     def read(base: dict[str, Any], hears: Say) -> Any:
         return from_settings(start_from, say=hears, also=CLASSIFIER_CHECKS, base=base, **given)
 
     configs = configs_of_starts(os.fspath(start), wanted, read, say)
-    return training.compare_shares(configs, wanted, say=say)
+    return training.compare_shares(configs, wanted, sources=sources, say=say)
 
 
 def resume(
-    path: Name, *, data: Any = None, say: Say = print, **settings: Unpack[RunningSettings]
+    path: Name,
+    *,
+    data: Any = None,
+    val: Any = None,
+    test: Any = None,
+    say: Say = print,
+    **settings: Unpack[RunningSettings],
 ) -> Run:
     """Go on with an interrupted run, exactly.
 
     Args:
         path: the run's folder.
         data: of a run on a torch dataset, or where the same images have moved.
+        val: the same of a fine-tuned run's images to choose by, as ``test`` of those to test on.
+        test: see ``val``.
         say: hears what a person should know.
         **settings: those that change no weights, such as ``workers``.
 
@@ -207,19 +213,30 @@ def resume(
     Raises:
         UserError: the run cannot go on, or a setting would change its weights.
     """
-    given: dict[str, Any] = dict(settings)
-    source = _dataset(data)
-    if data is not None and source is None:
+    parts = {name: part for name, part in (("val", val), ("test", test)) if part is not None}
+    given: dict[str, Any] = {**settings, **parts}
+    sources = _named(given, data)
+    words = [f"{name}={value}" for name, value in given.items() if name not in sources]
+    return Run(training.resume(path, words, sources=sources, say=say).path)
+
+
+def _named(given: dict[str, Any], data: Any) -> dict[str, Any]:
+    """What the settings name data, val and test that are objects, which are given by these names.
+
+    Args:
+        given: the user's settings, which get ``data``, and names in the place of objects.
+        data: a path, several, an object, or None where there is none.
+    """
+    if data is not None:
         given["data"] = data
-    words = [f"{name}={value}" for name, value in given.items()]
-    return Run(training.resume(path, words, source=source, say=say).path)
-
-
-def _dataset(data: Any) -> Any:
-    """Data given as an object; None where there are none, or named by one path or several."""
-    parts = data if isinstance(data, list | tuple) else [data]
-    named = all(isinstance(part, str | PathLike) for part in parts)
-    return None if data is None or named else data
+    sources = {}
+    for name in given.keys() & {"data", "val", "test"}:
+        value = given[name]
+        parts = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(isinstance(part, str | PathLike) for part in parts):
+            sources[name] = value
+            given[name] = f"python:{type(value).__name__}"
+    return sources
 
 
 def import_weights(file: Name, out: Name, *, say: Say = print, **settings: Any) -> Run:

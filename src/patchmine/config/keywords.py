@@ -94,10 +94,10 @@ class FinetuneRunSettings(SharedRunSettings, total=False):
     column: str | None
     loss: Literal["ce", "bce", "mse"]
     share: float | str
-    val: Name | None
+    val: Any  # names of images, or a torch dataset
     val_share: float
     patience: int | None
-    test: Name | None
+    test: Any
     eval_batch: int
     test_segments: int
     test_crops: int

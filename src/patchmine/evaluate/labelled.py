@@ -97,7 +97,7 @@ def open_labelled(
     last_fifth = f"the last fifth of each class, in the order of the list, is tested on ({counts})"
     how = f"{_shown(data)} has no part for testing: {last_fifth}"
     alone = [labels.names[k] for k in np.flatnonzero(np.bincount(labels.ids) == 1)]
-    how += _lacking(alone, f"one {item.noun}, which is learnt from and never tested")
+    how += lacking(alone, f"one {item.noun}, which is learnt from and never tested")
     train, last = (Part(source, indices, labels.ids) for indices in (kept, held_out))
     return LabelledData(train, last, labels.names, how)
 
@@ -143,31 +143,49 @@ def _division(path: Path) -> tuple[Path, Path] | None:
 
 def _of_two(data: Any, test: Any, item: Item, names: tuple[str, str], how: str) -> LabelledData:
     source, labels = _open(data, item, names[0])
-    test_source, test_labels = _open(test, item, names[1], fewest=1)
-    strangers = sorted({*test_labels.names} - {*labels.names})
-    if strangers:
-        near = difflib.get_close_matches(strangers[0], labels.names, n=3, cutoff=0.5)
-        told = f"near: {_quoted(near)}" if near else f"they are {_quoted(labels.names)}"
-        classes = f"{_quoted(strangers[:1])} of {names[1]}={_shown(test)} ({len(strangers)} such)"
-        known = f"is not among the {len(labels.names)} classes of {names[0]}={_shown(data)}"
-        raise UserError(f"the class {classes} {known}; {told}: name the classes alike in both")
-    ids = test_labels.numbered_as(labels.names)
-    tested_names = {*test_labels.names}
-    untested = [name for name in labels.names if name not in tested_names]
-    how += _lacking(untested, f"no {item.noun} to be tested on")
     train = Part(source, np.arange(len(source)), labels.ids)
-    tested = Part(test_source, np.arange(len(test_source)), ids)
-    return LabelledData(train, tested, labels.names, how)
+    known = LabelledData(train, train, labels.names, how)
+    tested, lacking = labelled_beside(test, known, item, names)
+    return LabelledData(train, tested, labels.names, how + lacking)
+
+
+def labelled_beside(
+    other: Any, known: LabelledData, item: Item, names: tuple[str, str]
+) -> tuple[Part, str]:
+    """Items of another source with the classes of ``known``, and the end of a sentence about those
+    classes that it lacks.
+
+    Raises UserError for a class that ``known`` does not train, and as `open_labelled` does.
+    """
+    source, labels = _open(other, item, names[1], fewest=1)
+    strangers = sorted({*labels.names} - {*known.classes})
+    if strangers:
+        near = difflib.get_close_matches(strangers[0], known.classes, n=3, cutoff=0.5)
+        told = f"near: {_quoted(near)}" if near else f"they are {_quoted(known.classes)}"
+        first = int(np.flatnonzero(labels.ids == labels.names.index(strangers[0]))[0])
+        such = f"{shown_name(source.key(first))}; {len(strangers)} such"
+        given = f"{_quoted(strangers[:1])} of {names[1]}={_shown(other)} ({such})"
+        of = f"the {len(known.classes)} classes of {names[0]}={shown_name(known.train.source.name)}"
+        raise UserError(
+            f"the class {given} is not among {of}; {told}: name the classes alike in both"
+        )
+    here = {*labels.names}
+    absent = [name for name in known.classes if name not in here]
+    use = "tested on" if names[1] == "test" else "chosen by"
+    part = Part(source, np.arange(len(source)), labels.numbered_as(known.classes))
+    return part, lacking(absent, f"no {item.noun} to be {use}")
 
 
 def _open(data: Any, item: Item, name: str, fewest: int = 2) -> tuple[Source, Labels]:
     try:
         source = item.open(data)
+        labels = source.labels()
     except UserError as error:  # which calls every source data=
         raise UserError(re.sub("^data=", f"{name}=", str(error))) from error
-    labels = source.labels()
     if labels is None:
         remedy = "give a folder with one folder per class, or a list of 'path label' lines"
+        if not isinstance(data, str | Path | Sequence):
+            remedy = "let each item be a pair of an image and the number of its class"
         raise UserError(f"{name}={_shown(data)} has no labels, which an evaluation needs: {remedy}")
     if len(labels.names) < fewest:
         only = f"{name}={_shown(data)} has only one class ({shown_name(labels.names[0])})"
@@ -182,7 +200,7 @@ def _open(data: Any, item: Item, name: str, fewest: int = 2) -> tuple[Source, La
     return source, labels
 
 
-def _lacking(classes: Sequence[str], what: str) -> str:
+def lacking(classes: Sequence[str], what: str) -> str:
     """The end of a sentence about classes that have not enough; nothing where there are none."""
     if not classes:
         return ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -30,10 +32,27 @@ def item_of(config: ModelSettings) -> Item:
     return family_of(config.model).item
 
 
-def open_data(config: RunConfig, source: Spec | None, say: Say) -> Source:
+NO_SOURCES: Mapping[str, Spec] = MappingProxyType({})
+"""All data are named by the settings."""
+
+
+def given_data(name: str, value: Any, sources: Mapping[str, Spec]) -> Any:
+    """The data of a setting: those given from Python, else its ``value``.
+
+    Raises UserError where the settings name data that only Python has, and they are not given.
+    """
+    if name not in sources and str(value).startswith("python:"):
+        raise UserError(
+            f"{name}={value}: this run was made on a torch dataset; give it from Python, as in "
+            f"patchmine.resume(path, {name}=dataset)"
+        )
+    return sources.get(name, value)
+
+
+def open_data(config: RunConfig, spec: Spec, say: Say) -> Source:
     """What the run trains on; ``say`` hears what is wrong with it and what decodes videos."""
     item = item_of(config)
-    opened = item.open(config.data if source is None else source, cache_dir=default_cache_dir())
+    opened = item.open(spec, cache_dir=default_cache_dir())
     for note in item.notes(opened):
         say(note)
     return opened

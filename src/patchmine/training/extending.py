@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.runs.known import settings_to_extend
+from patchmine.runs.preparing import NO_SOURCES
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, load, load_newest, save
 from patchmine.train.optim import fitting_state
@@ -38,7 +40,7 @@ def extend(
     config: AnyConfig,
     path: str | os.PathLike[str],
     *,
-    source: Spec | None = None,
+    sources: Mapping[str, Spec] = NO_SOURCES,
     say: Say = silent,
 ) -> RunFolder:
     """Make a run in the new folder ``config.out`` that starts from another run's newest weights.
@@ -46,7 +48,7 @@ def extend(
     Args:
         config: its settings, see `settings_of_extension`; the schedule starts at step 0.
         path: of the run whose weights, and optimizer state where it fits, are taken over.
-        source: as in `pretrain`.
+        sources: as in `pretrain` and `finetune`.
         say: hears what happens.
 
     Returns:
@@ -62,12 +64,12 @@ def extend(
         before = load_newest(run.checkpoint_dir, place.say, finite=True)
         place.engine.agree({"the step to go on from": before.step})
         if isinstance(config, FinetuneConfig):
-            labelled, config = open_labels(config, place)
+            labelled, config = open_labels(config, place, sources)
             task = make_classifier(config, labelled.train)
             before.model["weights"] = task.weights  # by the labels and settings of now
             first = _first(task, config, labelled.train, before, place)
             return train_classifier(config, place, labelled, first)
-        images, config = open_images(config, place, source)
+        images, config = open_images(config, place, sources)
         first = _first(make_method(config), config, images, before, place)
         return train_method(config, place, images, first)
 

@@ -18,6 +18,7 @@ from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.selected import Selected
+from patchmine.data.sources.source import Spec
 from patchmine.data.workers import num_workers
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.evaluated import Evaluated, of_run
@@ -29,6 +30,7 @@ from patchmine.evaluate.settings import ReadingSettings
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_classifier, write_export
 from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.runs.preparing import NO_SOURCES
 from patchmine.tasks.classify import SCORE, Classify, balanced_weights
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
@@ -42,11 +44,14 @@ from patchmine.types import Progress
 TEST = "test"  # eval/test.json
 
 
-def finetune(config: FinetuneConfig, *, say: Say = silent) -> RunFolder:
+def finetune(
+    config: FinetuneConfig, *, sources: Mapping[str, Spec] = NO_SOURCES, say: Say = silent
+) -> RunFolder:
     """Make a run that learns labels, in the new folder ``config.out``.
 
     Args:
         config: the settings.
+        sources: by ``data``, ``val`` and ``test`` what takes their place: any torch Dataset, say.
         say: hears what happens.
 
     Returns:
@@ -59,7 +64,7 @@ def finetune(config: FinetuneConfig, *, say: Say = silent) -> RunFolder:
     folder = new_folder(config)
     with open_place(folder, config, say) as place:
         refuse_used_folder(folder)
-        labelled, config = open_labels(config, place)
+        labelled, config = open_labels(config, place, sources)
         return train_classifier(config, place, labelled, None)
 
 
@@ -73,7 +78,8 @@ def check(config: FinetuneConfig, *, say: Say = silent) -> None:
     engine = Engine(config.device, config.devices, config.num_nodes, config.precision, say)
     labelled, config = open_labels(config, Place(folder, engine, say))
     item, part = preparing.item_of(config), labelled.train
-    view = item.supervised_view(config, 1)
+    one = config.clip.model_copy(update={"repeats": 1})  # a video is looked at once
+    view = item.supervised_view(config.model_copy(update={"clip": one}), 1)
     bad = BadFiles(None, config.max_bad_share, item.noun)
     some = spread_indices(len(part), 32, config.seed)
     read = sum(
@@ -88,9 +94,11 @@ def check(config: FinetuneConfig, *, say: Say = silent) -> None:
     say(f"{read} of {len(some)} {item.noun}s that were tried can be read.")
 
 
-def open_labels(config: FinetuneConfig, place: Place) -> tuple[Labelled, FinetuneConfig]:
+def open_labels(
+    config: FinetuneConfig, place: Place, sources: Mapping[str, Spec] = NO_SOURCES
+) -> tuple[Labelled, FinetuneConfig]:
     """Labelled images, and the settings that had to wait for them, alike in all processes."""
-    labelled = open_labelled_parts(config, preparing.item_of(config), place.say)
+    labelled = open_labelled_parts(config, preparing.item_of(config), place.say, sources)
     return labelled, fit_to_labels(config, place, labelled)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from patchmine.data.loader import plain_batches
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
 from patchmine.data.workers import num_workers
-from patchmine.errors import Say, UserError, silent
+from patchmine.errors import Say, silent
 from patchmine.report.monitor import Monitor
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_method, write_export
 from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.runs.preparing import NO_SOURCES
 from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
@@ -33,12 +34,14 @@ from patchmine.types import Batch
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 
 
-def pretrain(config: PretrainConfig, *, source: Spec | None = None, say: Say = silent) -> RunFolder:
+def pretrain(
+    config: PretrainConfig, *, sources: Mapping[str, Spec] = NO_SOURCES, say: Say = silent
+) -> RunFolder:
     """Make a run in the new folder ``config.out``.
 
     Args:
         config: the settings.
-        source: takes the place of ``config.data``: any torch Dataset, say.
+        sources: by ``data`` what takes its place: any torch Dataset, say.
         say: hears what happens.
 
     Returns:
@@ -51,20 +54,16 @@ def pretrain(config: PretrainConfig, *, source: Spec | None = None, say: Say = s
     folder = new_folder(config)
     with open_place(folder, config, say) as place:
         refuse_used_folder(folder)
-        images, config = open_images(config, place, source)
+        images, config = open_images(config, place, sources)
         return train_method(config, place, images, None)
 
 
 def open_images(
-    config: PretrainConfig, place: Place, source: Spec | None
+    config: PretrainConfig, place: Place, sources: Mapping[str, Spec]
 ) -> tuple[Source, PretrainConfig]:
     """Images, and the settings that had to wait for them, alike in all processes."""
-    if source is None and str(config.data).startswith("python:"):
-        raise UserError(
-            f"data={config.data}: this run was made on a torch dataset; give it from Python, as in "
-            "patchmine.resume(path, data=dataset)"
-        )
-    images = preparing.open_data(config, source, place.say)
+    spec = preparing.given_data("data", config.data, sources)
+    images = preparing.open_data(config, spec, place.say)
     config = resolve_size(config, len(images), place.say)
     config = preparing.with_statistics(config, images, place.say)
     config = preparing.fit_to_length(config, len(images), place.say)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from patchmine.config.resolve import changed_results, of_kind, results_of
 from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
@@ -11,6 +11,7 @@ from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, silent
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.known import KNOWN_BY_CONTENT, settings_to_resume
+from patchmine.runs.preparing import NO_SOURCES
 from patchmine.train.checkpoint import Checkpoint, load_newest
 from patchmine.training import finetuning, pretraining
 from patchmine.training.place import Place, open_place
@@ -20,7 +21,7 @@ def resume(
     path: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     *,
-    source: Spec | None = None,
+    sources: Mapping[str, Spec] = NO_SOURCES,
     say: Say = silent,
 ) -> RunFolder:
     """Go on with a run from its newest readable checkpoint, exactly as if it had never stopped.
@@ -31,7 +32,7 @@ def resume(
         path: the run's folder.
         overrides: ``key=value`` for settings that do not change results (workers, device, ...), and
             ``data`` where the same images have moved.
-        source: as in `pretrain`.
+        sources: as in `pretrain` and `finetune`.
         say: hears what happens.
 
     Returns:
@@ -45,10 +46,11 @@ def resume(
     with open_place(run.path, config, say) as place:
         start = load_newest(run.checkpoint_dir, place.say, finite=True) if run.checkpoints else None
         if isinstance(config, FinetuneConfig):
-            labelled, config = finetuning.open_labels(config, place)
+            labelled, config = finetuning.open_labels(config, place, sources)
             _refuse_stale(run, start, config, place)
             return finetuning.train_classifier(config, place, labelled, start)
-        images, config = pretraining.open_images(of_kind(config, PretrainConfig), place, source)
+        config = of_kind(config, PretrainConfig)
+        images, config = pretraining.open_images(config, place, sources)
         _refuse_stale(run, start, config, place)
         return pretraining.train_method(config, place, images, start)
 

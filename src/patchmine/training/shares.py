@@ -14,6 +14,7 @@ from typing import Any
 from patchmine.config.overrides import exists
 from patchmine.config.resolve import changed_results, of_kind, results_of
 from patchmine.config.schema import AnyConfig, FinetuneConfig
+from patchmine.data.sources.source import Spec
 from patchmine.disk import output
 from patchmine.errors import Say, UserError, foreign_parser, shown_name, silent
 from patchmine.evaluate.measure import write_result
@@ -22,6 +23,7 @@ from patchmine.report.verdict import draw_verdict, read_verdict
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.runs.preparing import NO_SOURCES
 from patchmine.tasks.classify import SCORE
 from patchmine.tasks.settings import ShareSettings
 from patchmine.train.engine import Engine
@@ -132,12 +134,16 @@ def check_shares(
     starts: Mapping[str, FinetuneConfig], wanted: ShareSettings, *, say: Say = silent
 ) -> None:
     """Look whether all runs can be made; nothing is trained.  Raises as `compare_shares` does."""
-    planned, _ = _plan(starts, wanted, say)
+    planned, _ = _plan(starts, wanted, NO_SOURCES, say)
     say(f"Settings and labels fit: {_counted(planned)}.")
 
 
 def compare_shares(
-    starts: Mapping[str, FinetuneConfig], wanted: ShareSettings, *, say: Say = silent
+    starts: Mapping[str, FinetuneConfig],
+    wanted: ShareSettings,
+    *,
+    sources: Mapping[str, Spec] = NO_SOURCES,
+    say: Say = silent,
 ) -> dict[str, Any]:
     """Make a run for each start, share and seed below ``out``, and put their results together.
 
@@ -146,6 +152,7 @@ def compare_shares(
     Args:
         starts: settings of each start, by its name; all have the same ``out``.
         wanted: shares and seeds.
+        sources: as in `finetuning.finetune`.
         say: hears what happens.
 
     Returns:
@@ -155,7 +162,7 @@ def compare_shares(
         UserError: mistakes in settings, labels or folders, all before anything is trained.
         Interrupted: as `finetuning.finetune`.
     """
-    planned, parts = _plan(starts, wanted, say)
+    planned, parts = _plan(starts, wanted, sources, say)
     say(f"{_counted(planned)}; after an interruption the same command goes on with them.")
     say = _once(say)
     for number, run in enumerate(planned, 1):
@@ -166,7 +173,7 @@ def compare_shares(
             say(f"{told}: done before.")
             continue
         say(f"{told}: {run.folder}")
-        _make(run, parts, say)
+        _make(run, parts, sources, say)
     result = _put_together(planned, how=parts[-1])
     folder = _folder_of(starts)
     write_result(folder / "eval" / f"{SHARES}.json", result)
@@ -176,10 +183,10 @@ def compare_shares(
     return result
 
 
-def _make(run: Planned, parts: Parts, say: Say) -> None:
+def _make(run: Planned, parts: Parts, sources: Mapping[str, Spec], say: Say) -> None:
     """Train and test one of the runs, from where it stands."""
     if (run.folder / "config.yaml").exists():
-        resume(run.folder, say=say)
+        resume(run.folder, sources=sources, say=say)
         return
     with open_place(run.folder, run.config, say) as place:
         refuse_used_folder(run.folder)
@@ -214,14 +221,17 @@ def _counted(planned: Sequence[Planned]) -> str:
 
 
 def _plan(
-    starts: Mapping[str, FinetuneConfig], wanted: ShareSettings, say: Say
+    starts: Mapping[str, FinetuneConfig],
+    wanted: ShareSettings,
+    sources: Mapping[str, Spec],
+    say: Say,
 ) -> tuple[list[Planned], Parts]:
     """Every run, and all labelled images; seed by seed, so that whole tables are finished first."""
     first, folder = next(iter(starts.values())), _folder_of(starts)
     refuse_used_folder(folder)
     _refuse_misfits(starts, wanted)
     shares, item = sorted(set(wanted.shares)) or [first.share], preparing.item_of(first)
-    parts = open_parts(first, item)
+    parts = open_parts(first, item, sources)
     say(parts[-1])
     engine, hear = Engine(first.device, 1, 1, first.precision, say), _once(say)
     planned = []

@@ -118,6 +118,9 @@ class DatasetSource(Source):
             if names and not 0 <= numbers.min() <= numbers.max() < len(names):
                 what = f"the classes are {numbers.min()} to {numbers.max()}"
                 raise data_error(self.name, f"{what}, and there are {len(names)} names of classes")
+            if not names and numbers.min() < 0:
+                what = f"the class of an item is {numbers.min()}: leave out items without a label"
+                raise data_error(self.name, f"{what}, and number classes from 0")
             classes = ClassNames()
             for number in numbers.tolist():
                 classes.add(str(names[number]) if names else str(number))
