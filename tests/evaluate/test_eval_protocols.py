@@ -22,12 +22,12 @@ from patchmine.cli.commands import read_words
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.evaluate.features import Features, extract
-from patchmine.evaluate.knn import evaluate_knn, knn_in_training
+from patchmine.evaluate.features import Features, Reader, extract
+from patchmine.evaluate.knn import evaluate_knn, knn_in_training, learn_knn
 from patchmine.evaluate.labelled import open_labelled
 from patchmine.evaluate.linear import batch_for, evaluate_linear, iterations_for
 from patchmine.evaluate.measure import show_result
-from patchmine.evaluate.settings import KnnSettings, LinearSettings, ReadingSettings
+from patchmine.evaluate.settings import KnnSettings, LinearSettings, ReadingSettings, VoteSettings
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -345,3 +345,13 @@ def test_a_size_that_the_encoder_cannot_take_is_told_before_images_are_read(targ
         open_evaluated(target, image_size=(7, 7))
     with pytest.raises(UserError, match="behind raw-pixels: stands"):
         open_evaluated("raw-pixels:" * 3000 + "x")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "cls+mean"])
+def test_knn_leaves_the_features_to_the_next_protocol(run_folder, pooling):
+    reader = Reader(open_evaluated(run_folder))
+    x = 3 * torch.randn(6, 2, 24, generator=torch.Generator().manual_seed(0))
+    train = Features(x.clone(), torch.arange(6), torch.arange(6))
+    learned = learn_knn(VoteSettings(k=1), torch.device("cpu"), reader, train, 6, pooling=pooling)
+    assert learned.score(x)["1"].argmax(1).tolist() == list(range(6))
+    assert torch.equal(train.x, x)

@@ -68,7 +68,8 @@ def learn_knn(
     ks = sorted({chosen, *(min(k, len(train)) for k in neighbours or ())})
     assert train.labels is not None, "labelled data has labels"
     labels = train.labels.to(device)
-    bank = F.normalize(reader.pooled(train.x, pooling).float(), dim=1).to(device)
+    bank = reader.pooled(train.x, pooling).float()  # a copy, which needs no second one
+    bank = F.normalize(bank, dim=1, out=bank).to(device)
 
     def votes(rows: Tensor) -> dict[str, Tensor]:
         query = reader.pooled(rows.to(device), pooling)
