@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from drawn import draw_clips, draw_images
 from PIL import Image
@@ -21,8 +22,11 @@ from safetensors.torch import load_file, save_file
 import patchmine
 from patchmine.data.decoding.decode import decode
 from patchmine.data.items import IMAGE
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
+from patchmine.evaluate.predict import predicted
+from patchmine.evaluate.settings import PredictSettings
 from spoken import patchmine_says
 
 QUIET: dict[str, Any] = {"workers": 0, "device": "cpu", "say": lambda _: None}
@@ -214,6 +218,98 @@ def test_a_damaged_classifier_is_refused(
     given = [str(alone), str(labelled), f"out={tmp_path}/p.csv", "workers=0"]
     said = patchmine_says("predict", *given, code=2)
     assert re.search(named, " ".join(said.split()))
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"global_pool": "token"}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False}),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("resnet10t", {}),
+        ("convnext_atto", {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}),
+    ],
+)
+def test_a_classifier_that_timm_saved_predicts_as_in_timm(
+    model: str, arguments: dict[str, Any], labelled: Path, tmp_path: Path
+) -> None:
+    if "patch" in model:
+        arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1} | arguments
+        arguments |= {"num_heads": 2}
+    torch.manual_seed(0)
+    network = timm.create_model(model, num_classes=3, **arguments)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    told = {"label_names": ["cat", "dog", "other"]}
+    timm.models.save_for_hf(
+        network, tmp_path / "saved", told, model_args=arguments, safe_serialization=True
+    )
+    said: list[str] = []
+    few = sorted(labelled.rglob("*.png"))[:4]
+    question = PredictSettings(
+        run=str(tmp_path / "saved"), data=list(map(str, few)), all=True, workers=0, device="cpu"
+    )
+    rows = predicted(question, said.append)
+    assert any("each image is taken to be of one of them" in line for line in said)
+    opened = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    assert list(rows) == ["file", "class", "probability", "cat", "dog", "other"]
+    prepared = opened.pretrained_cfg
+    size = tuple(prepared["input_size"][1:])
+    view = IMAGE.plain_view(InputSettings(image_size=size), prepared["crop_pct"])
+    mean, std = (torch.tensor(prepared[name])[:, None, None] for name in ("mean", "std"))
+    for number, path in enumerate(few):
+        image = view(path.read_bytes(), np.random.default_rng(0)).views[0]
+        with torch.no_grad():
+            (wanted,) = opened(((image / 255 - mean) / std)[None]).softmax(1)
+        found = torch.tensor([rows[name][number] for name in told["label_names"]])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert rows["class"][number] == told["label_names"][int(wanted.argmax())]
+
+
+def test_an_earlier_export_is_of_one_class_an_image(
+    tuned: patchmine.Run, labelled: Path, tmp_path: Path
+) -> None:
+    folder, out = shutil.copytree(tuned.export_dir, tmp_path / "earlier"), tmp_path / "p.csv"
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("problem_type") == "single_label_classification"
+    (folder / "config.json").write_text(json.dumps(config))
+    said = patchmine_says("predict", str(folder), str(labelled), f"out={out}", "workers=0")
+    assert "does not tell how its classes were learned" in said
+    rows, wanted = read_csv(out), tuned.predict(labelled, **QUIET)
+    assert [row["class"] for row in rows] == wanted["class"]
+    found = [float(row["probability"]) for row in rows]
+    np.testing.assert_allclose(found, wanted["probability"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"label_names": None}, "of 2 scores, but nothing names them"),
+        ({"label_names": ["a", "b", "c"]}, "num_classes=2 and 3 names"),
+        ({"label_names": {"1": "b"}}, ""),
+        ({"model_args": {"depth": 10**9}}, "1000000000 blocks"),
+        ({"model_args": {"checkpoint_path": "x.pth"}}, "read or download"),
+        ({"model_args": {"embed_dim": 16}}, "shape"),
+    ],
+)
+def test_a_classifier_whose_description_is_wrong_is_refused(
+    change: dict[str, Any], named: str, tuned: patchmine.Run, labelled: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tuned.export_dir, tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    del config["problem_type"]
+    change = {
+        name: {**config[name], **value} if name == "model_args" else value
+        for name, value in change.items()
+    }
+    (folder / "config.json").write_text(json.dumps(config | change))
+    words = ["predict", str(folder), str(labelled), f"out={tmp_path / 'p.csv'}", "workers=0"]
+    if named:
+        assert named in patchmine_says(*words, code=2)
+        return
+    patchmine_says(*words)
+    assert {row["class"] for row in read_csv(tmp_path / "p.csv")} <= {"class 0", "b"}
 
 
 @pytest.mark.parametrize("loss", ["bce", "mse"])

@@ -95,14 +95,19 @@ def read_head(folder: Path) -> Head:
     """
     config, name = read_json(folder / CONFIG), shown_name(folder)
     losses = {told: loss for loss, told in PROBLEMS.items()}
-    names, loss = config.get("label_names"), losses.get(str(config.get("problem_type")))
+    # Exports from before it was written are of one class an image.
+    problem = config.get("problem_type") or PROBLEMS["ce"]
+    names, loss = config.get("label_names"), losses.get(str(problem))
+    pooling = config.get("global_pool") or "avg"
+    if pooling not in ("avg", "token"):
+        raise UserError(f"{name}: its classifier pools by global_pool={pooling}, which is not read")
     with foreign_parser(lambda reason: UserError(f"{name}: its weights cannot be read ({reason})")):
         tensors = load_file(folder / WEIGHTS)
         places = [place for place in ("head", "fc") if f"{place}.weight" in tensors]
         if not names or loss is None or not places:
             raise UserError(
-                f"{name} is an export without classifier (label_names and problem_type in "
-                f"{CONFIG}): give a fine-tuned run, or what `patchmine export` wrote of one"
+                f"{name} is an export without classifier (label_names, and a known problem_type, in"
+                f" {CONFIG}): give a fine-tuned run, or what `patchmine export` wrote of one"
             )
         weight, bias = (tensors[f"{places[0]}.{part}"] for part in ("weight", "bias"))
         layer = nn.Linear(weight.shape[1], weight.shape[0])
@@ -115,8 +120,7 @@ def read_head(folder: Path) -> Head:
             f"{name}: label_names in {CONFIG} has {len(names)} names, but its classifier has "
             f"{layer.out_features} outputs: export again"
         )
-    pool = "cls" if config.get("global_pool") == "token" else "mean"
-    return Head(layer, pool, names, loss)
+    return Head(layer, "cls" if pooling == "token" else "mean", names, loss)
 
 
 def new_layer(width: int, outputs: int, std: float) -> nn.Linear:

@@ -115,7 +115,7 @@ def open_weights(
             known=known,
         )
         name, arguments = found.model, found.arguments()
-    _refuse_giants(arguments, tensors, source)
+    refuse_giants(arguments, tensors, source)
     empty = create_encoder(name, {**arguments, "device": "meta"}, source)
     family = family_of(empty)
     if family.stores_positions:
@@ -179,7 +179,7 @@ def _arguments(
     return arguments
 
 
-def _refuse_giants(arguments: Mapping[str, Any], tensors: Tensors, source: str) -> None:
+def refuse_giants(arguments: Mapping[str, Any], tensors: Tensors, source: str) -> None:
     """Bounds before work: a description of a few bytes can ask for any number of blocks, pixels."""
     layers = arguments.get("layers", ())
     counts = [arguments.get("depth", 0), *(layers if isinstance(layers, list | tuple) else ())]

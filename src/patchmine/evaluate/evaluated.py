@@ -193,7 +193,7 @@ def _of_path(path: Path, size: tuple[int, int] | None, weights: str) -> Evaluate
             one = f"weights={shown_name(weights)}: {name} is an export, which holds one encoder"
             raise UserError(f"{one}: leave the setting out, or name the run that it is from")
         cfg = read_json(path / CONFIG).get("pretrained_cfg") or _of_transformers(path)
-        return _of_encoder(name, files.load_encoder(path), cfg).resized(size)
+        return of_encoder(name, files.load_encoder(path), cfg).resized(size)
     if path.is_dir():
         neither = "neither a run (config.yaml) nor an export (config.json, model.safetensors)"
         raise UserError(f"{name} is {neither}: give one, a file of weights or a timm architecture")
@@ -205,7 +205,7 @@ def _of_path(path: Path, size: tuple[int, int] | None, weights: str) -> Evaluate
     # "student" is the default, of files with one network too.
     wanted: Any = "auto" if weights == "student" else weights
     encoder, report = files.open_weights(path, image_size=size, weights=wanted)
-    return replace(_of_encoder(name, encoder, size=size), note="; ".join(report.assumed))
+    return replace(of_encoder(name, encoder, size=size), note="; ".join(report.assumed))
 
 
 def _of_transformers(path: Path) -> dict[str, Any]:
@@ -233,14 +233,14 @@ def _of_name(
     if is_random:
         other = "a file of weights itself" if is_video else "weights=FILE"
         told = f"no weights were loaded: {shown} is measured with random ones"
-        return replace(_of_encoder(name, encoder, size=size), note=f"{told} (give {other})")
+        return replace(of_encoder(name, encoder, size=size), note=f"{told} (give {other})")
     if has_family(encoder) and not family_of(encoder).convolutional:
         encoder = files.load_encoder(weights, model=bare, image_size=size)
     else:
         content = read_checkpoint(weights, "weights")
         tensors = tensors_only(content.get("state_dict", content.get("model", content)))
         load_tensors(encoder, tensors, LoadReport(str(weights)), allow=_NOT_WANTED)
-    return replace(_of_encoder(name, encoder, size=size), name=shown_name(f"{name} ({weights})"))
+    return replace(of_encoder(name, encoder, size=size), name=shown_name(f"{name} ({weights})"))
 
 
 def _create(name: str, shown: str, size: tuple[int, int] | None, channels: int) -> nn.Module:
@@ -263,7 +263,7 @@ def _create(name: str, shown: str, size: tuple[int, int] | None, channels: int) 
         return timm.create_model(name, **settings)
 
 
-def _of_encoder(
+def of_encoder(
     name: str,
     encoder: Encoder,
     cfg: Mapping[str, Any] | None = None,

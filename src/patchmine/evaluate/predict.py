@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from patchmine.backbones.classifier import Classifier, Head, read_head
 from patchmine.backbones.export import is_export
 from patchmine.backbones.family import pooled
+from patchmine.backbones.whole import is_whole_classifier, open_whole_classifier
 from patchmine.config.resolve import of_kind
 from patchmine.config.schema import FinetuneConfig
 from patchmine.data.items import CLIP, Item
@@ -22,7 +23,7 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.sources.listfile import open_files
 from patchmine.data.sources.source import KINDS
 from patchmine.errors import Say, UserError, shown_name, silent, whole_name
-from patchmine.evaluate.evaluated import Evaluated, of_run, open_evaluated
+from patchmine.evaluate.evaluated import Evaluated, of_encoder, of_run, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views, device_of
 from patchmine.evaluate.labelled import Part
 from patchmine.evaluate.settings import PredictSettings
@@ -122,24 +123,22 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
 
     Raises UserError for a run that was not fine-tuned, and for settings that do not fit it.
     """
-    evaluated, head, tested = _opened(Path(settings.run))
-    name, loss = evaluated.name, head.loss
-    network = Classifier(evaluated.encoder, head.layer, head.pool).eval()
+    opened = _opened(Path(settings.run), say)
+    evaluated, loss = opened.evaluated, opened.loss
+    name = evaluated.name
     if loss != "ce" and settings.top > 1:
         raise UserError(f"top={settings.top} is for classes, but {name} learned with loss={loss}")
-    if settings.top > len(head.names):
-        few = f"but {name} knows {len(head.names)} classes"
+    if settings.top > len(opened.names):
+        few = f"but {name} knows {len(opened.names)} classes"
         raise UserError(f"top={settings.top}, {few}: give at most so many")
-    views = _views(settings, evaluated, tested, say)
+    views = _views(settings, evaluated, opened.tested, say)
     source = _source(settings.data, evaluated.item)
     for note in source.notes:
         say(note)
     return Question(
-        loop=FeatureLoop(
-            {"": _Answers(evaluated, network, loss)}, settings, device_of(settings), say
-        ),
+        loop=FeatureLoop({"": _Answers(opened)}, settings, device_of(settings), say),
         source=source,
-        names=list(head.names),
+        names=list(opened.names),
         loss=loss,
         top=settings.top,
         all=settings.all,
@@ -148,17 +147,56 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
     )
 
 
-def _opened(path: Path) -> tuple[Evaluated, Head, tuple[int, int]]:
-    """The backbone of a fine-tuned run, or of its export, and its classifier.
+@dataclass(frozen=True)
+class _Opened:
+    """What is asked.
 
-    Also the clips, and crops of each, by which a video was tested; an export does not tell.
+    Args:
+        evaluated: whose encoder is the whole network, and how items are prepared.
+        scores: of normalised items, (B, K) float32.
+        names: of the scores.
+        loss: by which they were learned.
+        tested: clips, and crops of each, by which a video was tested; an export does not tell.
     """
-    if is_export(path) and not is_run(path):
-        return open_evaluated(path), read_head(path), (1, 1)
-    run = RunFolder(path)
-    task, config = run.classify(), of_kind(run.whole_config, FinetuneConfig)
-    evaluated = of_run(config, config.crop_pct, task.network().encoder, shown_name(path))
-    return evaluated, task.head_of(), (config.test_segments, config.test_crops)
+
+    evaluated: Evaluated
+    scores: Callable[[Tensor], Tensor]
+    names: Sequence[str]
+    loss: str
+    tested: tuple[int, int] = (1, 1)
+
+
+def _opened(path: Path, say: Say) -> _Opened:
+    """A fine-tuned run, its export, or a classifier that timm saved."""
+    if is_run(path) or not is_export(path):
+        run = RunFolder(path)
+        task, config = run.classify(), of_kind(run.whole_config, FinetuneConfig)
+        found = of_run(config, config.crop_pct, task.network().encoder, shown_name(path))
+        tested = (config.test_segments, config.test_crops)
+        return replace(_with_head(found, task.head_of()), tested=tested)
+    if not is_whole_classifier(path):
+        return _with_head(open_evaluated(path), read_head(path))
+    network, names, prepared = open_whole_classifier(path)
+    say(
+        f"{shown_name(path)} does not tell how its classes were learned (problem_type in "
+        "config.json): each image is taken to be of one of them."
+    )
+    whole = of_encoder(shown_name(path), network, prepared)
+    return _Opened(whole, lambda images: network(images).float(), names, "ce")
+
+
+def _with_head(evaluated: Evaluated, head: Head) -> _Opened:
+    network: Any = Classifier(evaluated.encoder, head.layer, head.pool).eval()
+
+    def scores(images: Tensor) -> Tensor:
+        features = pooled(network.encoder, images, network.pool)
+        # bfloat16 has three digits, and numbers in their own units may be large.
+        with torch.autocast(images.device.type, enabled=False):
+            found: Tensor = network.head(features.float())
+        return found
+
+    # In place of the encoder: whoever reads moves it to the device.
+    return _Opened(replace(evaluated, encoder=network), scores, list(head.names), head.loss)
 
 
 def _views(
@@ -190,17 +228,12 @@ def _source(data: str | list[str], item: Item) -> Source:
 class _Answers(Reader):
     """Probabilities, or numbers in their own units, in the place of features: (B, 1, K)."""
 
-    def __init__(self, evaluated: Evaluated, network: Classifier, loss: str) -> None:
-        # In place of the encoder: whoever reads moves it to the device.
-        whole: Any = network
-        super().__init__(replace(evaluated, encoder=whole))
-        self.network, self.loss = network, loss
+    def __init__(self, opened: _Opened) -> None:
+        super().__init__(opened.evaluated)
+        self.scores, self.loss = opened.scores, opened.loss
 
     def __call__(self, images: Tensor) -> Tensor:
-        features = pooled(self.network.encoder, images, self.network.pool)
-        # bfloat16 has three digits, and numbers in their own units may be large.
-        with torch.autocast(images.device.type, enabled=False):
-            scores: Tensor = self.network.head(features.float())
+        scores = self.scores(images)
         if self.loss == "ce":
             scores = scores.softmax(1)
         elif self.loss == "bce":

@@ -134,7 +134,9 @@ class PredictSettings(ReadingSettings):
         patchmine predict runs/classify images/ out=predictions/ top=3
     """
 
-    run: Text = Field(description="folder of a fine-tuned run, or of its export")
+    run: Text = Field(
+        description="folder of a fine-tuned run, of its export, or of timm's classifier"
+    )
     data: Texts = Field(
         description="folder of images or videos, list file, tar shards; or single files"
     )
