@@ -34,7 +34,7 @@ class SizeRow(Strict):
     use: dict[str, Any]
 
 
-class RunConfig(TrainSettings, ViewSettings, ModelSettings, DataSettings):
+class RunConfig(TrainSettings, ModelSettings, DataSettings):
     """What the runs of all kinds have.  Settings are listed from the last block to the first."""
 
     kind: str = Field(description="what the run is for")
@@ -76,7 +76,7 @@ class RunConfig(TrainSettings, ViewSettings, ModelSettings, DataSettings):
         )
 
 
-class PretrainConfig(EvalSettings, RunConfig):
+class PretrainConfig(EvalSettings, RunConfig, ViewSettings):
     """A pre-training run, complete and checked."""
 
     kind: Literal["pretrain"] = Field("pretrain", description="what the run is for")
@@ -90,7 +90,7 @@ class PretrainConfig(EvalSettings, RunConfig):
             yield from self.unfilled("crops.local_size", [self.crops.local_size])
 
 
-class FinetuneConfig(FinetuneSettings, SupervisedSettings, RunConfig):
+class FinetuneConfig(FinetuneSettings, RunConfig, SupervisedSettings):
     """A run that fine-tunes a classifier, complete and checked."""
 
     kind: Literal["classify"] = Field("classify", description="what the run is for")

@@ -25,8 +25,34 @@ from patchmine.strict import (
 Loss = Literal["ce", "bce", "mse"]
 
 
-class LabelSettings(Strict):
-    """The labels, and which images the network is judged by."""
+class HeldOutSettings(Strict):
+    """Which labelled images a network learns, and by which it is chosen."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    share: Share = Field(
+        1.0, description="share of the training images that is used, as 0.1 or 10%"
+    )
+    val: Annotated[Texts | None, OF_A_MACHINE] = Field(
+        None, description="labelled images that choose the best checkpoint; null: see val_share"
+    )
+    val_share: float = Field(
+        0.0, ge=0, lt=1, description="share kept from training to choose the best checkpoint by"
+    )
+    patience: Positive | None = Field(
+        None, description="epochs without a better validation after which training stops"
+    )
+    classes: list[str] = Field([], description="names of what is told apart; []: the data's")
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Two places to validate on."""
+        if self.val is not None and self.val_share:
+            text = f"given {self.val_share:g}, but val names images: give one of the two"
+            yield SettingError("val_share", text)
+
+
+class LabelSettings(HeldOutSettings):
+    """The labels of whole images."""
 
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
@@ -39,28 +65,12 @@ class LabelSettings(Strict):
     loss: Loss = Field(
         "ce", description="ce: one class an image; bce: any number of labels; mse: a number"
     )
-    share: Share = Field(
-        1.0, description="share of the training images of each class that is used, as 0.1 or 10%"
-    )
-    val: Annotated[Texts | None, OF_A_MACHINE] = Field(
-        None, description="labelled images that choose the best checkpoint; null: see val_share"
-    )
-    val_share: float = Field(
-        0.0, ge=0, lt=1, description="share of each class kept from training to choose it by"
-    )
-    patience: Positive | None = Field(
-        None, description="epochs without a better validation after which training stops"
-    )
-    classes: list[str] = Field([], description="names of what is told apart; []: the data's")
 
     def setting_errors(self) -> Iterator[SettingError]:
         """Validation without data, and a column without a table."""
         if self.patience is not None and self.val is None and not self.val_share:
             text = "but nothing to validate on: set val_share=0.1, or val to labelled images"
             yield SettingError("patience", f"given {self.patience}, {text}")
-        if self.val is not None and self.val_share:
-            text = f"given {self.val_share:g}, but val names images: give one of the two"
-            yield SettingError("val_share", text)
         if self.labels is None and self.column is not None:
             text = f"given '{self.column}', but there is no table: set labels to a CSV file"
             yield SettingError("column", text)
@@ -69,7 +79,25 @@ class LabelSettings(Strict):
             yield SettingError("loss", text)
 
 
-class NetworkSettings(Strict):
+class BackboneSettings(Strict):
+    """How far the backbone moves."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    trainable: TrainableSpec = Field(
+        "all", description="all, none (the head only), last:4 (blocks), bias, lora:8 (rank)"
+    )
+    positions: Literal["learned", "frozen"] = Field(
+        "learned", description="whether the table of positions is trained too (trainable=all)"
+    )
+    layer_decay: float | None = Field(
+        None, gt=0, le=1, description="factor of the rate from layer to layer; null: 0.75, or 1"
+    )
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block")
+    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient")
+
+
+class NetworkSettings(BackboneSettings):
     """What stands on the backbone, and how far the backbone moves."""
 
     DECIDES_WEIGHTS: ClassVar[bool] = True
@@ -80,16 +108,6 @@ class NetworkSettings(Strict):
     head_std: float = Field(
         2e-5, ge=0, le=1, description="deviation of the classifier's first weights"
     )
-    trainable: TrainableSpec = Field(
-        "all", description="all, none (the classifier only), last:4 (blocks), bias, lora:8 (rank)"
-    )
-    positions: Literal["learned", "frozen"] = Field(
-        "learned", description="whether the table of positions is trained too (trainable=all)"
-    )
-    layer_decay: float | None = Field(
-        None, gt=0, le=1, description="factor of the rate from layer to layer; null: 0.75, or 1"
-    )
-    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block")
 
 
 class RegularSettings(Strict):
@@ -101,17 +119,15 @@ class RegularSettings(Strict):
         0.1, ge=0, lt=1, description="share of a label that goes to all classes"
     )
     balance: bool = Field(False, description="weigh images so that all classes count the same")
-    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights, and use that"
     )
 
 
-class TestSettings(Strict):
+class JudgeSettings(Strict):
     """What the finished network is tested on."""
 
     DECIDES_WEIGHTS: ClassVar[bool] = False
-    __test__: ClassVar[bool] = False  # no test, whatever pytest thinks of the name
 
     test: Annotated[Texts | None, OF_A_MACHINE] = Field(
         None, description="labelled images to test on; null: a part of data"
@@ -119,6 +135,14 @@ class TestSettings(Strict):
     eval_every: int = Field(
         1, ge=0, le=LARGEST_RUN, description="epochs between validations; 0: at the end only"
     )
+
+
+class TestSettings(JudgeSettings):
+    """How a finished classifier is tested."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = False
+    __test__: ClassVar[bool] = False  # no test, whatever pytest thinks of the name
+
     eval_batch: int = Field(
         256, gt=0, le=LARGEST_COUNT, description="images tested at once; changes no result"
     )
