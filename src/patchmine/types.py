@@ -78,7 +78,7 @@ class Batch:
     Where a sample gives V crops, ``views`` has V tensors (the two global crops, then the local
     ones), ``box`` is (B, V, 4) and ``flip`` (B, V).  ``photometric`` (B, V, P) float32 then says
     how the colours of each crop change, which the device does together with mirroring
-    (`data.views.photometric` names the P numbers).
+    (`data.views.photometric` names the P numbers); of one view it is (B, P).
 
     ``target``: what a supervised task learns, in the frame of the finished (mirrored) view: classes
     (B,) int64, numbers (B, K) float32, masks (B, H, W) or a list of B `Objects`; None in

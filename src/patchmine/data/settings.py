@@ -228,6 +228,38 @@ class SupervisedSettings(ViewSettings, AugmentSettings):
             yield SettingError("auto_augment", text)
 
 
+class DenseViewSettings(InputSettings):
+    """How images with label maps are seen in training."""
+
+    short_side: Side | None = Field(
+        default=None,
+        description="pixels that the shorter side of every image is brought to; null: as they are",
+    )
+    scale: tuple[float, float] = Field(
+        default=(0.5, 2.0), description="smallest and largest enlargement before the crop"
+    )
+    crop_max_share: Fraction = Field(
+        default=0.75, gt=0, description="share of a crop that one class may have, in ten tries"
+    )
+    flip: Fraction = Field(default=0.5, description="probability of a mirrored crop")
+    colour_jitter: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="strength of changes of brightness, contrast and saturation; 0: none",
+    )
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        default="bilinear", description="resizing of images"
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """A range that is none, and colours that are not there."""
+        yield from _ranges(scale=self.scale)
+        if self.channels != 3 and self.colour_jitter:
+            text = f"given {self.colour_jitter:g}, but channels={self.channels} are no colours: 0"
+            yield SettingError("colour_jitter", text)
+
+
 class InspectSettings(Strict):
     """Count images and decode a sample of them.
 

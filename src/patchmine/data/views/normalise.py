@@ -7,14 +7,14 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from patchmine.data.views.photometric import change_colours
+from patchmine.data.views.photometric import change_colours, jitter_colours
 from patchmine.types import Batch
 
 
 def normalise(batch: Batch, mean: Tensor, std: Tensor, device: torch.device | str) -> Batch:
     """The batch on ``device`` with views (x - mean) / std, mirrored where ``flip`` says so.
 
-    Several crops of an image also change their colours, after mirroring.  ``mean`` and ``std`` (C,)
+    Colours change after mirroring, where ``photometric`` says so.  ``mean`` and ``std`` (C,)
     are in units where bytes span [0, 1].
     """
     batch, mean, std = batch.to(device), mean.to(device), std.to(device)
@@ -28,9 +28,12 @@ def normalise(batch: Batch, mean: Tensor, std: Tensor, device: torch.device | st
         # Mirrored as bytes, which is a quarter of the traffic; always a copy
         pixels = torch.cat(crops) if several else crops[0]
         pixels = torch.where(flip.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
-        if several and batch.photometric is not None:
-            changes = batch.photometric[:, taken].transpose(0, 1).flatten(0, 1)
-            pixels = change_colours(pixels, changes)
+        if batch.photometric is not None:
+            if several:
+                changes = batch.photometric[:, taken].transpose(0, 1).flatten(0, 1)
+                pixels = change_colours(pixels, changes)
+            else:
+                pixels = jitter_colours(pixels, batch.photometric)
         per_channel = (1, -1, *[1] * (pixels.ndim - 2))
         pixels = as_float(pixels).sub_(mean.view(per_channel)).div_(std.view(per_channel))
         views += pixels.chunk(len(crops))

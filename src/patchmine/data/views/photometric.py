@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Columns of the numbers of a crop.  Factors 1 and deviation 0 change nothing; the rest are 0 or 1,
@@ -42,6 +43,27 @@ def draw(num_crops: int, generator: np.random.Generator) -> Tensor:
     numbers[:, SIGMA] = np.where(blurred, _SIGMAS[0] + chance[:, 11] * (_SIGMAS[1] - _SIGMAS[0]), 0)
     numbers[1, SOLARIZE] = chance[1, 12] < _SOLARIZE_SHARE
     return torch.from_numpy(numbers)
+
+
+def draw_jitter(
+    strengths: tuple[float, float, float, float], chance: NDArray[np.float64]
+) -> Tensor:
+    """(P,) float32: brightness, contrast, saturation and hue of one image, each up to its strength.
+
+    ``chance`` (8,) in [0, 1) decides the amounts, then the order.
+    """
+    numbers = np.zeros(COLUMNS, np.float32)
+    shift = (2 * chance[:4] - 1) * np.array(strengths)
+    numbers[FACTORS], numbers[HUE] = 1 + shift[:3], shift[3]
+    numbers[ORDER], numbers[JITTER] = chance[4:8].argsort(), 1
+    return torch.from_numpy(numbers)
+
+
+def jitter_colours(images: Tensor, numbers: Tensor) -> Tensor:
+    """What `draw_jitter` says of images (N, 3, H, W), bytes or floats: float32 in [0, 1]."""
+    as_bytes = images.dtype == torch.uint8
+    pixels = images.float() if as_bytes else images * 255
+    return _jittered(pixels, numbers, as_bytes).div_(255)
 
 
 def change_colours(images: Tensor, numbers: Tensor) -> Tensor:
