@@ -48,6 +48,7 @@ COMMANDS = (
     Command("resume", "cli.work:resume", usage="RUN [KEY=VALUE...]"),
     Command("extend", "cli.work:extend", usage="RUN epochs=... out=... [KEY=VALUE...]"),
     Command("finetune", "cli.work:finetune", usage="START data=... out=... [KEY=VALUE...]"),
+    Command("segment", "cli.work:segment", usage="START data=... out=... [KEY=VALUE...]"),
     Command("eval knn", "evaluate.knn:evaluate_knn", "evaluate.settings:KnnSettings", "target"),
     Command(
         "eval linear",
@@ -203,5 +204,9 @@ def page(command: Command) -> Iterator[str]:
         from patchmine.config.describe import describe_finetune
 
         lines = describe_finetune()
+    elif command.name == "segment":
+        from patchmine.config.describe import describe_segment
+
+        lines = describe_segment()
     yield f"Usage: patchmine {command.name} {usage}".rstrip()
     yield from (f"  {line}".rstrip() for line in ["", *command.help.splitlines(), "", *lines])

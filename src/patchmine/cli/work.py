@@ -97,6 +97,48 @@ def finetune(words: Sequence[str], say: Say) -> None:
     work(next(iter(configs.values())), say=say)
 
 
+def segment(words: Sequence[str], say: Say) -> None:
+    """Teach a backbone label maps: the class of every pixel.
+
+    START is a run, an export, a file of weights, or the name of a model (random weights).  data has
+    {train,val,test}/{images,labels}, or images and labels, or is a list of "image label" lines; a
+    label map is a PNG of class numbers, or of the colours in palette.  image_size is that of
+    training crops and test windows.  The run is tested on whole images, and `patchmine resume RUN`
+    goes on with it.  check=true lists all that is wrong with the label maps.
+
+    Example:
+        patchmine segment runs/hpm data=camvid/ out=runs/segment ignore_index=11
+        patchmine segment runs/hpm data=cells/ out=runs/cells palette={background: 0, cell: 255}
+        patchmine segment runs/hpm data=ade20k/ out=runs/ade recipe=segment-mae-vit-b-ade20k
+    """
+    first, settings = _recipe_and_settings(words)
+    if first is None:
+        raise UserError(
+            "Name what to start from first, as in `patchmine segment runs/hpm data=maps/ "
+            "out=runs/segment`: a run, an export, a file of weights, or a model."
+        )
+    from patchmine.config import resolve
+    from patchmine.config.schema import SegmentConfig
+    from patchmine.runs.checking import checks_of
+    from patchmine.tasks.settings import CommandOptions
+
+    def is_option(word: str) -> bool:
+        return word.split("=")[0] in CommandOptions.model_fields
+
+    options = read_words(
+        CommandOptions, list(filter(is_option, settings)), command="segment", say=say
+    )
+    from patchmine.training import segmenting
+    from patchmine.training.starting import settings_for
+
+    own = [word for word in settings if not is_option(word)]
+    config = resolve.parse(
+        options.recipe, own, say, also=checks_of("segment"), base=settings_for("segment", first)
+    )
+    work = segmenting.check if options.check else segmenting.segment
+    work(resolve.of_kind(config, SegmentConfig), say=say)
+
+
 def _print_table(result: Mapping[str, Any]) -> None:
     """Scores of each start by the share of labels."""
     from rich.console import Console
@@ -324,13 +366,19 @@ def config_schema(words: Sequence[str]) -> None:
         patchmine config schema hpm
         patchmine config schema eval.knn
     """
-    from patchmine.config.describe import describe, describe_finetune, describe_method, describe_run
+    from patchmine.config.describe import (
+        describe,
+        describe_finetune,
+        describe_method,
+        describe_run,
+        describe_segment,
+    )
     from patchmine.config.explain import did_you_mean
     from patchmine.methods import METHODS
 
     tables = {command.name.replace(" ", "."): command.settings for command in COMMANDS}
     tables = {name: settings for name, settings in tables.items() if settings}
-    runs = {"pretrain": describe_run, "finetune": describe_finetune}
+    runs = {"pretrain": describe_run, "finetune": describe_finetune, "segment": describe_segment}
     for word in words or ["pretrain"]:
         if word in METHODS:
             lines = describe_method(word)

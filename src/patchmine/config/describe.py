@@ -11,11 +11,17 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from patchmine.config.explain import did_you_mean
-from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig, names_of
+from patchmine.config.schema import (
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    SegmentConfig,
+    names_of,
+)
 from patchmine.errors import UserError, shown_name
 from patchmine.methods import METHODS
 from patchmine.strict import Strict
-from patchmine.tasks.settings import FinetuneOptions
+from patchmine.tasks.settings import CommandOptions, FinetuneOptions
 
 _WIDTH = 36  # columns of a name with its default
 
@@ -63,8 +69,17 @@ def describe_run() -> list[str]:
 
 def describe_finetune() -> list[str]:
     """Every setting of a run that fine-tunes."""
-    options = describe(FinetuneOptions)
-    return ["# How the command goes about it.", *options, "", *describe_blocks(FinetuneConfig)]
+    return _with_options(FinetuneOptions, FinetuneConfig)
+
+
+def describe_segment() -> list[str]:
+    """Every setting of a run that segments."""
+    return _with_options(CommandOptions, SegmentConfig)
+
+
+def _with_options(options: type[Strict], config: type[RunConfig]) -> list[str]:
+    title = "# How the command goes about it."
+    return [title, *describe(options), "", *describe_blocks(config)]
 
 
 def describe_blocks(config: type[RunConfig], between: Sequence[str] = ()) -> list[str]:

@@ -17,6 +17,7 @@ from patchmine.config.schema import (
     FinetuneConfig,
     PretrainConfig,
     RunConfig,
+    SegmentConfig,
     names_of,
 )
 from patchmine.errors import Say, UserError, shown_name, silent
@@ -71,7 +72,7 @@ def of_kind(config: RunConfig, wanted: type[Config]) -> Config:
         kind = wanted.model_fields["kind"].default
         raise UserError(
             f"kind={config.kind}: these settings are for another kind of run than kind={kind}: "
-            f"give them to `patchmine {_COMMANDS.get(type(config), 'pretrain')}`"
+            f"give them to `patchmine {command_of(config)}`"
         )
     return config
 
@@ -102,8 +103,17 @@ def _assemble(
     return _fit_warmup(config, shortened and "warmup_epochs" not in wanted, say)
 
 
-_COMMANDS: dict[type[RunConfig], str] = {FinetuneConfig: "finetune"}
-_SCHEMAS: dict[type[RunConfig], str] = {FinetuneConfig: "patchmine config schema finetune"}
+_COMMANDS: dict[type[RunConfig], str] = {FinetuneConfig: "finetune", SegmentConfig: "segment"}
+
+
+def command_of(config: RunConfig) -> str:
+    """The command that makes runs of this kind."""
+    return _COMMANDS.get(type(config), "pretrain")
+
+
+def _schema_of(model: type[RunConfig]) -> str:
+    """What lists the settings of such a run."""
+    return " ".join(["patchmine config schema", *[_COMMANDS[model]] * (model in _COMMANDS)])
 
 
 def _model_of(settings: Mapping[str, Any]) -> type[AnyConfig]:
@@ -139,7 +149,7 @@ def _checked(
         known,
         where=where,
         before=[*errors, *(_rate(name, value, known, model) for name, value in rates)],
-        hint=f"; `{_SCHEMAS.get(model, 'patchmine config schema')}` lists all",
+        hint=f"; `{_schema_of(model)}` lists all",
         also=also,
     )
     if not batch_chosen:

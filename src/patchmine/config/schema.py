@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import yaml
 from pydantic import Field
 
+from patchmine.backbones.names import reads_clips
 from patchmine.backbones.settings import ModelSettings
-from patchmine.data.settings import DataSettings, SupervisedSettings, ViewSettings
+from patchmine.data.settings import (
+    DataSettings,
+    DenseViewSettings,
+    SupervisedSettings,
+    ViewSettings,
+)
 from patchmine.evaluate.settings import EvalSettings
 from patchmine.methods import METHODS
 from patchmine.models.settings import MethodSettings
@@ -23,7 +29,7 @@ from patchmine.strict import (
     SettingError,
     Strict,
 )
-from patchmine.tasks.settings import FinetuneSettings
+from patchmine.tasks.settings import FinetuneSettings, SegmentSettings
 from patchmine.train.settings import TrainSettings, fitting_counts
 
 
@@ -118,8 +124,38 @@ class FinetuneConfig(FinetuneSettings, RunConfig, SupervisedSettings):
             yield SettingError("balance", text)
 
 
-AnyConfig: TypeAlias = PretrainConfig | FinetuneConfig
-KINDS: dict[str, type[AnyConfig]] = {"pretrain": PretrainConfig, "classify": FinetuneConfig}
+class SegmentConfig(SegmentSettings, RunConfig, DenseViewSettings):
+    """A run that learns the class of every pixel, complete and checked."""
+
+    crop_pct: ClassVar[float] = 1.0  # images are seen whole
+    kind: Literal["segment"] = Field("segment", description="what the run is for")
+    epochs: Positive | None = Field(50, description="passes over the data")
+    batch_size: BatchSize = Field(16, description="images in one optimizer step, over all devices")
+    blr: float = Field(
+        1.6e-3, gt=0, description="learning rate at batch_size=256; follows the batch"
+    )
+    warmup_epochs: float = Field(2, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's"
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Windows with gaps between them, and a model that reads no images."""
+        stride, (height, width) = self.test_stride, self.image_size
+        if stride is not None and stride > min(height, width):
+            must = f"must not be above image_size={min(height, width)}: pixels would be left out"
+            yield SettingError("test_stride", f"given {stride}; {must}")
+        if reads_clips(self.model):
+            must = "reads videos, and label maps are of images: choose an image model"
+            yield SettingError("model", f"given {self.model}, which {must}")
+
+
+AnyConfig: TypeAlias = PretrainConfig | FinetuneConfig | SegmentConfig
+KINDS: dict[str, type[AnyConfig]] = {
+    "pretrain": PretrainConfig,
+    "classify": FinetuneConfig,
+    "segment": SegmentConfig,
+}
 """The settings of each kind of run, as ``kind`` in config.yaml says; absent is "pretrain"."""
 
 

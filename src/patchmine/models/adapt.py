@@ -14,6 +14,7 @@ from patchmine.models.lora import add_lora
 from patchmine.models.settings import parse_trainable
 from patchmine.types import ParamGroup
 
+USUAL_DECAY = 0.75  # of the rates, layer by layer
 _AFTER_BLOCKS = ("norm.", "fc_norm.")
 _MLP_HALF = ("norm2", "mlp", "ls2", "gamma_2")  # of a block: timm's ViTs, and BEiT's layer scale
 
@@ -70,6 +71,13 @@ def _last_blocks(encoder: Encoder, trainable: str, count: float) -> set[str]:
             )
         chosen |= half
     return chosen
+
+
+def decay_of(layer_decay: float | None, trainable: str) -> float:
+    """The layer decay that is meant: 0.75 where none is set, 1 where few of the layers move."""
+    if layer_decay is not None:
+        return layer_decay
+    return USUAL_DECAY if parse_trainable(trainable).kind in ("all", "last") else 1.0
 
 
 def hold_statistics(encoder: Encoder) -> None:

@@ -1,4 +1,4 @@
-"""Stochastic depth by a step's own noise, so that a resumed run repeats itself; timm's does not."""
+"""Stochastic depth and dropout by a step's own noise, so that a resumed run repeats itself."""
 
 from __future__ import annotations
 
@@ -57,3 +57,31 @@ def draw_drop_paths(paths: list[DropPath], noise: Noise, tokens: Tensor, *, crop
         drawn = drawn.reshape(len(drawn), crops, -1).transpose(0, 1).flatten(0, 1)  # (crops * B, P)
         for path, column in zip(paths, drawn.unbind(dim=1), strict=True):
             path.noise = column
+
+
+class ChannelDropout(nn.Module):
+    """Drops whole channels of maps (B, C, H, W) for a share of them, and enlarges the others."""
+
+    def __init__(self, channels: int, rate: float) -> None:
+        super().__init__()
+        self.channels, self.rate = channels, rate
+        self.noise: Tensor | None = None  # (B, C), of the batch to come
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same."""
+        if not self.training or self.noise is None:
+            return maps
+        kept = (self.noise >= self.rate).to(maps.dtype) / (1 - self.rate)  # (B, C)
+        return maps * kept[:, :, None, None]
+
+
+def dropouts_of(head: nn.Module) -> list[ChannelDropout]:
+    """All in a head, for `draw_dropouts`."""
+    return [module for module in head.modules() if isinstance(module, ChannelDropout)]
+
+
+def draw_dropouts(dropouts: list[ChannelDropout], noise: Noise, images: Tensor) -> None:
+    """Decide for the next pass of images (B, ...)."""
+    for dropout in dropouts:
+        if dropout.training:
+            dropout.noise = noise.uniform(len(images), dropout.channels, device=images.device)

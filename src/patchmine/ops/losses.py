@@ -113,3 +113,9 @@ class _PairwiseRanking(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
         return (slope * grads[0]).to(ctx.dtype), None
+
+
+def balanced_weights(counts: Tensor) -> Tensor:
+    """(K,) weights by which classes of ``counts`` (K,) images all count the same, 1 on average."""
+    counts = counts.float()
+    return counts.sum() / (len(counts) * counts.clamp_min(1))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from patchmine.backbones.names import reads_clips
 from patchmine.config.resolve import Checks, missing_files
-from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
+from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.strict import SettingError
+
+if TYPE_CHECKING:
+    from patchmine.task import Task
 
 _GIB = 2**30
 
@@ -27,8 +32,6 @@ def misfits(config: PretrainConfig) -> list[SettingError]:
 
 def misfits_of_classifier(config: FinetuneConfig) -> list[SettingError]:
     """A backbone that cannot be built or is not moved as asked, what this machine lacks."""
-    import torch
-
     from patchmine.runs.folder import build_classifier
 
     found: list[SettingError] = []
@@ -36,17 +39,31 @@ def misfits_of_classifier(config: FinetuneConfig) -> list[SettingError]:
         if getattr(config, name) > 1 and not reads_clips(config.model):
             text = f"model={shown_name(config.model)} reads images, of which there is one view: 1"
             found.append(SettingError(name, f"given {getattr(config, name)}, but {text}"))
+    return found + _misfits_of_network(config, build_classifier) + _lacking(config)
+
+
+def misfits_of_segmenter(config: SegmentConfig) -> list[SettingError]:
+    """A backbone or head that cannot be built or moved as asked, what this machine lacks."""
+    from patchmine.runs.folder import build_segmenter
+
+    return _misfits_of_network(config, build_segmenter) + _lacking(config)
+
+
+def _misfits_of_network(config: Any, build: Callable[[Any], Task]) -> list[SettingError]:
+    """What building a network with a head says."""
+    import torch
+
     named = config.model_copy(update={"classes": config.classes or ["one", "other"]})
     try:
         with torch.device("meta"), foreign_parser(_MisfitError):
-            build_classifier(named).param_groups()
+            build(named).param_groups()
     except UserError as error:
-        found.append(SettingError("", str(error)))
+        return [SettingError("", str(error))]
     except _MisfitError as error:
         if "meta" not in str(error):
             model = f"model={shown_name(config.model)} cannot be built"
-            found.append(SettingError("", f"{model} ({error}): check model_args and the sizes"))
-    return found + _lacking(config)
+            return [SettingError("", f"{model} ({error}): check model_args and the sizes")]
+    return []
 
 
 def _lacking(config: RunConfig) -> list[SettingError]:
@@ -78,9 +95,14 @@ CLASSIFIER_CHECKS = (misplaced, misfits_of_classifier)
 """The same of a run that fine-tunes."""
 
 
+SEGMENTER_CHECKS = (missing_files, misfits_of_segmenter)
+"""The same of a run that segments."""
+
+
 def checks_of(kind: str) -> Checks:
     """What is asked of the settings of a new run of this kind."""
-    return CLASSIFIER_CHECKS if kind == "classify" else CHECKS
+    every = {"classify": CLASSIFIER_CHECKS, "segment": SEGMENTER_CHECKS}
+    return every.get(kind, CHECKS)
 
 
 def _refusals(config: PretrainConfig) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from patchmine.backbones.family import Encoder, build_encoder, family_of
 from patchmine.backbones.loading import LoadReport
 from patchmine.backbones.naming import Weights
 from patchmine.config.resolve import parse
-from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig
+from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from patchmine.errors import Say, UserError, settings_of, shown_name, silent
 from patchmine.methods import method_class
 from patchmine.runs.known import CONFIG, is_run, settings_file
 from patchmine.task import Method
 from patchmine.tasks.classify import Classify
+from patchmine.tasks.segment import Segment
 from patchmine.train.checkpoint import (
     Checkpoint,
     DamagedCheckpointError,
@@ -37,6 +38,8 @@ from patchmine.train.checkpoint import (
 from patchmine.train.log import read_line
 
 _log = logging.getLogger("patchmine")
+
+Supervised = TypeVar("Supervised", Classify, Segment)
 
 
 def build_method(
@@ -85,10 +88,39 @@ def build_classifier(
     Raises:
         UserError: settings that do not fit together.
     """
+
+    def make(encoder: Encoder) -> Classify:
+        return Classify(config, encoder, config.classes, weights, scale)
+
+    return _built(config, make, start_from, say)
+
+
+def build_segmenter(
+    config: SegmentConfig,
+    *,
+    weights: Tensor | None = None,
+    start_from: str | None = None,
+    say: Say = silent,
+) -> Segment:
+    """The network that segments as the settings describe, freshly initialised (seed torch first).
+
+    Arguments and errors are those of `build_classifier`; ``weights`` as in `Segment`.
+    """
+
+    def make(encoder: Encoder) -> Segment:
+        return Segment(config, encoder, config.classes, config.image_size, weights)
+
+    return _built(config, make, start_from, say)
+
+
+def _built(
+    config: AnyConfig, make: Callable[[Encoder], Supervised], start_from: str | None, say: Say
+) -> Supervised:
+    """A task with a head on an encoder, which may start from other weights."""
     encoder = _bare_encoder(config)
     with torch.random.fork_rng(devices=[]):  # so that the head is the same whatever it starts from
         report = None if start_from is None else _initialise(encoder, start_from)
-    task = Classify(config, encoder, config.classes, weights, scale)
+    task = make(encoder)
     if report is not None:
         report.random = [f"head.{name}" for name in task.head.state_dict()]
         say(report.render())
@@ -202,7 +234,7 @@ class RunFolder:
         """
         if not isinstance(self.config, PretrainConfig):
             raise UserError(
-                f"{self.path} was fine-tuned (kind={self.config.kind}) and has no pre-training "
+                f"{self.path} {self._made()} (kind={self.config.kind}) and has no pre-training "
                 "method: name the run that it started from"
             )
         found = self._newest()
@@ -217,11 +249,36 @@ class RunFolder:
 
         Raises UserError for a run of another kind, and as `method` does.
         """
-        if not isinstance(self.config, FinetuneConfig):
+        task = self.trained() if isinstance(self.config, FinetuneConfig) else None
+        if not isinstance(task, Classify):
             raise UserError(
-                f"{self.path} was pre-trained and knows no classes: fine-tune it first, as in "
-                f"`patchmine finetune {self.path} data=labelled/ out=runs/classify`"
+                f"{self.path} {self._made()} and knows no classes of images: fine-tune it first, "
+                f"as in `patchmine finetune {self.path} data=labelled/ out=runs/classify`"
             )
+        return task
+
+    def segmenter(self) -> Segment:
+        """What a run that segments trained, as `classify` has it.
+
+        Raises UserError for a run of another kind, and as `method` does.
+        """
+        task = self.trained() if isinstance(self.config, SegmentConfig) else None
+        if not isinstance(task, Segment):
+            raise UserError(
+                f"{self.path} {self._made()} and knows no classes of pixels: teach it first, as in "
+                f"`patchmine segment {self.path} data=maps/ out=runs/segment`"
+            )
+        return task
+
+    def trained(self) -> Classify | Segment:
+        """What a run with labels trained, with the weights of its best checkpoint where it chose
+        one, else of the newest; on the CPU, in eval mode.
+
+        Raises UserError for a run without labels, and as `method` does.
+        """
+        config = self.config
+        if isinstance(config, PretrainConfig):
+            raise UserError(f"{self.path} was pre-trained, without labels: fine-tune it first")
         best = self.checkpoint_dir / "best"
         try:
             chosen = os.path.lexists(best)  # a link to a file that was removed too
@@ -230,10 +287,19 @@ class RunFolder:
             raise UserError(
                 f"{best} is damaged ({error}): remove it to use the newest checkpoint instead"
             ) from error
+        task: Classify | Segment
         with settings_of(self.config_file):
-            task = build_classifier(self.config)
+            if isinstance(config, FinetuneConfig):
+                task = build_classifier(config)
+            else:
+                task = build_segmenter(config)
         _load(task, found.model, found.path)
         return task.eval()
+
+    def _made(self) -> str:
+        """What kind of run this is, in a sentence."""
+        made = {"pretrain": "was pre-trained", "classify": "was fine-tuned to classify"}
+        return made.get(self.config.kind, f"learned to {self.config.kind}")
 
     def classifier(self) -> Classifier:
         """Encoder and linear layer of a fine-tuned run: images or clips, normalised, to scores.
@@ -255,11 +321,11 @@ class RunFolder:
         Raises:
             UserError: there is no such encoder, or it is not finite.
         """
-        if isinstance(self.config, FinetuneConfig):
-            encoders: dict[str, Encoder] = dict(self.classify().encoders())
+        if not isinstance(self.config, PretrainConfig):
+            encoders: dict[str, Encoder] = dict(self.trained().encoders())
             if which not in encoders:
                 raise UserError(
-                    f"weights={shown_name(which)}: {self.path} was fine-tuned and has one encoder: "
+                    f"weights={shown_name(which)}: {self.path} {self._made()} and has one encoder: "
                     "leave the setting out"
                 )
             return encoders[which].eval()

@@ -11,8 +11,8 @@ from typing import Any
 from patchmine.backbones.description import describe_weights, find_weights
 from patchmine.backbones.settings import ModelSettings
 from patchmine.config.overrides import exists
-from patchmine.config.resolve import changed_results, parse, results_of
-from patchmine.config.schema import AnyConfig, FinetuneConfig
+from patchmine.config.resolve import changed_results, command_of, parse, results_of
+from patchmine.config.schema import KINDS, AnyConfig, PretrainConfig
 from patchmine.errors import Say, UserError, shown_name
 
 CONFIG = "config.yaml"
@@ -76,7 +76,7 @@ def settings_to_resume(path: str | PathLike[str], overrides: Sequence[str], say:
     own, now = results_of(parse(file, [])), results_of(config)
     moved = {name: own[name] for name in KNOWN_BY_CONTENT if name in own}
     if changed := changed_results(own, now | moved):
-        command = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+        command = command_of(config)
         longer = " ".join(["patchmine extend", shown_name(path), *overrides, "out=..."])
         raise UserError(
             "a resumed run must keep the settings that decide its weights, but "
@@ -94,7 +94,7 @@ def settings_to_extend(config: AnyConfig, path: str | PathLike[str]) -> dict[str
     ``init`` names the run, which stands in ``path``.
     """
     settings = config.model_dump(mode="json", exclude={"out", "steps", "by_size"})
-    if not isinstance(config, FinetuneConfig):
+    if isinstance(config, PretrainConfig):
         settings["seed"] = config.seed + 1
     return {**settings, "epochs": None, "init": str(Path(path))}
 
@@ -104,12 +104,15 @@ def prepared_as(config: AnyConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include=set(_PREPARED))
 
 
-def words_known_to_fit(start: str, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """What is to be fine-tuned, as far as it is told without torch.
+def words_known_to_fit(
+    start: str, words: Sequence[str], kind: str = "classify"
+) -> tuple[dict[str, Any], list[str]]:
+    """What is to learn labels, as far as it is told without torch.
 
     Args:
         start: a run, an export, a file of weights, or the name of a model.
         words: ``key=value``, for a run that starts from it.
+        kind: of that run.
 
     Returns:
         The settings that ``start`` stands for, as far as they are known, and the words that can be
@@ -119,9 +122,11 @@ def words_known_to_fit(start: str, words: Sequence[str]) -> tuple[dict[str, Any]
     Raises:
         UserError: the settings of a run cannot be read.
     """
-    base: dict[str, Any] = {"kind": "classify"}
+    base: dict[str, Any] = {"kind": kind}
     if is_run(start):
-        return {**base, **prepared_as(settings_of_run(start)), "init": start}, [*words]
+        own = prepared_as(settings_of_run(start))
+        known = {name: own[name] for name in own if name in KINDS[kind].model_fields}
+        return {**known, **base, "init": start}, [*words]
     if not exists(start):
         is_name = "/" not in start.removeprefix("timm/")
         return {**base, "model": start if is_name else "unknown"}, [*words]

@@ -107,10 +107,10 @@ def export_run(
 def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
     """The whole method of a run under the names of its reference code."""
     config = run.config
-    if isinstance(config, FinetuneConfig):
+    if not isinstance(config, PretrainConfig):
         raise UserError(
-            f"what=full writes a pre-training method, and {run.path} was fine-tuned: leave the "
-            "setting out, and the classifier is written"
+            f"what=full writes a pre-training method, and {run.path} learned labels "
+            f"(kind={config.kind}): leave the setting out"
         )
     name = config.method.name
     if name not in _FULL:

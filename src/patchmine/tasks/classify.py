@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from patchmine.backbones.classifier import Classifier, Head, new_layer
 from patchmine.backbones.family import Encoder, family_of, pooled
-from patchmine.models.adapt import hold_statistics, rate_groups, select_trainable
+from patchmine.models.adapt import decay_of, hold_statistics, rate_groups, select_trainable
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths
 from patchmine.models.lora import merged
 from patchmine.models.mixing import draw_mixing, mixing_generator
-from patchmine.models.settings import parse_trainable
 from patchmine.models.teacher import Teacher
 from patchmine.ops.erasing import erase
 from patchmine.ops.mixing import mix_images, mix_targets, smoothed
@@ -25,7 +24,6 @@ from patchmine.types import Batch, Losses, ParamGroup, Progress
 
 SCORE = {"ce": "top1", "bce": "map", "mse": "r2"}
 """What the best checkpoint has most of, by loss."""
-USUAL_DECAY = 0.75  # of the rates, layer by layer
 
 
 class ClassifySettings(Protocol):
@@ -182,10 +180,7 @@ class Classify(Task):
     def param_groups(self) -> list[ParamGroup]:
         """Rates that fall from layer to layer (layer decay), as timm groups parameters."""
         settings = self.config
-        decay = settings.layer_decay
-        if decay is None:
-            kind, _ = parse_trainable(settings.trainable)
-            decay = USUAL_DECAY if kind in ("all", "last") else 1.0
+        decay = decay_of(settings.layer_decay, settings.trainable)
         return rate_groups(self.encoder, self.head, decay, clip_norm=settings.clip_grad)
 
     def train(self, mode: bool = True) -> Classify:
@@ -215,9 +210,3 @@ class Classify(Task):
     def metric(self) -> str:
         """The score that chooses the best checkpoint."""
         return SCORE[self.config.loss]
-
-
-def balanced_weights(counts: Tensor) -> Tensor:
-    """(K,) weights by which classes of ``counts`` (K,) images all count the same, 1 on average."""
-    counts = counts.float()
-    return counts.sum() / (len(counts) * counts.clamp_min(1))

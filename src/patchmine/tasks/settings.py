@@ -17,12 +17,16 @@ from patchmine.strict import (
     Positive,
     SettingError,
     Share,
+    Side,
     Strict,
     Text,
     Texts,
 )
 
 Loss = Literal["ce", "bce", "mse"]
+Byte = Annotated[int, Field(ge=0, le=255)]
+VOID = "ignore"
+"""The name in ``palette`` of pixels that belong to no class."""
 
 
 class HeldOutSettings(Strict):
@@ -161,6 +165,68 @@ class FinetuneSettings(TestSettings, RegularSettings, NetworkSettings, LabelSett
     """All that a fine-tuned run has beside a pre-training run's data, views and schedule."""
 
 
+class SegmentLossSettings(Strict):
+    """What is learned of label maps, and by which network on the backbone."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    labels: Annotated[Text | None, OF_A_MACHINE] = Field(
+        None, description="folder of label maps; null: beside the images, as data/train/labels"
+    )
+    ignore_index: int = Field(
+        255, ge=0, lt=2**31, description="class number of pixels that belong to no class"
+    )
+    palette: dict[str, int | tuple[Byte, Byte, Byte]] = Field(
+        {}, description="colour or value of each class, as {cell: 255}; {}: values are the classes"
+    )
+    head: Literal["linear", "upernet", "dpt"] = Field(
+        "linear", description="what stands on the backbone; upernet is the papers'"
+    )
+    head_width: Count | None = Field(
+        None, description="channels of the head's hidden layers; null: its own"
+    )
+    aux_weight: float = Field(
+        0.4, ge=0, le=10, description="share of the auxiliary head in the loss, where there is one"
+    )
+    balance: bool = Field(False, description="weigh pixels so that all classes count the same")
+    dice: float = Field(0.0, ge=0, le=100, description="weight of the Dice loss beside the other")
+    focal: float = Field(
+        0.0, ge=0, le=10, description="gamma of the focal loss; 0: plain cross entropy"
+    )
+
+
+class SlidingSettings(JudgeSettings):
+    """How whole images are tested: in windows of ``image_size``."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = False
+
+    eval_batch: Count = Field(8, description="windows tested at once; changes no result")
+    test_stride: Side | None = Field(
+        None, description="pixels from window to window; null: two thirds of image_size"
+    )
+
+
+class SegmentSettings(SlidingSettings, SegmentLossSettings, BackboneSettings, HeldOutSettings):
+    """All that a run that segments has beside its data, views and schedule."""
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Class names that stand in two places, or mean two things."""
+        names = [name for name in self.palette if name != VOID]
+        if self.palette and not names:
+            yield SettingError("palette", f"names no class but {VOID}: give each class its colour")
+        if names and self.classes and self.classes != names:
+            text = f"given {self.classes}, but palette names {names}: leave classes out"
+            yield SettingError("classes", text)
+        kinds = {isinstance(value, tuple) for value in self.palette.values()}
+        if len(kinds) > 1:
+            text = "mixes numbers and colours: give all classes a number, or all a colour"
+            yield SettingError("palette", text)
+        values = list(self.palette.values())
+        if doubled := [name for name in names if values.count(self.palette[name]) > 1]:
+            text = f"gives {doubled[0]} and another class the same value: give each its own"
+            yield SettingError("palette", text)
+
+
 def _listed(value: Any) -> Any:
     """1%,10%,100% as a list; one share alone is a list too."""
     if isinstance(value, str):
@@ -186,8 +252,12 @@ class ShareSettings(Strict):
         return bool(self.shares or self.baselines or self.compare or self.seeds > 1)
 
 
-class FinetuneOptions(ShareSettings):
-    """What `patchmine finetune` takes beside the settings of a run."""
+class CommandOptions(Strict):
+    """What commands that teach labels take beside the settings of a run."""
 
     recipe: Text | None = Field(None, description="a recipe's name or YAML file; yours overrule it")
     check: bool = Field(False, description="only look whether settings, labels and images fit")
+
+
+class FinetuneOptions(CommandOptions, ShareSettings):
+    """What `patchmine finetune` takes beside the settings of a run."""

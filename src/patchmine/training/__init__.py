@@ -8,4 +8,5 @@ from patchmine.training.place import Place as Place
 from patchmine.training.place import train_task as train_task
 from patchmine.training.pretraining import pretrain as pretrain
 from patchmine.training.resuming import resume as resume
+from patchmine.training.segmenting import segment as segment
 from patchmine.training.shares import compare_shares as compare_shares

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from patchmine.config.resolve import results_of
-from patchmine.config.schema import AnyConfig, FinetuneConfig
+from patchmine.config.resolve import command_of, results_of
+from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, shown_name, silent
@@ -20,6 +20,7 @@ from patchmine.runs.preparing import NO_SOURCES
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, load, load_newest, save
 from patchmine.train.optim import fitting_state
+from patchmine.training import segmenting
 from patchmine.training.finetuning import make_classifier, open_labels, train_classifier
 from patchmine.training.place import Place, identity_of, open_place
 from patchmine.training.pretraining import make_method, open_images, train_method
@@ -69,6 +70,12 @@ def extend(
             before.model["weights"] = task.weights  # by the labels and settings of now
             first = _first(task, config, labelled.train, before, place)
             return train_classifier(config, place, labelled, first)
+        if isinstance(config, SegmentConfig):
+            mapped, config = segmenting.open_maps(config, place)
+            learner = segmenting.make_segmenter(config, mapped)
+            before.model["weights"] = learner.weights
+            first = _first(learner, config, mapped.train, before, place)
+            return segmenting.train_segmenter(config, place, mapped, first)
         images, config = open_images(config, place, sources)
         first = _first(make_method(config), config, images, before, place)
         return train_method(config, place, images, first)
@@ -108,9 +115,8 @@ def _refuse_misfit(wanted: dict[str, Tensor], config: AnyConfig, before: Checkpo
     if not differing:
         return
     name, run = differing[0], shown_name(before.path.parent.parent)
-    command = f"pretrain init={run}"
-    if isinstance(config, FinetuneConfig):
-        command = f"finetune {run}"
+    command = command_of(config)
+    command += f" init={run}" if isinstance(config, PretrainConfig) else f" {run}"
     raise UserError(
         f"{shown_name(before.path)} does not fit these settings: {name} is "
         f"{shape(before.model, name)} there and {shape(wanted, name)} with them (so are "

@@ -27,11 +27,12 @@ from patchmine.evaluate.labelled import Part
 from patchmine.evaluate.measure import write_result
 from patchmine.evaluate.scores import classification_scores, multilabel_scores, regression_scores
 from patchmine.evaluate.settings import ReadingSettings
+from patchmine.ops.losses import balanced_weights
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_classifier, write_export
 from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.runs.preparing import NO_SOURCES
-from patchmine.tasks.classify import SCORE, Classify, balanced_weights
+from patchmine.tasks.classify import SCORE, Classify
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from patchmine.config.resolve import changed_results, of_kind, results_of
-from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig
+from patchmine.config.resolve import of_kind, results_of, changed_results
+from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, silent
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.known import KNOWN_BY_CONTENT, settings_to_resume
 from patchmine.runs.preparing import NO_SOURCES
 from patchmine.train.checkpoint import Checkpoint, load_newest
-from patchmine.training import finetuning, pretraining
+from patchmine.training import finetuning, pretraining, segmenting
 from patchmine.training.place import Place, open_place
 
 
@@ -49,6 +49,10 @@ def resume(
             labelled, config = finetuning.open_labels(config, place, sources)
             _refuse_stale(run, start, config, place)
             return finetuning.train_classifier(config, place, labelled, start)
+        if isinstance(config, SegmentConfig):
+            mapped, config = segmenting.open_maps(config, place)
+            _refuse_stale(run, start, config, place)
+            return segmenting.train_segmenter(config, place, mapped, start)
         config = of_kind(config, PretrainConfig)
         images, config = pretraining.open_images(config, place, sources)
         _refuse_stale(run, start, config, place)

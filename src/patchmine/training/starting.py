@@ -11,6 +11,7 @@ from patchmine.backbones.family import family_of
 from patchmine.backbones.names import VIDEO_MODELS
 from patchmine.config.explain import did_you_mean
 from patchmine.config.overrides import exists
+from patchmine.config.schema import KINDS
 from patchmine.data.items import CLIP
 from patchmine.errors import UserError, shown_name
 from patchmine.evaluate.evaluated import open_evaluated
@@ -62,3 +63,10 @@ def _known_model(name: str) -> str:
         f"'{shown_name(name)}' is no run, export or file that exists, and no architecture of "
         f"timm's{near}"
     )
+
+
+def settings_for(kind: str, start: str) -> dict[str, Any]:
+    """Those of `settings_of_start` that a run of this kind has."""
+    known = KINDS[kind].model_fields
+    own = {name: value for name, value in settings_of_start(start).items() if name in known}
+    return own | {"kind": kind}

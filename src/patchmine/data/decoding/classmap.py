@@ -20,7 +20,6 @@ from patchmine.errors import UserError, foreign_parser, reason_of, shown_name
 
 ClassMap = NDArray[np.int32]
 _NUMBERED = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")
-_UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def read_class_map(file: str, colours: Colours | None = None) -> ClassMap:
     Args:
         file: PNG, TIFF, BMP or GIF of one channel or with a palette, whose numbers count; a colour
             picture, with ``colours``; or .npy of whole numbers.
-        colours: which values mean which class; all others become -1.
+        colours: which values mean which class.
 
     Raises:
         ClassMapError: it cannot be read, or its pixels are no class numbers.
@@ -73,7 +72,9 @@ def read_class_map(file: str, colours: Colours | None = None) -> ClassMap:
             "colour means which class, as in palette={road: [128,64,128], car: [0,0,142]}"
         )
     if pixels.min() < 0 or pixels.max() >= 2**31:
-        raise ClassMapError(f"the label map {name} has values from {pixels.min()} to {pixels.max()}")
+        raise ClassMapError(
+            f"the label map {name} has values from {pixels.min()} to {pixels.max()}"
+        )
     return pixels.astype(np.int32)
 
 
@@ -118,8 +119,16 @@ def _by_colour(pixels: NDArray[Any], colours: Colours, name: str) -> ClassMap:
     order = np.argsort(values)
     ordered = np.asarray(values)[order]
     places = np.searchsorted(ordered, keys).clip(max=len(values) - 1)
-    known = ordered[places] == keys
-    found = np.where(known, np.asarray(colours.classes)[order[places]], _UNKNOWN)
+    found = np.asarray(colours.classes)[order[places]]
+    unknown = ordered[places] != keys
     if not colours.are_rgb:  # what is ignored may be written as such
-        found = np.where(~known & (keys == colours.ignored), colours.ignored, found)
+        implied = unknown & (keys == colours.ignored)
+        found, unknown = np.where(implied, colours.ignored, found), unknown & ~implied
+    if unknown.any():
+        value = int(keys[unknown][0])
+        shown = list(value.to_bytes(3, "big")) if colours.are_rgb else value
+        raise ClassMapError(
+            f"the label map {name} has {int(unknown.sum()):,} pixels of {shown}, which palette "
+            f"does not name: add it as a class, or as in palette.ignore={shown}"
+        )
     return found.astype(np.int32)

@@ -1,4 +1,4 @@
-"""Images with label maps: pictures of class numbers, one for each image, beside them or in a list."""
+"""Images with label maps: pictures of class numbers, one for each image, by folders or a list."""
 
 from __future__ import annotations
 
@@ -210,9 +210,7 @@ def _label_of(key: str, by_stem: Mapping[str, Sequence[str]], folders: _Folders)
     fitting = by_stem.get(stem, ())
     if not fitting:
         longer = [each for each in by_stem if each.startswith(stem)]
-        fitting = [
-            file for each in longer if each[len(stem)] in _JOINTS for file in by_stem[each]
-        ]
+        fitting = [file for each in longer if each[len(stem)] in _JOINTS for file in by_stem[each]]
     if len(fitting) == 1:
         return fitting[0]
     image = shown_name(folders.images / key)

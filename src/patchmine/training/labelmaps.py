@@ -1,0 +1,259 @@
+"""The label maps of a run that segments: its parts, its classes, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchmine.config.schema import SegmentConfig
+from patchmine.data.decoding.classmap import ClassMapError, Colours
+from patchmine.data.decoding.decode import DecodeError, probe
+from patchmine.data.sampling import spread_indices
+from patchmine.data.sources.pairs import LabelMaps, Parts, open_pairs
+from patchmine.errors import Say, UserError, reason_of, shown_name
+from patchmine.evaluate.labelled import TEST_SHARE
+from patchmine.evaluate.progress import progress
+from patchmine.tasks.settings import VOID
+from patchmine.train.engine import Engine
+
+MOST_CLASSES = 1000  # without names; more are numbers of objects, not of classes
+_TOLD = 3  # faults in one message
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Three disjoint parts with label maps of the same classes.
+
+    Args:
+        train: what is learned.
+        val: what the best checkpoint is chosen by, where anything is.
+        test: what the finished network is judged by.
+        names: of the classes, by their numbers.
+        pixels: (K,) of each class in ``train``.
+        how: the parts came to be, for people.
+    """
+
+    train: LabelMaps
+    val: LabelMaps | None
+    test: LabelMaps
+    names: list[str]
+    pixels: Tensor
+    how: str
+
+    @property
+    def parts(self) -> dict[str, LabelMaps]:
+        """Those that there are, by what they are for."""
+        every = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: part for name, part in every.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was seen in label maps: pixels by class number, and sentences on what is wrong."""
+
+    pixels: Counter[int]
+    faults: list[str]
+
+
+def colours_of(config: SegmentConfig) -> Colours | None:
+    """Which pixel values mean which class, where the settings say so."""
+    if not config.palette:
+        return None
+    names = [name for name in config.palette if name != VOID]
+    numbers = {name: number for number, name in enumerate(names)} | {VOID: config.ignore_index}
+    classes = tuple(numbers[name] for name in config.palette)
+    return Colours(tuple(config.palette.values()), classes, config.ignore_index)
+
+
+def open_label_maps(
+    config: SegmentConfig, engine: Engine, say: Say, faults: list[str] | None = None
+) -> Mapped:
+    """The parts that ``data``, ``val`` and ``test`` name, every label map looked at.
+
+    Args:
+        config: the settings.
+        engine: the processes that share the looking.
+        say: hears how far it is, and how the parts came to be.
+        faults: gets every fault there is; None: the first ones are a UserError.
+
+    Raises:
+        UserError: images without label maps, pixels that are no class, too few images.
+    """
+    colours = colours_of(config)
+    train, val, test, how = _divided(_opened(config, colours), config)
+    mapped = Mapped(train, val, test, [], torch.zeros(0), how)
+    for note in dict.fromkeys(note for part in mapped.parts.values() for note in part.notes):
+        say(note)
+    say(how)
+    found = {name: _look(part, name, engine, say) for name, part in mapped.parts.items()}
+    names = list(config.classes) or [name for name in config.palette if name != VOID]
+    wrong = [fault for each in found.values() for fault in each.faults]
+    every: Counter[int] = sum((each.pixels for each in found.values()), Counter())
+    every.pop(config.ignore_index, None)
+    if names:
+        wrong += _strangers(mapped, every, names, config.ignore_index)
+    elif not wrong:
+        names = _numbered(every, config)
+    if faults is not None:
+        faults += wrong
+    elif wrong:
+        more = f" (and {len(wrong) - _TOLD:,} more)" if len(wrong) > _TOLD else ""
+        listed = "; ".join(wrong[:_TOLD])
+        raise UserError(f"{listed}{more}. `check=true` lists all that is wrong")
+    pixels = torch.tensor([found["train"].pixels[number] for number in range(len(names))])
+    if absent := [name for name, count in zip(names, pixels.tolist(), strict=True) if not count]:
+        listed = ", ".join(map(shown_name, absent[:5]))
+        say(f"Beware: the training images show no pixel of {listed}, which cannot be learned.")
+    return replace(mapped, names=names, pixels=pixels)
+
+
+def _opened(config: SegmentConfig, colours: Colours | None) -> Parts:
+    data = config.data if isinstance(config.data, str) else list(config.data)
+    parts = open_pairs(data, config.labels, colours)
+    for name in ("val", "test"):
+        if (given := getattr(config, name)) is not None:
+            other = open_pairs(given, None, colours)
+            if name not in other and len(other) > 1:
+                told = ", ".join(other)
+                raise UserError(f"{name}={shown_name(str(given))} has the parts {told}: name one")
+            parts[name] = other.get(name) or next(iter(other.values()))
+    return parts
+
+
+def _divided(
+    parts: Parts, config: SegmentConfig
+) -> tuple[LabelMaps, LabelMaps | None, LabelMaps, str]:
+    train, name = parts.get("train") or parts.get("all"), shown_name(str(config.data))
+    if train is None:
+        raise UserError(
+            f"data={name} has no train/ to learn from, only {', '.join(parts)}: name the folder "
+            "of the training images as data, and the others as val=... and test=..."
+        )
+    val, test = parts.get("val"), parts.get("test")
+    if config.val_share and val is not None:
+        raise UserError(f"val_share={config.val_share:g}, but {name} has val/: leave it out")
+    if test is None and val is not None:
+        test, val = val, None  # nothing is ever chosen by what the network is judged by
+        how = f"learns from {name}, is tested on its val/"
+    elif test is None:
+        train, test = _cut(train, TEST_SHARE, name)
+        how = f"{name} has no part for testing: the last fifth of the list is tested on"
+    else:
+        how = f"learns from {name}, is tested on {shown_name(test.name)}"
+    if config.share < 1:
+        how = f"{100 * config.share:.3g} % of the training images; {how}"
+        train = _shared(train, config)
+    if config.val_share:
+        train, val = _cut(train, config.val_share, name)
+    if val is not None:
+        how += f"; {len(val):,} images choose the best checkpoint"
+    counts = f"{len(train):,} images to train on, {len(test):,} to test"
+    return train, val, test, f"{how} ({counts})."
+
+
+def _shared(train: LabelMaps, config: SegmentConfig) -> LabelMaps:
+    """The part of the training images that ``share`` leaves, drawn by ``seed``."""
+    count = round(config.share * len(train))
+    if count == 0:
+        least = f"{np.ceil(1000 / len(train)) / 10:g}%"
+        few = f"share={100 * config.share:g}% of {len(train):,} images is none"
+        raise UserError(f"{few}: take {least} or more")
+    return train.chosen(spread_indices(len(train), count, config.seed))
+
+
+def _cut(part: LabelMaps, share: float, name: str) -> tuple[LabelMaps, LabelMaps]:
+    """The first images, and the last ``share`` of them."""
+    # Neighbours in a list are often frames of one video: no random draw.
+    last = max(1, round(share * len(part)))
+    if last >= len(part):
+        raise UserError(f"{name} has {len(part)} image, too few to keep some from training")
+    places = np.arange(len(part))
+    return part.chosen(places[:-last]), part.chosen(places[-last:])
+
+
+def _look(part: LabelMaps, title: str, engine: Engine, say: Say) -> Findings:
+    """Every label map, each process a share."""
+    mine = np.array_split(np.arange(len(part)), engine.world_size)[engine.rank].tolist()
+    pixels: Counter[int] = Counter()
+    faults: list[str] = []
+    # Decoders let go of the interpreter's lock.
+    pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 1)))
+    with pool, progress(f"label maps ({title})", len(mine), say) as tick:
+        for counts, fault in pool.map(lambda index: _seen(part, index), mine):
+            pixels.update(counts)
+            faults += [fault] if fault else []
+            tick(1)
+    every = (
+        [Findings(pixels, faults)]
+        if engine.world_size == 1
+        else engine.gather(Findings(pixels, faults))
+    )
+    whole: Counter[int] = sum((each.pixels for each in every), Counter())
+    return Findings(whole, [fault for each in every for fault in each.faults])
+
+
+def _seen(part: LabelMaps, index: int) -> tuple[dict[int, int], str | None]:
+    """Pixels by class number of one label map, and what is wrong with it."""
+    name = shown_name(part.labels_of[index])
+    try:
+        labels = part.target(index)
+        height, width, *_ = probe(part.read(index))
+    except ClassMapError as error:
+        return {}, str(error)
+    except (OSError, DecodeError) as error:
+        told = str(error) if isinstance(error, DecodeError) else f"({reason_of(error)})"
+        return {}, f"{shown_name(part.path(index))} cannot be read: {told}"
+    if labels.shape != (height, width):
+        rows, columns = labels.shape
+        return {}, (
+            f"the label map {name} is {columns}x{rows} pixels and its image "
+            f"{shown_name(part.path(index))} {width}x{height}: make them alike"
+        )
+    numbers, counts = np.unique(labels, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True)), None
+
+
+def _strangers(
+    mapped: Mapped, found: Counter[int], names: Sequence[str], ignored: int
+) -> Iterator[str]:
+    """A sentence for each class number that no name belongs to, with a file that has it."""
+    for number in sorted(number for number in found if number >= len(names)):
+        file = next(
+            (
+                part.labels_of[index]
+                for part in mapped.parts.values()
+                for index in range(len(part))
+                if (part.target(index) == number).any()
+            ),
+            "a label map",
+        )
+        yield (
+            f"the label map {shown_name(file)} has class {number}, but there are {len(names)} "
+            f"classes, 0 to {len(names) - 1}: name it in classes, or give ignore_index={number} "
+            f"(now {ignored}) where it means no class"
+        )
+
+
+def _numbered(found: Counter[int], config: SegmentConfig) -> list[str]:
+    """Names of classes that are told by their numbers only."""
+    name, ignored = shown_name(str(config.data)), config.ignore_index
+    if not found or max(found) == 0:
+        raise UserError(
+            f"the label maps of {name} hold nothing but class 0 and ignored pixels ({ignored}): if "
+            f"{ignored} is a class, say so, as in palette={{background: 0, object: {ignored}}}"
+        )
+    if max(found) >= MOST_CLASSES or len(found) < (max(found) + 1) / 4:
+        shown = ", ".join(map(str, sorted(found)[:6]))
+        raise UserError(
+            f"the label maps of {name} hold {len(found):,} values up to {max(found):,} ({shown}, "
+            "...): say which are classes, as in palette={background: 0, object: 128}, or give "
+            "classes"
+        )
+    return [str(number) for number in range(max(found) + 1)]

@@ -1,0 +1,168 @@
+"""Segmentation: a backbone and a head learn label maps, are tested, and are exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchmine.config.resolve import resolve_size
+from patchmine.config.schema import SegmentConfig
+from patchmine.data.badfiles import BadFiles
+from patchmine.data.loader import plain_batches
+from patchmine.data.sources.pairs import LabelMaps
+from patchmine.data.views.dense import SegmentView, WholeView
+from patchmine.data.workers import num_workers
+from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.evaluate.progress import progress
+from patchmine.evaluate.segmentation import Confusion, segmentation_scores
+from patchmine.evaluate.sliding import ClassMaps
+from patchmine.ops.losses import balanced_weights
+from patchmine.runs import preparing
+from patchmine.runs.folder import RunFolder, build_segmenter, write_export
+from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.tasks.segment import Segment
+from patchmine.train.checkpoint import Checkpoint
+from patchmine.train.engine import Engine
+from patchmine.training.labelmaps import Mapped, open_label_maps
+from patchmine.training.place import Place, agree, open_place
+from patchmine.training.supervised import TEST, file_result, teach
+
+
+def segment(config: SegmentConfig, *, say: Say = silent) -> RunFolder:
+    """Make a run that learns label maps, in the new folder ``config.out``.
+
+    Args:
+        config: the settings.
+        say: hears what happens.
+
+    Returns:
+        The run: trained, tested (``eval/test.json``) and its encoder exported.
+
+    Raises:
+        UserError: mistakes in settings, label maps or folders.
+        Interrupted: a SystemExit with the stated code, when it was asked to stop.
+    """
+    folder = new_folder(config)
+    with open_place(folder, config, say) as place:
+        refuse_used_folder(folder)
+        mapped, config = open_maps(config, place)
+        return train_segmenter(config, place, mapped, None)
+
+
+def check(config: SegmentConfig, *, say: Say = silent) -> None:
+    """Look whether settings, images and label maps fit together; nothing is written or trained.
+
+    Raises UserError with everything that is wrong.
+    """
+    folder = new_folder(config)
+    refuse_used_folder(folder)
+    engine = Engine(config.device, config.devices, config.num_nodes, config.precision, say)
+    faults: list[str] = []
+    mapped = open_label_maps(config, engine, say, faults)
+    if faults:
+        raise UserError("\n".join([f"{len(faults):,} faults:", *faults]))
+    counts = ", ".join(f"{len(part):,} for {name}" for name, part in mapped.parts.items())
+    say(f"Settings and label maps fit: {len(mapped.names)} classes; {counts}.")
+
+
+def open_maps(config: SegmentConfig, place: Place) -> tuple[Mapped, SegmentConfig]:
+    """Label maps, and the settings that had to wait for them, alike in all processes."""
+    mapped = open_label_maps(config, place.engine, place.say)
+    images = mapped.train
+    config = config.model_copy(update={"classes": mapped.names})
+    config = resolve_size(config, len(images), place.say)
+    config = preparing.with_statistics(config, images, place.say)
+    config = preparing.fit_to_length(config, len(images), place.say)
+    parts = mapped.parts.values()
+    found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in parts)
+    agree(config, place, ", ".join(found))
+    return mapped, config
+
+
+def make_segmenter(
+    config: SegmentConfig, mapped: Mapped, init: str | None = None, say: Say = silent
+) -> Segment:
+    """The network that the settings and the label maps describe, as the seed draws it."""
+    weights = balanced_weights(mapped.pixels) if config.balance else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_segmenter(config, weights=weights, start_from=init, say=say)
+
+
+def train_segmenter(
+    config: SegmentConfig, place: Place, mapped: Mapped, start: Checkpoint | None
+) -> RunFolder:
+    """The run with these settings, trained to its end, tested and exported."""
+    task = make_segmenter(config, mapped, config.init if start is None else None, place.say)
+    judge = MapJudge(task, config, place)
+    bad = teach(
+        task,
+        config,
+        mapped.train,
+        mapped.val,
+        SegmentView(config, config.ignore_index, preparing.smallest_side(task)),
+        place,
+        judge,
+        name=f"segmenting {len(mapped.names)} classes",
+        start=start,
+    )
+    found = judge(mapped.test, TEST, place.say)
+    counts = {"how": mapped.how, "train": len(mapped.train), "test": len(mapped.test)}
+
+    def export(run: RunFolder) -> None:
+        write_export(config, task.network().encoder.cpu(), run.export_dir)
+
+    chosen_by = None if mapped.val is None else len(mapped.val)
+    file_result(config, place, found, counts, chosen_by, export)
+    place.say(_last_words(place, found, bad))
+    place.engine.barrier()
+    return RunFolder(place.folder)
+
+
+@dataclass(frozen=True)
+class MapJudge:
+    """Scores of whole images, each process reading its share."""
+
+    task: Segment
+    config: SegmentConfig
+    place: Place
+
+    def __call__(self, part: LabelMaps, title: str, say: Say) -> dict[str, Any]:
+        """What `segmentation_scores` says of a part.  Raises UserError where too much is broken."""
+        config, engine = self.config, self.place.engine
+        mine = np.array_split(np.arange(len(part)), engine.world_size)[engine.rank]
+        bad = BadFiles(None, config.max_bad_share)
+        loaded = plain_batches(
+            part,
+            WholeView(config, preparing.smallest_side(self.task)),
+            batch_size=1,
+            indices=mine,
+            workers=num_workers(config.workers, engine.device, engine.local_size),
+            read_timeout=config.read_timeout,
+            bad=bad,
+            targets=True,
+        )
+        maps = ClassMaps(self.task.eval().scores, config, len(self.task.names), engine.autocast)
+        confusion = Confusion(len(self.task.names), engine.device)
+        with progress(title, len(mine), say) as tick:
+            for batch in map(preparing.normaliser(config, engine), loaded):
+                labels = batch.target
+                found = maps(batch.views[0][0], (labels.shape[-2], labels.shape[-1]))
+                confusion.add(found[None], labels, config.ignore_index)
+                tick(1)
+        for other in engine.gather(confusion.state()) if engine.world_size > 1 else []:
+            confusion.merge(other)
+        return segmentation_scores(confusion, self.task.names)
+
+
+def _last_words(place: Place, found: Mapping[str, Any], bad: BadFiles) -> str:
+    folder = place.folder
+    broken = f" {len(bad)} broken {bad.item}s were left out, see {bad.path}." if len(bad) else ""
+    return (
+        f"Done: {folder}, test miou {found['miou']:.2f} % (eval/{TEST}.json).{broken} "
+        f"Next: `patchmine predict {shown_name(folder)} images/ out=predictions/`."
+    )
