@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from patchmine.api import load_encoder as load_encoder
     from patchmine.api import pretrain as pretrain
     from patchmine.api import resume as resume
+    from patchmine.api import segment as segment
     from patchmine.config.schema import FinetuneConfig as FinetuneConfig
     from patchmine.config.schema import PretrainConfig as PretrainConfig
+    from patchmine.config.schema import SegmentConfig as SegmentConfig
     from patchmine.data.inspect import inspect as inspect
     from patchmine.data.settings import Clip as Clip
     from patchmine.data.settings import Crops as Crops
@@ -61,8 +63,9 @@ _HOMES = {
         "load_encoder",
         "pretrain",
         "resume",
+        "segment",
     ),
-    "config.schema": ("FinetuneConfig", "PretrainConfig"),
+    "config.schema": ("FinetuneConfig", "PretrainConfig", "SegmentConfig"),
     "data.inspect": ("inspect",),
     "data.settings": ("Clip", "Crops"),
     "data.sharding": ("write_shards",),

@@ -10,9 +10,16 @@ from typing import Any, Literal, Unpack
 from patchmine import training
 from patchmine.backbones.family import Encoder
 from patchmine.config.explain import validate
-from patchmine.config.keywords import FinetuneRunSettings, Name, RunningSettings, RunSettings, Size
+from patchmine.config.keywords import (
+    FinetuneRunSettings,
+    Name,
+    RunningSettings,
+    RunSettings,
+    SegmentRunSettings,
+    Size,
+)
 from patchmine.config.resolve import from_settings, of_kind
-from patchmine.config.schema import FinetuneConfig, PretrainConfig
+from patchmine.config.schema import FinetuneConfig, PretrainConfig, SegmentConfig
 from patchmine.errors import Say
 from patchmine.report.used_run import UsedRun
 from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, checks_of
@@ -22,7 +29,7 @@ from patchmine.runs.transfer import import_file
 from patchmine.tasks.settings import ShareSettings
 from patchmine.training.extending import settings_of_extension
 from patchmine.training.shares import configs_of_starts
-from patchmine.training.starting import settings_of_start
+from patchmine.training.starting import settings_for, settings_of_start
 
 
 class Run(UsedRun):
@@ -133,6 +140,42 @@ def finetune(
     start_from = None if recipe is None else os.fspath(recipe)
     config = from_settings(start_from, say=say, also=CLASSIFIER_CHECKS, base=base, **given)
     return Run(training.finetune(of_kind(config, FinetuneConfig), sources=sources, say=say).path)
+
+
+def segment(
+    start: Name,
+    *,
+    data: Any = None,
+    recipe: Name | None = None,
+    say: Say = print,
+    **settings: Unpack[SegmentRunSettings],
+) -> Run:
+    """Teach a backbone the class of every pixel, test it, and export its encoder.
+
+    Example:
+        ``segment("runs/hpm", data="camvid/", out="runs/segment", ignore_index=11)``
+
+    Args:
+        start: a run, an export, a file of weights, or the name of a model (random weights).
+        data: a folder of ``{train,val,test}/{images,labels}``, one of ``images`` and ``labels``, or
+            a list of "image label" lines.
+        recipe: name or file of settings to start from.
+        say: hears what a person should know.
+        **settings: those of `patchmine config schema segment`.
+
+    Returns:
+        The finished run, tested (``eval/test.json``).
+
+    Raises:
+        UserError: settings, label maps or folders are wrong; the message lists every error.
+    """
+    given: dict[str, Any] = dict(settings)
+    if data is not None:
+        given["data"] = data
+    base = settings_for("segment", os.fspath(start))
+    start_from = None if recipe is None else os.fspath(recipe)
+    config = from_settings(start_from, say=say, also=checks_of("segment"), base=base, **given)
+    return Run(training.segment(of_kind(config, SegmentConfig), say=say).path)
 
 
 def compare_shares(

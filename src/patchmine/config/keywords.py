@@ -27,7 +27,6 @@ class SharedRunningSettings(TypedDict, total=False):
     checkpoint_every: int | None
     keep_checkpoints: int
     eval_every: int
-    crop_pct: float
     log_every: int
     sample_every: int | None
     tensorboard: bool
@@ -48,11 +47,8 @@ class SharedRunSettings(SharedRunningSettings, total=False):
     model_args: dict[str, Any]
     patch_size: int | None
     init: Name | None
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
     flip: float
     interpolation: Literal["bicubic", "bilinear"]
-    crops: Crops | Mapping[str, Any]
     epochs: int | None
     steps: int | None
     batch_size: int
@@ -72,44 +68,60 @@ class SharedRunSettings(SharedRunningSettings, total=False):
     by_size: list[dict[str, Any]]
 
 
-class RunningSettings(SharedRunningSettings, total=False):
-    """Settings that change no weights, as keywords; `patchmine config schema` explains each."""
+class CropSettings(TypedDict, total=False):
+    """How crops of whole images are taken."""
 
-    eval_data: Name | None
-    eval_test: Name | None
-
-
-class RunSettings(SharedRunSettings, RunningSettings, total=False):
-    """The settings of a run, as keywords; `patchmine config schema` explains each."""
-
-    method: str | Mapping[str, Any] | BaseModel
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    crops: Crops | Mapping[str, Any]
+    crop_pct: float
 
 
-class FinetuneRunSettings(SharedRunSettings, total=False):
-    """The settings of a run that fine-tunes, as keywords; `patchmine config schema finetune`
-    explains each.
-    """
+class HeldOutRunSettings(TypedDict, total=False):
+    """Settings of runs that learn labels of any kind."""
 
     labels: Name | None
-    column: str | None
-    loss: Literal["ce", "bce", "mse"]
     share: float | str
     val: Any  # names of images, or a torch dataset
     val_share: float
     patience: int | None
     test: Any
     eval_batch: int
-    test_segments: int
-    test_crops: int
-    pool: Literal["mean", "cls"]
-    head_std: float
+    classes: list[str]
     trainable: str
     positions: Literal["learned", "frozen"]
     layer_decay: float | None
     drop_path: float
-    label_smoothing: float
-    balance: bool
     clip_grad: float | None
+    balance: bool
+
+
+class RunningSettings(SharedRunningSettings, total=False):
+    """Settings that change no weights, as keywords; `patchmine config schema` explains each."""
+
+    eval_data: Name | None
+    eval_test: Name | None
+    crop_pct: float
+
+
+class RunSettings(CropSettings, SharedRunSettings, RunningSettings, total=False):
+    """The settings of a run, as keywords; `patchmine config schema` explains each."""
+
+    method: str | Mapping[str, Any] | BaseModel
+
+
+class FinetuneRunSettings(CropSettings, HeldOutRunSettings, SharedRunSettings, total=False):
+    """The settings of a run that fine-tunes, as keywords; `patchmine config schema finetune`
+    explains each.
+    """
+
+    column: str | None
+    loss: Literal["ce", "bce", "mse"]
+    test_segments: int
+    test_crops: int
+    pool: Literal["mean", "cls"]
+    head_std: float
+    label_smoothing: float
     ema_decay: float | None
     auto_augment: str | None
     erase_prob: float
@@ -117,4 +129,22 @@ class FinetuneRunSettings(SharedRunSettings, total=False):
     cutmix: float
     mix_prob: float
     mix_switch_prob: float
-    classes: list[str]
+
+
+class SegmentRunSettings(HeldOutRunSettings, SharedRunSettings, total=False):
+    """The settings of a run that segments, as keywords; `patchmine config schema segment` explains
+    each.
+    """
+
+    ignore_index: int
+    palette: Mapping[str, int | tuple[int, int, int]]
+    head: Literal["linear", "upernet", "dpt"]
+    head_width: int | None
+    aux_weight: float
+    dice: float
+    focal: float
+    short_side: int | None
+    scale: tuple[float, float]
+    crop_max_share: float
+    colour_jitter: float
+    test_stride: int | None

@@ -113,7 +113,7 @@ def command_of(config: RunConfig) -> str:
 
 def _schema_of(model: type[RunConfig]) -> str:
     """What lists the settings of such a run."""
-    return " ".join(["patchmine config schema", *[_COMMANDS[model]] * (model in _COMMANDS)])
+    return f"patchmine config schema {_COMMANDS.get(model, '')}".rstrip()
 
 
 def _model_of(settings: Mapping[str, Any]) -> type[AnyConfig]:

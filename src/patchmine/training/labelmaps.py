@@ -141,12 +141,14 @@ def _divided(
         raise UserError(f"val_share={config.val_share:g}, but {name} has val/: leave it out")
     if test is None and val is not None:
         test, val = val, None  # nothing is ever chosen by what the network is judged by
-        how = f"learns from {name}, is tested on its val/"
+        how = f"learns from train/ of {name}, is tested on its val/"
     elif test is None:
         train, test = _cut(train, TEST_SHARE, name)
         how = f"{name} has no part for testing: the last fifth of the list is tested on"
     else:
-        how = f"learns from {name}, is tested on {shown_name(test.name)}"
+        own = config.test is None
+        tested = "its test/" if own else shown_name(str(config.test))
+        how = f"learns from {name}, is tested on {tested}"
     if config.share < 1:
         how = f"{100 * config.share:.3g} % of the training images; {how}"
         train = _shared(train, config)

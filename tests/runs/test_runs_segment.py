@@ -1,0 +1,230 @@
+"""Segmentation from a backbone to a tested run, as users meet it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import patchmine
+from fixtures.label_maps import write_label_maps
+from patchmine.errors import UserError
+from patchmine.runs.folder import RunFolder
+from patchmine.train.checkpoint import load
+from spoken import patchmine_says
+
+MODEL: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"embed_dim": 32, "depth": 4, "num_heads": 2},
+    "image_size": 24,
+    "patch_size": 4,
+    "blr": 1e-2,
+    "warmup_epochs": 0,
+    "workers": 0,
+    "tensorboard": False,
+    "device": "cpu",
+    "say": lambda _: None,
+}
+TEACH: dict[str, Any] = {
+    "batch_size": 4,
+    "steps": 6,
+    "blr": 5e-2,
+    "warmup_epochs": 0,
+    "workers": 0,
+    "tensorboard": False,
+    "device": "cpu",
+    "say": lambda _: None,
+}
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_label_maps(tmp_path_factory.mktemp("maps"), {"train": 8, "val": 2, "test": 3})
+
+
+@pytest.fixture(scope="module")
+def backbone(maps: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("backbone") / "mae"
+    images = maps / "train" / "images"
+    return patchmine.pretrain(data=images, out=out, steps=2, batch_size=4, **MODEL).path
+
+
+def teach(backbone: Path | str, data: Path, out: Path, **settings: Any) -> patchmine.Run:
+    return patchmine.segment(backbone, data=str(data), out=out, **{**TEACH, **settings})
+
+
+@pytest.fixture(scope="module")
+def taught(backbone: Path, maps: Path, tmp_path_factory: pytest.TempPathFactory) -> patchmine.Run:
+    return teach(backbone, maps, tmp_path_factory.mktemp("taught") / "run", steps=40)
+
+
+def test_a_run_is_tested_on_whole_images(taught: patchmine.Run, backbone: Path) -> None:
+    result = json.loads((taught.eval_dir / "test.json").read_text())
+    assert result["classes"] == ["0", "1", "2"]
+    assert set(result["per_class"]) == {"0", "1", "2"}
+    assert result["miou"] > 60  # classes differ in colour
+    assert result["images"]["test"] == 3
+    assert result["chosen_by"] == "validation on 2 images"
+    exported = timm.create_model(f"local-dir:{taught.export_dir}", pretrained=True)
+    weight = taught.encoder().blocks[0].attn.qkv.weight
+    assert torch.equal(exported.blocks[0].attn.qkv.weight, weight)
+    assert not torch.equal(RunFolder(backbone).encoder().blocks[0].attn.qkv.weight, weight)
+    best = max(line["eval"]["miou"] for line in taught.metrics() if "eval" in line)
+    assert load((taught.checkpoint_dir / "best").resolve()).facts["best"]["score"] == best
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"head": "upernet", "head_width": 16, "dice": 1.0},
+        {"head": "dpt", "head_width": 16, "focal": 2.0},
+        {"trainable": "none", "balance": True},
+        {"trainable": "lora:2"},
+    ],
+)
+def test_heads_and_losses(
+    settings: dict[str, Any], backbone: Path, maps: Path, tmp_path: Path
+) -> None:
+    run = teach(backbone, maps, tmp_path / "run", steps=4, log_every=1, **settings)
+    losses = [line for line in run.metrics() if "loss" in line]
+    assert all(np.isfinite(line["loss"]) for line in losses)
+    assert ("dice" in losses[0]) is ("dice" in settings)
+    assert ("auxiliary" in losses[0]) is (settings.get("head") == "upernet")
+    before = RunFolder(backbone).encoder().blocks[0].attn.qkv.weight
+    after = run.encoder().blocks[0].attn.qkv.weight
+    assert torch.equal(before, after) is (settings.get("trainable") == "none")
+
+
+def test_a_resnet_segments(maps: Path, tmp_path: Path) -> None:
+    run = teach("resnet18", maps, tmp_path / "run", steps=2, image_size=32)
+    assert 0 <= json.loads((run.eval_dir / "test.json").read_text())["miou"] <= 100
+
+
+def test_colours_and_share(maps: Path, backbone: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(maps, tmp_path / "maps")
+    colours = np.array([[0, 0, 0], [128, 64, 128], [9, 9, 200]], np.uint8)
+    for file in data.rglob("*.png"):
+        labels = np.asarray(Image.open(file))
+        picture = np.where((labels == 255)[..., None], 255, colours[labels % 255])
+        Image.fromarray(picture.astype(np.uint8)).save(file)
+    palette = {"ground": [0, 0, 0], "road": [128, 64, 128], "sea": [9, 9, 200]}
+    palette["ignore"] = [255, 255, 255]
+    run = teach(backbone, data, tmp_path / "run", palette=palette, share="50%")
+    result = json.loads((run.eval_dir / "test.json").read_text())
+    assert result["classes"] == ["ground", "road", "sea"]
+    assert result["images"]["train"] == 4
+    with pytest.raises(UserError, match=r"colour picture where class numbers .*palette="):
+        teach(backbone, data, tmp_path / "other")
+
+
+def test_resumed_in_mid_epoch_with_workers_it_is_the_same(
+    backbone: Path, maps: Path, tmp_path: Path, weights: Any
+) -> None:
+    settings = dict(head="upernet", head_width=16, steps=5, checkpoint_every=3, drop_path=0.2)
+    whole = teach(backbone, maps, tmp_path / "whole", **settings, keep_checkpoints=9)
+    cut = shutil.copytree(whole.path, tmp_path / "cut")
+    for file in (*cut.glob("checkpoints/*5*"), cut / "eval" / "test.json"):
+        file.unlink()
+    (cut / "checkpoints" / "last").unlink()
+    patchmine.resume(cut, workers=1, say=lambda _: None)
+    first, second = weights(whole), weights(cut)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert (cut / "eval" / "test.json").read_text() == (whole.eval_dir / "test.json").read_text()
+
+
+def test_a_run_is_extended(taught: patchmine.Run, tmp_path: Path) -> None:
+    longer = taught.extend(tmp_path / "longer", steps=2, say=lambda _: None)
+    assert longer.config.kind == "segment"
+    assert longer.metrics()[-1]["step"] == 2
+
+
+def test_a_check_lists_all_that_is_wrong(backbone: Path, maps: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(maps, tmp_path / "maps")
+    words = [str(backbone), f"data={data}", f"out={tmp_path / 'run'}", "workers=0"]
+    said = patchmine_says("segment", *words, "check=true")
+    assert "3 classes; 8 for train, 2 for val, 3 for test" in said
+    Image.new("L", (7, 9)).save(data / "train" / "labels" / "000.png")
+    Image.new("RGB", (48, 40), (1, 2, 3)).save(data / "train" / "labels" / "001.png")
+    (data / "test" / "labels" / "002.png").write_bytes(b"none")
+    said = patchmine_says("segment", *words, "check=true", code=1)
+    for told in ("3 faults", "000.png is 7x9 pixels", "001.png is a colour picture", "002.png"):
+        assert told in said
+    assert not (tmp_path / "run").exists()
+    assert "000.png is 7x9 pixels" in patchmine_says("segment", *words, code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["classes=[a,b]"], "class 2, but there are 2 classes"),
+        (["palette={a: 0, b: 0}"], "palette"),
+        (["palette={a: 0, b: [1,2,3]}"], "palette"),
+        (["test_stride=99"], "test_stride"),
+        (["head=pyramid"], "head"),
+        (["image_size=30"], "image_size"),
+        (["labels=missing"], "labels"),
+        (["val_share=0.5"], "val_share"),
+        (["share=1%"], "share=1% of 8 images is none"),
+        (["ignore_index=0"], "class 255"),
+        (["model=video_vit_small_patch16"], "reads videos"),
+        (["mixup=1"], "mixup"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    words: list[str], named: str, backbone: Path, maps: Path, tmp_path: Path
+) -> None:
+    given = [f"data={maps}", f"out={tmp_path / 'run'}", "workers=0", *words]
+    said = patchmine_says("segment", str(backbone), *given, code=None)
+    assert named in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_masks_of_two_values_are_asked_for(backbone: Path, maps: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(maps, tmp_path / "maps")
+    for file in data.rglob("*.png"):
+        labels = np.asarray(Image.open(file))
+        Image.fromarray(np.where(labels == 1, 255, 0).astype(np.uint8)).save(file)
+    with pytest.raises(UserError, match=r"palette=\{background: 0, object: 255\}"):
+        teach(backbone, data, tmp_path / "run")
+    run = teach(backbone, data, tmp_path / "run", palette={"background": 0, "object": 255})
+    assert run.config.classes == ["background", "object"]
+
+
+def test_a_run_of_another_kind_says_so(
+    taught: patchmine.Run, backbone: Path, maps: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="learned to segment and knows no classes of images"):
+        taught.classify()
+    with pytest.raises(UserError, match="was pre-trained and knows no classes of pixels"):
+        RunFolder(backbone).segmenter()
+    with pytest.raises(UserError, match=r"kind=segment.*no pre-training method"):
+        taught.method()
+    again = teach(taught.path, maps, tmp_path / "again")  # and yet serves as a start
+    assert again.config.init == str(taught.path)
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(backbone: Path, maps: Path, tmp_path: Path) -> None:
+    settings = dict(head="upernet", head_width=16, steps=4, dice=0.5, val_share=0)
+    one = teach(backbone, maps, tmp_path / "one", **settings)
+    given = {**TEACH, **settings, "data": maps, "out": tmp_path / "two", "devices": 2}
+    words = [f"{name}={value}" for name, value in given.items() if name != "say"]
+    command = [sys.executable, "-m", "patchmine", "segment", str(backbone), *words]
+    subprocess.run(command, check=True, capture_output=True, timeout=250)
+    two = patchmine.Run(tmp_path / "two")
+    first, second = (load_file(run.export_dir / "model.safetensors") for run in (one, two))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    scores = [json.loads((run.eval_dir / "test.json").read_text())["miou"] for run in (one, two)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.2)
