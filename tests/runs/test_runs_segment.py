@@ -156,11 +156,11 @@ def test_a_check_lists_all_that_is_wrong(backbone: Path, maps: Path, tmp_path: P
     Image.new("L", (7, 9)).save(data / "train" / "labels" / "000.png")
     Image.new("RGB", (48, 40), (1, 2, 3)).save(data / "train" / "labels" / "001.png")
     (data / "test" / "labels" / "002.png").write_bytes(b"none")
-    said = patchmine_says("segment", *words, "check=true", code=1)
+    said = patchmine_says("segment", *words, "check=true", code=2)
     for told in ("3 faults", "000.png is 7x9 pixels", "001.png is a colour picture", "002.png"):
         assert told in said
     assert not (tmp_path / "run").exists()
-    assert "000.png is 7x9 pixels" in patchmine_says("segment", *words, code=1)
+    assert "000.png is 7x9 pixels" in patchmine_says("segment", *words, code=2)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_mistakes_are_told_before_anything_is_written(
     words: list[str], named: str, backbone: Path, maps: Path, tmp_path: Path
 ) -> None:
     given = [f"data={maps}", f"out={tmp_path / 'run'}", "workers=0", *words]
-    said = patchmine_says("segment", str(backbone), *given, code=None)
+    said = patchmine_says("segment", str(backbone), *given, code=2)
     assert named in said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
