@@ -175,7 +175,7 @@ def test_a_check_lists_all_that_is_wrong(backbone: Path, maps: Path, tmp_path: P
         (["labels=missing"], "labels"),
         (["val_share=0.5"], "val_share"),
         (["share=1%"], "share=1% of 8 images is none"),
-        (["ignore_index=0"], "class 255"),
+        (["ignore_index=0"], "values up to 255"),
         (["model=video_vit_small_patch16"], "reads videos"),
         (["mixup=1"], "mixup"),
     ],

@@ -120,6 +120,7 @@ def segment(words: Sequence[str], say: Say) -> None:
     from patchmine.config import resolve
     from patchmine.config.schema import SegmentConfig
     from patchmine.runs.checking import checks_of
+    from patchmine.runs.known import tell_errors, words_known_to_fit
     from patchmine.tasks.settings import CommandOptions
 
     def is_option(word: str) -> bool:
@@ -128,13 +129,16 @@ def segment(words: Sequence[str], say: Say) -> None:
     options = read_words(
         CommandOptions, list(filter(is_option, settings)), command="segment", say=say
     )
-    from patchmine.training import segmenting
+    own, checks = [word for word in settings if not is_option(word)], checks_of("segment")
+    known, sure = words_known_to_fit(first, own, "segment")
+    tell_errors(
+        lambda hears: resolve.parse(options.recipe, sure, hears, also=checks[:1], base=known), say
+    )
+    from patchmine.training import segmenting  # after the words are known to be right
     from patchmine.training.starting import settings_for
 
-    own = [word for word in settings if not is_option(word)]
-    config = resolve.parse(
-        options.recipe, own, say, also=checks_of("segment"), base=settings_for("segment", first)
-    )
+    base = settings_for("segment", first)
+    config = resolve.parse(options.recipe, own, say, also=checks, base=base)
     work = segmenting.check if options.check else segmenting.segment
     work(resolve.of_kind(config, SegmentConfig), say=say)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchmine.config.schema import SegmentConfig
-from patchmine.ops.windows import sliding_scores
+from patchmine.ops.windows import slide, slide_classes
 
 _MOST_SCORES = 1 << 28  # that are held to be resized: a gigabyte
 
@@ -42,15 +42,15 @@ class ClassMaps:
         """
         config = self.config
         stride = config.test_stride or max(1, 2 * min(config.image_size) // 3)
-        bands = sliding_scores(image, self._scores, config.image_size, stride, config.eval_batch)
+        how = (config.image_size, (stride, stride), config.eval_batch, self._scores)
         height, width = image.shape[-2:]
         if (height, width) == size:
-            return torch.cat([scores.argmax(0) for _, scores in bands])
+            return slide_classes(image, *how, self.num_classes).long()
         if self.num_classes * max(height * width, size[0] * size[1]) <= _MOST_SCORES:
-            scores = torch.cat([scores for _, scores in bands], dim=1)
+            scores = slide(image, *how, self.num_classes)
             resized = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)
             return resized[0].argmax(0)
-        found = torch.cat([scores.argmax(0) for _, scores in bands])
+        found = slide_classes(image, *how, self.num_classes)
         nearest = F.interpolate(found[None, None].double(), size, mode="nearest-exact")
         return nearest[0, 0].long()
 

@@ -101,7 +101,7 @@ SEGMENTER_CHECKS = (missing_files, misfits_of_segmenter)
 
 def checks_of(kind: str) -> Checks:
     """What is asked of the settings of a new run of this kind."""
-    every = {"classify": CLASSIFIER_CHECKS, "segment": SEGMENTER_CHECKS}
+    every: dict[str, Checks] = {"classify": CLASSIFIER_CHECKS, "segment": SEGMENTER_CHECKS}
     return every.get(kind, CHECKS)
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from patchmine.backbones.family import Encoder, family_of, stage_features
 from patchmine.models.adapt import decay_of, hold_statistics, rate_groups, select_trainable
-from patchmine.models.dense import SegmentHead, build_head
+from patchmine.models.dense import build_head
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths, draw_dropouts, dropouts_of
 from patchmine.models.lora import merged
+from patchmine.models.segment_head import SegmentHead
 from patchmine.ops.segmentation import dice_losses, focal_losses, pixel_losses
 from patchmine.task import Task
 from patchmine.tasks.settings import SegmentSettings

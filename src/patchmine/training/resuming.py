@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from patchmine.config.resolve import of_kind, results_of, changed_results
+from patchmine.config.resolve import changed_results, of_kind, results_of
 from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, silent

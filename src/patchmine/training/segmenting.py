@@ -18,7 +18,7 @@ from patchmine.data.views.dense import SegmentView, WholeView
 from patchmine.data.workers import num_workers
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.progress import progress
-from patchmine.evaluate.segmentation import Confusion, segmentation_scores
+from patchmine.evaluate.segmentation import Boundaries, Confusion, segmentation_scores
 from patchmine.evaluate.sliding import ClassMaps
 from patchmine.ops.losses import balanced_weights
 from patchmine.runs import preparing
@@ -146,17 +146,19 @@ class MapJudge:
             bad=bad,
             targets=True,
         )
-        maps = ClassMaps(self.task.eval().scores, config, len(self.task.names), engine.autocast)
-        confusion = Confusion(len(self.task.names), engine.device)
+        names = self.task.names
+        maps = ClassMaps(self.task.eval().scores, config, len(names), engine.autocast)
+        counts = Confusion(len(names), engine.device), Boundaries(len(names), engine.device)
         with progress(title, len(mine), say) as tick:
             for batch in map(preparing.normaliser(config, engine), loaded):
                 labels = batch.target
                 found = maps(batch.views[0][0], (labels.shape[-2], labels.shape[-1]))
-                confusion.add(found[None], labels, config.ignore_index)
+                for each in counts:
+                    each.add(found[None], labels, config.ignore_index)
                 tick(1)
-        for other in engine.gather(confusion.state()) if engine.world_size > 1 else []:
-            confusion.merge(other)
-        return segmentation_scores(confusion, self.task.names)
+        for each in counts:  # over all processes
+            each.counts = sum(engine.gather(each.counts.cpu()), torch.zeros_like(each.counts.cpu()))
+        return segmentation_scores(counts[0], names, counts[1])
 
 
 def _last_words(place: Place, found: Mapping[str, Any], bad: BadFiles) -> str:
