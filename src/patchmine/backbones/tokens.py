@@ -38,6 +38,18 @@ def encoder_grid(encoder: Encoder) -> Grid:
     return Grid(tuple(encoder.patch_embed.grid_size), tuple(encoder.patch_embed.patch_size))
 
 
+def image_grid(encoder: Encoder, images: Float[Tensor, "N C *S"]) -> tuple[int, ...]:
+    """Patches along each side of these images; UserError where they do not fill them."""
+    patch, sides = encoder_grid(encoder).patch, images.shape[2:]
+    if any(side % step for side, step in zip(sides, patch, strict=True)):
+        shown, steps = ("x".join(map(str, each)) for each in (sides, patch))
+        raise UserError(
+            f"images of {shown} pixels are not filled by patches of {steps}: choose image_size and "
+            "crops.local_size among the multiples of the patch"
+        )
+    return tuple(side // step for side, step in zip(sides, patch, strict=True))
+
+
 def embedded_prefix(encoder: Encoder) -> int:
     """Rows of the position table that belong to prefix tokens and not to patches."""
     return 0 if getattr(encoder, "no_embed_class", False) else encoder.num_prefix_tokens
@@ -112,16 +124,8 @@ def token_features(
 
     ``pooled`` is the normed class token, or the mean of the normed patches where there is none.
     """
-    own = encoder_grid(encoder)
-    sides = images.shape[2:]
-    if any(side % step for side, step in zip(sides, own.patch, strict=True)):
-        shown, patch = ("x".join(map(str, each)) for each in (sides, own.patch))
-        raise UserError(
-            f"images of {shown} pixels are not filled by patches of {patch}: choose image_size and "
-            "crops.local_size among the multiples of the patch"
-        )
-    size = tuple(side // step for side, step in zip(sides, own.patch, strict=True))
-    positions = resize_positions(patch_positions(encoder), own.size, size)
+    size = image_grid(encoder, images)
+    positions = resize_positions(patch_positions(encoder), encoder_grid(encoder).size, size)
     prefix = prefix_tokens(encoder, images.shape[0])
     first, depth = prefix.shape[1], len(encoder.blocks)
     tokens = torch.cat([prefix, project_patches(encoder, images) + positions], dim=1)
