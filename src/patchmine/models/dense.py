@@ -11,6 +11,7 @@ from patchmine.backbones.record import Encoder
 from patchmine.backbones.tokens import refuse_unfilled
 from patchmine.errors import UserError, shown_name
 from patchmine.models.dpt import DptHead
+from patchmine.models.droppath import ChannelDropout
 from patchmine.models.processes import num_processes
 from patchmine.models.rescale import Rescale
 from patchmine.models.segment_head import (
@@ -47,7 +48,7 @@ class FcnHead(nn.Module):
     def __init__(self, channels: int, num_classes: int, width: int = 256) -> None:
         super().__init__()
         self.body = conv_norm_relu(channels, width)
-        self.dropout = nn.Dropout2d(0.1)
+        self.dropout = ChannelDropout(width, 0.1)
         self.classifier = new_classifier(width, num_classes)
         self.body.apply(initialise_convolution)
 
@@ -83,7 +84,7 @@ class UperNetHead(SegmentHead):
         )
         # It passes over two finer levels, which it is told of and never takes.
         self.decoder = decoder([0, 0, *stages.widths], encoder_depth=5, decoder_channels=width)
-        self.dropout = nn.Dropout2d(0.1)
+        self.dropout = ChannelDropout(width, 0.1)
         self.classifier = new_classifier(width, num_classes)
         self.fcn = FcnHead(stages.widths[2], num_classes, min(256, width))
         self.decoder.apply(initialise_convolution)

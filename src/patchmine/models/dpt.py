@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchmine.models.droppath import ChannelDropout
 from patchmine.models.segment_head import (
     SCALES,
     SegmentHead,
@@ -39,7 +40,7 @@ class DptHead(SegmentHead):
             _Fusion(width, joins=number < 3) for number in range(len(stages.widths))
         )
         self.body = conv_norm_relu(width, width)
-        self.dropout = nn.Dropout(0.1)
+        self.dropout = ChannelDropout(width, 0.1)
         self.classifier = new_classifier(width, num_classes)
         for part in (self.levels, self.fusions, self.body):
             part.apply(initialise_convolution)

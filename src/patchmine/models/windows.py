@@ -140,7 +140,7 @@ def run_in_windows(
         inside = cut.reshape(batch * down * across, height * width, -1)
         copies = prefix.repeat_interleave(down * across, dim=0)
         done = block(torch.cat([copies, inside], dim=1), **keywords)
-        total = total + done[:, :num_prefix].unflatten(0, (batch, -1)).sum(dim=1)
+        total = total + done[:, :num_prefix].reshape(batch, down * across, num_prefix, -1).sum(1)
         count += down * across
         inside = done[:, num_prefix:].reshape(batch, down, across, height, width, -1)
         outputs.append(inside.transpose(2, 3).reshape(batch, high, wide, -1))
