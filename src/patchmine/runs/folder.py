@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,23 +18,21 @@ from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import Encoder, build_encoder, family_of
 from patchmine.backbones.loading import LoadReport
 from patchmine.backbones.naming import Weights
-from patchmine.config.resolve import parse
 from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from patchmine.errors import Say, UserError, settings_of, shown_name, silent
 from patchmine.methods import method_class
-from patchmine.runs.known import CONFIG, is_run, settings_file
+from patchmine.runs.files import RunFiles
+from patchmine.runs.known import is_run
 from patchmine.task import Method
 from patchmine.tasks.classify import Classify
 from patchmine.tasks.segment import Segment
 from patchmine.train.checkpoint import (
     Checkpoint,
     DamagedCheckpointError,
-    list_checkpoints,
     load,
     load_newest,
     not_finite,
 )
-from patchmine.train.log import read_line
 
 _log = logging.getLogger("patchmine")
 
@@ -151,80 +148,8 @@ def _bare_encoder(config: AnyConfig) -> Encoder:
     return build_encoder(config, clip=(config.clip.frames, config.clip.tubelet))
 
 
-class RunFolder:
-    """A run that was made, or is being made; UserError where the folder ``path`` holds none."""
-
-    def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = settings_file(path).parent
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
-
-    @property
-    def config_file(self) -> Path:
-        """The settings, fully resolved."""
-        return self.path / CONFIG
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoint_dir(self) -> Path:
-        """Checkpoints; ``last`` is the newest."""
-        return self.path / "checkpoints"
-
-    @property
-    def sample_dir(self) -> Path:
-        """Pictures made during training."""
-        return self.path / "samples"
-
-    @property
-    def eval_dir(self) -> Path:
-        """Results of evaluations, one JSON file each."""
-        return self.path / "eval"
-
-    @property
-    def export_dir(self) -> Path:
-        """The encoder for timm and transformers."""
-        return self.path / "export"
-
-    @property
-    def bad_files(self) -> Path:
-        """Images that could not be read."""
-        return self.path / "bad_files.txt"
-
-    def export_folder(self, which: str) -> Path:
-        """Where an encoder of the run is exported to; a teacher takes the place of its student."""
-        name = which.removesuffix("teacher").rstrip("-")
-        return self.path / ("export" if name in ("", "student") else f"export-{name}")
-
-    @cached_property
-    def config(self) -> AnyConfig:
-        """The run's settings.  Raises UserError when config.yaml is damaged."""
-        return parse(self.config_file, [])
-
-    @property
-    def whole_config(self) -> AnyConfig:
-        """The same with mean and std.  Raises UserError where the file has none."""
-        if self.config.mean is None or self.config.std is None:
-            raise UserError(
-                f"{self.config_file} has no mean and std; write those of the run into it"
-            )
-        return self.config
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        """Checkpoint files, oldest first."""
-        return list_checkpoints(self.checkpoint_dir)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that can be read; a kill may have cut the last one short."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = [read_line(text) for text in self.metrics_file.read_bytes().split(b"\n")]
-        return [line for line in lines if line is not None]
+class RunFolder(RunFiles):
+    """The same with what they hold: networks and their settings."""
 
     def method(self) -> Method:
         """The method with the weights of the newest readable checkpoint, on the CPU, in eval mode.
