@@ -134,9 +134,8 @@ def run_in_windows(
     bands, strips = list(_spans(rows, window)), list(_spans(columns, window))
     for (top, high, height), (left, wide, width) in product(bands, strips):
         region = patches[:, top : top + high, left : left + wide]
-        cut = region.unflatten(2, (-1, width)).unflatten(1, (-1, height))  # (B, n, h, m, w, D)
-        cut = cut.transpose(2, 3)
-        batch, down, across = cut.shape[:3]
+        batch, down, across = len(region), high // height, wide // width
+        cut = region.reshape(batch, down, height, across, width, -1).transpose(2, 3)
         inside = cut.reshape(batch * down * across, height * width, -1)
         copies = prefix.repeat_interleave(down * across, dim=0)
         done = block(torch.cat([copies, inside], dim=1), **keywords)
