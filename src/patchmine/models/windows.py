@@ -139,7 +139,7 @@ def run_in_windows(
         inside = cut.reshape(batch * down * across, height * width, -1)
         copies = prefix.repeat_interleave(down * across, dim=0)
         done = block(torch.cat([copies, inside], dim=1), **keywords)
-        total = total + done[:, :num_prefix].reshape(batch, down * across, num_prefix, -1).sum(1)
+        total = total + done[:, :num_prefix].reshape(batch, down * across, *prefix.shape[1:]).sum(1)
         count += down * across
         inside = done[:, num_prefix:].reshape(batch, down, across, height, width, -1)
         outputs.append(inside.transpose(2, 3).reshape(batch, high, wide, -1))
