@@ -205,18 +205,19 @@ class LrSchedule:
 
     Args:
         kind: "cosine": half a cosine to ``min_lr`` at the end (MAE, ``util/lr_sched.py``);
+            "linear": straight to ``min_lr`` (mmengine's ``PolyLR`` of power 1);
             "multi_step": times ``gamma`` at each of ``milestones`` (SimMIM, ``lr_scheduler.py``);
             "constant": the peak.
         warmup_epochs: how long the first part takes.
         warmup_lr: a rate, not one per 256 images, as ``min_lr``.
-        warmup_prefix: False: the cosine's phase counts from step 0, so that the warm-up covers its
+        warmup_prefix: False: the phase of cosine or line counts from step 0, so that the warm-up covers its
             beginning (timm's ``CosineLRScheduler``, as SimMIM and AMT use it).
-        min_lr: the rate at the end of a cosine.
+        min_lr: the rate at the end of a cosine or line.
         milestones: shares of the run.
         gamma: factor at each of them.
     """
 
-    kind: Literal["cosine", "multi_step", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "multi_step", "constant"] = "cosine"
     warmup_epochs: float = 0.0
     warmup_lr: float = 0.0
     warmup_prefix: bool = True

@@ -54,6 +54,11 @@ def test_a_list_names_images_and_labels(maps: Path) -> None:
         open_pairs(str(maps / "list.csv"))
 
 
+def test_several_folders_are_to_be_written_as_a_list(maps: Path) -> None:
+    with pytest.raises(UserError, match=r"one folder or one list: write a list file with a line"):
+        open_pairs([str(maps / "train"), str(maps / "test")])
+
+
 def test_labels_may_add_to_the_image_name(tmp_path: Path) -> None:
     root = write_label_maps(tmp_path, {"train": 2})
     for file in (root / "train" / "labels").iterdir():

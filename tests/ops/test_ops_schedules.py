@@ -124,6 +124,22 @@ def test_multi_step_drops_at_its_milestones() -> None:
     assert found[10:] == pytest.approx(expected[10:], rel=1e-12)
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_line_is_torchs_polynomial_of_power_one(prefix: bool) -> None:
+    start = 15 * prefix
+    base = optimizer()
+    theirs = torch.optim.lr_scheduler.PolynomialLR(base, total_iters=60 - start, power=1.0)
+    expected = []
+    for _ in range(60 - start):
+        expected.append(1e-5 + 0.99 * base.param_groups[0]["lr"])
+        base.step()
+        theirs.step()
+    ours = LrSchedule("linear", warmup_epochs=3, warmup_lr=1e-6, warmup_prefix=prefix, min_lr=1e-5)
+    found = rates(ours, epochs=12)
+    assert found[:15] == pytest.approx([1e-6 + 9.99e-4 * step / 15 for step in range(15)])
+    assert found[15:] == pytest.approx(expected[15 - start :], rel=1e-9)
+
+
 def test_a_constant_rate_stays() -> None:
     assert rates(LrSchedule("constant", warmup_epochs=1), epochs=4) == pytest.approx(
         [0, 2e-4, 4e-4, 6e-4, 8e-4, *[1e-3] * 15]

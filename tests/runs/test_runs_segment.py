@@ -173,7 +173,10 @@ def test_a_check_lists_all_that_is_wrong(backbone: Path, maps: Path, tmp_path: P
         (["head=pyramid"], "head"),
         (["image_size=30"], "image_size"),
         (["labels=missing"], "labels"),
-        (["val_share=0.5"], "val_share"),
+        (
+            ["val_share=0.5"],
+            "has val/, by which the best checkpoint is chosen: leave val_share out",
+        ),
         (["share=1%"], "share=1% of 8 images is none"),
         (["ignore_index=0"], "values up to 255"),
         (["model=video_vit_small_patch16"], "reads videos"),
@@ -188,6 +191,56 @@ def test_mistakes_are_told_before_anything_is_written(
     assert named in said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_what_training_and_tests_see_is_told(backbone: Path, maps: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    data = shutil.copytree(maps, tmp_path / "maps")
+    shutil.rmtree(data / "test")
+    run = teach(
+        backbone, data, tmp_path / "run", steps=2, test_stride=20, val_share=0.25, say=said.append
+    )
+    assert any(
+        "crops of 24x24 from images of 48x40 pixels (the median), enlarged 0.5 to 2 times" in line
+        and "windows of 24x24 every 20 pixels" in line
+        for line in said
+    )
+    result = json.loads((run.eval_dir / "test.json").read_text())  # val/ is what it is tested on
+    assert (result["images"]["train"], result["images"]["test"]) == (6, 2)
+    assert result["chosen_by"] == "validation on 2 images"
+    with pytest.raises(UserError, match=r"patience=3, .* set val_share=0.1"):
+        teach(backbone, data, tmp_path / "other", patience=3)
+
+
+def test_a_turned_image_is_told_from_a_wrong_label_map(
+    backbone: Path, maps: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(maps, tmp_path / "maps")
+    file = data / "train" / "images" / "000.jpg"
+    picture = Image.open(file)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    picture.save(file, exif=exif)
+    with pytest.raises(UserError, match=r"image .*000.jpg 40x48: its sides are exchanged.*EXIF"):
+        teach(backbone, data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["five channels", "16 bit"])
+def test_other_images_than_rgb(kind: str, maps: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(maps, tmp_path / "maps")
+    for file in data.rglob("*.jpg"):
+        pixels = np.asarray(Image.open(file))
+        if kind == "16 bit":
+            Image.fromarray(200 * pixels[..., 0].astype(np.uint16)).save(file.with_suffix(".png"))
+        else:
+            np.save(file.with_suffix(".npy"), np.concatenate([pixels, pixels[..., :2]], axis=2))
+        file.unlink()
+    settings = {**MODEL, "steps": 2, "channels": 1 if kind == "16 bit" else 5}
+    run = teach("vit_tiny_patch16_224", data, tmp_path / "run", **settings)
+    config = run.config
+    assert isinstance(config, patchmine.SegmentConfig)
+    assert config.colour_jitter == 0
+    assert 0 <= json.loads((run.eval_dir / "test.json").read_text())["miou"] <= 100
 
 
 def test_masks_of_two_values_are_asked_for(backbone: Path, maps: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class SharedRunSettings(SharedRunningSettings, total=False):
     warmup_epochs: float
     warmup_lr: float
     warmup_prefix: bool
-    lr_schedule: Literal["cosine", "multi_step", "constant"]
+    lr_schedule: Literal["cosine", "linear", "multi_step", "constant"]
     min_lr: float
     lr_milestones: list[float]
     lr_gamma: float
@@ -146,5 +146,5 @@ class SegmentRunSettings(HeldOutRunSettings, SharedRunSettings, total=False):
     short_side: int | None
     scale: tuple[float, float]
     crop_max_share: float
-    colour_jitter: float
+    colour_jitter: float | None
     test_stride: int | None

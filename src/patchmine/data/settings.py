@@ -242,15 +242,20 @@ class DenseViewSettings(InputSettings):
         default=0.75, gt=0, description="share of a crop that one class may have, in ten tries"
     )
     flip: Fraction = Field(default=0.5, description="probability of a mirrored crop")
-    colour_jitter: float = Field(
-        default=0.5,
-        ge=0,
-        lt=1,
-        description="strength of changes of brightness, contrast and saturation; 0: none",
+    colour_jitter: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        validate_default=True,
+        description="strength of changes of brightness, contrast and saturation; null: 0.5 for "
+        "3 channels, else 0",
     )
     interpolation: Literal["bicubic", "bilinear"] = Field(
         default="bilinear", description="resizing of images"
     )
+
+    @field_validator("colour_jitter")
+    @classmethod
+    def _of_colours(cls, value: float | None, info: ValidationInfo) -> float:
+        return (0.5 if info.data.get("channels") == 3 else 0.0) if value is None else value
 
     def setting_errors(self) -> Iterator[SettingError]:
         """A range that is none, and colours that are not there."""

@@ -22,8 +22,9 @@ def learning_rate(progress: Progress, peak: float, schedule: LrSchedule) -> floa
     if schedule.kind == "constant" or epochs <= warmup:
         return peak
     start = warmup if schedule.warmup_prefix else 0.0
-    turn = math.pi * (epoch - start) / (epochs - start)
-    return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1.0 + math.cos(turn))
+    done = (epoch - start) / (epochs - start)
+    left = 1 - done if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return schedule.min_lr + (peak - schedule.min_lr) * left
 
 
 def hard_count(

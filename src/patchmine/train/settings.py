@@ -37,12 +37,12 @@ class ScheduleSettings(Strict):
     warmup_epochs: float = Field(10, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
     warmup_lr: float = Field(0, ge=0, description="learning rate at step 0")
     warmup_prefix: bool = Field(
-        True, description="the cosine begins after the warm-up, not at step 0"
+        True, description="cosine or line begins after the warm-up, not at step 0"
     )
-    lr_schedule: Literal["cosine", "multi_step", "constant"] = Field(
+    lr_schedule: Literal["cosine", "linear", "multi_step", "constant"] = Field(
         "cosine", description="how the learning rate goes on after the warm-up"
     )
-    min_lr: float = Field(0, ge=0, description="learning rate at the end of the cosine")
+    min_lr: float = Field(0, ge=0, description="learning rate at the end of the cosine or line")
     lr_milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [], description="multi_step: shares of the run after which the rate is cut, as in [0.875]"
     )
@@ -68,7 +68,7 @@ class ScheduleSettings(Strict):
             yield SettingError("lr_milestones", text)
         if milestones != rising:
             yield SettingError("lr_milestones", f"given {milestones}; must rise, as in {rising}")
-        if kind != "cosine" and self.min_lr:
+        if kind not in ("cosine", "linear") and self.min_lr:
             yield SettingError(
                 "min_lr", f"given {self.min_lr:g}; {useless}=cosine, or leave it out"
             )

@@ -38,6 +38,7 @@ class Mapped:
         names: of the classes, by their numbers.
         pixels: (K,) of each class in ``train``.
         how: the parts came to be, for people.
+        size: (height, width) of an image in ``train``, the median of each side.
     """
 
     train: LabelMaps
@@ -46,6 +47,7 @@ class Mapped:
     names: list[str]
     pixels: Tensor
     how: str
+    size: tuple[int, int] = (0, 0)
 
     @property
     def parts(self) -> dict[str, LabelMaps]:
@@ -56,10 +58,24 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was seen in label maps: pixels by class number, and sentences on what is wrong."""
+    """What was seen in label maps: pixels by class number, sizes, and sentences on what is wrong."""
 
     pixels: Counter[int]
+    sizes: Counter[tuple[int, int]]
     faults: list[str]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The median of each side, (0, 0) where nothing could be read."""
+        sides = zip(*self.sizes.elements(), strict=True)
+        height, width = (int(np.median(each)) for each in sides) if self.sizes else (0, 0)
+        return height, width
+
+    def add(self, other: Findings) -> None:
+        """Count what was seen elsewhere too."""
+        self.pixels.update(other.pixels)
+        self.sizes.update(other.sizes)
+        self.faults.extend(other.faults)
 
 
 def colours_of(config: SegmentConfig) -> Colours | None:
@@ -111,7 +127,7 @@ def open_label_maps(
     if absent := [name for name, count in zip(names, pixels.tolist(), strict=True) if not count]:
         listed = ", ".join(map(shown_name, absent[:5]))
         say(f"Beware: the training images show no pixel of {listed}, which cannot be learned.")
-    return replace(mapped, names=names, pixels=pixels)
+    return replace(mapped, names=names, pixels=pixels, size=found["train"].size)
 
 
 def _opened(config: SegmentConfig, colours: Colours | None) -> Parts:
@@ -137,23 +153,31 @@ def _divided(
             "of the training images as data, and the others as val=... and test=..."
         )
     val, test = parts.get("val"), parts.get("test")
-    if config.val_share and val is not None:
-        raise UserError(f"val_share={config.val_share:g}, but {name} has val/: leave it out")
-    if test is None and val is not None:
+    if test is None and val is not None and config.val is None:
         test, val = val, None  # nothing is ever chosen by what the network is judged by
-        how = f"learns from train/ of {name}, is tested on its val/"
+        how = f"Learns from train/ of {name}, is tested on its val/"
     elif test is None:
         train, test = _cut(train, TEST_SHARE, name)
         how = f"{name} has no part for testing: the last fifth of the list is tested on"
     else:
         own = config.test is None
         tested = "its test/" if own else shown_name(str(config.test))
-        how = f"learns from {name}, is tested on {tested}"
+        how = f"Learns from {name}, is tested on {tested}"
+    if config.val_share and val is not None:
+        raise UserError(
+            f"val_share={config.val_share:g}, but {name} has val/, by which the best checkpoint is "
+            "chosen: leave val_share out"
+        )
     if config.share < 1:
-        how = f"{100 * config.share:.3g} % of the training images; {how}"
+        how = f"{how}, of its training images {100 * config.share:.3g} %"
         train = _shared(train, config)
     if config.val_share:
         train, val = _cut(train, config.val_share, name)
+    if val is None and config.patience is not None:
+        raise UserError(
+            f"patience={config.patience}, but there is nothing to validate on: set val_share=0.1, "
+            "or val to images with label maps"
+        )
     if val is not None:
         how += f"; {len(val):,} images choose the best checkpoint"
     counts = f"{len(train):,} images to train on, {len(test):,} to test"
@@ -183,43 +207,51 @@ def _cut(part: LabelMaps, share: float, name: str) -> tuple[LabelMaps, LabelMaps
 def _look(part: LabelMaps, title: str, engine: Engine, say: Say) -> Findings:
     """Every label map, each process a share."""
     mine = np.array_split(np.arange(len(part)), engine.world_size)[engine.rank].tolist()
-    pixels: Counter[int] = Counter()
-    faults: list[str] = []
+    seen = Findings(Counter(), Counter(), [])
     # Decoders let go of the interpreter's lock.
     pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 1)))
     with pool, progress(f"label maps ({title})", len(mine), say) as tick:
-        for counts, fault in pool.map(lambda index: _seen(part, index), mine):
-            pixels.update(counts)
-            faults += [fault] if fault else []
+        for one in pool.map(lambda index: _seen(part, index), mine):
+            seen.add(one)
             tick(1)
-    every = (
-        [Findings(pixels, faults)]
-        if engine.world_size == 1
-        else engine.gather(Findings(pixels, faults))
-    )
-    whole: Counter[int] = sum((each.pixels for each in every), Counter())
-    return Findings(whole, [fault for each in every for fault in each.faults])
+    if engine.world_size == 1:
+        return seen
+    whole = Findings(Counter(), Counter(), [])
+    for each in engine.gather(seen):
+        whole.add(each)
+    return whole
 
 
-def _seen(part: LabelMaps, index: int) -> tuple[dict[int, int], str | None]:
-    """Pixels by class number of one label map, and what is wrong with it."""
+def _seen(part: LabelMaps, index: int) -> Findings:
+    """What one label map shows, or what is wrong with it."""
     name = shown_name(part.labels_of[index])
     try:
         labels = part.target(index)
         height, width, *_ = probe(part.read(index))
     except ClassMapError as error:
-        return {}, str(error)
+        return _faulty(str(error))
     except (OSError, DecodeError) as error:
         told = str(error) if isinstance(error, DecodeError) else f"({reason_of(error)})"
-        return {}, f"{shown_name(part.path(index))} cannot be read: {told}"
+        return _faulty(f"{shown_name(part.path(index))} cannot be read: {told}")
     if labels.shape != (height, width):
         rows, columns = labels.shape
-        return {}, (
+        remedy = "make them alike"
+        if (columns, rows) == (height, width):
+            remedy = (
+                "its sides are exchanged, as by an orientation in the image's EXIF data: turn the "
+                "label map as the image is seen, or remove the orientation"
+            )
+        return _faulty(
             f"the label map {name} is {columns}x{rows} pixels and its image "
-            f"{shown_name(part.path(index))} {width}x{height}: make them alike"
+            f"{shown_name(part.path(index))} {width}x{height}: {remedy}"
         )
     numbers, counts = np.unique(labels, return_counts=True)
-    return dict(zip(numbers.tolist(), counts.tolist(), strict=True)), None
+    pixels = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    return Findings(Counter(pixels), Counter([(height, width)]), [])
+
+
+def _faulty(fault: str) -> Findings:
+    return Findings(Counter(), Counter(), [fault])
 
 
 def _strangers(

@@ -19,7 +19,7 @@ from patchmine.data.workers import num_workers
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.progress import progress
 from patchmine.evaluate.segmentation import Boundaries, Confusion, segmentation_scores
-from patchmine.evaluate.sliding import ClassMaps
+from patchmine.evaluate.sliding import ClassMaps, stride_of
 from patchmine.ops.losses import balanced_weights
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_segmenter, write_export
@@ -75,12 +75,27 @@ def open_maps(config: SegmentConfig, place: Place) -> tuple[Mapped, SegmentConfi
     images = mapped.train
     config = config.model_copy(update={"classes": mapped.names})
     config = resolve_size(config, len(images), place.say)
+    place.say(_views_of(config, mapped.size))
     config = preparing.with_statistics(config, images, place.say)
     config = preparing.fit_to_length(config, len(images), place.say)
     parts = mapped.parts.values()
     found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in parts)
     agree(config, place, ", ".join(found))
     return mapped, config
+
+
+def _views_of(config: SegmentConfig, size: tuple[int, int]) -> str:
+    """What training and tests see of images of ``size``, for people."""
+    height, width = config.image_size
+    crop, stride = f"{width}x{height}", stride_of(config)
+    low, high = config.scale
+    whole = f"{size[1]}x{size[0]} pixels"
+    if config.short_side is not None:
+        whole += f", brought to a shorter side of {config.short_side}"
+    return (
+        f"Training sees crops of {crop} from images of {whole} (the median), enlarged {low:g} to "
+        f"{high:g} times; tests see them whole, in windows of {crop} every {stride} pixels."
+    )
 
 
 def make_segmenter(

@@ -118,7 +118,10 @@ def open_pairs(
     """
     if not isinstance(data, str):
         if len(data) != 1:
-            raise UserError(f"data={list(data)}: label maps are of one folder or one list: name it")
+            raise UserError(
+                f"data={shown_name(str(list(data)))}: images with label maps come from one folder "
+                "or one list: write a list file with a line 'image,label' for each of them"
+            )
         data = data[0]
     root = Path(data)
     if root.suffix.lower() in _LISTS and root.is_file():
