@@ -210,8 +210,8 @@ class LrSchedule:
             "constant": the peak.
         warmup_epochs: how long the first part takes.
         warmup_lr: a rate, not one per 256 images, as ``min_lr``.
-        warmup_prefix: False: the phase of cosine or line counts from step 0, so that the warm-up covers its
-            beginning (timm's ``CosineLRScheduler``, as SimMIM and AMT use it).
+        warmup_prefix: False: the phase of cosine or line counts from step 0, so that the warm-up
+            covers its beginning (timm's ``CosineLRScheduler``, as SimMIM and AMT use it).
         min_lr: the rate at the end of a cosine or line.
         milestones: shares of the run.
         gamma: factor at each of them.

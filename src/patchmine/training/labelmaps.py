@@ -58,7 +58,7 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was seen in label maps: pixels by class number, sizes, and sentences on what is wrong."""
+    """What label maps show: pixels by class number, sizes, and sentences on what is wrong."""
 
     pixels: Counter[int]
     sizes: Counter[tuple[int, int]]
@@ -163,25 +163,33 @@ def _divided(
         own = config.test is None
         tested = "its test/" if own else shown_name(str(config.test))
         how = f"Learns from {name}, is tested on {tested}"
+    if config.share < 1:
+        how = f"{how}, of its training images {100 * config.share:.3g} %"
+        train = _shared(train, config)
+    train, val = _with_validation(train, val, config, name)
+    if val is not None:
+        how += f"; {len(val):,} images choose the best checkpoint"
+    counts = f"{len(train):,} images to train on, {len(test):,} to test"
+    return train, val, test, f"{how} ({counts})."
+
+
+def _with_validation(
+    train: LabelMaps, val: LabelMaps | None, config: SegmentConfig, name: str
+) -> tuple[LabelMaps, LabelMaps | None]:
+    """What is learned, and what the best checkpoint is chosen by."""
     if config.val_share and val is not None:
         raise UserError(
             f"val_share={config.val_share:g}, but {name} has val/, by which the best checkpoint is "
             "chosen: leave val_share out"
         )
-    if config.share < 1:
-        how = f"{how}, of its training images {100 * config.share:.3g} %"
-        train = _shared(train, config)
     if config.val_share:
-        train, val = _cut(train, config.val_share, name)
+        return _cut(train, config.val_share, name)
     if val is None and config.patience is not None:
         raise UserError(
             f"patience={config.patience}, but there is nothing to validate on: set val_share=0.1, "
             "or val to images with label maps"
         )
-    if val is not None:
-        how += f"; {len(val):,} images choose the best checkpoint"
-    counts = f"{len(train):,} images to train on, {len(test):,} to test"
-    return train, val, test, f"{how} ({counts})."
+    return train, val
 
 
 def _shared(train: LabelMaps, config: SegmentConfig) -> LabelMaps:
