@@ -10,7 +10,7 @@ import pytest
 
 from patchmine.config.recipes import ABOUT, list_recipes, load_recipe, recipe_names
 from patchmine.config.resolve import parse, resolve_size
-from patchmine.config.schema import FinetuneConfig
+from patchmine.config.schema import FinetuneConfig, SegmentConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.ops.schedules import learning_rate
@@ -27,7 +27,8 @@ VIDEO = {  # encoder, epochs, frames between two that are taken, decoder's width
 }
 ALL = {recipe.name: recipe for recipe in list_recipes()}
 FINETUNE = {name: each for name, each in ALL.items() if each.settings.get("kind") == "classify"}
-RECIPES = {name: recipe for name, recipe in ALL.items() if name not in FINETUNE}
+SEGMENT = {name: each for name, each in ALL.items() if each.settings.get("kind") == "segment"}
+RECIPES = {name: recipe for name, recipe in ALL.items() if name not in FINETUNE | SEGMENT}
 ROWS = [(recipe.name, method) for recipe in RECIPES.values() for method in recipe.method_names]
 
 
@@ -40,8 +41,9 @@ def test_the_head_states_what_a_reader_needs(name: str) -> None:
     about = ALL[name].about
     assert set(about) == set(ABOUT)
     assert all(about.values())
-    if name in FINETUNE:
-        assert about["command"].startswith("patchmine finetune runs/")
+    if name in FINETUNE | SEGMENT:
+        command = "finetune" if name in FINETUNE else "segment"
+        assert about["command"].startswith(f"patchmine {command} runs/")
         assert f" recipe={name}" in about["command"]
     else:
         assert about["command"].startswith(f"patchmine pretrain {name} ")
@@ -81,6 +83,31 @@ def test_published_fine_tuning_holds_the_published_numbers(name: str) -> None:
     assert tuple(getattr(config, each) for each in names) == TUNED[name]
     assert (config.mixup, config.cutmix, config.erase_prob) == (0.8, 1.0, 0.25)
     assert config.positions == ("frozen" if "droppos" in name else "learned")
+
+
+@pytest.mark.parametrize("name", SEGMENT)
+def test_the_command_of_segmentation_parses(name: str) -> None:
+    words = [word for word in ALL[name].about["command"].split()[3:] if "recipe=" not in word]
+    config = parse(name, words, base={"kind": "segment"})
+    assert isinstance(config, SegmentConfig)
+
+
+def test_segmentation_on_ade20k_holds_the_published_numbers() -> None:
+    config = parse("segment-mae-vit-b-ade20k", ["data=x"])
+    assert isinstance(config, SegmentConfig)
+    assert (config.image_size, config.short_side, config.test_stride) == ((512, 512), 512, 256)
+    assert (config.head, config.head_width, config.aux_weight) == ("upernet", 768, 0.4)
+    assert (config.layer_decay, config.drop_path, config.weight_decay) == (0.65, 0.1, 0.05)
+    assert (config.batch_size, config.steps) == (16, 160_000)
+    # ADE20K's 20,210 images; mmengine's LinearLR over 1,500 steps, then PolyLR of power 1.
+    expected = {0: 1e-10, 750: 5e-5, 1500: 1e-4, 80_750: 5e-5, 159_999: 1e-4 / 158_500}
+    for step, rate in expected.items():
+        now = Progress(step, 160_000, 20_210 // 16)
+        peak = config.blr * config.batch_size / 256
+        assert learning_rate(now, peak, schedule_of(config)) == pytest.approx(rate, rel=1e-4)
+    assert [name for name in config.palette if name != "ignore"] == [
+        str(number) for number in range(1, 151)
+    ]
 
 
 @pytest.mark.parametrize(("name", "method"), ROWS)
