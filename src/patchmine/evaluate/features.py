@@ -89,6 +89,10 @@ class Reader:
         """(N, D) of columns (N, S, D): those that the pooling means, laid end to end."""
         return columns[:, self.poolings[pooling]].flatten(1)
 
+    def unit_rows(self, columns: Tensor, pooling: str) -> Tensor:
+        """The same as float32, every row of length one."""
+        return F.normalize(self.pooled(columns, pooling).float(), dim=1)
+
     def __call__(self, images: Tensor) -> Tensor:
         """(B, S, D) float32."""
         encoder: Any = self.evaluated.encoder
@@ -121,6 +125,28 @@ class Reader:
             intermediates_only=True,
         )
         return [x if isinstance(x, Tensor) else torch.cat([x[1], x[0]], dim=1) for x in parts]
+
+
+class UnitReader(Reader):
+    """A reader of one pooling in rows of length one: a large table is neither wider nor copied."""
+
+    def __init__(self, evaluated: Evaluated, pooling: str) -> None:
+        super().__init__(evaluated)
+        self.chosen = self.choose(pooling)
+        self.every, self.poolings = self.poolings, {self.chosen: [0]}
+
+    def pooled(self, columns: Tensor, pooling: str) -> Tensor:
+        """(N, D) of (N, 1, D), which is the pooling already."""
+        return columns[:, 0]
+
+    def unit_rows(self, columns: Tensor, pooling: str) -> Tensor:
+        """The same: they have length one already."""
+        return columns[:, 0]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 1, D) float32."""
+        columns = super().__call__(images)
+        return F.normalize(columns[:, self.every[self.chosen]].flatten(1), dim=1)[:, None]
 
 
 class FrameReader(Reader):

@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from patchmine.errors import Say, silent
 from patchmine.evaluate.evaluated import Evaluated
-from patchmine.evaluate.features import FeatureLoop, Features, Reader, device_of
+from patchmine.evaluate.features import FeatureLoop, Features, Reader, UnitReader, device_of
 from patchmine.evaluate.labelled import LabelledData
 from patchmine.evaluate.measure import (
     Accuracy,
@@ -20,8 +19,8 @@ from patchmine.evaluate.measure import (
     Result,
     choose_pooling,
     measure,
+    models_of,
     opened,
-    readers_of,
     score,
 )
 from patchmine.evaluate.neighbours import knn_votes
@@ -45,9 +44,13 @@ def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
     Raises:
         UserError: the model or the data cannot be used.
     """
-    readers = readers_of(settings, opened(settings), blocks=1)
-    choose_pooling(readers, settings.pooling, say)
-    how: Any = dict(pooling=settings.pooling, neighbours=settings.neighbours)
+    pooling, models = settings.pooling, models_of(settings, opened(settings))
+    plain = {name: Reader(model) for name, model in models.items()}
+    choose_pooling(plain, pooling, say)
+    readers: dict[str, Reader] = {
+        name: UnitReader(model, plain[name].choose(pooling)) for name, model in models.items()
+    }
+    how: Any = dict(pooling=pooling, neighbours=settings.neighbours)
     learn = partial(learn_knn, settings, device_of(settings), **how)
     return measure(settings, {"knn": learn}, say, readers)[0]
 
@@ -68,8 +71,7 @@ def learn_knn(
     ks = sorted({chosen, *(min(k, len(train)) for k in neighbours or ())})
     assert train.labels is not None, "labelled data has labels"
     labels = train.labels.to(device)
-    bank = reader.pooled(train.x, pooling).float()  # a copy, which needs no second one
-    bank = F.normalize(bank, dim=1, out=bank).to(device)
+    bank = reader.unit_rows(train.x, pooling).to(device)
 
     def votes(rows: Tensor) -> dict[str, Tensor]:
         query = reader.pooled(rows.to(device), pooling)
