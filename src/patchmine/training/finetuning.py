@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +23,6 @@ from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.evaluated import Evaluated, of_run
 from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views
 from patchmine.evaluate.labelled import Part
-from patchmine.evaluate.measure import write_result
 from patchmine.evaluate.scores import classification_scores, multilabel_scores, regression_scores
 from patchmine.evaluate.settings import ReadingSettings
 from patchmine.ops.losses import balanced_weights
@@ -35,14 +33,9 @@ from patchmine.runs.preparing import NO_SOURCES
 from patchmine.tasks.classify import SCORE, Classify
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
-from patchmine.train.log import Log
-from patchmine.train.loop import Hooks
-from patchmine.train.optim import render_groups
 from patchmine.training.labels import Labelled, open_labelled_parts
-from patchmine.training.place import Place, agree, last_files, open_place, train_task
-from patchmine.types import Progress
-
-TEST = "test"  # eval/test.json
+from patchmine.training.place import Place, agree, open_place
+from patchmine.training.supervised import TEST, file_result, teach
 
 
 def finetune(
@@ -137,32 +130,33 @@ def train_classifier(
     """The run with these settings, trained to its end, tested and exported."""
     init = config.init if start is None else None
     task = make_classifier(config, labelled.train, init, place.say)
-    rates = render_groups(
-        task.param_groups(),
-        weight_decay=config.weight_decay,
-        blr=config.blr,
-        batch_size=config.batch_size,
-    )
-    place.say(rates)
-    tester = Tester(task, config, place)
-
-    def watch(log: Log) -> Hooks:
-        return Hooks(on_epoch=lambda done: _validate(tester, labelled.val, log, done))
-
+    judge = Tester(task, config, place)
     item = preparing.item_of(config)
-    bad = train_task(
+    bad = teach(
         task,
         config,
         labelled.train,
+        labelled.val,
         item.supervised_view(config, preparing.smallest_side(task)),
         place,
+        judge,
         name=f"fine-tuning to {len(labelled.names)} {labelled.what}",
         start=start,
-        watch=watch,
-        patience=config.patience,
     )
-    place.engine.barrier()  # the checkpoint is written
-    return _finish(config, place, labelled, tester, bad)
+    views = None
+    if config.test_segments * config.test_crops > 1:
+        views = clip_views(config, config.test_segments, config.test_crops)
+    found = judge(labelled.test, TEST, place.say, views)
+    network = task.network().cpu()
+
+    def export(run: RunFolder) -> None:
+        write_export(config, network.encoder, run.export_dir, task.head_of())
+
+    chosen_by = None if labelled.val is None else len(labelled.val)
+    file_result(config, place, found, _told(config, labelled, views), chosen_by, export)
+    place.say(_last_words(config, place, network.encoder, found, bad))
+    place.engine.barrier()
+    return RunFolder(place.folder)
 
 
 def _statistics(config: FinetuneConfig, images: Selected) -> dict[str, Tensor | None]:
@@ -222,67 +216,15 @@ class _Scores(Reader):
         return scores[:, None]
 
 
-def _validate(
-    tester: Tester, part: Selected | None, log: Log, done: Progress
-) -> Mapping[str, float] | None:
-    """Scores every ``eval_every`` epochs and at the end: a line of metrics.jsonl."""
-    every, is_last = tester.config.eval_every, done.step == done.total_steps
-    if part is None or (not is_last and (every == 0 or done.epoch % every)):
-        return None
-    found = tester(part, "validation", silent)  # a line an epoch is enough
-    numbers = {name: value for name, value in found.items() if isinstance(value, float)}
-    epoch = done.step / done.steps_per_epoch
-    log.write({"step": done.step, "epoch": epoch, "eval": {"name": "val", **numbers}})
-    metric = tester.task.metric()
-    log.say(f"step {done.step}: validation {metric} {numbers[metric]:.2f}")
-    return numbers
-
-
-def _finish(
-    config: FinetuneConfig, place: Place, labelled: Labelled, tester: Tester, bad: BadFiles
-) -> RunFolder:
-    """Test the network that is kept, file the result, export, and say what can be done next."""
-    engine, folder = place.engine, place.folder
-    chosen = folder / "checkpoints" / "best"
-    if labelled.val is not None and os.path.lexists(chosen):
-        tester.task.load_state_dict(RunFolder(folder).classify().state_dict())
-    views = None
-    if config.test_segments * config.test_crops > 1:
-        views = clip_views(config, config.test_segments, config.test_crops)
-    found = tester(labelled.test, "test", place.say, views)
-    if engine.is_main:
-        place.put_back(config)
-        run = RunFolder(folder)
-        with last_files(folder, "its results"):
-            result = _result(config, labelled, found, views)
-            write_result(run.eval_dir / f"{TEST}.json", result)
-            network = tester.task.network().cpu()
-            write_export(config, network.encoder, run.export_dir, tester.task.head_of())
-        place.say(_last_words(config, place, network.encoder, found, bad))
-    engine.barrier()
-    return RunFolder(folder)
-
-
-def _result(
-    config: FinetuneConfig, labelled: Labelled, found: Mapping[str, Any], views: Views | None
-) -> dict[str, Any]:
-    chosen_by = None if labelled.val is None else f"validation on {len(labelled.val):,} images"
+def _told(config: FinetuneConfig, labelled: Labelled, views: Views | None) -> dict[str, Any]:
+    """What a result is of."""
     return {
-        "name": TEST,
-        "protocol": "finetune",
-        **found,
-        "target": {"name": config.init or config.model, "weights": "student", "note": ""},
-        "images": {
-            "how": labelled.how,
-            "train": len(labelled.train),
-            "test": len(labelled.test),
-            "classes": len(labelled.names),
-            "image_size": list(config.image_size),
-            # Of several views nothing is cut from the shorter side.
-            **({"crop_pct": config.crop_pct} if views is None else views.told),
-        },
-        "chosen_by": chosen_by,
-        "notes": [],
+        "how": labelled.how,
+        "train": len(labelled.train),
+        "test": len(labelled.test),
+        "classes": len(labelled.names),
+        # Of several views nothing is cut from the shorter side.
+        **({"crop_pct": config.crop_pct} if views is None else views.told),
     }
 
 

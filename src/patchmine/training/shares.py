@@ -33,6 +33,7 @@ from patchmine.training.labels import Parts, divide, open_parts
 from patchmine.training.place import Place, open_place
 from patchmine.training.resuming import resume
 from patchmine.training.starting import settings_of_start
+from patchmine.training.supervised import TEST
 
 PRETRAINED, RANDOM = "pretrained", "random_init"
 _EQUAL = (
@@ -110,7 +111,7 @@ class Planned:
     @property
     def tests(self) -> Path:
         """The file of its result."""
-        return self.folder / "eval" / f"{finetuning.TEST}.json"
+        return self.folder / "eval" / f"{TEST}.json"
 
     def is_finished(self) -> bool:
         """Whether it has been tested."""

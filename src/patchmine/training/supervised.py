@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -90,7 +91,7 @@ def teach(
         patience=config.patience,
     )
     place.engine.barrier()  # the checkpoint is written
-    if val is not None and (place.folder / "checkpoints" / "best").exists():
+    if val is not None and os.path.lexists(place.folder / "checkpoints" / "best"):
         task.load_state_dict(RunFolder(place.folder).trained().state_dict())
     return bad
 
