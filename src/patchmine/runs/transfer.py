@@ -109,8 +109,8 @@ def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
     config = run.config
     if not isinstance(config, PretrainConfig):
         raise UserError(
-            f"what=full writes a pre-training method, and {run.path} learned labels "
-            f"(kind={config.kind}): leave the setting out"
+            f"what=full writes a pre-training method, and {run.path} {run.made_how()}: leave the "
+            "setting out"
         )
     name = config.method.name
     if name not in _FULL:
