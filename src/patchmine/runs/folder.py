@@ -159,7 +159,7 @@ class RunFolder(RunFiles):
         """
         if not isinstance(self.config, PretrainConfig):
             raise UserError(
-                f"{self.path} {self.made_how()} (kind={self.config.kind}) and has no pre-training "
+                f"{self.path} {self.made} (kind={self.config.kind}) and has no pre-training "
                 "method: name the run that it started from"
             )
         found = self._newest()
@@ -177,7 +177,7 @@ class RunFolder(RunFiles):
         task = self.trained() if isinstance(self.config, FinetuneConfig) else None
         if not isinstance(task, Classify):
             raise UserError(
-                f"{self.path} {self.made_how()} and knows no classes of images: fine-tune it first, "
+                f"{self.path} {self.made} and knows no classes of images: fine-tune it first, "
                 f"as in `patchmine finetune {self.path} data=labelled/ out=runs/classify`"
             )
         return task
@@ -190,7 +190,7 @@ class RunFolder(RunFiles):
         task = self.trained() if isinstance(self.config, SegmentConfig) else None
         if not isinstance(task, Segment):
             raise UserError(
-                f"{self.path} {self.made_how()} and knows no classes of pixels: teach it first, as in "
+                f"{self.path} {self.made} and knows no classes of pixels: teach it first, as in "
                 f"`patchmine segment {self.path} data=maps/ out=runs/segment`"
             )
         return task
@@ -221,7 +221,8 @@ class RunFolder(RunFiles):
         _load(task, found.model, found.path)
         return task.eval()
 
-    def made_how(self) -> str:
+    @property
+    def made(self) -> str:
         """What kind of run this is, in a sentence."""
         made = {"pretrain": "was pre-trained", "classify": "was fine-tuned"}
         return made.get(self.config.kind, f"learned to {self.config.kind}")
@@ -250,7 +251,7 @@ class RunFolder(RunFiles):
             encoders: dict[str, Encoder] = dict(self.trained().encoders())
             if which not in encoders:
                 raise UserError(
-                    f"weights={shown_name(which)}: {self.path} {self.made_how()} and has one encoder: "
+                    f"weights={shown_name(which)}: {self.path} {self.made} and has one encoder: "
                     "leave the setting out"
                 )
             return encoders[which].eval()

@@ -109,7 +109,7 @@ def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
     config = run.config
     if not isinstance(config, PretrainConfig):
         raise UserError(
-            f"what=full writes a pre-training method, and {run.path} {run.made_how()}: leave the "
+            f"what=full writes a pre-training method, and {run.path} {run.made}: leave the "
             "setting out"
         )
     name = config.method.name
