@@ -158,7 +158,7 @@ def segment(
     Args:
         start: a run, an export, a file of weights, or the name of a model (random weights).
         data: a folder of ``{train,val,test}/{images,labels}``, one of ``images`` and ``labels``, or
-            a list of "image label" lines.
+            a list of "image label" lines; or with COCO files.
         recipe: name or file of settings to start from.
         say: hears what a person should know.
         **settings: those of `patchmine config schema segment`.

@@ -254,6 +254,33 @@ def test_masks_of_two_values_are_asked_for(backbone: Path, maps: Path, tmp_path:
     assert run.config.classes == ["background", "object"]
 
 
+def test_coco_files_are_label_maps(backbone: Path, maps: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        shutil.copytree(maps / "train" / "images", data / part)
+        box = {"bbox": [4, 6, 20, 10], "segmentation": [[4, 6, 24, 6, 24, 16, 4, 16]]}
+        content = {
+            "images": [
+                {"id": n, "file_name": f"{n:03d}.jpg", "height": 40, "width": 48} for n in range(8)
+            ],
+            "annotations": [
+                {"id": n, "image_id": n, "category_id": 5, "area": 200, "iscrowd": 0, **box}
+                for n in range(8)
+            ],
+            "categories": [{"id": 5, "name": "cell"}],
+        }
+        (data / part / "annotations.json").write_text(json.dumps(content))
+    run = teach(backbone, data, tmp_path / "run", val_share=0.25, steps=3)
+    result = json.loads((run.eval_dir / "test.json").read_text())
+    assert result["classes"] == ["background", "cell"]
+    assert result["per_class"]["cell"]["pixels"] == 8 * 20 * 10
+    assert (result["images"]["train"], result["images"]["test"]) == (6, 8)
+    longer = run.extend(tmp_path / "longer", steps=1, say=lambda _: None)
+    assert longer.config.classes == ["background", "cell"]
+    with pytest.raises(UserError, match=r"classes: given \['a', 'b'\], but the data name"):
+        teach(backbone, data, tmp_path / "other", classes=["a", "b"])
+
+
 def test_a_run_of_another_kind_says_so(
     taught: patchmine.Run, backbone: Path, maps: Path, tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ class SegmentRunSettings(HeldOutRunSettings, SharedRunSettings, total=False):
     """
 
     ignore_index: int
+    skip_bad_objects: bool
     palette: Mapping[str, int | tuple[int, int, int]]
     head: Literal["linear", "upernet", "dpt"]
     head_width: int | None

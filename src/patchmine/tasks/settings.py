@@ -171,7 +171,10 @@ class SegmentLossSettings(Strict):
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
     labels: Annotated[Text | None, OF_A_MACHINE] = Field(
-        None, description="folder of label maps; null: beside the images, as data/train/labels"
+        None, description="folder of label maps, or a COCO file; null: beside the images"
+    )
+    skip_bad_objects: bool = Field(
+        False, description="leave out annotations of COCO files that are wrong"
     )
     ignore_index: int = Field(
         255, ge=0, lt=2**31, description="class number of pixels that belong to no class"

@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from patchmine.config.schema import SegmentConfig
-from patchmine.data.decoding.classmap import ClassMapError, Colours
+from patchmine.data.decoding.classmap import Colours
 from patchmine.data.decoding.decode import DecodeError, probe
 from patchmine.data.sampling import spread_indices
-from patchmine.data.sources.pairs import LabelMaps, Parts, open_pairs
+from patchmine.data.sources.coco_maps import coco_parts, open_coco_maps
+from patchmine.data.sources.pairs import MapSource, Parts, open_pairs
 from patchmine.errors import Say, UserError, reason_of, shown_name
 from patchmine.evaluate.labelled import TEST_SHARE
 from patchmine.evaluate.progress import progress
@@ -41,16 +43,16 @@ class Mapped:
         size: (height, width) of an image in ``train``, the median of each side.
     """
 
-    train: LabelMaps
-    val: LabelMaps | None
-    test: LabelMaps
+    train: MapSource
+    val: MapSource | None
+    test: MapSource
     names: list[str]
     pixels: Tensor
     how: str
     size: tuple[int, int] = (0, 0)
 
     @property
-    def parts(self) -> dict[str, LabelMaps]:
+    def parts(self) -> dict[str, MapSource]:
         """Those that there are, by what they are for."""
         every = {"train": self.train, "val": self.val, "test": self.test}
         return {name: part for name, part in every.items() if part is not None}
@@ -103,13 +105,15 @@ def open_label_maps(
         UserError: images without label maps, pixels that are no class, too few images.
     """
     colours = colours_of(config)
-    train, val, test, how = _divided(_opened(config, colours), config)
+    train, val, test, how = _divided(
+        _opened(config, colours, every_fault=faults is not None), config
+    )
     mapped = Mapped(train, val, test, [], torch.zeros(0), how)
     for note in dict.fromkeys(note for part in mapped.parts.values() for note in part.notes):
         say(note)
     say(how)
     found = {name: _look(part, name, engine, say) for name, part in mapped.parts.items()}
-    names = list(config.classes) or [name for name in config.palette if name != VOID]
+    names = _names_of(config, train)
     wrong = [fault for each in found.values() for fault in each.faults]
     every: Counter[int] = sum((each.pixels for each in found.values()), Counter())
     every.pop(config.ignore_index, None)
@@ -130,12 +134,29 @@ def open_label_maps(
     return replace(mapped, names=names, pixels=pixels, size=found["train"].size)
 
 
-def _opened(config: SegmentConfig, colours: Colours | None) -> Parts:
+def _names_of(config: SegmentConfig, train: MapSource) -> list[str]:
+    """The names that settings or data give to the classes; [] where they have none."""
+    own, given = [*train.names], [name for name in config.palette if name != VOID]
+    if own and config.classes not in ([], own):
+        raise UserError(f"classes: given {config.classes}, but the data name {own}: leave it out")
+    if own and given:
+        raise UserError("palette: given, but the data name their classes: leave it out")
+    return own or list(config.classes) or given
+
+
+def _opened(config: SegmentConfig, colours: Colours | None, *, every_fault: bool) -> Parts:
+    def opened(data: Any, labels: str | None) -> Parts:
+        if found := coco_parts(data, labels):
+            skip = config.skip_bad_objects
+            how = dict(skip_bad_objects=skip, every_fault=every_fault)
+            return open_coco_maps(found, data, config.ignore_index, **how)
+        return open_pairs(data, labels, colours)
+
     data = config.data if isinstance(config.data, str) else list(config.data)
-    parts = open_pairs(data, config.labels, colours)
+    parts = opened(data, config.labels)
     for name in ("val", "test"):
         if (given := getattr(config, name)) is not None:
-            other = open_pairs(given, None, colours)
+            other = opened(given, None)
             if name not in other and len(other) > 1:
                 told = ", ".join(other)
                 raise UserError(f"{name}={shown_name(str(given))} has the parts {told}: name one")
@@ -145,7 +166,7 @@ def _opened(config: SegmentConfig, colours: Colours | None) -> Parts:
 
 def _divided(
     parts: Parts, config: SegmentConfig
-) -> tuple[LabelMaps, LabelMaps | None, LabelMaps, str]:
+) -> tuple[MapSource, MapSource | None, MapSource, str]:
     train, name = parts.get("train") or parts.get("all"), shown_name(str(config.data))
     if train is None:
         raise UserError(
@@ -174,8 +195,8 @@ def _divided(
 
 
 def _with_validation(
-    train: LabelMaps, val: LabelMaps | None, config: SegmentConfig, name: str
-) -> tuple[LabelMaps, LabelMaps | None]:
+    train: MapSource, val: MapSource | None, config: SegmentConfig, name: str
+) -> tuple[MapSource, MapSource | None]:
     """What is learned, and what the best checkpoint is chosen by."""
     if config.val_share and val is not None:
         raise UserError(
@@ -192,7 +213,7 @@ def _with_validation(
     return train, val
 
 
-def _shared(train: LabelMaps, config: SegmentConfig) -> LabelMaps:
+def _shared(train: MapSource, config: SegmentConfig) -> MapSource:
     """The part of the training images that ``share`` leaves, drawn by ``seed``."""
     count = round(config.share * len(train))
     if count == 0:
@@ -202,7 +223,7 @@ def _shared(train: LabelMaps, config: SegmentConfig) -> LabelMaps:
     return train.chosen(spread_indices(len(train), count, config.seed))
 
 
-def _cut(part: LabelMaps, share: float, name: str) -> tuple[LabelMaps, LabelMaps]:
+def _cut(part: MapSource, share: float, name: str) -> tuple[MapSource, MapSource]:
     """The first images, and the last ``share`` of them."""
     # Neighbours in a list are often frames of one video: no random draw.
     last = max(1, round(share * len(part)))
@@ -212,7 +233,7 @@ def _cut(part: LabelMaps, share: float, name: str) -> tuple[LabelMaps, LabelMaps
     return part.chosen(places[:-last]), part.chosen(places[-last:])
 
 
-def _look(part: LabelMaps, title: str, engine: Engine, say: Say) -> Findings:
+def _look(part: MapSource, title: str, engine: Engine, say: Say) -> Findings:
     """Every label map, each process a share."""
     mine = np.array_split(np.arange(len(part)), engine.world_size)[engine.rank].tolist()
     seen = Findings(Counter(), Counter(), [])
@@ -230,13 +251,12 @@ def _look(part: LabelMaps, title: str, engine: Engine, say: Say) -> Findings:
     return whole
 
 
-def _seen(part: LabelMaps, index: int) -> Findings:
+def _seen(part: MapSource, index: int) -> Findings:
     """What one label map shows, or what is wrong with it."""
-    name = shown_name(part.labels_of[index])
     try:
         labels = part.target(index)
         height, width, *_ = probe(part.read(index))
-    except ClassMapError as error:
+    except UserError as error:
         return _faulty(str(error))
     except (OSError, DecodeError) as error:
         told = str(error) if isinstance(error, DecodeError) else f"({reason_of(error)})"
@@ -250,7 +270,7 @@ def _seen(part: LabelMaps, index: int) -> Findings:
                 "label map as the image is seen, or remove the orientation"
             )
         return _faulty(
-            f"the label map {name} is {columns}x{rows} pixels and its image "
+            f"{part.target_name(index)} is {columns}x{rows} pixels and its image "
             f"{shown_name(part.path(index))} {width}x{height}: {remedy}"
         )
     numbers, counts = np.unique(labels, return_counts=True)
@@ -269,7 +289,7 @@ def _strangers(
     for number in sorted(number for number in found if number >= len(names)):
         file = next(
             (
-                part.labels_of[index]
+                part.target_name(index)
                 for part in mapped.parts.values()
                 for index in range(len(part))
                 if (part.target(index) == number).any()
@@ -277,7 +297,7 @@ def _strangers(
             "a label map",
         )
         yield (
-            f"the label map {shown_name(file)} has class {number}, but there are {len(names)} "
+            f"{file} has class {number}, but there are {len(names)} "
             f"classes, 0 to {len(names) - 1}: name it in classes, or give ignore_index={number} "
             f"(now {ignored}) where it means no class"
         )

@@ -13,7 +13,7 @@ from patchmine.config.resolve import resolve_size
 from patchmine.config.schema import SegmentConfig
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
-from patchmine.data.sources.pairs import LabelMaps
+from patchmine.data.sources.pairs import MapSource
 from patchmine.data.views.dense import SegmentView, WholeView
 from patchmine.data.workers import num_workers
 from patchmine.errors import Say, UserError, shown_name, silent
@@ -146,7 +146,7 @@ class MapJudge:
     config: SegmentConfig
     place: Place
 
-    def __call__(self, part: LabelMaps, title: str, say: Say) -> dict[str, Any]:
+    def __call__(self, part: MapSource, title: str, say: Say) -> dict[str, Any]:
         """What `segmentation_scores` says of a part.  Raises UserError where too much is broken."""
         config, engine = self.config, self.place.engine
         mine = np.array_split(np.arange(len(part)), engine.world_size)[engine.rank]

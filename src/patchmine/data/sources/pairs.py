@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchmine.data.decoding.classmap import Colours, read_class_map
+from patchmine.data.decoding.classmap import ClassMap, Colours, read_class_map
 from patchmine.data.sources.contract import (
     TEST_FOLDERS,
     TRAIN_FOLDERS,
@@ -36,11 +37,34 @@ _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".jpg", ".jp
 _JOINTS = ("_", "-", ".")  # between an image's name and what its label adds: 7_mask.png of 7.jpg
 _LISTS = (".txt", ".csv", ".tsv")
 
-Parts = dict[str, "LabelMaps"]
+Parts = dict[str, "MapSource"]
 """By "train", "val" and "test"; "all" where the data have no parts."""
 
 
-class LabelMaps(Source):
+class MapSource(Source):
+    """Images with the class of every pixel.
+
+    Attributes:
+        names: of the classes, by their numbers, where the source knows them.
+    """
+
+    encoded = True
+    names: Sequence[str] = ()
+
+    @abstractmethod
+    def target(self, index: int) -> ClassMap:
+        """(H, W) int32, the class of every pixel.  UserError that names the file."""
+
+    @abstractmethod
+    def target_name(self, index: int) -> str:
+        """Where the classes of an image stand, for messages."""
+
+    @abstractmethod
+    def chosen(self, places: NDArray[np.int64]) -> MapSource:
+        """Some of them, in that order."""
+
+
+class LabelMaps(MapSource):
     """Images, each with the file of its label map.
 
     Args:
@@ -50,8 +74,6 @@ class LabelMaps(Source):
         keys: names of the images inside their source.
         colours: which pixel values mean which class; None: they are the class numbers.
     """
-
-    encoded = True
 
     def __init__(
         self,
@@ -79,8 +101,10 @@ class LabelMaps(Source):
     def key(self, index: int) -> str:
         return self.keys[index]
 
-    def target(self, index: int) -> Any:
-        """(H, W) int32, the class of every pixel.  UserError that names the file."""
+    def target_name(self, index: int) -> str:
+        return f"the label map {shown_name(self.labels_of[index])}"
+
+    def target(self, index: int) -> ClassMap:
         return read_class_map(self.labels_of[index], self.colours)
 
     @property
@@ -90,7 +114,6 @@ class LabelMaps(Source):
         return fingerprint_of(_encoded([*names, repr(self.colours)]))
 
     def chosen(self, places: NDArray[np.int64]) -> LabelMaps:
-        """Some of them, in that order."""
         lists = (self.images, self.labels_of, self.keys)
         images, labels, keys = ([each[place] for place in places.tolist()] for each in lists)
         return LabelMaps(self.name, images, labels, keys, self.colours, self.notes)
