@@ -103,9 +103,9 @@ def segment(words: Sequence[str], say: Say) -> None:
     START is a run, an export, a file of weights, or the name of a model (random weights).  data has
     {train,val,test}/{images,labels}, or images and labels, or is a list of "image label" lines; a
     label map is a PNG of class numbers, or of the colours in palette; COCO files serve too, beside
-    the images or as labels=instances.json.  image_size is that of
-    training crops and test windows.  The run is tested on whole images, and `patchmine resume RUN`
-    goes on with it.  check=true lists all that is wrong with the label maps.
+    the images or as labels=instances.json.  image_size is that of training crops and test windows.
+    The run is tested on whole images, and `patchmine resume RUN` goes on with it.  check=true lists
+    all that is wrong with the label maps.
 
     Example:
         patchmine segment runs/hpm data=camvid/ out=runs/segment ignore_index=11

@@ -89,11 +89,11 @@ def _views_of(config: SegmentConfig, size: tuple[int, int]) -> str:
     height, width = config.image_size
     crop, stride = f"{width}x{height}", stride_of(config)
     low, high = config.scale
-    whole = f"{size[1]}x{size[0]} pixels"
+    whole = f"{size[1]}x{size[0]} pixels (the median)"
     if config.short_side is not None:
         whole += f", brought to a shorter side of {config.short_side}"
     return (
-        f"Training sees crops of {crop} from images of {whole} (the median), enlarged {low:g} to "
+        f"Training sees crops of {crop} from images of {whole}, enlarged {low:g} to "
         f"{high:g} times; tests see them whole, in windows of {crop} every {stride} pixels."
     )
 
