@@ -88,12 +88,41 @@ def output(path: Path, setting: str = "out") -> Iterator[Path]:
         UserError: ``path`` cannot be written (a folder, below a file, a full disk), with the
         ``setting`` that names it and the remedy.
     """
-    try:
+    with _writing(path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with replacing(path) as new:
             yield new
+
+
+@contextmanager
+def output_folder(path: Path, setting: str = "out") -> Iterator[Path]:
+    """The same of a new folder ``out=path``: an empty one to fill, which takes its place whole.
+
+    Who fills it flushes its files (`settle`).
+
+    Raises:
+        UserError: as `output` does, and where there is a file or a folder that is not empty.
+    """
+    with _writing(path, setting):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path) and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if path.is_dir() and any(path.iterdir()):
+            held = shown_name(min(entry.name for entry in path.iterdir()))
+            name = shown_name(path)
+            raise UserError(f"{setting}={name} holds other things ({held}): name a new folder")
+        with replacing(path.resolve()) as new:
+            new.mkdir()
+            yield new
+
+
+@contextmanager
+def _writing(path: Path, setting: str) -> Iterator[None]:
+    """What the system refuses is a UserError."""
+    try:
+        yield
     except OSError as error:
         if isinstance(error, FileExistsError):  # of making a folder where a file is
             error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))

@@ -125,7 +125,7 @@ def test_the_first_help_shows_the_commands_in_the_order_of_work() -> None:
     result = call("--help")
     order = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout, flags=re.MULTILINE)
     assert order[:4] == ["pretrain", "resume", "extend", "finetune"]
-    assert len(order) == 16
+    assert len(order) == 17
     assert result.exit_code == 0
     assert "patchmine list recipes" in result.stdout
     assert call("--version").stdout == f"patchmine {__version__}\n"

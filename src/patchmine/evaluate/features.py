@@ -296,9 +296,7 @@ class FeatureLoop:
 
     @torch.inference_mode()
     def _read(self, reader: Reader, images: Tensor) -> Tensor:
-        kind = self.device.type
-        autocast = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda")
-        with in_eval_mode(reader.evaluated.encoder), autocast:
+        with in_eval_mode(reader.evaluated.encoder), autocast(self.device):
             return reader(images).cpu()
 
     def share(self, part: Part) -> Part:
@@ -322,15 +320,35 @@ class FeatureLoop:
 
     def judge_broken(self, part: Part, done: int, title: str) -> None:
         """After ``done`` whole items: UserError where too few, else a word on the rest."""
-        name, noun = shown_name(part.source.name), self.evaluated.item.noun
-        if done == 0:
-            raise UserError(f"{name} has no {noun} that can be read")
-        broken, limit = len(part) - done, self.reading.max_bad_share
-        if broken:
-            found = f"{broken:,} of {len(part):,} {noun}s of {name} are broken"
-            if broken > limit * len(part):
-                raise UserError(f"{found}, more than max_bad_share={limit}: mend them, or raise it")
-            self.say(f"{title}: {found} and were skipped")
+        noun, limit = self.evaluated.item.noun, self.reading.max_bad_share
+        judge_broken(part.source, len(part), done, noun, limit, title, self.say)
+
+
+def judge_broken(
+    source: Source, asked: int, done: int, noun: str, limit: float, title: str, say: Say
+) -> None:
+    """Whether enough of the items that were asked for could be read.
+
+    Args:
+        source: they are of.
+        asked: how many were wanted.
+        done: how many could be read.
+        noun: what an item is called.
+        limit: share of broken ones above which to stop.
+        title: of what is made of them.
+        say: hears of broken ones.
+
+    Raises:
+        UserError: none could be read, or more than ``limit`` are broken.
+    """
+    name = shown_name(source.name)
+    if done == 0:
+        raise UserError(f"{name} has no {noun} that can be read")
+    if broken := asked - done:
+        found = f"{broken:,} of {asked:,} {noun}s of {name} are broken"
+        if broken > limit * asked:
+            raise UserError(f"{found}, more than max_bad_share={limit}: mend them, or raise it")
+        say(f"{title}: {found} and were skipped")
 
 
 def refuse_infinite(
@@ -353,6 +371,11 @@ def refuse_infinite(
     )
     found = f"{name}: features are not finite for {many}, the first of them {first}"
     raise UserError(f"{found}: take an earlier checkpoint, or train again with a lower blr")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The arithmetic of networks that are used: bf16 on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def device_of(reading: ReadingSettings) -> torch.device:

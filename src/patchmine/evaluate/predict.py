@@ -18,11 +18,11 @@ from patchmine.backbones.family import pooled
 from patchmine.backbones.whole import is_whole_classifier, open_whole_classifier
 from patchmine.config.resolve import of_kind
 from patchmine.config.schema import FinetuneConfig
-from patchmine.data.items import CLIP, Item
+from patchmine.data.items import CLIP
 from patchmine.data.sources.contract import Source
-from patchmine.data.sources.listfile import open_files
-from patchmine.data.sources.source import KINDS
 from patchmine.errors import Say, UserError, shown_name, silent, whole_name
+from patchmine.evaluate.asked import open_asked
+from patchmine.evaluate.classmaps import is_segmenter, segmented
 from patchmine.evaluate.evaluated import Evaluated, of_encoder, of_run, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views, device_of
 from patchmine.evaluate.labelled import Part
@@ -39,8 +39,11 @@ _FIXED = ("file", "class", "probability")
 def predicted(settings: PredictSettings, say: Say = silent) -> dict[str, list[Any]]:
     """The table's columns: ``file``, ``class``, ``probability``, and what else is asked for.
 
-    Raises UserError as `open_question` and `Question.batches` do.
+    Those of a run that segments are ``file`` and ``classes``.  Raises UserError as `open_question`
+    and `Question.batches` do.
     """
+    if is_segmenter(settings.run):
+        return segmented(settings, say)
     question = open_question(settings, say)
     found: dict[str, list[Any]] = {}
     for index, values in question.batches():
@@ -132,7 +135,7 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
         few = f"but {name} knows {len(opened.names)} classes"
         raise UserError(f"top={settings.top}, {few}: give at most so many")
     views = _views(settings, evaluated, opened.tested, say)
-    source = _source(settings.data, evaluated.item)
+    source = open_asked(settings.data, evaluated.item)
     for note in source.notes:
         say(note)
     return Question(
@@ -216,13 +219,6 @@ def _views(
         taken = " ".join(f"{name}={value}" for name, value in own.items())
         say(f"{taken}, as the run was tested (segments=1 crops=1: the middle clip alone).")
     return clip_views(evaluated.input, segments, crops)
-
-
-def _source(data: str | list[str], item: Item) -> Source:
-    """What ``item.open`` takes, or the files of single items, as a shell writes out ``*.jpg``."""
-    files, kind = [data] if isinstance(data, str) else data, KINDS[item.noun]
-    single = (Path(file).suffix.lower() in kind.suffixes and Path(file).is_file() for file in files)
-    return open_files(files, kind) if files and all(single) else item.open(data)
 
 
 class _Answers(Reader):

@@ -112,8 +112,10 @@ class EmbedSettings(ReadingSettings, EvaluatedSettings):
     pooling: str = _POOLING
 
 
-def _is_table_or_folder(name: str) -> str:
+def _is_table_or_folder(name: str | None) -> str | None:
     """A check of ``out`` of predictions: a table by its ending, or a folder without one."""
+    if name is None:
+        return name
     ending = PurePath(name).suffix.lower()
     if ending and ending not in PREDICTION_ENDINGS and not name.endswith("/"):
         endings = " or ".join(PREDICTION_ENDINGS)
@@ -129,9 +131,13 @@ class PredictSettings(ReadingSettings):
     has a column; of one with numbers (loss=mse) each number has.  Of a run on videos the rows are
     videos.
 
+    Of a run that segments a new folder: a PNG of class numbers for each image, the classes over the
+    images in overlays/, and how many pixels each has in classes.csv.
+
     Example:
         patchmine predict runs/classify images/ out=predictions.csv
         patchmine predict runs/classify images/ out=predictions/ top=3
+        patchmine predict runs/segment images/ out=predictions/
     """
 
     run: Text = Field(
@@ -140,8 +146,10 @@ class PredictSettings(ReadingSettings):
     data: Texts = Field(
         description="folder of images or videos, list file, tar shards; or single files"
     )
-    out: Annotated[Text, AfterValidator(_is_table_or_folder)] = Field(
-        "predictions.csv", description=".csv or .parquet; or a folder, for a table and pictures"
+    out: Annotated[Text | None, AfterValidator(_is_table_or_folder)] = Field(
+        None,
+        description=".csv or .parquet; or a folder, for pictures too; null: predictions.csv, or of "
+        "class maps predictions/",
     )
     top: Count = Field(1, description="classes in a row, the most probable first")
     all: bool = Field(False, description="also a column for each class, with its probability")

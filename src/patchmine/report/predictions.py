@@ -14,9 +14,11 @@ from torch import Tensor
 
 from patchmine.disk import output
 from patchmine.errors import Say, shown_name, silent
+from patchmine.evaluate.classmaps import is_segmenter
 from patchmine.evaluate.predict import Question, open_question
 from patchmine.evaluate.settings import PREDICTION_ENDINGS, PredictSettings
 from patchmine.evaluate.tables import TABLES
+from patchmine.report.classmaps import predict_maps
 from patchmine.report.letters import INK, PAPER, SOFT, Letters
 from patchmine.report.thumbnails import SIDE, pictures
 
@@ -32,7 +34,8 @@ _NAME, _NOTE, _SMALL = Letters(14, INK), Letters(12, SOFT), Letters(11, SOFT)
 def predict(settings: PredictSettings, say: Say = silent) -> Path:
     """Write a row for every readable image: file, class and probability; in a folder also pictures.
 
-    Files appear complete or not at all.  Memory is bounded, whatever the number of images.
+    Of a run that segments a folder of class maps, see `report.classmaps`.  Files appear complete or
+    not at all.  Memory is bounded, whatever the number of images.
 
     Args:
         settings: the run, what is read, and the file or folder to write.
@@ -44,8 +47,11 @@ def predict(settings: PredictSettings, say: Say = silent) -> Path:
     Raises:
         UserError: the run was not fine-tuned, nothing can be read, or a file cannot be written.
     """
-    out = Path(settings.out)
-    is_folder = settings.out.endswith("/") or out.suffix.lower() not in PREDICTION_ENDINGS
+    if is_segmenter(settings.run):
+        return predict_maps(settings, say)
+    name = settings.out or TABLE
+    out = Path(name)
+    is_folder = name.endswith("/") or out.suffix.lower() not in PREDICTION_ENDINGS
     table = out / TABLE if is_folder else out
     question, done = open_question(settings, say), 0
     ends = Ends(len(question.names))

@@ -51,14 +51,14 @@ class ThumbnailView:
         share = min(1.0, SIDE / max(image.shape[-2:]))
         height, width = (max(1, round(side * share)) for side in image.shape[-2:])
         square = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
-        square[:, :height, :width] = resize(_coloured(image), (height, width))
+        square[:, :height, :width] = resize(coloured(image), (height, width))
         return Sample([square], torch.tensor([0, 0, height / SIDE, width / SIDE]), _UNFLIPPED)
 
 
 _UNFLIPPED = torch.tensor(False)
 
 
-def _coloured(image: Tensor) -> Tensor:
+def coloured(image: Tensor) -> Tensor:
     """Three channels of bytes; deeper pixels from the smallest value, black, to the largest."""
     image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     if image.dtype == torch.uint8:

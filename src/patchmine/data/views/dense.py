@@ -88,13 +88,19 @@ class WholeView:
         settings = self.settings
         image = decoded(raw, settings, self.smallest_side)
         labels = None if target is None else label_tensor(image, target)
-        height, width = image.shape[-2:]
-        if settings.short_side is not None:
-            factor = settings.short_side / min(height, width)
-            size = max(1, round(height * factor)), max(1, round(width * factor))
-            image = resize(image, size, settings.interpolation)
+        image = resized_whole(image, settings)
         box = torch.tensor([0.0, 0.0, 1.0, 1.0])
         return Sample([image.contiguous()], box, torch.tensor(False), target=labels)
+
+
+def resized_whole(image: Tensor, settings: DenseViewSettings) -> Tensor:
+    """(..., H, W) with its shorter side as the settings say."""
+    if settings.short_side is None:
+        return image
+    height, width = image.shape[-2:]
+    factor = settings.short_side / min(height, width)
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    return resize(image, size, settings.interpolation)
 
 
 def label_tensor(image: Tensor, target: Any) -> Tensor:
