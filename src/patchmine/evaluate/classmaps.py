@@ -24,8 +24,8 @@ from patchmine.data.sources.source import KINDS
 from patchmine.data.views.dense import WholeView, resized_whole
 from patchmine.data.views.normalise import normalise
 from patchmine.errors import Say, UserError, shown_name, silent, whole_name
-from patchmine.evaluate.asked import are_files, open_asked
-from patchmine.evaluate.features import autocast, device_of, judge_broken
+from patchmine.evaluate.asked import are_files, judge_broken, open_asked
+from patchmine.evaluate.features import autocast, device_of
 from patchmine.evaluate.progress import progress
 from patchmine.evaluate.settings import PredictSettings
 from patchmine.evaluate.sliding import ClassMaps

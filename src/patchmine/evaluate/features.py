@@ -22,6 +22,7 @@ from patchmine.data.views.clips import TestClips
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import normalise
 from patchmine.errors import Say, UserError, foreign_parser, shown_name, silent
+from patchmine.evaluate.asked import judge_broken
 from patchmine.evaluate.evaluated import Evaluated, in_eval_mode
 from patchmine.evaluate.labelled import Part, everything
 from patchmine.evaluate.progress import progress
@@ -322,33 +323,6 @@ class FeatureLoop:
         """After ``done`` whole items: UserError where too few, else a word on the rest."""
         noun, limit = self.evaluated.item.noun, self.reading.max_bad_share
         judge_broken(part.source, len(part), done, noun, limit, title, self.say)
-
-
-def judge_broken(
-    source: Source, asked: int, done: int, noun: str, limit: float, title: str, say: Say
-) -> None:
-    """Whether enough of the items that were asked for could be read.
-
-    Args:
-        source: they are of.
-        asked: how many were wanted.
-        done: how many could be read.
-        noun: what an item is called.
-        limit: share of broken ones above which to stop.
-        title: of what is made of them.
-        say: hears of broken ones.
-
-    Raises:
-        UserError: none could be read, or more than ``limit`` are broken.
-    """
-    name = shown_name(source.name)
-    if done == 0:
-        raise UserError(f"{name} has no {noun} that can be read")
-    if broken := asked - done:
-        found = f"{broken:,} of {asked:,} {noun}s of {name} are broken"
-        if broken > limit * asked:
-            raise UserError(f"{found}, more than max_bad_share={limit}: mend them, or raise it")
-        say(f"{title}: {found} and were skipped")
 
 
 def refuse_infinite(
