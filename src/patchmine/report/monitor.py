@@ -128,9 +128,12 @@ class Monitor:
 
     def _say_failed(self, what: str, progress: Progress, error: UserError | OSError) -> None:
         if what not in self._failed:
-            why = refusal(error) if isinstance(error, OSError) else error
-            self.log.say(
-                f"warning: {what} after step {progress.step} failed ({why}); training goes on "
-                "without it"
-            )
+            self.log.say(told_failure(what, progress, error))
         self._failed.add(what)
+
+
+def told_failure(what: str, progress: Progress, error: UserError | OSError) -> str:
+    """A sentence on what failed beside training."""
+    why = refusal(error) if isinstance(error, OSError) else error
+    after = f"after step {progress.step}"
+    return f"warning: {what} {after} failed ({why}); training goes on without it"

@@ -181,7 +181,7 @@ def image_pixels(image: Tensor, mean: Numbers, std: Numbers, size: tuple[int, in
     shown = colours[:3] if len(colours) >= 3 else colours[:1].expand(3, -1, -1)
     shown = shown.permute(1, 2, 0)  # (H, W, 3)
     filled = (shown.nan_to_num(0.0).clamp(0, 1) * 255).round().byte().numpy()
-    return _hatched(filled, shown.isnan().any(dim=2).numpy(), size)
+    return hatched(filled, shown.isnan().any(dim=2).numpy(), size)
 
 
 def heat_pixels(
@@ -193,7 +193,7 @@ def heat_pixels(
     spread = high - low
     finite = values.isfinite().numpy()
     places = np.where(finite, (values.numpy() - low) / spread if spread > 0 else 0.5, 0.0)
-    return _hatched(colour(places), ~finite, size), low, high
+    return hatched(colour(places), ~finite, size), low, high
 
 
 def colour(places: npt.NDArray[np.floating[Any]]) -> Pixels:
@@ -203,7 +203,7 @@ def colour(places: npt.NDArray[np.floating[Any]]) -> Pixels:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def _hatched(pixels: Pixels, missing: npt.NDArray[np.bool_], size: tuple[int, int]) -> Pixels:
+def hatched(pixels: Pixels, missing: npt.NDArray[np.bool_], size: tuple[int, int]) -> Pixels:
     """The pixels enlarged to squares, with diagonal lines where something is missing."""
     rows = np.arange(size[0]) * pixels.shape[0] // size[0]
     columns = np.arange(size[1]) * pixels.shape[1] // size[1]

@@ -21,6 +21,7 @@ from patchmine.evaluate.progress import progress
 from patchmine.evaluate.segmentation import Boundaries, Confusion, segmentation_scores
 from patchmine.evaluate.sliding import ClassMaps, stride_of
 from patchmine.ops.losses import balanced_weights
+from patchmine.report.map_samples import MapSamples
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_segmenter, write_export
 from patchmine.runs.fresh import new_folder, refuse_used_folder
@@ -114,6 +115,8 @@ def train_segmenter(
     """The run with these settings, trained to its end, tested and exported."""
     task = make_segmenter(config, mapped, config.init if start is None else None, place.say)
     judge = MapJudge(task, config, place)
+    shown = mapped.test if mapped.val is None else mapped.val
+    samples = MapSamples(task, config, shown, place.folder, place.engine)
     bad = teach(
         task,
         config,
@@ -124,6 +127,7 @@ def train_segmenter(
         judge,
         name=f"segmenting {len(mapped.names)} classes",
         start=start,
+        draw=samples.draw,
     )
     found = judge(mapped.test, TEST, place.say)
     counts = {"how": mapped.how, "train": len(mapped.train), "test": len(mapped.test)}
