@@ -12,7 +12,13 @@ import pytest
 
 import patchmine
 from patchmine import api
-from patchmine.config.schema import FinetuneConfig, PretrainConfig, SegmentConfig, names_of
+from patchmine.config.schema import (
+    DetectConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    SegmentConfig,
+    names_of,
+)
 
 
 def test_the_names_are_those_that_are_promised_and_no_others() -> None:
@@ -46,6 +52,11 @@ def test_the_keywords_of_finetune_are_its_settings() -> None:
 def test_the_keywords_of_segment_are_its_settings() -> None:
     own = {"data", "kind"}
     assert own | set(get_type_hints(api.SegmentRunSettings)) == set(SegmentConfig.model_fields)
+
+
+def test_the_keywords_of_detect_are_its_settings() -> None:
+    own = {"data", "kind"}
+    assert own | set(get_type_hints(api.DetectRunSettings)) == set(DetectConfig.model_fields)
 
 
 @pytest.mark.parametrize("name", patchmine.__all__)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from patchmine.api import Run as Run
     from patchmine.api import compare_shares as compare_shares
+    from patchmine.api import detect as detect
     from patchmine.api import finetune as finetune
     from patchmine.api import import_weights as import_weights
     from patchmine.api import load_encoder as load_encoder
     from patchmine.api import pretrain as pretrain
     from patchmine.api import resume as resume
     from patchmine.api import segment as segment
+    from patchmine.config.schema import DetectConfig as DetectConfig
     from patchmine.config.schema import FinetuneConfig as FinetuneConfig
     from patchmine.config.schema import PretrainConfig as PretrainConfig
     from patchmine.config.schema import SegmentConfig as SegmentConfig
@@ -58,6 +60,7 @@ _HOMES = {
     "api": (
         "Run",
         "compare_shares",
+        "detect",
         "finetune",
         "import_weights",
         "load_encoder",
@@ -65,7 +68,7 @@ _HOMES = {
         "resume",
         "segment",
     ),
-    "config.schema": ("FinetuneConfig", "PretrainConfig", "SegmentConfig"),
+    "config.schema": ("DetectConfig", "FinetuneConfig", "PretrainConfig", "SegmentConfig"),
     "data.inspect": ("inspect",),
     "data.settings": ("Clip", "Crops"),
     "data.sharding": ("write_shards",),

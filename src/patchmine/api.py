@@ -11,6 +11,7 @@ from patchmine import training
 from patchmine.backbones.family import Encoder
 from patchmine.config.explain import validate
 from patchmine.config.keywords import (
+    DetectRunSettings,
     FinetuneRunSettings,
     Name,
     RunningSettings,
@@ -19,7 +20,7 @@ from patchmine.config.keywords import (
     Size,
 )
 from patchmine.config.resolve import from_settings, of_kind
-from patchmine.config.schema import FinetuneConfig, PretrainConfig, SegmentConfig
+from patchmine.config.schema import DetectConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from patchmine.errors import Say
 from patchmine.report.used_run import UsedRun
 from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, checks_of
@@ -176,6 +177,42 @@ def segment(
     start_from = None if recipe is None else os.fspath(recipe)
     config = from_settings(start_from, say=say, also=checks_of("segment"), base=base, **given)
     return Run(training.segment(of_kind(config, SegmentConfig), say=say).path)
+
+
+def detect(
+    start: Name,
+    *,
+    data: Any = None,
+    recipe: Name | None = None,
+    say: Say = print,
+    **settings: Unpack[DetectRunSettings],
+) -> Run:
+    """Teach a backbone to find objects, test it, and export its encoder.
+
+    Example:
+        ``detect("runs/hpm", data="coco/", out="runs/detect", image_size=640, masks=True)``
+
+    Args:
+        start: a run, an export, a file of weights, or the name of a model (random weights).
+        data: a folder of images with annotations in COCO's format, in parts ``train``, ``val`` and
+            ``test`` or whole; or a COCO file beside its images.
+        recipe: name or file of settings to start from.
+        say: hears what a person should know.
+        **settings: those of `patchmine config schema detect`.
+
+    Returns:
+        The finished run, tested (``eval/test.json``).
+
+    Raises:
+        UserError: settings, annotations or folders are wrong; the message lists every error.
+    """
+    given: dict[str, Any] = dict(settings)
+    if data is not None:
+        given["data"] = data
+    base = settings_for("detect", os.fspath(start))
+    start_from = None if recipe is None else os.fspath(recipe)
+    config = from_settings(start_from, say=say, also=checks_of("detect"), base=base, **given)
+    return Run(training.detect(of_kind(config, DetectConfig), say=say).path)
 
 
 def compare_shares(

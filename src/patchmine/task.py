@@ -63,8 +63,8 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
-    def predict(self, batch: Batch) -> Tensor:
-        """What the task says of each row of a batch, where it says anything."""
+    def predict(self, batch: Batch) -> Any:
+        """What the task says of each row of a batch, a tensor or list, where it says anything."""
         raise NotImplementedError
 
     def metric(self) -> str | None:

@@ -39,6 +39,8 @@ ROOMS = [
     ("training.shares", "compare_shares"),
     ("training", "resume"),
     ("training.extending", "extend"),
+    ("training.segmenting", "segment"),
+    ("training.detecting", "detect"),
     ("evaluate.knn", "evaluate_knn"),
     ("evaluate.linear", "evaluate_linear"),
     ("evaluate.video", "evaluate_video"),
@@ -79,12 +81,17 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(
         "patchmine.runs.checking.CHECKS", ()
     )  # the data of the examples are not there
-    monkeypatch.setattr("patchmine.runs.checking.CLASSIFIER_CHECKS", ())
+    for kind in ("CLASSIFIER", "SEGMENTER", "DETECTOR"):
+        monkeypatch.setattr(f"patchmine.runs.checking.{kind}_CHECKS", ())
     monkeypatch.setattr(  # nor are their backbones
         "patchmine.training.shares.settings_of_start",
         lambda start: {"kind": "classify", "init": start},
     )
-    monkeypatch.setattr("patchmine.cli.work._print_table", lambda result: None)
+    monkeypatch.setattr(
+        "patchmine.training.starting.settings_for",
+        lambda kind, start: {"kind": kind, "init": start},
+    )
+    monkeypatch.setattr("patchmine.cli.teach._print_table", lambda result: None)
     monkeypatch.setattr(  # nor the runs
         "patchmine.training.extending.settings_of_extension", lambda path: extended
     )
@@ -124,8 +131,8 @@ def test_help_has_one_line_for_the_list_and_an_example(command: list[str]) -> No
 def test_the_first_help_shows_the_commands_in_the_order_of_work() -> None:
     result = call("--help")
     order = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout, flags=re.MULTILINE)
-    assert order[:4] == ["pretrain", "resume", "extend", "finetune"]
-    assert len(order) == 17
+    assert order[:6] == ["pretrain", "resume", "extend", "finetune", "segment", "detect"]
+    assert len(order) == 18
     assert result.exit_code == 0
     assert "patchmine list recipes" in result.stdout
     assert call("--version").stdout == f"patchmine {__version__}\n"

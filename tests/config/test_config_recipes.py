@@ -10,7 +10,7 @@ import pytest
 
 from patchmine.config.recipes import ABOUT, list_recipes, load_recipe, recipe_names
 from patchmine.config.resolve import parse, resolve_size
-from patchmine.config.schema import FinetuneConfig, SegmentConfig
+from patchmine.config.schema import DetectConfig, FinetuneConfig, SegmentConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.ops.schedules import learning_rate
@@ -27,8 +27,10 @@ VIDEO = {  # encoder, epochs, frames between two that are taken, decoder's width
 }
 ALL = {recipe.name: recipe for recipe in list_recipes()}
 FINETUNE = {name: each for name, each in ALL.items() if each.settings.get("kind") == "classify"}
+TAUGHT = {"classify": "finetune", "segment": "segment", "detect": "detect"}  # their commands
 SEGMENT = {name: each for name, each in ALL.items() if each.settings.get("kind") == "segment"}
-RECIPES = {name: recipe for name, recipe in ALL.items() if name not in FINETUNE | SEGMENT}
+DETECT = {name: each for name, each in ALL.items() if each.settings.get("kind") == "detect"}
+RECIPES = {name: each for name, each in ALL.items() if each.settings.get("kind") not in TAUGHT}
 ROWS = [(recipe.name, method) for recipe in RECIPES.values() for method in recipe.method_names]
 
 
@@ -41,8 +43,8 @@ def test_the_head_states_what_a_reader_needs(name: str) -> None:
     about = ALL[name].about
     assert set(about) == set(ABOUT)
     assert all(about.values())
-    if name in FINETUNE | SEGMENT:
-        command = "finetune" if name in FINETUNE else "segment"
+    command = TAUGHT.get(ALL[name].settings.get("kind", ""))
+    if command is not None:
         assert about["command"].startswith(f"patchmine {command} runs/")
         assert f" recipe={name}" in about["command"]
     else:
@@ -108,6 +110,29 @@ def test_segmentation_on_ade20k_holds_the_published_numbers() -> None:
     assert [name for name in config.palette if name != "ignore"] == [
         str(number) for number in range(1, 151)
     ]
+
+
+@pytest.mark.parametrize("name", DETECT)
+def test_the_command_of_detection_parses(name: str) -> None:
+    words = [word for word in ALL[name].about["command"].split()[3:] if "recipe=" not in word]
+    assert isinstance(parse(name, words, base={"kind": "detect"}), DetectConfig)
+
+
+@pytest.mark.parametrize(("size", "decay", "drop"), [("b", 0.7, 0.1), ("l", 0.8, 0.4)])
+def test_detection_on_coco_holds_the_published_numbers(
+    size: str, decay: float, drop: float
+) -> None:
+    config = parse(f"detect-vitdet-vit-{size}-coco", ["data=x"])
+    assert isinstance(config, DetectConfig)
+    assert (config.image_size, config.scale, config.window) == ((1024, 1024), (0.1, 2.0), 14)
+    assert (config.batch_size, config.steps, config.weight_decay) == (64, 184_375, 0.1)
+    assert (config.layer_decay, config.drop_path, config.head) == (decay, drop, "vitdet")
+    # COCO's 118,287 images; detectron2's warm-up over 250 steps, then cuts at two of them.
+    expected = {0: 1e-7, 250: 1e-4, 163_888: 1e-4, 163_890: 1e-5, 177_545: 1e-5, 177_547: 1e-6}
+    for step, rate in expected.items():
+        now = Progress(step, 184_375, 118_287 // 64)
+        peak = config.blr * config.batch_size / 256
+        assert learning_rate(now, peak, schedule_of(config)) == pytest.approx(rate, rel=1e-3)
 
 
 @pytest.mark.parametrize(("name", "method"), ROWS)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from patchmine.backbones.family import build_encoder, stage_features
 from patchmine.errors import UserError
 from patchmine.models.adapt import rate_groups
+from patchmine.models.droppath import add_drop_paths, draw_drop_paths
+from patchmine.models.noise import Noise
 from patchmine.models.pyramid import build_pyramid
 from patchmine.models.windows import last_of_quarters, run_in_windows, windowed_map
 
@@ -243,3 +245,27 @@ def test_what_cannot_be_is_refused() -> None:
     )
     with pytest.raises(UserError, match="reads videos, and boxes are of one image"):
         build_pyramid(video)
+
+
+def test_windows_of_an_image_are_dropped_together() -> None:
+    encoder = encoder_of(reg_tokens=2).train()
+    paths = add_drop_paths(encoder, 0.6)
+    torch.manual_seed(0)
+    taken = torch.randn(6, 3, *SIZE)
+    noise = Noise(seed=3)
+
+    def look(first: int, last: int, blocks: tuple[int, ...] = (3,)) -> Tensor:
+        noise.begin(5, first, 6)
+        draw_drop_paths(paths, noise, taken[first:last])
+        with torch.no_grad():
+            return windowed_map(encoder, taken[first:last], 5, blocks)
+
+    whole = look(0, 6)
+    torch.testing.assert_close(torch.cat([look(0, 4), look(4, 6)]), whole, atol=1e-5, rtol=0)
+    for path in paths:
+        path.noise = torch.ones(6)  # nothing is dropped
+    branch = paths[-1](torch.ones(24, 2, 3))
+    assert torch.equal(branch, torch.full((24, 2, 3), 1 / (1 - paths[-1].rate)))
+    paths[-1].noise = torch.tensor([0.0, 1, 0, 1, 1, 0])
+    kept = paths[-1](torch.ones(24, 2, 3))[:, 0, 0] > 0
+    assert kept.tolist() == [n for n in (False, True, False, True, True, False) for _ in range(4)]

@@ -14,10 +14,9 @@ from click.testing import CliRunner
 from patchmine.cli.app import app
 from patchmine.config.recipes import list_recipes
 from patchmine.config.resolve import fit_batch, from_settings, missing_files, parse, resolve_size
-from patchmine.config.schema import FinetuneConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.runs.checking import misfits, misfits_of_classifier
+from patchmine.runs.checking import checks_of, misfits
 from patchmine.runs.folder import RunFolder
 
 RECIPES = [recipe.name for recipe in list_recipes()]
@@ -40,7 +39,7 @@ def complaint(*words: str) -> str:
 def test_every_recipe_fits(recipe: str) -> None:
     start = {"model": "video_vit_base_patch16"} if recipe.startswith("finetune-video") else {}
     config = parse(recipe, ["data=x"], base=start)  # which the run to start from says
-    look = misfits_of_classifier if isinstance(config, FinetuneConfig) else misfits
+    look = checks_of(config.kind)[1]
     rows = [resolve_size(config, row.up_to or 10**9) for row in config.by_size] or [config]
     for sized in rows if len(rows) == 1 else (rows[0], rows[-1]):
         assert look(sized) == []

@@ -47,8 +47,9 @@ COMMANDS = (
     Command("pretrain", "cli.work:pretrain", usage="[RECIPE] KEY=VALUE..."),
     Command("resume", "cli.work:resume", usage="RUN [KEY=VALUE...]"),
     Command("extend", "cli.work:extend", usage="RUN epochs=... out=... [KEY=VALUE...]"),
-    Command("finetune", "cli.work:finetune", usage="START data=... out=... [KEY=VALUE...]"),
-    Command("segment", "cli.work:segment", usage="START data=... out=... [KEY=VALUE...]"),
+    Command("finetune", "cli.teach:finetune", usage="START data=... out=... [KEY=VALUE...]"),
+    Command("segment", "cli.teach:segment", usage="START data=... out=... [KEY=VALUE...]"),
+    Command("detect", "cli.teach:detect", usage="START data=... out=... [KEY=VALUE...]"),
     Command("eval knn", "evaluate.knn:evaluate_knn", "evaluate.settings:KnnSettings", "target"),
     Command(
         "eval linear",
@@ -181,6 +182,14 @@ def read_words(
     return validate(model, settings, where=f"`patchmine {command}`", before=errors, hint=hint)
 
 
+def first_and_settings(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """The recipe, run or start, if the first word is one, and the settings."""
+    from patchmine.config.overrides import split_setting
+
+    has_first = bool(words) and split_setting(words[0]) is None and not words[0].startswith("-")
+    return (words[0], words[1:]) if has_first else (None, words)
+
+
 def page(command: Command) -> Iterator[str]:
     """The lines of a command's help."""
     usage, lines = command.usage, []
@@ -200,13 +209,9 @@ def page(command: Command) -> Iterator[str]:
         from patchmine.config.schema import PretrainConfig
 
         lines = describe_blocks(PretrainConfig)
-    elif command.name == "finetune":
-        from patchmine.config.describe import describe_finetune
+    elif command.name in ("finetune", "segment", "detect"):
+        from patchmine.config.describe import RUNS
 
-        lines = describe_finetune()
-    elif command.name == "segment":
-        from patchmine.config.describe import describe_segment
-
-        lines = describe_segment()
+        lines = RUNS[command.name]()
     yield f"Usage: patchmine {command.name} {usage}".rstrip()
     yield from (f"  {line}".rstrip() for line in ["", *command.help.splitlines(), "", *lines])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchmine.cli.commands import COMMANDS, named, read_words
+from patchmine.cli.commands import COMMANDS, first_and_settings, named
 from patchmine.errors import Say, UserError, shown_name
 
 if TYPE_CHECKING:
@@ -32,136 +32,10 @@ def pretrain(words: Sequence[str], say: Say) -> None:
     from patchmine.config.schema import PretrainConfig
     from patchmine.runs import checking
 
-    config = resolve.parse(*_recipe_and_settings(words), say, also=checking.CHECKS)
+    config = resolve.parse(*first_and_settings(words), say, also=checking.CHECKS)
     from patchmine.training import pretrain as start  # after the settings are known to be right
 
     start(resolve.of_kind(config, PretrainConfig), say=say)
-
-
-def finetune(words: Sequence[str], say: Say) -> None:
-    """Teach a backbone your labels, and test what it learned.
-
-    START is a run, an export, a file of weights, or the name of a model (random weights).  The
-    folders in data are the classes, train/ and test/ in it are used as such; or labels=FILE.csv.
-    The run is exported with its classifier, and `patchmine resume RUN` goes on with it.
-    recipe=NAME takes published settings (`patchmine list recipes`); check=true only looks whether
-    settings, labels and images fit together.  shares=, baselines=, compare= and seeds= make many
-    runs instead of one, and say how much the pre-training is worth.
-
-    Example:
-        patchmine finetune runs/hpm data=labelled/ out=runs/classify
-        patchmine finetune runs/hpm data=labelled/ out=runs/few recipe=small-labels share=0.1
-        patchmine finetune runs/hpm data=photos/ labels=age.csv loss=mse out=runs/age
-        patchmine finetune runs/hpm data=labelled/ out=runs/gain shares=1%,10%,100% baselines=true
-    """
-    first, settings = _recipe_and_settings(words)
-    if first is None:
-        raise UserError(
-            "Name what to start from first, as in `patchmine finetune runs/hpm data=labelled/ "
-            "out=runs/classify`: a run, an export, a file of weights, or a model."
-        )
-    from patchmine.config import resolve
-    from patchmine.config.schema import FinetuneConfig
-    from patchmine.runs.checking import CLASSIFIER_CHECKS
-    from patchmine.runs.known import tell_errors, words_known_to_fit
-    from patchmine.tasks.settings import FinetuneOptions
-
-    def is_option(word: str) -> bool:
-        return word.split("=")[0] in FinetuneOptions.model_fields
-
-    options = read_words(
-        FinetuneOptions, list(filter(is_option, settings)), command="finetune", say=say
-    )
-    own = [word for word in settings if not is_option(word)]
-    known, sure = words_known_to_fit(first, own)
-
-    def read_at_once(hears: Say) -> None:
-        early = CLASSIFIER_CHECKS[:1]
-        config = resolve.parse(options.recipe, sure, hears, also=early, base=known)
-        resolve.of_kind(config, FinetuneConfig)
-
-    tell_errors(read_at_once, say)
-    from patchmine.training import finetuning, shares  # after the words are known to be right
-
-    def read(base: dict[str, Any], hears: Say) -> Any:
-        return resolve.parse(options.recipe, own, hears, also=CLASSIFIER_CHECKS, base=base)
-
-    configs = shares.configs_of_starts(first, options, read, say)
-    if options.asked:
-        if options.check:
-            shares.check_shares(configs, options, say=say)
-        else:
-            _print_table(shares.compare_shares(configs, options, say=say))
-        return
-    work = finetuning.check if options.check else finetuning.finetune
-    work(next(iter(configs.values())), say=say)
-
-
-def segment(words: Sequence[str], say: Say) -> None:
-    """Teach a backbone label maps: the class of every pixel.
-
-    START is a run, an export, a file of weights, or the name of a model (random weights).  data has
-    {train,val,test}/{images,labels}, or images and labels, or is a list of "image label" lines; a
-    label map is a PNG of class numbers, or of the colours in palette; COCO files serve too, beside
-    the images or as labels=instances.json.  image_size is that of training crops and test windows.
-    The run is tested on whole images, and `patchmine resume RUN` goes on with it.  check=true lists
-    all that is wrong with the label maps.
-
-    Example:
-        patchmine segment runs/hpm data=camvid/ out=runs/segment ignore_index=11
-        patchmine segment runs/hpm data=cells/ out=runs/cells palette={background: 0, cell: 255}
-        patchmine segment runs/hpm data=ade20k/ out=runs/ade recipe=segment-mae-vit-b-ade20k
-    """
-    first, settings = _recipe_and_settings(words)
-    if first is None:
-        raise UserError(
-            "Name what to start from first, as in `patchmine segment runs/hpm data=maps/ "
-            "out=runs/segment`: a run, an export, a file of weights, or a model."
-        )
-    from patchmine.config import resolve
-    from patchmine.config.schema import SegmentConfig
-    from patchmine.runs.checking import checks_of
-    from patchmine.runs.known import tell_errors, words_known_to_fit
-    from patchmine.tasks.settings import CommandOptions
-
-    def is_option(word: str) -> bool:
-        return word.split("=")[0] in CommandOptions.model_fields
-
-    options = read_words(
-        CommandOptions, list(filter(is_option, settings)), command="segment", say=say
-    )
-    own, checks = [word for word in settings if not is_option(word)], checks_of("segment")
-    known, sure = words_known_to_fit(first, own, "segment")
-    tell_errors(
-        lambda hears: resolve.parse(options.recipe, sure, hears, also=checks[:1], base=known), say
-    )
-    from patchmine.training import segmenting  # after the words are known to be right
-    from patchmine.training.starting import settings_for
-
-    base = settings_for("segment", first)
-    config = resolve.parse(options.recipe, own, say, also=checks, base=base)
-    work = segmenting.check if options.check else segmenting.segment
-    work(resolve.of_kind(config, SegmentConfig), say=say)
-
-
-def _print_table(result: Mapping[str, Any]) -> None:
-    """Scores of each start by the share of labels."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from patchmine.report.verdict import read_verdict, sentences, table
-
-    verdict = read_verdict(result)
-    head, rows = table(verdict)
-    shown = Table(title=f"{verdict.title} by share of the labels")
-    for column in head:
-        shown.add_column(column, justify="right")
-    for row in rows:
-        shown.add_row(*row)
-    console = Console()
-    console.print(shown)
-    for sentence in sentences(verdict):
-        console.print(sentence, markup=False, highlight=False)
 
 
 def resume(words: Sequence[str], say: Say) -> None:
@@ -173,7 +47,7 @@ def resume(words: Sequence[str], say: Say) -> None:
     Example:
         patchmine resume runs/hpm workers=4
     """
-    run, settings = _recipe_and_settings(words)
+    run, settings = first_and_settings(words)
     if run is None:
         raise UserError("Name the folder of a run first, as in `patchmine resume runs/hpm`.")
     from patchmine.runs.known import settings_to_resume, tell_errors
@@ -196,7 +70,7 @@ def extend(words: Sequence[str], say: Say) -> None:
         patchmine extend runs/hpm epochs=400 out=runs/hpm-longer
         patchmine extend runs/hpm epochs=50 data=more/ blr=5e-5 warmup_epochs=2 out=runs/more
     """
-    run, settings = _recipe_and_settings(words)
+    run, settings = first_and_settings(words)
     if run is None:
         raise UserError(
             "Name the folder of a run first, as in `patchmine extend runs/hpm epochs=400 "
@@ -214,14 +88,6 @@ def extend(words: Sequence[str], say: Say) -> None:
     base = extending.settings_of_extension(run)
     config = resolve.parse(None, settings, say, also=checks, base=base)
     extending.extend(config, run, say=say)
-
-
-def _recipe_and_settings(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
-    """The recipe or run, if the first word is one, and the settings."""
-    from patchmine.config.overrides import split_setting
-
-    has_first = bool(words) and split_setting(words[0]) is None and not words[0].startswith("-")
-    return (words[0], words[1:]) if has_first else (None, words)
 
 
 def show(settings: ShowSettings) -> Path:
@@ -355,7 +221,7 @@ def config_show(words: Sequence[str], say: Say) -> None:
     from patchmine.config import resolve
     from patchmine.config.recipes import load_recipe
 
-    recipe, settings = _recipe_and_settings(words)
+    recipe, settings = first_and_settings(words)
     has_data = recipe is not None and "data" in load_recipe(recipe).settings
     if not has_data and not any(word.startswith("data=") for word in settings):
         settings = ["data=IMAGES", *settings]  # the one setting that has no default
@@ -371,28 +237,21 @@ def config_schema(words: Sequence[str]) -> None:
         patchmine config schema hpm
         patchmine config schema eval.knn
     """
-    from patchmine.config.describe import (
-        describe,
-        describe_finetune,
-        describe_method,
-        describe_run,
-        describe_segment,
-    )
+    from patchmine.config.describe import RUNS, describe, describe_method
     from patchmine.config.explain import did_you_mean
     from patchmine.methods import METHODS
 
     tables = {command.name.replace(" ", "."): command.settings for command in COMMANDS}
     tables = {name: settings for name, settings in tables.items() if settings}
-    runs = {"pretrain": describe_run, "finetune": describe_finetune, "segment": describe_segment}
     for word in words or ["pretrain"]:
         if word in METHODS:
             lines = describe_method(word)
         elif word in tables:
             lines = describe(named(tables[word]))
-        elif word in runs:
-            lines = runs[word]()
+        elif word in RUNS:
+            lines = RUNS[word]()
         else:
-            names = [*METHODS, *runs, *tables]
+            names = [*METHODS, *RUNS, *tables]
             near = did_you_mean(word, names) or f"; there are {', '.join(names)}"
             raise UserError(f"No method or command '{shown_name(word)}'{near}")
         print("\n".join(lines))

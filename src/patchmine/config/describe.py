@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from patchmine.config.explain import did_you_mean
 from patchmine.config.schema import (
+    DetectConfig,
     FinetuneConfig,
     PretrainConfig,
     RunConfig,
@@ -77,6 +78,11 @@ def describe_segment() -> list[str]:
     return _with_options(CommandOptions, SegmentConfig)
 
 
+def describe_detect() -> list[str]:
+    """Every setting of a run that detects."""
+    return _with_options(CommandOptions, DetectConfig)
+
+
 def _with_options(options: type[Strict], config: type[RunConfig]) -> list[str]:
     title = "# How the command goes about it."
     return [title, *describe(options), "", *describe_blocks(config)]
@@ -89,6 +95,15 @@ def describe_blocks(config: type[RunConfig], between: Sequence[str] = ()) -> lis
     first = ["# What decides the weights.", *describe(config, decide), ""]
     title = "# Where and how the run is made; may change on resume."
     return [*first, *between, title, *describe(config, running)]
+
+
+RUNS = {
+    "pretrain": describe_run,
+    "finetune": describe_finetune,
+    "segment": describe_segment,
+    "detect": describe_detect,
+}
+"""What lists every setting of the runs that a command makes."""
 
 
 def describe_method(name: str) -> list[str]:

@@ -80,7 +80,6 @@ class CropSettings(TypedDict, total=False):
 class HeldOutRunSettings(TypedDict, total=False):
     """Settings of runs that learn labels of any kind."""
 
-    labels: Name | None
     share: float | str
     val: Any  # names of images, or a torch dataset
     val_share: float
@@ -93,7 +92,6 @@ class HeldOutRunSettings(TypedDict, total=False):
     layer_decay: float | None
     drop_path: float
     clip_grad: float | None
-    balance: bool
 
 
 class RunningSettings(SharedRunningSettings, total=False):
@@ -115,6 +113,8 @@ class FinetuneRunSettings(CropSettings, HeldOutRunSettings, SharedRunSettings, t
     explains each.
     """
 
+    labels: Name | None
+    balance: bool
     column: str | None
     loss: Literal["ce", "bce", "mse"]
     test_segments: int
@@ -136,6 +136,8 @@ class SegmentRunSettings(HeldOutRunSettings, SharedRunSettings, total=False):
     each.
     """
 
+    labels: Name | None
+    balance: bool
     ignore_index: int
     skip_bad_objects: bool
     palette: Mapping[str, int | tuple[int, int, int]]
@@ -149,3 +151,23 @@ class SegmentRunSettings(HeldOutRunSettings, SharedRunSettings, total=False):
     crop_max_share: float
     colour_jitter: float | None
     test_stride: int | None
+
+
+class DetectRunSettings(HeldOutRunSettings, SharedRunSettings, total=False):
+    """The settings of a run that detects, as keywords; `patchmine config schema detect` explains
+    each.
+    """
+
+    annotations: Name | None
+    masks: bool
+    skip_bad_objects: bool
+    head: Literal["fpn", "vitdet"]
+    width: int
+    window: int | None
+    global_blocks: list[int] | None
+    anchor_scale: float
+    proposals: int
+    samples: int
+    scale: tuple[float, float]
+    score_threshold: float
+    nms: float

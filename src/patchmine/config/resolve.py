@@ -14,6 +14,7 @@ from patchmine.config.recipes import Recipe, load_recipe
 from patchmine.config.schema import (
     KINDS,
     AnyConfig,
+    DetectConfig,
     FinetuneConfig,
     PretrainConfig,
     RunConfig,
@@ -103,7 +104,11 @@ def _assemble(
     return _fit_warmup(config, shortened and "warmup_epochs" not in wanted, say)
 
 
-_COMMANDS: dict[type[RunConfig], str] = {FinetuneConfig: "finetune", SegmentConfig: "segment"}
+_COMMANDS: dict[type[RunConfig], str] = {
+    FinetuneConfig: "finetune",
+    SegmentConfig: "segment",
+    DetectConfig: "detect",
+}
 
 
 def command_of(config: RunConfig) -> str:
@@ -304,7 +309,7 @@ def fit_batch(config: Config, samples: int, items: str, say: Say = silent) -> Co
 def missing_files(config: RunConfig) -> list[SettingError]:
     """Files that the settings name and that are not there, for `parse`: it needs no torch."""
     found = []
-    for setting in ("data", "eval_data", "eval_test", "labels", "val", "test"):
+    for setting in ("data", "eval_data", "eval_test", "labels", "annotations", "val", "test"):
         given = getattr(config, setting, None)
         for name in given if isinstance(given, list) else [given]:
             # A pattern or a scheme such as embedded:photos only opening can judge

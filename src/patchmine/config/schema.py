@@ -14,6 +14,7 @@ from patchmine.backbones.settings import ModelSettings
 from patchmine.data.settings import (
     DataSettings,
     DenseViewSettings,
+    DetectViewSettings,
     SupervisedSettings,
     ViewSettings,
 )
@@ -29,7 +30,7 @@ from patchmine.strict import (
     SettingError,
     Strict,
 )
-from patchmine.tasks.settings import FinetuneSettings, SegmentSettings
+from patchmine.tasks.settings import DetectSettings, FinetuneSettings, SegmentSettings
 from patchmine.train.settings import TrainSettings, fitting_counts
 
 
@@ -150,11 +151,39 @@ class SegmentConfig(SegmentSettings, RunConfig, DenseViewSettings):
             yield SettingError("model", f"given {self.model}, which {must}")
 
 
-AnyConfig: TypeAlias = PretrainConfig | FinetuneConfig | SegmentConfig
+class DetectConfig(DetectSettings, RunConfig, DetectViewSettings):
+    """A run that learns to find objects, complete and checked."""
+
+    crop_pct: ClassVar[float] = 1.0  # images are seen whole
+    kind: Literal["detect"] = Field("detect", description="what the run is for")
+    epochs: Positive | None = Field(50, description="passes over the data")
+    batch_size: BatchSize = Field(8, description="images in one optimizer step, over all devices")
+    blr: float = Field(
+        3.2e-3, gt=0, description="learning rate at batch_size=256; follows the batch"
+    )
+    warmup_epochs: float = Field(1, ge=0, le=LARGEST_RUN, description="epochs of linear warm-up")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's; biases and norms have none")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's"
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """A model that reads no images, and several data sets."""
+        if reads_clips(self.model):
+            must = "reads videos, and boxes are of images: choose an image model"
+            yield SettingError("model", f"given {self.model}, which {must}")
+        for name in ("data", "val", "test"):
+            if isinstance(given := getattr(self, name), list):
+                text = f"given {given}; objects are read from one folder or COCO file: name one"
+                yield SettingError(name, text)
+
+
+AnyConfig: TypeAlias = PretrainConfig | FinetuneConfig | SegmentConfig | DetectConfig
 KINDS: dict[str, type[AnyConfig]] = {
     "pretrain": PretrainConfig,
     "classify": FinetuneConfig,
     "segment": SegmentConfig,
+    "detect": DetectConfig,
 }
 """The settings of each kind of run, as ``kind`` in config.yaml says; absent is "pretrain"."""
 

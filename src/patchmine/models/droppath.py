@@ -11,7 +11,10 @@ from patchmine.models.noise import Noise
 
 
 class DropPath(nn.Module):
-    """Drops the branch that it stands behind for a share of the rows, and enlarges the others."""
+    """Drops the branch that it stands behind for a share of the rows, and enlarges the others.
+
+    Where an image has several rows, its windows one after the other, they are dropped together.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -19,10 +22,11 @@ class DropPath(nn.Module):
         self.noise: Tensor | None = None  # (B,), of the batch to come
 
     def forward(self, branch: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """(B * rows, N, D) -> the same."""
         if not self.training or self.noise is None:
             return branch
         kept = (self.noise >= self.rate).to(branch.dtype) / (1 - self.rate)  # (B,)
+        kept = kept.repeat_interleave(len(branch) // len(kept))
         return branch * kept[:, None, None]
 
 

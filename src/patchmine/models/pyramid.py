@@ -52,6 +52,7 @@ class TransformerBackbone(nn.Module):
         encoder: as it was given; it stays timm's.
         neck: all the rest that is learned, for `rate_groups`.
         out_channels: of every map.
+        strides: pixels from place to place of each map.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class TransformerBackbone(nn.Module):
         self.encoder, self.window, self.global_blocks = encoder, window, frozenset(global_blocks)
         self.neck = SimplePyramid(int(encoder.embed_dim), width)
         self.out_channels = width
+        patch = encoder.patch_embed.patch_size[0]
+        self.strides = [patch // 4, patch // 2, patch, 2 * patch, 4 * patch]
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """The maps ``0`` to ``3`` and ``pool`` of images (B, C, H, W)."""
@@ -77,6 +80,9 @@ class ResNetBackbone(nn.Module):
         widths = stage_widths(encoder, self.stages)
         self.neck = FeaturePyramidNetwork(widths, width, extra_blocks=LastLevelMaxPool())
         self.out_channels = width
+        steps = {info["module"]: int(info["reduction"]) for info in encoder.feature_info}
+        self.strides = [steps[stage] for stage in self.stages]
+        self.strides.append(2 * self.strides[-1])
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """The maps ``0`` to ``3`` and ``pool`` of images (B, C, H, W)."""

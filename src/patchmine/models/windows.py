@@ -111,7 +111,8 @@ def run_in_windows(
 
     Every window sees a copy of the prefix tokens; afterwards each of them is the mean of its
     copies.  Windows at the right and the bottom edge are as small as what is left there, so that
-    nothing is padded, and no patch sees padding.  Stochastic depth is drawn for each window.
+    nothing is padded, and no patch sees padding.  Stochastic depth drops the windows of an image
+    together.
 
     Args:
         block: of timm's; takes (B, N, D) and ``keywords``.

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from patchmine.backbones.names import reads_clips
 from patchmine.config.resolve import Checks, missing_files
-from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
+from patchmine.config.schema import (
+    DetectConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    SegmentConfig,
+)
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.strict import SettingError
@@ -47,6 +53,18 @@ def misfits_of_segmenter(config: SegmentConfig) -> list[SettingError]:
     from patchmine.runs.folder import build_segmenter
 
     return _misfits_of_network(config, build_segmenter) + _lacking(config)
+
+
+def misfits_of_detector(config: DetectConfig) -> list[SettingError]:
+    """A backbone or head that cannot be built or moved as asked, what this machine lacks."""
+    from patchmine.runs.folder import build_detector
+
+    found = _misfits_of_network(config, build_detector) + _lacking(config)
+    needed = ["faster_coco_eval", *(["pycocotools"] if config.masks else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        text = f"detection needs {' and '.join(missing)}, which is not installed"
+        found.append(SettingError("", f"{text}; run `pip install patchmine[det]`"))
+    return found
 
 
 def _misfits_of_network(config: Any, build: Callable[[Any], Task]) -> list[SettingError]:
@@ -99,9 +117,17 @@ SEGMENTER_CHECKS = (missing_files, misfits_of_segmenter)
 """The same of a run that segments."""
 
 
+DETECTOR_CHECKS = (missing_files, misfits_of_detector)
+"""The same of a run that detects."""
+
+
 def checks_of(kind: str) -> Checks:
     """What is asked of the settings of a new run of this kind."""
-    every: dict[str, Checks] = {"classify": CLASSIFIER_CHECKS, "segment": SEGMENTER_CHECKS}
+    every: dict[str, Checks] = {
+        "classify": CLASSIFIER_CHECKS,
+        "segment": SEGMENTER_CHECKS,
+        "detect": DETECTOR_CHECKS,
+    }
     return every.get(kind, CHECKS)
 
 

@@ -89,3 +89,9 @@ class RunFiles:
             return []
         lines = [read_line(text) for text in self.metrics_file.read_bytes().split(b"\n")]
         return [line for line in lines if line is not None]
+
+    @property
+    def made(self) -> str:
+        """What kind of run this is, in a sentence."""
+        made = {"pretrain": "was pre-trained", "classify": "was fine-tuned"}
+        return made.get(self.config.kind, f"learned to {self.config.kind}")

@@ -18,13 +18,20 @@ from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import Encoder, build_encoder, family_of
 from patchmine.backbones.loading import LoadReport
 from patchmine.backbones.naming import Weights
-from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig, SegmentConfig
+from patchmine.config.schema import (
+    AnyConfig,
+    DetectConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    SegmentConfig,
+)
 from patchmine.errors import Say, UserError, settings_of, shown_name, silent
 from patchmine.methods import method_class
 from patchmine.runs.files import RunFiles
 from patchmine.runs.known import is_run
 from patchmine.task import Method
 from patchmine.tasks.classify import Classify
+from patchmine.tasks.detect import Detect
 from patchmine.tasks.segment import Segment
 from patchmine.train.checkpoint import (
     Checkpoint,
@@ -36,7 +43,7 @@ from patchmine.train.checkpoint import (
 
 _log = logging.getLogger("patchmine")
 
-Supervised = TypeVar("Supervised", Classify, Segment)
+Supervised = TypeVar("Supervised", Classify, Segment, Detect)
 
 
 def build_method(
@@ -108,6 +115,13 @@ def build_segmenter(
         return Segment(config, encoder, config.classes, config.image_size, weights)
 
     return _built(config, make, start_from, say)
+
+
+def build_detector(
+    config: DetectConfig, *, start_from: str | None = None, say: Say = silent
+) -> Detect:
+    """The same of a network that detects."""
+    return _built(config, lambda encoder: Detect(config, encoder, config.classes), start_from, say)
 
 
 def _built(
@@ -195,7 +209,17 @@ class RunFolder(RunFiles):
             )
         return task
 
-    def trained(self) -> Classify | Segment:
+    def detector(self) -> Detect:
+        """What a run that detects trained, as `classify` has it, and with its errors."""
+        task = self.trained() if isinstance(self.config, DetectConfig) else None
+        if not isinstance(task, Detect):
+            raise UserError(
+                f"{self.path} {self.made} and knows no objects: `patchmine detect {self.path} "
+                "data=coco/ out=runs/detect` teaches them"
+            )
+        return task
+
+    def trained(self) -> Classify | Segment | Detect:
         """What a run with labels trained, with the weights of its best checkpoint where it chose
         one, else of the newest; on the CPU, in eval mode.
 
@@ -212,20 +236,15 @@ class RunFolder(RunFiles):
             raise UserError(
                 f"{best} is damaged ({error}): remove it to use the newest checkpoint instead"
             ) from error
-        task: Classify | Segment
         with settings_of(self.config_file):
             if isinstance(config, FinetuneConfig):
-                task = build_classifier(config)
-            else:
+                task: Classify | Segment | Detect = build_classifier(config)
+            elif isinstance(config, SegmentConfig):
                 task = build_segmenter(config)
+            else:
+                task = build_detector(config)
         _load(task, found.model, found.path)
         return task.eval()
-
-    @property
-    def made(self) -> str:
-        """What kind of run this is, in a sentence."""
-        made = {"pretrain": "was pre-trained", "classify": "was fine-tuned"}
-        return made.get(self.config.kind, f"learned to {self.config.kind}")
 
     def classifier(self) -> Classifier:
         """Encoder and linear layer of a fine-tuned run: images or clips, normalised, to scores.

@@ -16,7 +16,12 @@ from patchmine.config.schema import KINDS, AnyConfig, PretrainConfig
 from patchmine.errors import Say, UserError, shown_name
 
 CONFIG = "config.yaml"
-KNOWN_BY_CONTENT = ("data", "labels", "val")  # by fingerprints, so that files may move
+KNOWN_BY_CONTENT = (
+    "data",
+    "labels",
+    "annotations",
+    "val",
+)  # by fingerprints, so that files may move
 _PREPARED = (*ModelSettings.model_fields, "interpolation", "crop_pct")
 _OF_THE_NETWORK = {*ModelSettings.model_fields} - {"init", "max_pixels"}
 

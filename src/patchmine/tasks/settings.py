@@ -230,6 +230,66 @@ class SegmentSettings(SlidingSettings, SegmentLossSettings, BackboneSettings, He
             yield SettingError("palette", text)
 
 
+class DetectLossSettings(Strict):
+    """Which objects are learned, and by which network on the backbone."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    annotations: Annotated[Text | None, OF_A_MACHINE] = Field(
+        None,
+        description="COCO file, or folder of train.json and so on; null: beside the images, or "
+        "data/annotations",
+    )
+    masks: bool = Field(False, description="find the masks of objects, too: Mask R-CNN")
+    skip_bad_objects: bool = Field(
+        False, description="leave wrong annotations out, instead of refusing their file"
+    )
+    head: Literal["fpn", "vitdet"] = Field(
+        "fpn", description="heads on the maps: torchvision's, or ViTDet's larger ones"
+    )
+    width: Count = Field(256, description="channels of maps and heads")
+    window: int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_COUNT,
+        description="patches along a side of attention's windows; 0: every block sees all patches; "
+        "null: 0 up to 32x32 patches, else 14",
+    )
+    global_blocks: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="blocks, from 0, that have no windows; null: the last of each quarter"
+    )
+    anchor_scale: float = Field(
+        8.0, gt=0, le=256, description="size of anchors, as a factor of their map's stride"
+    )
+    proposals: Count = Field(1000, description="places of an image where objects are looked for")
+    samples: Count = Field(512, description="of these places, how many a training step learns from")
+
+
+class FindSettings(JudgeSettings):
+    """What counts as found when a network is tested."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = False
+
+    eval_batch: Count = Field(8, description="images tested at once; changes no result")
+    score_threshold: Fraction = Field(0.05, description="score below which nothing is found")
+    nms: Fraction = Field(
+        0.5, gt=0, description="overlap (IoU) above which the less sure of two boxes is dropped"
+    )
+
+
+class DetectSettings(FindSettings, DetectLossSettings, BackboneSettings, HeldOutSettings):
+    """All that a run that detects has beside its data, views and schedule."""
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Blocks that are spared from windows which there are not."""
+        if self.global_blocks is not None and not self.window:
+            text = f"given {self.global_blocks}, which is of use with window=14 or another number"
+            yield SettingError("global_blocks", text)
+        if self.samples > self.proposals:
+            must = f"must not be above proposals={self.proposals}"
+            yield SettingError("samples", f"given {self.samples}; {must}")
+
+
 def _listed(value: Any) -> Any:
     """1%,10%,100% as a list; one share alone is a list too."""
     if isinstance(value, str):

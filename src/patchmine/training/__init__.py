@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from patchmine.training.detecting import detect as detect
 from patchmine.training.extending import extend as extend
 from patchmine.training.finetuning import finetune as finetune
 from patchmine.training.place import Place as Place

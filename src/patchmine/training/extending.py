@@ -9,7 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from patchmine.config.resolve import command_of, results_of
-from patchmine.config.schema import AnyConfig, FinetuneConfig, PretrainConfig, SegmentConfig
+from patchmine.config.schema import (
+    AnyConfig,
+    DetectConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    SegmentConfig,
+)
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, shown_name, silent
@@ -20,7 +26,7 @@ from patchmine.runs.preparing import NO_SOURCES
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, load, load_newest, save
 from patchmine.train.optim import fitting_state
-from patchmine.training import segmenting
+from patchmine.training import detecting, segmenting
 from patchmine.training.finetuning import make_classifier, open_labels, train_classifier
 from patchmine.training.place import Place, identity_of, open_place
 from patchmine.training.pretraining import make_method, open_images, train_method
@@ -76,6 +82,11 @@ def extend(
             before.model["weights"] = learner.weights
             first = _first(learner, config, mapped.train, before, place)
             return segmenting.train_segmenter(config, place, mapped, first)
+        if isinstance(config, DetectConfig):
+            annotated, config = detecting.open_objects(config, place)
+            detector = detecting.make_detector(config)
+            first = _first(detector, config, annotated.train, before, place)
+            return detecting.train_detector(config, place, annotated, first)
         images, config = open_images(config, place, sources)
         first = _first(make_method(config), config, images, before, place)
         return train_method(config, place, images, first)

@@ -6,14 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 
 from patchmine.config.resolve import changed_results, of_kind, results_of
-from patchmine.config.schema import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
+from patchmine.config.schema import (
+    DetectConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    RunConfig,
+    SegmentConfig,
+)
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, silent
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.known import KNOWN_BY_CONTENT, settings_to_resume
 from patchmine.runs.preparing import NO_SOURCES
 from patchmine.train.checkpoint import Checkpoint, load_newest
-from patchmine.training import finetuning, pretraining, segmenting
+from patchmine.training import detecting, finetuning, pretraining, segmenting
 from patchmine.training.place import Place, open_place
 
 
@@ -53,6 +59,10 @@ def resume(
             mapped, config = segmenting.open_maps(config, place)
             _refuse_stale(run, start, config, place)
             return segmenting.train_segmenter(config, place, mapped, start)
+        if isinstance(config, DetectConfig):
+            annotated, config = detecting.open_objects(config, place)
+            _refuse_stale(run, start, config, place)
+            return detecting.train_detector(config, place, annotated, start)
         config = of_kind(config, PretrainConfig)
         images, config = pretraining.open_images(config, place, sources)
         _refuse_stale(run, start, config, place)

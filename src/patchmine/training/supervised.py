@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from patchmine.config.schema import FinetuneConfig, SegmentConfig
+from patchmine.config.schema import DetectConfig, FinetuneConfig, SegmentConfig
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
@@ -24,7 +24,7 @@ from patchmine.types import Batch, Progress
 TEST = "test"  # eval/test.json
 
 Part = TypeVar("Part", bound=Source, contravariant=True)
-SupervisedConfig = FinetuneConfig | SegmentConfig
+SupervisedConfig = FinetuneConfig | SegmentConfig | DetectConfig
 
 
 class Judge(Protocol[Part]):

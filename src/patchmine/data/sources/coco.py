@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from array import array
 from collections.abc import Iterator
@@ -75,11 +76,32 @@ class CocoSource(IndexedSource):
         super().__init__(name, _index(content, bad, masks, [*notes, *files.unnamed(content)]))
         self.root, self.part, self.masks = root, part, masks
         self.names: list[str] = list(self.index.stamp["names"])
+        self.places = np.arange(len(self.index))  # in the file, of the images
 
     @property
     def category_ids(self) -> NDArray[np.int64]:
         """(K,) the ids of the categories in the file, in the order of ``names``."""
         return self.index.columns["category"]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def key(self, index: int) -> str:
+        return self.index.path(int(self.places[index]))
+
+    def chosen(self, places: NDArray[np.int64]) -> CocoSource:
+        """Some of the images, in that order."""
+        other = copy.copy(self)
+        other.places = self.places[places]
+        other.fingerprint = fingerprint_of([self.fingerprint.encode(), places.astype("<i8")])
+        return other
+
+    def counts(self) -> NDArray[np.int64]:
+        """(K,) the objects of each category in these images, crowds left out."""
+        columns = self.index.columns
+        of_image = np.repeat(np.arange(len(self.index)), np.diff(columns["first"]))
+        counted = np.isin(of_image, self.places) & ~columns["crowd"]
+        return np.bincount(columns["labels"][counted], minlength=len(self.names))
 
     def read(self, index: int) -> bytes:
         """The encoded image; UserError where it has another size than the COCO file says."""
@@ -90,12 +112,12 @@ class CocoSource(IndexedSource):
         return raw
 
     def path(self, index: int) -> str:
-        return os.path.join(self.root, self.index.path(index))  # noqa: PTH118, once per image
+        return os.path.join(self.root, self.key(index))  # noqa: PTH118, once per image
 
     def image(self, index: int) -> CocoImage:
         """Id, file name and size as the COCO file has them."""
-        columns = self.index.columns
-        number, height, width = (int(columns[name][index]) for name in ("id", "height", "width"))
+        columns, place = self.index.columns, self.places[index]
+        number, height, width = (int(columns[name][place]) for name in ("id", "height", "width"))
         return CocoImage(number, self.key(index), height, width)
 
     def target(self, index: int) -> Objects:
@@ -126,7 +148,8 @@ class CocoSource(IndexedSource):
         columns = self.index.columns
         learnt = ("first", "boxes", "labels", "crowd", "height", "width")
         masks = ("segmentations", "segmentation_offsets") if self.masks else ()
-        return fingerprint_of([names, *(columns[name] for name in (*learnt, *masks))])
+        values = (columns[name] for name in (*learnt, *masks))
+        return fingerprint_of([names, *values, self.places.astype("<i8")])
 
     def wrong_sizes(self) -> Iterator[str]:
         """Images that cannot be opened or have other sizes than the COCO file says."""
@@ -139,7 +162,8 @@ class CocoSource(IndexedSource):
                 yield wrong
 
     def _objects(self, index: int) -> slice:
-        start, end = self.index.columns["first"][index : index + 2].tolist()
+        place = self.places[index]
+        start, end = self.index.columns["first"][place : place + 2].tolist()
         return slice(start, end)
 
     def _wrong_size(self, index: int, raw: bytes) -> str | None:
@@ -195,8 +219,13 @@ def check_categories(sources: list[CocoSource]) -> None:
         raise UserError(f"{what}; give all files the same list of categories")
 
 
-def faults_of_part(part: Part, *, masks: bool = False) -> Iterator[str]:
-    """Everything that is wrong with a part: its COCO file, missing files, sizes that differ."""
+def faults_of_part(
+    part: Part, *, masks: bool = False, skip_bad_objects: bool = False
+) -> Iterator[str]:
+    """Everything that is wrong with a part: its COCO file, missing files, sizes that differ.
+
+    ``skip_bad_objects``: but for annotations, which are left out.
+    """
     try:
         content = read_coco(part.annotations)
     except UserError as error:
@@ -205,7 +234,8 @@ def faults_of_part(part: Part, *, masks: bool = False) -> Iterator[str]:
     spoilt = False
     for fault in faults_of(content, part.annotations, masks=masks):
         spoilt = spoilt or fault.annotation is None
-        yield str(fault)
+        if fault.annotation is None or not skip_bad_objects:
+            yield str(fault)
     if spoilt:
         return
     missing = list(_Files(_root(part.images, content["images"]), part).missing(content["images"]))
