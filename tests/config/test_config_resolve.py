@@ -176,6 +176,7 @@ def test_every_setting_is_either_a_result_or_not() -> None:
 def test_what_may_differ_between_machines_is_said_at_the_setting() -> None:
     of_a_machine = {"data", "out", "device", "devices", "num_nodes", "workers", "init"}
     assert names_of_a_machine() == of_a_machine | {
+        "annotations",
         "eval_data",
         "eval_test",
         "labels",
