@@ -169,7 +169,8 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         patchmine.cli.commands, "read_words", stops(patchmine.cli.commands.read_words)
     )
     monkeypatch.setattr(patchmine.config.resolve, "parse", stops(patchmine.config.resolve.parse))
-    for checks in ("CHECKS", "CLASSIFIER_CHECKS"):  # the files shown are not there
+    every = ("CHECKS", "CLASSIFIER_CHECKS", "SEGMENTER_CHECKS", "DETECTOR_CHECKS")
+    for checks in every:  # the files shown are not there
         monkeypatch.setattr(patchmine.runs.checking, checks, ())
     shares = importlib.import_module("patchmine.training.shares")
     monkeypatch.setattr(

@@ -113,11 +113,11 @@ CLASSIFIER_CHECKS = (misplaced, misfits_of_classifier)
 """The same of a run that fine-tunes."""
 
 
-SEGMENTER_CHECKS = (missing_files, misfits_of_segmenter)
+SEGMENTER_CHECKS = (misplaced, misfits_of_segmenter)
 """The same of a run that segments."""
 
 
-DETECTOR_CHECKS = (missing_files, misfits_of_detector)
+DETECTOR_CHECKS = (misplaced, misfits_of_detector)
 """The same of a run that detects."""
 
 
