@@ -104,7 +104,8 @@ def without_noise(golden: Golden, case: str) -> bool:
     if CASES[case]["permutation_type"] != "attention_center":
         return False
     distances = squared_distances(golden[f"{case}.center_index"], grid_of(golden)).float().sqrt()
-    return torch.equal(golden[f"{case}.permutation"], distances)
+    # The square root of some processors is one bit off; noise is up to a thousandth.
+    return torch.allclose(golden[f"{case}.permutation"], distances, rtol=0, atol=1e-6)
 
 
 def noise_of(golden: Golden, case: str) -> Tensor:

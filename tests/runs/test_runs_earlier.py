@@ -22,7 +22,9 @@ from pinned import EARLIER, command, digest_of, files_of, numbers_of, weights_of
 import patchmine
 
 TOLERANCE = 1e-5
-OF_GRADIENTS = 2e-4  # sums of much that cancels: 3e-5 was seen between instruction sets
+# Sums of much that cancels: 3e-5 was seen between instruction sets, 2.05e-4 (SCFS, its eighth
+# step) between an Intel Xeon and an AMD EPYC, whose products other libraries compute.
+OF_GRADIENTS = 5e-4
 STOPPED = ("mae", "simmim-beit", "hpm-clips", "amt", "emae", "droppos", "semaim", "scfs", "mokd")
 ENCODERS = [
     (name, which)

@@ -244,8 +244,8 @@ def test_pretrain_from_python_takes_settings_and_datasets(
         0.8,
         (32, 32),
     )
-    assert with_name["source"] is None
+    assert not with_name["sources"]
     assert given.data == "python:TensorDataset"
-    assert with_dataset["source"] is dataset
+    assert with_dataset["sources"] == {"data": dataset}
     with pytest.raises(UserError, match="data: missing"):
         patchmine.pretrain(out="x")

@@ -210,8 +210,8 @@ def test_a_run_of_labels_does_not_go_on_with_others(
 def test_another_kind_of_run_is_refused_and_none_is_pre_training() -> None:
     assert from_settings(data="x").kind == "pretrain"
     assert "kind: pretrain" in from_settings(data="x").to_yaml()
-    with pytest.raises(UserError, match=r"kind.*'segment'"):
-        from_settings(data="x", kind="segment")
+    with pytest.raises(UserError, match=r"kind.*'paint'"):
+        from_settings(data="x", kind="paint")
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ def learning_rate(progress: Progress, peak: float, schedule: LrSchedule) -> floa
     if schedule.kind == "constant" or epochs <= warmup:
         return peak
     start = warmup if schedule.warmup_prefix else 0.0
-    done = (epoch - start) / (epochs - start)
-    left = 1 - done if schedule.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return schedule.min_lr + (peak - schedule.min_lr) * left
+    if schedule.kind == "linear":
+        return schedule.min_lr + (peak - schedule.min_lr) * (epochs - epoch) / (epochs - start)
+    turn = math.pi * (epoch - start) / (epochs - start)
+    return schedule.min_lr + (peak - schedule.min_lr) * 0.5 * (1.0 + math.cos(turn))
 
 
 def hard_count(

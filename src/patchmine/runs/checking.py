@@ -17,6 +17,7 @@ from patchmine.config.schema import (
     SegmentConfig,
 )
 from patchmine.errors import UserError, foreign_parser, shown_name
+from patchmine.runs import lock
 from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.strict import SettingError
 
@@ -101,7 +102,9 @@ def misplaced(config: RunConfig) -> list[SettingError]:
     """Files that are not there, and a place where no new run can be made."""
     found = missing_files(config)
     try:
-        refuse_used_folder(new_folder(config))
+        folder = new_folder(config)
+        if not os.path.lexists(folder / lock.NAME):  # whoever writes there is told of by the lock
+            refuse_used_folder(folder)
     except UserError as error:
         found.append(SettingError("", str(error)))
     return found
