@@ -20,7 +20,13 @@ from patchmine.config.keywords import (
     Size,
 )
 from patchmine.config.resolve import from_settings, of_kind
-from patchmine.config.schema import DetectConfig, FinetuneConfig, PretrainConfig, SegmentConfig
+from patchmine.config.schema import (
+    AnyConfig,
+    DetectConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    SegmentConfig,
+)
 from patchmine.errors import Say
 from patchmine.report.used_run import UsedRun
 from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, checks_of
@@ -170,12 +176,7 @@ def segment(
     Raises:
         UserError: settings, label maps or folders are wrong; the message lists every error.
     """
-    given: dict[str, Any] = dict(settings)
-    if data is not None:
-        given["data"] = data
-    base = settings_for("segment", os.fspath(start))
-    start_from = None if recipe is None else os.fspath(recipe)
-    config = from_settings(start_from, say=say, also=checks_of("segment"), base=base, **given)
+    config = _config_of("segment", start, data, recipe, say, dict(settings))
     return Run(training.segment(of_kind(config, SegmentConfig), say=say).path)
 
 
@@ -206,13 +207,19 @@ def detect(
     Raises:
         UserError: settings, annotations or folders are wrong; the message lists every error.
     """
-    given: dict[str, Any] = dict(settings)
+    config = _config_of("detect", start, data, recipe, say, dict(settings))
+    return Run(training.detect(of_kind(config, DetectConfig), say=say).path)
+
+
+def _config_of(
+    kind: str, start: Name, data: Any, recipe: Name | None, say: Say, given: dict[str, Any]
+) -> AnyConfig:
+    """The settings of a run of this kind that starts from ``start``."""
     if data is not None:
         given["data"] = data
-    base = settings_for("detect", os.fspath(start))
+    base = settings_for(kind, os.fspath(start))
     start_from = None if recipe is None else os.fspath(recipe)
-    config = from_settings(start_from, say=say, also=checks_of("detect"), base=base, **given)
-    return Run(training.detect(of_kind(config, DetectConfig), say=say).path)
+    return from_settings(start_from, say=say, also=checks_of(kind), base=base, **given)
 
 
 def compare_shares(

@@ -39,9 +39,7 @@ def open_annotated(config: DetectConfig, say: Say) -> Annotated:
     parts = dict(_opened(config))
     check_categories(list(parts.values()))
     found = divided(parts, config, WHOLE)
-    for note in dict.fromkeys(note for part in found.parts.values() for note in part.notes):
-        say(note)
-    say(found.how)
+    found.tell(say)
     names = found.train.names
     if config.classes and config.classes != names:
         raise UserError(

@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from patchmine.config.resolve import resolve_size
 from patchmine.config.schema import DetectConfig
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.loader import plain_batches
 from patchmine.data.sources.coco import CocoSource
 from patchmine.data.views.objects import ObjectView, PlainObjectView
-from patchmine.data.workers import num_workers
-from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.errors import Say, shown_name, silent
 from patchmine.evaluate.detection import KeptObjects, detection_scores, kept
 from patchmine.evaluate.found import in_image
 from patchmine.evaluate.progress import progress
@@ -26,8 +22,15 @@ from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.tasks.detect import Detect
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.training.cocodata import Annotated, faults_of_data, open_annotated
-from patchmine.training.place import Place, agree, open_place
-from patchmine.training.supervised import TEST, file_result, teach
+from patchmine.training.place import Place, open_place
+from patchmine.training.supervised import (
+    TEST,
+    file_result,
+    fit_to_parts,
+    judged_batches,
+    refuse_faults,
+    teach,
+)
 from patchmine.types import Batch
 
 
@@ -58,9 +61,7 @@ def check(config: DetectConfig, *, say: Say = silent) -> None:
     Raises UserError with everything that is wrong.
     """
     refuse_used_folder(new_folder(config))
-    if faults := list(faults_of_data(config)):
-        plural = "s" if len(faults) > 1 else ""
-        raise UserError("\n".join([f"{len(faults):,} fault{plural}:", *faults]))
+    refuse_faults(list(faults_of_data(config)))
     found = open_annotated(config, say)
     parts = found.parts.items()
     counts = (
@@ -72,15 +73,7 @@ def check(config: DetectConfig, *, say: Say = silent) -> None:
 def open_objects(config: DetectConfig, place: Place) -> tuple[Annotated, DetectConfig]:
     """Annotated images, and the settings that had to wait for them, alike in all processes."""
     annotated = open_annotated(config, place.say)
-    images = annotated.train
-    config = config.model_copy(update={"classes": annotated.names})
-    config = resolve_size(config, len(images), place.say)
-    config = preparing.with_statistics(config, images, place.say)
-    config = preparing.fit_to_length(config, len(images), place.say)
-    parts = annotated.parts.values()
-    found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in parts)
-    agree(config, place, ", ".join(found))
-    return annotated, config
+    return annotated, fit_to_parts(config, place, annotated.parts.values(), annotated.names)
 
 
 def make_detector(config: DetectConfig, init: str | None = None, say: Say = silent) -> Detect:
@@ -131,21 +124,14 @@ class ObjectJudge:
     def __call__(self, part: CocoSource, title: str, say: Say) -> dict[str, Any]:
         """What `detection_scores` says of a part.  Raises UserError where too much is broken."""
         config, engine = self.config, self.place.engine
-        mine = np.array_split(np.arange(len(part)), engine.world_size)[engine.rank]
-        loaded = plain_batches(
-            part,
-            PlainObjectView(config, config.interpolation, preparing.smallest_side(self.task)),
-            batch_size=config.eval_batch,
-            indices=mine,
-            workers=num_workers(config.workers, engine.device, engine.local_size),
-            read_timeout=config.read_timeout,
-            bad=BadFiles(None, config.max_bad_share),
-        )
+        view = PlainObjectView(config, config.interpolation, preparing.smallest_side(self.task))
+        at_once = config.eval_batch
+        count, batches = judged_batches(part, view, config, engine, at_once, targets=False)
         self.task.eval()
         found: list[KeptObjects] = []
         true: list[KeptObjects] = []
-        with progress(title, len(mine), say) as tick:
-            for batch in map(preparing.normaliser(config, engine), loaded):
+        with progress(title, count, say) as tick:
+            for batch in batches:
                 found += self._found(part, batch)
                 true += [kept(part.target(index)) for index in batch.index.tolist()]
                 tick(len(batch))

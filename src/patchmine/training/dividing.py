@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from patchmine.config.schema import DetectConfig, SegmentConfig
 from patchmine.data.sampling import spread_indices
-from patchmine.errors import UserError, shown_name
+from patchmine.errors import Say, UserError, shown_name
 from patchmine.evaluate.labelled import TEST_SHARE
 
 P = TypeVar("P", bound="Divisible")
@@ -19,6 +19,8 @@ P = TypeVar("P", bound="Divisible")
 
 class Divisible(Protocol):
     """Images of which some can be chosen."""
+
+    notes: tuple[str, ...]
 
     def __len__(self) -> int: ...
     def chosen(self: P, places: NDArray[np.int64]) -> P: ...
@@ -41,6 +43,12 @@ class Divided(Generic[P]):
         """Those that there are, by what they are for."""
         every = {"train": self.train, "val": self.val, "test": self.test}
         return {name: part for name, part in every.items() if part is not None}
+
+    def tell(self, say: Say) -> None:
+        """How the parts came to be, and what is odd about them."""
+        for note in dict.fromkeys(note for part in self.parts.values() for note in part.notes):
+            say(note)
+        say(self.how)
 
 
 def divided(parts: Mapping[str, P], config: SegmentConfig | DetectConfig, whole: str) -> Divided[P]:
@@ -68,7 +76,7 @@ def divided(parts: Mapping[str, P], config: SegmentConfig | DetectConfig, whole:
             "chosen: leave val_share out"
         )
     if config.share < 1:
-        how = f"{100 * config.share:.3g} % of the training images; {how}"
+        how += f", of its training images {100 * config.share:.3g} %"
         train = _shared(train, config)
     if config.val_share:
         train, val = _cut(train, config.val_share, name)
@@ -77,7 +85,7 @@ def divided(parts: Mapping[str, P], config: SegmentConfig | DetectConfig, whole:
     elif config.patience is not None:
         raise UserError(
             f"patience={config.patience}, but there is nothing to validate on: set val_share=0.1, "
-            "or val to images with labels"
+            "or val to labelled images"
         )
     counts = f"{len(train):,} images to train on, {len(test):,} to test"
     return Divided(train, val, test, f"{how} ({counts}).")
@@ -90,10 +98,10 @@ def _tested(
     val, test = parts.get("val"), parts.get("test")
     if test is not None:
         tested = "its test/" if config.test is None else shown_name(str(config.test))
-        return train, val, test, f"learns from {name}, is tested on {tested}"
+        return train, val, test, f"Learns from {name}, is tested on {tested}"
     if val is not None and config.val is None:
         # Nothing is ever chosen by what the network is judged by.
-        return train, None, val, f"learns from train/ of {name}, is tested on its val/"
+        return train, None, val, f"Learns from train/ of {name}, is tested on its val/"
     train, test = _cut(train, TEST_SHARE, name)
     how = f"{name} has no part for testing: the last fifth of the list is tested on"
     return train, val, test, how

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from patchmine.backbones.family import Encoder, family_of
-from patchmine.config.resolve import resolve_size
 from patchmine.config.schema import FinetuneConfig
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
@@ -34,8 +33,8 @@ from patchmine.tasks.classify import SCORE, Classify
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.training.labels import Labelled, open_labelled_parts
-from patchmine.training.place import Place, agree, open_place
-from patchmine.training.supervised import TEST, file_result, teach
+from patchmine.training.place import Place, open_place
+from patchmine.training.supervised import TEST, file_result, fit_to_parts, teach
 
 
 def finetune(
@@ -98,20 +97,13 @@ def open_labels(
 
 def fit_to_labels(config: FinetuneConfig, place: Place, labelled: Labelled) -> FinetuneConfig:
     """The settings, with those that had to wait for the labels, alike in all processes."""
-    images = labelled.train
     if config.classes and list(config.classes) != labelled.names:
         raise UserError(
             f"classes={config.classes} are not those of the data, {labelled.names}: give data of "
             "these classes, or make a new run by `patchmine finetune` without the setting"
         )
-    config = config.model_copy(update={"classes": labelled.names})
-    config = resolve_size(config, len(images), place.say)
-    config = preparing.with_statistics(config, images, place.say)
-    config = preparing.fit_to_length(config, len(images), place.say)
-    parts = (images, labelled.val, labelled.test)
-    found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in parts if part)
-    agree(config, place, ", ".join(found))
-    return config
+    parts = (labelled.train, labelled.val, labelled.test)
+    return fit_to_parts(config, place, parts, labelled.names)
 
 
 def make_classifier(

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,46 +16,31 @@ from torch import Tensor
 from patchmine.config.schema import SegmentConfig
 from patchmine.data.decoding.classmap import Colours
 from patchmine.data.decoding.decode import DecodeError, probe
-from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.coco_maps import coco_parts, open_coco_maps
 from patchmine.data.sources.pairs import MapSource, Parts, open_pairs
 from patchmine.errors import Say, UserError, reason_of, shown_name
-from patchmine.evaluate.labelled import TEST_SHARE
 from patchmine.evaluate.progress import progress
 from patchmine.tasks.settings import VOID
 from patchmine.train.engine import Engine
+from patchmine.training.dividing import Divided, divided, part_given
 
 MOST_CLASSES = 1000  # without names; more are numbers of objects, not of classes
 _TOLD = 3  # faults in one message
 
 
 @dataclass(frozen=True)
-class Mapped:
+class Mapped(Divided[MapSource]):
     """Three disjoint parts with label maps of the same classes.
 
     Args:
-        train: what is learned.
-        val: what the best checkpoint is chosen by, where anything is.
-        test: what the finished network is judged by.
         names: of the classes, by their numbers.
         pixels: (K,) of each class in ``train``.
-        how: the parts came to be, for people.
         size: (height, width) of an image in ``train``, the median of each side.
     """
 
-    train: MapSource
-    val: MapSource | None
-    test: MapSource
     names: list[str]
     pixels: Tensor
-    how: str
-    size: tuple[int, int] = (0, 0)
-
-    @property
-    def parts(self) -> dict[str, MapSource]:
-        """Those that there are, by what they are for."""
-        every = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: part for name, part in every.items() if part is not None}
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -105,20 +90,15 @@ def open_label_maps(
         UserError: images without label maps, pixels that are no class, too few images.
     """
     colours = colours_of(config)
-    train, val, test, how = _divided(
-        _opened(config, colours, every_fault=faults is not None), config
-    )
-    mapped = Mapped(train, val, test, [], torch.zeros(0), how)
-    for note in dict.fromkeys(note for part in mapped.parts.values() for note in part.notes):
-        say(note)
-    say(how)
-    found = {name: _look(part, name, engine, say) for name, part in mapped.parts.items()}
-    names = _names_of(config, train)
+    parts = divided(_opened(config, colours, every_fault=faults is not None), config, "all")
+    parts.tell(say)
+    found = {name: _look(part, name, engine, say) for name, part in parts.parts.items()}
+    names = _names_of(config, parts.train)
     wrong = [fault for each in found.values() for fault in each.faults]
     every: Counter[int] = sum((each.pixels for each in found.values()), Counter())
     every.pop(config.ignore_index, None)
     if names:
-        wrong += _strangers(mapped, every, names, config.ignore_index)
+        wrong += _strangers(parts, every, names, config.ignore_index)
     elif not wrong:
         names = _numbered(every, config)
     if faults is not None:
@@ -131,7 +111,8 @@ def open_label_maps(
     if absent := [name for name, count in zip(names, pixels.tolist(), strict=True) if not count]:
         listed = ", ".join(map(shown_name, absent[:5]))
         say(f"Beware: the training images show no pixel of {listed}, which cannot be learned.")
-    return replace(mapped, names=names, pixels=pixels, size=found["train"].size)
+    train, val, test, how = parts.train, parts.val, parts.test, parts.how
+    return Mapped(train, val, test, how, names, pixels, found["train"].size)
 
 
 def _names_of(config: SegmentConfig, train: MapSource) -> list[str]:
@@ -156,81 +137,8 @@ def _opened(config: SegmentConfig, colours: Colours | None, *, every_fault: bool
     parts = opened(data, config.labels)
     for name in ("val", "test"):
         if (given := getattr(config, name)) is not None:
-            other = opened(given, None)
-            if name not in other and len(other) > 1:
-                told = ", ".join(other)
-                raise UserError(f"{name}={shown_name(str(given))} has the parts {told}: name one")
-            parts[name] = other.get(name) or next(iter(other.values()))
+            parts[name] = part_given(name, str(given), opened(given, None))
     return parts
-
-
-def _divided(
-    parts: Parts, config: SegmentConfig
-) -> tuple[MapSource, MapSource | None, MapSource, str]:
-    train, name = parts.get("train") or parts.get("all"), shown_name(str(config.data))
-    if train is None:
-        raise UserError(
-            f"data={name} has no train/ to learn from, only {', '.join(parts)}: name the folder "
-            "of the training images as data, and the others as val=... and test=..."
-        )
-    val, test = parts.get("val"), parts.get("test")
-    if test is None and val is not None and config.val is None:
-        test, val = val, None  # nothing is ever chosen by what the network is judged by
-        how = f"Learns from train/ of {name}, is tested on its val/"
-    elif test is None:
-        train, test = _cut(train, TEST_SHARE, name)
-        how = f"{name} has no part for testing: the last fifth of the list is tested on"
-    else:
-        own = config.test is None
-        tested = "its test/" if own else shown_name(str(config.test))
-        how = f"Learns from {name}, is tested on {tested}"
-    if config.share < 1:
-        how = f"{how}, of its training images {100 * config.share:.3g} %"
-        train = _shared(train, config)
-    train, val = _with_validation(train, val, config, name)
-    if val is not None:
-        how += f"; {len(val):,} images choose the best checkpoint"
-    counts = f"{len(train):,} images to train on, {len(test):,} to test"
-    return train, val, test, f"{how} ({counts})."
-
-
-def _with_validation(
-    train: MapSource, val: MapSource | None, config: SegmentConfig, name: str
-) -> tuple[MapSource, MapSource | None]:
-    """What is learned, and what the best checkpoint is chosen by."""
-    if config.val_share and val is not None:
-        raise UserError(
-            f"val_share={config.val_share:g}, but {name} has val/, by which the best checkpoint is "
-            "chosen: leave val_share out"
-        )
-    if config.val_share:
-        return _cut(train, config.val_share, name)
-    if val is None and config.patience is not None:
-        raise UserError(
-            f"patience={config.patience}, but there is nothing to validate on: set val_share=0.1, "
-            "or val to images with label maps"
-        )
-    return train, val
-
-
-def _shared(train: MapSource, config: SegmentConfig) -> MapSource:
-    """The part of the training images that ``share`` leaves, drawn by ``seed``."""
-    count = round(config.share * len(train))
-    if count == 0:
-        least = f"{np.ceil(1000 / len(train)) / 10:g}%"
-        few = f"share={100 * config.share:g}% of {len(train):,} images is none"
-        raise UserError(f"{few}: take {least} or more")
-    return train.chosen(spread_indices(len(train), count, config.seed))
-
-
-def _cut(part: MapSource, share: float, name: str) -> tuple[MapSource, MapSource]:
-    """The first images, and the last ``share`` of them."""
-    # Neighbours in a list are often frames of one video: no random draw.
-    last = max(1, round(share * len(part)))
-    if last >= len(part):
-        raise UserError(f"{name} has {len(part)} image, too few to keep some from training")
-    places = np.arange(len(part))
-    return part.chosen(places[:-last]), part.chosen(places[-last:])
 
 
 def _look(part: MapSource, title: str, engine: Engine, say: Say) -> Findings:
@@ -283,14 +191,14 @@ def _faulty(fault: str) -> Findings:
 
 
 def _strangers(
-    mapped: Mapped, found: Counter[int], names: Sequence[str], ignored: int
+    data: Divided[MapSource], found: Counter[int], names: Sequence[str], ignored: int
 ) -> Iterator[str]:
     """A sentence for each class number that no name belongs to, with a file that has it."""
     for number in sorted(number for number in found if number >= len(names)):
         file = next(
             (
                 part.target_name(index)
-                for part in mapped.parts.values()
+                for part in data.parts.values()
                 for index in range(len(part))
                 if (part.target(index) == number).any()
             ),

@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from patchmine.config.resolve import resolve_size
 from patchmine.config.schema import SegmentConfig
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.loader import plain_batches
 from patchmine.data.sources.pairs import MapSource
 from patchmine.data.views.dense import SegmentView, WholeView
-from patchmine.data.workers import num_workers
-from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.errors import Say, shown_name, silent
 from patchmine.evaluate.progress import progress
 from patchmine.evaluate.segmentation import Boundaries, Confusion, segmentation_scores
 from patchmine.evaluate.sliding import ClassMaps, stride_of
@@ -29,8 +25,15 @@ from patchmine.tasks.segment import Segment
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.training.labelmaps import Mapped, open_label_maps
-from patchmine.training.place import Place, agree, open_place
-from patchmine.training.supervised import TEST, file_result, teach
+from patchmine.training.place import Place, open_place
+from patchmine.training.supervised import (
+    TEST,
+    file_result,
+    fit_to_parts,
+    judged_batches,
+    refuse_faults,
+    teach,
+)
 
 
 def segment(config: SegmentConfig, *, say: Say = silent) -> RunFolder:
@@ -64,8 +67,7 @@ def check(config: SegmentConfig, *, say: Say = silent) -> None:
     engine = Engine(config.device, config.devices, config.num_nodes, config.precision, say)
     faults: list[str] = []
     mapped = open_label_maps(config, engine, say, faults)
-    if faults:
-        raise UserError("\n".join([f"{len(faults):,} faults:", *faults]))
+    refuse_faults(faults)
     counts = ", ".join(f"{len(part):,} for {name}" for name, part in mapped.parts.items())
     say(f"Settings and label maps fit: {len(mapped.names)} classes; {counts}.")
 
@@ -73,15 +75,8 @@ def check(config: SegmentConfig, *, say: Say = silent) -> None:
 def open_maps(config: SegmentConfig, place: Place) -> tuple[Mapped, SegmentConfig]:
     """Label maps, and the settings that had to wait for them, alike in all processes."""
     mapped = open_label_maps(config, place.engine, place.say)
-    images = mapped.train
-    config = config.model_copy(update={"classes": mapped.names})
-    config = resolve_size(config, len(images), place.say)
+    config = fit_to_parts(config, place, mapped.parts.values(), mapped.names)
     place.say(_views_of(config, mapped.size))
-    config = preparing.with_statistics(config, images, place.say)
-    config = preparing.fit_to_length(config, len(images), place.say)
-    parts = mapped.parts.values()
-    found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in parts)
-    agree(config, place, ", ".join(found))
     return mapped, config
 
 
@@ -153,23 +148,13 @@ class MapJudge:
     def __call__(self, part: MapSource, title: str, say: Say) -> dict[str, Any]:
         """What `segmentation_scores` says of a part.  Raises UserError where too much is broken."""
         config, engine = self.config, self.place.engine
-        mine = np.array_split(np.arange(len(part)), engine.world_size)[engine.rank]
-        bad = BadFiles(None, config.max_bad_share)
-        loaded = plain_batches(
-            part,
-            WholeView(config, preparing.smallest_side(self.task)),
-            batch_size=1,
-            indices=mine,
-            workers=num_workers(config.workers, engine.device, engine.local_size),
-            read_timeout=config.read_timeout,
-            bad=bad,
-            targets=True,
-        )
+        view = WholeView(config, preparing.smallest_side(self.task))
+        count, batches = judged_batches(part, view, config, engine, 1, targets=True)
         names = self.task.names
         maps = ClassMaps(self.task.eval().scores, config, len(names), engine.autocast)
         counts = Confusion(len(names), engine.device), Boundaries(len(names), engine.device)
-        with progress(title, len(mine), say) as tick:
-            for batch in map(preparing.normaliser(config, engine), loaded):
+        with progress(title, count, say) as tick:
+            for batch in batches:
                 labels = batch.target
                 found = maps(batch.views[0][0], (labels.shape[-2], labels.shape[-1]))
                 for each in counts:

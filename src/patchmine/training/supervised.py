@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
+from patchmine.config.resolve import Config, resolve_size
 from patchmine.config.schema import DetectConfig, FinetuneConfig, SegmentConfig
 from patchmine.data.badfiles import BadFiles
+from patchmine.data.loader import plain_batches
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
-from patchmine.errors import Say, silent
+from patchmine.data.workers import num_workers
+from patchmine.errors import Say, UserError, silent
 from patchmine.evaluate.measure import write_result
+from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint
+from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks
 from patchmine.train.optim import render_groups
-from patchmine.training.place import Place, last_files, train_task
+from patchmine.training.place import Place, agree, last_files, train_task
 from patchmine.types import Batch, Progress
 
 TEST = "test"  # eval/test.json
@@ -94,6 +101,56 @@ def teach(
     if val is not None and os.path.lexists(place.folder / "checkpoints" / "best"):
         task.load_state_dict(RunFolder(place.folder).trained().state_dict())
     return bad
+
+
+def fit_to_parts(
+    config: Config, place: Place, parts: Iterable[Source | None], names: Sequence[str]
+) -> Config:
+    """The settings, with those that had to wait for the data, alike in all processes.
+
+    Args:
+        config: the settings.
+        place: the run's processes.
+        parts: what is trained on, then the others that there are.
+        names: of the classes.
+    """
+    given = [part for part in parts if part is not None]
+    images = given[0]
+    config = config.model_copy(update={"classes": [*names]})
+    config = resolve_size(config, len(images), place.say)
+    config = preparing.with_statistics(config, images, place.say)
+    config = preparing.fit_to_length(config, len(images), place.say)
+    found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in given)
+    agree(config, place, ", ".join(found))
+    return config
+
+
+def judged_batches(
+    part: Source, view: View, config: SupervisedConfig, engine: Engine, at_once: int, targets: bool
+) -> tuple[int, Iterator[Batch]]:
+    """How many items of ``part`` this process looks at, and these in batches for the network.
+
+    Raises UserError, while iterating, where too many are broken.
+    """
+    mine = np.array_split(np.arange(len(part)), engine.world_size)[engine.rank]
+    loaded = plain_batches(
+        part,
+        view,
+        batch_size=at_once,
+        indices=mine,
+        workers=num_workers(config.workers, engine.device, engine.local_size),
+        read_timeout=config.read_timeout,
+        bad=BadFiles(None, config.max_bad_share),
+        targets=targets,
+    )
+    return len(mine), map(preparing.normaliser(config, engine), loaded)
+
+
+def refuse_faults(faults: Sequence[str]) -> None:
+    """Raise UserError with all of them, where there are any (check=true)."""
+    if faults:
+        plural = "s" if len(faults) > 1 else ""
+        raise UserError("\n".join([f"{len(faults):,} fault{plural}:", *faults]))
 
 
 def _validate(
