@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import patchmine
 from fixtures.boxes import write_boxes
+from fixtures.small_runs import SMALL, assert_near, made_by_two
 from patchmine.errors import UserError
 from patchmine.runs import checking
 from patchmine.runs.folder import RunFolder
@@ -31,11 +29,7 @@ MODEL: dict[str, Any] = {
     "image_size": 64,
     "patch_size": 8,
     "blr": 1e-2,
-    "warmup_epochs": 0,
-    "workers": 0,
-    "tensorboard": False,
-    "device": "cpu",
-    "say": lambda _: None,
+    **SMALL,
 }
 TEACH: dict[str, Any] = {
     "batch_size": 4,
@@ -46,11 +40,7 @@ TEACH: dict[str, Any] = {
     "width": 16,
     "proposals": 50,
     "samples": 32,
-    "warmup_epochs": 0,
-    "workers": 0,
-    "tensorboard": False,
-    "device": "cpu",
-    "say": lambda _: None,
+    **SMALL,
 }
 
 
@@ -282,14 +272,8 @@ def test_a_run_of_another_kind_says_so(
 def test_two_processes_give_what_one_gives(backbone: Path, boxes: Path, tmp_path: Path) -> None:
     settings = dict(steps=3, masks=True, drop_path=0.2, blr=1e-2)
     one = teach(backbone, boxes, tmp_path / "one", **settings)
-    given = {**TEACH, **settings, "data": boxes, "out": tmp_path / "two", "devices": 2}
-    words = [f"{name}={value}" for name, value in given.items() if name != "say"]
-    command = [sys.executable, "-m", "patchmine", "detect", str(backbone), *words]
-    subprocess.run(command, check=True, capture_output=True, timeout=250)
-    two = patchmine.Run(tmp_path / "two")
-    first, second = (load_file(run.export_dir / "model.safetensors") for run in (one, two))
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    two = made_by_two("detect", backbone, boxes, tmp_path / "two", {**TEACH, **settings})
+    assert_near(one, two, rtol=1e-3)
     scores = [json.loads((run.eval_dir / "test.json").read_text())["map"] for run in (one, two)]
     assert scores[0] == pytest.approx(scores[1], abs=0.2)
     last = [[line["loss"] for line in run.metrics() if "loss" in line] for run in (one, two)]

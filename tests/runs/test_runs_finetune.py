@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import patchmine
+from fixtures.small_runs import SMALL, assert_near, made_by_two
 from patchmine.config.resolve import from_settings
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import train_batches
@@ -36,22 +35,9 @@ MODEL: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
     "blr": 1e-2,
-    "warmup_epochs": 0,
-    "workers": 0,
-    "tensorboard": False,
-    "device": "cpu",
-    "say": lambda _: None,
+    **SMALL,
 }
-TUNE: dict[str, Any] = {
-    "batch_size": 8,
-    "epochs": 3,
-    "blr": 1e-2,
-    "warmup_epochs": 0,
-    "workers": 0,
-    "tensorboard": False,
-    "device": "cpu",
-    "say": lambda _: None,
-}
+TUNE: dict[str, Any] = {"batch_size": 8, "epochs": 3, "blr": 1e-2, **SMALL}
 
 
 @pytest.fixture(scope="module")
@@ -412,14 +398,8 @@ def test_an_average_has_the_statistics_of_its_batch_norms(labelled: Path, tmp_pa
 def test_two_processes_give_what_one_gives(backbone: Path, labelled: Path, tmp_path: Path) -> None:
     settings = dict(epochs=2, mixup=0.8, cutmix=1, erase_prob=0.5, val_share=0.2, eval_batch=3)
     one = tune(backbone, labelled, tmp_path / "one", **settings)
-    given = {**TUNE, **settings, "data": labelled, "out": tmp_path / "two", "devices": 2}
-    words = [f"{name}={value}" for name, value in given.items() if name != "say"]
-    command = [sys.executable, "-m", "patchmine", "finetune", str(backbone), *words]
-    subprocess.run(command, check=True, capture_output=True, timeout=250)
-    two = patchmine.Run(tmp_path / "two")
-    first, second = (load_file(run.export_dir / "model.safetensors") for run in (one, two))
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    two = made_by_two("finetune", backbone, labelled, tmp_path / "two", {**TUNE, **settings})
+    assert_near(one, two)
     results = (json.loads((run.eval_dir / "test.json").read_text()) for run in (one, two))
     assert [result["confusion"] for result in results].count(None) == 0
     assert {run.metrics()[-1]["eval"]["top1"] for run in (one, two)} != set()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import patchmine
 from fixtures.label_maps import write_label_maps
+from fixtures.small_runs import SMALL, assert_near, made_by_two
 from patchmine.errors import UserError
 from patchmine.runs.folder import RunFolder
 from patchmine.train.checkpoint import load
@@ -29,22 +27,9 @@ MODEL: dict[str, Any] = {
     "image_size": 24,
     "patch_size": 4,
     "blr": 1e-2,
-    "warmup_epochs": 0,
-    "workers": 0,
-    "tensorboard": False,
-    "device": "cpu",
-    "say": lambda _: None,
+    **SMALL,
 }
-TEACH: dict[str, Any] = {
-    "batch_size": 4,
-    "steps": 6,
-    "blr": 5e-2,
-    "warmup_epochs": 0,
-    "workers": 0,
-    "tensorboard": False,
-    "device": "cpu",
-    "say": lambda _: None,
-}
+TEACH: dict[str, Any] = {"batch_size": 4, "steps": 6, "blr": 5e-2, **SMALL}
 
 
 @pytest.fixture(scope="module")
@@ -298,13 +283,7 @@ def test_a_run_of_another_kind_says_so(
 def test_two_processes_give_what_one_gives(backbone: Path, maps: Path, tmp_path: Path) -> None:
     settings = dict(head="upernet", head_width=16, steps=4, dice=0.5, val_share=0)
     one = teach(backbone, maps, tmp_path / "one", **settings)
-    given = {**TEACH, **settings, "data": maps, "out": tmp_path / "two", "devices": 2}
-    words = [f"{name}={value}" for name, value in given.items() if name != "say"]
-    command = [sys.executable, "-m", "patchmine", "segment", str(backbone), *words]
-    subprocess.run(command, check=True, capture_output=True, timeout=250)
-    two = patchmine.Run(tmp_path / "two")
-    first, second = (load_file(run.export_dir / "model.safetensors") for run in (one, two))
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    two = made_by_two("segment", backbone, maps, tmp_path / "two", {**TEACH, **settings})
+    assert_near(one, two)
     scores = [json.loads((run.eval_dir / "test.json").read_text())["miou"] for run in (one, two)]
     assert scores[0] == pytest.approx(scores[1], abs=0.2)
