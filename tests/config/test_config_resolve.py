@@ -422,6 +422,17 @@ def test_a_method_without_row_uses_its_defaults_and_says_so(tmp_path: Path) -> N
     assert "no settings for method=hpm" in said[0]
 
 
+def test_settings_of_a_nameless_method_are_for_the_wanted_one(tmp_path: Path) -> None:
+    path, said = (
+        write(tmp_path, "data: photos/\nout: run\nmethod: {decoder_depth: 3}\n"),
+        list[str](),
+    )
+    config = parse(path, ["method=mae", "method.decoder_num_heads=4"], said.append)
+    method = config.method  # type: ignore[attr-defined]
+    assert (method.name, method.decoder_depth, method.decoder_num_heads) == ("mae", 3, 4)
+    assert not said
+
+
 def test_another_model_does_not_inherit_the_recipes_model_args(tmp_path: Path) -> None:
     said: list[str] = []
     config = parse(write(tmp_path, RECIPE), ["model=vit_base_patch16_224"], said.append)

@@ -201,6 +201,8 @@ def _for_method(recipe: Recipe, method: Any, say: Say) -> dict[str, Any]:
     name = (method.get("name") if isinstance(method, Mapping) else method) or default.get("name")
     if not isinstance(name, str | None):
         return settings  # and let the error be told
+    if name is not None and "name" not in default:
+        default = {**default, "name": name}  # its settings are for whichever method is wanted
     settings["method"] = default if name == default.get("name") else {"name": name}
     if name is not None and name in recipe.methods:
         settings = merge(settings, recipe.methods[name])
