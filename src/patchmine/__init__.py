@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from patchmine.models.settings import MethodSettings as MethodSettings
     from patchmine.report.page import write_report as write_report
     from patchmine.report.show import show as show
-    from patchmine.runs.transfer import export_run as export_run
+    from patchmine.runs.exporting import export_run as export_run
     from patchmine.task import Method as Method
     from patchmine.task import Task as Task
     from patchmine.types import Batch as Batch
@@ -83,7 +83,7 @@ _HOMES = {
     "models.settings": ("MethodSettings",),
     "report.page": ("write_report",),
     "report.show": ("show",),
-    "runs.transfer": ("export_run",),
+    "runs.exporting": ("export_run",),
     "task": ("Method", "Task"),
     "types": ("Batch", "Grid", "Losses", "Mask", "Panel", "ParamGroup", "Progress", "Sample"),
 }

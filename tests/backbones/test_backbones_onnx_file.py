@@ -13,56 +13,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from fixtures.networks import OtherWhenTraced, Rows, network_of, rows
 from patchmine.backbones.classifier import Classifier, Head
 from patchmine.backbones.export import Preprocessing, export_encoder
-from patchmine.backbones.family import build_encoder, input_size
 from patchmine.backbones.network import Network, check_outputs, check_transformers
 from patchmine.backbones.onnx_file import write_onnx
 from patchmine.errors import UserError, silent
 
-SHORT = {"channels": (8, 8, 12, 16), "layers": (1, 1, 1, 1)}
-TINY = {"embed_dim": 48, "depth": 1, "num_heads": 3}
-ENCODERS: dict[str, dict[str, Any]] = {
-    "vit": {"model": "vit_tiny_patch16_224", "patch_size": 8, "model_args": TINY},
-    "five channels": {
-        "model": "vit_tiny_patch16_224",
-        "patch_size": 8,
-        "channels": 5,
-        "model_args": {**TINY, "class_token": False, "dynamic_img_size": True},
-    },
-    "beit": {"model": "beit_base_patch16_224", "patch_size": 8, "model_args": TINY},
-    "resnet": {"model": "resnet18", "model_args": SHORT},
-    "small stem": {"model": "resnet18", "model_args": {**SHORT, "cifar_stem": True}},
-    "clips": {
-        "model": "video_vit_tiny_patch16",
-        "patch_size": 8,
-        "model_args": TINY,
-        "clip": (4, 2),
-    },
-}
 OPENED_BY_TIMM = ("vit", "five channels", "beit", "resnet")
-
-
-def network_of(kind: str) -> Network:
-    torch.manual_seed(0)
-    encoder = build_encoder(image_size=(32, 48), **ENCODERS[kind]).eval()
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    size, stride = input_size(encoder), 3 if kind == "clips" else None
-    prepared = Preprocessing([0.5] * size[0], [0.25] * size[0], stride=stride)
-    return Network(encoder, encoder.built_from.architecture, size, prepared)
-
-
-class Rows(nn.Module):
-    """Sums over channels and rows; what a subclass gets wrong can be seen."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.sum((1, 2))
-
-
-def rows(module: nn.Module) -> Network:
-    return Network(module.eval(), "rows", (3, 4, 4), Preprocessing([0.5] * 3, [0.5] * 3))
 
 
 @pytest.fixture
@@ -119,11 +77,6 @@ def test_the_file_says_how_images_are_prepared_and_not_where_it_was_made(
     }
     assert session.get_outputs()[0].name == "logits"
     assert b"site-packages" not in file.read_bytes()
-
-
-class OtherWhenTraced(Rows):
-    def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images) * (1.001 if torch.compiler.is_compiling() else 1.0)
 
 
 class NotInOnnx(Rows):

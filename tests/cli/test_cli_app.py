@@ -55,7 +55,7 @@ ROOMS = [
     ("report.show", "show"),
     ("report.page", "write_report"),
     ("report.explore", "explore"),
-    ("runs.transfer", "export_run"),
+    ("runs.exporting", "export_run"),
     ("runs.transfer", "import_file"),
     ("data.sources.source", "open_source"),
     ("data.inspect", "inspect"),
@@ -361,7 +361,7 @@ def test_pictures_and_pages_get_their_words(rooms: Calls) -> None:
 
 def test_weights_get_their_words(rooms: Calls) -> None:
     call("export", "runs/hpm", "weights=teacher")
-    words = {"what": "encoder", "to": "timm", "weights": "teacher", "say": say}
+    words = {"what": "auto", "to": "timm", "weights": "teacher", "say": say}
     assert rooms["export_run"] == (("runs/hpm", None), words)
     result = call("import", "mae.pth", "out=runs/mae", "num_heads=3")
     given = rooms["import_file"][1]
@@ -450,7 +450,7 @@ def test_lists_name_methods_recipes_and_models() -> None:
         ("report", "runs: missing; name one run folder"),
         ("report nowhere out=r.html", "nowhere"),
         ("export nowhere", "nowhere does not exist"),
-        ("export x what=decoder", "what: given 'decoder'; must be encoder or full"),
+        ("export x what=decoder", "what: given 'decoder'; must be auto, encoder or full"),
         ("import nowhere.pth", "out: missing; name the folder to write"),
         ("import nowhere.pth out=x", "nowhere.pth does not exist"),
         ("data inspect", "data: missing; name the images first"),

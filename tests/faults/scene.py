@@ -63,6 +63,7 @@ def preload() -> None:
     import patchmine.cli.app
     import patchmine.evaluate.evaluated
     import patchmine.report.page
+    import patchmine.runs.exporting
     import patchmine.runs.transfer
     import patchmine.training
 

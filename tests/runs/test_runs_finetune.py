@@ -103,6 +103,19 @@ def test_a_classifier_goes_to_onnx_and_transformers(tuned: patchmine.Run, tmp_pa
     assert all(torch.equal(tensor, of_the_run[name]) for name, tensor in written.items())
 
 
+def test_its_encoder_leaves_alone_where_that_is_asked_for(
+    tuned: patchmine.Run, tmp_path: Path
+) -> None:
+    folder = tuned.export(tmp_path / "alone", what="encoder")
+    opened, images = (
+        timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
+        torch.rand(2, 3, 16, 16),
+    )
+    assert opened.num_classes == 0
+    with torch.no_grad():
+        torch.testing.assert_close(opened(images), tuned.encoder()(images))
+
+
 def test_the_encoder_of_a_tuned_run_serves_wherever_one_does(
     tuned: patchmine.Run, labelled: Path, tmp_path: Path
 ) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from patchmine.backbones.reference import to_reference_names
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
+from patchmine.runs.exporting import export_run
 from patchmine.runs.folder import RunFolder, build_method
 from patchmine.runs.lock import lock
-from patchmine.runs.transfer import export_run, import_file
+from patchmine.runs.transfer import import_file
 from patchmine.task import Method
 from patchmine.train import checkpoint
 from patchmine.types import Batch, Progress

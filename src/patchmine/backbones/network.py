@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ class Network:
         loss: what outputs were trained by: "ce" makes them logits of classes, "bce" logits of
             labels, "mse" values; None: they are features.
         names: of the outputs that are no features, in their order.
+        maps: of a network that gives scores (B, K, H, W) of classes for every pixel: how images of
+            other sizes are brought to it; None of one that gives (B, outputs).
     """
 
     module: nn.Module
@@ -40,6 +43,7 @@ class Network:
     preprocessing: Preprocessing
     loss: str | None = None
     names: Sequence[str] = ()
+    maps: Mapping[str, Any] | None = None
 
     @property
     def input_name(self) -> str:
@@ -48,8 +52,33 @@ class Network:
 
     @property
     def output_name(self) -> str:
-        """``features``, ``logits`` or ``values``."""
+        """``scores`` of pixels, or ``features``, ``logits`` or ``values``."""
+        if self.maps is not None:
+            return "scores"
         return {None: "features", "mse": "values"}.get(self.loss, "logits")
+
+    @property
+    def remedy(self) -> str:
+        """What is left where the network cannot leave in some other format."""
+        return "use to=timm" if self.maps is None else "use the run's own Run.segmenter()"
+
+    def told(self) -> dict[str, Any]:
+        """What a person needs to know to use it."""
+        prepared = self.preprocessing
+        told: dict[str, Any] = {
+            "architecture": self.architecture,
+            "image_size": list(self.input_size[-2:]),
+            "mean": list(prepared.mean),
+            "std": list(prepared.std),
+            "interpolation": prepared.interpolation,
+        }
+        if self.maps is None:
+            told["crop_pct"] = prepared.crop_pct
+        if prepared.stride is not None:
+            told |= {"frames": self.input_size[1], "stride": prepared.stride}
+        if self.loss is not None:
+            told |= {"loss": self.loss, "class_names": list(self.names)}
+        return told | dict(self.maps or {})
 
 
 def check_outputs(network: Network, other: Callable[[Tensor], Tensor], library: str) -> str:
@@ -61,8 +90,8 @@ def check_outputs(network: Network, other: Callable[[Tensor], Tensor], library: 
     )
     if not difference <= TOLERANCE:  # nor is NaN
         raise UserError(
-            f"nothing was written: {measured}, which is more than {TOLERANCE:g}: use to=timm, and "
-            f"try another version of {library.split()[0]}"
+            f"nothing was written: {measured}, which is more than {TOLERANCE:g}: {network.remedy}, "
+            f"and try another version of {library.split()[0]}"
         )
     return f"Checked: {measured}."
 

@@ -54,7 +54,7 @@ def write_onnx(network: Network, file: Path, say: Say) -> Path:
     if size > _LARGEST:
         raise UserError(
             f"to=onnx writes one file of at most 2 GiB, and the weights of {network.architecture} "
-            f"are {size / 2**30:.1f} GiB: use to=timm"
+            f"are {size / 2**30:.1f} GiB: {network.remedy}"
         )
     with output(file) as new:
         program = _traced(network)
@@ -70,7 +70,7 @@ def _traced(network: Network) -> Any:
     def refuse(reason: str) -> UserError:
         return UserError(
             f"torch {torch.__version__} cannot write {network.architecture} as ONNX ({reason}): "
-            "use to=timm"
+            f"{network.remedy}"
         )
 
     # A batch of 1 would be taken for a constant.  Attention is traced as the plain formula: with
@@ -107,22 +107,9 @@ def _traced(network: Network) -> Any:
 
 def _metadata(network: Network) -> dict[str, str]:
     """Text as it is, all else as JSON."""
-    prepared = network.preprocessing
-    told: dict[str, Any] = {
-        "architecture": network.architecture,
-        "image_size": list(network.input_size[-2:]),
-        "mean": list(prepared.mean),
-        "std": list(prepared.std),
-        "interpolation": prepared.interpolation,
-        "crop_pct": prepared.crop_pct,
-    }
-    if prepared.stride is not None:
-        told |= {"frames": network.input_size[1], "stride": prepared.stride}
-    if network.loss is not None:
-        told |= {"loss": network.loss, "class_names": list(network.names)}
     return {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in told.items()
+        for name, value in network.told().items()
     }
 
 

@@ -99,7 +99,7 @@ def show(settings: ShowSettings) -> Path:
 
 def export(settings: ExportSettings, say: Say) -> Path:
     """Write an encoder, or a whole method."""
-    from patchmine.runs.transfer import export_run
+    from patchmine.runs.exporting import export_run
 
     how = settings.model_dump(include={"what", "to", "weights"})
     return export_run(settings.run, settings.out, say=say, **how)

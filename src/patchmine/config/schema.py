@@ -140,6 +140,11 @@ class SegmentConfig(SegmentSettings, RunConfig, DenseViewSettings):
         (0.9, 0.999), description="AdamW's"
     )
 
+    @property
+    def window_stride(self) -> int:
+        """Pixels from window to window in tests."""
+        return self.test_stride or max(1, 2 * min(self.image_size) // 3)
+
     def setting_errors(self) -> Iterator[SettingError]:
         """Windows with gaps between them, and a model that reads no images."""
         stride, (height, width) = self.test_stride, self.image_size

@@ -17,11 +17,6 @@ from patchmine.ops.windows import slide, slide_classes
 _MOST_SCORES = 1 << 28  # that are held to be resized: a gigabyte
 
 
-def stride_of(config: SegmentConfig) -> int:
-    """Pixels from window to window."""
-    return config.test_stride or max(1, 2 * min(config.image_size) // 3)
-
-
 @dataclass(frozen=True)
 class ClassMaps:
     """Classes (H, W) of normalised images (C, h, w).
@@ -46,7 +41,7 @@ class ClassMaps:
         large for that the classes themselves are.
         """
         config = self.config
-        stride = stride_of(config)
+        stride = config.window_stride
         how = (config.image_size, (stride, stride), config.eval_batch, self._scores)
         height, width = image.shape[-2:]
         if (height, width) == size:

@@ -19,7 +19,7 @@ from patchmine.report.page import write_report
 from patchmine.report.predictions import predict
 from patchmine.report.settings import ExploreSettings
 from patchmine.report.show import show
-from patchmine.runs.transfer import export_run
+from patchmine.runs.exporting import export_run
 
 
 class UsedRun(MeasuredRun):
@@ -131,20 +131,22 @@ class UsedRun(MeasuredRun):
         self,
         out: Name | None = None,
         *,
-        what: Literal["encoder", "full"] = "encoder",
-        to: Literal["timm", "onnx", "transformers"] = "timm",
+        what: Literal["auto", "encoder", "full"] = "auto",
+        to: Literal["timm", "onnx", "torch", "transformers"] = "timm",
         weights: str = "student",
         say: Say = print,
     ) -> Path:
-        """Write the encoder as a folder that timm and transformers open, or as an ONNX file.
-
-        That of a fine-tuned run goes with its classifier.
+        """Write what the run learned as a folder that timm and transformers open, or as one file.
 
         Args:
-            out: the folder or .onnx file; None: ``export/`` or ``export.onnx`` in the run.
-            what: "full" writes the whole method as one .safetensors file instead.
-            to: "onnx" writes one file, and compares its outputs in onnxruntime with the encoder's;
-                "transformers" writes timm's folder, and compares it as transformers opens it.
+            out: the folder or file; None: ``export/``, ``export.onnx`` or ``export.pt2`` in the
+                run.
+            what: "auto" is the encoder, with the classifier of a fine-tuned run, and in one file
+                with the head of a run that segments; "encoder" is the encoder alone; "full" writes
+                the whole method of a run that pre-trains, as one .safetensors file.
+            to: "onnx" writes one file, and compares its outputs in onnxruntime with the run's;
+                "torch" one that `torch.export.load` opens, and compares likewise; "transformers"
+                writes timm's folder, and compares it as transformers opens it.
             weights: which network; "teacher" is the EMA copy, where the method keeps one.
             say: hears what a comparison found.
 

@@ -18,40 +18,50 @@ from patchmine.strict import (
     is_folder_name,
 )
 
+_ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
+"""Of what `ExportSettings.to` writes as one file."""
+
 
 def _export_name(name: str | None, info: ValidationInfo) -> str | None:
     if name is None:
         return None
     if info.data.get("what") == "full":
         return ends_in(".safetensors")(name)
-    if info.data.get("to") == "onnx":
-        return ends_in(".onnx")(name)
-    if name.lower().endswith(".onnx"):
-        raise ValueError("the name of a folder; to=onnx writes a file that ends in .onnx")
+    if (chosen := info.data.get("to")) in _ENDINGS:
+        return ends_in(_ENDINGS[chosen])(name)
+    for to, ending in _ENDINGS.items():
+        if name.lower().endswith(ending):
+            raise ValueError(f"the name of a folder; to={to} writes a file that ends in {ending}")
     return is_folder_name(name)
 
 
 class ExportSettings(Strict):
-    """Write a run's encoder for timm, transformers or ONNX.
+    """Write what a run learned for timm, ONNX or torch alone.
 
-    That of a fine-tuned run goes with its classifier.  timm.create_model("local-dir:FOLDER",
-    pretrained=True) opens the folder; to=transformers writes the same one and compares what
-    transformers makes of it; to=onnx writes one file and compares what onnxruntime makes of it.
+    The encoder goes with the classifier of a fine-tuned run, and to=onnx and to=torch write all of
+    a run that segments.  timm.create_model("local-dir:FOLDER", pretrained=True) opens the folder;
+    to=transformers writes the same one and compares what transformers makes of it; to=onnx and
+    to=torch write one file and compare what onnxruntime, or torch.export, makes of it.
 
     Example:
         patchmine export runs/hpm out=hpm-vit-s
         patchmine export runs/classify to=onnx out=birds.onnx
+        patchmine export runs/segment to=torch out=streets.pt2
     """
 
     run: Text = Field(description="name the folder of a run first, as in patchmine export runs/hpm")
-    what: Literal["encoder", "full"] = Field(
-        "encoder", description="the encoder alone, or the whole method under the reference's names"
+    what: Literal["auto", "encoder", "full"] = Field(
+        "auto",
+        description="auto: all that the format takes; encoder: alone; full: the whole method of a "
+        "run that pre-trains, under the reference's names",
     )
-    to: Literal["timm", "onnx", "transformers"] = Field(
-        "timm", description="a folder, or one .onnx file; the last two are compared with the run"
+    to: Literal["timm", "onnx", "torch", "transformers"] = Field(
+        "timm",
+        description="a folder; one .onnx, or .pt2, file; the folder again: the last three are "
+        "compared with the run",
     )
     out: Annotated[Text | None, AfterValidator(_export_name)] = Field(
-        None, description="folder to write, or file of to=onnx, what=full; null: export in the run"
+        None, description="folder or file to write; null: export, or export.onnx, in the run"
     )
     weights: Literal["student", "teacher", "partner", "partner-teacher"] = Field(
         "student",

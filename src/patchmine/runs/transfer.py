@@ -1,161 +1,36 @@
-"""Runs out of and into other people's formats: exports for timm, and whole files of MAE and HPM."""
+"""Other people's checkpoints as runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.backbones import official, onnx_file, reference
-from patchmine.backbones.classifier import Classifier
-from patchmine.backbones.description import note
-from patchmine.backbones.family import Encoder, create_encoder, family_of, input_size
+from patchmine.backbones import official, onnx_file, reference, torch_file
+from patchmine.backbones.family import create_encoder
 from patchmine.backbones.loading import LoadReport, load_tensors
 from patchmine.backbones.naming import Weights
-from patchmine.backbones.network import Network, check_transformers
 from patchmine.backbones.official import OfficialFile
 from patchmine.backbones.weights import as_size
 from patchmine.config.explain import shown
 from patchmine.config.resolve import from_settings, of_kind
-from patchmine.config.schema import FinetuneConfig, PretrainConfig
-from patchmine.disk import output, replacing, system_errors
+from patchmine.config.schema import PretrainConfig
+from patchmine.disk import replacing
 from patchmine.errors import Say, UserError, silent
-from patchmine.runs.folder import RunFolder, build_method, preprocessing_of, write_export
+from patchmine.runs.folder import RunFolder, build_method, write_export
 from patchmine.runs.fresh import refuse_used_folder
 from patchmine.runs.lock import lock
 from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints
 
 What = Literal["auto", "encoder", "full"]
-Target = Literal["timm", "onnx", "transformers"]
+Target = Literal["timm", "onnx", "torch", "transformers"]
 
+_ONE_FILE = {"onnx": (".onnx", onnx_file.write_onnx), "torch": (".pt2", torch_file.write_torch)}
 _TEACHER = "teacher."
-_FULL = ("mae", "hpm")  # the methods whose whole files we write and read
-_DECODER_TOLD = ("decoder_num_heads", "decoder_norm_eps")
 _TOLD = ("mask_ratio", "norm_pix_loss")  # settings of the method that a file may tell
-
-
-def export_run(
-    path: str | PathLike[str],
-    out: str | None,
-    *,
-    what: Literal["encoder", "full"],
-    weights: str,
-    to: Target = "timm",
-    say: Say = silent,
-) -> Path:
-    """Write the encoder of a run for timm, transformers or ONNX, or its ``full`` method.
-
-    The encoder of a fine-tuned run is written with its classifier.
-
-    Args:
-        path: the run's folder.
-        out: the folder or .onnx file, None for ``export/`` or ``export.onnx`` in the run; of the
-            full method a .safetensors file under the reference code's names, which `import_file`
-            reads (of clips VideoMAE's).
-        what: "encoder" or "full".
-        weights: which of the run's networks.
-        to: "timm" and "transformers" are one folder, which the latter also opens and compares.
-        say: hears what a comparison found.
-
-    Returns:
-        The folder or file.
-
-    Raises:
-        UserError: the run has no such weights, ``to`` does not take such a network or needs a
-            library that is missing, or ``out`` cannot be written.
-    """
-    run = RunFolder(path)
-    if what == "full":
-        return _write_full(run, out, weights)
-    if to == "onnx":
-        onnx_file.refuse_missing_libraries()
-    encoder = run.encoder(weights)
-    folder = run.export_folder(weights)
-    head, loss = None, None
-    if isinstance(run.config, FinetuneConfig):
-        head, loss = run.classify().head_of(), run.config.loss
-    if to == "timm":
-        return write_export(run.config, encoder, out or folder, head)
-    network = Network(
-        encoder if head is None else Classifier(encoder, head.layer, head.pool).eval(),
-        encoder.built_from.architecture,
-        input_size(encoder),
-        preprocessing_of(run.config, encoder),
-        loss=loss,
-        names=() if head is None else head.names,
-    )
-    if to == "onnx":
-        return onnx_file.write_onnx(network, Path(out or folder.with_suffix(".onnx")), say)
-    if not family_of(encoder).timm_opens(encoder):
-        raise UserError(
-            f"to=transformers: {run.path} is of {network.architecture} for "
-            f"{'images with a small stem' if network.input_name == 'images' else 'videos'}, which "
-            "transformers cannot build: use to=onnx, or to=timm, whose folder "
-            "patchmine.load_encoder opens"
-        )
-    check = partial(check_transformers, network, say)
-    return write_export(run.config, encoder, out or folder, head, check=check)
-
-
-def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
-    """The whole method of a run under the names of its reference code."""
-    config = run.config
-    if not isinstance(config, PretrainConfig):
-        raise UserError(
-            f"what=full writes a pre-training method, and {run.path} {run.made}: leave the "
-            "setting out"
-        )
-    name = config.method.name
-    if name not in _FULL:
-        raise UserError(
-            f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and "
-            f"{run.path} is of method={name}: use what=encoder"
-        )
-    target = run.path / f"{name}-{weights}.safetensors" if out is None else Path(out)
-    if target.suffix != ".safetensors":
-        raise UserError(
-            f"out={target}: the full method is one file; write for example out={target}.safetensors"
-        )
-    method = run.method()
-    tensors = reference.to_reference_names(method.state_dict(), teacher=weights == "teacher")
-    if not tensors:
-        raise UserError(
-            f"{run.path} holds no teacher: method={name} keeps none; use weights=student"
-        )
-    encoder: Encoder = method.encoder
-    clip = family_of(encoder).clip(encoder)
-    if clip is None:
-        table: Tensor = method.get_submodule("decoder_input").get_buffer("pos_embed")
-        tensors["decoder_pos_embed"] = torch.cat([table.new_zeros(1, table.shape[1]), table])[None]
-    else:
-        tensors = _as_videomae(tensors, method if weights == "student" else None)
-    told = {each: getattr(config.method, each) for each in (*_DECODER_TOLD, *_TOLD)}
-    if "norm_eps" in config.model_args:
-        told["norm_eps"] = config.model_args["norm_eps"]
-    if clip is not None:
-        told["clip"] = clip
-    metadata = note(config.image_size, encoder.blocks[0].attn.num_heads, **told)
-    contiguous = {each: tensor.contiguous() for each, tensor in tensors.items()}
-    with output(target) as new, system_errors(target):
-        save_file(contiguous, new, metadata=metadata)
-    return target
-
-
-def _as_videomae(tensors: dict[str, Tensor], method: Method | None) -> dict[str, Tensor]:
-    """Under VideoMAE's names, and the teacher of ``method`` beside them."""
-    found = reference.to_videomae_names(tensors)
-    if method is not None:
-        taught = reference.to_reference_names(method.state_dict(), teacher=True)
-        for name, tensor in reference.to_videomae_names(taught).items():
-            found[reference.TEACHER + name] = tensor
-    return found
 
 
 def import_file(

@@ -15,7 +15,7 @@ from patchmine.data.views.dense import SegmentView, WholeView
 from patchmine.errors import Say, shown_name, silent
 from patchmine.evaluate.progress import progress
 from patchmine.evaluate.segmentation import Boundaries, Confusion, segmentation_scores
-from patchmine.evaluate.sliding import ClassMaps, stride_of
+from patchmine.evaluate.sliding import ClassMaps
 from patchmine.ops.losses import balanced_weights
 from patchmine.report.map_samples import MapSamples
 from patchmine.runs import preparing
@@ -83,7 +83,7 @@ def open_maps(config: SegmentConfig, place: Place) -> tuple[Mapped, SegmentConfi
 def _views_of(config: SegmentConfig, size: tuple[int, int]) -> str:
     """What training and tests see of images of ``size``, for people."""
     height, width = config.image_size
-    crop, stride = f"{width}x{height}", stride_of(config)
+    crop, stride = f"{width}x{height}", config.window_stride
     low, high = config.scale
     whole = f"{size[1]}x{size[0]} pixels (the median)"
     if config.short_side is not None:
