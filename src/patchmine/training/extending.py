@@ -9,13 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from patchmine.config.resolve import command_of, results_of
-from patchmine.config.schema import (
-    AnyConfig,
-    DetectConfig,
-    FinetuneConfig,
-    PretrainConfig,
-    SegmentConfig,
-)
+from patchmine.config.schema import AnyConfig, PretrainConfig
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, shown_name, silent
@@ -26,10 +20,8 @@ from patchmine.runs.preparing import NO_SOURCES
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, load, load_newest, save
 from patchmine.train.optim import fitting_state
-from patchmine.training import detecting, segmenting
-from patchmine.training.finetuning import make_classifier, open_labels, train_classifier
+from patchmine.training.kinds import kind_of
 from patchmine.training.place import Place, identity_of, open_place
-from patchmine.training.pretraining import make_method, open_images, train_method
 
 
 def settings_of_extension(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -70,34 +62,20 @@ def extend(
         refuse_used_folder(folder)
         before = load_newest(run.checkpoint_dir, place.say, finite=True)
         place.engine.agree({"the step to go on from": before.step})
-        if isinstance(config, FinetuneConfig):
-            labelled, config = open_labels(config, place, sources)
-            task = make_classifier(config, labelled.train)
-            before.model["weights"] = task.weights  # by the labels and settings of now
-            first = _first(task, config, labelled.train, before, place)
-            return train_classifier(config, place, labelled, first)
-        if isinstance(config, SegmentConfig):
-            mapped, config = segmenting.open_maps(config, place)
-            learner = segmenting.make_segmenter(config, mapped)
-            before.model["weights"] = learner.weights
-            first = _first(learner, config, mapped.train, before, place)
-            return segmenting.train_segmenter(config, place, mapped, first)
-        if isinstance(config, DetectConfig):
-            annotated, config = detecting.open_objects(config, place)
-            detector = detecting.make_detector(config)
-            first = _first(detector, config, annotated.train, before, place)
-            return detecting.train_detector(config, place, annotated, first)
-        images, config = open_images(config, place, sources)
-        first = _first(make_method(config), config, images, before, place)
-        return train_method(config, place, images, first)
+        kind = kind_of(config)
+        data, config = kind.open(config, place, sources)
+        first = _first(kind.make(config, data), config, kind.images(data), before, place)
+        return kind.train(config, place, data, first)
 
 
 def _first(
     task: Task, config: AnyConfig, images: Source, before: Checkpoint, place: Place
 ) -> Checkpoint:
     """The new run's checkpoint of step 0, in its folder already: a resume needs no other run."""
-    run = before.path.parent.parent
-    _refuse_misfit(task.state_dict(), config, before)
+    run, own = before.path.parent.parent, task.state_dict()
+    if "weights" in own:  # of classes, by the labels and settings of now
+        before.model["weights"] = own["weights"]
+    _refuse_misfit(own, config, before)
     trained = dict(pair for group in task.param_groups() for pair in group.params)
     state = fitting_state(trained, before.optimizer)
     facts = {"identity": identity_of(task, images), "settings": results_of(config)}

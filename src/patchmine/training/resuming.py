@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from patchmine.config.resolve import changed_results, of_kind, results_of
-from patchmine.config.schema import (
-    DetectConfig,
-    FinetuneConfig,
-    PretrainConfig,
-    RunConfig,
-    SegmentConfig,
-)
+from patchmine.config.resolve import changed_results, results_of
+from patchmine.config.schema import RunConfig
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, silent
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.known import KNOWN_BY_CONTENT, settings_to_resume
 from patchmine.runs.preparing import NO_SOURCES
 from patchmine.train.checkpoint import Checkpoint, load_newest
-from patchmine.training import detecting, finetuning, pretraining, segmenting
+from patchmine.training.kinds import kind_of
 from patchmine.training.place import Place, open_place
 
 
@@ -51,22 +45,10 @@ def resume(
     config, run = settings_to_resume(path, overrides, say), RunFolder(path)
     with open_place(run.path, config, say) as place:
         start = load_newest(run.checkpoint_dir, place.say, finite=True) if run.checkpoints else None
-        if isinstance(config, FinetuneConfig):
-            labelled, config = finetuning.open_labels(config, place, sources)
-            _refuse_stale(run, start, config, place)
-            return finetuning.train_classifier(config, place, labelled, start)
-        if isinstance(config, SegmentConfig):
-            mapped, config = segmenting.open_maps(config, place)
-            _refuse_stale(run, start, config, place)
-            return segmenting.train_segmenter(config, place, mapped, start)
-        if isinstance(config, DetectConfig):
-            annotated, config = detecting.open_objects(config, place)
-            _refuse_stale(run, start, config, place)
-            return detecting.train_detector(config, place, annotated, start)
-        config = of_kind(config, PretrainConfig)
-        images, config = pretraining.open_images(config, place, sources)
+        kind = kind_of(config)
+        data, config = kind.open(config, place, sources)
         _refuse_stale(run, start, config, place)
-        return pretraining.train_method(config, place, images, start)
+        return kind.train(config, place, data, start)
 
 
 def _refuse_stale(
