@@ -16,6 +16,7 @@ from PIL import Image
 
 import patchmine
 from fixtures.boxes import write_boxes
+from fixtures.detector import MODEL, TEACH, teach
 from fixtures.small_runs import SMALL, assert_near, made_by_two
 from patchmine.errors import UserError
 from patchmine.runs import checking
@@ -23,25 +24,7 @@ from patchmine.runs.folder import RunFolder
 from patchmine.train.checkpoint import load
 from spoken import patchmine_says
 
-MODEL: dict[str, Any] = {
-    "model": "vit_tiny_patch16_224",
-    "model_args": {"embed_dim": 32, "depth": 4, "num_heads": 2},
-    "image_size": 64,
-    "patch_size": 8,
-    "blr": 1e-2,
-    **SMALL,
-}
-TEACH: dict[str, Any] = {
-    "batch_size": 4,
-    "steps": 4,
-    "blr": 0.2,
-    "layer_decay": 1,
-    "scale": [0.8, 1.2],
-    "width": 16,
-    "proposals": 50,
-    "samples": 32,
-    **SMALL,
-}
+PRETRAIN: dict[str, Any] = {"model": "vit_tiny_patch16_224", "blr": 1e-2, **MODEL, **SMALL}
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +37,7 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def backbone(boxes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("backbone") / "mae"
-    return patchmine.pretrain(data=boxes / "train", out=out, steps=2, batch_size=4, **MODEL).path
-
-
-def teach(backbone: Path | str, data: Path, out: Path, **settings: Any) -> patchmine.Run:
-    return patchmine.detect(backbone, data=str(data), out=out, **{**TEACH, **settings})
+    return patchmine.pretrain(data=boxes / "train", out=out, steps=2, batch_size=4, **PRETRAIN).path
 
 
 @pytest.fixture(scope="module")

@@ -171,3 +171,5 @@ class DetectRunSettings(HeldOutRunSettings, SharedRunSettings, total=False):
     scale: tuple[float, float]
     score_threshold: float
     nms: float
+    category_ids: list[int]
+    usual_size: Size | None

@@ -14,14 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchmine.errors import UserError
+from patchmine.evaluate.rle import Rle, areas, encoded, library
 from patchmine.types import Objects
 
 MOST_FOUND = 100  # objects of one class and image that count, those with the highest scores
 _AREAS = ("all", "small", "medium", "large")  # with limits at 32 x 32 and 96 x 96 pixels
-
-Rle = dict[str, Any]
-"""``size``: [height, width]; ``counts``: COCO's compressed run lengths of the columns."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,6 @@ def kept(objects: Objects, scores: Tensor | None = None) -> KeptObjects:
     small = Objects(objects.boxes.detach().float(), objects.labels, objects.crowd)
     host = small.each(Tensor.cpu)
     return KeptObjects(host.boxes, host.labels, given, host.crowd, masks)
-
-
-def encoded(masks: Tensor) -> list[Rle]:
-    """Run lengths of masks (N, H, W), one after the other."""
-    encode = _library().mask.encode
-    return [encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8)) for mask in masks]
 
 
 def detection_scores(
@@ -109,22 +100,11 @@ def detection_scores(
     }
 
 
-def _library() -> Any:
-    try:
-        import faster_coco_eval
-    except ImportError as error:
-        raise UserError(
-            "average precision needs faster-coco-eval, which is not installed; "
-            "run `pip install patchmine[det]`"
-        ) from error
-    return faster_coco_eval
-
-
 def _compared(
     predictions: Sequence[KeptObjects], truths: Sequence[KeptObjects], count: int, kind: str
 ) -> tuple[dict[str, float | None], dict[str, list[float | None]]]:
     """By boxes ("bbox") or masks ("segm"): means over classes, and columns with a row per class."""
-    coco = _library()
+    coco = library()
     true = _data_set(truths, count, kind, by_mask=True)
     told = _data_set([_finite(each) for each in predictions], count, kind, by_mask=kind == "segm")
     compared = coco.COCOeval_faster(true, told, kind, print_function=_silent, rle_iou_max_workers=1)
@@ -151,7 +131,11 @@ def _data_set(records: Sequence[KeptObjects], count: int, kind: str, *, by_mask:
     for i, objects in enumerate(records):
         corners = objects.boxes.double()
         boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-        area = _mask_areas(objects.masks) if by_mask and objects.masks else boxes[:, 2:].prod(1)
+        area = (
+            torch.from_numpy(areas(objects.masks))
+            if by_mask and objects.masks
+            else boxes[:, 2:].prod(1)
+        )
         scores, crowd = objects.scores.double(), objects.crowd.int()
         columns = (boxes, area, objects.labels, scores, crowd)
         values = zip(*(column.tolist() for column in columns), strict=True)
@@ -166,16 +150,12 @@ def _data_set(records: Sequence[KeptObjects], count: int, kind: str, *, by_mask:
         "categories": [{"id": k} for k in range(count)],
         "annotations": rows,
     }
-    return _library().COCO(content, print_function=_silent)
+    return library().COCO(content, print_function=_silent)
 
 
 def _image(number: int, objects: KeptObjects) -> dict[str, int]:
     height, width = objects.masks[0]["size"] if objects.masks else (0, 0)  # boxes need none
     return {"id": number, "height": height, "width": width}
-
-
-def _mask_areas(masks: list[Rle]) -> Tensor:
-    return torch.from_numpy(_library().mask.area(masks).astype(np.float64))
 
 
 def _finite(found: KeptObjects) -> KeptObjects:

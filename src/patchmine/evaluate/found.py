@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.roi_heads import expand_boxes, paste_masks_in_image
 
 from patchmine.data.views.objects import boxes_in_image
-from patchmine.evaluate.detection import KeptObjects, Rle, encoded
+from patchmine.evaluate.detection import KeptObjects
+from patchmine.evaluate.rle import Rle, encoded_part
 from patchmine.models.detection import Found
-
-_AT_ONCE = 16_000_000  # pixels of masks, so that a hundred of a large image need little memory
 
 
 def in_image(found: Found, view: Tensor, box: Tensor, size: tuple[int, int]) -> KeptObjects:
@@ -23,17 +22,26 @@ def in_image(found: Found, view: Tensor, box: Tensor, size: tuple[int, int]) -> 
         size: (height, width) of the image.
     """
     boxes = boxes_in_image(found.boxes.float().cpu(), box.cpu(), *size, view)
-    masks = None if found.masks is None else _pasted(found.masks.float().cpu(), boxes, size)
+    masks = None
+    if found.masks is not None:
+        each = zip(found.masks.float().cpu(), boxes, strict=True)
+        masks = [_pasted(mask, own, size) for mask, own in each]
     none = torch.zeros(len(boxes), dtype=torch.bool)
     return KeptObjects(boxes, found.labels.cpu(), found.scores.cpu(), none, masks)
 
 
-def _pasted(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Rle]:
-    """Run lengths of masks (N, 1, m, m) that are told inside their boxes."""
-    few = max(1, _AT_ONCE // (size[0] * size[1]))
-    found: list[Rle] = []
-    for start in range(0, len(masks), few):
-        part = slice(start, start + few)
-        pasted = paste_masks_in_image(masks[part], boxes[part], size)  # (few, 1, height, width)
-        found += encoded(pasted[:, 0] >= 0.5)
-    return found
+def _pasted(mask: Tensor, box: Tensor, size: tuple[int, int]) -> Rle:
+    """Run lengths of a mask (1, m, m) that is told inside its box.
+
+    Only the part of the image around the box is made: objects may be small and images large.
+    """
+    cells = mask.shape[-1]
+    around = expand_boxes(box[None], (cells + 2) / cells)[0]  # as torchvision pads masks
+    left, top = (around[:2].floor().clamp(min=0)).int().tolist()
+    right, bottom = (int(side) + 2 for side in around[2:].tolist())
+    part = min(bottom, size[0]) - top, min(right, size[1]) - left
+    if min(part) <= 0:
+        return encoded_part(torch.zeros(0, 0).bool().numpy(), (0, 0), size)
+    shift = torch.tensor([left, top, left, top])
+    pasted = paste_masks_in_image(mask[None], (box - shift)[None], part)[0, 0]  # (h, w)
+    return encoded_part((pasted >= 0.5).numpy(), (top, left), size)

@@ -21,11 +21,12 @@ from patchmine.config.schema import FinetuneConfig
 from patchmine.data.items import CLIP
 from patchmine.data.sources.contract import Source
 from patchmine.errors import Say, UserError, shown_name, silent, whole_name
-from patchmine.evaluate.asked import open_asked
-from patchmine.evaluate.classmaps import is_segmenter, segmented
+from patchmine.evaluate.asked import kind_of, open_asked, refuse_settings_of_others
+from patchmine.evaluate.classmaps import segmented
 from patchmine.evaluate.evaluated import Evaluated, of_encoder, of_run, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views, device_of
 from patchmine.evaluate.labelled import Part
+from patchmine.evaluate.objects import detected
 from patchmine.evaluate.settings import PredictSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.folder import RunFolder
@@ -39,11 +40,15 @@ _FIXED = ("file", "class", "probability")
 def predicted(settings: PredictSettings, say: Say = silent) -> dict[str, list[Any]]:
     """The table's columns: ``file``, ``class``, ``probability``, and what else is asked for.
 
-    Those of a run that segments are ``file`` and ``classes``.  Raises UserError as `open_question`
-    and `Question.batches` do.
+    Those of a run that segments are ``file`` and ``classes``, see `classmaps.segmented`; those of
+    one that detects stand at `objects.detected`.  Raises UserError as `open_question` and
+    `Question.batches` do.
     """
-    if is_segmenter(settings.run):
+    kind = kind_of(settings.run)
+    if kind == "segment":
         return segmented(settings, say)
+    if kind == "detect":
+        return detected(settings, say)
     question = open_question(settings, say)
     found: dict[str, list[Any]] = {}
     for index, values in question.batches():
@@ -127,6 +132,7 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
     Raises UserError for a run that was not fine-tuned, and for settings that do not fit it.
     """
     opened = _opened(Path(settings.run), say)
+    refuse_settings_of_others(settings, "classify")
     evaluated, loss = opened.evaluated, opened.loss
     name = evaluated.name
     if loss != "ce" and settings.top > 1:

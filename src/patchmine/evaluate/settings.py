@@ -134,10 +134,14 @@ class PredictSettings(ReadingSettings):
     Of a run that segments a new folder: a PNG of class numbers for each image, the classes over the
     images in overlays/, and how many pixels each has in classes.csv.
 
+    Of a run that detects a new folder: annotations.json in COCO's format, the objects drawn over
+    the images in overlays/, and a row for each in objects.csv.
+
     Example:
         patchmine predict runs/classify images/ out=predictions.csv
         patchmine predict runs/classify images/ out=predictions/ top=3
         patchmine predict runs/segment images/ out=predictions/
+        patchmine predict runs/detect images/ out=predictions/ tile=auto
     """
 
     run: Text = Field(
@@ -149,7 +153,7 @@ class PredictSettings(ReadingSettings):
     out: Annotated[Text | None, AfterValidator(_is_table_or_folder)] = Field(
         None,
         description=".csv or .parquet; or a folder, for pictures too; null: predictions.csv, or of "
-        "class maps predictions/",
+        "class maps and objects predictions/",
     )
     top: Count = Field(1, description="classes in a row, the most probable first")
     all: bool = Field(False, description="also a column for each class, with its probability")
@@ -159,6 +163,23 @@ class PredictSettings(ReadingSettings):
     crops: Count | None = Field(
         None, description="crops of each of these, along the longer side; null: as it was tested"
     )
+    score_threshold: Fraction = Field(
+        0.5, description="of objects: the score, from 0 to 1, below which they are left out"
+    )
+    tile: Size | Literal["auto"] | None = Field(
+        None,
+        description="of objects: pixels of the pieces in which larger images are looked through; "
+        "auto: so that objects look as large as in training; null: images are shrunk whole",
+    )
+    overlap: float = Field(
+        0.25, ge=0, lt=1, description="share of a piece that the next one sees too (tile)"
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Pieces that there are not."""
+        if self.tile is None and "overlap" in self.model_fields_set:
+            text = f"given {self.overlap:g}, which is of use with tile=auto or a number of pixels"
+            yield SettingError("overlap", text)
 
 
 class FiledSettings(ReadingSettings, EvaluatedSettings):

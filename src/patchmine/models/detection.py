@@ -151,6 +151,10 @@ class DetectHead(nn.Module):
             self.objects.mask_head = MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm)
             self.objects.mask_predictor = MaskRCNNPredictor(width, width, 1 + num_classes)
 
+    def limit(self, score_threshold: float, most: int) -> None:
+        """Find, from now on, only what is surer than this, and at most so much in an image."""
+        self.objects.score_thresh, self.objects.detections_per_img = score_threshold, most
+
     def losses(
         self, images: Tensor, maps: Maps, targets: Sequence[Objects], seeds: Sequence[int]
     ) -> Losses:

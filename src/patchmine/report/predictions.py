@@ -14,12 +14,13 @@ from torch import Tensor
 
 from patchmine.disk import output
 from patchmine.errors import Say, shown_name, silent
-from patchmine.evaluate.classmaps import is_segmenter
+from patchmine.evaluate.asked import kind_of
 from patchmine.evaluate.predict import Question, open_question
 from patchmine.evaluate.settings import PREDICTION_ENDINGS, PredictSettings
 from patchmine.evaluate.tables import TABLES
 from patchmine.report.classmaps import predict_maps
 from patchmine.report.letters import INK, PAPER, SOFT, Letters
+from patchmine.report.objects import predict_objects
 from patchmine.report.thumbnails import SIDE, pictures
 
 TABLE, SHEET = "predictions.csv", "predictions.png"
@@ -34,8 +35,9 @@ _NAME, _NOTE, _SMALL = Letters(14, INK), Letters(12, SOFT), Letters(11, SOFT)
 def predict(settings: PredictSettings, say: Say = silent) -> Path:
     """Write a row for every readable image: file, class and probability; in a folder also pictures.
 
-    Of a run that segments a folder of class maps, see `report.classmaps`.  Files appear complete or
-    not at all.  Memory is bounded, whatever the number of images.
+    Of a run that segments a folder of class maps, see `report.classmaps`, and of one that detects
+    one of objects, see `report.objects`.  Files appear complete or not at all.  Memory is bounded,
+    whatever the number of images.
 
     Args:
         settings: the run, what is read, and the file or folder to write.
@@ -47,8 +49,11 @@ def predict(settings: PredictSettings, say: Say = silent) -> Path:
     Raises:
         UserError: the run was not fine-tuned, nothing can be read, or a file cannot be written.
     """
-    if is_segmenter(settings.run):
+    kind = kind_of(settings.run)
+    if kind == "segment":
         return predict_maps(settings, say)
+    if kind == "detect":
+        return predict_objects(settings, say)
     name = settings.out or TABLE
     out = Path(name)
     is_folder = name.endswith("/") or out.suffix.lower() not in PREDICTION_ENDINGS

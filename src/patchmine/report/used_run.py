@@ -57,13 +57,17 @@ class UsedRun(MeasuredRun):
 
         Args:
             data: images; labels are not needed.
-            out: a .csv or .parquet file, or a folder for a table and pictures; None: no file.
+            out: a .csv or .parquet file, or a folder for a table and pictures, which a run that
+                segments or detects always writes; None: no file.
             say: hears about the progress.
             **settings: those of `patchmine config schema predict`.
 
         Returns:
-            Without ``out`` the columns, lists of equal length: ``file``, ``class``,
-            ``probability``, as the table has them.  Else the file or folder.
+            Without ``out`` lists of equal length: ``file``, ``class``, ``probability``, as the
+            table has them; of a run that segments ``file`` and ``classes``, arrays (H, W); of one
+            that detects ``file``, ``boxes`` (N, 4) (left, top, right, bottom) in pixels,
+            ``labels``, ``names``, ``scores`` and, where it finds them, ``masks`` as run lengths.
+            Else the file or folder.
 
         Raises:
             UserError: the run was not fine-tuned, settings or data cannot be used, or the place

@@ -22,6 +22,7 @@ KNOWN_BY_CONTENT = (
     "annotations",
     "val",
 )  # by fingerprints, so that files may move
+_OF_THE_DATA = ("category_ids", "usual_size")  # which a run fills in for other images anew
 _PREPARED = (*ModelSettings.model_fields, "interpolation", "crop_pct")
 _OF_THE_NETWORK = {*ModelSettings.model_fields} - {"init", "max_pixels"}
 
@@ -98,7 +99,7 @@ def settings_to_extend(config: AnyConfig, path: str | PathLike[str]) -> dict[str
     epochs once more; that of a fine-tuned run also draws its share of the labels, and stays.
     ``init`` names the run, which stands in ``path``.
     """
-    settings = config.model_dump(mode="json", exclude={"out", "steps", "by_size"})
+    settings = config.model_dump(mode="json", exclude={"out", "steps", "by_size", *_OF_THE_DATA})
     if isinstance(config, PretrainConfig):
         settings["seed"] = config.seed + 1
     return {**settings, "epochs": None, "init": str(Path(path))}

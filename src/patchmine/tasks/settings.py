@@ -18,6 +18,7 @@ from patchmine.strict import (
     SettingError,
     Share,
     Side,
+    Size,
     Strict,
     Text,
     Texts,
@@ -274,6 +275,13 @@ class FindSettings(JudgeSettings):
     score_threshold: Fraction = Field(0.05, description="score below which nothing is found")
     nms: Fraction = Field(
         0.5, gt=0, description="overlap (IoU) above which the less sure of two boxes is dropped"
+    )
+    category_ids: list[int] = Field(
+        [], description="of the classes in what is predicted; []: those of the COCO files"
+    )
+    usual_size: Size | None = Field(
+        None,
+        description="[height, width] that tile=auto goes by; null: the training images' median",
     )
 
 

@@ -12,7 +12,7 @@ from patchmine.config.schema import DetectConfig
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.sources.coco import CocoSource
 from patchmine.data.views.objects import ObjectView, PlainObjectView
-from patchmine.errors import Say, shown_name, silent
+from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.detection import KeptObjects, detection_scores, kept
 from patchmine.evaluate.found import in_image
 from patchmine.evaluate.progress import progress
@@ -73,7 +73,20 @@ def check(config: DetectConfig, *, say: Say = silent) -> None:
 def open_objects(config: DetectConfig, place: Place) -> tuple[Annotated, DetectConfig]:
     """Annotated images, and the settings that had to wait for them, alike in all processes."""
     annotated = open_annotated(config, place.say)
+    config = _with_data(config, annotated)
     return annotated, fit_to_parts(config, place, annotated.parts.values(), annotated.names)
+
+
+def _with_data(config: DetectConfig, annotated: Annotated) -> DetectConfig:
+    """The settings with what the COCO files say of classes and sizes, where they say nothing."""
+    ids = config.category_ids or annotated.train.category_ids.tolist()
+    if len(set(ids)) < len(ids) or len(ids) != len(annotated.names):
+        raise UserError(
+            f"category_ids={ids}: give a different one for each of {annotated.names}, or leave it "
+            "out"
+        )
+    size = config.usual_size or annotated.train.median_size()
+    return config.model_copy(update={"category_ids": ids, "usual_size": size})
 
 
 def make_detector(config: DetectConfig, init: str | None = None, say: Say = silent) -> Detect:
@@ -160,5 +173,6 @@ def _last_words(place: Place, found: Mapping[str, Any], bad: BadFiles) -> str:
     masks = f", mask_map {found['mask_map']:.2f} %" if "mask_map" in found else ""
     return (
         f"Done: {shown_name(place.folder)}, test map {found['map']:.2f} %{masks} "
-        f"(eval/{TEST}.json).{broken}"
+        f"(eval/{TEST}.json).{broken} "
+        f"Next: `patchmine predict {shown_name(place.folder)} images/ out=predictions/`."
     )

@@ -103,6 +103,12 @@ class CocoSource(IndexedSource):
         counted = np.isin(of_image, self.places) & ~columns["crowd"]
         return np.bincount(columns["labels"][counted], minlength=len(self.names))
 
+    def median_size(self) -> tuple[int, int]:
+        """(height, width) of these images, the median of each side."""
+        sides = (self.index.columns[name][self.places] for name in ("height", "width"))
+        height, width = (int(np.median(side)) for side in sides)
+        return height, width
+
     def read(self, index: int) -> bytes:
         """The encoded image; UserError where it has another size than the COCO file says."""
         raw = contents(self.path(index))

@@ -79,6 +79,20 @@ class PlainView:
 
 
 @dataclass(frozen=True)
+class OwnSizeView:
+    """All of an image at its own size, not mirrored."""
+
+    settings: InputSettings
+    smallest_side: int = 1
+    repeats: ClassVar[int] = 1
+
+    def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
+        image = decoded(raw, self.settings, self.smallest_side)
+        whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
+        return Sample([image.contiguous()], whole, torch.tensor(False), target=target)
+
+
+@dataclass(frozen=True)
 class MultiCropView:
     """DINO's multi-crop: two large (global) crops of an image, then ``crops.num_local`` small ones.
 

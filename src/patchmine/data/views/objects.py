@@ -66,6 +66,14 @@ class PlainObjectView:
         return _viewed(image, geometry, False, self.settings, self.interpolation, target)
 
 
+def cut_view(
+    image: Tensor, box: tuple[int, int, int, int], settings: InputSettings, interpolation: str
+) -> Sample:
+    """A piece (top, left, height, width) of an image (C, H, W), seen as whole images are."""
+    size = jittered(*box[2:], settings.image_size, scale=1.0, offset=0.0).size
+    return _viewed(image, Geometry(box, size), False, settings, interpolation, None)
+
+
 def jittered(
     height: int, width: int, size: tuple[int, int], scale: float, offset: float
 ) -> Geometry:
