@@ -86,6 +86,7 @@ BEIT: Family = replace(
     initialise=initialise_beit,
     features=features,
     enter_blocks=enter_blocks,
+    mask_keyword="shared_rel_pos_bias",
     export_arguments=lambda encoder: {**vit.sizes(encoder), "global_pool": encoder.global_pool},
     relative_positions=has_relative_positions,
     class_bias=class_bias,

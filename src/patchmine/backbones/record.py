@@ -77,6 +77,7 @@ class Family:
         smallest_side: pixels of the smallest image that is of use.
         enter_blocks: what the first block takes of embedded tokens (B, N, D), and the keywords
             that every block takes.
+        mask_keyword: of a block, what it takes to be added to attention's scores (B, 1, N, N).
         relative_positions: whether attention knows how far apart two patches are, so that no
             patch can be left out.
         class_bias: what that adds to the class token's row of scores in the last block.
@@ -104,6 +105,7 @@ class Family:
     smallest_side: Callable[[Encoder], int]
     enter_blocks: Callable[[Encoder, Tensor], tuple[Tensor, dict[str, Any]]]
     export_arguments: Callable[[Encoder], dict[str, Any]]
+    mask_keyword: str = "attn_mask"
     relative_positions: Callable[[Encoder], bool] = lambda _: False
     class_bias: Callable[[Encoder], Tensor | float] = lambda _: 0.0
     clip: Callable[[Encoder], tuple[int, int] | None] = lambda _: None

@@ -98,6 +98,14 @@ def prefix_tokens(encoder: Encoder, batch: int | torch.SymInt) -> Float[Tensor, 
     return tokens.expand(batch, -1, -1)
 
 
+def embed_images(encoder: Encoder, images: Float[Tensor, "B C *S"]) -> Float[Tensor, "B N D"]:
+    """Prefix tokens, then all patches, with positions for this size of images."""
+    own, size = encoder_grid(encoder).size, image_grid(encoder, images)
+    positions = resize_positions(patch_positions(encoder), own, size)
+    patches = project_patches(encoder, images) + positions
+    return torch.cat([prefix_tokens(encoder, images.shape[0]), patches], dim=1)
+
+
 def block_outputs(
     encoder: Encoder,
     tokens: Float[Tensor, "B N D"],
@@ -125,10 +133,8 @@ def token_features(
     ``pooled`` is the normed class token, or the mean of the normed patches where there is none.
     """
     size = image_grid(encoder, images)
-    positions = resize_positions(patch_positions(encoder), encoder_grid(encoder).size, size)
-    prefix = prefix_tokens(encoder, images.shape[0])
-    first, depth = prefix.shape[1], len(encoder.blocks)
-    tokens = torch.cat([prefix, project_patches(encoder, images) + positions], dim=1)
+    first, depth = encoder.num_prefix_tokens, len(encoder.blocks)
+    tokens = embed_images(encoder, images)
     counts = [int(stage.removeprefix("blocks.")) + 1 for stage in stages]
     maps: dict[int, Tensor] = {}
     for count, output in block_outputs(encoder, tokens, {*counts, depth}, enter_blocks):

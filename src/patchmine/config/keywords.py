@@ -141,8 +141,10 @@ class SegmentRunSettings(HeldOutRunSettings, SharedRunSettings, total=False):
     ignore_index: int
     skip_bad_objects: bool
     palette: Mapping[str, int | tuple[int, int, int]]
-    head: Literal["linear", "upernet", "dpt"]
+    head: Literal["linear", "upernet", "dpt", "eomt"]
     head_width: int | None
+    queries: int | None
+    query_blocks: int | None
     aux_weight: float
     dice: float
     focal: float

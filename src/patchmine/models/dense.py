@@ -1,4 +1,4 @@
-"""Heads for semantic segmentation: a map of logits from the maps of any encoder's stages."""
+"""Heads for semantic segmentation: those on the maps of any encoder's stages, and all by name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from patchmine.backbones.tokens import refuse_unfilled
 from patchmine.errors import UserError, shown_name
 from patchmine.models.dpt import DptHead
 from patchmine.models.droppath import ChannelDropout
+from patchmine.models.eomt import EomtHead
 from patchmine.models.processes import num_processes
 from patchmine.models.rescale import Rescale
 from patchmine.models.segment_head import (
@@ -124,27 +125,37 @@ HEADS: dict[str, type[LinearHead | UperNetHead | DptHead]] = {
 
 
 def build_head(
-    name: str, encoder: Encoder, num_classes: int, size: tuple[int, int], width: int | None = None
-) -> SegmentHead:
+    name: str,
+    encoder: Encoder,
+    num_classes: int,
+    size: tuple[int, int],
+    width: int | None = None,
+    queries: int | None = None,
+    query_blocks: int | None = None,
+) -> SegmentHead | EomtHead:
     """A head for semantic segmentation, freshly drawn.
 
     Args:
-        name: ``linear``, ``upernet`` or ``dpt``.
+        name: ``linear``, ``upernet``, ``dpt`` or ``eomt``.
         encoder: of images, of any family.
         num_classes: K, the channels of the logits.
         size: (height, width) in pixels of the images to come; the head itself takes others too.
         width: of its hidden layers; None is the head's own (see the classes).
+        queries: of `EomtHead`, which alone has any.
+        query_blocks: of `EomtHead`, too.
 
     Returns:
-        The head, whose ``stages`` are to be asked of `stage_features`.
+        The head.  Of one on maps ``stages`` are to be asked of `stage_features`.
 
     Raises:
-        UserError: no such head; a library is missing; an encoder of videos, or one that does not
-            take images of ``size``.
+        UserError: no such head; a library is missing; an encoder of videos, one that does not
+            take images of ``size``, or one that the head does not fit.
     """
-    if name not in HEADS:
-        raise UserError(f"head={name} is none of the heads: choose among {', '.join(HEADS)}")
+    if name not in (*HEADS, "eomt"):
+        raise UserError(f"head={name} is none of the heads: choose among {', '.join(HEADS)}, eomt")
     _refuse_size(encoder, size)
+    if name == "eomt":
+        return EomtHead(encoder, num_classes, queries, query_blocks)
     family, kind = family_of(encoder), HEADS[name]
     every = list(family.stages(encoder))
     # Rounded half up: of 4 blocks a third and two thirds are 1 and 3.

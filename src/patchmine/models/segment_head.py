@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from patchmine.backbones.family import stage_features
+from patchmine.backbones.record import Encoder
 
 SCALES = (4.0, 2.0, 1.0, 0.5)  # of the levels that equally fine maps are made into
 
@@ -27,7 +31,7 @@ class Stages:
 
 
 class SegmentHead(nn.Module):
-    """What every head has: logits of all classes from the maps of ``stages``, in that order.
+    """What a head on maps has: logits of all classes from the maps of ``stages``, in that order.
 
     ``depths`` says where it reads: after so large shares of the encoder's stages.
     """
@@ -42,6 +46,19 @@ class SegmentHead(nn.Module):
     def auxiliary(self, maps: list[Tensor]) -> Tensor | None:
         """Logits (B, K, h, w) of a second head, which helps in training only; None without."""
         return None
+
+    def scores(self, encoder: Encoder, images: Tensor) -> Tensor:
+        """(B, K, H, W) before softmax, of images (B, C, H, W)."""
+        size = (images.shape[2], images.shape[3])
+        maps = stage_features(encoder, images, self.stages).maps
+        return enlarged(self(maps, size), size)
+
+
+def enlarged(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, K, h, w) -> (B, K, *size)."""
+    if scores.shape[2:] == size:
+        return scores
+    return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
 
 def conv_norm_relu(channels: int, width: int) -> nn.Sequential:

@@ -54,6 +54,17 @@ def falling(progress: Progress, start: float) -> float:
     return start * (1 - progress.epoch / progress.total_epochs)
 
 
+def masked_share(progress: Progress, block: int, blocks: int) -> float:
+    """Share of queries that are masked in one of the blocks that they go through: from 1 to 0.
+
+    Each block's falls in a sixth of the run as a polynomial of power 0.9, the first one's from 1/6
+    of the run on, the last one's until 5/6 (EoMT's configurations, `mask_annealing`).
+    """
+    start = 1 / 6 + (block / (2 * (blocks - 1)) if blocks > 1 else 0.0)
+    done = 6 * (progress.fraction - start)
+    return (1 - min(max(done, 0.0), 1.0)) ** 0.9
+
+
 def cosine_decay(progress: Progress, *, start: float, end: float) -> float:
     """Decay of an EMA teacher: half a cosine over the steps of the run (DINO, MOKD, SCFS)."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress.fraction))

@@ -1,20 +1,22 @@
-"""Semantic segmentation: the class of every pixel, by a head on the maps of an encoder."""
+"""Semantic segmentation: the class of every pixel, by a head on or in an encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchmine.backbones.family import Encoder, family_of, stage_features
 from patchmine.models.adapt import decay_of, hold_statistics, rate_groups, select_trainable
 from patchmine.models.dense import build_head
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths, draw_dropouts, dropouts_of
+from patchmine.models.eomt import EomtHead
 from patchmine.models.lora import merged
-from patchmine.models.segment_head import SegmentHead
+from patchmine.models.mask_loss import num_candidates, query_losses
+from patchmine.models.segment_head import SegmentHead, enlarged
+from patchmine.ops.schedules import masked_share
 from patchmine.ops.segmentation import dice_losses, focal_losses, pixel_losses
 from patchmine.task import Task
 from patchmine.tasks.settings import SegmentSettings
@@ -29,15 +31,13 @@ class SegmentNetwork(nn.Module):
         head: see `models.dense`.
     """
 
-    def __init__(self, encoder: Encoder, head: SegmentHead) -> None:
+    def __init__(self, encoder: Encoder, head: SegmentHead | EomtHead) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, K, H, W) of images of the size that the encoder was built for."""
-        size = images.shape[-2:]
-        maps = stage_features(self.encoder, images, self.head.stages).maps
-        return _enlarged(self.head(maps, (size[0], size[1])), size)
+        return self.head.scores(self.encoder, images)
 
 
 class Segment(Task):
@@ -65,7 +65,15 @@ class Segment(Task):
         super().__init__(settings)
         self.names = list(names)
         self.encoder = encoder
-        self.head = build_head(settings.head, encoder, len(self.names), size, settings.head_width)
+        self.head = build_head(
+            settings.head,
+            encoder,
+            len(self.names),
+            size,
+            settings.head_width,
+            settings.queries,
+            settings.query_blocks,
+        )
         is_transformer = not family_of(encoder).convolutional
         self.drop_paths = add_drop_paths(encoder, settings.drop_path) if is_transformer else []
         self.dropouts = dropouts_of(self.head)
@@ -79,20 +87,28 @@ class Segment(Task):
         return SegmentNetwork(merged(self.encoder), self.head)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
-        """Cross entropy (focal, Dice, of an auxiliary head) over all pixels of the batch."""
+        """What the head learns by, over all pixels of the batch that are of some class."""
         images, labels = batch.views[0], batch.target
         draw_drop_paths(self.drop_paths, self.noise, images)
         draw_dropouts(self.dropouts, self.noise, images)
-        size = (images.shape[-2], images.shape[-1])
-        maps = stage_features(self.encoder, images, self.head.stages).maps
-        scores = _enlarged(self.head(maps, size), size).float()
         known = labels != self.config.ignore_index
         # Where nothing is known any class will do: it counts for nothing.
         labels = torch.where(known, labels, 0)
+        if isinstance(self.head, EomtHead):
+            return self._learn_masks(self.head, images, labels, known, progress)
+        return self._learn_pixels(self.head, images, labels, known)
+
+    def _learn_pixels(
+        self, head: SegmentHead, images: Tensor, labels: Tensor, known: Tensor
+    ) -> Losses:
+        """Cross entropy (focal, Dice, of an auxiliary head)."""
+        size = (images.shape[-2], images.shape[-1])
+        maps = stage_features(self.encoder, images, head.stages).maps
+        scores = enlarged(head(maps, size), size).float()
         losses = self._losses(scores, labels, known)
-        auxiliary = self.head.auxiliary(maps) if self.config.aux_weight else None
+        auxiliary = head.auxiliary(maps) if self.config.aux_weight else None
         if auxiliary is not None:
-            second = self._losses(_enlarged(auxiliary, size).float(), labels, known)["loss"]
+            second = self._losses(enlarged(auxiliary, size).float(), labels, known)["loss"]
             losses["loss"] = losses["loss"] + self.config.aux_weight * second
             losses["auxiliary"] = second.detach()
         with torch.no_grad():
@@ -100,6 +116,18 @@ class Segment(Task):
             share = right.sum((1, 2)) / known.sum((1, 2)).clamp_min(1)
             losses["accuracy"] = 100 * share.mean()
         return losses
+
+    def _learn_masks(
+        self, head: EomtHead, images: Tensor, labels: Tensor, known: Tensor, progress: Progress
+    ) -> Losses:
+        """Classes and masks of queries, the more of them masked the earlier it is in the run."""
+        blocks, device = head.num_blocks, images.device
+        shares = [masked_share(progress, block, blocks) for block in range(blocks)]
+        noise = self.noise.uniform(len(images), blocks, len(head.queries), device=device)
+        proposals = head.at_all_depths(self.encoder, images, shares, noise)
+        candidates = num_candidates(proposals.masks)
+        points = self.noise.uniform(len(images), candidates, 2, device=device)
+        return query_losses(proposals, labels, known, points)
 
     def _losses(self, scores: Tensor, labels: Tensor, known: Tensor) -> Losses:
         """Means over rows of sums over pixels, divided by all pixels, known or not.
@@ -123,9 +151,7 @@ class Segment(Task):
 
     def scores(self, images: Tensor) -> Tensor:
         """The same of images (B, C, H, W)."""
-        size = (images.shape[-2], images.shape[-1])
-        maps = stage_features(self.encoder, images, self.head.stages).maps
-        return _enlarged(self.head(maps, size), size).float()
+        return self.head.scores(self.encoder, images).float()
 
     def param_groups(self) -> list[ParamGroup]:
         """Rates that fall from layer to layer (layer decay), as timm groups parameters."""
@@ -146,10 +172,3 @@ class Segment(Task):
     def metric(self) -> str:
         """The score that chooses the best checkpoint."""
         return "miou"
-
-
-def _enlarged(scores: Tensor, size: Any) -> Tensor:
-    """(B, K, h, w) -> (B, K, *size)."""
-    if tuple(scores.shape[-2:]) == tuple(size):
-        return scores
-    return F.interpolate(scores, size, mode="bilinear", align_corners=False)

@@ -183,11 +183,19 @@ class SegmentLossSettings(Strict):
     palette: dict[str, int | tuple[Byte, Byte, Byte]] = Field(
         {}, description="colour or value of each class, as {cell: 255}; {}: values are the classes"
     )
-    head: Literal["linear", "upernet", "dpt"] = Field(
-        "linear", description="what stands on the backbone; upernet is the papers'"
+    head: Literal["linear", "upernet", "dpt", "eomt"] = Field(
+        "linear",
+        description="what stands on the backbone; upernet is the papers'; eomt: queries inside of "
+        "it, for strong starts",
     )
     head_width: Count | None = Field(
         None, description="channels of the head's hidden layers; null: its own"
+    )
+    queries: Count | None = Field(
+        None, description="of head=eomt: how many propose a class and a mask; null: 100"
+    )
+    query_blocks: Count | None = Field(
+        None, description="of head=eomt: last blocks with queries; null: a quarter, up to 4"
     )
     aux_weight: float = Field(
         0.4, ge=0, le=10, description="share of the auxiliary head in the loss, where there is one"
@@ -214,7 +222,15 @@ class SegmentSettings(SlidingSettings, SegmentLossSettings, BackboneSettings, He
     """All that a run that segments has beside its data, views and schedule."""
 
     def setting_errors(self) -> Iterator[SettingError]:
-        """Class names that stand in two places, or mean two things."""
+        """Class names that stand in two places, or mean two things; settings of other heads."""
+        of_maps, of_queries = (
+            ("head_width", "balance", "dice", "focal"),
+            ("queries", "query_blocks"),
+        )
+        for name in of_maps if self.head == "eomt" else of_queries:
+            if getattr(self, name):
+                text = f"given {getattr(self, name)}, which is not for head={self.head}"
+                yield SettingError(name, f"{text}: leave it out")
         names = [name for name in self.palette if name != VOID]
         if self.palette and not names:
             yield SettingError("palette", f"names no class but {VOID}: give each class its colour")
