@@ -120,10 +120,11 @@ class ObjectQuestion:
             factor = max(height / tall, width / wide)
             if not said and factor >= _MUCH_LARGER:
                 said, name = True, shown_name(self.images.file(int(batch.index)))
+                than = " than in training" if self.config.usual_size else ""  # of earlier versions
                 self.images.say(
                     f"{name} has {width}x{height} pixels: shrunk to the image_size of the run, "
-                    f"objects in it are {factor:.1f} times as small as in training, and easily "
-                    f"missed. tile=auto looks at large images in pieces of {wide}x{tall} pixels."
+                    f"objects in it are {factor:.1f} times smaller{than}, and easily missed. "
+                    f"tile=auto looks at large images in pieces of {wide}x{tall} pixels."
                 )
             yield batch
 

@@ -18,7 +18,7 @@ SMALLEST_SIDE = 640
 """Pixels that the longer side of a picture with objects has at least; smaller ones are enlarged."""
 _FILL = 0.4  # of a mask's colour over its pixels
 _SMALLEST_TEXT, _PAD = 11, 2
-_MOST_HIDDEN = 0.2  # share of another object that a label may hide
+_LITTLE_HIDDEN, _MOST_HIDDEN = 0.05, 0.2  # share of another object that a label may hide
 
 Floats = NDArray[np.float64]
 
@@ -60,7 +60,7 @@ def draw_objects(
     sheet = Image.fromarray(canvas)
     draw = ImageDraw.Draw(sheet)
     longer = max(sheet.size)
-    width, text = max(1, round(longer / 400)), _text_size(boxes, longer)
+    width, text = max(1, round(longer / 320)), _text_size(boxes, longer)
     for n in order:
         thin = min(width, max(1, int((boxes[n, 2:] - boxes[n, :2]).min() / 12)))
         left, top, right, bottom = boxes[n].round().tolist()
@@ -143,6 +143,8 @@ def _place(
         if _shared(taken, place).any():
             continue
         hidden = float((_shared(boxes, place) / areas).max(initial=0.0))
+        if hidden <= _LITTLE_HIDDEN:
+            return place
         if hidden < least:
             best, least = place, hidden
     return best

@@ -16,6 +16,7 @@ from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.detection import KeptObjects, detection_scores, kept
 from patchmine.evaluate.found import in_image
 from patchmine.evaluate.progress import progress
+from patchmine.report.object_samples import object_samples
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_detector, write_export
 from patchmine.runs.fresh import new_folder, refuse_used_folder
@@ -102,6 +103,8 @@ def train_detector(
     """The run with these settings, trained to its end, tested and exported."""
     task = make_detector(config, config.init if start is None else None, place.say)
     judge = ObjectJudge(task, config, place)
+    shown = annotated.test if annotated.val is None else annotated.val
+    samples = object_samples(task, config, shown, place.folder, place.engine)
     bad = teach(
         task,
         config,
@@ -112,6 +115,7 @@ def train_detector(
         judge,
         name=f"detecting {len(annotated.names)} classes",
         start=start,
+        draw=samples.draw,
     )
     found = judge(annotated.test, TEST, place.say)
     counts = {"how": annotated.how, "train": len(annotated.train), "test": len(annotated.test)}

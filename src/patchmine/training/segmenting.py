@@ -17,7 +17,7 @@ from patchmine.evaluate.progress import progress
 from patchmine.evaluate.segmentation import Boundaries, Confusion, segmentation_scores
 from patchmine.evaluate.sliding import ClassMaps
 from patchmine.ops.losses import balanced_weights
-from patchmine.report.map_samples import MapSamples
+from patchmine.report.map_samples import map_samples
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_segmenter, write_export
 from patchmine.runs.fresh import new_folder, refuse_used_folder
@@ -111,7 +111,7 @@ def train_segmenter(
     task = make_segmenter(config, mapped, config.init if start is None else None, place.say)
     judge = MapJudge(task, config, place)
     shown = mapped.test if mapped.val is None else mapped.val
-    samples = MapSamples(task, config, shown, place.folder, place.engine)
+    samples = map_samples(task, config, shown, place.folder, place.engine)
     bad = teach(
         task,
         config,
