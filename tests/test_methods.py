@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from patchmine.backbones.family import build_encoder
 from patchmine.errors import UserError
 from patchmine.methods import METHODS, method_class
+from patchmine.models.settings import MethodSettings
 from patchmine.task import Method
 from patchmine.train.checkpoint import refuse_shared
 from patchmine.types import Batch, Losses, Progress
@@ -43,11 +44,16 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 CLIPS = " on clips"  # behind the name of a method that trains on videos too
+ROTARY = " on a rotary encoder"  # and of one that trains where attention turns queries and keys
 CLIP = (4, 2)  # frames, and frames in a tubelet
 
 
+def settings_of(name: str) -> type[MethodSettings]:
+    return METHODS[name.removesuffix(CLIPS).removesuffix(ROTARY)]
+
+
 def kind_of(name: str) -> type[Method]:
-    return method_class(METHODS[name.removesuffix(CLIPS)])
+    return method_class(settings_of(name))
 
 
 def build(
@@ -55,11 +61,16 @@ def build(
 ) -> Method:
     torch.manual_seed(seed)
     kind = kind_of(name)
-    model = "video_vit_tiny_patch16" if name.endswith(CLIPS) else "vit_tiny_patch16_224"
+    model, arguments = "vit_tiny_patch16_224", TINY
+    if name.endswith(CLIPS):
+        model = "video_vit_tiny_patch16"
+    elif name.endswith(ROTARY):  # no table; layer scale that lets a few steps be seen
+        model = "vit_small_patch16_dinov3_qkvb"
+        arguments = {**TINY, "num_reg_tokens": 0, "init_values": 0.5}
     encoder = build_encoder(
-        model, image_size=size, patch_size=4, channels=channels, model_args=TINY, clip=CLIP
+        model, image_size=size, patch_size=4, channels=channels, model_args=arguments, clip=CLIP
     )
-    settings = METHODS[name.removesuffix(CLIPS)]
+    settings = settings_of(name)
     known = {key: value for key, value in NARROW.items() if key in settings.model_fields}
     method = kind(settings(**known, **options), encoder)
     method.noise.begin(0)
@@ -110,9 +121,10 @@ def run(method: Method, batch: Batch, progress: Progress) -> Losses:
 @pytest.fixture(
     params=sorted(METHODS)
     + sorted(name + CLIPS for name, kind in METHODS.items() if "video" in kind.families)
+    + sorted(name + ROTARY for name, kind in METHODS.items() if "eva" in kind.families)
 )
 def name(request: pytest.FixtureRequest) -> str:
-    """Every method, and once more on clips if it takes them."""
+    """Every method, and once more on clips and on a rotary encoder if it takes them."""
     return request.param
 
 

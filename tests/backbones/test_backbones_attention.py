@@ -16,6 +16,10 @@ MODELS = [
     ("vit_tiny_patch16_224", {"qk_norm": True}),
     ("vit_tiny_patch16_224", {"reg_tokens": 2, "qkv_bias": False}),
     ("beit_base_patch16_224", {"use_rel_pos_bias": True}),
+    ("vit_small_patch16_dinov3", {}),
+    ("vit_small_patch16_dinov3_qkvb", {}),
+    ("eva02_tiny_patch14_224", {"qkv_fused": False}),
+    ("vit_small_patch16_rope_ape_224", {}),
     (
         "beit_base_patch16_224",
         {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "use_abs_pos_emb": True},

@@ -515,8 +515,6 @@ def test_settings_that_cannot_be(make: Callable[[], DropPos], words: list[str]) 
     ("model", "words"),
     [
         ("vit_relpos_small_patch16_224", ["relative positions", "withheld"]),
-        ("eva02_tiny_patch14_224", ["rotary positions", "withheld"]),
-        ("vit_small_patch16_rope_224", ["rotary positions", "withheld"]),
         ("vit_tiny_r_s16_p8_224", ["convolutional stem", "overlap"]),
     ],
 )
@@ -525,6 +523,12 @@ def test_encoders_that_know_places_otherwise(model: str, words: list[str]) -> No
     with pytest.raises(UserError) as caught:
         build_encoder(model, image_size=(224, 224), model_args=dict(depth=1))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_224"])
+def test_rotary_positions_cannot_be_withheld(model: str) -> None:
+    with pytest.raises(UserError, match=r"rotary positions .* withheld: choose model=vit_small"):
+        build(model)
 
 
 @pytest.mark.parametrize(

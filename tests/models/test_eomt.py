@@ -39,6 +39,12 @@ def beit(size: tuple[int, int] = SIZE, **more: Any) -> Any:
     return build_encoder("beit_base_patch16_224", image_size=size, model_args=sizes)
 
 
+def dinov3(size: tuple[int, int] = SIZE) -> Any:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "depth": 4, "num_heads": 2, "init_values": 0.5}
+    return build_encoder("vit_small_patch16_dinov3", image_size=size, model_args=sizes)
+
+
 def head_of(encoder: Any, blocks: int | None = 2, queries: int = 5) -> EomtHead:
     torch.manual_seed(1)
     return EomtHead(encoder, CLASSES, queries, blocks)
@@ -66,7 +72,9 @@ def points_for(masks: Tensor, rows: int = 2) -> Tensor:
     return torch.rand(rows, num_candidates(masks), 2, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("make", [vit, lambda size=SIZE, **more: beit(size, **BEIT, **more)])
+@pytest.mark.parametrize(
+    "make", [vit, lambda size=SIZE, **more: beit(size, **BEIT, **more), dinov3]
+)
 @pytest.mark.parametrize("size", [(64, 96), (32, 48)])
 def test_queries_go_through_the_last_blocks_at_any_size(make: Any, size: tuple[int, int]) -> None:
     encoder = make(size)
@@ -92,20 +100,24 @@ def test_it_is_as_published_where_that_is_known(
     assert (head.num_blocks, len(head.queries), len(head.finer)) == (blocks, 100, halvings)
 
 
-def test_before_queries_come_and_without_them_it_is_the_plain_encoder() -> None:
-    encoder, images = vit(), pictures()
-    head = head_of(encoder)
+@pytest.mark.parametrize("make", [vit, dinov3])
+@pytest.mark.parametrize("size", [SIZE, (48, 80)])
+def test_before_queries_come_and_without_them_it_is_the_plain_encoder(
+    make: Any, size: tuple[int, int]
+) -> None:
+    encoder, images = make(), pictures(2, size)
+    head, first = head_of(encoder), encoder.num_prefix_tokens
     with torch.no_grad():
         entered = head._enter(encoder, images)
         (plain,) = stage_features(encoder, images, ["blocks.1"]).maps
-        torch.testing.assert_close(entered[:, 1:-5], plain.flatten(2).transpose(1, 2))
+        torch.testing.assert_close(entered[:, first:-5], plain.flatten(2).transpose(1, 2))
         # Patches that cannot see the queries go on as if there were none.
         hidden = torch.zeros(entered.shape[1], entered.shape[1])
         hidden[:-5, -5:] = -torch.inf
         for block in encoder.blocks[2:]:
-            entered = block(entered, attn_mask=hidden)
+            entered = block(entered, attn_mask=hidden, **head._keywords(encoder, images))
         (plain,) = stage_features(encoder, images, ["blocks.3"]).maps
-        last = encoder.norm(entered)[:, 1:-5].transpose(1, 2).unflatten(2, plain.shape[2:])
+        last = encoder.norm(entered)[:, first:-5].transpose(1, 2).unflatten(2, plain.shape[2:])
         torch.testing.assert_close(last, plain)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchmine.backbones.family import block_outputs, family_of
 from patchmine.backbones.record import Encoder
-from patchmine.backbones.tokens import embed_patches, prefix_tokens
+from patchmine.backbones.tokens import embed_patches, image_grid, prefix_tokens, turned
 from patchmine.errors import UserError
 
 
@@ -32,20 +32,37 @@ def class_attention(
     tokens = torch.cat([prefix_tokens(encoder, len(tokens)), tokens], dim=1)  # (B, P + L, D)
     ((_, tokens),) = block_outputs(encoder, tokens, [len(encoder.blocks) - 1])
     last = encoder.blocks[-1]
-    logits = _class_logits(last.attn, last.norm1(tokens)) + family_of(encoder).class_bias(encoder)
+    family = family_of(encoder)
+    angles = family.angles(encoder, image_grid(encoder, images))
+    logits = _class_logits(last.attn, last.norm1(tokens), angles) + family.class_bias(encoder)
     return logits.float().softmax(dim=-1)
 
 
-def _class_logits(attention: Any, normed: Tensor) -> Tensor:
+def _class_logits(attention: Any, normed: Tensor, angles: Tensor | None) -> Tensor:
     """(B, N, D), class token first -> (B, heads, N), its query times every key, scaled."""
-    batch, length, width = normed.shape
-    heads, weight, bias = attention.num_heads, attention.qkv.weight, attention.qkv.bias
+    batch, length, _ = normed.shape
+    heads = attention.num_heads
+    query, keys = _query_and_keys(attention, normed)
+    query, keys = query.reshape(batch, heads, -1), keys.reshape(batch, length, heads, -1)
+    if isinstance(getattr(attention, "q_norm", None), nn.Module):  # identities in most models
+        query, keys = attention.q_norm(query), attention.k_norm(keys)
+    keys = keys.transpose(1, 2)  # (B, heads, N, d)
+    if angles is not None:  # the class token and its like are not turned
+        first = attention.num_prefix_tokens
+        half = getattr(attention, "rotate_half", False)
+        keys = torch.cat([keys[:, :, :first], turned(keys[:, :, first:], angles, half)], dim=2)
+    return torch.einsum("bhd,bhnd->bhn", query, keys) * attention.scale
+
+
+def _query_and_keys(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor]:
+    """The class token's query (B, D) and all keys (B, N, D), before norms of their own."""
+    if attention.qkv is None:  # a matrix for each
+        return attention.q_proj(normed[:, 0]), attention.k_proj(normed)
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    width = len(weight) // 3
     if bias is not None:
         query_bias, key_bias = bias[:width], bias[width : 2 * width]
     else:  # a BEiT's keys have none; nor has a ViT with qkv_bias=false anything at all
         query_bias, key_bias = getattr(attention, "q_bias", None), None
-    query = F.linear(normed[:, 0], weight[:width], query_bias).reshape(batch, heads, -1)
-    keys = F.linear(normed, weight[width : 2 * width], key_bias).reshape(batch, length, heads, -1)
-    if isinstance(getattr(attention, "q_norm", None), nn.Module):  # identities in most models
-        query, keys = attention.q_norm(query), attention.k_norm(keys)
-    return torch.einsum("bhd,bnhd->bhn", query, keys) * attention.scale
+    query = F.linear(normed[:, 0], weight[:width], query_bias)
+    return query, F.linear(normed, weight[width : 2 * width], key_bias)

@@ -49,7 +49,7 @@ def has_relative_positions(encoder: Encoder) -> bool:
     return own or encoder.rel_pos_bias is not None
 
 
-def enter_blocks(encoder: Encoder, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def enter_blocks(encoder: Encoder, tokens: Tensor, *_: Any) -> tuple[Tensor, dict[str, Any]]:
     """The tokens, and the bias (H, N, N) that all blocks share, where they do."""
     shared = None if encoder.rel_pos_bias is None else encoder.rel_pos_bias()
     return tokens, {"shared_rel_pos_bias": shared}

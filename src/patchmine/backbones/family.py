@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from patchmine.backbones import tokens
 from patchmine.backbones.beit import BEIT
+from patchmine.backbones.eva import EVA
 from patchmine.backbones.names import reads_clips
 from patchmine.backbones.record import Blueprint as Blueprint
 from patchmine.backbones.record import Encoder as Encoder
@@ -22,9 +23,10 @@ from patchmine.backbones.resnet import RESNET
 from patchmine.backbones.settings import ModelSettings
 from patchmine.backbones.video import VIDEO
 from patchmine.backbones.vit import VIT
+from patchmine.data.items import IMAGE
 from patchmine.errors import UserError, shown_name
 
-FAMILIES = {family.name: family for family in (VIT, BEIT, RESNET, VIDEO)}
+FAMILIES = {family.name: family for family in (VIT, BEIT, EVA, RESNET, VIDEO)}
 _CANNOT_BUILD = (TypeError, ValueError, AssertionError, RuntimeError)  # what timm raises
 _BY_MODULE = {family.module: family for family in FAMILIES.values()}
 
@@ -143,15 +145,26 @@ def initialise_encoder(encoder: Encoder) -> None:
 
 
 def block_outputs(
-    encoder: Encoder, embedded: Float[Tensor, "B N D"], counts: Collection[int]
+    encoder: Encoder,
+    embedded: Float[Tensor, "B N D"],
+    counts: Collection[int],
+    index: Int[Tensor, "B V"] | None = None,
+    size: tuple[int, ...] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each of ``counts`` with the tokens (B, N, D) after so many blocks, as they come; no norm."""
-    return tokens.block_outputs(encoder, embedded, counts, family_of(encoder).enter_blocks)
+    """Each of ``counts`` with the tokens (B, N, D) after so many blocks, as they come; no norm.
+
+    ``index``: which patches are behind the prefix; None: all, in raster order.  ``size``: of the
+    grid, rows and columns; None: the encoder's own.
+    """
+    enter_blocks = family_of(encoder).enter_blocks
+    return tokens.block_outputs(encoder, embedded, counts, enter_blocks, index, size)
 
 
-def transform(encoder: Encoder, embedded: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-    """Embedded tokens after all blocks and the final norm."""
-    ((_, last),) = block_outputs(encoder, embedded, [len(encoder.blocks)])
+def transform(
+    encoder: Encoder, embedded: Float[Tensor, "B N D"], index: Int[Tensor, "B V"] | None = None
+) -> Float[Tensor, "B N D"]:
+    """Embedded tokens after all blocks and the final norm; ``index`` as in `block_outputs`."""
+    ((_, last),) = block_outputs(encoder, embedded, [len(encoder.blocks)], index)
     return encoder.norm(last)
 
 
@@ -161,7 +174,7 @@ def encode(
     """Normed tokens, prefix first, then the patches in ``visible`` (or all)."""
     patches = tokens.embed_patches(encoder, images, visible)
     prefix = tokens.prefix_tokens(encoder, patches.shape[0])
-    return transform(encoder, torch.cat([prefix, patches], dim=1))
+    return transform(encoder, torch.cat([prefix, patches], dim=1), visible)
 
 
 def pooled(encoder: Encoder, images: Float[Tensor, "B C *S"], pool: str) -> Float[Tensor, "B D"]:
@@ -211,6 +224,16 @@ def refuse_unfit(encoder: Encoder, method: str, families: Collection[str], relat
         raise UserError(
             f"method={method} hides patches, which a ResNet does not have: choose a vision "
             "transformer, as in model=vit_small_patch16_224, or a method that compares views"
+        )
+    if family.name not in families and family.item is IMAGE:
+        rotary = family.angles(encoder, family.map_size(encoder)) is not None
+        why = (
+            ", whose rotary positions tell attention where each patch is, so that no position can "
+            "be withheld"
+        )
+        raise UserError(
+            f"method={method} does not train timm's models of the kind {type(encoder).__name__}"
+            f"{why if rotary else ''}: choose model=vit_small_patch16_224"
         )
     if family.name not in families:
         raise UserError(

@@ -78,9 +78,14 @@ class Family:
         enter_blocks: what the first block takes of embedded tokens (B, N, D), and the keywords
             that every block takes.
         mask_keyword: of a block, what it takes to be added to attention's scores (B, 1, N, N).
+        enter_blocks: of an encoder, embedded tokens (B, P + V, D), the patches among them (B, V),
+            None for all in raster order, and the grid (rows, columns), None for the encoder's own:
+            what the first block takes, and the keywords that every block takes.
         relative_positions: whether attention knows how far apart two patches are, so that no
             patch can be left out.
         class_bias: what that adds to the class token's row of scores in the last block.
+        angles: by what attention turns queries and keys of a grid's patches: (L, 2 d), sines before
+            cosines; None where it does not.
         export_arguments: what `export_encoder` writes of an encoder beside its blueprint's.
         clip: (frames, frames in a tubelet) that an encoder is built for, where it reads clips.
         stores_positions: whether position tables are among its tensors.
@@ -103,11 +108,12 @@ class Family:
     image_size: Callable[[Encoder], tuple[int, int]]
     map_size: Callable[[Encoder], tuple[int, int]]
     smallest_side: Callable[[Encoder], int]
-    enter_blocks: Callable[[Encoder, Tensor], tuple[Tensor, dict[str, Any]]]
+    enter_blocks: Callable[..., tuple[Tensor, dict[str, Any]]]
     export_arguments: Callable[[Encoder], dict[str, Any]]
     mask_keyword: str = "attn_mask"
     relative_positions: Callable[[Encoder], bool] = lambda _: False
     class_bias: Callable[[Encoder], Tensor | float] = lambda _: 0.0
+    angles: Callable[[Encoder, tuple[int, ...]], Tensor | None] = lambda *_: None
     clip: Callable[[Encoder], tuple[int, int] | None] = lambda _: None
     stores_positions: bool = False
     recognises: Callable[[Mapping[str, Tensor]], bool] = lambda _: False

@@ -135,7 +135,7 @@ def infer_resnet(tensors: Mapping[str, Tensor], source: str, **_: Any) -> Bluepr
     return Blueprint(found, channels=stem.shape[1], model_args=own)
 
 
-def _no_blocks(_: Encoder, __: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def _no_blocks(*_: Any) -> tuple[Tensor, dict[str, Any]]:
     raise TypeError("a ResNet has no blocks that take tokens")
 
 

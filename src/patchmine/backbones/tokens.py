@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
 from patchmine.backbones.positions import resize_positions
@@ -17,7 +18,7 @@ from patchmine.errors import UserError
 from patchmine.ops.patches import all_patches, gather_patches
 from patchmine.types import Grid
 
-EnterBlocks: TypeAlias = Callable[[Encoder, Tensor], tuple[Tensor, dict[str, Any]]]
+EnterBlocks: TypeAlias = Callable[..., tuple[Tensor, dict[str, Any]]]
 """See `record.Family`."""
 
 
@@ -70,9 +71,10 @@ def project_patches(
 
 
 def patch_positions(encoder: Encoder) -> Float[Tensor, "L D"]:
-    """What is added to say where patches are; zeros where only relative positions say it."""
+    """What is added to say where patches are; zeros where only attention is told."""
     if encoder.pos_embed is None:
-        return encoder.cls_token.new_zeros(encoder.patch_embed.num_patches, encoder.embed_dim)
+        weight = encoder.patch_embed.proj.weight
+        return weight.new_zeros(encoder.patch_embed.num_patches, encoder.embed_dim)
     return encoder.pos_embed[0, embedded_prefix(encoder) :]
 
 
@@ -80,6 +82,8 @@ def embed_patches(
     encoder: Encoder, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B V"] | None = None
 ) -> Float[Tensor, "B V D"]:
     """Patches with positions, all in raster order or those in ``index``."""
+    if encoder.pos_embed is None:
+        return project_patches(encoder, images, index)
     positions = patch_positions(encoder)
     if index is not None:
         positions = positions[index]
@@ -91,7 +95,7 @@ def prefix_tokens(encoder: Encoder, batch: int | torch.SymInt) -> Float[Tensor, 
     named = (encoder.cls_token, getattr(encoder, "reg_token", None))
     parts = [token for token in named if token is not None]
     if not parts:
-        return encoder.pos_embed.new_zeros(batch, 0, encoder.embed_dim)
+        return encoder.patch_embed.proj.weight.new_zeros(batch, 0, encoder.embed_dim)
     tokens = torch.cat(parts, dim=1)
     if encoder.pos_embed is not None and embedded_prefix(encoder):
         tokens = tokens + encoder.pos_embed[:, : encoder.num_prefix_tokens]
@@ -106,14 +110,33 @@ def embed_images(encoder: Encoder, images: Float[Tensor, "B C *S"]) -> Float[Ten
     return torch.cat([prefix_tokens(encoder, images.shape[0]), patches], dim=1)
 
 
+def angles_at(
+    angles: Float[Tensor, "L A"], index: Int[Tensor, "B V"] | None
+) -> Float[Tensor, "*B V A"]:
+    """Of all patches (L, A), as they are, or of those in ``index`` for all heads: (B, 1, V, A)."""
+    return angles if index is None else angles[index][:, None]
+
+
+def turned(x: Float[Tensor, "B H N D"], angles: Tensor, half: bool) -> Float[Tensor, "B H N D"]:
+    """Queries or keys of patches turned by `angles_at`; ``half``: as pairs of halves of a head."""
+    how = {"half": True} if half else {}  # which older versions of timm do not know
+    return apply_rot_embed_cat(x, angles, **how).type_as(x)
+
+
 def block_outputs(
     encoder: Encoder,
     tokens: Float[Tensor, "B N D"],
     counts: Collection[int],
     enter_blocks: EnterBlocks,
+    index: Int[Tensor, "B V"] | None = None,
+    size: tuple[int, ...] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Each of ``counts`` with the tokens (B, N, D) after so many blocks, as they come; no norm."""
-    tokens, keywords = enter_blocks(encoder, tokens)
+    """Each of ``counts`` with the tokens (B, N, D) after so many blocks, as they come; no norm.
+
+    ``index``: which patches are behind the prefix; None: all, in raster order.  ``size``: of the
+    grid, rows and columns; None: the encoder's own.
+    """
+    tokens, keywords = enter_blocks(encoder, tokens, index, size)
     if 0 in counts:
         yield 0, tokens
     for number, block in enumerate(encoder.blocks[: max(counts)], start=1):
@@ -137,7 +160,8 @@ def token_features(
     tokens = embed_images(encoder, images)
     counts = [int(stage.removeprefix("blocks.")) + 1 for stage in stages]
     maps: dict[int, Tensor] = {}
-    for count, output in block_outputs(encoder, tokens, {*counts, depth}, enter_blocks):
+    after = {*counts, depth}
+    for count, output in block_outputs(encoder, tokens, after, enter_blocks, None, size):
         tokens = encoder.norm(output) if count == depth else output  # (N, P + L, D)
         # A view, taken before the next block: gradients of the tokens are summed in this order.
         maps[count] = tokens[:, first:].transpose(1, 2).unflatten(2, size)  # (N, D, rows, columns)

@@ -125,7 +125,7 @@ def initialise_vit(encoder: Encoder) -> None:
     encoder.pos_embed.requires_grad_(False)
 
 
-def enter_blocks(encoder: Encoder, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+def enter_blocks(encoder: Encoder, tokens: Tensor, *_: Any) -> tuple[Tensor, dict[str, Any]]:
     """What the first block takes: some ViTs have a norm before it."""
     return encoder.norm_pre(tokens), {}
 

@@ -169,7 +169,7 @@ def list_methods(words: Sequence[str]) -> None:
 
 
 def list_models(words: Sequence[str]) -> None:
-    """The ViTs, ResNets and encoders of videos to choose from.
+    """The ViTs, rotary ViTs, ResNets and encoders of videos to choose from.
 
     PART narrows the list.
 
@@ -181,9 +181,11 @@ def list_models(words: Sequence[str]) -> None:
     from patchmine.backbones.names import VIDEO_MODELS
     from patchmine.config.explain import did_you_mean
 
-    modules = ("vision_transformer", "deit", "resnet")
+    modules = ("vision_transformer", "deit", "eva", "resnet")
     names = [name for module in modules for name in timm.list_models(module=module)]
-    names = [name for name in names if "distilled" not in name]  # these have two class tokens
+    # Two class tokens; rotary positions anew in every block; norms behind attention.
+    unfit = ("distilled", "rope_mixed", "eva02_enormous")
+    names = [name for name in names if not any(part in name for part in unfit)]
     names += VIDEO_MODELS
     found = [name for name in names if all(part in name for part in words)]
     if not found:

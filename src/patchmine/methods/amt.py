@@ -166,8 +166,9 @@ class AMT(Method):
         positions = vit_tokens.patch_positions(self.encoder)
         hidden = self.mask_token + positions[mask.masked]  # (B, M, D)
         prefix = vit_tokens.prefix_tokens(self.encoder, len(images))
-        # Positions are in the tokens, so their order means nothing; masked ones last are one slice.
-        tokens = transform(self.encoder, torch.cat([prefix, visible, hidden], dim=1))
+        # Their order means nothing, as positions go with them; masked ones last are one slice.
+        order = torch.cat([mask.visible, mask.masked], dim=1)  # (B, V + M)
+        tokens = transform(self.encoder, torch.cat([prefix, visible, hidden], dim=1), order)
         return self.head(tokens[:, -mask.masked.shape[1] :])
 
     def target(self, images: Tensor, mask: Mask) -> Tensor:

@@ -89,7 +89,7 @@ class EMAE(Method):
         tokens = embed_patches(self.encoder, images, used.flatten(1))  # (B, U * V, D)
         tokens = tokens.reshape(-1, used.shape[2], tokens.shape[-1])  # (B * U, V, D)
         prefix = prefix_tokens(self.encoder, len(tokens))
-        return transform(self.encoder, torch.cat([prefix, tokens], dim=1))
+        return transform(self.encoder, torch.cat([prefix, tokens], dim=1), used.flatten(0, 1))
 
     def reconstruct(self, images: Tensor, parts: Tensor) -> Tensor:
         """What each part predicts of what it does not see, by patch: (B, U * (K - 1), V, P)."""

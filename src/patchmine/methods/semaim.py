@@ -15,9 +15,16 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from patchmine.backbones.attention import class_attention
-from patchmine.backbones.family import Encoder, encode, transform
+from patchmine.backbones.family import Encoder, encode, family_of, transform
 from patchmine.backbones.foreign import ForeignTeacher
-from patchmine.backbones.tokens import embed_patches, encoder_grid, patch_positions, prefix_tokens
+from patchmine.backbones.positions import sincos_table
+from patchmine.backbones.tokens import (
+    angles_at,
+    embed_patches,
+    encoder_grid,
+    patch_positions,
+    prefix_tokens,
+)
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 from patchmine.methods.settings.semaim import SemAimSettings
@@ -40,6 +47,7 @@ class SemAIM(Method):
     encoder: Encoder
     teacher: Teacher | None
     foreign: ForeignTeacher | None
+    query_table: Tensor | None
     blur_rows: Tensor
     blur_columns: Tensor
 
@@ -65,6 +73,10 @@ class SemAIM(Method):
                 )
 
         self.query_blocks = query_stream(encoder, depth)
+        # Where attention alone is told places, queries start at MAE's table: all alike at zero,
+        # their norm would leave them zero, and nothing to turn.
+        table = sincos_table(width, self.grid.size) if encoder.pos_embed is None else None
+        self.register_buffer("query_table", table, persistent=False)  # (L, D)
         mlp = config.head == "mlp"
         self.head = Mlp(width, 4 * width, out_width) if mlp else nn.Linear(width, out_width)
         initialise(self.head)
@@ -149,13 +161,16 @@ class SemAIM(Method):
         # reads the first r + 1 of them.  Only patches that are predicted at once take masks.
         prefix = prefix_tokens(self.encoder, len(patches))
         content = torch.cat([prefix, orders.take(patches, order[:, :-1])], dim=1)  # (B, L, D)
-        queries = patch_positions(self.encoder)[order].to(content.dtype)  # (B, L, D)
+        table = patch_positions(self.encoder) if self.query_table is None else self.query_table
+        queries = table[order].to(content.dtype)  # (B, L, D)
         content_mask = query_mask = None
         if score is not None:
             length = order.shape[1]
             both = orders.visibility(score)
             content_mask, query_mask = (mask[:, None, :length, :length] for mask in both)
-        streams = (content, queries, content_mask, query_mask)
+        angles = family_of(self.encoder).angles(self.encoder, self.grid.size)
+        angles = None if angles is None else angles_at(angles, order)  # (B, 1, L, A)
+        streams = (content, queries, content_mask, query_mask, angles)
         _, answers = two_streams(self.encoder, self.query_blocks, *streams)
         return self.head(self.encoder.norm(answers[-1]))
 

@@ -76,9 +76,9 @@ class EomtHead(nn.Module):
 
     def forward(self, encoder: Encoder, images: Tensor) -> Proposals:
         """After the last block.  Nothing is masked: that is for training only."""
-        tokens = self._enter(encoder, images)
+        tokens, keywords = self._enter(encoder, images), self._keywords(encoder, images)
         for block in encoder.blocks[-self.num_blocks :]:
-            tokens = block(tokens)
+            tokens = block(tokens, **keywords)
         return self._read(encoder, tokens, image_grid(encoder, images))
 
     def scores(self, encoder: Encoder, images: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class EomtHead(nn.Module):
             noise: (B, blocks, Q) uniform numbers, which say what queries these are.
         """
         keyword, size = family_of(encoder).mask_keyword, image_grid(encoder, images)
-        tokens = self._enter(encoder, images)
+        tokens, keywords = self._enter(encoder, images), self._keywords(encoder, images)
         said = []
         for number, block in enumerate(encoder.blocks[-self.num_blocks :]):
             said.append(self._read(encoder, tokens, size))
@@ -110,15 +110,25 @@ class EomtHead(nn.Module):
             if shares[number]:  # attention without any mask has faster kernels
                 free = noise[:, number] >= shares[number]
                 mask = self._own_patches(tokens, said[-1].masks, free, size)
-            tokens = block(tokens, **{keyword: mask})
+            tokens = block(tokens, **keywords, **{keyword: mask})
         said.append(self._read(encoder, tokens, size))
         return Proposals(*(torch.stack(each) for each in zip(*said, strict=True)))
 
     def _enter(self, encoder: Encoder, images: Tensor) -> Tensor:
         """(B, P + L + Q, D), where queries join the tokens."""
-        before = len(encoder.blocks) - self.num_blocks
-        ((_, tokens),) = block_outputs(encoder, embed_images(encoder, images), [before])
+        before, size = len(encoder.blocks) - self.num_blocks, image_grid(encoder, images)
+        embedded = embed_images(encoder, images)
+        ((_, tokens),) = block_outputs(encoder, embedded, [before], size=size)
         return torch.cat([tokens, self.queries.expand(len(tokens), -1, -1)], dim=1)
+
+    def _keywords(self, encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+        """What blocks take beside these tokens: queries have no place, and are not turned."""
+        angles = family_of(encoder).angles(encoder, image_grid(encoder, images))
+        if angles is None:
+            return {}
+        still = angles.new_zeros(len(self.queries), 2, angles.shape[1] // 2)
+        still[:, 1] = 1  # sines 0, cosines 1
+        return {"rope": torch.cat([angles, still.flatten(1)])}
 
     def _read(self, encoder: Encoder, tokens: Tensor, size: tuple[int, ...]) -> Proposals:
         """What the queries among tokens (B, P + L + Q, D) say."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from patchmine.backbones.record import Encoder
 from patchmine.errors import UserError
 
+_PROJECTIONS = tuple(f".attn.{name}" for name in ("qkv", "q_proj", "k_proj", "v_proj", "proj"))
+
 
 class LoraLinear(nn.Linear):
     """A linear layer plus ``lora_b @ lora_a``; ``weight`` and ``bias`` are those of ``base``.
@@ -55,6 +57,8 @@ class LoraLinear(nn.Linear):
 def add_lora(encoder: Encoder, rank: int) -> None:
     """Put a `LoraLinear` in the place of ``attn.qkv`` and ``attn.proj`` of every block.
 
+    Where queries, keys and values have a matrix each, each of them.
+
     Args:
         encoder: changed in place; the names of its tensors stay, two more come for each layer.
         rank: of the product that is learned.
@@ -65,7 +69,7 @@ def add_lora(encoder: Encoder, rank: int) -> None:
     layers = {
         name: module
         for name, module in encoder.named_modules()
-        if name.endswith((".attn.qkv", ".attn.proj")) and type(module) is nn.Linear
+        if name.endswith(_PROJECTIONS) and type(module) is nn.Linear
     }
     if not layers:
         raise UserError(

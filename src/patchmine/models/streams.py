@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from patchmine.backbones.family import Encoder
+from patchmine.backbones.tokens import turned
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
 
@@ -21,10 +23,17 @@ from patchmine.errors import UserError
 class QueryBlock(nn.Module):
     """Cross-attention from queries to content, then an MLP; both residual (SAIM, blocks.py)."""
 
-    def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        hidden: int,
+        norm_eps: float = 1e-6,
+        rotate_half: bool = False,
+    ) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, eps=norm_eps)
-        self.num_heads = num_heads
+        self.num_heads, self.rotate_half = num_heads, rotate_half
         self.norm1 = norm(width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
@@ -38,11 +47,24 @@ class QueryBlock(nn.Module):
         for part in self.key_value.weight.detach().chunk(2):
             nn.init.xavier_uniform_(part)
 
-    def forward(self, queries: Tensor, content: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, D), (B, M, D) -> (B, N, D); ``mask`` (1 or B, 1, N, M), None: causal, N = M."""
+    def forward(
+        self,
+        queries: Tensor,
+        content: Tensor,
+        mask: Tensor | None = None,
+        angles: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, D), (B, M, D) -> (B, N, D); ``mask`` (1 or B, 1, N, M), None: causal, N = M.
+
+        ``angles`` (1 or B, 1, N, A) turn queries, and keys behind the first.
+        """
         query = _heads(self.query(self.norm1(queries)), self.num_heads)
         key, value = self.key_value(self.norm1(content)).chunk(2, dim=-1)
         key, value = (_heads(part, self.num_heads) for part in (key, value))
+        if angles is not None:
+            query = turned(query, angles, self.rotate_half)
+            rest = turned(key[:, :, 1:], angles[:, :, : key.shape[2] - 1], self.rotate_half)
+            key = torch.cat([key[:, :, :1], rest], dim=2)
         how: Any = dict(attn_mask=mask, is_causal=mask is None)
         mixed = F.scaled_dot_product_attention(query, key, value, **how)
         queries = queries + self.proj(_joined(mixed))
@@ -53,14 +75,25 @@ def query_stream(encoder: Encoder, depth: int) -> nn.ModuleList:
     """``depth`` fresh query blocks of the sizes of the encoder's own."""
     block = encoder.blocks[0]
     sizes = (encoder.embed_dim, block.attn.num_heads, block.mlp.fc2.in_features, block.norm1.eps)
-    blocks = [QueryBlock(*sizes) for _ in range(depth)]
+    half = getattr(block.attn, "rotate_half", False)
+    blocks = [QueryBlock(*sizes, rotate_half=half) for _ in range(depth)]
     for each in blocks:
         each.initialise()
     return nn.ModuleList(blocks)
 
 
-def content_block(block: Block, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A stock block (B, N, D) -> (B, N, D) under ``mask`` (1 or B, 1, N, N); None: causal."""
+def content_block(
+    block: Any, tokens: Tensor, mask: Tensor | None = None, angles: Tensor | None = None
+) -> Tensor:
+    """A stock block (B, N, D) -> (B, N, D) under ``mask`` (1 or B, 1, N, N); None: causal.
+
+    ``angles`` (1 or B, 1, N - 1, A) of the patches behind the first token, which `EvaBlock` takes.
+    """
+    if type(block) is EvaBlock:
+        if mask is None:
+            mask = tokens.new_ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+        taken: Tensor = block(tokens, rope=angles, attn_mask=mask)
+        return taken
     # Written out because not every timm that we support lets a block be told so.
     attention = block.attn
     query, key, value = (
@@ -88,17 +121,23 @@ def two_streams(
     queries: Tensor,
     content_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
+    angles: Tensor | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What every block makes of content (B, M, D) and queries (B, N, D), before the last norm."""
+    """What every block makes of content (B, M, D) and queries (B, N, D), before the last norm.
+
+    ``angles`` (1 or B, 1, N, A) of the queries' patches, which those of content are the first of.
+    """
     # The query blocks are spread evenly over the encoder's, each behind the block whose output it
     # reads.  Without masks both streams are in the order of ranks, content with one token before
     # it: query r reads the first r + 1 tokens.
     contents, answers = [encoder.norm_pre(content)], [queries]
     step = len(encoder.blocks) // len(query_blocks)
+    told = None if angles is None else angles[:, :, : content.shape[1] - 1]
     for i, block in enumerate(encoder.blocks):
-        contents.append(content_block(block, contents[-1], content_mask))
+        contents.append(content_block(block, contents[-1], content_mask, told))
         if (i + 1) % step == 0:
-            answers.append(query_blocks[i // step](answers[-1], contents[-1], query_mask))
+            query_block = query_blocks[i // step]
+            answers.append(query_block(answers[-1], contents[-1], query_mask, angles))
     return contents[1:], answers[1:]
 
 
@@ -107,11 +146,17 @@ def check_causal(encoder: Encoder, method: str) -> None:
     prefix = encoder.num_prefix_tokens
     if encoder.cls_token is None or prefix != 1:
         wrong = f"method={method} starts from one class token, and this model has {prefix} tokens"
-        remedy = "set model_args.class_token=true model_args.reg_tokens=0"
+        registers = "num_reg_tokens" if type(encoder.blocks[0]) is EvaBlock else "reg_tokens"
+        remedy = f"set model_args.class_token=true model_args.{registers}=0"
         raise UserError(f"{wrong} before its patches: {remedy}, or choose vit_base_patch16_224")
-    if not all(type(block) is Block and _plain(block.attn) for block in encoder.blocks):
+    if not all(map(_runs_under_masks, encoder.blocks)):
         wrong = f"needs blocks of a plain vision transformer, {type(encoder).__name__} has others"
         raise UserError(f"method={method} {wrong}: choose one such as vit_base_patch16_224")
+
+
+def _runs_under_masks(block: Any) -> bool:
+    """Whether `content_block` runs it."""
+    return type(block) is EvaBlock or (type(block) is Block and _plain(block.attn))
 
 
 def _plain(attention: nn.Module) -> bool:

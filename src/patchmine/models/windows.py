@@ -72,8 +72,9 @@ def windowed_map(
         UserError: patches do not fill the images, or positions are relative and the size is not
             the encoder's own.
     """
-    tokens, keywords = family_of(encoder).enter_blocks(encoder, _embedded(encoder, images))
     size, first = image_grid(encoder, images), encoder.num_prefix_tokens
+    enter = family_of(encoder).enter_blocks
+    tokens, keywords = enter(encoder, _embedded(encoder, images), None, size)
     for number, block in enumerate(encoder.blocks):
         if window is None or number in global_blocks:
             tokens = block(tokens, **keywords)
@@ -120,25 +121,30 @@ def run_in_windows(
         size: (rows, columns) of patches.
         window: patches along each side.
         num_prefix: P.
-        keywords: of every call of the block.
+        keywords: of every call of the block; the angles of patches, ``rope`` (rows * columns, A),
+            are cut as the patches are.
 
     Returns:
         The tokens after the block, in their order.
     """
     rows, columns = size
     prefix = tokens[:, :num_prefix]
-    patches = tokens[:, num_prefix:].reshape(
-        len(tokens), rows, columns, -1
-    )  # (B, rows, columns, D)
+    whole = (len(tokens), rows, columns, -1)
+    patches = tokens[:, num_prefix:].reshape(whole)  # (B, rows, columns, D)
+    angles = keywords.get("rope")
+    if angles is not None:
+        angles = angles.unflatten(0, size).expand(whole)  # (B, rows, columns, A)
     outputs: list[Tensor] = []
     total, count = torch.zeros_like(prefix), 0
     bands, strips = list(_spans(rows, window)), list(_spans(columns, window))
     for (top, high, height), (left, wide, width) in product(bands, strips):
         region = patches[:, top : top + high, left : left + wide]
         batch, down, across = len(region), high // height, wide // width
-        cut = region.reshape(batch, down, height, across, width, -1).transpose(2, 3)
-        inside = cut.reshape(batch * down * across, height * width, -1)
+        inside = _cut(region, height, width)
         copies = prefix.repeat_interleave(down * across, dim=0)
+        if angles is not None:
+            area = angles[:, top : top + high, left : left + wide]
+            keywords = {**keywords, "rope": _cut(area, height, width)[:, None]}
         done = block(torch.cat([copies, inside], dim=1), **keywords)
         total = total + done[:, :num_prefix].reshape(batch, down * across, *prefix.shape[1:]).sum(1)
         count += down * across
@@ -150,6 +156,13 @@ def run_in_windows(
         for start in range(0, len(outputs), across)
     ]
     return torch.cat([total / count, torch.cat(joined, dim=1).flatten(1, 2)], dim=1)
+
+
+def _cut(region: Tensor, height: int, width: int) -> Tensor:
+    """(B, h, w, D) in windows of ``height`` x ``width``: (B * windows, height * width, D)."""
+    batch, high, wide, _ = region.shape
+    cut = region.reshape(batch, high // height, height, wide // width, width, -1)
+    return cut.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def _spans(length: int, window: int) -> Iterator[tuple[int, int, int]]:

@@ -18,7 +18,7 @@ class EmaeSettings(DecoderSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.emae:EMAE"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit"})
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva"})
     name: Literal["emae"] = "emae"
     parts: int = Field(
         4,

@@ -17,7 +17,7 @@ class HpmSettings(FeatureTargetSettings, DecoderSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.hpm:HPM"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "video"})
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "video"})
     name: Literal["hpm"] = "hpm"
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
     target: Literal["pixel", "ema", "dino", "clip"] = Field(

@@ -17,6 +17,6 @@ class MaeSettings(DecoderSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.mae:MAE"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "video"})
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "video"})
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")

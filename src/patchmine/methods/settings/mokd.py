@@ -18,7 +18,7 @@ class MokdSettings(DistillationSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.mokd:MOKD"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "resnet"})
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "resnet"})
     relative_positions: ClassVar[bool] = True
     multi_crop: ClassVar[bool] = True
     name: Literal["mokd"] = "mokd"

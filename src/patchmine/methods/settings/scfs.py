@@ -17,7 +17,7 @@ class ScfsSettings(DistillationSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.scfs:SCFS"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "resnet"})
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "resnet"})
     relative_positions: ClassVar[bool] = True
     multi_crop: ClassVar[bool] = True
     name: Literal["scfs"] = "scfs"

@@ -28,7 +28,7 @@ class SemAimSettings(FeatureTargetSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.semaim:SemAIM"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit"})
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva"})
     name: Literal["semaim"] = "semaim"
     order: Order = Field(
         "attention_center",

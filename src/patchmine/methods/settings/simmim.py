@@ -18,7 +18,7 @@ class SimMimSettings(MethodSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.simmim:SimMIM"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit"})
+    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva"})
     relative_positions: ClassVar[bool] = True
     name: Literal["simmim"] = "simmim"
     mask_ratio: float = Field(
