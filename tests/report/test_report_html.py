@@ -126,8 +126,8 @@ def test_evaluations_of_other_kinds_are_shown_too(make_run: MakeRun, tmp_path: P
     )
     (folder / "eval" / "odd.json").write_text(json.dumps({"top1": None, "floors": [1]}))
     page = report(tmp_path, folder)
-    assert "miou" in page.words
-    assert "38.25" in page.words
+    assert "mIoU" in page.words
+    assert "38.2 %" in page.words
     assert "ade" in page.words
 
 

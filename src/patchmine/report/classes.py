@@ -9,7 +9,6 @@ from patchmine.report import words
 from patchmine.report.reading import finite_number
 
 MOST_IN_MATRIX = 40  # classes; a larger matrix is told by the pairs that are mixed up most
-_SHARES = ("top1", "precision", "ap", "f1")  # in percent
 _KEYS = ("classes", "per_class", "confused", "confusion", "balanced")
 
 
@@ -45,7 +44,7 @@ def _text(key: str, value: object) -> str:
     known = finite_number(value)
     if known is None:
         return words.NOTHING
-    return words.percent(known) if key in _SHARES else words.number(known)
+    return words.measure(known, key)
 
 
 def _matrix(found: object, size: int) -> list[list[tuple[int, float]]]:

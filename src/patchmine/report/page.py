@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -21,6 +21,10 @@ from patchmine.report.charts import Chart, draw, make_curve
 from patchmine.report.classes import ByClass, take_classes
 
 _LAST_CHARTS = ("lr", "images_per_second", "data_wait")
+_HEADLINES = ("top1", "miou", "map", "mask_map")  # the scores that runs are told by
+# Scores of a validation that no chart is drawn of, those of masks too; metrics.jsonl has them.
+_ASIDE = ("map75", "map_small", "map_medium", "map_large", "mar100")
+_KINDS = {"classify": "fine-tuned", "segment": "segmentation", "detect": "detection"}
 _NOTES = {
     "loss": "What training minimises.",
     "skipped": "Steps without a finite gradient, which were left out.",
@@ -92,8 +96,9 @@ def templates() -> jinja2.Environment:
     )
     found.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     in_words = (words.number, words.percent, words.points, words.spoken, words.title)
+    of_scores = (words.score, words.measure)
     of_verdicts = (verdict.sentences, verdict.table, verdict.plot, verdict.drawn)
-    for function in (*in_words, *of_verdicts):
+    for function in (*in_words, *of_scores, *of_verdicts):
         found.filters[function.__name__] = function
     found.filters["thousands"] = words.whole
     found.globals["nothing"] = words.NOTHING
@@ -162,22 +167,14 @@ def _about(settings: Mapping[str, str]) -> str:
     sides = list(dict.fromkeys(re.findall(r"\d+", settings.get("image_size", ""))))
     size = " \N{MULTIPLICATION SIGN} ".join(sides) + " px" if sides else ""
     method, model, data = (settings.get(name, "") for name in ("method.name", "model", "data"))
-    return " · ".join(text for text in (method.upper(), model, size, data) if text)
+    what = method.upper() or _KINDS.get(settings.get("kind", ""), "")
+    return " · ".join(text for text in (what, model, size, data) if text)
 
 
 def facts_of(run: reading.RunRecord) -> list[Fact]:
     """The figures of a run in the order in which they are shown."""
     found = [Fact("loss", words.number(run.series["loss"].last))] if "loss" in run.series else []
-    for name, series in run.series.items():
-        if name.endswith(".top1"):
-            label = f"{words.title(name.removesuffix('.top1'))} top-1 in training"
-            top, last = float(series.values.max()), series.last
-            detail = f"best {words.percent(top)}" if top > last else ""
-            found.append(Fact(label, words.percent(last), detail, best=last))
-    for name, content in run.evaluations.items():
-        top1 = reading.finite_number(content.get("top1"))
-        if top1 is not None:
-            found.append(Fact(f"{words.title(name)} top-1", words.percent(top1), best=top1))
+    found += _scores_of(run)
     speed, wait = (run.series.get(name) for name in ("images_per_second", "data_wait"))
     if speed is not None:
         found.append(Fact("samples per second", words.rate(float(np.median(speed.values)))))
@@ -187,6 +184,23 @@ def facts_of(run: reading.RunRecord) -> list[Fact]:
     if run.seconds is not None:
         found.append(Fact("time in training", words.duration(run.seconds)))
     return found
+
+
+def _scores_of(run: reading.RunRecord) -> Iterator[Fact]:
+    """How well it does, on its way and when it was evaluated."""
+    for name, series in run.series.items():
+        protocol, _, quantity = name.partition(".")
+        if quantity in _HEADLINES:
+            label = f"{words.title(protocol)} {words.score(quantity)} in training"
+            top, last = float(series.values.max()), series.last
+            detail = f"best {words.percent(top)}" if top > last else ""
+            yield Fact(label, words.percent(last), detail, best=last)
+    for name, content in run.evaluations.items():
+        for quantity in _HEADLINES:
+            value = reading.finite_number(content.get(quantity))
+            if value is not None:
+                label = f"{words.title(name)} {words.score(quantity)}"
+                yield Fact(label, words.percent(value), best=value)
 
 
 # ---- evaluations ----
@@ -210,6 +224,16 @@ class Result:
     notes: Sequence[str]
     conditions: Mapping[str, str]
     by_class: ByClass | None
+
+    @property
+    def lines(self) -> list[tuple[str, Mapping[str, float]]]:
+        """The measures in rows of a table: those of masks below those of boxes."""
+        masks = {key: value for key, value in self.measures.items() if key.startswith("mask_")}
+        if not masks:
+            return [("", self.measures)]
+        boxes = {key: value for key, value in self.measures.items() if key not in masks}
+        under = {key.removeprefix("mask_"): value for key, value in masks.items()}
+        return [("boxes", boxes), ("masks", under)]
 
     @property
     def in_words(self) -> str:
@@ -244,7 +268,7 @@ def evaluations_of(runs: Sequence[reading.RunRecord]) -> list[Evaluation]:
             name=name,
             results=results,
             baselines=_union(result.baselines for result in results),
-            measures=_union(result.measures for result in results),
+            measures=_union(line for result in results for _, line in result.lines),
             conditions=_union(result.conditions for result in results),
             notes=_shared_notes(results),
         )
@@ -310,15 +334,20 @@ def charts(runs: Sequence[reading.RunRecord]) -> list[Chart]:
     names = _union(run.series for run in runs)
     if not any(run.series["skipped"].values.any() for run in runs if "skipped" in run.series):
         names = [name for name in names if name != "skipped"]  # no step was lost: nothing to see
+    names = [name for name in names if not _is_aside(name)]
     first = [name for name in names if name == "loss"] + [name for name in names if "." in name]
     last = [name for name in _LAST_CHARTS if name in names]
     middle = [name for name in names if name not in first and name not in last]
     return [_chart(name, runs) for name in first + middle + last]
 
 
+def _is_aside(name: str) -> bool:
+    return name.partition(".")[2].removeprefix("mask_") in _ASIDE
+
+
 def _chart(name: str, runs: Sequence[reading.RunRecord]) -> Chart:
     protocol, evaluated, quantity = name.partition(".")
-    is_accuracy = quantity in ("top1", "top5")
+    is_score = bool(evaluated) and words.is_share(quantity)
     is_speed, is_wait = name == "images_per_second", name == "data_wait"
     note = _NOTES.get(name, "On the labelled images, while training runs." if evaluated else "")
     if name == "loss" and len({run.settings.get("method.name") for run in runs}) > 1:
@@ -327,8 +356,8 @@ def _chart(name: str, runs: Sequence[reading.RunRecord]) -> Chart:
     if is_wait:
         found = [(i, label, reading.Series(own.steps, 100 * own.values)) for i, label, own in found]
     smooth = not evaluated and name != "lr"
-    label = quantity.replace("top", "top-") if is_accuracy else words.spoken(quantity)
-    is_share = is_accuracy or is_wait
+    label = words.score(quantity)
+    is_share = is_score or is_wait
     return Chart(
         key=re.sub(r"[^a-z0-9]+", "-", name.lower()),
         title=f"{words.title(protocol)} {label}" if evaluated else words.title(name),

@@ -15,7 +15,37 @@ TITLES = {
     "skipped": "Skipped steps",
     "grad_norm": "Gradient norm",
     "knn": "kNN",
+    "val": "Validation",
+    "proposal": "Loss of proposals",
+    "proposal_box": "Loss of proposals' boxes",
+    "class": "Loss of classes",
+    "box": "Loss of boxes",
+    "mask": "Loss of masks",
 }
+
+SCORES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "precision": "precision",
+    "f1": "f1",
+    "ap": "AP",
+    "ap50": "AP50",
+    "map": "mAP",
+    "map50": "mAP50",
+    "map75": "mAP75",
+    "map_small": "mAP small",
+    "map_medium": "mAP medium",
+    "map_large": "mAP large",
+    "mar100": "mAR100",
+    "iou": "IoU",
+    "miou": "mIoU",
+    "boundary_iou": "boundary IoU",
+    "dice": "Dice",
+    "accuracy": "accuracy",
+    "mean_accuracy": "mean accuracy",
+    "pixel_accuracy": "pixel accuracy",
+}
+"""Scores in percent, as they are usually written; those of masks begin with ``mask_``."""
 
 
 def number(value: float) -> str:
@@ -42,6 +72,24 @@ def whole(value: float) -> str:
 def percent(value: float | None) -> str:
     """A percentage with one decimal: 43.2 %."""
     return NOTHING if value is None else f"{value:.1f} %"
+
+
+def is_share(name: str) -> bool:
+    """Whether a score is in percent."""
+    return name.removeprefix("mask_") in SCORES
+
+
+def score(name: str) -> str:
+    """``mask_map50`` -> ``mask mAP50``; other names as `spoken` has them."""
+    plain = name.removeprefix("mask_")
+    if plain not in SCORES:
+        return spoken(name)
+    return SCORES[plain] if plain == name else f"mask {SCORES[plain]}"
+
+
+def measure(value: float, name: str) -> str:
+    """The value of a score, with its unit."""
+    return percent(value) if is_share(name) else number(value)
 
 
 def rate(value: float) -> str:
