@@ -18,8 +18,9 @@ from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from patchmine.backbones.beit import BEIT
 from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import Encoder, build_encoder, encode
+from patchmine.backbones.filling import fill
 from patchmine.backbones.tokens import patch_positions
-from patchmine.backbones.weights import fill, load_encoder, open_weights
+from patchmine.backbones.weights import load_encoder, open_weights
 from patchmine.errors import UserError
 from patchmine.methods import METHODS, method_class
 

@@ -22,7 +22,8 @@ from patchmine.backbones.family import (
     initialise_encoder,
     stage_features,
 )
-from patchmine.backbones.weights import load_encoder, resize_encoder
+from patchmine.backbones.filling import resize_encoder
+from patchmine.backbones.weights import load_encoder
 from patchmine.errors import UserError
 from patchmine.models.windows import windowed_map
 

@@ -13,9 +13,12 @@ import timm
 import torch
 from torch import Tensor
 
+from fixtures.official_files import read_official
+from patchmine.backbones.description import Description
 from patchmine.backbones.naming import encoder_of, find_network
-from patchmine.backbones.official import check_decoder_positions, read_official
+from patchmine.backbones.official import check_decoder_positions, take_apart
 from patchmine.backbones.positions import sincos_table
+from patchmine.backbones.reading import ReadFile
 from patchmine.backbones.reference import from_reference_names, to_reference_names
 from patchmine.backbones.weights import load_encoder
 from patchmine.errors import UserError
@@ -114,14 +117,12 @@ def save_hpm(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_sizes_are_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_sizes_are_recognised(name: str) -> None:
     width, depth, heads, patch = PUBLISHED[name]
     shapes = encoder_shapes(width, depth, patch, 224 // patch)
     tensors = {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}  # no memory
-    monkeypatch.setattr(
-        "patchmine.backbones.official.read_checkpoint", lambda _: {"model": tensors}
-    )
-    found = read_official("mae.pth")
+    network = find_network({"model": tensors}, "mae.pth")
+    found = take_apart(ReadFile("mae.pth", network, Description(), None))
     assert found.architecture.model == name
     assert found.architecture.num_heads == heads
     assert found.architecture.image_size == (224, 224)

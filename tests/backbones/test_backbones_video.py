@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from fixtures.official_files import read_official
 from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import build_encoder, encode
 from patchmine.backbones.names import VIDEO_MODELS, reads_clips
-from patchmine.backbones.official import read_official
 from patchmine.backbones.positions import interleaved_table
 from patchmine.backbones.reference import from_videomae_names, to_videomae_names
 from patchmine.backbones.tokens import encoder_grid, project_patches

@@ -189,6 +189,19 @@ def test_surprises_are_passed_over_where_they_are_named(tmp_path: Path) -> None:
     assert "unexpected    1  encoder.surprise" in said[-1]
 
 
+def test_allow_passes_over_nothing_that_an_encoder_computes_with(tmp_path: Path) -> None:
+    _, built = make_run(tmp_path / "run", "mae")
+    odd = {"blocks.0.attn.extra_norm.weight": torch.zeros(3), "storage_tokens": torch.zeros(3)}
+    for name, tensor in odd.items():
+        torch.save({"model": reference_state(built) | {name: tensor}}, tmp_path / "odd.pth")
+        for what in ("encoder", "full"):
+            with pytest.raises(UserError, match=rf"{name} first.*allow does not pass over them"):
+                import_file(
+                    str(tmp_path / "odd.pth"), str(tmp_path / "new"), what=what, allow=["*"]
+                )  # type: ignore[arg-type]
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_fine_tuned_classifier_becomes_a_run_with_its_encoder(tmp_path: Path) -> None:
     _, built = make_run(tmp_path / "run", "mae")
     state = {

@@ -11,15 +11,16 @@ import timm
 
 from patchmine.backbones.description import Description
 from patchmine.backbones.loading import Tensors
+from patchmine.backbones.parts import FC1, is_gated
 from patchmine.backbones.positions import RELATIVE, source_grid
 from patchmine.backbones.record import Blueprint
 from patchmine.backbones.tokens import refuse_unfilled
 from patchmine.errors import UserError
 
-TIMM_EPS = 1e-6  # of the layer norms of timm's ViTs
-# Attention heads cannot be seen in the tensors.  timm's ViT-Ti/S/B/L/H; the decoders of MAE's files
-# and of VideoMAE's S, B, L and H.
-ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+TIMM_EPS, CLIP_EPS = 1e-6, 1e-5  # of the layer norms of timm's ViTs, and of its CLIPs
+# Attention heads cannot be seen in the tensors.  timm's ViT-Ti/S/B/L/H, SoViT-400m, ViT-g and
+# DINOv2's giant; the decoders of MAE's files and of VideoMAE's S, B, L and H.
+ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1152: 16, 1408: 16, 1536: 24}
 DECODER_HEADS = {512: 16}
 VIDEO_DECODER_HEADS = {192: 3, 384: 6, 512: 8, 640: 8}
 _OPTIONAL = {  # parts that only some ViTs have: a tensor of theirs, timm's argument
@@ -35,6 +36,7 @@ _SIZES = {
     (1024, 24, 16): "large",
     (1280, 32, 16): "huge",
 }
+_SWIGLU = "vit_giant_patch14_dinov2"  # an argument that is text cannot ask timm for SwiGLU
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,10 @@ def infer_architecture(
     heads = known_heads(width, ENCODER_HEADS, "num_heads", num_heads or known.num_heads)
     size_name = _SIZES.get((width, depth, heads))
     clips = len(cube) == 3
-    names = [f"vit_{size_name}_patch{patch}_224", f"vit_{size_name}_patch16_224"]
-    found = [f"video_vit_{size_name}_patch16"] if clips else [n for n in names if timm.is_model(n)]
-    own = _parts(tensors, width)
+    own, (names, nearest) = _parts(tensors, width), _names(tensors, size_name, patch)
+    found = [name for name in names if clips or timm.is_model(name)]
     if size_name is None or not found:  # the nearest thing, and the arguments that correct it
-        found = ["video_vit_base_patch16" if clips else "vit_base_patch16_224"]
+        found = [nearest]
         own = {"embed_dim": width, "depth": depth, "num_heads": heads} | own
     common: dict[str, Any] = dict(
         channels=channels, patch_size=patch, width=width, depth=depth, num_heads=heads
@@ -148,8 +149,10 @@ def infer_architecture(
     table = source_grid(positions, candidates, square, source, known, source_size, image_size)
     if table.num_prefix != prefix:
         own["no_embed_class"] = True
-    if known.norm_eps not in (None, TIMM_EPS):
+    if known.norm_eps not in (None, CLIP_EPS if "pre_norm" in own else TIMM_EPS):
         own["norm_eps"] = known.norm_eps
+    if known.act_layer is not None:
+        own["act_layer"] = known.act_layer
     size = image_size or (table.grid[0] * patch, table.grid[1] * patch)
     refuse_unfilled(size, (patch, patch), source)
     return Architecture(
@@ -159,6 +162,27 @@ def infer_architecture(
         table_grid=table.grid,
         note=table.note,
         **common,
+    )
+
+
+def _names(tensors: Tensors, size: str | None, patch: int) -> tuple[list[str], str]:
+    """Models that a network of these parts and this size may be, and the nearest of another."""
+    if tensors["patch_embed.proj.weight"].ndim == 5:
+        return [f"video_vit_{size}_patch16"], "video_vit_base_patch16"
+    if is_gated(tensors):
+        return [], _SWIGLU
+    if "norm_pre.weight" in tensors:
+        return [f"vit_{size}_patch{patch}_clip_224"], "vit_base_patch16_clip_224"
+    return [f"vit_{size}_patch{patch}_224", f"vit_{size}_patch16_224"], "vit_base_patch16_224"
+
+
+def activation_note(tensors: Tensors, known: Description) -> str:
+    """What was assumed of a CLIP's activation, which no tensor shows."""
+    if (known.act_layer and known.source) or not (known.act_layer or "norm_pre.weight" in tensors):
+        return ""
+    return (
+        f"its activation is taken as {known.act_layer or 'gelu'}, because no tensor shows it; "
+        "OpenAI's CLIP has QuickGELU, which model=vit_base_patch16_clip_quickgelu_224 gives"
     )
 
 
@@ -189,9 +213,12 @@ def _check_ranks(tensors: Tensors, source: str) -> None:
 def _parts(tensors: Tensors, width: int) -> dict[str, Any]:
     """Arguments for what only some ViTs have."""
     own: dict[str, Any] = {}
-    hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+    hidden = tensors[FC1].shape[0]
     if hidden != 4 * width:
-        own["mlp_ratio"] = hidden / width
+        exact = int(width * (hidden / width)) == hidden  # timm rounds down
+        own["mlp_ratio"] = hidden / width if exact else (hidden + 0.5) / width
+    if is_gated(tensors):  # what _SWIGLU has of its own
+        own = {"mlp_ratio": hidden / width, "init_values": None} | own
     if "blocks.0.attn.qkv.bias" not in tensors:
         own["qkv_bias"] = False
     own |= {argument: value for name, (argument, value) in _OPTIONAL.items() if name in tensors}

@@ -22,6 +22,11 @@ NOTE = "patchmine.weights"  # key of our note in the metadata of a safetensors f
 LARGEST_SIDE = 2**15  # pixels or frames; what states more is damaged
 _WEIGHTS_NAMES = (WEIGHTS, "pytorch_model.bin")
 _LARGEST_TEXT = 2**24  # bytes
+_NAMED_BY_TRANSFORMERS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 _GELU_ONLY = ("vit", "vit_mae", "dinov2", "dinov2_with_registers")  # model_type of transformers
 
 
@@ -30,9 +35,10 @@ class Description:
     """What is known of an encoder's weights; None where nothing says it.
 
     ``image_size`` is the (height, width) in pixels that they were trained at, ``clip`` (frames,
-    frames in a tubelet), ``norm_eps`` of a network whose own code has another than timm's 1e-6,
-    ``method`` the settings of what trained it.  ``source`` names what says it all; it is not
-    ``certain`` where these are arguments of a script.
+    frames in a tubelet), ``norm_eps`` of a network whose own code has another than timm's,
+    ``act_layer`` what a CLIP has for an activation, in timm's word, ``method`` the settings of what
+    trained it.  ``source`` names what says it all; it is not ``certain`` where these are arguments
+    of a script.
     """
 
     source: str = ""
@@ -43,6 +49,7 @@ class Description:
     num_heads: int | None = None
     decoder_num_heads: int | None = None
     norm_eps: float | None = None
+    act_layer: str | None = None
     method: Mapping[str, Any] = field(default_factory=dict)
     certain: bool = True
 
@@ -166,17 +173,22 @@ def _of_config(config: dict[str, Any], file: Path) -> Description:
         )
     vision = config.get("vision_config")
     config = {**config, **vision} if isinstance(vision, dict) else config
-    activation = config.get("hidden_act", "gelu")
+    of_clip = config["model_type"].startswith(("clip", "siglip"))
+    activation = config.get("hidden_act", None if of_clip else "gelu")
     if config["model_type"] in _GELU_ONLY and activation != "gelu":
         raise UserError(
             f"{name} states hidden_act={activation!r}: only networks with gelu are read"
         )
+    if of_clip and str(activation) not in (*_NAMED_BY_TRANSFORMERS, "None"):
+        known = ", ".join(_NAMED_BY_TRANSFORMERS)
+        raise UserError(f"{name} states hidden_act={activation!r}: only {known} are read")
     return Description(
         name,
         _size(config.get("image_size"), file),
         num_heads=_number(config.get("num_attention_heads")),
         decoder_num_heads=_number(config.get("decoder_num_attention_heads")),
         norm_eps=_real(config.get("layer_norm_eps")),
+        act_layer=_NAMED_BY_TRANSFORMERS.get(str(activation)) if of_clip else None,
         method=config,
     )
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from patchmine.backbones.description import find_weights, is_safetensors
+from patchmine.backbones.parts import refuse_passing_over
 from patchmine.errors import UserError, foreign_parser, reason_of, shown_name
 
 Tensors = dict[str, Tensor]
@@ -256,6 +257,9 @@ def check_fit(
             )
     report.missing += [name for name in own if name not in tensors]
     report.unexpected += [name for name in tensors if name not in own]
+    if allow:
+        passed = [n for n in report.unexpected if any(fnmatchcase(n, each) for each in allow)]
+        refuse_passing_over(passed, report.source)
     for kind, names in (("missing", report.missing), ("unexpected", report.unexpected)):
         refused = [n for n in names if not any(fnmatchcase(n, pattern) for pattern in allow)]
         if refused:

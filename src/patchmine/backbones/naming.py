@@ -1,4 +1,4 @@
-"""Whose names the tensors in a file have, as tables of rules, and which networks lie in it.
+"""Which networks lie in a file, and which of them is wanted.
 
 A file is a dictionary, often of dictionaries; its tensors are looked at under one dotted name each.
 An encoder is recognised by its first layer, and what stands before that layer's name is the
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchmine.backbones.loading import Tensors, nested_tensors, plain_tensor
 from patchmine.backbones.reference import from_videomae_names
+from patchmine.backbones.renaming import FIRST_LAYER, as_timm, timm_name
 from patchmine.errors import UserError, foreign_parser, shown_name
 
 Weights = Literal["auto", "student", "raw", "teacher", "ema"]
@@ -38,64 +39,9 @@ _OWN = {False: "model.encoder.", True: "model.teacher.encoder."}
 _BESIDE_ENCODER = (
     *("mask_token", "decoder", "head.", "heads.", "head_dist.", "fc.", "classifier.", "pooler."),
     *("neck.", "predictor.", "projector.", "projection_head.", "queue", "vis_mask_token"),
+    *("attn_pool.", "masked_embed"),  # SigLIP's pooling; iBOT's token of what is hidden
 )
-_OTHER_CLIP = ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight")
-
-# By naming: the first layer, and regular expressions from its names to timm's, applied in turn.
-_FIRST_LAYER = {
-    "timm": "patch_embed.proj.weight",
-    "mmpretrain": "patch_embed.projection.weight",
-    "transformers": "embeddings.patch_embeddings.projection.weight",
-    "torchvision": "conv_proj.weight",
-    "ResNet": "layer1.0.conv1.weight",
-}
-_TO_TIMM: dict[str, dict[str, str]] = {
-    "mmpretrain": {
-        r"^patch_embed\.projection\.": "patch_embed.proj.",
-        r"^pre_norm\.": "norm_pre.",
-        r"^ln1\.": "norm.",
-        r"^ln2\.": "fc_norm.",  # after pooling
-        r"^layers\.": "blocks.",
-        r"\.ln([12])\.": r".norm\1.",
-        r"\.attn\.attn\.in_proj_": ".attn.qkv.",
-        r"\.attn\.attn\.out_proj\.": ".attn.proj.",
-        r"\.attn\.gamma1\.weight$": ".ls1.gamma",
-        r"\.ffn\.gamma2\.weight$": ".ls2.gamma",
-        r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.",
-        r"\.ffn\.layers\.1\.": ".mlp.fc2.",
-    },
-    "transformers": {
-        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
-        r"^embeddings\.position_embeddings$": "pos_embed",
-        r"^embeddings\.(cls_token|mask_token|register_tokens)$": r"\1",
-        r"^(encoder\.layer|layers)\.": "blocks.",
-        r"^decoder\.mask_token$": "mask_token",
-        r"^decoder\.decoder_(encoder\.layer|layers)\.": "decoder_blocks.",
-        r"^decoder\.decoder_": "decoder_",
-        r"\.attention\.attention\.(query|key|value)\.": r".attn.\1.",
-        r"\.attention\.(q|k|v)_proj\.": r".attn.\1.",
-        r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
-        r"\.layernorm_before\.": ".norm1.",
-        r"\.layernorm_after\.": ".norm2.",
-        r"\.intermediate\.dense\.": ".mlp.fc1.",
-        r"\.output\.dense\.": ".mlp.fc2.",
-        r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
-        r"^layernorm\.": "norm.",
-    },
-    "torchvision": {
-        r"^conv_proj\.": "patch_embed.proj.",
-        r"^class_token$": "cls_token",
-        r"^encoder\.pos_embedding$": "pos_embed",
-        r"^encoder\.ln\.": "norm.",
-        r"^encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
-        r"\.ln_([12])\.": r".norm\1.",
-        r"\.self_attention\.in_proj_": ".attn.qkv.",
-        r"\.self_attention\.out_proj\.": ".attn.proj.",
-        r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",
-        r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
-    },
-}
-_FUSED = (("query", "key", "value"), ("q", "k", "v"))
+_OPENAI_CLIP = "visual.conv1.weight"
 
 
 def beside_encoder(name: str) -> bool:
@@ -152,7 +98,7 @@ def find_places(flat: Mapping[str, Tensor]) -> list[Place]:
     """The encoders in a file, recognised by their first layers."""
     places = []
     for name, tensor in flat.items():
-        for naming, layer in _FIRST_LAYER.items():
+        for naming, layer in FIRST_LAYER.items():
             if name != layer and not name.endswith(f".{layer}"):
                 continue
             prefix = name.removesuffix(layer)
@@ -202,10 +148,10 @@ def _nothing_known(names: list[str], source: str) -> UserError:
             f"{source} holds no tensors under a known name (model, module, state_dict, "
             "ema_state_dict, teacher): give a state dict"
         )
-    if any(name.endswith(_OTHER_CLIP) for name in names):
+    if any(name.endswith(_OPENAI_CLIP) for name in names):
         return UserError(
-            f"{source} is a CLIP network under OpenAI's or transformers' names, which are not read:"
-            " take the model.safetensors of timm's vit_base_patch16_clip_quickgelu_224.openai"
+            f"{source} is a CLIP network under OpenAI's names, which are not read: take the "
+            "model.safetensors of timm's vit_base_patch16_clip_quickgelu_224.openai"
         )
     held = ", ".join(shown_name(name) for name in names[:3])
     return UserError(
@@ -307,33 +253,7 @@ def _below(place: Place, places: Sequence[Place], flat: Mapping[str, Tensor]) ->
         tensor = plain_tensor(flat[name], name)
         if tensor is not None:
             short = name.removeprefix(place.root).removeprefix(inner)
-            for pattern, replacement in _TO_TIMM.get(place.naming, {}).items():
-                short = re.sub(pattern, replacement, short)
-            tensors[short] = tensor
+            tensors[timm_name(short, place.naming)] = tensor
     if place.naming == "VideoMAE":
         return from_videomae_names(tensors)
-    return _as_dinov2(_fused(tensors))
-
-
-def _fused(tensors: Tensors) -> Tensors:
-    """Matrices of queries, keys and values as the one of timm's; a bias that lacks is zero."""
-    fused = dict(tensors)
-    for first, *others in _FUSED:
-        for name in [name for name in tensors if f".attn.{first}." in name]:
-            names = [name.replace(f".attn.{first}.", f".attn.{p}.") for p in (first, *others)]
-            parts = [fused.pop(part, torch.zeros_like(tensors[name])) for part in names]
-            fused[name.replace(f".attn.{first}.", ".attn.qkv.")] = torch.cat(parts)
-    return fused
-
-
-def _as_dinov2(tensors: Tensors) -> Tensors:
-    """DINOv2's register tokens as timm has them: they come after positions were added."""
-    if "register_tokens" not in tensors or not {"pos_embed", "cls_token"} <= tensors.keys():
-        return tensors
-    rest = {name: tensor for name, tensor in tensors.items() if name != "register_tokens"}
-    table = tensors["pos_embed"]
-    return rest | {
-        "reg_token": tensors["register_tokens"],
-        "cls_token": tensors["cls_token"] + table[:, :1],
-        "pos_embed": table[:, 1:],
-    }
+    return as_timm(tensors)

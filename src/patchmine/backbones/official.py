@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,14 +21,14 @@ from patchmine.backbones.architecture import (
     infer_architecture,
     known_heads,
 )
-from patchmine.backbones.description import Description, describe_weights, find_weights
-from patchmine.backbones.loading import Tensors, read_checkpoint
-from patchmine.backbones.naming import Network, Weights, beside_encoder, encoder_of, find_network
+from patchmine.backbones.description import Description
+from patchmine.backbones.loading import Tensors
+from patchmine.backbones.naming import beside_encoder, encoder_of
 from patchmine.backbones.positions import fixed_table, move_all_positions
+from patchmine.backbones.reading import ReadFile
 from patchmine.backbones.reference import from_reference_names, to_reference_names
 from patchmine.errors import UserError
 
-_TRANSFORMERS_EPS = 1e-12
 _POSITIONS = "decoder_pos_embed"
 _RANKS = {  # of the tensors that a decoder's shape is read off
     "decoder_embed.weight": 2,
@@ -38,14 +37,6 @@ _RANKS = {  # of the tensors that a decoder's shape is read off
     "decoder_blocks.0.norm1.weight": 1,
     "decoder_blocks.0.mlp.fc1.weight": 2,
 }
-
-
-def with_usual_eps(known: Description, network: Network) -> Description:
-    """What is known, with the eps of transformers' ViTs, which only their config.json tells."""
-    transformers = network.place.naming == "transformers"
-    if known.norm_eps is None and transformers and "blocks.0.ls1.gamma" not in network.tensors:
-        return replace(known, norm_eps=_TRANSFORMERS_EPS)
-    return known
 
 
 @dataclass(frozen=True)
@@ -101,23 +92,17 @@ class OfficialFile:
         ]
 
 
-def read_official(
-    file: str | Path,
+def take_apart(
+    read: ReadFile,
     *,
-    weights: Weights = "auto",
-    prefix: str | None = None,
     image_size: tuple[int, int] | None = None,
     source_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     with_decoder: bool = True,
 ) -> OfficialFile:
-    """Open ``file``, or a folder with a config.json; arguments as of `open_weights`."""
-    path, source = Path(file), str(file)
-    path = find_weights(path) if path.is_dir() else path
-    content = read_checkpoint(path)
-    network = find_network(content, source, weights, prefix)
-    known = with_usual_eps(describe_weights(path, content), network)
+    """What a file of a whole method holds; arguments as of `open_weights`."""
+    source, network, known = read.source, read.network, read.known
     is_hpm = any(name.startswith("decoder_pred_losspred.") for name in network.tensors)
     architecture = infer_architecture(
         encoder_of(network.tensors),
@@ -144,7 +129,7 @@ def read_official(
         tensors=tensors,
         teacher=teacher,
         decoder=decoder,
-        settings=_method_settings(content.get("args"), known),
+        settings=_method_settings(read.arguments, known),
         resized=resized,
         dropped=[name for name in network.outside if name not in used],
         notes=[note for note in (network.told, architecture.note) if note],

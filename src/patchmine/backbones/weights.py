@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,33 +11,30 @@ from typing import Any
 
 import timm
 from timm.models import is_model_in_modules
+from torch import Tensor
 
 from patchmine.backbones import description
-from patchmine.backbones.architecture import TIMM_EPS
-from patchmine.backbones.description import Description, describe_weights, find_weights
+from patchmine.backbones.architecture import TIMM_EPS, activation_note
+from patchmine.backbones.description import Description
 from patchmine.backbones.family import create_encoder, family_of, infer_blueprint
-from patchmine.backbones.loading import (
-    COUNTER,
-    LoadReport,
-    Tensors,
-    check_fit,
-    load_tensors,
-    read_checkpoint,
-)
+from patchmine.backbones.loading import COUNTER, LoadReport, Tensors, check_fit, load_tensors
 from patchmine.backbones.names import reads_clips
-from patchmine.backbones.naming import Weights, encoder_of, find_network
-from patchmine.backbones.official import with_usual_eps
+from patchmine.backbones.naming import Weights, beside_encoder, encoder_of
+from patchmine.backbones.parts import refuse_other_parts, refuse_other_settings
 from patchmine.backbones.positions import (
     give_each_its_own,
     is_position_table,
     move_all_positions,
     source_grid,
 )
+from patchmine.backbones.reading import ReadFile, read_file
 from patchmine.backbones.record import Blueprint, Encoder
 from patchmine.backbones.tokens import embedded_prefix, refuse_unfilled
-from patchmine.errors import UserError, shown_name
+from patchmine.backbones.vit import VIT
+from patchmine.errors import UserError
 
 _MOST_POSITIONS = 2**28  # numbers of a position table, one gibibyte
+_SIZES = ("img_size", "patch_size", "in_chans", "num_frames", "tubelet_size")
 _log = logging.getLogger("patchmine")
 
 
@@ -71,6 +67,7 @@ def open_weights(
     weights: Weights = "auto",
     prefix: str | None = None,
     setting: str | None = None,
+    like: Blueprint | None = None,
 ) -> tuple[Encoder, LoadReport]:
     """The encoder in a file of weights or in a folder of one, and a report.
 
@@ -86,25 +83,49 @@ def open_weights(
         weights: the trained network or its average, where the file has both.
         prefix: of the encoder's names, where the file holds several.
         setting: that named the path, for messages.
+        like: what the file is of where it does not say another: the model of a run.
 
     Raises:
         UserError: the path holds no encoder, or weights that do not fit, or numbers that are not
             finite.
     """
-    file = find_weights(Path(path), setting or "file")
-    source = shown_name(path) if setting is None else f"{setting}={shown_name(path)}"
-    content = read_checkpoint(file, setting or "file")
-    network = find_network(content, source, weights, prefix)
+    read = read_file(path, weights=weights, prefix=prefix, setting=setting)
+    return open_network(
+        read,
+        model=model,
+        model_args=model_args,
+        image_size=image_size,
+        source_size=source_size,
+        num_heads=num_heads,
+        like=like,
+    )
+
+
+def open_network(
+    read: ReadFile,
+    *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    image_size: tuple[int, int] | None = None,
+    source_size: tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    like: Blueprint | None = None,
+    allow: Sequence[str] = (),
+) -> tuple[Encoder, LoadReport]:
+    """The same of a file that was read; ``allow``: patterns of what may be missing or beside it."""
+    known, source, network = read.known, read.source, read.network
     tensors = encoder_of(network.tensors)
-    known = with_usual_eps(describe_weights(file, content), network)
-    if "partner" in network.place.prefix:
-        # config.yaml names the first network of a pair
-        known = replace(known, model=None, model_args={})
+    beside = [name for name in network.tensors if beside_encoder(name)]
+    report = LoadReport(source, dropped=[*beside, *network.outside], notes=[network.told])
     if model is not None:
         known = _named(known, model, model_args or {}, source)
-    report = LoadReport(source, dropped=network.outside, notes=[network.told])
+    elif like is not None and known.model is None:
+        known, image_size = (
+            replace(known, model=like.model, model_args=_sized(like)),
+            like.image_size,
+        )
     if known.model is not None:
-        name, arguments = known.model, _arguments(known, image_size, tensors, source)
+        name, arguments = known.model, _arguments(known, image_size, source_size, tensors, source)
     else:
         found = infer_blueprint(
             tensors,
@@ -115,28 +136,69 @@ def open_weights(
             known=known,
         )
         name, arguments = found.model, found.arguments()
+        report.assumed += filter(None, [activation_note(tensors, known)])
     refuse_giants(arguments, tensors, source)
     empty = create_encoder(name, {**arguments, "device": "meta"}, source)
+    if getattr(empty, "attn_pool", None) is not None:  # tokens are what is wanted, not one vector
+        arguments |= {
+            "global_pool": "avg" if empty.cls_token is None else "token",
+            "fc_norm": False,
+        }
+        empty = create_encoder(name, {**arguments, "device": "meta"}, source)
     family = family_of(empty)
+    refuse_other_parts(empty.state_dict(), tensors, source)
+    stated = {"num_heads": known.num_heads, "act_layer": known.act_layer}
+    if known.source:
+        refuse_other_settings(stated, empty, source, known.source)
     if family.stores_positions:
         tensors = _fitted(empty, tensors, report, known, source_size, image_size)
     else:
         report.assumed += clip_notes(empty, source_size or known.image_size)
+    allow = [f"*.{COUNTER}", *allow]
     # Compared before there is memory for what a small file claims.
-    allow = [f"*.{COUNTER}"]
     check_fit(empty, tensors, LoadReport(source), allow=allow)
     encoder = create_encoder(name, arguments, source)
     load_tensors(encoder, tensors, report, allow=allow)
-    if family.convolutional:
-        arguments.pop("img_size", None)  # timm's ResNets know no such argument
-    encoder.built_from = Blueprint(
-        model=name,
+    encoder.built_from = _blueprint(name, arguments, encoder)
+    return encoder, report
+
+
+def _blueprint(model: str, arguments: Mapping[str, Any], encoder: Encoder) -> Blueprint:
+    """What a network of these arguments was built from."""
+    family, patch = family_of(encoder), arguments.get("patch_size")
+    own = {name: value for name, value in arguments.items() if name not in _SIZES}
+    if patch is not None and not isinstance(patch, int):
+        own["patch_size"] = patch
+    if not own.get("fc_norm"):  # as every encoder of ours is built
+        own.pop("fc_norm", None)
+    return Blueprint(
+        model=model,
         image_size=family.image_size(encoder),
+        patch_size=patch if isinstance(patch, int) else None,
         channels=arguments.get("in_chans", 3),
-        model_args=arguments,
+        model_args=own,
         clip=family.clip(encoder),
     )
-    return encoder, report
+
+
+def shown_encoder(encoder: Encoder) -> str:
+    """Its architecture in a few words, for a person."""
+    family, built = family_of(encoder), encoder.built_from
+    size = "x".join(
+        map(str, (*(built.clip or ())[:1], *family.image_size(encoder), built.channels))
+    )
+    if family.convolutional:
+        return f"{size} ({built.model})"
+    heads = encoder.blocks[0].attn.num_heads
+    return (
+        f"ViT {encoder.embed_dim} wide, {len(encoder.blocks)} blocks, {heads} heads, patch "
+        f"{family.smallest_side(encoder)}, {size} ({built.model})"
+    )
+
+
+def _sized(blueprint: Blueprint) -> dict[str, Any]:
+    """Arguments of a blueprint without the image size, which is wanted and not the file's."""
+    return {name: each for name, each in blueprint.arguments().items() if name != "img_size"}
 
 
 def _named(
@@ -155,7 +217,11 @@ def _named(
 
 
 def _arguments(
-    known: Description, image_size: tuple[int, int] | None, tensors: Tensors, source: str
+    known: Description,
+    image_size: tuple[int, int] | None,
+    source_size: tuple[int, int] | None,
+    tensors: Tensors,
+    source: str,
 ) -> dict[str, Any]:
     """Of the described network, at the size that is wanted."""
     model, arguments = str(known.model), dict(known.model_args)
@@ -165,13 +231,15 @@ def _arguments(
         raise UserError(
             f"{source}: timm {timm.__version__} knows no architecture {model!r}; a newer timm may"
         )
-    size = image_size or arguments.get("img_size") or known.image_size
+    size = image_size or arguments.get("img_size") or known.image_size or source_size
     if size is not None:
         arguments["img_size"] = size
     if family.convolutional:
         return arguments
     if clips and known.clip is not None:
         arguments |= dict(zip(("num_frames", "tubelet_size"), known.clip, strict=True))
+    if family is VIT:  # timm's default goes by the pooling
+        arguments.setdefault("fc_norm", "fc_norm.weight" in tensors)
     if is_model_in_modules(model, {"beit"}) and "fc_norm.weight" not in tensors:
         arguments.setdefault("global_pool", "token")  # timm's default normalises after pooling
     if not clips and known.norm_eps not in (None, TIMM_EPS):
@@ -217,13 +285,29 @@ def _fitted(
     if table is None or table.ndim not in (2, 3):
         return tensors
     patch, source = embed.patch_size, report.source
-    found = source_grid(table, (rows,), patch, source, known, source_size, image_size)
+    try:
+        found = source_grid(table, (rows,), patch, source, known, source_size, image_size)
+    except UserError:
+        _refuse_other_prefix(encoder, table, source)
+        raise
     report.assumed += [found.note] if found.note else []
     tensors, moved = move_all_positions(tensors, found.grid, embed.grid_size, rows)
     tensors, shared_out = give_each_its_own(tensors, encoder.state_dict())
     report.resized += moved
     report.notes += shared_out
     return tensors
+
+
+def _refuse_other_prefix(encoder: Encoder, table: Tensor, source: str) -> None:
+    """UserError where a table is that of a square if class and register tokens have rows in it."""
+    alone = bool(embedded_prefix(encoder))  # the file's patches then stand alone
+    count = table.shape[-2] - (0 if alone else encoder.num_prefix_tokens)
+    if table.ndim == 3 and encoder.num_prefix_tokens and math.isqrt(max(0, count)) ** 2 == count:
+        places = "places of patches only" if alone else "a place of every class and register token"
+        raise UserError(
+            f"{source}: its position table has {places}: set "
+            f"model_args.no_embed_class={str(alone).lower()}"
+        )
 
 
 def clip_notes(encoder: Encoder, trained_at: tuple[int, int] | None) -> list[str]:
@@ -243,42 +327,3 @@ def clip_notes(encoder: Encoder, trained_at: tuple[int, int] | None) -> list[str
         f"table over all cubes, computed anew for clips of {size}, where a number stands for "
         "another place"
     ]
-
-
-def resize_encoder(encoder: Encoder, image_size: tuple[int, int]) -> None:
-    """Make an encoder expect another image size (height, width), in place; positions are moved."""
-    family = family_of(encoder)
-    trained_at = family.image_size(encoder)
-    if family.convolutional or trained_at == tuple(image_size):
-        return
-    source, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size
-    refuse_unfilled(image_size, patch, "the weights")
-    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about how timm indexes relative tables
-        encoder.set_input_size(image_size)
-    for note in clip_notes(encoder, trained_at):
-        _log.warning(note)
-    if family.stores_positions:
-        # Written anew, because not every timm knows that a table may be of a rectangle.
-        grid, rows = encoder.patch_embed.grid_size, embedded_prefix(encoder)
-        encoder.load_state_dict(move_all_positions(before, source, grid, rows)[0])
-    built = getattr(encoder, "built_from", None)
-    if built is not None:
-        own = {name: value for name, value in built.model_args.items() if name != "img_size"}
-        encoder.built_from = replace(built, image_size=tuple(image_size), model_args=own)
-
-
-def fill(encoder: Encoder, other: Encoder, source: str) -> LoadReport:
-    """Load the weights of ``other``, positions moved from its grid; what became of every tensor."""
-    report, tensors = LoadReport(source), other.state_dict()
-    families = family_of(other), family_of(encoder)
-    if all(family.stores_positions for family in families):
-        grids = [tuple(each.patch_embed.grid_size) for each in (other, encoder)]
-        rows = embedded_prefix(other)
-        tensors, report.resized = move_all_positions(tensors, grids[0], grids[1], rows)
-        tensors, report.notes = give_each_its_own(tensors, encoder.state_dict())
-    elif families[0] is families[1]:
-        report.assumed += clip_notes(encoder, families[0].image_size(other))
-    load_tensors(encoder, tensors, report, allow=[f"*.{COUNTER}"])
-    return report

@@ -19,6 +19,7 @@ from patchmine.backbones import weights as files
 from patchmine.backbones.description import CONFIG, read_json, weights_in
 from patchmine.backbones.family import Encoder, build_encoder, family_of, initialise_encoder
 from patchmine.backbones.family import is_encoder as has_family
+from patchmine.backbones.filling import resize_encoder
 from patchmine.backbones.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 from patchmine.backbones.naming import Weights
 from patchmine.config.overrides import exists
@@ -54,7 +55,7 @@ class Evaluated:
         if size is None or size == self.input.image_size:
             return self
         if self.encoder is not None and has_family(self.encoder):
-            files.resize_encoder(self.encoder, size)
+            resize_encoder(self.encoder, size)
         return replace(self, input=self.input.model_copy(update={"image_size": size}))
 
     def random_init(self, seed: int = 0) -> Evaluated:

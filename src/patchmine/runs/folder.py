@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from patchmine.backbones import weights
+from patchmine.backbones import filling, weights
 from patchmine.backbones.classifier import Classifier, Head
 from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import Encoder, build_encoder, family_of
@@ -142,16 +142,12 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
     """Take over the weights of another encoder (init=)."""
     source = f"init={shown_name(start_from)}"
     if is_run(start_from):
-        return weights.fill(encoder, RunFolder(start_from).encoder(), source)
-    # Tensors with relative positions do not tell which network they are of; the settings do.
-    named: dict[str, Any] = {}
-    if family_of(encoder).infer is None:
-        built = encoder.built_from
-        sizes = {"patch_size": encoder.patch_embed.patch_size, "in_chans": built.channels}
-        arguments = {**built.model_args, **sizes}
-        named = dict(model=built.model, model_args=arguments, image_size=built.image_size)
-    other, found = weights.open_weights(start_from, setting="init", **named)
-    report = weights.fill(encoder, other, source)
+        return filling.fill(encoder, RunFolder(start_from).encoder(), source)
+    # A file is of the run's own model where it does not say another; a ResNet's tensors, and those
+    # of a video model, tell what the network is and not how large its images were.
+    like = encoder.built_from if family_of(encoder).stores_positions else None
+    other, found = weights.open_weights(start_from, setting="init", like=like)
+    report = filling.fill(encoder, other, source)
     report.dropped, report.notes = found.dropped, found.notes + report.notes
     report.resized = found.resized + report.resized
     report.assumed = found.assumed + report.assumed
@@ -390,5 +386,5 @@ def open_encoder(
             )
     encoder = RunFolder(path).encoder("teacher" if which in ("teacher", "ema") else "student")
     if size is not None:
-        weights.resize_encoder(encoder, size)
+        filling.resize_encoder(encoder, size)
     return encoder

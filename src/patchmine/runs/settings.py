@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from patchmine.strict import (
+    Arguments,
     Count,
     FolderName,
     SettingError,
@@ -87,6 +88,8 @@ class ImportSettings(Strict):
         description="name the file first, as in patchmine import mae.pth out=runs/mae"
     )
     out: FolderName = Field(description="name the folder to write, as in out=runs/mae")
+    model: Text | None = Field(None, description="timm's name of the network, where nothing tells")
+    model_args: Arguments = Field({}, description="more arguments for timm: init_values, ...")
     weights: Literal["auto", "student", "raw", "teacher", "ema"] = Field(
         "auto",
         description="student, raw: the trained network; teacher, ema: its average; auto: as known",
@@ -99,4 +102,8 @@ class ImportSettings(Strict):
     source_size: Size | None = Field(None, description="pixels that the file was trained at")
     num_heads: Count | None = Field(None, description="attention heads, where nothing tells")
     decoder_num_heads: Count | None = Field(None, description="the same of the decoder")
-    allow: list[str] = Field([], description="tensors that may be missing or unexpected: [head.*]")
+    allow: list[str] = Field([], description="tensors that may be missing, or beside: [head.*]")
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        if self.model_args and self.model is None:
+            yield SettingError("model_args", "given without model, whose arguments they are")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from patchmine.backbones import official, onnx_file, reference, torch_file
-from patchmine.backbones.family import create_encoder
+from patchmine.backbones.family import Blueprint, family_of
 from patchmine.backbones.loading import LoadReport, load_tensors
 from patchmine.backbones.naming import Weights
 from patchmine.backbones.official import OfficialFile
-from patchmine.backbones.weights import as_size
+from patchmine.backbones.parts import refuse_other_parts
+from patchmine.backbones.reading import read_file
+from patchmine.backbones.weights import as_size, open_network, shown_encoder
 from patchmine.config.explain import shown
 from patchmine.config.resolve import from_settings, of_kind
 from patchmine.config.schema import PretrainConfig
@@ -37,6 +40,8 @@ def import_file(
     file: str,
     out: str,
     *,
+    model: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
     weights: Weights = "auto",
     prefix: str | None = None,
     what: What = "auto",
@@ -52,6 +57,8 @@ def import_file(
     Args:
         file: in any layout that `backbones.naming` knows, or a folder of it with a config.json.
         out: the new folder.
+        model: timm's name of the network, where neither the tensors nor a config.json tell it.
+        model_args: its arguments.
         weights: the trained network of a file or its average; auto is the trained one, but DINO's
             teacher.
         prefix: of the encoder's names, where the file holds several.
@@ -63,7 +70,7 @@ def import_file(
         num_heads: needed for models of unusual width, whose tensors do not show it, as
             ``decoder_num_heads``.
         decoder_num_heads: the same of the decoder.
-        allow: patterns of tensors that may be missing or unexpected.
+        allow: patterns of tensors that may be missing, or beside what the encoder computes with.
         say: hears what became of every tensor.
 
     Returns:
@@ -76,34 +83,37 @@ def import_file(
     folder = Path(out)
     with lock(folder):  # from the first check to the end
         refuse_used_folder(folder)
-        found = official.read_official(
-            file,
-            weights=weights,
-            prefix=prefix,
-            image_size=as_size(image_size, "image_size"),
-            source_size=as_size(source_size, "source_size"),
-            num_heads=num_heads,
-            decoder_num_heads=decoder_num_heads,
-            with_decoder=what != "encoder",
-        )
-        say(found.summary())
-        if what == "full" and found.decoder is None:
+        read = read_file(file, weights=weights, prefix=prefix)
+        sizes: dict[str, Any] = {
+            "image_size": as_size(image_size, "image_size"),
+            "source_size": as_size(source_size, "source_size"),
+            "num_heads": num_heads,
+        }
+        if what == "full" and not read.has_decoder:
             raise UserError(f"{file} holds an encoder only: use what=encoder")
-        config, dropped = _settings(found, out), [*found.unused(), *found.dropped]
-        report = LoadReport(file, resized=found.resized, dropped=dropped, notes=found.notes)
-        if found.decoder is None:
-            architecture = found.architecture
-            encoder = create_encoder(architecture.model, architecture.arguments(), file)
-            encoder.built_from = architecture
-            load_tensors(encoder, found.encoder, report, allow=allow)
-            timm = "init= and timm" if architecture.clip is None else "and init="
+        if what == "encoder" or not read.has_decoder:
+            named: dict[str, Any] = {"model": model, "model_args": model_args}
+            encoder, report = open_network(read, **named, **sizes, allow=allow)
+            config = _settings(encoder.built_from, {"name": "mae"}, file, out)
+            say(f"{file}: {shown_encoder(encoder)}, encoder only")
+            timm = "init= and timm" if family_of(encoder).timm_opens(encoder) else "and init="
             report.notes.append(
                 f"encoder only: {folder} serves for eval, embed, {timm}, not for show and resume"
             )
         else:
+            found = official.take_apart(read, **sizes, decoder_num_heads=decoder_num_heads)
+            say(found.summary())
+            built = found.architecture
+            if model is not None:
+                built = replace(built, model=model, model_args=dict(model_args or {}))
+            told = {"name": found.method, **(found.decoder or {}), **found.settings}
+            config, dropped = _settings(built, told, file, out), [*found.unused(), *found.dropped]
+            report = LoadReport(file, resized=found.resized, dropped=dropped, notes=found.notes)
             method = build_method(config)
             encoder = method.encoder
-            load_tensors(method, _method_tensors(found, method), report, allow=allow)
+            tensors = _method_tensors(found, method)
+            refuse_other_parts(method.state_dict(), tensors, file, "encoder.")
+            load_tensors(method, tensors, report, allow=allow)
             report.notes += _assumed(found, config)
             state = method.state_dict()
             checkpoints.save(folder / "checkpoints", 0, state, {}, {"imported": file}, keep=1)
@@ -122,22 +132,18 @@ def _assumed(found: OfficialFile, config: PretrainConfig) -> list[str]:
     return [f"{because}: {', '.join(told)}"] if told else []
 
 
-def _settings(found: OfficialFile, out: str) -> PretrainConfig:
+def _settings(built: Blueprint, method: Mapping[str, Any], file: str, out: str) -> PretrainConfig:
     """The settings of a run that would have made the file, as far as it tells."""
-    architecture = found.architecture
-    method: dict[str, Any] = {"name": found.method}
-    if found.decoder is not None:
-        method |= found.decoder | found.settings
     clip: dict[str, Any] = {}
-    if architecture.clip is not None:
-        clip["clip"] = dict(zip(("frames", "tubelet"), architecture.clip, strict=True))
+    if built.clip is not None:
+        clip["clip"] = dict(zip(("frames", "tubelet"), built.clip, strict=True))
     config = from_settings(
-        data=f"imported:{found.source}",
-        model=architecture.model,
-        model_args=dict(architecture.model_args),
-        image_size=architecture.image_size,
-        patch_size=architecture.patch_size,
-        channels=architecture.channels,
+        data=f"imported:{file}",
+        model=built.model,
+        model_args=dict(built.model_args),
+        image_size=built.image_size,
+        patch_size=built.patch_size,
+        channels=built.channels,
         method=method,
         out=out,
         **clip,

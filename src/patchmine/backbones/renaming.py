@@ -1,0 +1,148 @@
+"""Names of a vision transformer's tensors in other people's files, as tables of rules to timm's."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from patchmine.backbones.loading import Tensors
+
+# By naming: the first layer, by which an encoder is found, and regular expressions from its names
+# to timm's, applied in turn.
+FIRST_LAYER = {
+    "timm": "patch_embed.proj.weight",
+    "mmpretrain": "patch_embed.projection.weight",
+    "transformers": "embeddings.patch_embeddings.projection.weight",
+    "transformers' CLIP": "embeddings.patch_embedding.weight",
+    "torchvision": "conv_proj.weight",
+    "ResNet": "layer1.0.conv1.weight",
+}
+_TO_TIMM: dict[str, dict[str, str]] = {
+    "timm": {
+        r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."  # DINOv2 in chunks, whose numbers run on
+    },
+    "mmpretrain": {
+        r"^patch_embed\.projection\.": "patch_embed.proj.",
+        r"^pre_norm\.": "norm_pre.",
+        r"^ln1\.": "norm.",
+        r"^ln2\.": "fc_norm.",  # after pooling
+        r"^layers\.": "blocks.",
+        r"\.ln([12])\.": r".norm\1.",
+        r"\.attn\.attn\.in_proj_": ".attn.qkv.",
+        r"\.attn\.attn\.out_proj\.": ".attn.proj.",
+        r"\.attn\.gamma1\.weight$": ".ls1.gamma",
+        r"\.ffn\.gamma2\.weight$": ".ls2.gamma",
+        r"\.ffn\.layers\.0\.0\.": ".mlp.fc1.",
+        r"\.ffn\.layers\.1\.": ".mlp.fc2.",
+    },
+    "transformers": {
+        r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+        r"^embeddings\.position_embeddings$": "pos_embed",
+        r"^embeddings\.(cls_token|mask_token|register_tokens)$": r"\1",
+        r"^(encoder\.layer|layers)\.": "blocks.",
+        r"^decoder\.mask_token$": "mask_token",
+        r"^decoder\.decoder_(encoder\.layer|layers)\.": "decoder_blocks.",
+        r"^decoder\.decoder_": "decoder_",
+        r"\.attention\.attention\.(query|key|value)\.": r".attn.\1.",
+        r"\.attention\.(q|k|v)_proj\.": r".attn.\1.",
+        r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+        r"\.layernorm_before\.": ".norm1.",
+        r"\.layernorm_after\.": ".norm2.",
+        r"\.intermediate\.dense\.": ".mlp.fc1.",
+        r"\.output\.dense\.": ".mlp.fc2.",
+        r"\.mlp\.weights_in\.": ".mlp.w12.",
+        r"\.mlp\.weights_out\.": ".mlp.w3.",
+        r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
+        r"^layernorm\.": "norm.",
+    },
+    "transformers' CLIP": {  # SigLIP too
+        r"^embeddings\.patch_embedding\.": "patch_embed.proj.",
+        r"^embeddings\.position_embedding\.weight$": "pos_embed",
+        r"^embeddings\.class_embedding$": "cls_token",
+        r"^pre_layrnorm\.": "norm_pre.",
+        r"^post_layernorm\.": "norm.",
+        r"^encoder\.layers\.": "blocks.",
+        r"\.layer_norm([12])\.": r".norm\1.",
+        r"\.self_attn\.(q|k|v)_proj\.": r".attn.\1.",
+        r"\.self_attn\.out_proj\.": ".attn.proj.",
+    },
+    "torchvision": {
+        r"^conv_proj\.": "patch_embed.proj.",
+        r"^class_token$": "cls_token",
+        r"^encoder\.pos_embedding$": "pos_embed",
+        r"^encoder\.ln\.": "norm.",
+        r"^encoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
+        r"\.ln_([12])\.": r".norm\1.",
+        r"\.self_attention\.in_proj_": ".attn.qkv.",
+        r"\.self_attention\.out_proj\.": ".attn.proj.",
+        r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",
+        r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
+    },
+}
+_PACKED = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
+_MLP = re.compile(r"\.mlp\.w(12|3)\.")
+_FUSED = (("query", "key", "value"), ("q", "k", "v"))
+_SPLIT = ("q_proj", "k_proj", "v_proj")  # of plain ViTs; timm's rotary ones keep them apart
+
+
+def timm_name(name: str, naming: str) -> str:
+    """One tensor's name; what several tensors tell together is `as_timm`'s."""
+    for pattern, replacement in _TO_TIMM.get(naming, {}).items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def as_timm(tensors: Tensors) -> Tensors:
+    """Tensors whose names are timm's, brought into timm's form."""
+    return _with_registers(_packed(_fused(_raised(tensors))))
+
+
+def _raised(tensors: Tensors) -> Tensors:
+    """CLIP's table (P + L, D) and class token (D,) as timm has them, with two axes more."""
+    raised = dict(tensors)
+    for name, rank in (("pos_embed", 2), ("cls_token", 1)):
+        if name in tensors and tensors[name].ndim == rank:
+            raised[name] = tensors[name].reshape(1, -1, tensors[name].shape[-1])
+    return raised
+
+
+def _fused(tensors: Tensors) -> Tensors:
+    """Matrices of queries, keys and values as the one of timm's; a bias that lacks is zero."""
+    fused = dict(tensors)
+    plain = "blocks.0.mlp.fc1.weight" in tensors
+    for first, *others in (*_FUSED, *([_SPLIT] if plain else [])):
+        for name in [name for name in tensors if f".attn.{first}." in name]:
+            names = [name.replace(f".attn.{first}.", f".attn.{p}.") for p in (first, *others)]
+            parts = [fused.pop(part, torch.zeros_like(tensors[name])) for part in names]
+            fused[name.replace(f".attn.{first}.", ".attn.qkv.")] = torch.cat(parts)
+    return fused
+
+
+def _packed(tensors: Tensors) -> Tensors:
+    """DINOv2's SwiGLU as timm's SwiGLUPacked, where the gate and the values are one matrix."""
+    if "blocks.0.mlp.w12.weight" in tensors:
+        return {_MLP.sub(lambda n: _PACKED[n[0]], name): tensors[name] for name in tensors}
+    if "blocks.0.mlp.gate_proj.weight" not in tensors:
+        return tensors
+    packed: Tensors = {}
+    for name, tensor in tensors.items():
+        if ".mlp.gate_proj." in name:
+            beside = tensors[name.replace(".gate_proj.", ".up_proj.")]
+            packed[name.replace(".gate_proj.", ".fc1.")] = torch.cat([tensor, beside])
+        elif ".mlp.up_proj." not in name:
+            packed[name.replace(".mlp.down_proj.", ".mlp.fc2.")] = tensor
+    return packed
+
+
+def _with_registers(tensors: Tensors) -> Tensors:
+    """DINOv2's register tokens as timm has them: they come after positions were added."""
+    if "register_tokens" not in tensors or not {"pos_embed", "cls_token"} <= tensors.keys():
+        return tensors
+    rest = {name: tensor for name, tensor in tensors.items() if name != "register_tokens"}
+    table = tensors["pos_embed"]
+    return rest | {
+        "reg_token": tensors["register_tokens"],
+        "cls_token": tensors["cls_token"] + table[:, :1],
+        "pos_embed": table[:, 1:],
+    }
