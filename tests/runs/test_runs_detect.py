@@ -241,6 +241,14 @@ def test_a_run_of_another_kind_says_so(
         RunFolder(backbone).detector()
     with pytest.raises(UserError, match=r"kind=detect.*no pre-training method"):
         taught.method()
+    image = boxes / "test" / "000.png"
+    said = patchmine_says("show", str(taught.path), str(image), code=2)
+    assert "learned to detect, and show draws what pre-training does: `patchmine predict" in said
+    said = patchmine_says("predict", str(taught.export_dir), str(image), code=2)
+    assert "a run that segments or detects is given itself" in said
+    words = [str(taught.path / "config.yaml"), f"out={tmp_path / 'other'}"]
+    said = patchmine_says("pretrain", *words, code=2)
+    assert "kind=detect: these settings are for another kind of run" in said
     again = patchmine_says(
         "detect", str(taught.path), f"data={boxes}", f"out={tmp_path / 'run'}", "check=true"
     )

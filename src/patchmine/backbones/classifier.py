@@ -107,7 +107,8 @@ def read_head(folder: Path) -> Head:
         if not names or loss is None or not places:
             raise UserError(
                 f"{name} is an export without classifier (label_names, and a known problem_type, in"
-                f" {CONFIG}): give a fine-tuned run, or what `patchmine export` wrote of one"
+                f" {CONFIG}): give a fine-tuned run, or what `patchmine export` wrote of one; a "
+                "run that segments or detects is given itself"
             )
         weight, bias = (tensors[f"{places[0]}.{part}"] for part in ("weight", "bias"))
         layer = nn.Linear(weight.shape[1], weight.shape[0])

@@ -18,6 +18,7 @@ SMALLEST_SIDE = 640
 """Pixels that the longer side of a picture with objects has at least; smaller ones are enlarged."""
 _FILL = 0.4  # of a mask's colour over its pixels
 _SMALLEST_TEXT, _PAD = 11, 2
+_MOST_LABELS = 0.2  # share of a picture that labels with names may take
 _LITTLE_HIDDEN, _MOST_HIDDEN = 0.05, 0.2  # share of another object that a label may hide
 
 Floats = NDArray[np.float64]
@@ -100,7 +101,7 @@ def _text_size(boxes: Floats, longer: int) -> int:
     """Of letters that suit the picture and the usual object in it."""
     largest = max(_SMALLEST_TEXT, longer / 50)
     usual = float(np.median((boxes[:, 2:] - boxes[:, :2]).min(1))) if len(boxes) else largest
-    return round(min(largest, max(_SMALLEST_TEXT, longer / 130, usual / 4)))
+    return round(min(largest, max(_SMALLEST_TEXT, usual / 4)))
 
 
 def _labels(
@@ -111,12 +112,14 @@ def _labels(
     letters: Letters,
 ) -> Iterator[tuple[int, str, tuple[int, int, int, int]]]:
     """(object, words, rectangle) of each label that has room, the surest object's first."""
-    taken = np.zeros((0, 4))
-    height = letters.line + _PAD
-    for n, (name, score) in enumerate(zip(names, scores, strict=True)):
-        told = [name] if score is None else [f"{name} {score:.2f}", f"{score:.2f}"]
-        for words in told:
-            wide = round(letters.width(words)) + 2 * _PAD
+    taken, height = np.zeros((0, 4)), letters.line + _PAD
+    short = ["" if score is None else f"{score:.2f}" for score in scores]
+    long = [f"{name} {score}".rstrip() for name, score in zip(names, short, strict=True)]
+    wide_of = {words: round(letters.width(words)) + 2 * _PAD for words in {*short, *long}}
+    crowded = height * sum(wide_of[words] for words in long) > _MOST_LABELS * size[0] * size[1]
+    for n in range(len(names)):
+        for words in filter(None, [short[n]] if crowded else [long[n], short[n]]):
+            wide = wide_of[words]
             place = _place(boxes, n, (wide, height), size, taken)
             if place is not None:
                 taken = np.concatenate([taken, np.array([place], np.float64)])

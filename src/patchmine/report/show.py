@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchmine.config.schema import PretrainConfig
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import VIDEOS
 from patchmine.data.items import CLIP, Item
@@ -17,7 +18,7 @@ from patchmine.data.loader import collate
 from patchmine.data.settings import InputSettings
 from patchmine.data.views.normalise import normalise
 from patchmine.disk import output
-from patchmine.errors import UserError
+from patchmine.errors import UserError, shown_name
 from patchmine.report.animation import MOVING, save_animation
 from patchmine.report.panels import draw_moments, draw_panels
 from patchmine.report.reading import distinct_names, read_run
@@ -47,6 +48,12 @@ def show(
     out, files = Path(out), [Path(path) for path in paths]
     run = RunFolder(run_path)
     config = run.whole_config
+    if not isinstance(config, PretrainConfig):
+        words = " ".join(map(shown_name, files))
+        raise UserError(
+            f"{shown_name(run.path)} {run.made}, and show draws what pre-training does: `patchmine "
+            f"predict {shown_name(run.path)} {words} out=predictions/` draws what it sees"
+        )
     item = item_of(config)
     endings = [*Image.registered_extensions(), *(MOVING if item is CLIP else ())]
     if out.suffix.lower() not in endings:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 
+Check = Callable[[Any], list[SettingError]]
+
 
 class _MisfitError(Exception):
     """What an argument makes timm or torch raise, which is no sentence of ours."""
@@ -110,17 +112,22 @@ def misplaced(config: RunConfig) -> list[SettingError]:
     return found
 
 
-CHECKS = (misplaced, misfits)
+def _of(kind: type[RunConfig], check: Check) -> Check:
+    """The check, which settings of another kind pass: `of_kind` tells what those are for."""
+    return lambda config: check(config) if isinstance(config, kind) else []
+
+
+CHECKS = (misplaced, _of(PretrainConfig, misfits))
 """What is asked of the settings of a new run, in this order; torch is imported for the second."""
-CLASSIFIER_CHECKS = (misplaced, misfits_of_classifier)
+CLASSIFIER_CHECKS = (misplaced, _of(FinetuneConfig, misfits_of_classifier))
 """The same of a run that fine-tunes."""
 
 
-SEGMENTER_CHECKS = (misplaced, misfits_of_segmenter)
+SEGMENTER_CHECKS = (misplaced, _of(SegmentConfig, misfits_of_segmenter))
 """The same of a run that segments."""
 
 
-DETECTOR_CHECKS = (misplaced, misfits_of_detector)
+DETECTOR_CHECKS = (misplaced, _of(DetectConfig, misfits_of_detector))
 """The same of a run that detects."""
 
 
