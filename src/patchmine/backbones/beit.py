@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -77,6 +77,11 @@ def class_bias(encoder: Encoder) -> Tensor:
     return bias
 
 
+def file_arguments(tensors: Mapping[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a pooling that goes with the file's norms: timm's normalises after it."""
+    return arguments if "fc_norm.weight" in tensors else {"global_pool": "token"} | arguments
+
+
 BEIT: Family = replace(
     vit.VIT,
     name="beit",
@@ -90,5 +95,6 @@ BEIT: Family = replace(
     export_arguments=lambda encoder: {**vit.sizes(encoder), "global_pool": encoder.global_pool},
     relative_positions=has_relative_positions,
     class_bias=class_bias,
+    file_arguments=file_arguments,
     infer=None,  # relative positions look alike in many networks
 )

@@ -13,13 +13,23 @@ from timm.models.eva import Eva, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from patchmine.backbones import vit
+from patchmine.backbones.architecture import count_blocks, known_heads
+from patchmine.backbones.description import Description
 from patchmine.backbones.record import Blueprint, Encoder, Family
-from patchmine.backbones.tokens import angles_at, encoder_grid, token_features
+from patchmine.backbones.tokens import angles_at, encoder_grid, refuse_unfilled, token_features
 from patchmine.errors import UserError, shown_name
 
 # timm draws these from torch's generator in every training step, which no resumed run repeats.
 _AUGMENTATIONS = ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords")
 _USUAL = "vit_small_patch16_dinov3 or eva02_tiny_patch14_224"
+_HEAD_WIDTH = 64
+_SIZES = {  # by width, and whether the MLPs are gated
+    (384, False): "small",
+    (384, True): "small_plus",
+    (768, False): "base",
+    (1024, False): "large",
+    (1280, True): "huge_plus",
+}
 
 
 def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
@@ -126,6 +136,51 @@ def export_arguments(encoder: Encoder) -> dict[str, Any]:
     }
 
 
+def file_arguments(tensors: Mapping[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the file's last norms; pooling by attention is no part of an encoder."""
+    return arguments | {
+        "global_pool": "token" if "cls_token" in tensors else "avg",
+        "use_fc_norm": "fc_norm.weight" in tensors,
+        "use_post_transformer_norm": "norm.weight" in tensors,
+    }
+
+
+def is_dinov3(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there are registers and layer scale under `Eva`'s names, and no position table."""
+    own = {"patch_embed.proj.weight", "reg_token", "cls_token", "blocks.0.gamma_1"}
+    return own <= tensors.keys() and "pos_embed" not in tensors
+
+
+def infer_dinov3(
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    source_size: tuple[int, int] | None = None,
+    known: Description | None = None,
+) -> Blueprint:
+    """The DINOv3 of these tensors; what cannot be seen in them are its heads, 64 wide each."""
+    known = known or Description()
+    width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors
+    hidden = tensors[f"blocks.0.mlp.{'fc1_g' if gated else 'fc1'}.weight"].shape[0]
+    name = _SIZES.get((width, gated), "small_plus" if gated else "small")
+    size = image_size or source_size or known.image_size or (224, 224)
+    refuse_unfilled(size, (patch, patch), source)
+    biases = "blocks.0.attn.q_bias" in tensors
+    usual = {width: max(1, width // _HEAD_WIDTH)}
+    own = {
+        **dict(embed_dim=width, depth=count_blocks(tensors, source), mlp_ratio=hidden / width),
+        **dict(num_heads=known_heads(width, usual, "num_heads", num_heads or known.num_heads)),
+        **dict(qkv_bias=biases, num_reg_tokens=tensors["reg_token"].shape[1]),
+    }
+    if known.norm_eps is not None:
+        own["norm_eps"] = known.norm_eps
+    own = file_arguments(tensors, own)
+    return Blueprint(f"vit_{name}_patch16_dinov3", size, patch, channels, own)
+
+
 EVA: Family = replace(
     vit.VIT,
     name="eva",
@@ -138,5 +193,7 @@ EVA: Family = replace(
     enter_blocks=enter_blocks,
     angles=angles,
     export_arguments=export_arguments,
-    infer=None,
+    file_arguments=file_arguments,
+    recognises=is_dinov3,
+    infer=infer_dinov3,
 )

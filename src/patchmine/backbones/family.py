@@ -26,7 +26,8 @@ from patchmine.backbones.vit import VIT
 from patchmine.data.items import IMAGE
 from patchmine.errors import UserError, shown_name
 
-FAMILIES = {family.name: family for family in (VIT, BEIT, EVA, RESNET, VIDEO)}
+# Of a state dict's tensors the first that recognises them says what they are.
+FAMILIES = {family.name: family for family in (EVA, VIT, BEIT, RESNET, VIDEO)}
 _CANNOT_BUILD = (TypeError, ValueError, AssertionError, RuntimeError)  # what timm raises
 _BY_MODULE = {family.module: family for family in FAMILIES.values()}
 

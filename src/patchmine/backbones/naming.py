@@ -106,6 +106,8 @@ def find_places(flat: Mapping[str, Tensor]) -> list[Place]:
                 continue
             if naming == "timm" and tensor.ndim == 5 and f"{prefix}blocks.0.attn.q_bias" in flat:
                 naming = "VideoMAE"
+            if naming == "timm" and f"{prefix}storage_tokens" in flat:
+                naming = "DINOv3"
             average = any(_AVERAGE.search(part) for part in prefix.split("."))
             places.append(Place(prefix, naming, average))
     return places

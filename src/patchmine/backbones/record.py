@@ -92,6 +92,8 @@ class Family:
         recognises: whether the names in a state dict are those of such an encoder.
         infer: the blueprint that a state dict tells, as `infer_architecture` does; None where it
             does not, so that the settings must.
+        file_arguments: of a state dict and a network's arguments: these, with the norms and the
+            pooling that go with its tensors.
         timm_opens: whether timm by itself can build the network of an encoder.
     """
 
@@ -118,4 +120,7 @@ class Family:
     stores_positions: bool = False
     recognises: Callable[[Mapping[str, Tensor]], bool] = lambda _: False
     infer: Callable[..., Blueprint] | None = None
+    file_arguments: Callable[[Mapping[str, Tensor], dict[str, Any]], dict[str, Any]] = (
+        lambda _, arguments: arguments
+    )
     timm_opens: Callable[[Encoder], bool] = lambda _: True

@@ -14,6 +14,7 @@ FIRST_LAYER = {
     "timm": "patch_embed.proj.weight",
     "mmpretrain": "patch_embed.projection.weight",
     "transformers": "embeddings.patch_embeddings.projection.weight",
+    "transformers' DINOv3": "embeddings.patch_embeddings.weight",
     "transformers' CLIP": "embeddings.patch_embedding.weight",
     "torchvision": "conv_proj.weight",
     "ResNet": "layer1.0.conv1.weight",
@@ -56,6 +57,25 @@ _TO_TIMM: dict[str, dict[str, str]] = {
         r"\.layer_scale([12])\.lambda1$": r".ls\1.gamma",
         r"^layernorm\.": "norm.",
     },
+    "DINOv3": {
+        r"^storage_tokens$": "reg_token",
+        r"\.ls([12])\.gamma$": r".gamma_\1",
+        r"\.mlp\.w1\.": ".mlp.fc1_g.",
+        r"\.mlp\.w2\.": ".mlp.fc1_x.",
+        r"\.mlp\.w3\.": ".mlp.fc2.",
+    },
+    "transformers' DINOv3": {
+        r"^embeddings\.patch_embeddings\.": "patch_embed.proj.",
+        r"^embeddings\.(cls_token|mask_token)$": r"\1",
+        r"^embeddings\.register_tokens$": "reg_token",
+        r"^(model\.)?layer\.": "blocks.",
+        r"\.attention\.(q|k|v)_proj\.": r".attn.\1.",
+        r"\.attention\.o_proj\.": ".attn.proj.",
+        r"\.layer_scale([12])\.lambda1$": r".gamma_\1",
+        r"\.mlp\.gate_proj\.": ".mlp.fc1_g.",
+        r"\.mlp\.up_proj\.": ".mlp.fc1_x.",  # without a gate it is fc1 (`_as_eva`)
+        r"\.mlp\.down_proj\.": ".mlp.fc2.",
+    },
     "transformers' CLIP": {  # SigLIP too
         r"^embeddings\.patch_embedding\.": "patch_embed.proj.",
         r"^embeddings\.position_embedding\.weight$": "pos_embed",
@@ -81,6 +101,7 @@ _TO_TIMM: dict[str, dict[str, str]] = {
     },
 }
 _PACKED = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
+_COMPUTED = re.compile(r"^rope_embed\.|^local_cls_norm\.|\.bias_mask$")
 _MLP = re.compile(r"\.mlp\.w(12|3)\.")
 _FUSED = (("query", "key", "value"), ("q", "k", "v"))
 _SPLIT = ("q_proj", "k_proj", "v_proj")  # of plain ViTs; timm's rotary ones keep them apart
@@ -95,7 +116,28 @@ def timm_name(name: str, naming: str) -> str:
 
 def as_timm(tensors: Tensors) -> Tensors:
     """Tensors whose names are timm's, brought into timm's form."""
-    return _with_registers(_packed(_fused(_raised(tensors))))
+    tensors = _fused(_raised(tensors))
+    if "blocks.0.gamma_1" in tensors:
+        return _as_eva(tensors)
+    return _with_registers(_packed(tensors))
+
+
+def _as_eva(tensors: Tensors) -> Tensors:
+    """DINOv3's in the form of timm's `Eva`: keys have no bias, angles and masks are not stored.
+
+    Biases that are all zero, as in the released B, L and H+, are left out, as timm's models do.
+    """
+    found: Tensors = {}
+    biases = [tensor for name, tensor in tensors.items() if name.endswith(".attn.qkv.bias")]
+    biased = any(bool(part.any()) for bias in biases for part in bias.chunk(3)[::2])
+    gated = "blocks.0.mlp.fc1_g.weight" in tensors
+    for name, tensor in tensors.items():
+        if name.endswith(".attn.qkv.bias"):
+            before, (query, _, value) = name.removesuffix("qkv.bias"), tensor.chunk(3)
+            found |= {f"{before}q_bias": query, f"{before}v_bias": value} if biased else {}
+        elif not _COMPUTED.search(name):
+            found[name if gated else name.replace(".mlp.fc1_x.", ".mlp.fc1.")] = tensor
+    return found
 
 
 def _raised(tensors: Tensors) -> Tensors:

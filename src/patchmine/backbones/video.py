@@ -194,6 +194,7 @@ VIDEO: Family = replace(
     initialise=initialise_video,
     export_arguments=export_arguments,
     clip=clip_of,
+    file_arguments=lambda _, arguments: arguments,
     stores_positions=False,  # fixed, and not in the state dict
     timm_opens=lambda _: False,
 )

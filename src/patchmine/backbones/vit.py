@@ -163,6 +163,11 @@ def has_fc_norm(encoder: Encoder) -> bool:
     return not isinstance(encoder.fc_norm, nn.Identity)
 
 
+def file_arguments(tensors: Mapping[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the file's norm after pooling, which timm else tells from pooling."""
+    return {"fc_norm": "fc_norm.weight" in tensors} | arguments
+
+
 VIT = Family(
     name="vit",
     module=VisionTransformer,
@@ -186,4 +191,5 @@ VIT = Family(
     stores_positions=True,
     recognises=lambda tensors: "patch_embed.proj.weight" in tensors,
     infer=infer_architecture,
+    file_arguments=file_arguments,
 )

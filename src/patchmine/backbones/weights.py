@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import is_model_in_modules
 from torch import Tensor
 
 from patchmine.backbones import description
@@ -30,7 +29,6 @@ from patchmine.backbones.positions import (
 from patchmine.backbones.reading import ReadFile, read_file
 from patchmine.backbones.record import Blueprint, Encoder
 from patchmine.backbones.tokens import embedded_prefix, refuse_unfilled
-from patchmine.backbones.vit import VIT
 from patchmine.errors import UserError
 
 _MOST_POSITIONS = 2**28  # numbers of a position table, one gibibyte
@@ -238,10 +236,7 @@ def _arguments(
         return arguments
     if clips and known.clip is not None:
         arguments |= dict(zip(("num_frames", "tubelet_size"), known.clip, strict=True))
-    if family is VIT:  # timm's default goes by the pooling
-        arguments.setdefault("fc_norm", "fc_norm.weight" in tensors)
-    if is_model_in_modules(model, {"beit"}) and "fc_norm.weight" not in tensors:
-        arguments.setdefault("global_pool", "token")  # timm's default normalises after pooling
+    arguments = family.file_arguments(tensors, arguments)
     if not clips and known.norm_eps not in (None, TIMM_EPS):
         arguments["norm_eps"] = known.norm_eps
     return arguments
