@@ -14,6 +14,7 @@ from torch import Tensor
 from patchmine.backbones.reference import to_reference_names
 from patchmine.config.resolve import parse
 from patchmine.errors import UserError
+from patchmine.methods.settings.mae import MaeSettings
 from patchmine.runs.exporting import export_run
 from patchmine.runs.folder import RunFolder, build_method
 from patchmine.runs.lock import lock
@@ -173,6 +174,28 @@ def test_another_image_size_is_imported_with_resampled_positions(tmp_path: Path)
         torch.zeros(1, dtype=torch.bool),
     )
     assert len(run.method().panels(batch, Progress(0, 1, 1))) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "normalised"),
+    [
+        ("mae_pretrain_vit_base_full.pth", True),
+        ("mae_visualize_vit_large.pth", False),
+        ("checkpoint-9.pth", None),
+    ],
+)
+def test_what_is_known_of_published_files_is_set_and_said(
+    name: str, normalised: bool | None, tmp_path: Path
+) -> None:
+    _, built = make_run(tmp_path / "run", "mae")
+    official_file(tmp_path, built, "mae").rename(tmp_path / name)
+    said: list[str] = []
+    run = import_file(str(tmp_path / name), str(tmp_path / "imported"), say=said.append)
+    usual = MaeSettings().norm_pix_loss
+    found = run.config.method.model_dump()["norm_pix_loss"]
+    assert found == (usual if normalised is None else normalised)
+    assert ("as its authors say of the file" in said[-1]) == (normalised is not None)
+    assert ("norm_pix_loss" in said[-1].split("assumed")[1]) == (normalised is None)
 
 
 def test_surprises_are_passed_over_where_they_are_named(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,6 +32,14 @@ from patchmine.backbones.reference import from_reference_names, to_reference_nam
 from patchmine.errors import UserError
 
 _POSITIONS = "decoder_pos_embed"
+# Which of MAE's published files with a decoder predict normalised pixels.  Kaiming He, when he
+# named the full ones in facebookresearch/mae (10 January 2022): "these models reconstruct
+# normalized pixels"; those for pictures do not (its PRETRAIN.md: "for visualization [...] turn off
+# --norm_pix_loss").
+_PUBLISHED = {
+    re.compile(r"mae_pretrain_vit_(base|large|huge)_full\.pth"): True,
+    re.compile(r"mae_visualize_vit_(base|large|huge)(_ganloss)?\.pth"): False,
+}
 _RANKS = {  # of the tensors that a decoder's shape is read off
     "decoder_embed.weight": 2,
     "decoder_pred.weight": 2,
@@ -121,6 +131,7 @@ def take_apart(
     if with_decoder and any(name.startswith("decoder_") for name in tensors):
         heads = decoder_num_heads or known.decoder_num_heads
         decoder = _decoder(tensors, source, architecture, heads)
+    published, told = _of_published(Path(source).name) if decoder is not None else ({}, "")
     used = set(network.average_names) if teacher is not None and decoder is not None else set()
     return OfficialFile(
         source=source,
@@ -129,11 +140,21 @@ def take_apart(
         tensors=tensors,
         teacher=teacher,
         decoder=decoder,
-        settings=_method_settings(read.arguments, known),
+        settings=_method_settings(read.arguments, known) | published,
         resized=resized,
         dropped=[name for name in network.outside if name not in used],
-        notes=[note for note in (network.told, architecture.note) if note],
+        notes=[note for note in (network.told, architecture.note, told) if note],
     )
+
+
+def _of_published(name: str) -> tuple[dict[str, Any], str]:
+    """What is known of one of MAE's own files, and a line that says so."""
+    for pattern, normalised in _PUBLISHED.items():
+        if pattern.fullmatch(name):
+            stated = str(normalised).lower()
+            told = f"method.norm_pix_loss={stated}, as its authors say of the file of this name"
+            return {"norm_pix_loss": normalised}, told
+    return {}, ""
 
 
 def _method_settings(args: Any, known: Description) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
     out, done = Path(settings.out), 0
     with output(out) as new:  # a place that cannot be written is told before an hour of work
         evaluated = opened(settings)
-        if evaluated.note:
-            say(evaluated.note)
+        if evaluated.told:
+            say(evaluated.told)
         source = evaluated.item.open(settings.data)
         part, labels, reader = everything(source), source.labels(), Reader(evaluated)
         pooling = reader.choose(settings.pooling)

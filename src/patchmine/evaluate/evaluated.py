@@ -49,6 +49,12 @@ class Evaluated:
     crop_pct: float = CROP_PCT  # centre crop, share of the shorter side
     folder: Path | None = None  # the run that results are filed in
     note: str = ""  # what a reader of the numbers must know
+    table: str = ""  # what became of every tensor of the file that it is from, the note among it
+
+    @property
+    def told(self) -> str:
+        """What is said about it before it is measured."""
+        return self.table or self.note
 
     def resized(self, size: tuple[int, int] | None) -> Evaluated:
         """The same for images of another size (height, width); positions are moved there."""
@@ -71,12 +77,12 @@ class Evaluated:
             if has_family(encoder):
                 initialise_encoder(encoder)
         name = f"{RANDOM_INIT}:{self.name}"
-        return replace(self, name=name, encoder=encoder, folder=None, note="")
+        return replace(self, name=name, encoder=encoder, folder=None, note="", table="")
 
     def raw_pixels(self) -> Evaluated:
         """The images that the encoder would see, without it."""
         name = f"{RAW_PIXELS}:{self.name}"
-        return replace(self, name=name, encoder=None, folder=None, note="")
+        return replace(self, name=name, encoder=None, folder=None, note="", table="")
 
 
 def open_evaluated(
@@ -194,7 +200,8 @@ def _of_path(path: Path, size: tuple[int, int] | None, weights: str) -> Evaluate
             one = f"weights={shown_name(weights)}: {name} is an export, which holds one encoder"
             raise UserError(f"{one}: leave the setting out, or name the run that it is from")
         cfg = read_json(path / CONFIG).get("pretrained_cfg") or _of_transformers(path)
-        return of_encoder(name, files.load_encoder(path), cfg).resized(size)
+        encoder, report = files.open_weights(path)
+        return _with_report(of_encoder(name, encoder, cfg).resized(size), report)
     if path.is_dir():
         neither = "neither a run (config.yaml) nor an export (config.json, model.safetensors)"
         raise UserError(f"{name} is {neither}: give one, a file of weights or a timm architecture")
@@ -206,7 +213,11 @@ def _of_path(path: Path, size: tuple[int, int] | None, weights: str) -> Evaluate
     # "student" is the default, of files with one network too.
     wanted: Any = "auto" if weights == "student" else weights
     encoder, report = files.open_weights(path, image_size=size, weights=wanted)
-    return replace(of_encoder(name, encoder, size=size), note="; ".join(report.assumed))
+    return _with_report(of_encoder(name, encoder, size=size), report)
+
+
+def _with_report(found: Evaluated, report: LoadReport) -> Evaluated:
+    return replace(found, note="; ".join(report.assumed), table=report.render())
 
 
 def _of_transformers(path: Path) -> dict[str, Any]:
@@ -236,12 +247,14 @@ def _of_name(
         told = f"no weights were loaded: {shown} is measured with random ones"
         return replace(of_encoder(name, encoder, size=size), note=f"{told} (give {other})")
     if has_family(encoder) and not family_of(encoder).convolutional:
-        encoder = files.load_encoder(weights, model=bare, image_size=size)
+        encoder, report = files.open_weights(weights, model=bare, image_size=size)
     else:
         content = read_checkpoint(weights, "weights")
         tensors = tensors_only(content.get("state_dict", content.get("model", content)))
-        load_tensors(encoder, tensors, LoadReport(str(weights)), allow=_NOT_WANTED)
-    return replace(of_encoder(name, encoder, size=size), name=shown_name(f"{name} ({weights})"))
+        report = LoadReport(str(weights))
+        load_tensors(encoder, tensors, report, allow=_NOT_WANTED)
+    found = of_encoder(name, encoder, size=size)
+    return replace(found, name=shown_name(f"{name} ({weights})"), table=report.render())
 
 
 def _create(name: str, shown: str, size: tuple[int, int] | None, channels: int) -> nn.Module:

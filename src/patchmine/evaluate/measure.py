@@ -69,7 +69,7 @@ def measure(
     start, evaluated = time.monotonic(), readers[""].evaluated
     noun = evaluated.item.noun
     data = open_labelled(settings.data, settings.test, evaluated.item)
-    for line in filter(None, (evaluated.note, data.how)):
+    for line in filter(None, (evaluated.told, data.how)):
         say(line)
     loop = FeatureLoop(readers, settings, device_of(settings), say, empty=empty)
     learned: dict[tuple[str, str], Learned] = {}

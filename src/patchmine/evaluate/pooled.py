@@ -70,7 +70,7 @@ def measure_pooled(
     models = models_of(settings, evaluated).items()
     readers = {name: PooledReader(model, pooling) for name, model in models}
     choose_pooling(readers, pooling, say)
-    for line in filter(None, (evaluated.note, items.how)):
+    for line in filter(None, (evaluated.told, items.how)):
         say(line)
     loop = FeatureLoop(readers, settings, device_of(settings), say)
     with fast_linear():

@@ -81,8 +81,8 @@ class _DifficultyReader(Reader):
 
 def _look(settings: ExploreSettings, say: Say) -> Findings:
     evaluated = opened(settings)
-    if evaluated.note:
-        say(evaluated.note)
+    if evaluated.told:
+        say(evaluated.told)
     source = evaluated.item.open(settings.data)
     index, x, difficulty = _read(settings, evaluated, source, say)
     _refuse_few(settings, evaluated, len(index))
