@@ -119,7 +119,7 @@ class EomtHead(nn.Module):
         before, size = len(encoder.blocks) - self.num_blocks, image_grid(encoder, images)
         embedded = embed_images(encoder, images)
         ((_, tokens),) = block_outputs(encoder, embedded, [before], size=size)
-        return torch.cat([tokens, self.queries.expand(len(tokens), -1, -1)], dim=1)
+        return torch.cat([tokens, self.queries.expand(tokens.shape[0], -1, -1)], dim=1)
 
     def _keywords(self, encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
         """What blocks take beside these tokens: queries have no place, and are not turned."""
