@@ -75,12 +75,10 @@ class Family:
         image_size: (height, width) in pixels that an encoder is built for.
         map_size: (rows, columns) of the last stage's map at that size.
         smallest_side: pixels of the smallest image that is of use.
-        enter_blocks: what the first block takes of embedded tokens (B, N, D), and the keywords
-            that every block takes.
-        mask_keyword: of a block, what it takes to be added to attention's scores (B, 1, N, N).
         enter_blocks: of an encoder, embedded tokens (B, P + V, D), the patches among them (B, V),
             None for all in raster order, and the grid (rows, columns), None for the encoder's own:
             what the first block takes, and the keywords that every block takes.
+        mask_keyword: of a block, what it takes to be added to attention's scores (B, 1, N, N).
         relative_positions: whether attention knows how far apart two patches are, so that no
             patch can be left out.
         class_bias: what that adds to the class token's row of scores in the last block.
