@@ -16,6 +16,7 @@ import seeds
 from crashes import crash_after_checkpoint
 from filesystem import CRASHED, NEEDS_ROOM, Action, FileSystem, calls
 from scene import Ended, Scene, make_images
+from seeing import make_seeing
 from spread import Outcome, spread
 from tuned import COMPARES, LEARNS, make, make_tuned, run_in
 from verdict import body, ended_badly
@@ -26,19 +27,21 @@ SLACK = 0.05  # share by which the size of an output may differ: times and paths
 @dataclass(frozen=True)
 class Command:
     """A command whose words `tuned.run_in` takes, and what it writes below BASE; where this is
-    ``exact``, it holds the same to the last bit whenever it is written.
+    ``exact``, it holds the same to the last bit whenever it is written; where it is ``one``, the
+    files of a folder are there together or not at all.
     """
 
     words: tuple[str, ...]
     outs: tuple[str, ...]
     exact: bool = False
+    one: bool = False
 
     def __str__(self) -> str:
         return f"{' '.join(self.words[:2])} to {self.outs[-1]}"
 
 
-def _command(line: str, *outs: str, exact: bool = False) -> Command:
-    return Command(tuple(line.split()), outs, exact)
+def _command(line: str, *outs: str, exact: bool = False, one: bool = False) -> Command:
+    return Command(tuple(line.split()), outs, exact, one)
 
 
 COMMANDS = (
@@ -60,6 +63,12 @@ COMMANDS = (
         "predict BASE/tuned BASE/images out=BASE/told/ workers=0",
         "told/predictions.csv",
         "told/predictions.png",
+    ),
+    _command("predict BASE/mapped BASE/asked out=BASE/maps workers=0", "maps", one=True),
+    _command(
+        "predict BASE/found BASE/asked out=BASE/objects workers=0 score_threshold=0",
+        "objects",
+        one=True,
     ),
     _command(
         "explore BASE/run data=BASE/images out=BASE/seen.html workers=0", "seen.csv", "seen.html"
@@ -100,6 +109,7 @@ def output_runs(
 
 def _preload() -> None:
     """Import what the commands need beside `scene.preload`, and no other campaign does."""
+    import faster_coco_eval
     import onnxruntime
     import onnxscript
     import transformers
@@ -108,7 +118,7 @@ def _preload() -> None:
     import patchmine.report.predictions
     import patchmine.training.shares
 
-    del onnxruntime, onnxscript, patchmine
+    del faster_coco_eval, onnxruntime, onnxscript, patchmine
     assert transformers.AutoModelForImageClassification  # imported when it is asked for
 
 
@@ -123,6 +133,7 @@ def _lay_out(scene: Scene, name: str) -> Path:
         make_images(base / "images" / label)
     save_file(seeds.official_weights(), base / "mae.safetensors")
     make_tuned(base)
+    make_seeing(base)
     make(base, f"{LEARNS} out=BASE/half", partial(crash_after_checkpoint, 2), CRASHED)
     shutil.rmtree(base / "compared" / "eval")
     (base / "compared" / "shares.png").unlink()
@@ -181,8 +192,16 @@ def _torn(command: Command, base: Path, whole: Path) -> list[str]:
     return [
         f"{out} is there in part: {torn}"
         for out in command.outs
-        if (base / out).exists() and (torn := differing(base / out, whole / out))
+        if (base / out).exists()
+        and (
+            torn := differing(base / out, whole / out) + _missing(command, base / out, whole / out)
+        )
     ]
+
+
+def _missing(command: Command, out: Path, whole: Path) -> list[str]:
+    """Files that a folder lacks which is written as one."""
+    return sorted(_sizes(whole).keys() - _sizes(out).keys()) if command.one else []
 
 
 def _other_sizes(out: Path, whole: Path) -> list[str]:
