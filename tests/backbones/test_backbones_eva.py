@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from patchmine.backbones.classifier import Classifier, Head, read_head
 from patchmine.backbones.eva import EVA
 from patchmine.backbones.export import Preprocessing, export_encoder
 from patchmine.backbones.family import (
@@ -179,3 +180,18 @@ def test_leaves_for_timm_and_comes_back(
     timms = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     close(timms.forward_features(images), wanted)
     close(encode(load_encoder(folder).eval(), images), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("model", [DINOV3, EVA02])
+def test_a_classifier_on_it_is_timms(model: str, pool: str, images: Tensor, tmp_path: Path) -> None:
+    encoder = eva(model)
+    head = Head(nn.Linear(32, 2), pool, ["cat", "dog"])
+    how = Preprocessing((0.5,) * 3, (0.5,) * 3)
+    folder = export_encoder(encoder, tmp_path / "out", how, head)
+    timms = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    wanted = Classifier(encoder, head.layer, pool).eval()(images)
+    close(timms(images), wanted)
+    opened = Classifier(load_encoder(folder), read_head(folder).layer, pool).eval()
+    close(opened(images), wanted)

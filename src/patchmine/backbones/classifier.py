@@ -75,6 +75,7 @@ class Head:
             return {}
         mean, known = self.pool == "mean", family.export_arguments(encoder)
         own = {"global_pool": "avg" if mean else "token", "fc_norm": mean}
+        own |= {"use_fc_norm": mean, "use_post_transformer_norm": not mean}  # timm's `Eva`
         return {name: value for name, value in own.items() if name in known}
 
     def tensors(self, encoder: Encoder) -> dict[str, Tensor]:
