@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -116,6 +116,51 @@ def output_folder(path: Path, setting: str = "out") -> Iterator[Path]:
         with replacing(path.resolve()) as new:
             new.mkdir()
             yield new
+
+
+@contextmanager
+def exchanging(folder: Path) -> Iterator[Path]:
+    """The same of a folder that may be there, whose older content it replaces.
+
+    Who fills it flushes its files (`settle`).  Between two renames there is an instant without
+    ``folder``: no call of all systems exchanges two.
+
+    Raises:
+        OSError: what writing or renaming raises.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.with_name(f".{folder.name}.{age}-{os.getpid()}") for age in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        settle(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_other_content(folder: Path, needed: Collection[str], more: Collection[str] = ()) -> None:
+    """UserError where ``out=folder`` is a link or a file, or holds anything but an older export.
+
+    Args:
+        folder: what is to be written; it may be missing.
+        needed: the files that every export of its kind has.
+        more: the others that one may have.
+    """
+    if folder.is_symlink() or folder.is_file():
+        kind = "link" if folder.is_symlink() else "file"
+        raise UserError(f"out={folder} is a {kind}: choose another folder for the export")
+    content = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    whole = set(needed) <= set(content)
+    other = [name for name in content if not whole or name not in {*needed, *more}]
+    if other:
+        raise UserError(
+            f"out={folder} holds other things than an export (such as {other[0]}): choose an empty "
+            "or new folder"
+        )
 
 
 @contextmanager

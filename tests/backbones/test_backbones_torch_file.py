@@ -43,6 +43,17 @@ def test_the_file_says_how_images_are_prepared_and_not_where_it_was_made(tmp_pat
         assert ".new" not in name
 
 
+class Cast(Rows):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.double()).float()
+
+
+def test_the_graph_belongs_to_no_device(tmp_path: Path) -> None:
+    program = torch.export.load(write_torch(rows(Cast()), tmp_path / "x.pt2", silent))
+    given = [node.kwargs.get("device") for node in program.graph.nodes]
+    assert set(given) == {None}
+
+
 class OfTwo(Rows):
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) + torch.ones(2, 1)

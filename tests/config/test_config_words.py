@@ -334,7 +334,7 @@ def test_show_needs_no_settings_to_take_a_name_with_a_dash(
             "must be the name of a folder; to=onnx writes a file that ends in .onnx",
         ),
         (ExportSettings, ["r", "to=onnx", "out=x"], "the name of a file that ends in .onnx"),
-        (ExportSettings, ["r", "to=torch", "out=x.onnx"], "the name of a file that ends in .pt2"),
+        (ExportSettings, ["r", "to=torch", "out=x.onnx"], "to=onnx writes a file that ends in"),
         (ExportSettings, ["r", "out=x.pt2"], "to=torch writes a file that ends in .pt2"),
         (ExportSettings, ["r", "to=transformers", "out=x.onnx"], "must be the name of a folder;"),
         (

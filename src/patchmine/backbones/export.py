@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -19,11 +17,10 @@ from patchmine.backbones.description import CONFIG, WEIGHTS, note
 from patchmine.backbones.family import create_encoder, family_of, input_size
 from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.record import Encoder, Family
-from patchmine.disk import settle, system_errors
-from patchmine.errors import UserError, shown_name
+from patchmine.disk import exchanging, refuse_other_content, settle, system_errors
+from patchmine.errors import shown_name
 
 README = "README.md"
-_FILES = {CONFIG, WEIGHTS, README}
 
 _OPEN_HERE = """```python
 import patchmine
@@ -132,32 +129,22 @@ def export_encoder(
         ValueError: the encoder is not what it was built from any more.
     """
     folder = Path(folder)
-    _refuse_other_content(folder)
+    refuse_other_content(folder, (CONFIG, WEIGHTS), (README,))
     refuse_non_finite(encoder.state_dict(), f"out={shown_name(folder)}")
     family, config = family_of(encoder), _config(encoder, preprocessing, head)
     described = encoder.state_dict() if head is None else head.tensors(encoder)
     if head is None or family.timm_opens(encoder):
         _check_description(encoder, described, config)
     tensors = {name: _plain(tensor) for name, tensor in described.items()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    new.mkdir()
-    try:
+    with exchanging(folder) as new:
         with system_errors(new / WEIGHTS):
             save_file(tensors, new / WEIGHTS, metadata=_note(encoder, config))
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (new / README).write_text(_model_card(encoder, family, config), encoding="utf-8")
-        for path in (new / WEIGHTS, new / CONFIG, new):
+        for path in (new / WEIGHTS, new / CONFIG):
             settle(path)
         if check is not None:
             check(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -230,19 +217,6 @@ def _check_description(
         raise ValueError(
             f"model={architecture} with {arguments} is not the encoder to be exported: "
             f"{differing or 'heads'}"
-        )
-
-
-def _refuse_other_content(folder: Path) -> None:
-    if folder.is_symlink() or folder.is_file():
-        kind = "link" if folder.is_symlink() else "file"
-        raise UserError(f"out={folder} is a {kind}: choose another folder for the export")
-    content = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    other = [name for name in content if not is_export(folder) or name not in _FILES]
-    if other:
-        raise UserError(
-            f"out={folder} holds other things than an export (such as {other[0]}): choose an empty "
-            "or new folder"
         )
 
 

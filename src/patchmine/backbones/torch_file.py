@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from patchmine.backbones.loading import refuse_non_finite
@@ -32,22 +35,30 @@ def write_torch(network: Network, file: Path, say: Say) -> Path:
         UserError: the network cannot be written or gives other outputs there, or the file cannot
             be written.
     """
+    if file.suffix.lower() != ".pt2":
+        name = shown_name(file)
+        raise UserError(f"out={name}: to=torch writes one file; write for example out={name}.pt2")
     refuse_non_finite(network.module.state_dict(), f"out={shown_name(file)}")
     with output(file) as new:
-        told = json.dumps(network.told(), ensure_ascii=False)
-        with new.open("wb") as content:  # of a path the archive would keep the temporary name
-            torch.export.save(traced(network), content, extra_files={TOLD: told})
-        with torch.no_grad():
-            loaded = torch.export.load(new).module()
-            checked = check_outputs(network, loaded, f"torch.export {torch.__version__}")
+        program = traced(network.module, network)
+        save_graph(program, new, {TOLD: json.dumps(network.told(), ensure_ascii=False)})
+        checked = check_graph(network, torch.export.load(new).module())
     say(checked)
     return file
 
 
-def traced(network: Network) -> ExportedProgram:
-    """The network as a graph for any number of items, without the places of our source code.
+def traced(
+    module: nn.Module, network: Network, weights: Mapping[str, Tensor] | None = None
+) -> ExportedProgram:
+    """A module as a graph for any number of the network's items.
 
-    Raises UserError where torch cannot make one.
+    Args:
+        module: gives (B, ...) of (B, *input_size).
+        network: whose input it takes.
+        weights: first input of a module that has none itself; None of any other.
+
+    Raises:
+        UserError: torch cannot make a graph of it.
     """
 
     def refuse(reason: str) -> UserError:
@@ -57,11 +68,33 @@ def traced(network: Network) -> ExportedProgram:
         )
 
     # A batch of 1 would be taken for a constant.
-    example = torch.zeros(2, *network.input_size)
+    inputs: tuple[Any, ...] = (torch.zeros(2, *network.input_size),)
+    shapes: tuple[Any, ...] = ({0: torch.export.Dim("batch")},)
+    if weights is not None:
+        inputs, shapes = (dict(weights), *inputs), (dict.fromkeys(weights), *shapes)
     with foreign_parser(refuse):
-        program = torch.export.export(
-            network.module, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )
-    for node in program.graph.nodes:
+        return torch.export.export(module, inputs, dynamic_shapes=shapes)
+
+
+def save_graph(program: ExportedProgram, file: Path, told: Mapping[str, str] | None = None) -> None:
+    """Write a graph for every device, without the places of our source code and its example.
+
+    Args:
+        program: of `traced`; it is changed.
+        file: ends in .pt2.
+        told: texts in it, by name.
+    """
+    for node in list(program.graph.nodes):
         node.meta.pop("stack_trace", None)  # lines of source code, under the paths of this machine
-    return program
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)  # of a cast to float32: that it is on the CPU, as here
+    program.graph_module.recompile()
+    program.example_inputs = None
+    with file.open("wb") as content:  # of a path the archive would keep the temporary name
+        torch.export.save(program, content, extra_files=dict(told or {}))
+
+
+def check_graph(network: Network, other: Callable[[Tensor], Tensor]) -> str:
+    """A sentence on how far a loaded graph is from the network; UserError if far."""
+    with torch.no_grad():
+        return check_outputs(network, other, f"torch.export {torch.__version__}")

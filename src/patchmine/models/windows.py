@@ -129,7 +129,8 @@ def run_in_windows(
     """
     rows, columns = size
     prefix = tokens[:, :num_prefix]
-    whole = (len(tokens), rows, columns, -1)
+    # Sizes by shape, not by len: a traced graph takes any number of images.
+    whole = (tokens.shape[0], rows, columns, -1)
     patches = tokens[:, num_prefix:].reshape(whole)  # (B, rows, columns, D)
     angles = keywords.get("rope")
     if angles is not None:
@@ -139,7 +140,7 @@ def run_in_windows(
     bands, strips = list(_spans(rows, window)), list(_spans(columns, window))
     for (top, high, height), (left, wide, width) in product(bands, strips):
         region = patches[:, top : top + high, left : left + wide]
-        batch, down, across = len(region), high // height, wide // width
+        batch, down, across = region.shape[0], high // height, wide // width
         inside = _cut(region, height, width)
         copies = prefix.repeat_interleave(down * across, dim=0)
         if angles is not None:

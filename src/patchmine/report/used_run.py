@@ -149,8 +149,9 @@ class UsedRun(MeasuredRun):
                 with the head of a run that segments; "encoder" is the encoder alone; "full" writes
                 the whole method of a run that pre-trains, as one .safetensors file.
             to: "onnx" writes one file, and compares its outputs in onnxruntime with the run's;
-                "torch" one that `torch.export.load` opens, and compares likewise; "transformers"
-                writes timm's folder, and compares it as transformers opens it.
+                "torch" one that `torch.export.load` opens, and compares likewise, or of a run that
+                detects a folder with a loader; "transformers" writes timm's folder, and compares
+                it as transformers opens it.
             weights: which network; "teacher" is the EMA copy, where the method keeps one.
             say: hears what a comparison found.
 

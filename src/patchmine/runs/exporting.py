@@ -18,7 +18,8 @@ from patchmine.backbones.family import Encoder, family_of, input_size
 from patchmine.backbones.network import Network, check_transformers
 from patchmine.config.schema import DetectConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from patchmine.disk import output, system_errors
-from patchmine.errors import Say, UserError, silent
+from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.runs.detector_folder import write_detector
 from patchmine.runs.folder import RunFolder, preprocessing_of, write_export
 from patchmine.task import Method
 
@@ -51,7 +52,8 @@ def export_run(
         what: "auto": the encoder, with the classifier of a fine-tuned run, and in one file with the
             head of a run that segments; "encoder": alone; "full": of a run that pre-trains.
         to: "timm" and "transformers" are one folder, which the latter also opens and compares;
-            "onnx" and "torch" one file, which is compared.
+            "onnx" and "torch" one file, which is compared; of a run that detects "torch" is a
+            folder (`write_detector`).
         say: hears what a comparison found.
 
     Returns:
@@ -66,6 +68,8 @@ def export_run(
         return _write_full(run, out, weights)
     if to == "onnx":
         onnx_file.refuse_missing_libraries()
+    if isinstance(run.config, DetectConfig) and to in _ONE_FILE and what == "auto":
+        return _write_detector(run, run.config, out, to, say)
     folder = run.export_folder(weights)
     if to in _ONE_FILE:
         ending, write = _ONE_FILE[to]
@@ -85,16 +89,29 @@ def export_run(
     return write_export(run.config, encoder, out or folder, head, check=check)
 
 
+def _write_detector(
+    run: RunFolder, config: DetectConfig, out: str | None, to: Target, say: Say
+) -> Path:
+    """The folder of a run that detects."""
+    if to != "torch":
+        raise UserError(
+            f"to={to}: {run.path} {run.made}, and what finds objects is no single graph: to=torch "
+            "writes a folder that needs no patchmine, what=encoder the encoder alone"
+        )
+    folder = run.path / "detector" if out is None else Path(out)
+    if folder.suffix.lower() == ".pt2":
+        raise UserError(
+            f"out={shown_name(folder)}: of a run that detects to=torch writes a folder; write for "
+            f"example out={shown_name(folder.with_suffix(''))}"
+        )
+    return write_detector(run, config, folder, say)
+
+
 def _network(run: RunFolder, weights: str, what: What) -> Network:
     """What becomes one file.  UserError where it cannot."""
     encoder = run.encoder(weights)
     if what == "encoder":
         return _features(run, encoder, None)
-    if isinstance(run.config, DetectConfig):
-        raise UserError(
-            f"{run.path} {run.made}, and what finds objects is no single graph: what=encoder "
-            "writes its encoder alone"
-        )
     if isinstance(run.config, SegmentConfig):
         return _pixels(run, run.config)
     return _features(run, encoder, _classifier(run, what))

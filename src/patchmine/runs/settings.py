@@ -19,20 +19,18 @@ from patchmine.strict import (
     is_folder_name,
 )
 
-_ENDINGS = {"onnx": ".onnx", "torch": ".pt2"}
-"""Of what `ExportSettings.to` writes as one file."""
-
 
 def _export_name(name: str | None, info: ValidationInfo) -> str | None:
     if name is None:
         return None
     if info.data.get("what") == "full":
         return ends_in(".safetensors")(name)
-    if (chosen := info.data.get("to")) in _ENDINGS:
-        return ends_in(_ENDINGS[chosen])(name)
-    for to, ending in _ENDINGS.items():
-        if name.lower().endswith(ending):
-            raise ValueError(f"the name of a folder; to={to} writes a file that ends in {ending}")
+    if info.data.get("to") == "onnx":
+        return ends_in(".onnx")(name)
+    if name.lower().endswith(".onnx"):
+        raise ValueError("the name of a folder; to=onnx writes a file that ends in .onnx")
+    if info.data.get("to") != "torch" and name.lower().endswith(".pt2"):
+        raise ValueError("the name of a folder; to=torch writes a file that ends in .pt2")
     return is_folder_name(name)
 
 
@@ -42,7 +40,8 @@ class ExportSettings(Strict):
     The encoder goes with the classifier of a fine-tuned run, and to=onnx and to=torch write all of
     a run that segments.  timm.create_model("local-dir:FOLDER", pretrained=True) opens the folder;
     to=transformers writes the same one and compares what transformers makes of it; to=onnx and
-    to=torch write one file and compare what onnxruntime, or torch.export, makes of it.
+    to=torch write one file and compare what onnxruntime, or torch.export, makes of it.  Of a run
+    that detects to=torch writes a folder, whose load.py finds objects by torchvision.
 
     Example:
         patchmine export runs/hpm out=hpm-vit-s
@@ -58,8 +57,8 @@ class ExportSettings(Strict):
     )
     to: Literal["timm", "onnx", "torch", "transformers"] = Field(
         "timm",
-        description="a folder; one .onnx, or .pt2, file; the folder again: the last three are "
-        "compared with the run",
+        description="a folder; one .onnx file; one .pt2 file, of a run that detects a folder; "
+        "timm's folder again: the last three are compared with the run",
     )
     out: Annotated[Text | None, AfterValidator(_export_name)] = Field(
         None, description="folder or file to write; null: export, or export.onnx, in the run"

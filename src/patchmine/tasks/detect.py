@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from patchmine.backbones.family import family_of
 from patchmine.backbones.record import Encoder
 from patchmine.backbones.tokens import encoder_grid
 from patchmine.models.adapt import decay_of, hold_statistics, rate_groups, select_trainable
-from patchmine.models.detection import DetectHead, Found
+from patchmine.models.detection import Backbone, DetectHead, Found
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths
 from patchmine.models.lora import merged
 from patchmine.models.pyramid import build_pyramid
@@ -77,6 +78,12 @@ class Detect(Task):
         """The objects in each view of a batch."""
         images = batch.views[0]
         return self.head.find(images, self._maps(images))
+
+    def backbone(self) -> Backbone:
+        """A copy of what makes the maps, without LoRA; it has all weights but those of `head`."""
+        backbone = copy.deepcopy(self._backbone[0])
+        backbone.encoder = merged(backbone.encoder)
+        return backbone
 
     def param_groups(self) -> list[ParamGroup]:
         """Rates that fall from layer to layer (layer decay), as timm groups parameters."""
