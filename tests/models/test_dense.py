@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fixtures.networks import assert_leaves
 from patchmine.backbones.family import build_encoder, stage_features
 from patchmine.errors import UserError
 from patchmine.models.adapt import rate_groups
@@ -168,26 +168,8 @@ def test_a_head_learns_at_the_full_rate_behind_decayed_layers(name: str) -> None
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_whole_model_leaves_by_export_and_onnx(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnx", reason="the extra `export` is not installed")
-    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="`export` is not installed")
     encoder = vit(depth=4)
-    model = Segmenter(encoder, head_of(name, encoder)).eval()
-    images = torch.randn(1, 3, *SIZE)
-    with torch.no_grad():
-        expected = model(images)
-        program = torch.export.export(model, (images,))
-        torch.testing.assert_close(program.module()(images), expected, atol=1e-4, rtol=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own parts
-        written = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"])
-    assert written is not None
-    written.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(
-        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
-    )
-    (found,) = session.run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
+    assert_leaves(Segmenter(encoder, head_of(name, encoder)), (3, *SIZE), tmp_path)
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fixtures.networks import assert_leaves
 from patchmine.backbones.family import build_encoder, stage_features
 from patchmine.errors import UserError
 from patchmine.models.adapt import rate_groups
@@ -251,24 +251,5 @@ class Segmenter(torch.nn.Module):
 
 
 def test_a_whole_model_leaves_by_export_and_onnx(tmp_path: Path) -> None:
-    pytest.importorskip("onnx", reason="the extra `export` is not installed")
-    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
-    onnxruntime = pytest.importorskip("onnxruntime", reason="`export` is not installed")
     encoder = vit()
-    model = Segmenter(encoder, head_of(encoder)).eval()
-    images = pictures(3)
-    with torch.no_grad():
-        expected = model(images)
-        shapes = ({0: torch.export.Dim("batch")},)
-        program = torch.export.export(model, (images[:2],), dynamic_shapes=shapes)
-        torch.testing.assert_close(program.module()(images), expected, atol=1e-4, rtol=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own parts
-        written = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"])
-    assert written is not None
-    written.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(
-        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
-    )
-    (found,) = session.run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
+    assert_leaves(Segmenter(encoder, head_of(encoder)), (3, *SIZE), tmp_path)
