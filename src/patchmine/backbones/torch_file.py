@@ -77,18 +77,15 @@ def traced(
 
 
 def save_graph(program: ExportedProgram, file: Path, told: Mapping[str, str] | None = None) -> None:
-    """Write a graph for every device, without the places of our source code and its example.
+    """Write a graph without the places of our source code, and without its example.
 
     Args:
         program: of `traced`; it is changed.
         file: ends in .pt2.
         told: texts in it, by name.
     """
-    for node in list(program.graph.nodes):
+    for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines of source code, under the paths of this machine
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            program.graph.erase_node(node)  # of a cast to float32: that it is on the CPU, as here
-    program.graph_module.recompile()
     program.example_inputs = None
     with file.open("wb") as content:  # of a path the archive would keep the temporary name
         torch.export.save(program, content, extra_files=dict(told or {}))

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 from torch.nn.functional import interpolate
 from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection import FasterRCNN, faster_rcnn, mask_rcnn
@@ -25,11 +26,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 class Backbone(nn.Module):
     """Images (B, C, H, W) to the maps of a pyramid: a graph of torch.export, and its weights."""
 
-    def __init__(self, folder: Path, weights: dict[str, Tensor], out_channels: int) -> None:
+    def __init__(self, file: Path, device: str, weights: dict[str, Tensor], width: int) -> None:
         super().__init__()
-        ordered = dict(sorted(weights.items()))  # the graph takes them by their places
-        self.graph = (torch.export.load(folder / "maps.pt2").module(), ordered)
-        self.out_channels = out_channels
+        graph = move_to_device_pass(torch.export.load(file), device).module()
+        self.graph = (graph, dict(sorted(weights.items())))  # it takes them by their places
+        self.out_channels = width
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, out_channels, h, w) each."""
@@ -49,7 +50,8 @@ class Detector:
         weights = load_file(folder / "model.safetensors", device=device)
         heads = [name for name in weights if name.startswith(("rpn.", "roi_heads."))]
         state = {name: weights.pop(name) for name in heads}
-        self.network = network_of(self.told, Backbone(folder, weights, self.told["width"]))
+        backbone = Backbone(folder / "maps.pt2", device, weights, self.told["width"])
+        self.network = network_of(self.told, backbone)
         self.network.load_state_dict(state)
         self.network.to(device).eval()
 
