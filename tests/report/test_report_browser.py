@@ -215,3 +215,22 @@ def test_a_verdict_stands_above_runs_whose_charts_still_answer(
     point_at(page, "loss", 0.30)
     assert texts(page, "#chart-loss .at") == ["step 30"]
     assert not page.get_log("browser")
+
+
+def test_scores_of_objects_fit_a_phone(opened: Callable[..., Any], make_run: MakeRun) -> None:
+    names = ("map", "map50", "map75", "map_small", "map_medium", "map_large", "mar100")
+    scores = {f"{kind}{name}": 41.25 for kind in ("", "mask_") for name in names}
+    by_class = {name: {"ap": 40.0, "mask_ap": 3.0, "objects": 1130} for name in ("cell", "x" * 60)}
+    folder = make_run("found", evals=False, knn=False)
+    (folder / "eval").mkdir()
+    (folder / "eval" / "test.json").write_text(json.dumps({**scores, "per_class": by_class}))
+    page = opened(folder)
+    for width in (390, 1280):
+        sizes = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == 390}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        rows = texts(page, "#eval-test tbody tr")
+        assert rows == [f"found, {kind}" + " 41.2 %" * 7 for kind in ("boxes", "masks")]
+        assert texts(page, ".classes tbody tr")[0] == "cell 40.0 % 3.0 % 1,130"
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert page.get_log("browser") == []

@@ -94,6 +94,7 @@ def test_few_scores_of_a_validation_have_charts(make_run: Callable[..., Path]) -
         ("mask_map50", "mask mAP50", "12.3 %"),
         ("boundary_iou", "boundary IoU", "12.3 %"),
         ("top1", "top-1", "12.3 %"),
+        ("recall_5", "recall 5", "12.3 %"),
         ("nmi", "nmi", "12.34"),
         ("mask_ratio", "mask ratio", "12.34"),
     ],

@@ -76,7 +76,7 @@ def percent(value: float | None) -> str:
 
 def is_share(name: str) -> bool:
     """Whether a score is in percent."""
-    return name.removeprefix("mask_") in SCORES
+    return name.removeprefix("mask_") in SCORES or name.startswith("recall_")
 
 
 def score(name: str) -> str:
