@@ -214,7 +214,7 @@ def test_surprises_are_passed_over_where_they_are_named(tmp_path: Path) -> None:
 
 def test_allow_passes_over_nothing_that_an_encoder_computes_with(tmp_path: Path) -> None:
     _, built = make_run(tmp_path / "run", "mae")
-    odd = {"blocks.0.attn.extra_norm.weight": torch.zeros(3), "storage_tokens": torch.zeros(3)}
+    odd = {"blocks.0.attn.extra_norm.weight": torch.zeros(3), "prompt_tokens": torch.zeros(3)}
     for name, tensor in odd.items():
         torch.save({"model": reference_state(built) | {name: tensor}}, tmp_path / "odd.pth")
         for what in ("encoder", "full"):
