@@ -124,7 +124,7 @@ def _is_table_or_folder(name: str | None) -> str | None:
 
 
 class PredictSettings(ReadingSettings):
-    """Write what a trained run says of images: classes, class maps or objects.
+    """Write what a trained run says of images.
 
     One row for each readable image: file, class and probability, by a fine-tuned run.  Of a run
     with several labels (loss=bce) the class is all labels above 0.5, joined by |, and each label
