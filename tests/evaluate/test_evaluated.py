@@ -89,6 +89,16 @@ def test_a_file_of_a_resnet_is_a_target(tmp_path):
         assert torch.equal(target.encoder.eval()(images), encoder(images))
 
 
+def test_a_file_without_a_name_is_normalised_as_its_authors_did(tmp_path):
+    model = build_encoder("vit_tiny_patch16_224", image_size=(32, 32), model_args={"depth": 1})
+    save_file(model.state_dict(), tmp_path / "dino.safetensors")
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)  # timm's, of other weights
+    found = open_evaluated(tmp_path / "dino.safetensors")
+    assert found.input.mean == [0.485, 0.456, 0.406]
+    assert found.input.std == [0.229, 0.224, 0.225]
+    assert "ImageNet's mean and std" in found.note
+
+
 def test_drawing_at_random_leaves_the_random_state_alone(run_folder):
     target = open_evaluated(run_folder)
     before = torch.get_rng_state()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from patchmine.backbones import description
@@ -158,7 +159,23 @@ def open_network(
     encoder = create_encoder(name, arguments, source)
     load_tensors(encoder, tensors, report, allow=allow)
     encoder.built_from = _blueprint(name, arguments, encoder)
+    if known.model is None:
+        report.assumed += _normalised_as_usual(encoder)
     return encoder, report
+
+
+def _normalised_as_usual(encoder: Encoder) -> list[str]:
+    """ImageNet's statistics for what no file names, and a note.
+
+    timm's of the name that was inferred are those of its own weights under that name; the files of
+    DINO, DINOv2, iBOT, I-JEPA, MAE and VideoMAE want ImageNet's.
+    """
+    own = getattr(encoder, "pretrained_cfg", None)
+    if not own or encoder.built_from.channels != len(IMAGENET_DEFAULT_MEAN):
+        return []
+    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    encoder.pretrained_cfg = {**own, **usual}
+    return ["images are to be normalised by ImageNet's mean and std, as the file does not tell"]
 
 
 def _blueprint(model: str, arguments: Mapping[str, Any], encoder: Encoder) -> Blueprint:
