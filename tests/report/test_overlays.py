@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from patchmine.report import overlays
 from patchmine.report.overlays import class_colours, overlay
 
 
@@ -27,3 +29,13 @@ def test_an_overlay_is_half_the_picture_and_has_borders() -> None:
     assert drawn[0, 0].tolist() == [50, 50, 50]
     assert drawn[2, 3].tolist() == [200, 100, 0]
     assert drawn[2, 4].tolist() == [150, 100, 50]
+
+
+def test_a_large_picture_is_painted_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    picture = generator.integers(0, 256, (3, 23, 9), np.uint8).transpose(1, 2, 0)
+    classes = generator.integers(0, 3, (23, 9)).repeat(2, axis=1)[:, :9].astype(np.uint8)
+    colours = class_colours(list("abc"), {})
+    whole = overlay(picture, classes, colours)
+    monkeypatch.setattr(overlays, "_ROWS", 5)
+    assert (overlay(picture, classes, colours) == whole).all()

@@ -8,14 +8,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from patchmine.config.resolve import of_kind
 from patchmine.config.schema import SegmentConfig
 from patchmine.data.views.dense import resized_whole
-from patchmine.data.views.normalise import normalise
 from patchmine.errors import Say, silent
 from patchmine.evaluate.asked import AskedImages, open_asked_images, refuse_settings_of_others
 from patchmine.evaluate.features import autocast, device_of
@@ -80,14 +78,11 @@ class MapQuestion:
         """
         device, config = device_of(self.settings), self.config
         task = self.task.to(device).eval()
-        tell = ClassMaps(task.scores, config, len(task.names), partial(autocast, device))
-        mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+        tell = ClassMaps(task.scores, config, device, partial(autocast, device))
         kind = np.uint8 if len(task.names) <= 256 else np.uint16
         for batch in self.images.read("class maps"):
             (picture,) = batch.views[0]
-            seen = batch.with_views([resized_whole(picture[None], config)])
-            (image,) = normalise(seen, mean, std, device).views[0]
-            found = tell(image, (picture.shape[-2], picture.shape[-1]))
+            found = tell(resized_whole(picture, config), (picture.shape[-2], picture.shape[-1]))
             yield Seen(int(batch.index), picture, found.cpu().numpy().astype(kind))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_AT_ONCE = 1 << 22  # pixels that are counted at a time
 BAND = 0.02  # width of a boundary, as a share of the image's diagonal
 
 
@@ -25,7 +26,7 @@ class Confusion:
     def add(self, predicted: Tensor, labels: Tensor, ignore_index: int) -> None:
         """Count the pixels of (B, H, W) predicted and true classes, without the ignored ones."""
         classes = len(self.counts)
-        pairs = labels.long() * classes + predicted.long()
+        pairs = labels.int() * classes + predicted.int()
         self.counts += _count(pairs, labels != ignore_index, classes**2).view_as(self.counts)
 
     def merge(self, other: Confusion) -> None:
@@ -48,7 +49,7 @@ class Boundaries:
         """Count the bands of (B, H, W) classes; an ignored pixel belongs to no class in either."""
         classes = self.counts.shape[1]
         known = labels != ignore_index
-        told, true = (x.long().masked_fill(~known, classes) for x in (predicted, labels))
+        told, true = (x.int().masked_fill(~known, classes) for x in (predicted, labels))
         height, width = labels.shape[-2:]
         reach = max(1, round(BAND * (height**2 + width**2) ** 0.5))
         in_told, in_true = _band(told, reach) & known, _band(true, reach) & known
@@ -106,9 +107,13 @@ def segmentation_scores(
 
 def _count(values: Tensor, which: Tensor, size: int) -> Tensor:
     """How often each of 0 ... size - 1 occurs; `bincount` would wait for the device."""
-    values = values.masked_fill(~which, size).flatten()
     counts = torch.zeros(size + 1, dtype=torch.int64, device=values.device)
-    return counts.scatter_add_(0, values, torch.ones_like(values))[:size]
+    # 16 bytes a pixel, which are many in a large image
+    parts = (torch.split(each.flatten(), _AT_ONCE) for each in (values, which))
+    for some, chosen in zip(*parts, strict=True):
+        places = some.long().masked_fill_(~chosen, size)
+        counts.scatter_add_(0, places, torch.ones_like(places))
+    return counts[:size]
 
 
 def _band(classes: Tensor, reach: int) -> Tensor:
@@ -116,13 +121,23 @@ def _band(classes: Tensor, reach: int) -> Tensor:
 
     That is the mask of each class without its erosion, for all classes in one pass.
     """
-    padded = F.pad(classes.float()[:, None], [reach] * 4, value=-1)
-    return (_highest(padded, reach) != -_highest(-padded, reach))[:, 0]
+    padded = F.pad(classes, [reach] * 4, value=-1)
+    return _over_square(padded, reach, torch.maximum) != _over_square(padded, reach, torch.minimum)
 
 
-def _highest(maps: Tensor, reach: int) -> Tensor:
-    side = 2 * reach + 1
-    return F.max_pool2d(F.max_pool2d(maps, (side, 1), stride=1), (1, side), stride=1)
+def _over_square(maps: Tensor, reach: int, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The highest, or lowest, in each square of 2 reach + 1 that lies in maps (B, H, W).
+
+    A square of which half is known is known by one comparison, whatever its side (pooling makes
+    as many comparisons as a side is long).
+    """
+    for axis in (1, 2):
+        covered, side = 1, 2 * reach + 1
+        while covered < side:
+            step, length = min(covered, side - covered), maps.shape[axis]
+            maps = join(maps.narrow(axis, 0, length - step), maps.narrow(axis, step, length - step))
+            covered += step
+    return maps
 
 
 def _percent(part: Tensor, whole: Tensor) -> list[float | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor
 Size = tuple[int, int]
 Network = Callable[[Tensor], Tensor]
 
+_PIECE, _AT_ONCE = 32, 1 << 22  # rows, and scores after it, that are resized at a time
+
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along an axis; the last one ends where the axis does, as in mmseg."""
@@ -19,63 +22,113 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def slide(
-    image: Float[Tensor, "C H W"],
+def score_bands(
+    image: Tensor,
     window: Size,
     stride: Size,
     batch: int,
     network: Network,
-    num_classes: int,
-) -> Float[Tensor, "K H W"]:
-    """Logits of a whole image: the mean over the windows that cover a pixel.
+    prepare: Network = lambda windows: windows,
+) -> Iterator[Float[Tensor, "K rows W"]]:
+    """Scores of a whole image in bands of rows from the top down: means over windows.
+
+    No more than ``K * window[0] * W`` scores are kept at a time, and a band must be used before the
+    next one is asked for, whose place it takes.
 
     Args:
-        image: normalised, so that the padding of an image smaller than a window, which is 0, is
-            the mean colour.
+        image: (C, H, W), of bytes perhaps.
         window: (height, width).
-        stride: (down, across).
-        batch: windows that the network sees at once.
+        stride: (down, across), no larger.
+        batch: windows that the network sees at once, whatever row they are of.
         network: (B, C, *window) -> (B, K, *window).
-        num_classes: K.
+        prepare: windows (B, C, h, w) of the image, as small as it is, before they are padded with
+            zeros: normalises them, so that 0 is the mean colour.
     """
-    return torch.cat([*_bands(image, window, stride, batch, network, num_classes)], 1)
-
-
-def slide_classes(
-    image: Float[Tensor, "C H W"],
-    window: Size,
-    stride: Size,
-    batch: int,
-    network: Network,
-    num_classes: int,
-) -> Int[Tensor, "H W"]:
-    """The classes with the highest logits of `slide`, int16, without the logits of a whole image.
-
-    No more than ``K * window[0] * W`` logits are kept at a time.
-    """
-    bands = _bands(image, window, stride, batch, network, num_classes)
-    return torch.cat([band.argmax(0).to(torch.int16) for band in bands])
-
-
-def _bands(
-    image: Tensor, window: Size, stride: Size, batch: int, network: Network, num_classes: int
-) -> Iterator[Tensor]:
-    """Finished rows of logits, (K, rows, W), from the top down."""
     _, height, width = image.shape
-    image = F.pad(image, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
-    tops = window_starts(image.shape[1], window[0], stride[0])
-    lefts = window_starts(image.shape[2], window[1], stride[1])
-    sums = image.new_zeros(num_classes, window[0], image.shape[2], dtype=torch.float32)
-    counts = image.new_zeros(window[0], image.shape[2], dtype=torch.float32)
-    for top, following in zip(tops, [*tops[1:], image.shape[1]], strict=True):
-        rows = image[:, top : top + window[0]]
-        for first in range(0, len(lefts), batch):
-            some = lefts[first : first + batch]
-            logits = network(torch.stack([rows[:, :, x : x + window[1]] for x in some]))
-            for x, each in zip(some, logits, strict=True):
-                sums[:, :, x : x + window[1]] += each
-                counts[:, x : x + window[1]] += 1
-        done = min(following - top, window[0])
-        yield (sums[:, :done] / counts[:done])[:, : max(0, height - top), :width]
-        sums = torch.cat([sums[:, done:], torch.zeros_like(sums[:, :done])], 1)
-        counts = torch.cat([counts[done:], torch.zeros_like(counts[:done])])
+    high, wide = window
+    tops = window_starts(max(height, high), high, stride[0])
+    lefts = window_starts(max(width, wide), wide, stride[1])
+    places, sums = list(product(tops, lefts)), None
+    for first in range(0, len(places), batch):
+        some = places[first : first + batch]
+        seen = prepare(torch.stack([image[:, y : y + high, x : x + wide] for y, x in some]))
+        seen = F.pad(seen, (0, wide - seen.shape[3], 0, high - seen.shape[2]))
+        scores = network(seen)
+        sums = sums or _Sums(scores, max(width, wide))
+        for (top, left), each in zip(some, scores, strict=True):
+            for band in sums.finished(top):
+                yield band[..., :width]
+            sums.add(top, left, each)
+        del seen, scores, each  # so that they are gone while the next ones are made
+    assert sums is not None  # there is one window at least
+    for band in sums.finished(height):
+        yield band[..., :width]
+
+
+class _Sums:
+    """Scores of as many rows as a window has; row y of the image stands at y modulo that."""
+
+    def __init__(self, scores: Tensor, width: int) -> None:
+        classes, self.high = scores.shape[1:3]
+        self.sums = scores.new_zeros(classes, self.high, width, dtype=torch.float32)
+        self.counts = scores.new_zeros(self.high, width, dtype=torch.float32)
+        self.first = 0  # of the rows that are here
+
+    def add(self, top: int, left: int, scores: Tensor) -> None:
+        """A window (K, h, w)."""
+        start, columns = top % self.high, slice(left, left + scores.shape[2])
+        split = self.high - start
+        self.sums[:, start:, columns] += scores[:, :split]
+        self.sums[:, :start, columns] += scores[:, split:]
+        self.counts[:, columns] += 1
+
+    def finished(self, top: int) -> Iterator[Tensor]:
+        """Means of the rows above ``top``, which no window covers any more; then these are 0."""
+        while self.first < top:
+            start = self.first % self.high
+            rows = slice(start, min(self.high, start + top - self.first))
+            yield self.sums[:, rows].div_(self.counts[rows])
+            self.sums[:, rows], self.counts[rows] = 0, 0
+            self.first += rows.stop - start
+
+
+def resized_bands(
+    bands: Iterable[Float[Tensor, "K rows w"]], height: int, size: Size
+) -> Iterator[Float[Tensor, "K rows W"]]:
+    """Bands of scores at another size: bilinear, as `F.interpolate` without ``align_corners``.
+
+    Args:
+        bands: of ``height`` rows in all.
+        height: of what they are scores of.
+        size: (H, W).
+    """
+    places = (torch.arange(size[0]) + 0.5) * torch.tensor(height / size[0]) - 0.5
+    places = places.clamp_min(0)
+    above = places.long()
+    shares, below = places - above, (above + 1).clamp_max(height - 1)
+    done, first, last_row = 0, 0, None
+    for band in (piece for whole in bands for piece in torch.split(whole, _PIECE, 1)):
+        rows = band if last_row is None else torch.cat([last_row, band], 1)
+        last = first + rows.shape[1] - 1
+        ready = int((below <= last).sum())
+        step = max(1, _AT_ONCE // (rows.shape[0] * size[1]))
+        for start in range(done, ready, step):
+            some = slice(start, min(start + step, ready))
+            upper, lower = (
+                rows[:, (each[some] - first).to(rows.device)] for each in (above, below)
+            )
+            mixed = torch.lerp(upper, lower, shares[some, None].to(rows.device))  # (K, some, w)
+            wide = (mixed.shape[1], size[1])
+            yield F.interpolate(mixed[None], wide, mode="bilinear", align_corners=False)[0]
+        done, first, last_row = ready, last, rows[:, -1:].clone()
+
+
+def best_classes(bands: Iterable[Float[Tensor, "K rows W"]], size: Size) -> Int[Tensor, "H W"]:
+    """The classes with the highest scores, int16, of bands of ``size`` = (H, W)."""
+    classes, first = torch.empty(0), 0
+    for band in bands:
+        if not first:
+            classes = torch.empty(size, dtype=torch.int16, device=band.device)
+        classes[first : first + band.shape[1]] = band.argmax(0)
+        first += band.shape[1]
+    return classes

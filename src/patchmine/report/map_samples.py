@@ -17,7 +17,7 @@ from patchmine.report.overlays import Pixels, class_colours
 from patchmine.report.panels import hatched
 from patchmine.report.samples import SamplePictures, contact_sheet
 from patchmine.report.thumbnails import coloured
-from patchmine.runs.preparing import normaliser, smallest_side
+from patchmine.runs.preparing import smallest_side
 from patchmine.tasks.segment import Segment
 from patchmine.train.engine import Engine
 from patchmine.types import Batch
@@ -29,14 +29,14 @@ def map_samples(
     task: Segment, config: SegmentConfig, part: Source, folder: Path, engine: Engine
 ) -> SamplePictures:
     """Pictures of images of ``part`` while ``task`` learns in the run's folder."""
-    names, prepared = task.names, normaliser(config, engine)
+    names = task.names
     colours = class_colours(names, config.palette)
 
     def sheet(batches: Sequence[Batch]) -> Image.Image:
-        maps, rows = ClassMaps(task.eval().scores, config, len(names), engine.autocast), []
+        maps, rows = ClassMaps(task.eval().scores, config, engine.device, engine.autocast), []
         for each in batches:
             (labels,) = each.target
-            found = maps(prepared(each).views[0][0], (labels.shape[0], labels.shape[1])).cpu()
+            found = maps(each.views[0][0], (labels.shape[0], labels.shape[1])).cpu()
             picture = coloured(each.views[0][0]).permute(1, 2, 0).numpy()
             rows.append((picture, labels, found))
         return draw_maps(rows, names, colours, config.ignore_index)

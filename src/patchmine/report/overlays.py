@@ -14,6 +14,7 @@ Pixels = NDArray[np.uint8]
 
 _FIRST = (62, 64, 72)  # of class 0, the ground in most data
 _LEVELS = (0, 43, 86, 128, 171, 213, 255)
+_ROWS = 256  # of an image that are painted at a time
 _DULL = 60  # a colour whose channels are closer together is grey to the eye
 
 
@@ -67,10 +68,16 @@ def _perceived(colours: NDArray[Any]) -> NDArray[np.float64]:
 
 def overlay(picture: Pixels, classes: NDArray[Any], colours: Pixels) -> Pixels:
     """(H, W, 3): the picture, half of it the colours of its classes, and their borders in full."""
-    painted = colours[classes]
-    mixed = (picture // 2) + (painted // 2)
-    borders = np.zeros(classes.shape, bool)
-    borders[:, 1:] |= classes[:, 1:] != classes[:, :-1]
-    borders[1:] |= classes[1:] != classes[:-1]
-    mixed[borders] = painted[borders]
-    return mixed
+    drawn = np.empty((*classes.shape, 3), np.uint8)
+    for top in range(0, len(classes), _ROWS):  # large images need little beside the result
+        rows = slice(top, top + _ROWS)
+        own, painted = classes[rows], colours[classes[rows]]
+        mixed = (picture[rows] // 2) + (painted // 2)
+        borders = np.zeros(own.shape, bool)
+        borders[:, 1:] |= own[:, 1:] != own[:, :-1]
+        borders[1:] |= own[1:] != own[:-1]
+        if top:
+            borders[0] |= own[0] != classes[top - 1]
+        mixed[borders] = painted[borders]
+        drawn[rows] = mixed
+    return drawn

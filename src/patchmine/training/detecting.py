@@ -148,7 +148,7 @@ class ObjectJudge:
         found: list[KeptObjects] = []
         true: list[KeptObjects] = []
         with progress(title, count, say) as tick:
-            for batch in batches:
+            for batch in map(preparing.normaliser(config, engine), batches):
                 found += self._found(part, batch)
                 true += [kept(part.target(index)) for index in batch.index.tolist()]
                 tick(len(batch))

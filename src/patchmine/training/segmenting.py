@@ -151,11 +151,11 @@ class MapJudge:
         view = WholeView(config, preparing.smallest_side(self.task))
         count, batches = judged_batches(part, view, config, engine, 1, targets=True)
         names = self.task.names
-        maps = ClassMaps(self.task.eval().scores, config, len(names), engine.autocast)
+        maps = ClassMaps(self.task.eval().scores, config, engine.device, engine.autocast)
         counts = Confusion(len(names), engine.device), Boundaries(len(names), engine.device)
         with progress(title, count, say) as tick:
             for batch in batches:
-                labels = batch.target
+                labels = batch.target.to(engine.device)
                 found = maps(batch.views[0][0], (labels.shape[-2], labels.shape[-1]))
                 for each in counts:
                     each.add(found[None], labels, config.ignore_index)

@@ -128,7 +128,7 @@ def fit_to_parts(
 def judged_batches(
     part: Source, view: View, config: SupervisedConfig, engine: Engine, at_once: int, targets: bool
 ) -> tuple[int, Iterator[Batch]]:
-    """How many items of ``part`` this process looks at, and these in batches for the network.
+    """How many items of ``part`` this process looks at, and these in batches, as they were read.
 
     Raises UserError, while iterating, where too many are broken.
     """
@@ -143,7 +143,7 @@ def judged_batches(
         bad=BadFiles(None, config.max_bad_share),
         targets=targets,
     )
-    return len(mine), map(preparing.normaliser(config, engine), loaded)
+    return len(mine), loaded
 
 
 def refuse_faults(faults: Sequence[str]) -> None:

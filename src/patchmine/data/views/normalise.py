@@ -34,10 +34,14 @@ def normalise(batch: Batch, mean: Tensor, std: Tensor, device: torch.device | st
                 pixels = change_colours(pixels, changes)
             else:
                 pixels = jitter_colours(pixels, batch.photometric)
-        per_channel = (1, -1, *[1] * (pixels.ndim - 2))
-        pixels = as_float(pixels).sub_(mean.view(per_channel)).div_(std.view(per_channel))
-        views += pixels.chunk(len(crops))
+        views += standardised(pixels, mean, std).chunk(len(crops))
     return batch.with_views(views)
+
+
+def standardised(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std of (B, C, *S), in place where these are no bytes; as in `normalise`."""
+    per_channel = (1, -1, *[1] * (pixels.ndim - 2))
+    return as_float(pixels).sub_(mean.view(per_channel)).div_(std.view(per_channel))
 
 
 def as_float(view: Tensor) -> Tensor:
