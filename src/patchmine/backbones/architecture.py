@@ -98,7 +98,7 @@ def known_heads(width: int, table: Mapping[int, int], setting: str, given: int |
     if heads is None:
         raise UserError(
             f"the number of attention heads cannot be read off a model of width {width}: "
-            f"give {setting}"
+            f"give {setting}, as in `patchmine import FILE {setting}=N out=RUN`, and go on from RUN"
         )
     if heads <= 0 or width % heads:
         raise UserError(
