@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -87,8 +88,11 @@ def save_graph(program: ExportedProgram, file: Path, told: Mapping[str, str] | N
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # lines of source code, under the paths of this machine
     program.example_inputs = None
-    with file.open("wb") as content:  # of a path the archive would keep the temporary name
-        torch.export.save(program, content, extra_files=dict(told or {}))
+    # Not to the file at once: torch ends the process where a file cannot take it, and keeps the
+    # temporary name of a path in the archive.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=dict(told or {}))
+    file.write_bytes(content.getbuffer())
 
 
 def check_graph(network: Network, other: Callable[[Tensor], Tensor]) -> str:
