@@ -20,6 +20,7 @@ from fixtures.boxes import COLOURS, write_boxes
 from fixtures.detector import teach_tiny
 from fixtures.label_maps import write_label_maps
 from fixtures.segmenter import teach_tiny as teach_segmenter
+from fixtures.small_runs import refused_prediction
 from patchmine.errors import UserError
 from patchmine.evaluate.rle import library
 from spoken import patchmine_says
@@ -222,13 +223,7 @@ def test_mistakes_are_told_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "kept.txt").write_text("kept")
-    data = [] if words[0].startswith("data") else [str(images)]
-    said = patchmine_says("predict", str(taught.path), *data, *words, "workers=0", code=2)
-    assert named in said
-    assert "Traceback" not in said
-    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
+    assert named in refused_prediction(taught, images, words)
 
 
 def test_settings_of_objects_are_for_runs_that_detect(images: Path, tmp_path: Path) -> None:

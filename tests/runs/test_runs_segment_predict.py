@@ -17,6 +17,7 @@ from PIL import Image
 import patchmine
 from fixtures.label_maps import COLOURS
 from fixtures.segmenter import draw_maps, teach_tiny
+from fixtures.small_runs import refused_prediction
 from patchmine.data.decoding.decode import decode
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.geometry import resize
@@ -208,11 +209,7 @@ def test_mistakes_are_told_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "kept.txt").write_text("kept")
-    data = [] if words[0].startswith("data") else [str(images)]
-    assert named in patchmine_says("predict", str(taught.path), *data, *words, "workers=0", code=2)
-    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept.txt"]
+    assert named in refused_prediction(taught, images, words)
 
 
 def test_without_out_a_folder_is_written(

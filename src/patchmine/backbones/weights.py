@@ -165,15 +165,16 @@ def open_network(
 
 
 def _normalised_as_usual(encoder: Encoder) -> list[str]:
-    """ImageNet's statistics for what no file names, and a note.
+    """ImageNet's statistics for what no file names, and a note where timm has others.
 
     timm's of the name that was inferred are those of its own weights under that name; the files of
-    DINO, DINOv2, iBOT, I-JEPA, MAE and VideoMAE want ImageNet's.
+    DINO, DINOv2, iBOT, I-JEPA and MAE want ImageNet's.
     """
-    own = getattr(encoder, "pretrained_cfg", None)
-    if not own or encoder.built_from.channels != len(IMAGENET_DEFAULT_MEAN):
-        return []
+    own = getattr(encoder, "pretrained_cfg", {})
     usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    is_rgb = encoder.built_from.channels == len(IMAGENET_DEFAULT_MEAN)
+    if not own or not is_rgb or {**own, **usual} == own:
+        return []
     encoder.pretrained_cfg = {**own, **usual}
     return ["images are to be normalised by ImageNet's mean and std, as the file does not tell"]
 

@@ -6,7 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from patchmine.config.resolve import of_kind
+from patchmine.config.schema import DetectConfig, SegmentConfig
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.items import IMAGE, Item
 from patchmine.data.loader import plain_batches
@@ -21,6 +24,8 @@ from patchmine.evaluate.settings import PredictSettings
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.known import is_run
 from patchmine.types import Batch
+
+Judged = TypeVar("Judged", SegmentConfig, DetectConfig)
 
 _DOES = {"classify": "classifies", "segment": "segments", "detect": "detects"}
 _OF_WHOLE, _OF_OBJECTS = "classes of whole images or videos", "objects"
@@ -50,6 +55,19 @@ def refuse_settings_of_others(settings: PredictSettings, kind: str) -> None:
             raise UserError(
                 f"{name}={str(given).lower()} is for {what}, but {run} {does(kind)}: leave it out"
             )
+
+
+def asked_run(settings: PredictSettings, kind: type[Judged]) -> tuple[RunFolder, Judged]:
+    """The run that is asked, and its settings with the question's ``batch_size`` for its tests'.
+
+    Raises UserError for a run of another kind, and for a setting that is for runs of another.
+    """
+    refuse_settings_of_others(settings, kind.model_fields["kind"].default)
+    run = RunFolder(settings.run)
+    config = of_kind(run.whole_config, kind)
+    if "batch_size" in settings.model_fields_set:
+        config = config.model_copy(update={"eval_batch": settings.batch_size})
+    return run, config
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchmine.config.resolve import of_kind
 from patchmine.config.schema import SegmentConfig
 from patchmine.data.views.dense import resized_whole
 from patchmine.errors import Say, silent
-from patchmine.evaluate.asked import AskedImages, open_asked_images, refuse_settings_of_others
+from patchmine.evaluate.asked import AskedImages, asked_run, open_asked_images
 from patchmine.evaluate.features import autocast, device_of
 from patchmine.evaluate.settings import PredictSettings
 from patchmine.evaluate.sliding import ClassMaps
-from patchmine.runs.folder import RunFolder
 from patchmine.runs.preparing import smallest_side
 from patchmine.tasks.segment import Segment
 
@@ -91,11 +89,7 @@ def open_map_question(settings: PredictSettings, say: Say = silent) -> MapQuesti
 
     Raises UserError for a run of another kind, and for settings that do not fit it.
     """
-    refuse_settings_of_others(settings, "segment")
-    run = RunFolder(settings.run)
-    config = of_kind(run.whole_config, SegmentConfig)
-    if "batch_size" in settings.model_fields_set:
-        config = config.model_copy(update={"eval_batch": settings.batch_size})
+    run, config = asked_run(settings, SegmentConfig)
     task = run.segmenter()
     return MapQuestion(
         settings, task, config, open_asked_images(settings, config, smallest_side(task), say)

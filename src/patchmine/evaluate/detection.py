@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from patchmine.evaluate.rle import Rle, areas, encoded, library
 from patchmine.types import Objects
@@ -129,8 +130,7 @@ def _data_set(records: Sequence[KeptObjects], count: int, kind: str, *, by_mask:
     """
     rows: list[dict[str, Any]] = []
     for i, objects in enumerate(records):
-        corners = objects.boxes.double()
-        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+        boxes = box_convert(objects.boxes.double(), "xyxy", "xywh")
         area = (
             torch.from_numpy(areas(objects.masks))
             if by_mask and objects.masks

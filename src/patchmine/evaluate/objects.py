@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchmine.config.resolve import of_kind
 from patchmine.config.schema import DetectConfig
 from patchmine.data.views.normalise import normalise
 from patchmine.errors import Say, UserError, shown_name, silent
-from patchmine.evaluate.asked import AskedImages, open_asked_images, refuse_settings_of_others
+from patchmine.evaluate.asked import AskedImages, asked_run, open_asked_images
 from patchmine.evaluate.detection import KeptObjects
 from patchmine.evaluate.features import autocast, device_of
 from patchmine.evaluate.settings import PredictSettings
 from patchmine.evaluate.tiles import ObjectFinder, Size, auto_tile
 from patchmine.models.detection import Found
-from patchmine.runs.folder import RunFolder
 from patchmine.runs.preparing import smallest_side
 from patchmine.tasks.detect import Detect
 from patchmine.types import Batch
@@ -146,11 +144,7 @@ def open_object_question(settings: PredictSettings, say: Say = silent) -> Object
 
     Raises UserError for a run of another kind, and for settings that do not fit it.
     """
-    refuse_settings_of_others(settings, "detect")
-    run = RunFolder(settings.run)
-    config = of_kind(run.whole_config, DetectConfig)
-    if "batch_size" in settings.model_fields_set:
-        config = config.model_copy(update={"eval_batch": settings.batch_size})
+    run, config = asked_run(settings, DetectConfig)
     task = run.detector()
     smallest = smallest_side(task)
     tile = auto_tile(config) if settings.tile == "auto" else settings.tile

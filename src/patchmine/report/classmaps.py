@@ -37,7 +37,7 @@ def predict_maps(settings: PredictSettings, say: Say = silent) -> Path:
         UserError: nothing can be read, two images have one name, or the folder is in use or cannot
             be written.
     """
-    out = folder_to_write(settings, "maps")
+    out = folder_to_write(settings, "segment", "maps")
     question = open_map_question(settings, say)
     names, done = question.images.new_names(".png"), 0
     classes = question.task.names

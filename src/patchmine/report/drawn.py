@@ -9,7 +9,7 @@ from PIL import Image
 
 from patchmine.disk import settle
 from patchmine.errors import UserError, shown_name
-from patchmine.evaluate.asked import does, kind_of
+from patchmine.evaluate.asked import does
 from patchmine.evaluate.settings import PREDICTION_ENDINGS, PredictSettings
 
 OVERLAYS = "overlays"
@@ -17,13 +17,16 @@ OVERLAYS = "overlays"
 _JPEG_SIDE, _QUALITY = 65_535, 90
 
 
-def folder_to_write(settings: PredictSettings, what: str) -> Path:
-    """The folder of ``out``.  UserError for a table's name; ``what`` goes to the folder."""
+def folder_to_write(settings: PredictSettings, kind: str, what: str) -> Path:
+    """The folder of ``out``; UserError for a table's name.
+
+    Of a run of this ``kind`` it is a folder that ``what`` goes to.
+    """
     out = Path(settings.out or "predictions")
     if out.suffix.lower() in PREDICTION_ENDINGS and not (settings.out or "").endswith("/"):
         raise UserError(
             f"out={shown_name(out)} is a table, and {shown_name(settings.run)} "
-            f"{does(kind_of(settings.run))}: its {what} go to a folder, as "
+            f"{does(kind)}: its {what} go to a folder, as "
             f"out={shown_name(out.with_suffix(''))}/"
         )
     return out

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torchvision.ops import box_convert
 
 from patchmine.disk import output_folder, settle
 from patchmine.errors import Say, shown_name, silent, whole_name
@@ -39,7 +39,7 @@ def predict_objects(settings: PredictSettings, say: Say = silent) -> Path:
         UserError: nothing can be read, two images have one name, or the folder is in use or cannot
             be written.
     """
-    out = folder_to_write(settings, "objects")
+    out = folder_to_write(settings, "detect", "objects")
     question = open_object_question(settings, say)
     names, classes = question.images.new_names(".jpg"), question.task.names
     colours, images, objects = object_colours(classes), 0, 0
@@ -68,7 +68,7 @@ def predict_objects(settings: PredictSettings, say: Say = silent) -> Path:
 
 def _rows(question: ObjectQuestion, seen: SeenObjects) -> Mapping[str, Any]:
     """A row for each object."""
-    boxes = _with_sizes(seen.objects.boxes).round(decimals=2)
+    boxes = box_convert(seen.objects.boxes, "xyxy", "xywh").round(decimals=2)
     names = [whole_name(name) for name in question.task.names]
     return {
         "file": [question.images.file(seen.index)] * len(boxes),
@@ -76,13 +76,6 @@ def _rows(question: ObjectQuestion, seen: SeenObjects) -> Mapping[str, Any]:
         "score": seen.objects.scores.numpy(),
         **dict(zip(("left", "top", "width", "height"), boxes.T.numpy(), strict=True)),
     }
-
-
-def _with_sizes(boxes: Tensor) -> Tensor:
-    """(N, 4) corners as (left, top, width, height)."""
-    sizes = boxes.clone()
-    sizes[:, 2:] -= sizes[:, :2]
-    return sizes
 
 
 @contextmanager
@@ -121,7 +114,7 @@ def _coco_file(path: Path, question: ObjectQuestion) -> Iterator[Callable[[SeenO
 def _annotations(seen: SeenObjects, ids: list[int]) -> Iterator[dict[str, Any]]:
     """What the file says of each object of an image."""
     objects = seen.objects
-    boxes = _with_sizes(objects.boxes.double())
+    boxes = box_convert(objects.boxes.double(), "xyxy", "xywh")
     sizes = boxes[:, 2:].prod(1) if objects.masks is None else areas(objects.masks)
     columns = boxes.tolist(), sizes.tolist(), objects.labels.tolist(), objects.scores.tolist()
     for n, (box, size, label, score) in enumerate(zip(*columns, strict=True)):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from patchmine.backbones import official, onnx_file, reference, torch_file
+from patchmine.backbones import official, reference
 from patchmine.backbones.family import Blueprint, family_of
 from patchmine.backbones.loading import LoadReport, load_tensors
 from patchmine.backbones.naming import Weights
@@ -29,9 +29,7 @@ from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints
 
 What = Literal["auto", "encoder", "full"]
-Target = Literal["timm", "onnx", "torch", "transformers"]
 
-_ONE_FILE = {"onnx": (".onnx", onnx_file.write_onnx), "torch": (".pt2", torch_file.write_torch)}
 _TEACHER = "teacher."
 _TOLD = ("mask_ratio", "norm_pix_loss")  # settings of the method that a file may tell
 
