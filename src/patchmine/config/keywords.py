@@ -24,6 +24,7 @@ class SharedRunningSettings(TypedDict, total=False):
     read_timeout: float
     compile: bool
     out: Name | None
+    resume: Literal["never", "auto"]
     checkpoint_every: int | None
     keep_checkpoints: int
     eval_every: int

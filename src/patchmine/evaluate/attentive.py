@@ -45,7 +45,7 @@ def evaluate_attentive(settings: AttentiveSettings, say: Say = silent) -> Result
         UserError: the model or the data cannot be used, or the tokens fit neither memory nor disk.
     """
     evaluated = opened(settings)
-    models = models_of(settings, evaluated)
+    models = models_of(settings, evaluated, say)
     models.pop("raw_pixels", None)  # which are no tokens
     readers: dict[str, Reader] = {name: TokenReader(model) for name, model in models.items()}
     learn = {"attentive": partial(learn_attentive, settings, say)}

@@ -23,13 +23,15 @@ from patchmine.backbones.filling import resize_encoder
 from patchmine.backbones.loading import LoadReport, load_tensors, read_checkpoint, tensors_only
 from patchmine.backbones.naming import Weights
 from patchmine.config.overrides import exists
+from patchmine.config.schema import PretrainConfig
 from patchmine.data.items import CLIP, IMAGE, Item
 from patchmine.data.settings import Clip, InputSettings
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.runs.folder import RunFolder
+from patchmine.runs.folder import RunFolder, build_method
 from patchmine.runs.known import is_run
 
 RAW_PIXELS, RANDOM_INIT = "raw-pixels", "random-init"
+START = "start"  # the encoder before a run trained it, in results
 CROP_PCT = 0.875  # 224 / 256, the resize and centre crop of DINO, MAE and HPM
 # Of a file of weights: classifiers, decoders and counters are not what is evaluated.
 _NOT_WANTED = (
@@ -78,6 +80,25 @@ class Evaluated:
                 initialise_encoder(encoder)
         name = f"{RANDOM_INIT}:{self.name}"
         return replace(self, name=name, encoder=encoder, folder=None, note="", table="")
+
+    def start(self) -> Evaluated | None:
+        """The encoder as it was before the run trained it, for the same images; None where it was
+        random, or is of no pre-training run.
+
+        Raises UserError where what ``init`` names is gone, or is another network by now.
+        """
+        config = None if self.folder is None else RunFolder(self.folder).whole_config
+        if not isinstance(config, PretrainConfig) or config.init is None:
+            return None
+        if not exists(config.init):
+            begun = f"init={shown_name(config.init)}, which {self.name} began from"
+            raise UserError(f"{begun}, is no longer there (or not from this folder)")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # as training did: what init lacks is random
+            encoder = build_method(config, start_from=config.init).encoder.eval()
+        name = f"{START}:{self.name}"
+        found = of_run(config, self.crop_pct, encoder, name).resized(self.input.image_size)
+        return replace(self, name=name, encoder=found.encoder, folder=None, note="", table="")
 
     def raw_pixels(self) -> Evaluated:
         """The images that the encoder would see, without it."""

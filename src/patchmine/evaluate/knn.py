@@ -44,7 +44,7 @@ def evaluate_knn(settings: KnnSettings, say: Say = silent) -> Result:
     Raises:
         UserError: the model or the data cannot be used.
     """
-    pooling, models = settings.pooling, models_of(settings, opened(settings))
+    pooling, models = settings.pooling, models_of(settings, opened(settings), say)
     plain = {name: Reader(model) for name, model in models.items()}
     choose_pooling(plain, pooling, say)
     readers: dict[str, Reader] = {
@@ -102,5 +102,5 @@ def knn_in_training(
             learned["", ""] = learn_knn(VoteSettings(), device, readers[""], train, num_classes)
 
         loop.in_all_processes(learn)
-        accuracies, _ = score(loop, data.test.sampled(_MOST_TEST), learned, "test")
-    return accuracies["", ""][learned["", ""].chosen]
+        found = score(loop, data.test.sampled(_MOST_TEST), learned, "test")
+    return found.accuracies["", ""][learned["", ""].chosen]

@@ -49,7 +49,8 @@ def evaluate_linear(settings: LinearSettings, say: Say = silent) -> Result:
         if settings.warmup_epochs >= settings.epochs:
             warmup = f"warmup_epochs={settings.warmup_epochs}"
             raise UserError(f"{warmup} must be below epochs={settings.epochs}")
-    return measure(settings, {name: learn}, say, readers_of(settings, opened(settings), blocks))[0]
+    readers = readers_of(settings, opened(settings), blocks, say)
+    return measure(settings, {name: learn}, say, readers)[0]
 
 
 def batch_for(images: int, *, steps: int, least: int, most: int) -> int:

@@ -19,9 +19,10 @@ from torch import Tensor
 from patchmine.data.items import CLIP
 from patchmine.disk import refusal, replacing
 from patchmine.errors import Say, UserError
-from patchmine.evaluate.evaluated import Evaluated, open_evaluated
+from patchmine.evaluate.evaluated import START, Evaluated, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, Views, device_of
 from patchmine.evaluate.labelled import LabelledData, Part, open_labelled
+from patchmine.evaluate.paired import change_between
 from patchmine.evaluate.settings import EvaluatedSettings, FiledSettings, ProtocolSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.folder import RunFolder
@@ -40,6 +41,17 @@ class Learned:
     chosen: str  # the classifier that the result's accuracy is of
     told: Result  # what else the result says
     all_under: str | None = None  # the result's key for the accuracies of all of them
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Accuracies by (protocol, reader) and classifier, of the chosen one which of the items (N,) it
+    got right, and how many items were read.
+    """
+
+    accuracies: Mapping[tuple[str, str], Mapping[str, Accuracy]]
+    right: Mapping[tuple[str, str], Tensor]
+    tested: int
 
 
 _STAND_IN = {"mean": "the mean of its patches", "pooled": "what it pools itself"}
@@ -81,41 +93,64 @@ def measure(
             for protocol, learn in protocols.items():
                 learned[protocol, name] = learn(reader, features, len(data.classes))
         learning = time.monotonic() - learning
-        accuracies, tested = score(loop, data.test, learned, f"test {noun}s", views)
+        found = score(loop, data.test, learned, f"test {noun}s", views)
     spent = time.monotonic() - start
     if len(data.classes) <= 5:
         few = f"there are only {len(data.classes)} classes"
         notes = [f"top-5 is 100 by definition: {few}", *notes]
     common = {
         "target": target_of(settings, evaluated),
-        "images": _images(evaluated, data, tested),
+        "images": _images(evaluated, data, found.tested),
         "seconds_spent": {"features": round(spent - learning, 1), "all": round(spent, 1)},
         "notes": [*filter(None, [evaluated.note]), *notes],
     }
-    told = {key: _told(each, accuracies[key], views) for key, each in learned.items()}
+    told = {key: _told(each, found.accuracies[key], views) for key, each in learned.items()}
     results = []
     for protocol in protocols:
         baselines = {name: told[protocol, name] for name in readers if name}
-        for name, found in baselines.items():
-            say(f"baseline {name}, {protocol}: top-1 {found['top1']:.2f}")
+        for name, scores in baselines.items():
+            say(f"baseline {name}, {protocol}: top-1 {scores['top1']:.2f}")
         own = told[protocol, ""] | ({"baselines": baselines} if baselines else {})
         last_word = f"-{protocol.rsplit('-', 1)[-1]}" if len(protocols) > 1 else ""
         name = protocol if settings.name is None else f"{settings.name}{last_word}"
         results.append({"name": name, "protocol": protocol, **own, **common})
+        results[-1] |= _since_start(results[-1], found.right, noun)
     for result in results:
         file_result(result, evaluated)
     return results
 
 
-def readers_of(settings: ProtocolSettings, evaluated: Evaluated, blocks: int) -> dict[str, Reader]:
+def _since_start(result: Result, right: Mapping[tuple[str, str], Tensor], noun: str) -> Result:
+    """What a result says of the training, where the start is among its baselines."""
+    protocol = result["protocol"]
+    if (protocol, START) not in right:
+        return {}
+    change = change_between(right[protocol, START], right[protocol, ""])
+    before, after = result["baselines"][START]["top1"], result["top1"]
+    verdict = change.sentence(protocol, before, after, noun)
+    return {"since_start": change.told(), "notes": [verdict, *result["notes"]]}
+
+
+def readers_of(
+    settings: ProtocolSettings, evaluated: Evaluated, blocks: int, say: Say
+) -> dict[str, Reader]:
     """The reader of the model under the name "", and those of its baselines where asked for."""
-    return {name: Reader(each, blocks) for name, each in models_of(settings, evaluated).items()}
+    models = models_of(settings, evaluated, say)
+    return {name: Reader(each, blocks) for name, each in models.items()}
 
 
-def models_of(settings: FiledSettings, evaluated: Evaluated) -> dict[str, Evaluated]:
+def models_of(settings: FiledSettings, evaluated: Evaluated, say: Say) -> dict[str, Evaluated]:
     """The model under the name "", and its baselines where asked for."""
     models = {"": evaluated}
     if settings.baselines and evaluated.encoder is not None:
+        # A partner is another network than the one that init names.
+        if settings.weights in ("student", "teacher"):
+            try:
+                start = evaluated.start()
+            except UserError as error:
+                say(f"the baseline {START} is left out: {error}")
+            else:
+                models |= {} if start is None else {START: start}
         models["random_init"] = evaluated.random_init(settings.seed)
         models["raw_pixels"] = evaluated.raw_pixels()
     return models
@@ -138,48 +173,62 @@ def score(
     learned: Mapping[tuple[str, str], Learned],
     title: str,
     views: Views | None = None,
-) -> tuple[dict[tuple[str, str], dict[str, Accuracy]], int]:
-    """Accuracies by (protocol, reader) and classifier, and how many items were read."""
+) -> Scored:
+    """What was learned, scored on the items of a part."""
     # Features are scored as they come: memory holds one batch of them.  Of several views of an item
     # the softmax is averaged; then "" is the accuracy of the chosen classifier on the middle one.
     assert part.labels is not None, "labelled data has labels"
     labels = torch.from_numpy(part.labels)
 
     def own() -> tuple[dict[tuple[str, str, str], Tensor], int]:
-        hits: dict[tuple[str, str, str], Tensor] = {}
+        places: dict[tuple[str, str, str], list[Tensor]] = {}
         done = 0
         for index, columns in loop.batches(loop.share(part), title, views):
             truth = labels[index]
             for (protocol, name), each in learned.items():
-                found = dict(each.score(columns[name]))
-                if views is not None:
-                    chosen = found[each.chosen].view(len(index), views.count, -1)
-                    for key, logits in found.items():
-                        found[key] = logits.softmax(1).view_as(chosen).mean(1)
-                    found[""] = chosen[:, views.middle]
-                for key, scores in found.items():
-                    right = count_right(scores, truth)
-                    hits[protocol, name, key] = hits.get((protocol, name, key), 0) + right
+                for key, scores in _scores(each, columns[name], views).items():
+                    right = right_places(scores, truth).cpu()
+                    places.setdefault((protocol, name, key), []).append(right)
             done += len(index)
-        return hits, done
+        return {key: torch.cat(each) for key, each in places.items()}, done
 
     shares = loop.in_all_processes(own)
     tested = sum(done for _, done in shares)
     loop.judge_broken(part, tested, title)
     accuracies: dict[tuple[str, str], dict[str, Accuracy]] = {key: {} for key in learned}
-    for protocol, name, key in next(hits for hits, done in shares if done):
-        right = [hits[protocol, name, key] for hits, done in shares if done]
-        top1, top5 = (100 * torch.stack(right).sum(0) / tested).tolist()
+    right: dict[tuple[str, str], Tensor] = {}
+    for protocol, name, key in next(places for places, done in shares if done):
+        first = torch.cat([each[protocol, name, key] for each, done in shares if done])  # (N, 5)
+        counts = first[:, 0].sum(), first.any(dim=1).sum()
+        top1, top5 = (100 * torch.stack(counts).double() / tested).tolist()
         accuracies[protocol, name][key] = {"top1": top1, "top5": top5}
-    return accuracies, tested
+        if key == learned[protocol, name].chosen:
+            right[protocol, name] = first[:, 0]
+    return Scored(accuracies, right, tested)
+
+
+def _scores(learned: Learned, rows: Tensor, views: Views | None) -> Mapping[str, Tensor]:
+    """Of each item (B, C) by classifier; of several views the mean, and under "" the middle one."""
+    found = learned.score(rows)
+    if views is None:
+        return found
+    logits = found[learned.chosen]
+    chosen = logits.view(-1, views.count, logits.shape[1])  # (B, views, C)
+    means = {key: each.softmax(1).view_as(chosen).mean(1) for key, each in found.items()}
+    return {**means, "": chosen[:, views.middle]}
 
 
 def count_right(scores: Tensor, labels: Tensor) -> Tensor:
     """(2,): of how many rows (B, C) the label (B,) is first, and is among the first five."""
+    right = right_places(scores, labels)
+    return torch.stack([right[:, 0].sum(), right.any(dim=1).sum()]).double().cpu()
+
+
+def right_places(scores: Tensor, labels: Tensor) -> Tensor:
+    """(B, 5) bool: which of the first five classes of each row (B, C) is its label (B,)."""
     # Of equal scores the class with the smaller number counts more; rows of NaN are wrong.
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]
-    right = (best == labels[:, None].to(best.device)) & ~scores.isnan().any(1, keepdim=True)
-    return torch.stack([right[:, 0].sum(), right.any(dim=1).sum()]).double().cpu()
+    return (best == labels[:, None].to(best.device)) & ~scores.isnan().any(1, keepdim=True)
 
 
 def _told(learned: Learned, accuracies: Mapping[str, Accuracy], views: Views | None) -> Result:

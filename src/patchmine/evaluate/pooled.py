@@ -67,7 +67,7 @@ def measure_pooled(
 ) -> Result:
     """The result of ``measured`` on the features of every part, and on those of the baselines."""
     start, noun = time.monotonic(), evaluated.item.noun
-    models = models_of(settings, evaluated).items()
+    models = models_of(settings, evaluated, say).items()
     readers = {name: PooledReader(model, pooling) for name, model in models}
     choose_pooling(readers, pooling, say)
     for line in filter(None, (evaluated.told, items.how)):

@@ -185,7 +185,9 @@ class PredictSettings(ReadingSettings):
 class FiledSettings(ReadingSettings, EvaluatedSettings):
     """What the protocols share."""
 
-    baselines: bool = Field(False, description="also measure random weights and the raw pixels")
+    baselines: bool = Field(
+        False, description="also measure random weights, the raw pixels and a run's start"
+    )
     name: str | None = Field(
         None,
         pattern=r"^[\w.-]+$",

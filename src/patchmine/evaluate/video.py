@@ -43,7 +43,7 @@ def evaluate_video(settings: VideoSettings, say: Say = silent) -> list[Result]:
         raise UserError(f"{given}; leave the setting out")
     # The shorter side fills the frame, nothing is cut from it (VideoMAE's test).
     evaluated = replace(evaluated, crop_pct=1.0)
-    readers, notes = readers_of(settings, evaluated, BLOCKS), []
+    readers, notes = readers_of(settings, evaluated, BLOCKS, say), []
     if settings.image is not None:
         image = open_evaluated(settings.image, seed=settings.seed)
         readers["per_frame"] = FrameReader(image, evaluated, BLOCKS)

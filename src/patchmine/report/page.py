@@ -200,7 +200,9 @@ def _scores_of(run: reading.RunRecord) -> Iterator[Fact]:
             value = reading.finite_number(content.get(quantity))
             if value is not None:
                 label = f"{words.title(name)} {words.score(quantity)}"
-                yield Fact(label, words.percent(value), best=value)
+                before = read_result(0, name, content).baselines.get("start")
+                detail = f"{words.percent(before)} at the start" if before is not None else ""
+                yield Fact(label, words.percent(value), detail, best=value)
 
 
 # ---- evaluations ----

@@ -19,6 +19,7 @@ from patchmine.config.schema import (
 from patchmine.errors import UserError, foreign_parser, shown_name
 from patchmine.runs import lock
 from patchmine.runs.fresh import new_folder, refuse_used_folder
+from patchmine.runs.known import is_run
 from patchmine.strict import SettingError
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ def misplaced(config: RunConfig) -> list[SettingError]:
     found = missing_files(config)
     try:
         folder = new_folder(config)
-        if not os.path.lexists(folder / lock.NAME):  # whoever writes there is told of by the lock
+        goes_on = config.resume == "auto" and is_run(folder)
+        # Whoever writes there is told of by the lock.
+        if not goes_on and not os.path.lexists(folder / lock.NAME):
             refuse_used_folder(folder)
     except UserError as error:
         found.append(SettingError("", str(error)))

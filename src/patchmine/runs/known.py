@@ -99,7 +99,8 @@ def settings_to_extend(config: AnyConfig, path: str | PathLike[str]) -> dict[str
     epochs once more; that of a fine-tuned run also draws its share of the labels, and stays.
     ``init`` names the run, which stands in ``path``.
     """
-    settings = config.model_dump(mode="json", exclude={"out", "steps", "by_size", *_OF_THE_DATA})
+    own = {"out", "resume", "steps", "by_size", *_OF_THE_DATA}
+    settings = config.model_dump(mode="json", exclude=own)
     if isinstance(config, PretrainConfig):
         settings["seed"] = config.seed + 1
     return {**settings, "epochs": None, "init": str(Path(path))}

@@ -121,6 +121,9 @@ class SavingSettings(Strict):
     DECIDES_WEIGHTS: ClassVar[bool] = False
 
     out: Annotated[Text | None, OF_A_MACHINE] = Field(None, description="folder of the run")
+    resume: Literal["never", "auto"] = Field(
+        "never", description="auto: go on with the run in out, where there is one"
+    )
     checkpoint_every: Positive | None = Field(
         None, description="steps; null: 1 epoch, 100 at least"
     )

@@ -23,7 +23,8 @@ from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.tasks.detect import Detect
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.training.cocodata import Annotated, faults_of_data, open_annotated
-from patchmine.training.place import Place, open_place
+from patchmine.training.making import make_run
+from patchmine.training.place import Place
 from patchmine.training.supervised import (
     TEST,
     file_result,
@@ -49,11 +50,7 @@ def detect(config: DetectConfig, *, say: Say = silent) -> RunFolder:
         UserError: mistakes in settings, annotations or folders.
         Interrupted: a SystemExit with the stated code, when it was asked to stop.
     """
-    folder = new_folder(config)
-    with open_place(folder, config, say) as place:
-        refuse_used_folder(folder)
-        annotated, config = open_objects(config, place)
-        return train_detector(config, place, annotated, None)
+    return make_run(config, open_objects, train_detector, say)
 
 
 def check(config: DetectConfig, *, say: Say = silent) -> None:

@@ -14,14 +14,14 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.runs.folder import RunFolder
-from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.runs.known import settings_to_extend
 from patchmine.runs.preparing import NO_SOURCES
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, load, load_newest, save
 from patchmine.train.optim import fitting_state
 from patchmine.training.kinds import kind_of
-from patchmine.training.place import Place, identity_of, open_place
+from patchmine.training.making import make_run
+from patchmine.training.place import Place, identity_of
 
 
 def settings_of_extension(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -57,15 +57,16 @@ def extend(
         UserError: settings that do not fit the weights, and as `pretrain` and `finetune` do.
         Interrupted: as in `pretrain`.
     """
-    folder, run = new_folder(config), RunFolder(path)
-    with open_place(folder, config, say) as place:
-        refuse_used_folder(folder)
-        before = load_newest(run.checkpoint_dir, place.say, finite=True)
-        place.engine.agree({"the step to go on from": before.step})
-        kind = kind_of(config)
-        data, config = kind.open(config, place, sources)
-        first = _first(kind.make(config, data), config, kind.images(data), before, place)
-        return kind.train(config, place, data, first)
+    run, kind = RunFolder(path), kind_of(config)
+
+    def train(config: AnyConfig, place: Place, data: Any, start: Checkpoint | None) -> RunFolder:
+        if start is None:
+            before = load_newest(run.checkpoint_dir, place.say, finite=True)
+            place.engine.agree({"the step to go on from": before.step})
+            start = _first(kind.make(config, data), config, kind.images(data), before, place)
+        return kind.train(config, place, data, start)
+
+    return make_run(config, lambda found, where: kind.open(found, where, sources), train, say)
 
 
 def _first(

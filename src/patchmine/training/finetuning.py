@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ from patchmine.tasks.classify import SCORE, Classify
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.training.labels import Labelled, open_labelled_parts
-from patchmine.training.place import Place, open_place
+from patchmine.training.making import make_run
+from patchmine.training.place import Place
 from patchmine.training.supervised import TEST, file_result, fit_to_parts, teach
 
 
@@ -54,11 +56,7 @@ def finetune(
         UserError: mistakes in settings, labels or folders.
         Interrupted: a SystemExit with the stated code, when it was asked to stop.
     """
-    folder = new_folder(config)
-    with open_place(folder, config, say) as place:
-        refuse_used_folder(folder)
-        labelled, config = open_labels(config, place, sources)
-        return train_classifier(config, place, labelled, None)
+    return make_run(config, partial(open_labels, sources=sources), train_classifier, say)
 
 
 def check(config: FinetuneConfig, *, say: Say = silent) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +22,14 @@ from patchmine.errors import Say, silent
 from patchmine.report.monitor import Monitor
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_method, write_export
-from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.runs.preparing import NO_SOURCES
 from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks
-from patchmine.training.place import Place, agree, last_files, open_place, train_task
+from patchmine.training.making import make_run
+from patchmine.training.place import Place, agree, last_files, train_task
 from patchmine.types import Batch
 
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
@@ -51,11 +52,7 @@ def pretrain(
         UserError: mistakes in settings, data or folders.
         Interrupted: a SystemExit with the stated code, when it was asked to stop.
     """
-    folder = new_folder(config)
-    with open_place(folder, config, say) as place:
-        refuse_used_folder(folder)
-        images, config = open_images(config, place, sources)
-        return train_method(config, place, images, None)
+    return make_run(config, partial(open_images, sources=sources), train_method, say)
 
 
 def open_images(

@@ -25,7 +25,8 @@ from patchmine.tasks.segment import Segment
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.training.labelmaps import Mapped, open_label_maps
-from patchmine.training.place import Place, open_place
+from patchmine.training.making import make_run
+from patchmine.training.place import Place
 from patchmine.training.supervised import (
     TEST,
     file_result,
@@ -50,11 +51,7 @@ def segment(config: SegmentConfig, *, say: Say = silent) -> RunFolder:
         UserError: mistakes in settings, label maps or folders.
         Interrupted: a SystemExit with the stated code, when it was asked to stop.
     """
-    folder = new_folder(config)
-    with open_place(folder, config, say) as place:
-        refuse_used_folder(folder)
-        mapped, config = open_maps(config, place)
-        return train_segmenter(config, place, mapped, None)
+    return make_run(config, open_maps, train_segmenter, say)
 
 
 def check(config: SegmentConfig, *, say: Say = silent) -> None:

@@ -1,0 +1,59 @@
+"""Has training made an encoder better than its start?  Both answers to the same test images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_NORMAL_95 = 1.959964  # half the width of the interval, in deviations
+_WRITTEN = {"knn": "kNN"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """How many of the images only the trained encoder gets right, and how many only its start."""
+
+    gained: int
+    lost: int
+    images: int
+
+    @property
+    def points(self) -> float:
+        """What training has added to the accuracy in percent."""
+        return 100 * (self.gained - self.lost) / self.images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of its 95 % interval, over which test images might have been drawn."""
+        # Agresti and Min, Statistics in Medicine 24 (2005): Wald's interval of paired proportions
+        # with half an image more in each of the four cells, which holds for few images, too.
+        gained, lost, images = self.gained + 0.5, self.lost + 0.5, self.images + 2
+        middle = (gained - lost) / images
+        width = _NORMAL_95 * math.sqrt((gained + lost) / images - middle**2) / math.sqrt(images)
+        return 100 * max(-1.0, middle - width), 100 * min(1.0, middle + width)
+
+    def told(self) -> dict[str, object]:
+        """The numbers for a result."""
+        counts = {"gained": self.gained, "lost": self.lost, "images": self.images}
+        return {"points": self.points, "interval": list(self.interval), **counts}
+
+    def sentence(self, protocol: str, before: float, after: float, noun: str) -> str:
+        """Whether training has helped, of top-1 in percent before and after it."""
+        low, high = self.interval
+        verdict = "It cannot be told whether adapting helped"
+        if low > 0:
+            verdict = "Adapting helped"
+        elif high < 0:
+            verdict = "Adapting made it worse"
+        name = _WRITTEN.get(protocol, protocol)
+        return (
+            f"{verdict}: {name} {before:.1f} before, {after:.1f} after ({self.points:+.1f} points; "
+            f"95 % interval {low:+.1f} to {high:+.1f} on {self.images:,} {noun}s)."
+        )
+
+
+def change_between(before: Tensor, after: Tensor) -> Change:
+    """The change of what is right (N,) bool, of the same images."""
+    return Change(int((after & ~before).sum()), int((before & ~after).sum()), len(before))
