@@ -19,7 +19,7 @@ from patchmine.config.keywords import (
     SegmentRunSettings,
     Size,
 )
-from patchmine.config.resolve import from_settings, of_kind
+from patchmine.config.resolve import from_settings, of_kind, start_of
 from patchmine.config.schema import (
     AnyConfig,
     DetectConfig,
@@ -107,7 +107,9 @@ def pretrain(
     given: dict[str, Any] = dict(settings)
     sources = _named(given, data)
     start_from = None if recipe is None else os.fspath(recipe)
-    config = from_settings(start_from, say=say, also=CHECKS, **given)
+    begins = start_of(start_from, given)
+    base = {} if begins is None else settings_for("pretrain", begins)
+    config = from_settings(start_from, say=say, also=CHECKS, base=base, **given)
     config = of_kind(config, PretrainConfig)
     return Run(training.pretrain(config, sources=sources, say=say).path)
 

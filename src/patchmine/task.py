@@ -7,9 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from patchmine.backbones.family import refuse_unfit
+from patchmine.backbones.family import family_of, refuse_unfit
+from patchmine.errors import UserError
+from patchmine.models.adapt import freeze_others, layer_groups
 from patchmine.models.noise import Noise
-from patchmine.models.settings import MethodSettings
+from patchmine.models.settings import AdaptSettings, MethodSettings, parse_trainable
+from patchmine.models.teacher import Average
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 
@@ -21,6 +24,7 @@ class Task(nn.Module):
 
     Attributes:
         noise: where a step takes its random numbers from.
+        average: of the weights over steps, where `keep_average` was asked for one.
         averages_rows: the loss of a batch is the mean over its rows, so that a batch may be divided
             among processes or accumulated parts.  False where rows meet: a ratio over the batch,
             batch statistics.
@@ -36,6 +40,7 @@ class Task(nn.Module):
         super().__init__()
         self.config = settings
         self.noise = Noise()
+        self.average: Average | None = None
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         """The losses of one (micro-)batch.
@@ -52,9 +57,25 @@ class Task(nn.Module):
     def after_step(self, progress: Progress) -> None:
         """Called after every optimizer step, with the step that was just made."""
 
+    def keep_average(self, decay: float | None, parts: Iterable[str]) -> None:
+        """Average the weights of some of its modules from now on (the setting ``ema_decay``)."""
+        if decay is not None:
+            students = {name: self.get_submodule(name) for name in parts}
+            self.average = Average(decay, **students)
+
+    def follow(self, progress: Progress) -> None:
+        """Called behind `after_step`: the average follows, where there is one."""
+        if self.average is not None:
+            names = [name for name, _ in self.average.named_children()]
+            self.average.follow(progress, **{name: self.get_submodule(name) for name in names})
+
     def param_groups(self) -> list[ParamGroup]:
         """What is trained and how; by default all that takes a gradient, as the settings say."""
         return [ParamGroup(self.learning())]
+
+    def scaled_groups(self) -> list[ParamGroup]:
+        """`param_groups` as the run trains them; `Method.adapt` may slow some down."""
+        return self.param_groups()
 
     def encoders(self) -> dict[str, nn.Module]:
         """Its encoders by name: student, and teacher, partner, partner-teacher where it has them.
@@ -104,6 +125,7 @@ class Method(Task):
         super().__init__(config)
         refuse_unfit(encoder, config.name, config.families, config.relative_positions)
         self.encoder = encoder
+        self.layer_decay, self.freeze_encoder = 1.0, 0.0
 
     @classmethod
     def draw_weights(cls, encoder: nn.Module) -> None:
@@ -111,6 +133,38 @@ class Method(Task):
 
         Called before the method is made, and before ``init=`` fills the encoder.
         """
+
+    def adapt(self, settings: AdaptSettings) -> None:
+        """Say how far the encoder moves, and how fast; LoRA's layers must be in it already.
+
+        All else that the method learns, a partner included, keeps learning at the whole rate.
+        Raises UserError for a choice that the encoder does not have.
+        """
+        self.layer_decay, self.freeze_encoder = settings.layer_decay or 1.0, settings.freeze_encoder
+        kind = parse_trainable(settings.trainable).kind
+        if kind == "last" and family_of(self.encoder).convolutional:
+            raise UserError(
+                f"trainable={settings.trainable} would freeze batch norms, whose statistics move "
+                f"with the EMA teacher of method={self.config.name}: choose trainable=bias or all"
+            )
+        if kind != "all":
+            freeze_others(self.encoder, settings.trainable)
+        encoders = self.encoders().values()
+        learning = [name for name, part in self.named_children() if part in encoders]
+        self.keep_average(settings.ema_decay, learning)
+
+    def scaled_groups(self) -> list[ParamGroup]:
+        """`param_groups`, those of the encoder as its layers are paced."""
+        groups, decay, frozen = self.param_groups(), self.layer_decay, self.freeze_encoder
+        if decay == 1 and frozen == 0:
+            return groups
+        return layer_groups(groups, self.encoder, decay, frozen_share=frozen)
+
+    def used(self, encoder: nn.Module) -> nn.Module:
+        """The average of one of its encoders where there is one, else that encoder."""
+        parts = [] if self.average is None else self.average.named_children()
+        averages = {self.get_submodule(name): average for name, average in parts}
+        return averages.get(encoder, encoder)
 
     def encoders(self) -> dict[str, nn.Module]:
         """The encoder that is trained, and that of an EMA teacher; a pair names its partner too."""

@@ -245,6 +245,7 @@ class ParamGroup:
         clip_norm: largest gradient norm of all the optimizer's groups that say so together.
         clip_each: of each parameter by itself.
         frozen_until: epochs in which nothing moves the group, weight decay included.
+        frozen_share: the same as a share of the run; what ends later counts.
     """
 
     params: Sequence[tuple[str, nn.Parameter]]
@@ -260,6 +261,7 @@ class ParamGroup:
     clip_norm: float | None = None
     clip_each: bool = False
     frozen_until: int = 0
+    frozen_share: float = 0.0
 
 
 @dataclass(frozen=True)

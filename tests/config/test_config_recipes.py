@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from patchmine.config.recipes import ABOUT, list_recipes, load_recipe, recipe_names
-from patchmine.config.resolve import parse, resolve_size
-from patchmine.config.schema import DetectConfig, FinetuneConfig, SegmentConfig
+from patchmine.config.resolve import parse, resolve_size, start_of
+from patchmine.config.schema import DetectConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.ops.schedules import learning_rate
@@ -35,7 +35,9 @@ ROWS = [(recipe.name, method) for recipe in RECIPES.values() for method in recip
 
 
 def test_all_promised_recipes_are_there() -> None:
-    assert set(recipe_names()) >= TINY | PUBLISHED | set(VIDEO) | {"my-images", "moving-photos"}
+    assert set(recipe_names()) >= (
+        TINY | PUBLISHED | set(VIDEO) | {"adapt", "my-images", "moving-photos"}
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -141,7 +143,7 @@ def test_the_command_in_the_head_and_every_method_parse(name: str, method: str) 
     assert parse(name, [*words, f"method={method}"]).method.name == method
 
 
-@pytest.mark.parametrize("name", sorted(TINY | {"my-images"}))
+@pytest.mark.parametrize("name", sorted(TINY | {"adapt", "my-images"}))
 def test_small_recipes_serve_every_method(name: str) -> None:
     assert set(RECIPES[name].method_names) == set(METHODS)
 
@@ -286,13 +288,54 @@ def test_my_images_chooses_more_for_more_images() -> None:
     )
 
 
+def test_adaptation_is_short_and_bounded_whatever_the_number_of_images() -> None:
+    config = parse("adapt", ["data=x", "init=y"])
+    assert isinstance(config, PretrainConfig)
+    assert (config.trainable, config.layer_decay, config.ema_decay) == ("all", 0.75, 0.999)
+    for count in (300, 2_000, 20_000, 200_000, 2_000_000):
+        sized = resolve_size(config, count)
+        assert sized.epochs is not None
+        assert sized.warmup_epochs <= 0.05 * sized.epochs
+        assert 1_500 < sized.epochs * count / sized.batch_size < 40_000
+
+
+def test_adaptation_needs_weights() -> None:
+    with pytest.raises(UserError, match="init: not given; this recipe goes on from weights"):
+        parse("adapt", ["data=x"])
+
+
+def test_my_images_with_weights_is_adaptation() -> None:
+    heard: list[str] = []
+    words = ["data=x", "init=y", "method=hpm", "epochs=7", "layer_decay=0.9"]
+    assert parse("my-images", words, heard.append) == parse("adapt", words)
+    assert "With init= the recipe my-images is adapt." in heard
+    own = resolve_size(parse("my-images", words), 300)
+    assert isinstance(own, PretrainConfig)
+    assert (own.epochs, own.layer_decay, own.trainable) == (7, 0.9, "all")
+    without = parse("my-images", ["data=x"])
+    assert isinstance(without, PretrainConfig)
+    assert (without.layer_decay, without.ema_decay, without.freeze_encoder) == (None, None, 0)
+
+
+def test_a_model_that_is_named_anywhere_is_not_that_of_the_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    given = {"data": "x", "init": weights}
+    for recipe in (None, "adapt", "my-images"):
+        assert start_of(recipe, given) == str(weights)
+        assert start_of(recipe, {**given, "model": "vit_base_patch16_224"}) is None
+    assert start_of("cifar10-tiny", given) is None
+    assert start_of(None, {"data": "x"}) is None
+    assert start_of("adapt", {"init": tmp_path / "absent"}) is None
+
+
 def test_a_misspelt_recipe_names_the_nearest() -> None:
     with pytest.raises(
         UserError, match="No recipe 'cifar-tiny', and no such file; did you mean cifar10-tiny"
     ):
         load_recipe("cifar-tiny")
     with pytest.raises(
-        UserError, match="there are amt-simmim-vit-b-imagenet, amt-vit-b-imagenet, cifar10-tiny, "
+        UserError, match="there are adapt, amt-simmim-vit-b-imagenet, amt-vit-b-imagenet, cifar10-tiny, "
     ):
         load_recipe("xyz")
 

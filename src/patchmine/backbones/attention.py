@@ -58,6 +58,10 @@ def _query_and_keys(attention: Any, normed: Tensor) -> tuple[Tensor, Tensor]:
     """The class token's query (B, D) and all keys (B, N, D), before norms of their own."""
     if attention.qkv is None:  # a matrix for each
         return attention.q_proj(normed[:, 0]), attention.k_proj(normed)
+    if type(attention.qkv) is not nn.Linear:  # one with LoRA, which its weight alone does not tell
+        query, keys, _ = attention.qkv(normed).chunk(3, dim=-1)
+        query_bias = getattr(attention, "q_bias", None)
+        return query[:, 0] if query_bias is None else query[:, 0] + query_bias, keys
     weight, bias = attention.qkv.weight, attention.qkv.bias
     width = len(weight) // 3
     if bias is not None:

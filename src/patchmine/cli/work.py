@@ -26,16 +26,37 @@ def pretrain(words: Sequence[str], say: Say) -> None:
     Example:
         patchmine pretrain data=photos/ method=hpm out=runs/hpm
         patchmine pretrain cifar10-tiny data=cifar10/train out=runs/mae
+        patchmine pretrain adapt data=photos/ init=mae_pretrain_vit_base.pth out=runs/adapted
         patchmine pretrain my.yaml out=runs/x epochs=50 method.mask_ratio=0.8
     """
     from patchmine.config import resolve
     from patchmine.config.schema import PretrainConfig
     from patchmine.runs import checking
 
-    config = resolve.parse(*first_and_settings(words), say, also=checking.CHECKS)
+    recipe, settings = first_and_settings(words)
+    base = _of_start(recipe, settings, say, also=checking.CHECKS[:1])
+    config = resolve.parse(recipe, settings, say, also=checking.CHECKS, base=base)
     from patchmine.training import pretrain as start  # after the settings are known to be right
 
     start(resolve.of_kind(config, PretrainConfig), say=say)
+
+
+def _of_start(
+    recipe: str | None, words: Sequence[str], say: Say, also: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Settings of the network that a pre-training run goes on from, where it names no other."""
+    from patchmine.config import resolve
+    from patchmine.config.overrides import read_settings
+    from patchmine.runs.known import tell_errors, words_known_to_fit
+
+    start = resolve.start_of(recipe, dict(read_settings(words)[0]))
+    if start is None:
+        return {}
+    known, sure = words_known_to_fit(start, words, "pretrain")
+    tell_errors(lambda hears: resolve.parse(recipe, sure, hears, also=also, base=known), say)
+    from patchmine.training.starting import settings_for  # after the words are known to be right
+
+    return settings_for("pretrain", start)
 
 
 def resume(words: Sequence[str], say: Say) -> None:
@@ -227,7 +248,8 @@ def config_show(words: Sequence[str], say: Say) -> None:
     has_data = recipe is not None and "data" in load_recipe(recipe).settings
     if not has_data and not any(word.startswith("data=") for word in settings):
         settings = ["data=IMAGES", *settings]  # the one setting that has no default
-    print(resolve.parse(recipe, settings, say).to_yaml(), end="")
+    base = _of_start(recipe, settings, say)
+    print(resolve.parse(recipe, settings, say, base=base).to_yaml(), end="")
 
 
 def config_schema(words: Sequence[str]) -> None:

@@ -107,6 +107,10 @@ class RunSettings(CropSettings, SharedRunSettings, RunningSettings, total=False)
     """The settings of a run, as keywords; `patchmine config schema` explains each."""
 
     method: str | Mapping[str, Any] | BaseModel
+    trainable: str
+    layer_decay: float | None
+    ema_decay: float | None
+    freeze_encoder: float
 
 
 class FinetuneRunSettings(CropSettings, HeldOutRunSettings, SharedRunSettings, total=False):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from patchmine.backbones.names import reads_clips
 from patchmine.config.explain import nearest, refusal, shown, validate
 from patchmine.config.overrides import exists, merge, read_settings, repeated, tree_of
-from patchmine.config.recipes import Recipe, load_recipe
+from patchmine.config.recipes import Recipe, recipe_for
 from patchmine.config.schema import (
     KINDS,
     AnyConfig,
@@ -78,6 +78,29 @@ def of_kind(config: RunConfig, wanted: type[Config]) -> Config:
     return config
 
 
+def start_of(recipe_name: str | Path | None, wanted: Mapping[str, Any]) -> str | None:
+    """The weights whose network a pre-training run is of, because nothing names its model.
+
+    Args:
+        recipe_name: of its recipe, or none.
+        wanted: its settings, dotted or nested.
+
+    Returns:
+        What ``init`` names, where that exists, else None.  Raises UserError for no such recipe.
+    """
+    settings, _ = tree_of(wanted.items())
+    tables: list[Any] = [settings]
+    if recipe_name is not None:
+        recipe = recipe_for(recipe_name, settings)
+        settings = merge(_settings_of(recipe, settings, silent), settings)
+        tables = [settings, *(row.get("use") for row in recipe.by_size)]
+    init = settings.get("init")
+    named = any("model" in table for table in tables if isinstance(table, Mapping))
+    if named or _model_of(settings) is not PretrainConfig or init is None or not exists(str(init)):
+        return None
+    return str(init)
+
+
 def _assemble(
     recipe_name: str | Path | None,
     pairs: Sequence[tuple[str, Any]],
@@ -86,14 +109,17 @@ def _assemble(
     also: Checks,
     base: Mapping[str, Any],
 ) -> AnyConfig:
-    recipe = None if recipe_name is None else load_recipe(recipe_name)
     wanted, torn = tree_of((path, _plain(value)) for path, value in pairs)
+    recipe = None if recipe_name is None else recipe_for(recipe_name, wanted, say)
     if _method_in(wanted) not in (None, _method_in(base)):  # another has settings of its own
         base = {name: value for name, value in base.items() if name != "method"}
     settings, where = merge(base, wanted), "the settings"
     if recipe is not None:
         settings = merge(merge(base, _settings_of(recipe, {**base, **wanted}, say)), wanted)
         where = f"the settings (with {recipe.name})"
+        if recipe.needs_init and settings.get("init") is None:
+            text = "not given; this recipe goes on from weights: name a run, an export or a file"
+            errors = [*errors, SettingError("init", text)]
     # A batch size that the user did not choose may be fitted to the machine and to the data.
     own = wanted if recipe is None or recipe.ours else settings
     config = _checked(settings, where, "batch_size" in own, [*errors, *torn], say, also)

@@ -20,7 +20,7 @@ from patchmine.data.settings import (
 )
 from patchmine.evaluate.settings import EvalSettings
 from patchmine.methods import METHODS
-from patchmine.models.settings import MethodSettings
+from patchmine.models.settings import AdaptSettings, MethodSettings
 from patchmine.strict import (
     LARGEST_RUN,
     OF_A_MACHINE,
@@ -83,7 +83,7 @@ class RunConfig(TrainSettings, ModelSettings, DataSettings):
         )
 
 
-class PretrainConfig(EvalSettings, RunConfig, ViewSettings):
+class PretrainConfig(EvalSettings, AdaptSettings, RunConfig, ViewSettings):
     """A pre-training run, complete and checked."""
 
     kind: Literal["pretrain"] = Field("pretrain", description="what the run is for")
@@ -92,9 +92,15 @@ class PretrainConfig(EvalSettings, RunConfig, ViewSettings):
     )
 
     def setting_errors(self) -> Iterator[SettingError]:
-        """Local crops that patches do not fill."""
+        """Local crops that patches do not fill, and an encoder of which nothing is learned."""
         if self.method.multi_crop and self.crops.num_local:
             yield from self.unfilled("crops.local_size", [self.crops.local_size])
+        if self.trainable == "none":
+            text = "given none, but the encoder is what a run is for: choose last:1, lora:8 or all"
+            yield SettingError("trainable", text)
+        elif self.trainable != "all" and self.init is None:
+            text = "but what stays frozen would be random: name weights by init=FILE, or choose all"
+            yield SettingError("trainable", f"given {self.trainable}, {text}")
 
 
 class FinetuneConfig(FinetuneSettings, RunConfig, SupervisedSettings):

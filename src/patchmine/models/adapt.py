@@ -1,20 +1,24 @@
-"""Fine-tuning: which parameters of an encoder are trained, and at which share of the rate."""
+"""Which parameters of an encoder are trained, and at which share of the rate."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from timm.models import group_parameters
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from patchmine.backbones.record import Encoder
 from patchmine.errors import UserError
-from patchmine.models.lora import add_lora
+from patchmine.models.lora import add_lora, merged_state
 from patchmine.models.settings import parse_trainable
 from patchmine.types import ParamGroup
 
 USUAL_DECAY = 0.75  # of the rates, layer by layer
+AS_USED = {"trainable": "all", "ema_decay": None}
+"""Settings of pre-training of which a finished encoder shows nothing."""
 _AFTER_BLOCKS = ("norm.", "fc_norm.")
 _MLP_HALF = ("norm2", "mlp", "ls2", "gamma_2")  # of a block: timm's ViTs, and BEiT's layer scale
 
@@ -35,9 +39,26 @@ def select_trainable(encoder: Encoder, trainable: str, *, frozen_positions: bool
     Raises:
         UserError: the encoder does not have what ``trainable`` names.
     """
-    kind, amount = parse_trainable(trainable)
+    insert_lora(encoder, trainable)
+    encoder.requires_grad_(True)
+    freeze_others(encoder, trainable)
+    if frozen_positions and getattr(encoder, "pos_embed", None) is not None:
+        encoder.pos_embed.requires_grad_(False)
+
+
+def insert_lora(encoder: Encoder, trainable: str) -> None:
+    """Put LoRA's layers into an encoder where ``trainable`` asks for them; else do nothing."""
+    kind, rank = parse_trainable(trainable)
     if kind == "lora":
-        add_lora(encoder, int(amount))
+        add_lora(encoder, int(rank))
+
+
+def freeze_others(encoder: Encoder, trainable: str) -> None:
+    """Take the gradient from all that ``trainable`` does not choose; nothing frozen thaws.
+
+    Raises UserError as `select_trainable` does.
+    """
+    kind, amount = parse_trainable(trainable)
     last = _last_blocks(encoder, trainable, amount) if kind == "last" else set()
     for name, parameter in encoder.named_parameters():
         chosen = {
@@ -47,8 +68,8 @@ def select_trainable(encoder: Encoder, trainable: str, *, frozen_positions: bool
             "bias": parameter.ndim == 1,
             "lora": name.endswith((".lora_a", ".lora_b")),
         }
-        held = frozen_positions and name == "pos_embed"
-        parameter.requires_grad_(chosen[kind] and not held)
+        if not chosen[kind]:
+            parameter.requires_grad_(False)
 
 
 def _last_blocks(encoder: Encoder, trainable: str, count: float) -> set[str]:
@@ -154,3 +175,42 @@ def rate_groups(
         ParamGroup(groups[scale, spare], scale=scale, **(undecayed if spare else how))
         for scale, spare in sorted(groups)
     ]
+
+
+def layer_groups(
+    groups: Sequence[ParamGroup], encoder: Encoder, layer_decay: float, *, frozen_share: float = 0.0
+) -> list[ParamGroup]:
+    """The groups of a method, divided so that the encoder's layers have rates of their own.
+
+    Args:
+        groups: the encoder's parameters in them are named ``encoder.*``.
+        encoder: see `layer_scales`, as ``layer_decay``.
+        layer_decay: 1 slows nothing.
+        frozen_share: of the run, in which the encoder does not move.
+
+    Returns:
+        Each group in parts of one rate; what is not the encoder's is as it was.
+    """
+    scales = {f"encoder.{name}": s for name, s in layer_scales(encoder, layer_decay).items()}
+    divided: list[ParamGroup] = []
+    for group in groups:
+        parts: dict[float | None, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in group.params:
+            parts.setdefault(scales.get(name), []).append((name, parameter))
+        for scale, members in parts.items():
+            part = replace(group, params=members)
+            if scale is not None:
+                part = replace(part, scale=group.scale * scale, frozen_share=frozen_share)
+            divided.append(part)
+    return divided
+
+
+def tensors_used(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a method whose run is done: averages in their place, LoRA's products merged.
+
+    They are of a method with the settings `AS_USED`.
+    """
+    prefix = "average."
+    last = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
+    averages = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    return merged_state({**last, **averages})

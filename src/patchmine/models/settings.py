@@ -137,3 +137,39 @@ def _is_trainable(text: str) -> str:
 
 TrainableSpec = Annotated[str, AfterValidator(_is_trainable)]
 """A text that `parse_trainable` reads."""
+
+
+class TrainableSettings(Strict):
+    """What of an encoder learns, and at which rates."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    trainable: TrainableSpec = Field(
+        "all", description="all, none (the head only), last:4 (blocks), bias, lora:8 (rank)"
+    )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="factor of the rate from layer to layer; null: 1, or 0.75 where labels teach",
+    )
+
+
+class AverageSettings(Strict):
+    """What stands in the place of the last weights when a run is done."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keep a moving average of the weights, and use that"
+    )
+
+
+class AdaptSettings(AverageSettings, TrainableSettings):
+    """How carefully pre-training moves an encoder that is good already."""
+
+    DECIDES_WEIGHTS: ClassVar[bool] = True
+
+    freeze_encoder: float = Field(
+        0.0, ge=0, lt=1, description="share of the run in which all else learns first, as 0.05"
+    )

@@ -45,6 +45,26 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
+class Average(Teacher):
+    """Average of the weights over a run's steps, used in the place of the last ones."""
+
+    def __init__(self, decay: float, **students: nn.Module) -> None:
+        super().__init__(own_statistics=False, **students)
+        self.decay = decay
+
+    @torch.no_grad()
+    def follow(self, progress: Progress, **students: nn.Module) -> None:
+        """Move a little towards the weights that a step has made."""
+        # A long memory would keep the first weights for long (TensorFlow's num_updates rule).
+        step = progress.step + 1
+        self.update(min(self.decay, (1 + step) / (10 + step)), **students)
+        # Statistics of batch norms are averages already.
+        for name, student in students.items():
+            pairs = zip(self.get_submodule(name).buffers(), student.buffers(), strict=True)
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
+
+
 def ramped_decay(settings: FeatureTargetSettings, progress: Progress) -> float:
     """The decay of an EMA teacher at a step, from ``ema_start`` to ``ema_end``."""
     start, end, ramp = settings.ema_start, settings.ema_end, settings.ema_ramp_epochs

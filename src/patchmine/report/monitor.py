@@ -112,7 +112,7 @@ class Monitor:
             return None
         engine, data = self.engine, self._labelled
         workers = num_workers(self.training.workers, engine.device, engine.local_size)
-        crop_pct, encoder = self.evaluation.crop_pct, self.method.encoder
+        crop_pct, encoder = self.evaluation.crop_pct, self.method.used(self.method.encoder)
         evaluated = of_run(self.model, crop_pct, encoder, "the encoder in training")
         try:
             with foreign_parser(UserError, OSError):

@@ -27,6 +27,7 @@ from patchmine.config.schema import (
 )
 from patchmine.errors import Say, UserError, settings_of, shown_name, silent
 from patchmine.methods import method_class
+from patchmine.models.adapt import AS_USED, insert_lora, tensors_used
 from patchmine.runs.files import RunFiles
 from patchmine.runs.known import is_run
 from patchmine.task import Method
@@ -62,14 +63,15 @@ def build_method(
     kind = method_class(config.method)
     encoder = _bare_encoder(config)
     kind.draw_weights(encoder)
-    if start_from is None:
-        return kind(config.method, encoder)
-    report = _initialise(encoder, start_from)
+    report = None if start_from is None else _initialise(encoder, start_from)
+    insert_lora(encoder, config.trainable)  # before the method, whose EMA teachers copy it
     method = kind(config.method, encoder)
-    # Teachers start as their students, and foreign networks say themselves what they are.
-    told = ("encoder.", "teacher.", "foreign.", "partner_teacher.")
-    report.random = [name for name in method.state_dict() if not name.startswith(told)]
-    say(report.render())
+    method.adapt(config)
+    if report is not None:
+        # Copies start as what they are of, and foreign networks say themselves what they are.
+        told = ("encoder.", "teacher.", "foreign.", "partner_teacher.", "average.")
+        report.random = [name for name in method.state_dict() if not name.startswith(told)]
+        say(report.render())
     return method
 
 
@@ -164,6 +166,8 @@ class RunFolder(RunFiles):
     def method(self) -> Method:
         """The method with the weights of the newest readable checkpoint, on the CPU, in eval mode.
 
+        Encoders of which an average is kept are that average, without LoRA's layers.
+
         Raises UserError when there is no checkpoint, when it does not fit the settings, or when it
         is not finite.
         """
@@ -174,8 +178,8 @@ class RunFolder(RunFiles):
             )
         found = self._newest()
         with settings_of(self.config_file):
-            method = build_method(self.config)
-        _load(method, found.model, found.path)
+            method = build_method(self.config.model_copy(update=AS_USED))
+        _load(method, tensors_used(found.model), found.path)
         return method.eval()
 
     def classify(self) -> Classify:
@@ -277,8 +281,9 @@ class RunFolder(RunFiles):
             with settings_of(self.config_file):
                 encoder = _bare_encoder(self.config)
             found, prefix = self._newest(), "encoder."
-            names = [name for name in found.model if name.startswith(prefix)]
-            _load(encoder, {name[len(prefix) :]: found.model[name] for name in names}, found.path)
+            tensors = tensors_used(found.model)
+            names = [name for name in tensors if name.startswith(prefix)]
+            _load(encoder, {name[len(prefix) :]: tensors[name] for name in names}, found.path)
             return encoder.eval()
         if not self.checkpoints and is_export(self.export_dir):
             raise UserError(

@@ -103,6 +103,7 @@ def settings_to_extend(config: AnyConfig, path: str | PathLike[str]) -> dict[str
     settings = config.model_dump(mode="json", exclude=own)
     if isinstance(config, PretrainConfig):
         settings["seed"] = config.seed + 1
+        settings["freeze_encoder"] = 0.0  # the decoder has learned by now
     return {**settings, "epochs": None, "init": str(Path(path))}
 
 

@@ -16,7 +16,6 @@ from patchmine.models.adapt import decay_of, hold_statistics, rate_groups, selec
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths
 from patchmine.models.lora import merged
 from patchmine.models.mixing import draw_mixing, mixing_generator
-from patchmine.models.teacher import Teacher
 from patchmine.ops.erasing import erase
 from patchmine.ops.mixing import mix_images, mix_targets, smoothed
 from patchmine.task import Task
@@ -87,8 +86,7 @@ class Classify(Task):
         self.register_buffer("weights", torch.ones(count) if weights is None else weights)
         unit = torch.tensor([[0.0], [1.0]]).expand(2, count).contiguous()
         self.register_buffer("scale", unit if scale is None else scale)
-        decay = settings.ema_decay
-        self.average = None if decay is None else Teacher(encoder=encoder, head=self.head)
+        self.keep_average(settings.ema_decay, ["encoder", "head"])
 
     @property
     def used(self) -> Any:
@@ -188,20 +186,6 @@ class Classify(Task):
         super().train(mode)
         hold_statistics(self.encoder)
         return self
-
-    def after_step(self, progress: Progress) -> None:
-        """The average follows."""
-        if self.average is not None:
-            # A long memory would keep the first weights for long (TensorFlow's num_updates rule).
-            step = progress.step + 1
-            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
-            self.average.update(decay, encoder=self.encoder, head=self.head)
-            # Statistics of batch norms are averages already.
-            pairs = zip(
-                self.average.get_submodule("encoder").buffers(), self.encoder.buffers(), strict=True
-            )
-            for mine, theirs in pairs:
-                mine.copy_(theirs)
 
     def encoders(self) -> dict[str, nn.Module]:
         """The backbone alone, in the state that is used."""

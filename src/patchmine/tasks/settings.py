@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from patchmine.models.settings import TrainableSpec
+from patchmine.models.settings import AverageSettings, TrainableSettings
 from patchmine.strict import (
     LARGEST_COUNT,
     LARGEST_RUN,
@@ -84,19 +84,13 @@ class LabelSettings(HeldOutSettings):
             yield SettingError("loss", text)
 
 
-class BackboneSettings(Strict):
+class BackboneSettings(TrainableSettings):
     """How far the backbone moves."""
 
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
-    trainable: TrainableSpec = Field(
-        "all", description="all, none (the head only), last:4 (blocks), bias, lora:8 (rank)"
-    )
     positions: Literal["learned", "frozen"] = Field(
         "learned", description="whether the table of positions is trained too (trainable=all)"
-    )
-    layer_decay: float | None = Field(
-        None, gt=0, le=1, description="factor of the rate from layer to layer; null: 0.75, or 1"
     )
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth of the last block")
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient")
@@ -115,7 +109,7 @@ class NetworkSettings(BackboneSettings):
     )
 
 
-class RegularSettings(Strict):
+class RegularSettings(AverageSettings):
     """What keeps a network from learning few labels by heart."""
 
     DECIDES_WEIGHTS: ClassVar[bool] = True
@@ -124,9 +118,6 @@ class RegularSettings(Strict):
         0.1, ge=0, lt=1, description="share of a label that goes to all classes"
     )
     balance: bool = Field(False, description="weigh images so that all classes count the same")
-    ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="keep a moving average of the weights, and use that"
-    )
 
 
 class JudgeSettings(Strict):

@@ -39,7 +39,7 @@ class Optimizers:
     by_name: dict[str, Optimizer]
     params: dict[str, nn.Parameter]
     clips: list[Clip] = field(default_factory=list)
-    frozen: list[tuple[int, list[nn.Parameter]]] = field(default_factory=list)
+    frozen: list[ParamGroup] = field(default_factory=list)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before."""
@@ -103,7 +103,6 @@ def build_optimizers(
     kinds: dict[str, str] = {}
     torch_groups: dict[str, list[dict[str, Any]]] = {}
     clips: dict[tuple[str, float, bool], Clip] = {}
-    frozen: list[tuple[int, list[nn.Parameter]]] = []
     for group in groups:
         for key, parameter in group.params:
             if key in params:
@@ -120,11 +119,10 @@ def build_optimizers(
         if group.clip_norm is not None:
             limit = (name, group.clip_norm, group.clip_each)
             clips.setdefault(limit, Clip([], *limit[1:])).params.extend(members)
-        if group.frozen_until > 0:
-            frozen.append((group.frozen_until, members))
     if not params:
         raise ValueError("the method names no parameter to train (param_groups() is empty)")
     by_name = {name: _make(kinds[name], parts, betas) for name, parts in torch_groups.items()}
+    frozen = [group for group in groups if group.frozen_until or group.frozen_share]
     return Optimizers(by_name, params, list(clips.values()), frozen)
 
 
@@ -203,9 +201,9 @@ def set_rates(
 
 def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
     """Drop the gradients of frozen parameters and clip the others; their norm before that, 0-d."""
-    for frozen_until, members in optimizers.frozen:
-        if progress.epoch < frozen_until:
-            for parameter in members:
+    for group in optimizers.frozen:
+        if progress.epoch < group.frozen_until or progress.fraction < group.frozen_share:
+            for _, parameter in group.params:
                 parameter.grad = None
     params = [p for p in optimizers.params.values() if p.grad is not None]
     if not params:

@@ -35,7 +35,7 @@ class Stepper:
         self.forward = engine.wrap(task, compile_blocks=settings.compile)
         refuse_shared(task.state_dict())
         self.optimizers = optim.build_optimizers(
-            task.param_groups(),
+            task.scaled_groups(),
             weight_decay=settings.weight_decay,
             blr=settings.blr,
             betas=settings.betas,
@@ -62,6 +62,7 @@ class Stepper:
         bad = norm.isfinite().logical_not().float()
         optim.update(self.optimizers, bad)
         self.task.after_step(progress)
+        self.task.follow(progress)
         self.meter.add({"grad_norm": norm})
         skipped, row, longest, total = self._skips.unbind()
         row = (row + bad) * bad

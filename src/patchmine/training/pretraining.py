@@ -19,6 +19,7 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
 from patchmine.data.workers import num_workers
 from patchmine.errors import Say, silent
+from patchmine.models.lora import merged
 from patchmine.report.monitor import Monitor
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_method, write_export
@@ -28,6 +29,7 @@ from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks
+from patchmine.train.optim import render_groups
 from patchmine.training.making import make_run
 from patchmine.training.place import Place, agree, last_files, train_task
 from patchmine.types import Batch
@@ -80,6 +82,9 @@ def train_method(
 ) -> RunFolder:
     """The run with these settings, trained to its end and exported."""
     method = make_method(config, config.init if start is None else None, place.say)
+    if config.layer_decay is not None or config.trainable != "all":
+        rates = {name: getattr(config, name) for name in ("weight_decay", "blr", "batch_size")}
+        place.say(render_groups(method.scaled_groups(), **rates))
 
     def watch(log: Log) -> Hooks:
         plain_data = PlainData(config, images, place.engine, log.say)
@@ -115,7 +120,7 @@ def _export(config: PretrainConfig, folder: Path, method: Method) -> None:
     with last_files(folder, "its export"):
         for name, encoder in method.encoders().items():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
-                write_export(config, encoder, run.export_folder(name))
+                write_export(config, merged(method.used(encoder)), run.export_folder(name))
 
 
 @dataclass(frozen=True)

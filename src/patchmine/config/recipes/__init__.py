@@ -1,7 +1,8 @@
 """Recipes: settings that are known to do something, as YAML files.
 
 ``about`` says what a recipe is; ``methods`` holds settings of each method, ``by_size`` those that
-depend on the number of images; all else are settings of a run.
+depend on the number of images; ``with_init`` names the recipe that takes its place where weights
+are given, and ``needs_init`` that it is for nothing else; all else are settings of a run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from patchmine.config.explain import did_you_mean
 from patchmine.config.overrides import exists, read_yaml
-from patchmine.errors import UserError, shown_name
+from patchmine.errors import Say, UserError, shown_name, silent
 
 _FOLDER = Path(__file__).parent
 ABOUT = ("title", "command", "data", "hardware", "time", "expected")
@@ -21,7 +22,11 @@ ABOUT = ("title", "command", "data", "hardware", "time", "expected")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe as it was read, unchecked.  ``ours``: it comes with patchmine."""
+    """One recipe as it was read, unchecked.
+
+    ``ours``: it comes with patchmine.  ``with_init``: the recipe for runs with ``init``, or none.
+    ``needs_init``: it goes on from weights.
+    """
 
     name: str
     about: Mapping[str, str]
@@ -29,6 +34,8 @@ class Recipe:
     methods: Mapping[str, Mapping[str, Any]]
     by_size: list[dict[str, Any]]
     ours: bool = False
+    with_init: str | None = None
+    needs_init: bool = False
 
     @property
     def method_names(self) -> list[str]:
@@ -54,6 +61,7 @@ def load_recipe(name: str | Path) -> Recipe:
     content = read_yaml(path)
     about, methods = content.pop("about", {}), content.pop("methods", {})
     by_size = content.pop("by_size", [])
+    with_init, needs_init = content.pop("with_init", None), content.pop("needs_init", False)
     wrong = ""
     if not isinstance(about, dict):
         wrong = f"about must be a table with some of {', '.join(ABOUT)}"
@@ -62,12 +70,25 @@ def load_recipe(name: str | Path) -> Recipe:
         wrong = f"methods must hold one table of settings for each method, as in {example}"
     elif not isinstance(by_size, list) or not _are_tables(by_size):
         wrong = "by_size must be a list of rows such as '- {up_to: 5000, use: {epochs: 400}}'"
+    elif not isinstance(with_init, str | None):
+        wrong = "with_init must be the name of a recipe, as in with_init: adapt"
+    elif not isinstance(needs_init, bool):
+        wrong = "needs_init must be true or false"
     if wrong:
         raise UserError(f"{shown_name(path)}: {wrong}")
     ours = path.parent == _FOLDER
     known_as = path.stem if ours else shown_name(name)
     about = {key: str(text) for key, text in about.items()}
-    return Recipe(known_as, about, content, methods, by_size, ours)
+    return Recipe(known_as, about, content, methods, by_size, ours, with_init, needs_init)
+
+
+def recipe_for(name: str | Path, wanted: Mapping[str, Any], say: Say = silent) -> Recipe:
+    """The recipe for settings that are ``wanted``: another one where these name weights."""
+    recipe = load_recipe(name)
+    if recipe.with_init is None or wanted.get("init") is None:
+        return recipe
+    say(f"With init= the recipe {recipe.name} is {recipe.with_init}.")
+    return load_recipe(recipe.with_init)
 
 
 def _are_tables(rows: Any) -> bool:
