@@ -116,10 +116,14 @@ class Method(Task):
     Where ``config.multi_crop``, a training batch holds several crops of each image, as the settings
     ``crops`` say; pictures are still made of batches of one plain view.  Views of clips are
     (B, C, T, H, W).
+
+    ``inductive``: the loss can be computed on images that are not trained on, and in eval mode
+    doing so changes nothing.  False where the method looks images up by their index.
     """
 
     config: MethodSettings
     encoder: nn.Module
+    inductive: bool = True
 
     def __init__(self, config: MethodSettings, encoder: nn.Module) -> None:
         super().__init__(config)

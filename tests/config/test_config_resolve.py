@@ -179,6 +179,7 @@ def test_what_may_differ_between_machines_is_said_at_the_setting() -> None:
         "annotations",
         "eval_data",
         "eval_test",
+        "monitor_data",
         "labels",
         "val",
         "test",

@@ -38,10 +38,11 @@ def write_run(
     samples: int = 0,
     lines: int = 200,
     seed: int = 0,
+    over_fitted: bool | None = None,
     **settings: object,
 ) -> Path:
     """A run of ``steps`` steps of which ``made`` are done, with ``lines`` lines of metrics for the
-    whole.
+    whole.  ``over_fitted``: None: without monitors.
     """
     folder.mkdir(parents=True)
     config = {
@@ -60,6 +61,8 @@ def write_run(
     } | settings
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     written = _training_lines(method, steps, made or steps, lines, seed, knn)
+    if over_fitted is not None:
+        written += _monitor_lines(made or steps, steps, over_fitted)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
     if evals:
         _write_evals(folder / "eval", method)
@@ -112,6 +115,22 @@ def _training_lines(
                 + (method == "hpm")
             )
             written.append({"step": step, "eval": {"name": "knn", "top1": top1, "top5": top1 + 31}})
+    return written
+
+
+def _monitor_lines(made: int, steps: int, over_fitted: bool) -> list[dict[str, object]]:
+    """Twenty looks at held-out images, whose loss rises from half of the run on."""
+    written: list[dict[str, object]] = []
+    for step in range(0, made + 1, max(1, steps // 20)):
+        done = step / steps
+        loss = 0.44 + 0.6 * math.exp(-6 * done)
+        numbers = {
+            "held_out_loss": loss + (0.3 * max(0.0, done - 0.5) if over_fitted else 0.0),
+            "rankme": 20 + 30 * done,
+            "feature_std": 0.03 + 0.03 * done,
+            "neighbours_kept": 100 * math.exp(-3 * done),
+        }
+        written.append({"step": step, "eval": {"name": "monitor", **numbers}})
     return written
 
 

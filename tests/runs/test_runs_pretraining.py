@@ -105,7 +105,9 @@ def test_a_run_folder_holds_what_is_promised(
     for line in training:
         assert {"lr", "images_per_second", "data_wait"} <= line.keys()
         assert 0 <= line["data_wait"] <= 1
-    assert [line["eval"]["name"] for line in lines if "eval" in line] == ["knn", "knn"]
+    evaluated = [(line["step"], line["eval"]["name"]) for line in lines if "eval" in line]
+    each_epoch = [(step, name) for step in (4, 8) for name in ("monitor", "knn")]
+    assert evaluated == [(0, "monitor"), *each_epoch]
     assert list(run.path.glob("events.out.tfevents*"))
     assert (run.path / "samples" / "step-00000008.png").is_file()
     assert run.config.method.name == method

@@ -101,6 +101,9 @@ class RunningSettings(SharedRunningSettings, total=False):
     eval_data: Name | None
     eval_test: Name | None
     crop_pct: float
+    monitor_images: int
+    monitor_data: Name | None
+    monitor_every: int | None
 
 
 class RunSettings(CropSettings, SharedRunSettings, RunningSettings, total=False):

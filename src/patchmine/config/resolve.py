@@ -337,7 +337,8 @@ def fit_batch(config: Config, samples: int, items: str, say: Say = silent) -> Co
 def missing_files(config: RunConfig) -> list[SettingError]:
     """Files that the settings name and that are not there, for `parse`: it needs no torch."""
     found = []
-    for setting in ("data", "eval_data", "eval_test", "labels", "annotations", "val", "test"):
+    settings = ("data", "eval_data", "eval_test", "monitor_data", "labels", "annotations")
+    for setting in (*settings, "val", "test"):
         given = getattr(config, setting, None)
         for name in given if isinstance(given, list) else [given]:
             # A pattern or a scheme such as embedded:photos only opening can judge

@@ -55,9 +55,22 @@ class EvalSettings(Strict):
         None, description="labelled images to test on; null: a part of eval_data"
     )
     crop_pct: float = Field(0.875, gt=0, le=1, description="centre crop, share of the shorter side")
+    monitor_images: int = Field(
+        512, ge=0, le=LARGEST_RUN, description="images watched without labels; 0: none"
+    )
+    monitor_data: Annotated[Text | None, OF_A_MACHINE] = Field(
+        None, description="held-out images to watch; null: some of data, without a held-out loss"
+    )
+    monitor_every: Positive | None = Field(
+        None, description="epochs between looks at them; null: as eval_every, or a twentieth"
+    )
 
     def setting_errors(self) -> Iterator[SettingError]:
-        """Evaluations without data."""
+        """Evaluations without data, and monitors without images."""
+        for name in ("monitor_data", "monitor_every"):
+            if self.monitor_images == 0 and (given := getattr(self, name)) is not None:
+                text = f"given {given}, but monitor_images=0 switches monitors off; leave one out"
+                yield SettingError(name, text)
         if self.eval_every and self.eval_data is None:
             text = "but eval_data is not set; name a folder of labelled images"
             yield SettingError("eval_every", f"given {self.eval_every}, {text}")

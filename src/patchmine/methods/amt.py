@@ -90,6 +90,7 @@ class AMT(Method):
         online = config.maps == "online"
         self.teacher = Teacher(encoder=encoder) if online else None
         self.maps = None if online else ItemMaps(self.grid.num_patches)
+        self.inductive = online  # other images have no maps in the table
 
     def _counts(self) -> tuple[int, int, int]:
         """Units masked, thrown, and masked at random before; rounded as in each host's code."""

@@ -24,7 +24,12 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def see(self, logits: Tensor) -> None:
-        """Take the mean of logits (N, K) of one part of the batch; parts have equally many rows."""
+        """Take the mean of logits (N, K) of one part of the batch; parts have equally many rows.
+
+        In eval mode nothing is taken, as batch norms keep their statistics there.
+        """
+        if not self.training:
+            return
         mean = logits.float().mean(dim=0, keepdim=True)  # (1, K)
         self._seen = mean if self._seen is None else self._seen + mean
         self._parts += 1

@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 
 from patchmine.disk import output
-from patchmine.report import reading, verdict, words
+from patchmine.report import health, reading, verdict, words
 from patchmine.report.charts import Chart, draw, make_curve
 from patchmine.report.classes import ByClass, take_classes
 
@@ -29,6 +29,10 @@ _NOTES = {
     "loss": "What training minimises.",
     "skipped": "Steps without a finite gradient, which were left out.",
     "data_wait": "Above a tenth of the time, more workers help.",
+    "monitor.rankme": "How many directions the features use; near 1 they have collapsed.",
+    "monitor.feature_std": "How much directions of features differ; 0: all images look alike.",
+    "monitor.neighbours_kept": "Nearest neighbours at step 0 that are neighbours still.",
+    "monitor.held_out_loss": "On images not trained on; rising while the loss falls: over-fitting.",
 }
 
 
@@ -71,6 +75,7 @@ def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
         runs=runs,
         about=tops[0].about if tops else verdicts[runs[0].name].about,
         verdicts=verdicts,
+        findings=[(run.name, told) for run in runs if (told := _health(run))],
         overviews=tops,
         fact_labels=_union(top.facts for top in tops),
         evaluations=evaluations,
@@ -103,6 +108,11 @@ def templates() -> jinja2.Environment:
     found.filters["thousands"] = words.whole
     found.globals["nothing"] = words.NOTHING
     return found
+
+
+def _health(run: reading.RunRecord) -> list[health.Finding]:
+    is_adapted = run.settings.get("init", "none") != "none"
+    return health.findings_of(run.series, run.steps_per_epoch, is_adapted=is_adapted)
 
 
 def _union(tables: Iterable[Iterable[str]]) -> list[str]:
@@ -337,7 +347,8 @@ def charts(runs: Sequence[reading.RunRecord]) -> list[Chart]:
     if not any(run.series["skipped"].values.any() for run in runs if "skipped" in run.series):
         names = [name for name in names if name != "skipped"]  # no step was lost: nothing to see
     names = [name for name in names if not _is_aside(name)]
-    first = [name for name in names if name == "loss"] + [name for name in names if "." in name]
+    evaluated = sorted((n for n in names if "." in n), key=lambda n: n.startswith("monitor."))
+    first = [name for name in names if name == "loss"] + evaluated
     last = [name for name in _LAST_CHARTS if name in names]
     middle = [name for name in names if name not in first and name not in last]
     return [_chart(name, runs) for name in first + middle + last]
@@ -352,7 +363,8 @@ def _chart(name: str, runs: Sequence[reading.RunRecord]) -> Chart:
     is_score = bool(evaluated) and words.is_share(quantity)
     is_speed, is_wait = name == "images_per_second", name == "data_wait"
     note = _NOTES.get(name, "On the labelled images, while training runs." if evaluated else "")
-    if name == "loss" and len({run.settings.get("method.name") for run in runs}) > 1:
+    losses = ("loss", "monitor.held_out_loss")
+    if name in losses and len({run.settings.get("method.name") for run in runs}) > 1:
         note += " Different methods minimise different things: compare the shapes, not the heights."
     found = [(i, run.name, run.series[name]) for i, run in enumerate(runs) if name in run.series]
     if is_wait:
@@ -362,7 +374,7 @@ def _chart(name: str, runs: Sequence[reading.RunRecord]) -> Chart:
     is_share = is_score or is_wait
     return Chart(
         key=re.sub(r"[^a-z0-9]+", "-", name.lower()),
-        title=f"{words.title(protocol)} {label}" if evaluated else words.title(name),
+        title=words.TITLES.get(name) or " ".join(filter(None, [words.title(protocol), label])),
         note=note,
         curves=[make_curve(i, label, series, smooth=smooth) for i, label, series in found],
         wide=name == "loss",

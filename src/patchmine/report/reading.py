@@ -162,6 +162,12 @@ def read_run(folder: Path, name: str) -> RunRecord:
     )
 
 
+def read_series(metrics: Path) -> tuple[dict[str, Series], float | None]:
+    """The series of a metrics.jsonl as `RunRecord` has them, and the steps of an epoch."""
+    trained, evaluated = _read_lines(metrics, [])
+    return _series(trained) | _series(evaluated), _steps_per_epoch(trained)
+
+
 def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested settings as ``{"method.mask_ratio": "0.75"}``."""
     flat: dict[str, str] = {}

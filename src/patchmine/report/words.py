@@ -16,6 +16,10 @@ TITLES = {
     "grad_norm": "Gradient norm",
     "knn": "kNN",
     "val": "Validation",
+    "monitor.rankme": "RankMe",
+    "monitor.feature_std": "Deviation of features",
+    "monitor.neighbours_kept": "Neighbours kept",
+    "monitor.held_out_loss": "Held-out loss",
     "proposal": "Loss of proposals",
     "proposal_box": "Loss of proposals' boxes",
     "class": "Loss of classes",
@@ -44,6 +48,7 @@ SCORES = {
     "accuracy": "accuracy",
     "mean_accuracy": "mean accuracy",
     "pixel_accuracy": "pixel accuracy",
+    "neighbours_kept": "neighbours kept",
 }
 """Scores in percent, as they are usually written; those of masks begin with ``mask_``."""
 

@@ -14,6 +14,8 @@ from patchmine.runs.known import CONFIG, settings_file
 from patchmine.train.checkpoint import list_checkpoints
 from patchmine.train.log import read_line
 
+MONITOR_START = Path("monitor", "start.safetensors")
+
 
 class RunFiles:
     """A run that was made, or is being made; UserError where the folder ``path`` holds none."""
@@ -43,6 +45,11 @@ class RunFiles:
     def sample_dir(self) -> Path:
         """Pictures made during training."""
         return self.path / "samples"
+
+    @property
+    def monitor_start(self) -> Path:
+        """The nearest neighbours at step 0, which later ones are compared with."""
+        return self.path / MONITOR_START
 
     @property
     def eval_dir(self) -> Path:

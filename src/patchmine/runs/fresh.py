@@ -8,7 +8,10 @@ from pathlib import Path
 from patchmine.config.schema import RunConfig
 from patchmine.errors import UserError, shown_name
 
-_WRITTEN = ("checkpoints", "metrics.jsonl", "samples", "export", "export-partner", "bad_files.txt")
+_WRITTEN = (
+    *("checkpoints", "metrics.jsonl", "samples", "monitor", "export", "export-partner"),
+    "bad_files.txt",
+)
 
 
 def new_folder(config: RunConfig) -> Path:

@@ -299,7 +299,7 @@ def step_of(line: Mapping[str, Any]) -> float | None:
 
 
 def trim_metrics(path: Path, step: int) -> int:
-    """Remove the lines after ``step``, and a last one that was cut short.
+    """Remove the lines after ``step`` (of 0: all), and a last one that was cut short.
 
     Lines that cannot be read otherwise are moved to `DAMAGED` beside it; returns how many.
     """
@@ -313,7 +313,7 @@ def trim_metrics(path: Path, step: int) -> int:
         line = read_line(text)
         if line is None:
             damaged.append(text + b"\n")
-        elif (step_of(line) or 0) <= step:
+        elif step > 0 and (step_of(line) or 0) <= step:  # one that begins anew writes all again
             kept.append(text + b"\n")
     damaged = [text for text in damaged if text.strip()]
     if damaged:

@@ -32,6 +32,8 @@ class Hooks:
     """What is called while a run trains.
 
     Args:
+        on_start: in every process, before the first step of a run, with step 0; not where it goes
+            on from a later one.
         before_epoch: in every process, with the step that comes.
         on_epoch: in every process, after each epoch and after the last step, with the count of
             finished steps; returns the scores of an evaluation, alike everywhere, or nothing.
@@ -41,6 +43,7 @@ class Hooks:
         on_stop: in every process, as soon as a signal asks to stop.
     """
 
+    on_start: Callable[[Progress], None] = lambda now: None
     before_epoch: Callable[[Progress], None] = lambda now: None
     on_epoch: Callable[[Progress], Mapping[str, float] | None] = lambda done: None
     on_sample: Callable[[Progress, Batch], None] = lambda done, batch: None
@@ -147,6 +150,9 @@ def train(
     start, total, per_epoch = keeper.start, length.total_steps, length.steps_per_epoch
     if start is not None:
         restore(task, stepper.optimizers, start, keeper.identity)
+    if start is None or start.step == 0:
+        with stepper.watch.paused():
+            hooks.on_start(length.at(0))
     task.train()
     with StopSignals(hooks.on_stop) as stop:
         for step in range(0 if start is None else start.step, total):

@@ -143,7 +143,7 @@ def train_task(
         )
     if engine.is_main:
         # Not before now: a mistake in the settings must not leave a folder that looks like a run.
-        for inner in (folder, folder / "checkpoints", folder / "samples"):
+        for inner in (folder, *(folder / name for name in ("checkpoints", "samples", "monitor"))):
             sweep(inner)
         if start is not None:
             point_again(start)

@@ -20,6 +20,7 @@ from patchmine.data.sources.source import Spec
 from patchmine.data.workers import num_workers
 from patchmine.errors import Say, silent
 from patchmine.models.lora import merged
+from patchmine.report.label_free import LabelFreeMonitor
 from patchmine.report.monitor import Monitor
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_method, write_export
@@ -32,7 +33,7 @@ from patchmine.train.loop import Hooks
 from patchmine.train.optim import render_groups
 from patchmine.training.making import make_run
 from patchmine.training.place import Place, agree, last_files, train_task
-from patchmine.types import Batch
+from patchmine.types import Batch, Progress
 
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 
@@ -88,10 +89,20 @@ def train_method(
 
     def watch(log: Log) -> Hooks:
         plain_data = PlainData(config, images, place.engine, log.say)
-        monitor = Monitor(config, config, config, place.folder, place.engine, images, method, log)
+        folder, engine = place.folder, place.engine
+        monitor = Monitor(config, config, config, folder, engine, images, method, log)
+        label_free = LabelFreeMonitor(
+            config, config, config, folder, engine, images, method, view, log
+        )
+
+        def evaluate(done: Progress) -> Mapping[str, float] | None:
+            label_free.look(done)
+            return monitor.evaluate(done)
+
         return Hooks(
+            on_start=label_free.begin,
             before_epoch=lambda now: method.begin_epoch(now, plain_data),
-            on_epoch=monitor.evaluate,
+            on_epoch=evaluate,
             on_sample=monitor.draw,
         )
 
