@@ -117,7 +117,7 @@ class LabelFreeMonitor:
         engine, source = self.engine, self.part.source
         workers = num_workers(self.training.workers, engine.device, engine.local_size)
         reading = ReadingSettings(workers=workers, max_bad_share=1.0)  # training judges the others
-        encoder, crop_pct = self.method.encoder, self.evaluation.crop_pct
+        crop_pct, encoder = self.evaluation.crop_pct, self.method.used(self.method.encoder)
         evaluated = of_run(self.model, crop_pct, encoder, "the encoder in training")
         readers = {"": PooledReader(evaluated, "cls")}
         loop = FeatureLoop(readers, reading, engine.device, engine=engine)
