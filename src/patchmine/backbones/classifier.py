@@ -71,7 +71,7 @@ class Head:
     def arguments(self, encoder: Encoder) -> dict[str, Any]:
         """The arguments of a network that pools so, but ``num_classes``."""
         family = family_of(encoder)
-        if family.convolutional:
+        if family.hierarchical:
             return {}
         mean, known = self.pool == "mean", family.export_arguments(encoder)
         own = {"global_pool": "avg" if mean else "token", "fc_norm": mean}
@@ -80,12 +80,12 @@ class Head:
 
     def tensors(self, encoder: Encoder) -> dict[str, Tensor]:
         """The whole classifier under timm's names."""
-        renamed = self.pool == "mean" and not family_of(encoder).convolutional
+        renamed = self.pool == "mean" and not family_of(encoder).hierarchical
         body = {
             f"fc_{name}" if renamed and name.startswith(_FINAL_NORM) else name: tensor
             for name, tensor in encoder.state_dict().items()
         }
-        place = "fc" if family_of(encoder).convolutional else "head"
+        place = family_of(encoder).classifier
         return body | {f"{place}.{name}": each for name, each in self.layer.state_dict().items()}
 
 
@@ -104,7 +104,7 @@ def read_head(folder: Path) -> Head:
         raise UserError(f"{name}: its classifier pools by global_pool={pooling}, which is not read")
     with foreign_parser(lambda reason: UserError(f"{name}: its weights cannot be read ({reason})")):
         tensors = load_file(folder / WEIGHTS)
-        places = [place for place in ("head", "fc") if f"{place}.weight" in tensors]
+        places = [place for place in ("head", "fc", "head.fc") if f"{place}.weight" in tensors]
         if not names or loss is None or not places:
             raise UserError(
                 f"{name} is an export without classifier (label_names, and a known problem_type, in"

@@ -163,12 +163,13 @@ def _config(encoder: Encoder, preprocessing: Preprocessing, head: Head | None) -
         told = {"label_names": list(head.names), "problem_type": PROBLEMS[head.loss]}
     arguments = {**built.model_args, "in_chans": built.channels, **own}
     arguments.pop("num_classes", None)  # transformers passes its own and refuses a second one
-    eps = arguments.pop("norm_eps", None)
+    # Of most models timm has no argument for it; load_encoder sets it.
+    eps = None if "norm_eps" in own else arguments.pop("norm_eps", None)
     stated = getattr(encoder, "pretrained_cfg", {})
-    places = {"first_conv": "patch_embed.proj", "classifier": "head"}
-    if family.convolutional:
+    places = {"first_conv": "patch_embed.proj", "classifier": family.classifier}
+    if family.hierarchical:
         places = {name: stated[name] for name in places}
-    any_size = family.convolutional or arguments.get("dynamic_img_size", False)
+    any_size = family.hierarchical or arguments.get("dynamic_img_size", False)
     stride = {} if preprocessing.stride is None else {"stride": preprocessing.stride}
     return {
         "architecture": built.architecture,
@@ -229,7 +230,7 @@ def _plain(tensor: Tensor) -> Tensor:
 def _note(encoder: Encoder, config: dict[str, Any]) -> dict[str, str]:
     """What the file says of itself when it is copied without its folder."""
     family = family_of(encoder)
-    if family.convolutional:
+    if family.hierarchical:
         return {"format": "pt"}
     clip = family.clip(encoder)
     more = {} if clip is None else {"clip": clip}
@@ -258,7 +259,7 @@ def _model_card(encoder: Encoder, family: Family, config: dict[str, Any]) -> str
         architecture=config["architecture"],
         how=how.format(
             items="clips" if video else "images",
-            shape=maps if family.convolutional else tokens,
+            shape=maps if family.hierarchical else tokens,
             architecture=config["architecture"],
             channels=prepared["input_size"][0],
             count=config["num_classes"],

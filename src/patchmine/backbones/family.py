@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from patchmine.backbones import tokens
 from patchmine.backbones.beit import BEIT
+from patchmine.backbones.convnext import CONVNEXT
 from patchmine.backbones.eva import EVA
 from patchmine.backbones.names import reads_clips
 from patchmine.backbones.record import Blueprint as Blueprint
@@ -21,13 +22,15 @@ from patchmine.backbones.record import Family as Family
 from patchmine.backbones.record import StageFeatures as StageFeatures
 from patchmine.backbones.resnet import RESNET
 from patchmine.backbones.settings import ModelSettings
+from patchmine.backbones.swin import SWIN, SWINV2
 from patchmine.backbones.video import VIDEO
 from patchmine.backbones.vit import VIT
 from patchmine.data.items import IMAGE
 from patchmine.errors import UserError, shown_name
 
 # Of a state dict's tensors the first that recognises them says what they are.
-FAMILIES = {family.name: family for family in (EVA, VIT, BEIT, RESNET, VIDEO)}
+_ALL = (EVA, SWIN, SWINV2, VIT, BEIT, RESNET, CONVNEXT, VIDEO)
+FAMILIES = {family.name: family for family in _ALL}
 _CANNOT_BUILD = (TypeError, ValueError, AssertionError, RuntimeError)  # what timm raises
 _BY_MODULE = {family.module: family for family in FAMILIES.values()}
 
@@ -118,8 +121,8 @@ def create_encoder(
         raise UserError(f"{source}: timm cannot build {model} with {shown} ({error})") from error
     if not is_encoder(encoder):
         raise UserError(
-            f"{source}: {model} is a {type(encoder).__name__}, not a plain vision transformer or "
-            "ResNet"
+            f"{source}: {model} is a {type(encoder).__name__}, not a plain vision transformer, "
+            "ResNet, ConvNeXt or Swin Transformer"
         )
     return encoder
 
@@ -179,12 +182,12 @@ def encode(
 
 
 def pooled(encoder: Encoder, images: Float[Tensor, "B C *S"], pool: str) -> Float[Tensor, "B D"]:
-    """What a linear classifier stands on; of a ResNet the mean over its last map.
+    """What a linear classifier stands on; of what has no tokens the mean over its last map.
 
     ``pool="mean"``: the mean of the patch tokens, then the encoder's last norm (timm's ``fc_norm``,
     MAE's fine-tuning); ``"cls"``: the class token after that norm.
     """
-    if family_of(encoder).convolutional:
+    if family_of(encoder).hierarchical:
         return family_of(encoder).features(encoder, images, ()).pooled
     patches = tokens.embed_patches(encoder, images)
     prefix = tokens.prefix_tokens(encoder, patches.shape[0])
@@ -221,9 +224,9 @@ def stage_widths(encoder: Encoder, stages: Sequence[str]) -> list[int]:
 def refuse_unfit(encoder: Encoder, method: str, families: Collection[str], relative: bool) -> None:
     """UserError where a method does not train this family, or not with this attention."""
     family = family_of(encoder)
-    if family.name not in families and family.convolutional:
+    if family.name not in families and family.hierarchical:
         raise UserError(
-            f"method={method} hides patches, which a ResNet does not have: choose a vision "
+            f"method={method} hides patches, which {family.why_whole}: choose a vision "
             "transformer, as in model=vit_small_patch16_224, or a method that compares views"
         )
     if family.name not in families and family.item is IMAGE:

@@ -22,7 +22,11 @@ def resize_encoder(encoder: Encoder, image_size: tuple[int, int]) -> None:
     """Make an encoder expect another image size (height, width), in place; positions are moved."""
     family = family_of(encoder)
     trained_at = family.image_size(encoder)
-    if family.convolutional or trained_at == tuple(image_size):
+    if trained_at == tuple(image_size):
+        return
+    if family.hierarchical:
+        family.resize(encoder, image_size)
+        _note_size(encoder, image_size)
         return
     source, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size
     refuse_unfilled(image_size, patch, "the weights")
@@ -36,6 +40,11 @@ def resize_encoder(encoder: Encoder, image_size: tuple[int, int]) -> None:
         # Written anew, because not every timm knows that a table may be of a rectangle.
         grid, rows = encoder.patch_embed.grid_size, embedded_prefix(encoder)
         encoder.load_state_dict(move_all_positions(before, source, grid, rows)[0])
+    _note_size(encoder, image_size)
+
+
+def _note_size(encoder: Encoder, image_size: tuple[int, int]) -> None:
+    """Note what it is built for now."""
     built = getattr(encoder, "built_from", None)
     if built is not None:
         own = {name: value for name, value in built.model_args.items() if name != "img_size"}
@@ -67,5 +76,6 @@ def fill(encoder: Encoder, other: Encoder, source: str) -> LoadReport:
         report.notes += shared_out
     elif families[0] is families[1]:
         report.assumed += clip_notes(encoder, families[0].image_size(other))
+        tensors, report.resized = families[1].fitted(encoder, tensors, source)
     load_tensors(encoder, tensors, report, allow=[f"*.{COUNTER}"])
     return report

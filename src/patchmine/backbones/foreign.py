@@ -109,7 +109,7 @@ class ForeignTeacher(nn.Module):
 def _check(tower: Encoder, grid: Grid) -> None:
     """UserError for what gives no features of the student's patches."""
     family = family_of(tower)
-    if family.convolutional or family.clip(tower) is not None:
+    if family.hierarchical or family.clip(tower) is not None:
         raise UserError(f"holds a {type(tower).__name__}, no plain vision transformer for images")
     patch, channels = tower.patch_embed.patch_size, tower.patch_embed.proj.in_channels
     if grid.patch != tuple(patch):

@@ -41,12 +41,13 @@ _BESIDE_ENCODER = (
     *("neck.", "predictor.", "projector.", "projection_head.", "queue", "vis_mask_token"),
     *("attn_pool.", "masked_embed"),  # SigLIP's pooling; iBOT's token of what is hidden
 )
+_BEFORE_CLASSIFIER = "head.norm."  # a ConvNeXt's last norm
 _OPENAI_CLIP = "visual.conv1.weight"
 
 
 def beside_encoder(name: str) -> bool:
     """Whether a tensor of a network under MAE's names is no part of its encoder."""
-    return name.startswith(_BESIDE_ENCODER)
+    return name.startswith(_BESIDE_ENCODER) and not name.startswith(_BEFORE_CLASSIFIER)
 
 
 def encoder_of(tensors: Tensors) -> Tensors:
@@ -106,6 +107,8 @@ def find_places(flat: Mapping[str, Tensor]) -> list[Place]:
                 continue
             if naming == "timm" and tensor.ndim == 5 and f"{prefix}blocks.0.attn.q_bias" in flat:
                 naming = "VideoMAE"
+            if naming == "timm" and f"{prefix}layers.0.downsample.reduction.weight" in flat:
+                naming = "Swin's authors"
             if naming == "timm" and f"{prefix}storage_tokens" in flat:
                 naming = "DINOv3"
             average = any(_AVERAGE.search(part) for part in prefix.split("."))

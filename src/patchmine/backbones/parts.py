@@ -67,7 +67,8 @@ _PARTS = (
 )
 # Of other parts too the network is another one: BEiT's scales, norms in attention, rotary angles.
 _COMPUTED_WITH = re.compile(
-    r"(blocks|layers)\.\d+\..*|(\w+_)?tokens?|pos_embed|(\w*norm\w*|patch_embed|rel_pos\w*|rope)\..*"
+    r"(blocks|layers|stages)\.\d+\..*|(\w+_)?tokens?|pos_embed"
+    r"|(\w*norm\w*|head\.norm|stem|patch_embed|rel_pos\w*|rope)\..*"
 )
 
 

@@ -66,7 +66,8 @@ class Family:
         module: the class of its encoders.
         timm_modules: the modules of timm that define its architectures.
         item: what it reads: images (B, C, H, W) or clips of videos (B, C, T, H, W).
-        convolutional: no part of an image can be left out, and there are no tokens.
+        hierarchical: in place of tokens it has maps, each half as large as the one before, and no
+            part of an image can be left out.
         create: the network of a name and timm's arguments; raises what timm raises.
         build: the network of a blueprint, its weights not yet meaningful; raises UserError.
         initialise: fresh weights in place.
@@ -78,6 +79,11 @@ class Family:
         enter_blocks: of an encoder, embedded tokens (B, P + V, D), the patches among them (B, V),
             None for all in raster order, and the grid (rows, columns), None for the encoder's own:
             what the first block takes, and the keywords that every block takes.
+        convolutional: made of convolutions, and so what MOKD calls a CNN.
+        batch_normed: its norms are batch norms: its authors train it by SGD, others by AdamW.
+        why_whole: of a hierarchical one, why nothing can be left out.
+        resize: build it for images of another size, in place; of a hierarchical one.
+        classifier: where timm has the layer of the classifier.
         mask_keyword: of a block, what it takes to be added to attention's scores (B, 1, N, N).
         relative_positions: whether attention knows how far apart two patches are, so that no
             patch can be left out.
@@ -92,6 +98,8 @@ class Family:
             does not, so that the settings must.
         file_arguments: of a state dict and a network's arguments: these, with the norms and the
             pooling that go with its tensors.
+        fitted: of an encoder, a state dict and who to name in messages: these tensors in the shapes
+            of the encoder, and what was moved, for a report; of a hierarchical one.
         timm_opens: whether timm by itself can build the network of an encoder.
     """
 
@@ -99,7 +107,7 @@ class Family:
     module: type[nn.Module]
     timm_modules: frozenset[str]
     item: Item
-    convolutional: bool
+    hierarchical: bool
     create: Callable[[str, Mapping[str, Any]], Encoder]
     build: Callable[[Blueprint], Encoder]
     initialise: Callable[[Encoder], None]
@@ -110,6 +118,11 @@ class Family:
     smallest_side: Callable[[Encoder], int]
     enter_blocks: Callable[..., tuple[Tensor, dict[str, Any]]]
     export_arguments: Callable[[Encoder], dict[str, Any]]
+    convolutional: bool = False
+    batch_normed: bool = False
+    why_whole: str = ""
+    resize: Callable[[Encoder, tuple[int, int]], None] = lambda *_: None
+    classifier: str = "head"
     mask_keyword: str = "attn_mask"
     relative_positions: Callable[[Encoder], bool] = lambda _: False
     class_bias: Callable[[Encoder], Tensor | float] = lambda _: 0.0
@@ -120,5 +133,8 @@ class Family:
     infer: Callable[..., Blueprint] | None = None
     file_arguments: Callable[[Mapping[str, Tensor], dict[str, Any]], dict[str, Any]] = (
         lambda _, arguments: arguments
+    )
+    fitted: Callable[[Encoder, Mapping[str, Tensor], str], tuple[dict[str, Tensor], list[str]]] = (
+        lambda _, tensors, __: (dict(tensors), [])
     )
     timm_opens: Callable[[Encoder], bool] = lambda _: True

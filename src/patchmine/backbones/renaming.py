@@ -18,6 +18,8 @@ FIRST_LAYER = {
     "transformers' CLIP": "embeddings.patch_embedding.weight",
     "torchvision": "conv_proj.weight",
     "ResNet": "layer1.0.conv1.weight",
+    "ConvNeXt": "stages.0.blocks.0.conv_dw.weight",
+    "ConvNeXt's authors": "stages.0.0.dwconv.weight",
 }
 _TO_TIMM: dict[str, dict[str, str]] = {
     "timm": {
@@ -99,9 +101,23 @@ _TO_TIMM: dict[str, dict[str, str]] = {
         r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",
         r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
     },
+    "ConvNeXt's authors": {
+        r"^downsample_layers\.0\.": "stem.",
+        r"^downsample_layers\.(\d+)\.": r"stages.\1.downsample.",
+        r"^stages\.(\d+)\.(\d+)\.": r"stages.\1.blocks.\2.",
+        r"\.dwconv\.": ".conv_dw.",
+        r"\.pwconv([12])\.": r".mlp.fc\1.",
+        r"\.grn\.gamma$": ".mlp.grn.weight",
+        r"\.grn\.beta$": ".mlp.grn.bias",
+        r"^norm\.": "head.norm.",
+    },
+    "Swin's authors": {  # they halve the map at the end of a stage, timm at the start of the next
+        rf"^layers\.{stage}\.downsample\.": f"layers.{stage + 1}.downsample." for stage in (2, 1, 0)
+    },
 }
 _PACKED = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
 _COMPUTED = re.compile(r"^rope_embed\.|^local_cls_norm\.|\.bias_mask$")
+_OF_WINDOWS = re.compile(r"\.(attn_mask|relative_position_index|relative_coords_table)$")
 _MLP = re.compile(r"\.mlp\.w(12|3)\.")
 _FUSED = (("query", "key", "value"), ("q", "k", "v"))
 _SPLIT = ("q_proj", "k_proj", "v_proj")  # of plain ViTs; timm's rotary ones keep them apart
@@ -116,6 +132,7 @@ def timm_name(name: str, naming: str) -> str:
 
 def as_timm(tensors: Tensors) -> Tensors:
     """Tensors whose names are timm's, brought into timm's form."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not _OF_WINDOWS.search(name)}
     tensors = _fused(_raised(tensors))
     if "blocks.0.gamma_1" in tensors:
         return _as_eva(tensors)

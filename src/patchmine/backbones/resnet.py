@@ -10,6 +10,13 @@ from torch import Tensor, nn
 
 from patchmine.backbones import vit
 from patchmine.backbones.record import Blueprint, Encoder, Family, StageFeatures
+from patchmine.backbones.stages import (
+    last_step,
+    no_blocks,
+    note_image_size,
+    noted_image_size,
+    stage_channels,
+)
 from patchmine.data.items import IMAGE
 from patchmine.errors import UserError, shown_name
 
@@ -33,11 +40,7 @@ def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
     encoder = vit.create(architecture, arguments)
     if small:
         use_cifar_stem(encoder)
-    if size is not None:
-        # It takes images of any size, and no tensor tells what it is trained at.
-        stated = (arguments.get("in_chans", 3), *size)
-        encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": stated}
-    return encoder
+    return note_image_size(encoder, size, arguments.get("in_chans", 3))
 
 
 def build(blueprint: Blueprint) -> Encoder:
@@ -89,7 +92,7 @@ def initialise_resnet(encoder: Encoder) -> None:
 
 def stages(encoder: Encoder) -> dict[str, int]:
     """``layer1`` to ``layer4``, each with its channels."""
-    widths = {info["module"]: int(info["num_chs"]) for info in encoder.feature_info}
+    widths = stage_channels(encoder)
     return {stage: widths[stage] for stage in STAGES}
 
 
@@ -102,16 +105,9 @@ def features(encoder: Encoder, images: Tensor, stages: Sequence[str]) -> StageFe
     return StageFeatures(x.mean(dim=(2, 3)), [maps[stage] for stage in stages])
 
 
-def image_size(encoder: Encoder) -> tuple[int, int]:
-    """(height, width) in pixels that it was built for."""
-    height, width = encoder.pretrained_cfg["input_size"][1:]
-    return int(height), int(width)
-
-
 def map_size(encoder: Encoder) -> tuple[int, int]:
     """(rows, columns) of the last map of such an image."""
-    step = int(encoder.feature_info[-1]["reduction"])
-    height, width = image_size(encoder)
+    step, (height, width) = last_step(encoder), noted_image_size(encoder)
     return -(-height // step), -(-width // step)
 
 
@@ -135,26 +131,26 @@ def infer_resnet(tensors: Mapping[str, Tensor], source: str, **_: Any) -> Bluepr
     return Blueprint(found, channels=stem.shape[1], model_args=own)
 
 
-def _no_blocks(*_: Any) -> tuple[Tensor, dict[str, Any]]:
-    raise TypeError("a ResNet has no blocks that take tokens")
-
-
 RESNET = Family(
     name="resnet",
     module=ResNet,
     timm_modules=frozenset({"resnet"}),
     item=IMAGE,
+    hierarchical=True,
     convolutional=True,
+    batch_normed=True,
+    why_whole="a ResNet does not have",
     create=create,
     build=build,
     initialise=initialise_resnet,
     stages=stages,
     features=features,
-    image_size=image_size,
+    image_size=noted_image_size,
     map_size=map_size,
     smallest_side=lambda _: 1,
-    enter_blocks=_no_blocks,
+    enter_blocks=no_blocks,
     export_arguments=lambda encoder: {"global_pool": encoder.global_pool.pool_type},
+    classifier="fc",
     recognises=is_resnet,
     infer=infer_resnet,
     timm_opens=lambda encoder: not has_cifar_stem(encoder),

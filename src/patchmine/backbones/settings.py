@@ -17,7 +17,7 @@ class ModelSettings(InputSettings):
 
     model: str = Field(
         "vit_small_patch16_224",
-        description="a plain vision transformer or ResNet of timm's, or a video model",
+        description="a plain ViT, ResNet, ConvNeXt or Swin of timm's, or a video model",
     )
     model_args: Arguments = Field({}, description="more arguments for timm: depth, embed_dim, ...")
     patch_size: Side | None = Field(None, description="pixels; null: the model's own")

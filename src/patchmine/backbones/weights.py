@@ -153,6 +153,8 @@ def open_network(
         tensors = _fitted(empty, tensors, report, known, source_size, image_size)
     else:
         report.assumed += clip_notes(empty, source_size or known.image_size)
+        tensors, moved = family.fitted(empty, tensors, source)
+        report.resized += moved
     allow = [f"*.{COUNTER}", *allow]
     # Compared before there is memory for what a small file claims.
     check_fit(empty, tensors, LoadReport(source), allow=allow)
@@ -203,7 +205,7 @@ def shown_encoder(encoder: Encoder) -> str:
     size = "x".join(
         map(str, (*(built.clip or ())[:1], *family.image_size(encoder), built.channels))
     )
-    if family.convolutional:
+    if family.hierarchical:
         return f"{size} ({built.model})"
     heads = encoder.blocks[0].attn.num_heads
     return (
@@ -250,7 +252,7 @@ def _arguments(
     size = image_size or arguments.get("img_size") or known.image_size or source_size
     if size is not None:
         arguments["img_size"] = size
-    if family.convolutional:
+    if family.hierarchical:
         return arguments
     if clips and known.clip is not None:
         arguments |= dict(zip(("num_frames", "tubelet_size"), known.clip, strict=True))
@@ -262,8 +264,9 @@ def _arguments(
 
 def refuse_giants(arguments: Mapping[str, Any], tensors: Tensors, source: str) -> None:
     """Bounds before work: a description of a few bytes can ask for any number of blocks, pixels."""
-    layers = arguments.get("layers", ())
-    counts = [arguments.get("depth", 0), *(layers if isinstance(layers, list | tuple) else ())]
+    stages = (arguments.get(name, ()) for name in ("layers", "depths"))
+    counts = [arguments.get("depth", 0)]
+    counts += [n for each in stages if isinstance(each, list | tuple) for n in each]
     if any(isinstance(count, int) and count > len(tensors) for count in counts):
         raise UserError(
             f"{source}: its description asks for {max(counts)} blocks, the file has fewer tensors"

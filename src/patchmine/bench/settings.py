@@ -24,7 +24,8 @@ class BenchStepSettings(Strict):
         "mae", description="one method, or several as mae,hpm; method.KEY=VALUE is for all of them"
     )
     model: str = Field(
-        "vit_small_patch16_224", description="a ViT or ResNet of timm's, or of clips"
+        "vit_small_patch16_224",
+        description="a ViT, ResNet, ConvNeXt or Swin of timm's, or of clips",
     )
     model_args: Arguments = Field({}, description="extra arguments for timm, such as depth")
     image_size: Side | tuple[Side, Side] = Field(224, description="pixels, or [height, width]")

@@ -190,7 +190,7 @@ def list_methods(words: Sequence[str]) -> None:
 
 
 def list_models(words: Sequence[str]) -> None:
-    """The ViTs, rotary ViTs, ResNets and encoders of videos to choose from.
+    """The ViTs, rotary ViTs, ResNets, ConvNeXts, Swins and encoders of videos to choose from.
 
     PART narrows the list.
 
@@ -202,10 +202,14 @@ def list_models(words: Sequence[str]) -> None:
     from patchmine.backbones.names import VIDEO_MODELS
     from patchmine.config.explain import did_you_mean
 
-    modules = ("vision_transformer", "deit", "eva", "resnet")
+    modules = (
+        *("vision_transformer", "deit", "eva", "resnet", "convnext"),
+        *("swin_transformer", "swin_transformer_v2"),
+    )
     names = [name for module in modules for name in timm.list_models(module=module)]
-    # Two class tokens; rotary positions anew in every block; norms behind attention.
-    unfit = ("distilled", "rope_mixed", "eva02_enormous")
+    # Two class tokens; rotary positions anew in every block; norms behind attention; a layer
+    # before the classifier; timm's own tests.
+    unfit = ("distilled", "rope_mixed", "eva02_enormous", "convnext_large_mlp", "test_convnext")
     names = [name for name in names if not any(part in name for part in unfit)]
     names += VIDEO_MODELS
     found = [name for name in names if all(part in name for part in words)]

@@ -267,7 +267,7 @@ def _of_name(
         other = "a file of weights itself" if is_video else "weights=FILE"
         told = f"no weights were loaded: {shown} is measured with random ones"
         return replace(of_encoder(name, encoder, size=size), note=f"{told} (give {other})")
-    if has_family(encoder) and not family_of(encoder).convolutional:
+    if has_family(encoder) and not family_of(encoder).batch_normed:
         encoder, report = files.open_weights(weights, model=bare, image_size=size)
     else:
         content = read_checkpoint(weights, "weights")

@@ -4,7 +4,8 @@ Song, Xie, Zhang, Luo, "Multi-Mode Online Knowledge Distillation for Self-Superv
 Representation Learning", CVPR 2023, arXiv 2304.06461.  On DINO's multi-crop distillation, arXiv
 2104.14294, which is what each network is left with when both cross weights are 0.  Constants come
 from the reference code, skyoux/mokd (main_mokd.py, README); it trains one ResNet with one ViT,
-other pairs are ours.
+other pairs are ours: there a ConvNeXt stands for the ResNet and a Swin for the ViT, both trained by
+AdamW as their authors do.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, ParamGroup, Progress
 
 # README: of the pair the weaker network, a ResNet, gets 1, the stronger 0.1.
-CROSS_WEIGHT_RESNET, CROSS_WEIGHT_VIT = 1.0, 0.1
+CROSS_WEIGHT_CNN, CROSS_WEIGHT_TRANSFORMER = 1.0, 0.1
 
 
 class MOKD(Method):
@@ -53,9 +54,8 @@ class MOKD(Method):
         width = networks.thead_width(config, encoder, partner)
         self.drop_paths = []
         for student in (encoder, partner):
-            is_vit = not networks.is_resnet(student)
-            self.drop_paths.append(add_drop_paths(student, config.drop_path) if is_vit else [])
-            if is_vit and student.pos_embed is not None:
+            self.drop_paths.append(add_drop_paths(student, config.drop_path))
+            if networks.has_tokens(student) and student.pos_embed is not None:
                 student.pos_embed.requires_grad_(True)
         self.partner = partner
         self.head, self.partner_head = (
@@ -74,7 +74,7 @@ class MOKD(Method):
         )
         given = (config.cross_weight, config.partner_cross_weight)
         usual = [
-            CROSS_WEIGHT_RESNET if networks.is_resnet(e) else CROSS_WEIGHT_VIT
+            CROSS_WEIGHT_CNN if networks.is_cnn(e) else CROSS_WEIGHT_TRANSFORMER
             for e in (encoder, partner)
         ]
         self.cross_weights = [u if w is None else w for w, u in zip(given, usual, strict=True)]
@@ -82,8 +82,8 @@ class MOKD(Method):
 
     @classmethod
     def draw_weights(cls, encoder: nn.Module) -> None:
-        """DINO's first weights for a ViT; a ResNet starts as it is built."""
-        if not networks.is_resnet(encoder):
+        """DINO's first weights for a ViT; what has stages starts as it is built."""
+        if networks.has_tokens(encoder):
             draw_dino_weights(cast(Any, encoder))
 
     def students(self) -> list[networks.Network]:
@@ -136,10 +136,8 @@ class MOKD(Method):
         teachers' of the global ones.
         """
         student, own, other = self.students()[number], known[number], known[1 - number]
-        resnet, vit = self.config.cnn_temp_warmup_epochs, self.config.vit_temp_warmup_epochs
-        temperature = self._temperature(
-            progress, resnet if networks.is_resnet(student.encoder) else vit
-        )
+        cnn, vit = self.config.cnn_temp_warmup_epochs, self.config.vit_temp_warmup_epochs
+        temperature = self._temperature(progress, cnn if networks.is_cnn(student.encoder) else vit)
         centre, thead_centre = self._centres(number)
         targets = distill.sharpen(own.head, centre.mean, temperature)  # (2B, K)
         thead_targets = distill.sharpen(own.thead, thead_centre.mean, temperature)
@@ -196,7 +194,7 @@ class MOKD(Method):
         return {**super().encoders(), "partner": self.partner, "partner-teacher": teacher}
 
     def param_groups(self) -> list[ParamGroup]:
-        """AdamW for a ViT, SGD for a ResNet; each gradient is clipped by itself."""
+        """SGD for a ResNet, AdamW for all others; each gradient is clipped by itself."""
         config, groups = self.config, list[ParamGroup]()
         growing: dict[str, Any] = {"weight_decay_end": config.weight_decay_end}
         sgd = dict(
@@ -205,7 +203,7 @@ class MOKD(Method):
         for prefix, student in zip(("", "partner_"), self.students(), strict=True):
             encoder, head = prefix.removesuffix("_") or "encoder", f"{prefix}head"
             thead, kind = f"{prefix}thead", config.cnn_thead_optimizer
-            if not networks.is_resnet(student.encoder):
+            if not family_of(student.encoder).batch_normed:
                 groups += self._groups((encoder, head, thead), "adamw", **growing)
                 continue
             groups += self._groups((encoder, head), "sgd", **sgd)

@@ -47,8 +47,8 @@ class SCFS(Method):
         factors = {"global": config.stage_global_weight, "search": config.stage_search_weight}
         self.factors = {term: factor for term, factor in factors.items() if factor}
         self.weights = _active_weights(config, self.stages) if self.factors else {}
-        convolutional = backbones.family_of(encoder).convolutional
-        self.drop_paths = [] if convolutional else seed_drop_paths(encoder)
+        resnet = backbones.family_of(encoder).batch_normed
+        self.drop_paths = [] if resnet else seed_drop_paths(encoder)
         widths_of_head = (config.out_dim, config.head_hidden, config.head_bottleneck)
         self.head = DinoHead(encoder.num_features, *widths_of_head, trainable_gain=False)
         self.centre = Centre(config.out_dim, config.centre_momentum)
@@ -138,8 +138,8 @@ class SCFS(Method):
 
     def param_groups(self) -> list[ParamGroup]:
         """Each gradient is clipped by itself; the prototypes do not move in the first epoch."""
-        config, convolutional = self.config, backbones.family_of(self.encoder).convolutional
-        usual = "sgd" if convolutional else "adamw"
+        config = self.config
+        usual = "sgd" if backbones.family_of(self.encoder).batch_normed else "adamw"
         optimizer = usual if config.optimizer == "auto" else config.optimizer
         return prototype_groups(self.learning(), config, optimizer)
 
@@ -169,9 +169,10 @@ def search(local: Tensor, maps: Tensor) -> Tensor:
 
 
 def _usual_stages(encoder: Encoder) -> list[str]:
-    """The published stages of a ResNet; of a ViT (ours) the blocks at 1/2, 3/4 and the end."""
-    if backbones.family_of(encoder).convolutional:
-        return ["layer2", "layer3", "layer4"]
+    """The last three, as published for a ResNet; of a ViT (ours) blocks at 1/2, 3/4 and the end."""
+    family = backbones.family_of(encoder)
+    if family.hierarchical:
+        return list(family.stages(encoder))[-3:]
     depth = len(encoder.blocks)
     numbers = {max(0, depth * quarters // 4 - 1) for quarters in (2, 3, 4)}
     return [f"blocks.{number}" for number in sorted(numbers)]

@@ -10,6 +10,7 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from patchmine.backbones.family import family_of
 from patchmine.backbones.record import Encoder
 from patchmine.errors import UserError
 from patchmine.models.lora import add_lora, merged_state
@@ -19,8 +20,7 @@ from patchmine.types import ParamGroup
 USUAL_DECAY = 0.75  # of the rates, layer by layer
 AS_USED = {"trainable": "all", "ema_decay": None}
 """Settings of pre-training of which a finished encoder shows nothing."""
-_AFTER_BLOCKS = ("norm.", "fc_norm.")
-_MLP_HALF = ("norm2", "mlp", "ls2", "gamma_2")  # of a block: timm's ViTs, and BEiT's layer scale
+_MLP_HALF = {"norm2", "mlp", "ls2", "gamma_2"}  # of a block: timm's ViTs, and BEiT's layer scale
 
 
 def select_trainable(encoder: Encoder, trainable: str, *, frozen_positions: bool = False) -> None:
@@ -84,7 +84,8 @@ def _last_blocks(encoder: Encoder, trainable: str, count: float) -> set[str]:
     chosen = {name for name, layer in layers.items() if layer >= first}
     if count % 1:
         block = [name for name, layer in layers.items() if layer == first - 1]
-        half = {name for name in block if name.split(".")[2] in _MLP_HALF}
+        attends = any(".attn." in name for name in block)
+        half = {name for name in block if attends and {*name.split(".")} & _MLP_HALF}
         if not half:
             raise UserError(
                 f"trainable={trainable} is half of a block of this {type(encoder).__name__}, "
@@ -115,13 +116,12 @@ def _layers(encoder: Encoder) -> tuple[dict[str, int], int]:
 
     Layer 0 is the stem, then come the blocks; with the head is what stands behind them.
     """
-    # timm counts a final norm to the last block; BEiT, MAE and SimMIM to the head.
+    # timm counts a final norm to the last block; BEiT, MAE and SimMIM to the head, as what is
+    # behind the pooling.
+    after = ("head.",) if family_of(encoder).hierarchical else ("norm.", "fc_norm.")
     found = group_parameters(encoder, encoder.group_matcher(), reverse=True)
-    depth = max(layer for name, layer in found.items() if not name.startswith(_AFTER_BLOCKS))
-    layers = {
-        name: depth + 1 if name.startswith(_AFTER_BLOCKS) else layer
-        for name, layer in found.items()
-    }
+    depth = max(layer for name, layer in found.items() if not name.startswith(after))
+    layers = {name: depth + 1 if name.startswith(after) else layer for name, layer in found.items()}
     return layers, depth
 
 
@@ -129,8 +129,8 @@ def layer_scales(encoder: Encoder, layer_decay: float) -> dict[str, float]:
     """What the rate of every parameter is multiplied by: ``layer_decay ** (layers behind it)``.
 
     The head, which is no part of the encoder, and the final norm have 1, the stem (patches,
-    positions, prefix tokens; a ResNet's first convolution) the smallest.  Blocks of a ResNet count
-    one by one.
+    positions, prefix tokens; a ResNet's first convolution) the smallest.  Blocks of stages count
+    one by one, and a Swin's final norm, which is in front of the pooling, to the last of them.
     """
     layers, depth = _layers(encoder)
     return {name: layer_decay ** (depth + 1 - layer) for name, layer in layers.items()}

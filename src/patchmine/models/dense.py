@@ -62,7 +62,8 @@ class UperNetHead(SegmentHead):
     """UPerNet (arXiv 1807.10221) by segmentation-models-pytorch, on four levels.
 
     Of a transformer the maps after a third, a half, two thirds and all of the blocks (4, 6, 8 and
-    12 of 12) are made 4, 2, 1 and 1/2 times as fine; a ResNet's four stages are levels already.
+    12 of 12) are made 4, 2, 1 and 1/2 times as fine; the four stages of others are levels
+    already.
 
     ``width`` is that of the decoder; None: twice the first map's channels, but no more than 768 or
     what the first map has.  That gives the published 768 for a ViT-B, 1024 for a ViT-L, 512 for a
@@ -91,7 +92,7 @@ class UperNetHead(SegmentHead):
         self.decoder.apply(initialise_convolution)
 
     def forward(self, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """(B, K, h, w), four times as fine as a transformer's map, as fine as a ResNet's first."""
+        """(B, K, h, w), four times as fine as a transformer's map, as fine as a first stage's."""
         if self.training and maps[0].shape[0] == 1 and num_processes() == 1:
             raise UserError(
                 "head=upernet has batch norms over whole images, which one image cannot be "
@@ -160,7 +161,7 @@ def build_head(
     every = list(family.stages(encoder))
     # Rounded half up: of 4 blocks a third and two thirds are 1 and 3.
     names = [every[max(1, int(len(every) * share + 0.5)) - 1] for share in kind.depths]
-    stages = Stages(names, stage_widths(encoder, names), shrinking=family.convolutional)
+    stages = Stages(names, stage_widths(encoder, names), shrinking=family.hierarchical)
     return kind(stages, num_classes, width)
 
 
@@ -173,7 +174,7 @@ def _refuse_size(encoder: Encoder, size: tuple[int, int]) -> None:
             f"model={model} reads videos, and a map of classes is of one image: choose an image "
             "model such as vit_small_patch16_224"
         )
-    if family.convolutional:
+    if not hasattr(encoder, "patch_embed"):
         return
     refuse_unfilled(size, encoder.patch_embed.patch_size, f"model={model}")
     own = family.image_size(encoder)

@@ -22,10 +22,10 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from patchmine.models.pyramid import ResNetBackbone, TransformerBackbone
+from patchmine.models.pyramid import StagesBackbone, TransformerBackbone
 from patchmine.types import Losses, Objects
 
-Backbone = TransformerBackbone | ResNetBackbone
+Backbone = TransformerBackbone | StagesBackbone
 Maps = dict[str, Tensor]
 
 _RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors

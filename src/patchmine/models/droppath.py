@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import timm.layers
-from timm.models.beit import Beit
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from patchmine.backbones.family import family_of
+from patchmine.backbones.record import Encoder
 from patchmine.models.noise import Noise
 
 
@@ -22,12 +22,12 @@ class DropPath(nn.Module):
         self.noise: Tensor | None = None  # (B,), of the batch to come
 
     def forward(self, branch: Tensor) -> Tensor:
-        """(B * rows, N, D) -> the same."""
+        """(B * rows, ...) -> the same."""
         if not self.training or self.noise is None:
             return branch
         kept = (self.noise >= self.rate).to(branch.dtype) / (1 - self.rate)  # (B,)
         kept = kept.repeat_interleave(len(branch) // len(kept))
-        return branch * kept[:, None, None]
+        return branch * kept.view(-1, *[1] * (branch.ndim - 1))
 
 
 def seed_drop_paths(encoder: nn.Module) -> list[DropPath]:
@@ -40,16 +40,28 @@ def seed_drop_paths(encoder: nn.Module) -> list[DropPath]:
     return replaced
 
 
-def add_drop_paths(encoder: VisionTransformer | Beit, rate: float) -> list[DropPath]:
-    """Ours behind both branches of every block, at rates from 0 to ``rate`` in even steps."""
+def add_drop_paths(encoder: Encoder, rate: float) -> list[DropPath]:
+    """Ours behind all branches of every block, at rates from 0 to ``rate`` in even steps.
+
+    A ResNet gets none, as published.
+    """
+    if family_of(encoder).batch_normed:
+        return []
     added = []
-    last = max(1, len(encoder.blocks) - 1)
-    for number, block in enumerate(encoder.blocks):
-        for name in ("drop_path1", "drop_path2"):
+    blocks = [module for module in encoder.modules() if _branches(module)]
+    last = max(1, len(blocks) - 1)
+    for number, block in enumerate(blocks):
+        for name in _branches(block):
             path = DropPath(share) if (share := rate * number / last) else nn.Identity()
             setattr(block, name, path)
             added += [path] if isinstance(path, DropPath) else []
     return added
+
+
+def _branches(block: nn.Module) -> list[str]:
+    """Where timm drops the branches of a block; a ConvNeXt's has one, a transformer's two."""
+    names = ("drop_path", "drop_path1", "drop_path2")
+    return [name for name in names if isinstance(getattr(block, name, None), nn.Module)]
 
 
 def draw_drop_paths(paths: list[DropPath], noise: Noise, tokens: Tensor, *, crops: int = 1) -> None:

@@ -168,7 +168,7 @@ def _twice_as_fine(width: int) -> nn.Sequential:
 def _refuse_unfit(encoder: Encoder, blocks: int | None) -> None:
     """UserError for an encoder that queries cannot go through."""
     family, model = family_of(encoder), shown_name(encoder.built_from.model)
-    if family.convolutional:
+    if family.hierarchical:
         raise UserError(
             f"head=eomt puts queries among the tokens of a transformer, and model={model} has no "
             "tokens: choose head=upernet, dpt or linear"

@@ -13,7 +13,7 @@ from patchmine.methods.settings.mokd import MokdSettings
 from patchmine.models.heads import DinoHead
 from patchmine.models.transformer_head import TransformerHead
 
-# Of the T-Heads of two ResNets: that of ViT-S, the published partner of ResNet-50.
+# Of the T-Heads where no plain ViT sets one: that of ViT-S, the published partner of ResNet-50.
 WIDTH_WITHOUT_VIT = 384
 
 
@@ -49,9 +49,14 @@ def search(thead: TransformerHead, maps: Tensor, queries: Tensor) -> Tensor:
     return logits
 
 
-def is_resnet(encoder: Encoder) -> bool:
-    """Whether the network is the pair's "CNN", with settings of its own."""
+def is_cnn(encoder: Encoder) -> bool:
+    """Whether the network is a "CNN" of a pair, with settings of its own: ResNet or ConvNeXt."""
     return family_of(encoder).convolutional
+
+
+def has_tokens(encoder: Encoder) -> bool:
+    """Whether it is a plain ViT, whose tokens enter T-Heads as they are."""
+    return not family_of(encoder).hierarchical
 
 
 def build_partner(config: MokdSettings, encoder: Encoder) -> Encoder:
@@ -69,10 +74,11 @@ def build_partner(config: MokdSettings, encoder: Encoder) -> Encoder:
 def thead_width(config: MokdSettings, encoder: Encoder, partner: Encoder) -> int:
     """Width of both T-Heads: each gets the other's queries; a ViT's tokens enter as they are."""
     names = {"model": encoder, f"method.partner_model={config.partner_model}": partner}
-    widths = {name: each.embed_dim for name, each in names.items() if not is_resnet(each)}
+    widths = {name: each.embed_dim for name, each in names.items() if has_tokens(each)}
     if len(set(widths.values())) > 1:
         stated = " and ".join(f"{name} is {width} wide" for name, width in widths.items())
-        remedy = "set the same embed_dim in model_args and method.partner_args, or take a ResNet"
+        remedy = "set the same embed_dim in model_args and method.partner_args, or take a "
+        "ResNet, ConvNeXt or Swin"
         raise UserError(f"{stated}, but tokens of each enter the other's head: {remedy}")
     own = next(iter(widths.values()), None)
     if own is not None and config.thead_width not in (None, own):
@@ -88,13 +94,13 @@ def thead_width(config: MokdSettings, encoder: Encoder, partner: Encoder) -> int
 
 
 def dino_head(config: MokdSettings, encoder: Encoder) -> DinoHead:
-    """The gain of the prototypes is learned for a ViT only, as main_mokd.py builds it."""
+    """The gain of the prototypes is fixed for a CNN, as main_mokd.py builds it."""
     sizes = (config.out_dim, config.head_hidden, config.head_bottleneck)
-    return DinoHead(encoder.num_features, *sizes, trainable_gain=not is_resnet(encoder))
+    return DinoHead(encoder.num_features, *sizes, trainable_gain=not is_cnn(encoder))
 
 
 def thead(config: MokdSettings, encoder: Encoder, width: int) -> TransformerHead:
     """The T-Head over an encoder's last map."""
     sizes = (encoder.num_features, width, family_of(encoder).map_size(encoder), config.out_dim)
     depth, heads = config.thead_depth, config.thead_heads
-    return TransformerHead(*sizes, depth=depth, num_heads=heads, project=is_resnet(encoder))
+    return TransformerHead(*sizes, depth=depth, num_heads=heads, project=not has_tokens(encoder))

@@ -1,7 +1,8 @@
 """Backbones of torchvision's detection models: maps of 256 channels, each half as fine as the last.
 
-Of a plain transformer ViTDet's simple feature pyramid (arXiv 2203.16527), of a ResNet torchvision's
-feature pyramid network.
+Of a plain transformer ViTDet's simple feature pyramid (arXiv 2203.16527), of what has stages
+torchvision's feature pyramid network; those of a ConvNeXt or a Swin are normed first, as their
+authors detect with them (arXiv 2103.14030, 2201.03545, code).
 """
 
 from __future__ import annotations
@@ -70,15 +71,32 @@ class TransformerBackbone(nn.Module):
         return self.neck(windowed_map(self.encoder, images, self.window, self.global_blocks))
 
 
-class ResNetBackbone(nn.Module):
-    """A ResNet and torchvision's feature pyramid network; attributes as `TransformerBackbone`'s."""
+class NormedPyramid(nn.Module):
+    """A layer norm for each stage's maps, and torchvision's feature pyramid network."""
+
+    def __init__(self, widths: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(LayerNorm2d(channels) for channels in widths)
+        self.pyramid = FeaturePyramidNetwork(list(widths), width, extra_blocks=LastLevelMaxPool())
+
+    def forward(self, maps: OrderedDict[str, Tensor]) -> OrderedDict[str, Tensor]:
+        """The stages' maps -> ``0`` to ``3`` and ``pool``, (B, width, ., .) each."""
+        normed = zip(self.norms, maps.items(), strict=True)
+        return self.pyramid(OrderedDict((name, norm(one)) for norm, (name, one) in normed))
+
+
+class StagesBackbone(nn.Module):
+    """Stages and a feature pyramid network; attributes as `TransformerBackbone`'s."""
 
     def __init__(self, encoder: Encoder, width: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.stages = list(family_of(encoder).stages(encoder))
         widths = stage_widths(encoder, self.stages)
-        self.neck = FeaturePyramidNetwork(widths, width, extra_blocks=LastLevelMaxPool())
+        if family_of(encoder).batch_normed:
+            self.neck = FeaturePyramidNetwork(widths, width, extra_blocks=LastLevelMaxPool())
+        else:
+            self.neck = NormedPyramid(widths, width)
         self.out_channels = width
         steps = {info["module"]: int(info["reduction"]) for info in encoder.feature_info}
         self.strides = [steps[stage] for stage in self.stages]
@@ -95,7 +113,7 @@ def build_pyramid(
     window: int | None = None,
     global_blocks: Sequence[int] | None = None,
     width: int = 256,
-) -> TransformerBackbone | ResNetBackbone:
+) -> TransformerBackbone | StagesBackbone:
     """What a detection model of torchvision's takes as its backbone, its new parts freshly drawn.
 
     Args:
@@ -108,7 +126,7 @@ def build_pyramid(
 
     Returns:
         A module of images (B, C, H, W) with ``out_channels``; strides are a quarter, a half, one
-        and two patches, or those of the ResNet's stages, and for ``pool`` twice the last.
+        and two patches, or those of the stages, and for ``pool`` twice the last.
 
     Raises:
         UserError: an encoder of videos; windows that its blocks cannot have; a patch whose strides
@@ -120,9 +138,9 @@ def build_pyramid(
             f"model={model} reads videos, and boxes are of one image: choose an image model such "
             "as vit_small_patch16_224"
         )
-    if family.convolutional:
+    if family.hierarchical:
         refuse_windows(encoder, window, ())
-        return ResNetBackbone(encoder, width)
+        return _of_stages(encoder, width, model)
     patch = encoder.patch_embed.patch_size
     # RoIAlign takes every stride for the nearest power of two; strides begin at a quarter patch.
     if patch[0] != patch[1] or patch[0] < 4 or patch[0] & (patch[0] - 1):
@@ -134,3 +152,14 @@ def build_pyramid(
     chosen = last_of_quarters(len(encoder.blocks)) if global_blocks is None else global_blocks
     refuse_windows(encoder, window, chosen)
     return TransformerBackbone(encoder, window, chosen, width)
+
+
+def _of_stages(encoder: Encoder, width: int, model: str) -> StagesBackbone:
+    """UserError for strides that RoIAlign would round."""
+    backbone = StagesBackbone(encoder, width)
+    if any(stride & (stride - 1) for stride in backbone.strides):
+        raise UserError(
+            f"model={model} makes maps at strides of {backbone.strides[0]} pixels and its doubles, "
+            "and detection reads its maps at powers of two: choose patch_size=4, or 1, 2 or 8"
+        )
+    return backbone

@@ -21,8 +21,8 @@ class Stages:
     Args:
         names: of `Family.stages`.
         widths: channels of each stage's map.
-        shrinking: whether each map has half the side of the one before, as a ResNet's have; those
-            of a transformer are equally fine.
+        shrinking: whether each map has half the side of the one before, as those of a ResNet have;
+            those of a plain transformer are equally fine.
     """
 
     names: list[str]

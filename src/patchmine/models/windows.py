@@ -32,10 +32,10 @@ def refuse_windows(encoder: Encoder, window: int | None, global_blocks: Collecti
     family = family_of(encoder)
     if window is None:
         return
-    if family.convolutional:
+    if family.hierarchical:
         raise UserError(
-            f"window={window}, but a ResNet has no attention to be kept in windows: leave the "
-            "setting out"
+            f"window={window}, but a {type(encoder).__name__} has no attention to be kept in "
+            "windows other than its own: leave the setting out"
         )
     if family.relative_positions(encoder):
         raise UserError(

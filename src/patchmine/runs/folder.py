@@ -147,7 +147,8 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
         return filling.fill(encoder, RunFolder(start_from).encoder(), source)
     # A file is of the run's own model where it does not say another; a ResNet's tensors, and those
     # of a video model, tell what the network is and not how large its images were.
-    like = encoder.built_from if family_of(encoder).stores_positions else None
+    family = family_of(encoder)
+    like = None if family.batch_normed or family.clip(encoder) else encoder.built_from
     other, found = weights.open_weights(start_from, setting="init", like=like)
     report = filling.fill(encoder, other, source)
     report.dropped, report.notes = found.dropped, found.notes + report.notes

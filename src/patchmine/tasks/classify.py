@@ -73,9 +73,8 @@ class Classify(Task):
         self.encoder = encoder
         self.head = new_layer(encoder.num_features, len(self.names), settings.head_std)
         Classifier(encoder, self.head, settings.pool)  # which refuses what does not fit
-        is_transformer = not family_of(encoder).convolutional
-        self.drop_paths = add_drop_paths(encoder, settings.drop_path) if is_transformer else []
-        if settings.pool == "mean" and is_transformer:
+        self.drop_paths = add_drop_paths(encoder, settings.drop_path)
+        if settings.pool == "mean" and not family_of(encoder).hierarchical:
             # It stands behind the pooling now, where it never was: MAE starts it afresh
             # (main_finetune.py drops the stored norm).
             nn.init.ones_(encoder.norm.weight)

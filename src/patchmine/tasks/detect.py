@@ -55,8 +55,7 @@ class Detect(Task):
             score_threshold=settings.score_threshold,
             nms=settings.nms,
         )
-        is_transformer = not family_of(encoder).convolutional
-        self.drop_paths = add_drop_paths(encoder, settings.drop_path) if is_transformer else []
+        self.drop_paths = add_drop_paths(encoder, settings.drop_path)
         frozen = settings.positions == "frozen"
         select_trainable(encoder, settings.trainable, frozen_positions=frozen)
 
@@ -117,6 +116,6 @@ def window_of(window: int | None, encoder: Encoder) -> int | None:
     if window is not None:
         return window or None
     family = family_of(encoder)
-    if family.convolutional or family.relative_positions(encoder):
+    if family.hierarchical or family.relative_positions(encoder):
         return None
     return USUAL_WINDOW if encoder_grid(encoder).num_patches > _FEW_PATCHES else None

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from patchmine.backbones.family import Encoder, family_of, stage_features
+from patchmine.backbones.family import Encoder, stage_features
 from patchmine.models.adapt import decay_of, hold_statistics, rate_groups, select_trainable
 from patchmine.models.dense import build_head
 from patchmine.models.droppath import add_drop_paths, draw_drop_paths, draw_dropouts, dropouts_of
@@ -74,8 +74,7 @@ class Segment(Task):
             settings.queries,
             settings.query_blocks,
         )
-        is_transformer = not family_of(encoder).convolutional
-        self.drop_paths = add_drop_paths(encoder, settings.drop_path) if is_transformer else []
+        self.drop_paths = add_drop_paths(encoder, settings.drop_path)
         self.dropouts = dropouts_of(self.head)
         frozen = settings.positions == "frozen"
         select_trainable(encoder, settings.trainable, frozen_positions=frozen)

@@ -18,12 +18,14 @@ class MokdSettings(DistillationSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.mokd:MOKD"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "resnet"})
+    families: ClassVar[frozenset[str]] = frozenset(
+        {"vit", "beit", "eva", "resnet", "convnext", "swin", "swinv2"}
+    )
     relative_positions: ClassVar[bool] = True
     multi_crop: ClassVar[bool] = True
     name: Literal["mokd"] = "mokd"
     partner_model: str = Field(
-        "resnet50", description="the second network, a ViT or ResNet of timm's"
+        "resnet50", description="the second network, one of timm's, of any kind that model may be"
     )
     partner_args: Arguments = Field(
         {}, description="its arguments, as model_args are the first one's"
@@ -31,8 +33,8 @@ class MokdSettings(DistillationSettings):
     cross_weight: float | None = Field(
         None,
         ge=0,
-        description="weight of what model learns from the partner; null: 1 for a ResNet, 0.1 for "
-        "a ViT",
+        description="weight of what model learns from the partner; null: 1 for a ResNet or "
+        "ConvNeXt, 0.1 for a ViT or Swin",
     )
     partner_cross_weight: float | None = Field(
         None,
@@ -40,18 +42,20 @@ class MokdSettings(DistillationSettings):
         description="weight of what the partner learns from model; null: as for cross_weight",
     )
     thead_width: Count | None = Field(
-        None, description="width of the transformer heads; null: a ViT's own, 384 for two ResNets"
+        None, description="width of the transformer heads; null: a ViT's own, 384 without a ViT"
     )
     thead_depth: Depth = Field(3, description="blocks of the transformer heads")
     thead_heads: Count = Field(6, description="attention heads of the transformer heads")
     drop_path: float = Field(
-        0.1, ge=0, lt=1, description="stochastic depth of a student ViT's last block"
+        0.1, ge=0, lt=1, description="stochastic depth of a student's last block; a ResNet has none"
     )
     cnn_temp_warmup_epochs: int = Field(
-        50, ge=0, description="epochs until teacher_temp_end, for a ResNet's own teacher"
+        50,
+        ge=0,
+        description="epochs until teacher_temp_end, for the own teacher of a ResNet or ConvNeXt",
     )
     vit_temp_warmup_epochs: int = Field(
-        30, ge=0, description="the same for a ViT's own teacher, and between the networks"
+        30, ge=0, description="the same for that of a ViT or Swin, and between the networks"
     )
     weight_decay_end: float | None = Field(
         0.4,

@@ -17,14 +17,16 @@ class ScfsSettings(DistillationSettings):
     """
 
     implementation: ClassVar[str] = "patchmine.methods.scfs:SCFS"
-    families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "resnet"})
+    families: ClassVar[frozenset[str]] = frozenset(
+        {"vit", "beit", "eva", "resnet", "convnext", "swin", "swinv2"}
+    )
     relative_positions: ClassVar[bool] = True
     multi_crop: ClassVar[bool] = True
     name: Literal["scfs"] = "scfs"
     stages: Annotated[list[str], Field(min_length=1)] | None = Field(
         None,
-        description="stages that are searched; null: layer2 to layer4 of a ResNet, three blocks "
-        "of a ViT",
+        description="stages that are searched; null: the last three, as layer2 to layer4 of a "
+        "ResNet, or three blocks of a ViT",
     )
     stage_weights: Annotated[float, Field(ge=0)] | list[Annotated[float, Field(ge=0)]] = Field(
         1.0,
@@ -45,5 +47,5 @@ class ScfsSettings(DistillationSettings):
     teacher_temp_warmup_epochs: int = Field(50, ge=0, description="epochs until teacher_temp_end")
     optimizer: Literal["auto", "sgd", "lars", "adamw"] = Field(
         "auto",
-        description="auto: SGD with momentum for a ResNet, AdamW for a ViT; set blr to suit it",
+        description="auto: SGD with momentum for a ResNet, AdamW for others; set blr to suit it",
     )
