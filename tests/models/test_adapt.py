@@ -12,9 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from fixtures.stages import changed, encoder_of
 from patchmine.backbones.family import build_encoder
 from patchmine.errors import UserError
 from patchmine.models.adapt import hold_statistics, layer_scales, rate_groups, select_trainable
+from patchmine.models.lora import merged
 from patchmine.models.settings import Trainable, TrainableSpec, parse_trainable
 from patchmine.train.optim import build_optimizers
 from patchmine.types import ParamGroup
@@ -77,6 +79,10 @@ BARE = {"global_pool": "", "fc_norm": False}
         ("vit_base_patch16_clip_224", MEAN, BARE, "head", 14),  # a norm before the blocks
         ("beit_base_patch16_224", {"global_pool": "avg"}, {"global_pool": ""}, "head", 14),
         ("resnet50", {}, {}, "fc", 18),
+        ("convnext_tiny", {}, {}, "head.fc", 20),
+        ("convnextv2_atto", {}, {}, "head.fc", 14),
+        ("swin_tiny_patch4_window7_224", {}, {}, "head.fc", 14),
+        ("swinv2_tiny_window8_256", {}, {}, "head.fc", 14),
     ],
 )
 def test_rates_and_decays_are_timms(
@@ -208,6 +214,44 @@ def test_last_blocks_of_a_resnet() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "trainable", "expected"),
+    [
+        ("swin", "last:1", {"layers.3", "norm"}),
+        ("swin", "last:2", {"layers.3", "layers.2.blocks.1", "norm"}),
+        (
+            "swin",
+            "last:1.5",
+            {"layers.3", "layers.2.blocks.1.mlp", "layers.2.blocks.1.norm2", "norm"},
+        ),
+        ("convnext", "last:2", {"stages.3", "stages.2.blocks.1", "head.norm"}),
+        ("convnext", "last:5", {"stages", "head.norm"}),
+    ],
+)
+def test_last_blocks_of_stages(kind: str, trainable: str, expected: set[str]) -> None:
+    encoder = encoder_of(kind)
+    select_trainable(encoder, trainable)
+    chosen = tuple(f"{part}." for part in expected)
+    assert trained(encoder) == {n for n, _ in encoder.named_parameters() if n.startswith(chosen)}
+
+
+def test_lora_adapts_the_attention_of_windows() -> None:
+    for kind in ("swin", "swinv2"):
+        encoder = changed(encoder_of(kind)).eval()
+        images = torch.randn(2, 3, 64, 64)
+        before = encoder(images)
+        select_trainable(encoder, "lora:2")
+        learning = trained(encoder)
+        assert len(learning) == 4 * 6  # two products beside two matrices of six blocks
+        torch.testing.assert_close(encoder(images), before)
+        with torch.no_grad():
+            for name, parameter in encoder.named_parameters():
+                if name in learning:
+                    parameter.normal_()
+        torch.testing.assert_close(merged(encoder)(images), encoder(images), rtol=1e-3, atol=1e-4)
+        assert merged(encoder).state_dict().keys() == encoder_of(kind).state_dict().keys()
+
+
 def test_bias_frees_biases_and_norms() -> None:
     encoder = vit(depth=1)
     select_trainable(encoder, "bias")
@@ -228,10 +272,14 @@ def test_bias_frees_biases_and_norms() -> None:
         ("resnet", "last:9", r"trainable=last:9,.* 8 blocks"),
         ("resnet", "last:1.5", r"trainable=last:1\.5 .*ResNet.*trainable=last:2"),
         ("resnet", "lora:8", r"trainable=lora:8 .*ResNet.*trainable=bias"),
+        ("convnext", "last:1.5", r"trainable=last:1\.5 .*ConvNeXt.*trainable=last:2"),
+        ("convnext", "lora:8", r"trainable=lora:8 .*ConvNeXt.*trainable=bias"),
+        ("swin", "lora:17", r"trainable=lora:17,.* 8 wide.*smaller rank"),
     ],
 )
 def test_what_the_encoder_does_not_have(model: str, trainable: str, message: str) -> None:
-    encoder = vit() if model == "vit" else build_encoder("resnet18")
+    makers = {"vit": vit, "resnet": lambda: build_encoder("resnet18")}
+    encoder = makers.get(model, lambda: encoder_of(model))()
     with pytest.raises(UserError, match=message):
         select_trainable(encoder, trainable)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fixtures.networks import assert_leaves
+from fixtures.stages import encoder_of
 from patchmine.backbones.family import build_encoder, stage_features
 from patchmine.errors import UserError
 from patchmine.models.adapt import rate_groups
@@ -104,6 +105,22 @@ def test_a_resnets_stages_are_levels_already(name: str) -> None:
     sides = {"linear": (2, 3), "upernet": (16, 24), "dpt": (32, 48)}[name]
     assert model(torch.randn(2, 3, *SIZE)).shape == (2, 5, *sides)
     assert not any(isinstance(part, nn.ConvTranspose2d) for part in model.head.modules())
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("kind", ["convnext", "swin"])
+def test_stages_are_levels_already(kind: str, name: str) -> None:
+    encoder = encoder_of(kind, image_size=SIZE)
+    model = Segmenter(encoder, head_of(name, encoder))
+    sides = {"linear": (2, 3), "upernet": (16, 24), "dpt": (32, 48)}[name]
+    scores = model(torch.randn(2, 3, *SIZE))
+    assert scores.shape == (2, 5, *sides)
+    scores.square().mean().backward()
+    unused = ("head.", "norm.") if kind == "convnext" else ()  # its norm is for pooled features
+    dead = {n for n, p in encoder.named_parameters() if p.grad is None}
+    assert all(n.startswith(unused) for n in dead) if unused else not dead
+    with pytest.raises(UserError, match=r"head=eomt puts queries.*no tokens"):
+        build_head("eomt", encoder, 5, SIZE)
 
 
 def test_a_beit_has_the_same_heads_at_its_own_size() -> None:

@@ -8,7 +8,9 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from fixtures.stages import encoder_of as staged
 from patchmine.backbones.family import build_encoder, stage_features
 from patchmine.errors import UserError
 from patchmine.models.adapt import rate_groups
@@ -167,6 +169,28 @@ def test_a_resnet_gets_torchvisions_pyramid() -> None:
     assert {one.shape[1] for one in maps.values()} == {backbone.out_channels}
     with pytest.raises(UserError, match="window=7, but a ResNet has no attention"):
         build_pyramid(encoder, window=7)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "swin"])
+def test_stages_are_normed_before_their_pyramid(kind: str) -> None:
+    encoder = staged(kind, image_size=(64, 64))
+    backbone = build_pyramid(encoder, width=6)
+    maps = backbone(images(64, 96))
+    assert [tuple(one.shape) for one in maps.values()] == [
+        (2, 6, 64 // step, 96 // step) for step in (4, 8, 16, 32)
+    ] + [(2, 6, 1, 2)]
+    assert backbone.strides == [4, 8, 16, 32, 64]
+    found = stage_features(encoder, images(64, 96), backbone.stages).maps
+    normed = [
+        functional.layer_norm(one.movedim(1, 3), one.shape[1:2], eps=1e-6).movedim(3, 1)
+        for one in found
+    ]
+    expected = backbone.neck.pyramid(dict(zip("0123", normed, strict=True)))
+    torch.testing.assert_close(maps["0"], expected["0"])
+    with pytest.raises(UserError, match=r"window=7, but a (ConvNeXt|Swin).* other than its own"):
+        build_pyramid(encoder, window=7)
+    with pytest.raises(UserError, match=r"strides of 3 pixels.*patch_size=4"):
+        build_pyramid(staged(kind, image_size=(96, 96), patch_size=3))
 
 
 def test_a_detector_of_torchvision_learns_on_it() -> None:

@@ -19,6 +19,7 @@ from patchmine.backbones.stages import (
     no_blocks,
     note_image_size,
     noted_image_size,
+    renote_image_size,
     stage_channels,
 )
 from patchmine.data.items import IMAGE
@@ -53,7 +54,7 @@ def build(blueprint: Blueprint) -> Encoder:
     """A ConvNeXt without classifier; ``patch_size`` is the side of its stem's patches."""
     encoder = create(blueprint.architecture, {"num_classes": 0} | blueprint.arguments())
     model, smallest = shown_name(blueprint.model), last_step(encoder)
-    if encoder.head_hidden_size != encoder.num_features:
+    if not isinstance(getattr(encoder.head, "pre_logits", nn.Identity()), nn.Identity):
         raise UserError(
             f"model={model} has a layer between pooling and classifier, which is no part of an "
             "encoder: set model_args.head_hidden_size=null"
@@ -177,7 +178,7 @@ CONVNEXT = Family(
     item=IMAGE,
     hierarchical=True,
     convolutional=True,
-    why_whole="a ConvNeXt's convolutions mix neighbouring patches from the first block on",
+    why_whole="a ConvNeXt mixes with their neighbours from its first block on",
     create=create,
     build=build,
     initialise=initialise_convnext,
@@ -192,6 +193,7 @@ CONVNEXT = Family(
         "global_pool": encoder.head.global_pool.pool_type,
         "norm_eps": encoder.stem[-1].eps,
     },
+    resize=renote_image_size,
     classifier="head.fc",
     recognises=lambda tensors: "stages.0.blocks.0.conv_dw.weight" in tensors,
     infer=infer_convnext,

@@ -176,7 +176,7 @@ def _config(encoder: Encoder, preprocessing: Preprocessing, head: Head | None) -
         "num_classes": num_classes,
         **told,
         "num_features": encoder.num_features,
-        "global_pool": own.get("global_pool", encoder.global_pool),
+        "global_pool": own.get("global_pool") or encoder.global_pool,
         "model_args": arguments,
         **({} if eps is None else {"norm_eps": eps}),
         "pretrained_cfg": {

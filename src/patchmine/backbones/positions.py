@@ -82,13 +82,18 @@ def move_positions(
         return resample_abs_pos_embed(
             table, list(wanted), list(source), num_prefix_tokens=num_prefix
         )
+    return torch.cat([move_distances(table[:-_CLASS_ROWS], source, wanted), table[-_CLASS_ROWS:]])
+
+
+def move_distances(table: Tensor, source: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """Distances ((2 rows - 1) (2 columns - 1), H) of a grid or a window for another one."""
     # Told apart by head and axis, since flat ones are taken for squares by older versions of timm.
-    distances = table[:-_CLASS_ROWS].T.reshape(-1, *(2 * side - 1 for side in source))
+    distances = table.T.reshape(-1, *(2 * side - 1 for side in source))
     shape = (len(distances), 2 * wanted[0] - 1, 2 * wanted[1] - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about how timm indexes
         moved = resize_rel_pos_bias_table(distances, wanted, shape)
-    return torch.cat([moved.flatten(1).T, table[-_CLASS_ROWS:]])
+    return moved.flatten(1).T
 
 
 def is_position_table(name: str) -> bool:

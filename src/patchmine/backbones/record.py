@@ -81,7 +81,7 @@ class Family:
             what the first block takes, and the keywords that every block takes.
         convolutional: made of convolutions, and so what MOKD calls a CNN.
         batch_normed: its norms are batch norms: its authors train it by SGD, others by AdamW.
-        why_whole: of a hierarchical one, why nothing can be left out.
+        why_whole: of a hierarchical one, why patches cannot be hidden: "patches, which ...".
         resize: build it for images of another size, in place; of a hierarchical one.
         classifier: where timm has the layer of the classifier.
         mask_keyword: of a block, what it takes to be added to attention's scores (B, 1, N, N).

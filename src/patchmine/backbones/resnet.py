@@ -15,6 +15,7 @@ from patchmine.backbones.stages import (
     no_blocks,
     note_image_size,
     noted_image_size,
+    renote_image_size,
     stage_channels,
 )
 from patchmine.data.items import IMAGE
@@ -150,6 +151,7 @@ RESNET = Family(
     smallest_side=lambda _: 1,
     enter_blocks=no_blocks,
     export_arguments=lambda encoder: {"global_pool": encoder.global_pool.pool_type},
+    resize=renote_image_size,
     classifier="fc",
     recognises=is_resnet,
     infer=infer_resnet,

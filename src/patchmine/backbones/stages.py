@@ -18,6 +18,11 @@ def note_image_size(encoder: Encoder, size: Any, channels: int) -> Encoder:
     return encoder
 
 
+def renote_image_size(encoder: Encoder, size: tuple[int, int]) -> None:
+    """Nothing else changes with the size."""
+    note_image_size(encoder, size, encoder.pretrained_cfg["input_size"][0])
+
+
 def noted_image_size(encoder: Encoder) -> tuple[int, int]:
     """(height, width) in pixels that it was built for."""
     height, width = encoder.pretrained_cfg["input_size"][1:]

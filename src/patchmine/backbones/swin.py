@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import timm
-from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
 
 from patchmine.backbones import vit
-from patchmine.backbones.positions import RELATIVE
+from patchmine.backbones.positions import RELATIVE, move_distances
 from patchmine.backbones.record import Blueprint, Encoder, Family, StageFeatures
 from patchmine.backbones.stages import count_blocks, last_step, no_blocks, stage_channels
 from patchmine.backbones.tokens import image_grid, refuse_unfilled
 from patchmine.data.items import IMAGE
-from patchmine.errors import UserError, foreign_parser, shown_name
+from patchmine.errors import UserError, shown_name
 
 # timm builds a Swin for one size, with masks of that size; so it makes them as images come, from
 # shapes alone.  It also drops paths by torch's own noise, which a resumed run would not repeat.
@@ -57,7 +57,9 @@ def resize(encoder: Encoder, size: tuple[int, int]) -> None:
     Windows that fill their map have no shift, and are no larger than it, so that some change.
     """
     refuse_unfilled(size, encoder.patch_embed.patch_size, "the weights")
-    encoder.set_input_size(img_size=size, window_size=encoder._ref_window_sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about how timm indexes tables
+        encoder.set_input_size(img_size=size, window_size=encoder._ref_window_sizes)
 
 
 def features(encoder: Encoder, images: Tensor, stages: Sequence[str]) -> StageFeatures:
@@ -93,9 +95,9 @@ def infer_swin(tensors: Mapping[str, Tensor], source: str, **how: Any) -> Bluepr
             f"{source} holds a Swin Transformer V2, whose tensors do not tell how large its windows"
             " are: give its name, as in model=swinv2_tiny_window8_256"
         )
-    windows = {(math.isqrt(table.shape[0]) + 1) // 2 for table in tables}
-    window = max(windows)
-    if len(windows) > 1 or any(table.shape[0] != (2 * window - 1) ** 2 for table in tables):
+    windows = {_side(table) for table in tables}
+    window = windows.pop()
+    if windows or window is None:
         raise UserError(
             f"{source} holds a Swin Transformer whose windows differ from stage to stage, as they "
             "do for small images: give its name, model=..., and image_size and model_args as it "
@@ -121,6 +123,13 @@ def infer_swin(tensors: Mapping[str, Tensor], source: str, **how: Any) -> Bluepr
     )
 
 
+def _side(table: Tensor) -> int | None:
+    """Patches along a side of the window that a table of distances is of; None: no square."""
+    rows = table.shape[0]
+    side = (math.isqrt(rows) + 1) // 2
+    return side if table.ndim == 2 and rows == (2 * side - 1) ** 2 else None
+
+
 def fitted(
     encoder: Encoder, tensors: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -133,18 +142,16 @@ def fitted(
         table = tensors.get(name)
         if not name.endswith(RELATIVE) or table is None or table.shape == own.shape:
             continue
-        window = encoder.get_submodule(name.removesuffix(f".{RELATIVE}")).window_size
-
-        def refuse(reason: str, name: str = name) -> UserError:
-            return UserError(
-                f"{source}: {shown_name(name)} cannot be moved to this model's windows ({reason}): "
-                "set image_size to that of the weights"
+        old, wanted = _side(table), encoder.get_submodule(name.removesuffix(f".{RELATIVE}"))
+        if old is None:
+            raise UserError(
+                f"{source}: {name} is of windows that are no squares, as small images that are none"
+                " have them, and cannot be moved to others: set image_size to that of the weights"
             )
-
-        with foreign_parser(refuse):
-            moved[name] = resize_rel_pos_bias_table(table, window, tuple(own.shape))
-        old = (math.isqrt(table.shape[0]) + 1) // 2
-        report.append(f"{name} from windows of {old}x{old} to {window[0]}x{window[1]} patches")
+        if table.shape[1:] == own.shape[1:]:  # else `check_fit` says what is wrong
+            moved[name] = move_distances(table, (old, old), wanted.window_size)
+            rows, columns = wanted.window_size
+            report.append(f"{name} from windows of {old}x{old} to {rows}x{columns} patches")
     return moved, report
 
 
@@ -154,7 +161,7 @@ SWIN = Family(
     timm_modules=frozenset({"swin_transformer"}),
     item=IMAGE,
     hierarchical=True,
-    why_whole="a Swin's windows and the merging of patches need all of them in their places",
+    why_whole="a Swin Transformer merges with their neighbours from stage to stage",
     create=create,
     build=build,
     initialise=initialise_swin,
