@@ -146,7 +146,7 @@ class Method(Task):
         """
         self.layer_decay, self.freeze_encoder = settings.layer_decay or 1.0, settings.freeze_encoder
         kind = parse_trainable(settings.trainable).kind
-        if kind == "last" and family_of(self.encoder).convolutional:
+        if kind == "last" and family_of(self.encoder).batch_normed:
             raise UserError(
                 f"trainable={settings.trainable} would freeze batch norms, whose statistics move "
                 f"with the EMA teacher of method={self.config.name}: choose trainable=bias or all"
