@@ -167,3 +167,13 @@ def test_centre_that_saw_nothing_stays() -> None:
     centre.mean += 1
     centre.update()
     assert torch.equal(centre.mean, torch.ones(5))
+
+
+def test_a_centre_takes_nothing_in_eval_mode() -> None:
+    centre = Centre(4, momentum=0.5)
+    centre.see(torch.ones(3, 4))
+    centre.eval()
+    centre.see(torch.full((3, 4), 100.0))  # a held-out loss, between two steps
+    centre.train()
+    centre.update()
+    assert torch.equal(centre.mean, torch.full((4,), 0.5))

@@ -174,6 +174,28 @@ def test_nothing_is_fetched_and_nothing_complains(
     assert texts(page, ".legend button") == ["<b>x", "mae"]
 
 
+def test_monitors_have_curves_and_a_sentence_above_them(
+    opened: Callable[..., Any], make_run: MakeRun
+) -> None:
+    page = opened(make_run("ill", over_fitted=True), make_run("well", over_fitted=False))
+    (told,) = texts(page, ".health li")
+    assert told.startswith("ill: The run over-fits since epoch 2.6: the held-out loss rises (0.4")
+    assert heights(page, ".health")[0] < heights(page, "#curves")[0]
+    titles = texts(page, "#curves h3")
+    assert {"RankMe", "Deviation of features", "Neighbours kept", "Held-out loss"} <= set(titles)
+    assert titles.index("kNN top-1") < titles.index("RankMe")
+    for chart in ("rankme", "feature-std", "neighbours-kept", "held-out-loss"):
+        assert visible(page, f"#chart-monitor-{chart} .linear .line") == 2
+        assert texts(page, f"#chart-monitor-{chart} .note")[0].endswith(".")
+    assert texts(page, "#chart-monitor-neighbours-kept .readout b") == ["5.0 %", "5.0 %"]
+    for width in (390, 1280):
+        sizes = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == 390}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert page.get_log("browser") == []
+
+
 def test_it_fits_the_window_in_both_schemes(opened: Callable[..., Any], make_run: MakeRun) -> None:
     page = opened(make_run("hpm"), make_run("a-run-with-a-rather-long-name-" * 3, method="mae"))
     for scheme in ("light", "dark"):

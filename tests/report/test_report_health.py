@@ -111,4 +111,9 @@ def test_the_report_says_it_above_the_curves(make_run: Callable[..., Path], tmp_
     page = write_report([ill, well], tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("over-fits since epoch") == 1
     assert page.index("ill: The run over-fits since epoch") < page.index('id="curves"')
+    for title in ("RankMe", "Deviation of features", "Neighbours kept", "Held-out loss"):
+        assert page.count(f"<h3>{title}</h3>") == 1
+    assert page.index("<h3>kNN top-1</h3>") < page.index("<h3>RankMe</h3>")
+    assert '<p class="note">Nearest neighbours at step 0 that are neighbours still.</p>' in page
+    assert page.count("compare the shapes, not the heights") == 0  # one method
     assert "over-fits" not in write_report([well], tmp_path / "well.html").read_text("utf-8")

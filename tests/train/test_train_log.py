@@ -113,6 +113,15 @@ def test_resuming_removes_lines_that_will_come_again(tmp_path: Path) -> None:
     assert [json.loads(text) for text in path.read_text().splitlines()] == written[:3]
 
 
+def test_a_run_that_begins_anew_writes_its_first_line_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "eval": {"name": "monitor"}}\n{"step": 5}\n')
+    trim_metrics(path, 5)
+    assert path.read_text().count("\n") == 2
+    trim_metrics(path, 0)
+    assert path.read_text() == ""
+
+
 def test_json_stays_valid_when_numbers_are_not_finite(tmp_path: Path) -> None:
     with Log(tmp_path, total_steps=40, say=lambda text: None, tensorboard=False) as log:
         log.write({**LINE, "loss": math.nan, "grad_norm": math.inf})

@@ -76,11 +76,11 @@ def _over_fitting(series: Mapping[str, Series], steps_per_epoch: float | None) -
         return
     since = f"step {steps[at]:.0f}"
     if steps_per_epoch:
-        since = f"epoch {number(round(steps[at] / steps_per_epoch, 1))}"
+        since = f"epoch {round(steps[at] / steps_per_epoch, 1):g}"
     rises = f"the held-out loss rises ({number(low)} to {number(held_out.last)})"
     falls = f"the training loss falls ({number(before)} to {number(now)})"
-    text = f"The run over-fits since {since}: {rises} while {falls}. More images or fewer epochs "
-    yield Finding("over-fitting", f"{text}avoid it.", is_fault=True)
+    text = f"The run over-fits since {since}: {rises} while {falls}. Fewer epochs or more images "
+    yield Finding("over-fitting", f"{text}may avoid it.", is_fault=True)
 
 
 def _around(trained: Series, steps: Floats, look: int) -> float | None:
