@@ -135,6 +135,21 @@ def infer_blueprint(tensors: Mapping[str, Tensor], source: str, **wanted: Any) -
     return infer(tensors, source, **wanted)
 
 
+def refuse_other_family(
+    encoder: Encoder, model: str, tensors: Mapping[str, Tensor], source: str
+) -> None:
+    """UserError where tensors name another family than that of the encoder, ``model``."""
+    recognised = (family for family in FAMILIES.values() if family.recognises(tensors))
+    found = next(recognised, VIT)  # whose names are those of others, too
+    if found in (VIT, family_of(encoder)) or found.infer is None:
+        return
+    theirs = found.infer(tensors, source).model
+    raise UserError(
+        f"{source} holds a network of timm's kind {found.module.__name__}, and model={model} is "
+        f"none: name the one that the file is of, as in model={theirs}"
+    )
+
+
 def input_size(encoder: Encoder) -> tuple[int, ...]:
     """(channels, height, width) that it is built for; with frames behind channels for clips."""
     family = family_of(encoder)

@@ -16,7 +16,12 @@ from torch import Tensor
 from patchmine.backbones import description
 from patchmine.backbones.architecture import TIMM_EPS, activation_note
 from patchmine.backbones.description import Description
-from patchmine.backbones.family import create_encoder, family_of, infer_blueprint
+from patchmine.backbones.family import (
+    create_encoder,
+    family_of,
+    infer_blueprint,
+    refuse_other_family,
+)
 from patchmine.backbones.loading import COUNTER, LoadReport, Tensors, check_fit, load_tensors
 from patchmine.backbones.names import reads_clips
 from patchmine.backbones.naming import Weights, beside_encoder, encoder_of
@@ -145,6 +150,7 @@ def open_network(
         }
         empty = create_encoder(name, {**arguments, "device": "meta"}, source)
     family = family_of(empty)
+    refuse_other_family(empty, name, tensors, source)
     refuse_other_parts(empty.state_dict(), tensors, source)
     stated = {"num_heads": known.num_heads, "act_layer": known.act_layer}
     if known.source:

@@ -65,8 +65,8 @@ class AMT(Method):
         super().__init__(config, encoder)
         if encoder.cls_token is None:
             raise UserError(
-                "method=amt follows the class token's attention, and the model has none: choose "
-                "another"
+                "method=amt follows the class token's attention, and the model has none: set "
+                "model_args.class_token=true, or choose vit_base_patch16_224"
             )
         self.published = PUBLISHED[config.host]
         self.on_mae = config.host == "mae"

@@ -100,6 +100,7 @@ def length_of(config: RunConfig, num_items: int) -> Progress:
 def train_view(config: PretrainConfig, method: Method) -> View:
     """What becomes of an item in training.  UserError for local crops that patches do not fill."""
     patches = _smallest_sides(method)
+    _refuse_relative(config, method)
     size, step = config.crops.local_size, math.lcm(*patches)
     multi_crop = method.config.multi_crop
     if multi_crop and config.crops.num_local and size % step:
@@ -109,6 +110,21 @@ def train_view(config: PretrainConfig, method: Method) -> View:
             f"of method={config.method.name} ask for: set crops.local_size={near}"
         )
     return item_of(config).train_view(config, max(patches), multi_crop)
+
+
+def _refuse_relative(config: PretrainConfig, method: Method) -> None:
+    """UserError for crops of two sizes where positions are relative, to those of one size."""
+    crops, encoder = config.crops, method.encoder
+    if not method.config.multi_crop or not crops.num_local:
+        return
+    if (crops.local_size, crops.local_size) == tuple(config.image_size):
+        return
+    if family_of(encoder).relative_positions(encoder):
+        raise UserError(
+            f"method={config.method.name} compares global with local crops, and an encoder with "
+            "relative positions takes images of one size: set model_args.use_rel_pos_bias=false "
+            "model_args.use_abs_pos_emb=true, or choose vit_small_patch16_224"
+        )
 
 
 def smallest_side(task: Task) -> int:
