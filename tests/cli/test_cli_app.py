@@ -375,11 +375,14 @@ def test_data_and_benchmarks_get_their_words(rooms: Calls) -> None:
     assert rooms["write_shards"][1]["max_side"] == 512
     assert rooms["write_shards"][1]["shard_size"] == 2**20
     call("data", "inspect", "photos", "full=true")
+    assert rooms["inspect"][1].pop("progress")
     assert rooms["inspect"][1] == {
         "sample": 1000,
         "full": True,
         "video": False,
         "max_pixels": 134217728,
+        "dedup": None,
+        "sheet": None,
     }
     call("bench", "data", "data=photos", "repeats=2")
     assert rooms["bench_data"][1]["repeats"] == 2

@@ -14,8 +14,8 @@ from made_files import add
 from PIL import Image
 from torch.utils.data import Dataset
 
-from patchmine.data import inspect as inspect_module
 from patchmine.data.inspect import inspect, render
+from patchmine.data.inspecting import findings
 from patchmine.data.sources.source import open_source
 
 
@@ -142,7 +142,7 @@ def test_sums_in_blocks_are_those_of_the_whole(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = inspect(open_source(mixed))
-    monkeypatch.setattr(inspect_module, "_BLOCK", 100)
+    monkeypatch.setattr(findings, "_BLOCK", 100)
     np.testing.assert_allclose(inspect(open_source(mixed)).std, whole.std, rtol=1e-9)
 
 

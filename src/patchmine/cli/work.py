@@ -126,14 +126,19 @@ def export(settings: ExportSettings, say: Say) -> Path:
     return export_run(settings.run, settings.out, say=say, **how)
 
 
-def inspect(settings: InspectSettings) -> str:
+def inspect(settings: InspectSettings, say: Say) -> None:
     """Look at a data set."""
     from patchmine.data.inspect import inspect as look
     from patchmine.data.inspect import render
+    from patchmine.evaluate.progress import progress
 
     source = _opened(settings.data, settings.video)
     options = settings.model_dump(exclude={"data"})
-    return render(look(source, **options))
+    reads_all = settings.full or settings.dedup is not None
+    total = len(source) if reads_all else min(len(source), settings.sample)
+    with progress("Reading", total, say) as tick:
+        report = look(source, **options, progress=lambda done, total: tick(1))
+    print(render(report))
 
 
 def shard(settings: ShardSettings, say: Say) -> None:

@@ -1,4 +1,4 @@
-"""``patchmine data inspect``: what is in a source, and what is wrong with it."""
+"""``patchmine data inspect``: what is in a source, what is wrong with it, and what to do."""
 
 from __future__ import annotations
 
@@ -6,57 +6,34 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from patchmine.data.decoding.bounds import DecodeError, install_command, reading_item
-from patchmine.data.decoding.decode import decode, no_image, probe
-from patchmine.data.decoding.video import FrameFiles, VideoFile, open_video
+from patchmine.data.decoding.decode import no_image
+from patchmine.data.decoding.video import VIDEOS, FrameFiles, VideoFile
+from patchmine.data.inspecting.advice import advise
+from patchmine.data.inspecting.alike import keepers
+from patchmine.data.inspecting.findings import Findings, decoded
+from patchmine.data.inspecting.listing import refuse_unlisted, write_list
+from patchmine.data.inspecting.masks import masks_of
+from patchmine.data.inspecting.proposal import Proposal, command_for, propose
+from patchmine.data.inspecting.report import InspectReport, render
+from patchmine.data.inspecting.sheet import draw_sheet, refuse_sheet
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import MAX_PIXELS
-from patchmine.data.sources.contract import Source, open_regular
+from patchmine.data.sources.contract import IMAGES, Source, open_regular
+from patchmine.disk import output
 from patchmine.errors import UserError, reason_of, shown_name
 
-_BLOCK = 1 << 20  # pixels that are summed, or bytes that are read, at once
+__all__ = ["InspectReport", "inspect", "render"]
 
-SHOWN = 10
-"""Lines of a list that the rendered report shows."""
-
-
-@dataclass
-class InspectReport:
-    """What was found; all but ``count``, ``classes`` and ``notes`` is about the items read.
-
-    Attributes:
-        name: what the user called the source.
-        count: items of the source, of which ``read`` were looked at.
-        sizes: (height, width) -> items; ``channels``, ``dtypes`` likewise.
-        frames: lengths of videos, of which one frame each gives the rest.
-        mean: per channel, over the pixels of the items that have the most frequent number of
-            channels, 8- and 16-bit values scaled to [0, 1]; ``std`` likewise.
-        duplicates: groups of paths with equal contents.
-        broken: (path, reason).
-        classes: name -> items, all of the source; None without labels.
-    """
-
-    name: str
-    count: int
-    read: int
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    channels: Counter[int] = field(default_factory=Counter)
-    dtypes: Counter[str] = field(default_factory=Counter)
-    frames: Counter[int] = field(default_factory=Counter)
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    duplicates: list[list[str]] = field(default_factory=list)
-    broken: list[tuple[str, str]] = field(default_factory=list)
-    notes: tuple[str, ...] = ()
-    classes: dict[str, int] | None = None
+_BLOCK = 1 << 20  # bytes that are read at once
 
 
 def inspect(
@@ -66,6 +43,8 @@ def inspect(
     full: bool = False,
     video: bool = False,
     max_pixels: int = MAX_PIXELS,
+    dedup: str | Path | None = None,
+    sheet: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> InspectReport:
     """Read and decode a seeded choice of items, or all of them.
@@ -76,26 +55,58 @@ def inspect(
         full: all are.
         video: items are videos, of which the middle frame is decoded.
         max_pixels: items of more count as broken.
+        dedup: a list file to write, .txt, .csv or .tsv, of all items that can be read, of
+            duplicates and near-duplicates one each (of videos: duplicates).  All items are decoded.
+        sheet: a picture to write of some images and their training crops.
         progress: told (items done, items to do).
 
     Returns:
-        Counts, sizes, channels, statistics, duplicates and broken items.
+        Counts, sizes, channels, statistics, duplicates, broken items, advice, and a command that
+        trains on the source.
 
     Raises:
-        UserError: nothing can be read.
+        UserError: what is to be written cannot be, or is not to be had of such a source.
     """
+    full = full or dedup is not None
     chosen = spread_indices(len(source), len(source) if full else sample).tolist()
+    options: dict[str, Any] = dict(
+        video=video, max_pixels=max_pixels, dedup=dedup, progress=progress
+    )
+    with ExitStack() as files:
+        if sheet is not None:
+            refuse_sheet(source, Path(sheet), video)
+            new_sheet = files.enter_context(output(Path(sheet), "sheet"))
+            new_sheet.touch()  # a place that cannot be written is told before the work
+        if dedup is not None:
+            refuse_unlisted(source, f"dedup={shown_name(dedup)}")
+            new_list = files.enter_context(output(Path(dedup), "dedup"))
+            new_list.touch()
+        report, kept, proposal = _look_through(source, chosen, **options)
+        if dedup is not None:
+            kind = VIDEOS if video else IMAGES
+            write_list(source, kept, new_list, Path(dedup), kind)
+            report.listed = shown_name(dedup), len(kept)
+        if sheet is not None:
+            draw_sheet(source, kept, proposal, new_sheet, max_pixels)
+    return report
+
+
+def _look_through(
+    source: Source,
+    chosen: list[int],
+    *,
+    video: bool,
+    max_pixels: int,
+    dedup: str | Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[InspectReport, list[int], Proposal | None]:
+    """The report, the items to keep in their order, and the settings that fit, if any was read."""
     report = InspectReport(source.name, len(source), len(chosen), notes=source.notes)
-    try:
-        labels = source.labels()
-        if labels is not None:
-            sizes = np.bincount(labels.ids, minlength=len(labels.names)).tolist()
-            report.classes = dict(zip(labels.names, sizes, strict=True))
-    except UserError as error:  # of damaged labels, without which all else can be told
-        report.notes += (str(error),)
-    moments: dict[int, Tensor] = {}  # by the number of channels: sums of 1, x and x squared
+    _count_classes(source, report)
+    findings = Findings()
     seen: dict[int, int] = {}  # by a digest of its contents, the first such item
     same: dict[int, list[int]] = {}  # by the first of them, items of equal contents
+    left_out = set[int]()
     for number, index in enumerate(chosen, 1):
         try:
             with reading_item():
@@ -103,49 +114,76 @@ def inspect(
                 first = seen.setdefault(_digest(raw), index)
                 if first != index:
                     same.setdefault(first, [first]).append(index)
-                _look(raw, report, moments, video, max_pixels)
+                item = decoded(raw, video=video, max_pixels=max_pixels)
         except (OSError, DecodeError) as error:
+            left_out.add(index)
             report.broken.append((shown_name(source.path(index)), reason_of(error)))
+        else:
+            findings.add(index, item, max_pixels)
         if progress is not None:
             progress(number, len(chosen))
+    _describe(report, findings)
+    equal = sorted(same.values())
+    left_out.update(index for group in equal for index in group[1:])
+    alike = _near_duplicates(findings, left_out)
+    left_out.update(index for group in alike for index in group[1:])
+    for groups, told in ((equal, report.duplicates), (alike, report.near_duplicates)):
+        told += [[shown_name(source.path(index)) for index in group] for group in groups]
+    kept = [index for index in chosen if index not in left_out]
+    proposal = propose(findings.main) if report.sizes and not video else None
+    masks = masks_of(source, chosen, findings)
+    report.advice = advise(source, report, findings, masks, proposal, dedup is not None)
+    if proposal is not None:
+        report.command = command_for(source, proposal, dedup or (masks and masks.data) or None)
+    return report, kept, proposal
+
+
+def _count_classes(source: Source, report: InspectReport) -> None:
+    try:
+        labels = source.labels()
+    except UserError as error:  # of damaged labels, without which all else can be told
+        report.notes += (str(error),)
+        return
+    if labels is not None:
+        sizes = np.bincount(labels.ids, minlength=len(labels.names)).tolist()
+        report.classes = dict(zip(labels.names, sizes, strict=True))
+
+
+def _describe(report: InspectReport, findings: Findings) -> None:
+    """Fill in what was counted, and a note about packages that are missing."""
     commands = Counter(filter(None, (install_command(reason) for _, reason in report.broken)))
     report.notes += tuple(
         f"{number:,} of them need a package that is not installed: {command}"
         for command, number in commands.items()
     )
-    if moments:
-        pixels, total, squares = moments[report.channels.most_common(1)[0][0]]
+    report.frames = findings.frames
+    for tally in (findings.pictures, findings.rest):
+        report.sizes += tally.sizes
+        report.channels += tally.channels
+        report.dtypes += tally.dtypes
+    if report.sizes:
+        channels = report.channels.most_common(1)[0][0]
+        tallies = [findings.pictures, findings.rest]
+        moments = [each.moments[channels] for each in tallies if channels in each.moments]
+        pixels, total, squares = np.sum(moments, axis=0)
         mean = total / pixels
-        std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
+        std = np.sqrt(np.maximum(squares / pixels - np.square(mean), 0))
         report.mean, report.std = tuple(mean.tolist()), tuple(std.tolist())
-    groups = sorted(same.values())
-    report.duplicates = [[shown_name(source.path(i)) for i in group] for group in groups]
-    return report
 
 
-def _look(
-    raw: Any, report: InspectReport, moments: dict[int, Tensor], video: bool, max_pixels: int
-) -> None:
-    """Decode one item and add it to the counts, none of which a broken one enters."""
-    num_frames = 0
-    if video:
-        reader = open_video(raw, max_pixels)
-        num_frames = reader.num_frames
-        raw = reader.frames([num_frames // 2])[0]  # (C, H, W) uint8
-    height, width, channels, dtype = probe(raw)
-    image = decode(raw, channels, max_pixels)  # a truncated file has a sound header
-    sums = moments.setdefault(channels, torch.zeros(3, channels, dtype=torch.float64))
-    rows = max(1, _BLOCK // image.shape[2])
-    # As doubles, the whole of a large image would take eight times its memory.
-    for part in image.split(rows, 1):  # type: ignore[no-untyped-call]
-        values = part.flatten(1).double() / (255 if image.dtype == torch.uint8 else 1)
-        ones = torch.full((channels,), float(values.shape[1]))
-        sums += torch.stack([ones, values.sum(1), values.square().sum(1)])
-    report.sizes[height, width] += 1
-    report.channels[channels] += 1
-    report.dtypes[dtype] += 1
-    if video:
-        report.frames[num_frames] += 1
+def _near_duplicates(findings: Findings, copies: set[int]) -> list[list[int]]:
+    """Groups of items that look the same, the one with the most pixels first; no ``copies``."""
+    index = np.array(findings.hashed, np.int64)
+    is_first = ~np.isin(index, np.array(sorted(copies), np.int64))
+    order = np.argsort(-np.array(findings.pixels, np.int64)[is_first], kind="stable")
+    index = index[is_first][order]
+    bits = np.array(findings.bits, np.uint64)[is_first][order]
+    colours = np.array(findings.colours, np.float32).reshape(-1, 3)[is_first][order]
+    kept, groups = keepers(bits, colours), dict[int, list[int]]()
+    for place in np.flatnonzero(kept != np.arange(len(kept))).tolist():
+        first = int(index[kept[place]])
+        groups.setdefault(first, [first]).append(int(index[place]))
+    return sorted(groups.values())
 
 
 def _digest(raw: Any) -> int:
@@ -174,65 +212,3 @@ def _contents(raw: Any) -> Iterator[bytes | memoryview]:
         yield content.getbuffer()
     else:
         raise no_image(raw)
-
-
-def render(report: InspectReport, *, width: int = 110) -> str:
-    """The report as text for a terminal of ``width`` columns."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=io.StringIO(), width=width, highlight=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for head, text in _rows(report):
-        table.add_row(Text(head, style="bold"), Text(text))
-    console.print(table)
-    groups = [
-        f"{group[0]} = {', '.join(group[1:4])}{' ...' if len(group) > 4 else ''}"
-        for group in report.duplicates
-    ]
-    broken = [f"{path}: {reason}" for path, reason in report.broken]
-    lists = {"the same contents": groups, "broken": broken, "beware": report.notes}
-    for head, lines in lists.items():
-        shown = [f"\n{head}:", *(f"  {line}" for line in lines[:SHOWN])] if lines else []
-        if len(lines) > SHOWN:
-            shown.append(f"  and {len(lines) - SHOWN:,} more")
-        for line in shown:
-            console.print(Text(line))
-    text_of: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text_of.splitlines())
-
-
-def _rows(report: InspectReport) -> Iterator[tuple[str, str]]:
-    read, item = f"{report.read:,} of them read", "video" if report.frames else "image"
-    everything = report.read == report.count
-    source = shown_name(report.name)
-    yield f"{item}s", f"{report.count:,} in {source}; {'all of them read' if everything else read}"
-    if report.classes is not None:
-        sizes = sorted(report.classes.values())
-        yield "classes", f"{len(sizes):,}, of {sizes[0]:,} to {sizes[-1]:,} {item}s"
-    if report.frames:
-        yield "frames", _spread([*report.frames.elements()], "frames")
-    if report.sizes:
-        for axis, head in enumerate(("height", "width")):
-            yield head, _spread([size[axis] for size in report.sizes.elements()], "pixels")
-        common = {f"{size[0]}x{size[1]}": count for size, count in report.sizes.most_common(5)}
-        yield "most frequent", _counts(common)
-        yield "channels", _counts(report.channels)
-        yield "values", _counts(report.dtypes)
-        yield "mean", ", ".join(f"{value:.4f}" for value in report.mean)
-        yield "std", ", ".join(f"{value:.4f}" for value in report.std)
-    repeats = sum(len(group) - 1 for group in report.duplicates)
-    yield "duplicates", f"{repeats:,}" + ("" if everything else " among those read")
-    broken = len(report.broken)
-    yield "broken", f"{broken:,} of {report.read:,} ({broken / max(1, report.read):.1%})"
-
-
-def _spread(values: list[int], unit: str) -> str:
-    low, middle, high = np.percentile(values, [0, 50, 100]).astype(int)
-    return f"{low} to {high} {unit}, median {middle}" if low < high else f"{low} {unit}"
-
-
-def _counts(counts: dict[Any, int]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{what} ({number:,})" for what, number in ordered)

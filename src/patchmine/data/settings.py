@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from patchmine.strict import (
     LARGEST_COUNT,
@@ -19,7 +19,9 @@ from patchmine.strict import (
     Side,
     Size,
     Strict,
+    Text,
     Texts,
+    ends_in,
 )
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
@@ -32,6 +34,9 @@ MAX_PIXELS = 1 << 27
 _RAND_AUGMENT = re.compile(
     r"rand(-(m\d{1,2}|n[1-9]|p(0|1|0\.\d+)|mstd\d+(\.\d+)?|mmax[1-9]\d?|inc[01]|t(weights|3aw?)))+"
 )
+
+LIST_SUFFIXES = (".txt", ".csv", ".tsv")
+"""Endings of list files."""
 
 READ_TIMEOUT = 600.0
 """Default of ``read_timeout`` in seconds; network disks have been seen to need minutes."""
@@ -266,12 +271,15 @@ class DenseViewSettings(InputSettings):
 
 
 class InspectSettings(Strict):
-    """Count images and decode a sample of them.
+    """Look at images before training: what is there, what is wrong, what to do.
 
-    Reports sizes, channels, mean and std, duplicates, and what is broken.
+    Decodes a sample.  Reports sizes, channels, mean and std, duplicates, and what is broken, with
+    advice and a command to train with.  dedup= writes a list of the images to keep, sheet= draws
+    what the network will see.
 
     Example:
-        patchmine data inspect photos/ full=true
+        patchmine data inspect photos/ full=true sheet=sheet.png
+        patchmine data inspect photos/ dedup=kept.txt
         patchmine data inspect clips/ video=true
     """
 
@@ -280,6 +288,12 @@ class InspectSettings(Strict):
     full: bool = Field(False, description="decode all images")
     video: bool = Field(False, description="these are videos; one frame of each is looked at")
     max_pixels: Positive = Field(MAX_PIXELS, description="pixels above which an image is broken")
+    dedup: Annotated[Text, AfterValidator(ends_in(*LIST_SUFFIXES))] | None = Field(
+        None, description="list to write of all that can be read, of near-duplicates one each"
+    )
+    sheet: Annotated[Text, AfterValidator(ends_in(".png"))] | None = Field(
+        None, description="picture to write of some images and their training crops"
+    )
 
 
 class ShardSettings(Strict):

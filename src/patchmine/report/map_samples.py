@@ -12,11 +12,11 @@ from torch import Tensor
 from patchmine.config.schema import SegmentConfig
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.dense import WholeView
+from patchmine.data.views.display import coloured
 from patchmine.evaluate.sliding import ClassMaps
 from patchmine.report.overlays import Pixels, class_colours
 from patchmine.report.panels import hatched
 from patchmine.report.samples import SamplePictures, contact_sheet
-from patchmine.report.thumbnails import coloured
 from patchmine.runs.preparing import smallest_side
 from patchmine.tasks.segment import Segment
 from patchmine.train.engine import Engine

@@ -12,6 +12,7 @@ from PIL import Image
 
 from patchmine.config.schema import DetectConfig
 from patchmine.data.sources.contract import Source
+from patchmine.data.views.display import coloured
 from patchmine.data.views.objects import PlainObjectView, boxes_in_image
 from patchmine.evaluate.detection import kept
 from patchmine.evaluate.found import in_image
@@ -19,7 +20,6 @@ from patchmine.models.detection import Found
 from patchmine.report.boxes import draw_objects, object_colours
 from patchmine.report.overlays import Pixels
 from patchmine.report.samples import SamplePictures, contact_sheet
-from patchmine.report.thumbnails import coloured
 from patchmine.runs.preparing import normaliser, smallest_side
 from patchmine.tasks.detect import Detect
 from patchmine.train.engine import Engine

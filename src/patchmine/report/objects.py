@@ -10,6 +10,7 @@ from typing import Any
 
 from torchvision.ops import box_convert
 
+from patchmine.data.views.display import coloured
 from patchmine.disk import output_folder, settle
 from patchmine.errors import Say, shown_name, silent, whole_name
 from patchmine.evaluate.objects import ObjectQuestion, SeenObjects, open_object_question
@@ -18,7 +19,6 @@ from patchmine.evaluate.settings import PredictSettings
 from patchmine.evaluate.tables import csv_table
 from patchmine.report.boxes import draw_objects, object_colours
 from patchmine.report.drawn import OVERLAYS, folder_to_write, save_overlay
-from patchmine.report.thumbnails import coloured
 
 ANNOTATIONS, TABLE = "annotations.json", "objects.csv"
 

@@ -19,6 +19,7 @@ from patchmine.data.items import Item
 from patchmine.data.loader import plain_batches
 from patchmine.data.settings import InputSettings
 from patchmine.data.sources.contract import Source
+from patchmine.data.views.display import coloured
 from patchmine.data.views.geometry import resize
 from patchmine.types import Sample
 
@@ -56,16 +57,6 @@ class ThumbnailView:
 
 
 _UNFLIPPED = torch.tensor(False)
-
-
-def coloured(image: Tensor) -> Tensor:
-    """Three channels of bytes; deeper pixels from the smallest value, black, to the largest."""
-    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    if image.dtype == torch.uint8:
-        return image
-    image = image.float().nan_to_num(0.0, 0.0, 0.0)
-    low, high = image.amin(), image.amax()
-    return ((image - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
 
 
 def thumbnails(

@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from patchmine.data.sources.contract import ClassNames, Labels, Source, data_error, fingerprint_of
+from patchmine.data.sources.members import PassedOver
 from patchmine.errors import foreign_parser
 
 
@@ -24,6 +25,10 @@ class Joined(Source):
             [note for part in parts for note in part.notes],
         )
         self.parts = list(parts)
+        together = PassedOver()
+        for part in parts:
+            together.update(part.passed_over)
+        self.passed_over = together.found
         self.repeatable = all(part.repeatable for part in parts)
         self.encoded = any(part.encoded for part in parts)
         self._ends = list(accumulate(len(part) for part in parts))

@@ -8,9 +8,10 @@ import stat
 import unicodedata
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -42,9 +43,11 @@ class Source(ABC):
         notes: sentences about what is wrong with the source although it can be used.
         repeatable: whether an item is the same each time it is read.
         encoded: whether items are files that a decoder opens, rather than frames or arrays.
+        passed_over: why names do not count as items -> how many, and the first; a note says it too.
     """
 
     repeatable, encoded = True, False
+    passed_over: Mapping[str, tuple[int, str]] = MappingProxyType({})
 
     def __init__(self, name: str, fingerprint: str, notes: Iterable[str] = ()) -> None:
         self.name, self.fingerprint, self.notes = name, fingerprint, tuple(notes)

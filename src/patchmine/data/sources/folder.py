@@ -61,6 +61,7 @@ class FrameFolders(contract.Source):
         fingerprint = contract.fingerprint_of([b"frames", frames.fingerprint.encode(), *chosen])
         notes = [f"data={shown_name(frames.name)}: {note}" for note in passed_over.note()]
         super().__init__(frames.name, fingerprint, (*frames.notes, *notes))
+        self.passed_over = frames.passed_over
 
     def _video(
         self, folder: str, numbers: list[int], passed_over: members.PassedOver

@@ -27,7 +27,7 @@ from patchmine.errors import UserError, shown_name
 
 log = logging.getLogger(__name__)
 
-VERSION = b"patchmine index 4\n"
+VERSION = b"patchmine index 5\n"
 """The first bytes of the file.  Raised whenever an index written before would be read wrongly."""
 
 RECENT = 2_000_000_000
@@ -135,7 +135,7 @@ def new_index(
     own = paths.columns()
     parts = [own["offsets"], own["blob"], *([columns["size"]] if "size" in columns else [])]
     facts: dict[str, Any] = {"fingerprint": fingerprint_of(parts), "rule": rule_of(kind)}
-    facts |= {"settled": marks.settled, "marks": marks.marks}
+    facts |= {"settled": marks.settled, "marks": marks.marks, "passed_over": passed_over.found}
     return Index(own | columns, {**facts, "notes": [*notes, *passed_over.note()], **stamp})
 
 
@@ -146,6 +146,7 @@ class IndexedSource(Source):
         own = (f"data={shown_name(name)}: {note}" for note in index.stamp["notes"])
         super().__init__(name, index.stamp["fingerprint"], (*notes, *own))
         self.index = index
+        self.passed_over = {why: tuple(found) for why, found in index.stamp["passed_over"].items()}
 
     def __len__(self) -> int:
         return len(self.index)

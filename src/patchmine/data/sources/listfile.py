@@ -24,7 +24,6 @@ from patchmine.data.sources.folder import FileSource
 from patchmine.data.sources.index import Index, Marks, PathList, kept_index, new_index
 from patchmine.errors import foreign_parser, reason_of, shown_name
 
-LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 LONGEST_LINE = 65_536  # letters; paths have 4,096 bytes at most, so what is longer is no list
 
 # Names of columns, in small letters

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 
 from patchmine.data.decoding.bounds import DecodeError
@@ -88,6 +88,12 @@ class PassedOver:
         """One more name."""
         count, first = self.found.get(reason, (0, name))
         self.found[reason] = count + 1, first
+
+    def update(self, other: Mapping[str, tuple[int, str]]) -> None:
+        """What another one found as well."""
+        for reason, (more, name) in other.items():
+            count, first = self.found.get(reason, (0, name))
+            self.found[reason] = count + more, first
 
     def facts(self) -> list[str]:
         """Reason, count and the first name of each, the largest count first."""

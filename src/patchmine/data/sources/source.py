@@ -18,12 +18,13 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from patchmine.data.decoding.video import VIDEOS, backend_name
+from patchmine.data.settings import LIST_SUFFIXES
 from patchmine.data.sources.archive import PACKED_SUFFIXES, refuse_packed
 from patchmine.data.sources.combine import DatasetSource, Joined
 from patchmine.data.sources.contract import IMAGES, Kind, Labels, Source, data_error
 from patchmine.data.sources.embedded import open_embedded
 from patchmine.data.sources.folder import FrameFolders, open_folder
-from patchmine.data.sources.listfile import LIST_SUFFIXES, open_list
+from patchmine.data.sources.listfile import open_list
 from patchmine.data.sources.shards import open_shards
 from patchmine.errors import UserError, reason_of, shown_name
 

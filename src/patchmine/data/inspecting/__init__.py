@@ -1,0 +1,1 @@
+"""What `patchmine data inspect` looks for, one file per subject."""

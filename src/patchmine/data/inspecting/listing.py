@@ -1,0 +1,72 @@
+"""A list file of the items to keep, which ``data=`` reads."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from patchmine.data.sources.combine import Joined
+from patchmine.data.sources.contract import Kind, Labels, Source
+from patchmine.data.sources.folder import FileSource, FrameFolders
+from patchmine.data.sources.listfile import open_list
+from patchmine.errors import UserError, shown_name
+
+
+def refuse_unlisted(source: Source, setting: str) -> None:
+    """UserError where items are no files of their own, which a list could name."""
+    parts = source.parts if isinstance(source, Joined) else [source]
+    for part in parts:
+        if not isinstance(part, FileSource | FrameFolders):
+            what = f"the items of data={shown_name(part.name)} are no files that a list could name"
+            raise UserError(f"{setting}: {what}; give the folder of images that it was made of")
+
+
+def write_list(source: Source, kept: Sequence[int], new: Path, file: Path, kind: Kind) -> None:
+    """Write ``new``, which is to become ``file`` beside it: the items ``kept``, with their classes.
+
+    Paths count from the list's folder where they lie below it, else they are whole.
+
+    Raises:
+        UserError: there is none to keep, or a name cannot stand in such a list.
+    """
+    told = f"dedup={shown_name(file)}"
+    if not len(kept):
+        raise UserError(f"{told}: no {kind.name} of data={shown_name(source.name)} can be read")
+    folder = os.path.abspath(file.parent) + os.sep  # noqa: PTH100, links stay as they are
+    places = (os.path.abspath(source.path(index)) for index in kept)  # noqa: PTH100
+    paths = [place.removeprefix(folder) for place in places]
+    labels = _labels(source)
+    names = [labels.names[labels.ids[index]] for index in kept] if labels else [""] * len(paths)
+    with new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        if file.suffix.lower() == ".txt":
+            handle.writelines(
+                f'"{path}" {name}'.rstrip() + "\n" for path, name in zip(paths, names, strict=True)
+            )
+        else:
+            delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+            writer = csv.writer(handle, delimiter=delimiter, lineterminator="\n")
+            writer.writerow(["path", "label"])
+            writer.writerows(zip(paths, names, strict=True))
+    # Opened as data= opens it: a name with a line break or a quotation mark, and a hidden folder
+    # below the list's, cannot stand in every list.
+    try:
+        listed = open_list(new, told, None, kind)
+        found = [listed.key(number) for number in range(len(listed))]
+    except UserError:
+        found = []
+    if found != paths:
+        pairs = zip(paths, [*found, *[""] * len(paths)], strict=False)
+        lost = next((path for path, other in pairs if path != other), paths[0])
+        raise UserError(
+            f"{told}: the name {shown_name(lost)!r} cannot stand in this list; rename the file, or "
+            "write the list to another folder, or as .csv"
+        )
+
+
+def _labels(source: Source) -> Labels | None:
+    try:
+        return source.labels()
+    except UserError:  # which the report tells
+        return None
