@@ -271,10 +271,10 @@ class DenseViewSettings(InputSettings):
 
 
 class InspectSettings(Strict):
-    """Look at images before training: what is there, what is wrong, what to do.
+    """Look at images before you train, and get advice.
 
-    Decodes a sample.  Reports sizes, channels, mean and std, duplicates, and what is broken, with
-    advice and a command to train with.  dedup= writes a list of the images to keep, sheet= draws
+    Decodes a sample.  Reports sizes, channels, mean and std, duplicates, and what is broken; tells
+    what to do, and a command to train with.  dedup= writes a list of what to keep, sheet= draws
     what the network will see.
 
     Example:
