@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,11 +134,15 @@ def inspect(settings: InspectSettings, say: Say) -> None:
     from patchmine.evaluate.progress import progress
 
     source = _opened(settings.data, settings.video)
-    options = settings.model_dump(exclude={"data"})
-    reads_all = settings.full or settings.dedup is not None
-    total = len(source) if reads_all else min(len(source), settings.sample)
-    with progress("Reading", total, say) as tick:
-        report = look(source, **options, progress=lambda done, total: tick(1))
+    with ExitStack() as shown:
+        tick: Callable[[int], None] | None = None
+
+        def hear(_: int, total: int) -> None:
+            nonlocal tick
+            tick = tick or shown.enter_context(progress("Reading", total, say))
+            tick(1)
+
+        report = look(source, **settings.model_dump(exclude={"data"}), progress=hear)
     print(render(report))
 
 
