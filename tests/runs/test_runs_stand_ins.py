@@ -1,4 +1,4 @@
-"""Stand-ins of plain ViTs: a small network of timm's comes in, is trained on, and leaves for timm."""
+"""Stand-ins of ViTs, plain and rotary: a small network comes in, is trained on, leaves for timm."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ FAMILIES = {
     "DINOv2": "vit_small_patch14_reg4_dinov2",
     "CLIP": "vit_base_patch16_clip_224",
     "SigLIP": "vit_base_patch16_siglip_224",
+    "DINOv3": "vit_small_patch16_dinov3",
+    "PE": "vit_pe_core_tiny_patch16_384",
 }
 
 
