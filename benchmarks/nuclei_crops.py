@@ -1,10 +1,10 @@
-"""Cuts pictures of nuclei into windows, one folder for each number of nuclei, as a domain of few labels.
+"""Cuts pictures of nuclei into windows, a folder for each number of nuclei: a domain of few labels.
 
     python benchmarks/nuclei_crops.py nuclei/ windows/
 
-``nuclei/`` holds ``train`` and ``val`` with ``images`` and ``annotations.json`` in COCO's format.  Out
-come ``windows/train`` and ``windows/test`` with the folders ``none``, ``few`` (1 or 2), ``some`` (3
-to 5) and ``many``: how many nuclei have their centre in the window.
+``nuclei/`` holds ``train`` and ``val`` with ``images`` and ``annotations.json`` in COCO's format.
+Out come ``windows/train`` and ``windows/test`` with the folders ``none``, ``few`` (1 or 2),
+``some`` (3 to 5) and ``many``: how many nuclei have their centre in the window.
 """
 
 from __future__ import annotations

@@ -79,6 +79,8 @@ COMMANDS = (
     _command(COMPARES, "compared/eval/shares.json", "compared/shares.png"),
     _command("export BASE/tuned to=transformers out=BASE/opened", "opened"),
     _command("export BASE/tuned to=onnx out=BASE/tuned.onnx", "tuned.onnx"),
+    _command("export BASE/mapped to=torch out=BASE/mapped.pt2", "mapped.pt2"),
+    _command("export BASE/found to=torch out=BASE/finder", "finder", one=True),
 )
 
 
