@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,6 +194,25 @@ def _as_size(value: Any) -> Any:
     return (value, value)
 
 
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+def seconds_in(span: str) -> float:
+    """Seconds of a span of time; ValueError where it is none."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", span)
+    seconds = float(found[1]) * _UNITS[found[2]] if found else 0
+    if not 0 < seconds <= LARGEST_RUN:
+        raise ValueError("a span of time with its unit, as in 30s, 10m, 2h or 1d")
+    return seconds
+
+
+def _checked_span(span: str) -> str:
+    seconds_in(span)
+    return span
+
+
+Span = Annotated[str, AfterValidator(_checked_span)]
+"""Of time, as it was written: 30s, 10m, 2h, 1d."""
 Text = Annotated[str, BeforeValidator(expanded)]
 """A path or name, also of pathlib."""
 Texts = Annotated[str | list[str], BeforeValidator(expanded)]

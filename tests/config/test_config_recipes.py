@@ -288,6 +288,14 @@ def test_my_images_chooses_more_for_more_images() -> None:
     )
 
 
+def test_my_images_are_fewer_pixels_on_a_cpu_however_many_they_are() -> None:
+    config = parse("my-images", ["data=x"])
+    for count in (100, 4_000, 1_000_000):
+        slow, fast = (resolve_size(config, count, on=on) for on in ("cpu", "cuda"))
+        assert slow.image_size < fast.image_size
+        assert slow.epochs < fast.epochs  # type: ignore[operator]
+
+
 def test_adaptation_is_short_and_bounded_whatever_the_number_of_images() -> None:
     config = parse("adapt", ["data=x", "init=y"])
     assert isinstance(config, PretrainConfig)

@@ -20,6 +20,7 @@ from patchmine.config.schema import PretrainConfig, names_of, names_of_a_machine
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.models.settings import MethodSettings
+from patchmine.strict import seconds_in
 
 
 def complaint(*words: str, recipe: str | Path | None = None) -> str:
@@ -495,6 +496,22 @@ def test_settings_follow_the_number_of_images_but_not_against_the_user(tmp_path:
     assert mine.method.mask_ratio == 0.9
 
 
+def test_a_row_of_one_device_is_for_runs_on_it(tmp_path: Path) -> None:
+    row = "by_size:\n  - {up_to: 200, device: cpu, use: {image_size: 96, epochs: 20}}\n"
+    config = parse(write(tmp_path, BY_SIZE.replace("by_size:\n", row)), [])
+    said: list[str] = []
+    cpu, cuda, many = (
+        resolve_size(config, count, said.append, on)
+        for count, on in ((100, "cpu"), (100, "cuda"), (201, "cpu"))
+    )
+    assert (cpu.image_size, cpu.epochs) == ((96, 96), 20)
+    assert (cuda.image_size, cuda.epochs) == ((224, 224), 50)
+    assert many.epochs == 10
+    assert "100 images with device=cpu: image_size=96, epochs=20." in said
+    own = parse(tmp_path / "recipe.yaml", ["image_size=64"])
+    assert resolve_size(own, 100, on="cpu").image_size == (64, 64)
+
+
 def test_without_rows_nothing_depends_on_the_number_of_images() -> None:
     config = parse(None, ["data=x"])
     assert resolve_size(config, 5) is config
@@ -510,6 +527,35 @@ def test_a_count_that_no_row_covers_is_an_error(tmp_path: Path) -> None:
     config = parse(write(tmp_path, BY_SIZE.replace("up_to: null", "up_to: 200")), [])
     with pytest.raises(UserError, match="no row for 201 images"):
         resolve_size(config, 201)
+
+
+# A budget of time
+
+
+@pytest.mark.parametrize(
+    ("span", "seconds"), [("30s", 30), ("10m", 600), ("1.5h", 5400), ("1d", 86_400)]
+)
+def test_a_budget_is_a_span_of_time(span: str, seconds: float) -> None:
+    config = parse(None, ["data=x", f"budget={span}"])
+    assert isinstance(config, PretrainConfig)
+    assert config.budget == span
+    assert seconds_in(span) == seconds
+
+
+@pytest.mark.parametrize("span", ["10", "2 hours", "0s", "-1m", "1e3s", "h", "30000000000d"])
+def test_what_is_no_span_of_time_is_refused_in_a_sentence(span: str) -> None:
+    text = complaint("data=x", f"budget={span}")
+    assert text.endswith("must be a span of time with its unit, as in 30s, 10m, 2h or 1d")
+    assert "budget: given" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("length", ["epochs=3", "steps=3"])
+def test_a_budget_beside_another_length_is_refused(length: str) -> None:
+    text = complaint("data=x", "budget=2h", length, recipe="my-images")
+    name = length.split("=")[0]
+    assert text.endswith(f"leave one of the two out, budget or {name}")
+    assert "budget" in complaint("data=x", "budget=2h", "kind=classify")
 
 
 # What a resumed run must keep

@@ -40,7 +40,9 @@ def test_every_recipe_fits(recipe: str) -> None:
     start = {"model": "video_vit_base_patch16"} if recipe.startswith("finetune-video") else {}
     config = parse(recipe, ["data=x"], base=start)  # which the run to start from says
     look = checks_of(config.kind)[1]
-    rows = [resolve_size(config, row.up_to or 10**9) for row in config.by_size] or [config]
+    rows = [
+        resolve_size(config, row.up_to or 10**9, on=row.device or "cuda") for row in config.by_size
+    ] or [config]
     for sized in rows if len(rows) == 1 else (rows[0], rows[-1]):
         assert look(sized) == []
 

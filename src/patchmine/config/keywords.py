@@ -110,6 +110,7 @@ class RunSettings(CropSettings, SharedRunSettings, RunningSettings, total=False)
     """The settings of a run, as keywords; `patchmine config schema` explains each."""
 
     method: str | Mapping[str, Any] | BaseModel
+    budget: str | None
     trainable: str
     layer_decay: float | None
     ema_decay: float | None

@@ -120,6 +120,7 @@ def _assemble(
         if recipe.needs_init and settings.get("init") is None:
             text = "not given; this recipe goes on from weights: name a run, an export or a file"
             errors = [*errors, SettingError("init", text)]
+    errors = [*errors, *_second_lengths(wanted)]
     # A batch size that the user did not choose may be fitted to the machine and to the data.
     own = wanted if recipe is None or recipe.ours else settings
     config = _checked(settings, where, "batch_size" in own, [*errors, *torn], say, also)
@@ -140,6 +141,15 @@ _COMMANDS: dict[type[RunConfig], str] = {
 def command_of(config: RunConfig) -> str:
     """The command that makes runs of this kind."""
     return _COMMANDS.get(type(config), "pretrain")
+
+
+def _second_lengths(wanted: Mapping[str, Any]) -> list[SettingError]:
+    """A length that is given beside a budget."""
+    if (budget := wanted.get("budget")) is None:
+        return []
+    text = f"given {shown(budget)}, which chooses steps: leave one of the two out"
+    others = [name for name in ("epochs", "steps") if wanted.get(name) is not None]
+    return [SettingError("budget", f"{text}, budget or {name}") for name in others[:1]]
 
 
 def _schema_of(model: type[RunConfig]) -> str:
@@ -268,17 +278,19 @@ def _fit_warmup(config: Config, may_shorten: bool, say: Say) -> Config:
     return config
 
 
-def resolve_size(config: Config, num_images: int, say: Say = silent) -> Config:
-    """The settings for a data set of ``num_images``, where the recipe makes them depend on it."""
+def resolve_size(config: Config, num_images: int, say: Say = silent, on: str = "cuda") -> Config:
+    """The settings for ``num_images`` on a kind of device, where the recipe lets these decide."""
     if not config.by_size:
         return config
-    fitting = [row for row in config.by_size if row.up_to is None or num_images <= row.up_to]
+    here = [row for row in config.by_size if row.device in (None, on)]
+    fitting = [row for row in here if row.up_to is None or num_images <= row.up_to]
     if not fitting:
         remedy = "end it with a row 'up_to: null'"
         raise UserError(f"by_size has no row for {num_images:,} images: {remedy}")
     use = fitting[0].use
     chosen = ", ".join(f"{key}={shown(value)}" for key, value in use.items())
-    say(f"{num_images:,} images: {chosen or 'nothing to choose'}.")
+    where = f" with device={on}" if fitting[0].device else ""
+    say(f"{num_images:,} images{where}: {chosen or 'nothing to choose'}.")
     sized = _with_row(config, use, f"the settings for {num_images:,} images", say)
     # A row no longer holds what the user set: where it has no warm-up, that is the user's.
     return _fit_warmup(sized, "warmup_epochs" in use, say)

@@ -28,6 +28,7 @@ from patchmine.strict import (
     ByName,
     Positive,
     SettingError,
+    Span,
     Strict,
 )
 from patchmine.tasks.settings import DetectSettings, FinetuneSettings, SegmentSettings
@@ -35,9 +36,13 @@ from patchmine.train.settings import TrainSettings, fitting_counts
 
 
 class SizeRow(Strict):
-    """Settings that a recipe uses for data sets of at most ``up_to`` images (null: of any size)."""
+    """Settings that a recipe uses for data sets of at most ``up_to`` images (null: of any size).
+
+    ``device``: only where a run is computed on such a one; null: on any.
+    """
 
     up_to: Positive | None
+    device: Literal["cpu", "cuda"] | None = None
     use: dict[str, Any]
 
 
@@ -89,6 +94,9 @@ class PretrainConfig(EvalSettings, AdaptSettings, RunConfig, ViewSettings):
     kind: Literal["pretrain"] = Field("pretrain", description="what the run is for")
     method: Annotated[MethodSettings, ByName(lambda: METHODS, default="mae")] = Field(
         "mae", validate_default=True, description="the method's name and its own settings"
+    )
+    budget: Span | None = Field(
+        None, description="time that a new run may take, as in 30s, 10m or 2h; chooses steps"
     )
 
     def setting_errors(self) -> Iterator[SettingError]:

@@ -91,16 +91,9 @@ class LabelFreeMonitor:
 
     def look(self, done: Progress) -> None:
         """The numbers after an epoch or the last step, where they are due."""
-        every = self.evaluation.monitor_every or self.evaluation.eval_every or self._every(done)
+        every = epochs_between(self.evaluation, self.training, len(self.part), done)
         if done.step == done.total_steps or done.epoch % every == 0:
             self._guarded(done)
-
-    def _every(self, progress: Progress) -> int:
-        """Epochs between two looks, where no setting says it."""
-        trained_on = progress.total_steps * self.training.batch_size
-        affordable = int(_SHARE * trained_on / max(1, len(self.part)))
-        looks = min(_MOST_LOOKS, max(_FEWEST_LOOKS, affordable))
-        return max(1, math.ceil(progress.total_epochs / looks))
 
     def _guarded(self, progress: Progress) -> None:
         if len(self.part) < FEWEST:
@@ -162,3 +155,14 @@ class LabelFreeMonitor:
     def _findings(self) -> list[Finding]:
         series, steps_per_epoch = read_series(self.folder / "metrics.jsonl")
         return findings_of(series, steps_per_epoch, is_adapted=self.model.init is not None)
+
+
+def epochs_between(
+    evaluation: EvalSettings, training: TrainSettings, watched: int, length: Progress
+) -> int:
+    """Epochs from look to look at so many images that are watched."""
+    trained_on = length.total_steps * training.batch_size
+    affordable = int(_SHARE * trained_on / max(1, watched))
+    looks = min(_MOST_LOOKS, max(_FEWEST_LOOKS, affordable))
+    chosen = evaluation.monitor_every or evaluation.eval_every
+    return chosen or max(1, math.ceil(length.total_epochs / looks))

@@ -67,6 +67,12 @@ class Monitor:
                 {name: f"{len(part)} of {part.source.fingerprint}" for name, part in parts.items()}
             )
 
+    @property
+    def labelled_images(self) -> int:
+        """How many an evaluation reads."""
+        data = self._labelled
+        return 0 if data is None else len(data.train) + len(data.test)
+
     def draw(self, progress: Progress, batch: Batch) -> None:
         """samples/step-N.png, by the first process."""
         try:

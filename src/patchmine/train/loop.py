@@ -19,7 +19,7 @@ from patchmine.train.checkpoint import Checkpoint, NotFiniteError, newest_finite
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
-from patchmine.train.settings import TrainSettings
+from patchmine.train.settings import LoggingSettings, SavingSettings, TrainSettings
 from patchmine.train.signals import Interrupted, StopSignals
 from patchmine.train.step import Stepper
 from patchmine.types import Batch, Progress
@@ -186,22 +186,32 @@ def _look(
     stepper: Stepper, done: Progress, batch: Batch, stop: StopSignals, keeper: Keeper, hooks: Hooks
 ) -> int:
     """What is due between two steps: a picture, scores, a checkpoint.  Gives the signal to stop."""
-    settings, engine, total = stepper.settings, stepper.engine, done.total_steps
-    # Once an epoch, but epochs of a few steps do not deserve a file each.
-    save_every = settings.checkpoint_every or max(done.steps_per_epoch, min(100, total))
+    settings, engine = stepper.settings, stepper.engine
     with stepper.watch.paused():
-        if engine.is_main and _due(done, settings.sample_every or max(1, total // 10)):
+        if engine.is_main and _due(done, sample_every(settings, done)):
             hooks.on_sample(done, batch)
         scores = hooks.on_epoch(done) if _due(done, done.steps_per_epoch) else None
         stepper.task.train()
         asked = engine.largest(stop.received)
         best = keeper.is_best(scores, done)
         last = asked or best or keeper.is_exhausted(done)
-        if engine.is_main and (last or _due(done, save_every)):
+        if engine.is_main and (last or _due(done, save_every(settings, done))):
             with engine.undisturbed():
                 hooks.before_save()
                 keeper.save(stepper, done)
     return asked
+
+
+def sample_every(settings: LoggingSettings, length: Progress) -> int:
+    """Steps from picture to picture."""
+    return settings.sample_every or max(1, length.total_steps // 10)
+
+
+def save_every(settings: SavingSettings, length: Progress) -> int:
+    """Steps from checkpoint to checkpoint."""
+    # Once an epoch, but epochs of a few steps do not deserve a file each.
+    fewest = min(100, length.total_steps)
+    return settings.checkpoint_every or max(length.steps_per_epoch, fewest)
 
 
 def restore(

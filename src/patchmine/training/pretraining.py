@@ -32,6 +32,7 @@ from patchmine.train.log import Log
 from patchmine.train.loop import Hooks
 from patchmine.train.optim import render_groups
 from patchmine.training.making import make_run
+from patchmine.training.pace import fit_to_budget
 from patchmine.training.place import Place, agree, last_files, train_task
 from patchmine.types import Batch, Progress
 
@@ -64,9 +65,10 @@ def open_images(
     """Images, and the settings that had to wait for them, alike in all processes."""
     spec = preparing.given_data("data", config.data, sources)
     images = preparing.open_data(config, spec, place.say)
-    config = resolve_size(config, len(images), place.say)
+    config = resolve_size(config, len(images), place.say, place.engine.device.type)
     config = preparing.with_statistics(config, images, place.say)
     config = preparing.fit_to_length(config, len(images), place.say)
+    config = fit_to_budget(config, place, images, lambda sized: make_method(sized, sized.init))
     agree(config, place, f"{len(images):,} items with fingerprint {images.fingerprint}")
     return images, config
 

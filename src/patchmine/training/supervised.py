@@ -117,7 +117,7 @@ def fit_to_parts(
     given = [part for part in parts if part is not None]
     images = given[0]
     config = config.model_copy(update={"classes": [*names]})
-    config = resolve_size(config, len(images), place.say)
+    config = resolve_size(config, len(images), place.say, place.engine.device.type)
     config = preparing.with_statistics(config, images, place.say)
     config = preparing.fit_to_length(config, len(images), place.say)
     found = (f"{len(part):,} of {part.fingerprint} {part.target_digest}" for part in given)
