@@ -6,6 +6,7 @@ The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
@@ -35,23 +36,25 @@ class Fingerprint(NamedTuple):
 
 def fingerprint(pixels: NDArray[np.float32]) -> Fingerprint:
     """Of an image (C, H, W) of one channel, or of three or more of which the first three count."""
-    colours = pixels[:3] if len(pixels) >= 3 else pixels[:1]
-    grey = _shrunk(colours.mean(0))  # (32, 32)
-    low = (_DCT @ grey @ _DCT.T).ravel()  # (64,)
-    signs = low > np.median(low[1:])  # without the mean, which is far above the others
-    red, green, blue = np.broadcast_to(colours.mean((1, 2)), 3).tolist()
+    means = [float(channel.mean()) for channel in (pixels[:3] if len(pixels) >= 3 else pixels[:1])]
+    red, green, blue = means if len(means) == 3 else means * 3
+    grey = pixels[0] if len(means) == 1 else pixels[0] + pixels[1] + pixels[2]
+    low = (_waves(grey.shape[0]) @ grey @ _waves(grey.shape[1]).T).ravel()  # (64,)
+    signs = low > np.sort(low[1:])[len(low) // 2 - 1]  # without the mean, far above the others
     return Fingerprint(int.from_bytes(np.packbits(signs).tobytes()), (red, green, blue))
 
 
-def _shrunk(grey: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(32, 32): means of the areas; of a shorter side the pixels come more than once."""
-    for axis in (0, 1):
-        length = grey.shape[axis]
-        starts = np.arange(_SIDE) * length // _SIDE
-        counts = np.maximum(np.diff(starts, append=length), 1)
-        shape = (-1, 1) if axis == 0 else (1, -1)
-        grey = np.add.reduceat(grey, starts, axis) / counts.reshape(shape)
-    return grey
+@lru_cache(maxsize=1024)
+def _waves(length: int) -> NDArray[np.float32]:
+    """(8, length): a side becomes 32 means of areas, and these the 8 lowest frequencies.
+
+    Of a shorter side the pixels come more than once.
+    """
+    starts = np.arange(_SIDE) * length // _SIDE
+    ends = np.maximum(np.append(starts[1:], length), starts + 1)
+    pixel = np.arange(length)
+    areas = (pixel >= starts[:, None]) & (pixel < ends[:, None])  # (32, length)
+    return (_DCT @ (areas / (ends - starts)[:, None])).astype(np.float32)
 
 
 def near(

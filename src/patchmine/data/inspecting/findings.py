@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from patchmine.data.decoding.bounds import DecodeError
 from patchmine.data.decoding.decode import decode, probe
@@ -20,9 +19,10 @@ from patchmine.data.decoding.video import open_video
 from patchmine.data.inspecting.alike import fingerprint
 
 _BLOCK = 1 << 20  # pixels that are summed at once: doubles of all would take eight times the memory
-_SAMPLED = 256  # pixels of the shorter side that are looked at where all of them are too many
+_SAMPLED = 128  # pixels of the shorter side that are looked at where all of them are too many
 _FLAT = 0.9  # share of pixels that equal their right neighbour, from which on an image is drawn
 _FEW, _FEW_DEEP = 64, 1024  # values of such an image at most; deeper ones number many objects
+_LEVELS = np.arange(256) / 255
 _NEUTRAL = 2  # levels by which red, green and blue of a grey picture may differ (JPEG rounds)
 
 MOST_DRAWN = 0.1
@@ -188,14 +188,18 @@ class Findings:
 
 def _moments(pixels: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[Any]]:
     """Of an image (C, H, W) sums (3, C) of 1, x and x squared, smallest and largest values (C,)."""
-    if pixels.dtype == np.uint8:  # exact, and three times as fast as sums of doubles
-        counts = np.array([Image.fromarray(plane).histogram() for plane in pixels])  # (C, 256)
-        levels, present = np.arange(256) / 255, counts > 0
-        sums = np.stack([counts.sum(1), counts @ levels, counts @ levels**2])
+    rows = max(1, _BLOCK // pixels.shape[2])
+    tops = range(0, pixels.shape[1], rows)
+    if pixels.dtype == np.uint8:  # by a histogram: exact, and faster than sums of doubles
+        counts = np.zeros((len(pixels), 256), np.int64)
+        for top in tops:
+            for plane, count in zip(pixels[:, top : top + rows], counts, strict=True):
+                count += np.bincount(plane.ravel(), minlength=256)
+        present = counts > 0
+        sums = np.stack([counts.sum(1), counts @ _LEVELS, counts @ _LEVELS**2])
         return sums, present.argmax(1) / 255, 1 - present[:, ::-1].argmax(1) / 255
     sums = np.zeros((3, len(pixels)))
-    rows = max(1, _BLOCK // pixels.shape[2])
-    for top in range(0, pixels.shape[1], rows):
+    for top in tops:
         values = pixels[:, top : top + rows].reshape(len(pixels), -1).astype(np.float64)
         ones = np.full(len(pixels), values.shape[1])
         sums += np.stack([ones, values.sum(1), np.square(values).sum(1)])
@@ -205,13 +209,15 @@ def _moments(pixels: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[Any], N
 def _sampled(item: Decoded) -> tuple[NDArray[Any], bool]:
     """Every k-th pixel (C, h, w), and whether the image has few values in flat areas."""
     step = max(1, min(item.height, item.width) // _SAMPLED)
-    rows = item.pixels[:, ::step]
-    sample = rows[:, :, ::step]
-    if np.dtype(item.dtype).kind not in "bui":
+    rows = np.ascontiguousarray(item.pixels[:, ::step])  # planes: decoders put channels last
+    sample = np.ascontiguousarray(rows[:, :, ::step])
+    if np.dtype(item.dtype).kind not in "bui" or item.width < 2:
         return sample, False
-    flat = (rows[:, :, 1:] == rows[:, :, :-1]).all(0)
-    if not flat.size or flat.mean() < _FLAT:
-        return sample, False
+    flat = np.ones((len(rows[0]), item.width - 1), bool)
+    for plane in rows:  # of a photograph the first tells
+        flat &= plane[:, 1:] == plane[:, :-1]
+        if flat.mean() < _FLAT:
+            return sample, False
     values = sample[0].astype(np.float64)
     for channel in sample[1:3]:
         values = values * 256 + channel
@@ -220,5 +226,8 @@ def _sampled(item: Decoded) -> tuple[NDArray[Any], bool]:
 
 def _is_neutral(sample: NDArray[Any]) -> bool:
     """Whether an image (C, H, W) has three channels that are equal."""
+    if len(sample) != 3:
+        return False
+    red, green, blue = sample.astype(np.int16) if sample.dtype == np.uint8 else sample
     room = _NEUTRAL if sample.dtype == np.uint8 else 0
-    return len(sample) == 3 and bool((sample.max(0) - sample.min(0) <= room).all())
+    return all(bool((np.abs(other - red) <= room).all()) for other in (green, blue))
