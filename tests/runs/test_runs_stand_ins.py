@@ -1,4 +1,4 @@
-"""Stand-ins of ViTs, plain and rotary: a small network comes in, is trained on, leaves for timm."""
+"""Stand-ins of every family: a small network comes in, is trained on, leaves for timm."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from killing import after_a_checkpoint, killed
+from networks import NARROW, SHORT, WINDOWS
 from safetensors.torch import save_file
 from small_runs import SMALL
 from torch import Tensor, nn
@@ -18,33 +19,50 @@ import patchmine
 pytestmark = pytest.mark.bitwise
 
 SIZES: dict[str, Any] = {"embed_dim": 64, "depth": 2, "num_heads": 2}
-DECODER: dict[str, Any] = {
-    "method.decoder_embed_dim": 16,
-    "method.decoder_depth": 1,
-    "method.decoder_num_heads": 2,
+MAE: dict[str, Any] = {
+    "method": dict(name="mae", decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 }
-FAMILIES = {
-    "ViT": "vit_tiny_patch16_224",
-    "DINOv2": "vit_small_patch14_reg4_dinov2",
-    "CLIP": "vit_base_patch16_clip_224",
-    "SigLIP": "vit_base_patch16_siglip_224",
-    "DINOv3": "vit_small_patch16_dinov3",
-    "PE": "vit_pe_core_tiny_patch16_384",
+CROPS: dict[str, Any] = {
+    "method": dict(
+        **dict(name="scfs", out_dim=32, head_hidden=16, head_bottleneck=8),
+        **dict(stage_out_dim=12, stage_hidden=16, stage_bottleneck=8, freeze_last_layer=0),
+    ),
+    "crops": {"local_size": 32, "num_local": 2},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ViT": {"model": "vit_tiny_patch16_224"},
+    "DINOv2": {"model": "vit_small_patch14_reg4_dinov2", "image_size": 56},
+    "SwiGLU": {
+        **dict(model="vit_giant_patch14_dinov2", image_size=56),
+        "model_args": {**SIZES, "embed_dim": 48},
+    },
+    "CLIP": {"model": "vit_base_patch16_clip_224"},
+    "SigLIP": {"model": "vit_base_patch16_siglip_224"},
+    "DINOv3": {"model": "vit_small_patch16_dinov3"},
+    "EVA-02": {"model": "eva02_tiny_patch14_224", "image_size": 56},
+    "PE": {"model": "vit_pe_core_tiny_patch16_384"},
+    "BEiT": {"model": "beit_base_patch16_224", "method": {"name": "simmim", "mask_unit": 16}},
+    "ResNet": {"model": "resnet18", "model_args": SHORT, **CROPS},
+    "ConvNeXt": {"model": "convnext_atto", "model_args": NARROW, **CROPS},
+    "Swin": {
+        **dict(model="swin_tiny_patch4_window7_224", **CROPS),
+        "model_args": {**WINDOWS, "window_size": 4},
+    },
 }
 
 
 def how(family: str) -> dict[str, Any]:
     """The network that a stand-in is of, and a method that trains it."""
-    model = FAMILIES[family]
-    side = 56 if "patch14" in model else 64
-    return {"model": model, "model_args": SIZES, "image_size": side, **DECODER}
+    return {"model_args": SIZES, "image_size": 64, **MAE, **FAMILIES[family]}
 
 
 def stand_in(family: str) -> nn.Module:
     torch.manual_seed(0)
     given = how(family)
-    size = {"img_size": given["image_size"]}
-    network = timm.create_model(given["model"], num_classes=0, **size, **given["model_args"])
+    arguments = {"num_classes": 0, **given["model_args"]}
+    if family not in ("ResNet", "ConvNeXt"):  # which take any
+        arguments["img_size"] = given["image_size"]
+    network = timm.create_model(given["model"], **arguments)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

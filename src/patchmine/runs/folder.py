@@ -145,10 +145,9 @@ def _initialise(encoder: Encoder, start_from: str) -> LoadReport:
     source = f"init={shown_name(start_from)}"
     if is_run(start_from):
         return filling.fill(encoder, RunFolder(start_from).encoder(), source)
-    # A file is of the run's own model where it does not say another; a ResNet's tensors, and those
-    # of a video model, tell what the network is and not how large its images were.
-    family = family_of(encoder)
-    like = None if family.batch_normed or family.clip(encoder) else encoder.built_from
+    # A file is of the run's own model where it does not say another; a video model's tensors tell
+    # what the network is and not how large its images were.
+    like = None if family_of(encoder).clip(encoder) else encoder.built_from
     other, found = weights.open_weights(start_from, setting="init", like=like)
     report = filling.fill(encoder, other, source)
     report.dropped, report.notes = found.dropped, found.notes + report.notes
