@@ -169,7 +169,7 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         patchmine.cli.commands, "read_words", stops(patchmine.cli.commands.read_words)
     )
     monkeypatch.setattr(patchmine.config.resolve, "parse", stops(patchmine.config.resolve.parse))
-    every = ("CHECKS", "CLASSIFIER_CHECKS", "SEGMENTER_CHECKS", "DETECTOR_CHECKS")
+    every = ("CHECKS", "PLAN_CHECKS", "CLASSIFIER_CHECKS", "SEGMENTER_CHECKS", "DETECTOR_CHECKS")
     for checks in every:  # the files shown are not there
         monkeypatch.setattr(patchmine.runs.checking, checks, ())
     shares = importlib.import_module("patchmine.training.shares")

@@ -45,6 +45,7 @@ class Command:
 
 COMMANDS = (
     Command("pretrain", "cli.work:pretrain", usage="[RECIPE] KEY=VALUE..."),
+    Command("plan", "cli.work:plan", usage="[RECIPE] KEY=VALUE..."),
     Command("resume", "cli.work:resume", usage="RUN [KEY=VALUE...]"),
     Command("extend", "cli.work:extend", usage="RUN epochs=... out=... [KEY=VALUE...]"),
     Command("finetune", "cli.teach:finetune", usage="START data=... out=... [KEY=VALUE...]"),

@@ -42,6 +42,29 @@ def pretrain(words: Sequence[str], say: Say) -> None:
     start(resolve.of_kind(config, PretrainConfig), say=say)
 
 
+def plan(words: Sequence[str], say: Say) -> None:
+    """What a pre-training run would take, from a few steps of it: time, memory, disk.
+
+    The words are those of `patchmine pretrain`; out may be left out, and nothing is kept.
+
+    Example:
+        patchmine plan my-images data=photos/ method=hpm
+        patchmine plan my-images data=photos/ budget=2h
+    """
+    from patchmine.config import resolve
+    from patchmine.config.schema import PretrainConfig
+    from patchmine.runs import checking
+
+    recipe, settings = first_and_settings(words)
+    base = _of_start(recipe, settings, say, also=checking.PLAN_CHECKS[:1])
+    config = resolve.parse(recipe, settings, say, also=checking.PLAN_CHECKS, base=base)
+    from patchmine.training import planning  # after the settings are known to be right
+
+    found = planning.plan(resolve.of_kind(config, PretrainConfig), say=say)
+    for name, text in found.items():
+        print(f"{name:<12}{text}")
+
+
 def _of_start(
     recipe: str | None, words: Sequence[str], say: Say, also: Sequence[Any] = ()
 ) -> dict[str, Any]:
@@ -250,20 +273,30 @@ def list_recipes() -> None:
 def config_show(words: Sequence[str], say: Say) -> None:
     """The settings that a recipe and your words amount to.
 
-    What is printed is a YAML file that `patchmine pretrain` takes as a recipe.
+    What is printed is a YAML file that `patchmine pretrain` takes as a recipe.  What differs from
+    the default says so.  Where data=... is there, what depends on the images is looked up in them.
 
     Example:
         patchmine config show cifar10-tiny method=hpm data=cifar10/train > mine.yaml
     """
     from patchmine.config import resolve
+    from patchmine.config.describe import marked
     from patchmine.config.recipes import load_recipe
+    from patchmine.config.schema import PretrainConfig
 
     recipe, settings = first_and_settings(words)
     has_data = recipe is not None and "data" in load_recipe(recipe).settings
     if not has_data and not any(word.startswith("data=") for word in settings):
         settings = ["data=IMAGES", *settings]  # the one setting that has no default
     base = _of_start(recipe, settings, say)
-    print(resolve.parse(recipe, settings, say, base=base).to_yaml(), end="")
+    config = resolve.parse(recipe, settings, say, base=base)
+    waits = config.by_size or config.mean is None
+    if isinstance(config, PretrainConfig) and waits and not resolve.missing_files(config):
+        from patchmine.training import planning
+
+        if config.data != "IMAGES":
+            config = planning.resolved(config, say=say)
+    print(marked(config), end="")
 
 
 def config_schema(words: Sequence[str]) -> None:

@@ -62,6 +62,37 @@ def as_word(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
+def marked(config: RunConfig) -> str:
+    """``config.to_yaml()``, with a comment at each setting that is not the default."""
+    usual = type(config).model_validate({"data": "x"})
+    lines = config.to_yaml().splitlines()
+    depths = [len(line) - len(line.lstrip()) for line in lines]
+    table: BaseModel | None = None  # whose settings the indented lines are
+    told = []
+    for line, depth, following in zip(lines, depths, [*depths[1:], 0], strict=True):
+        name, _, value = line.strip().partition(":")
+        if depth == 0:
+            inner = getattr(config, name, None)
+            table = inner if isinstance(inner, BaseModel) else None
+            mark = _mark(config, usual, name)
+        else:
+            mark = "" if table is None or depth > 2 else _mark(table, type(table)(), name)
+        is_wrapped = value and following > depth
+        told.append(line if is_wrapped else line + mark)
+    return "\n".join([*told, ""])
+
+
+def _mark(table: BaseModel, usual: BaseModel, name: str) -> str:
+    """Behind a setting: its default, where it has another value."""
+    field = type(table).model_fields.get(name)
+    if field is None or field.is_required():
+        return ""
+    value, default = (getattr(each, name) for each in (table, usual))
+    if isinstance(value, BaseModel):  # of which only the kind is told here
+        value, default = (getattr(each, "name", None) for each in (value, default))
+    return "" if value == default else f"  # default: {as_word(default)}"
+
+
 def describe_run() -> list[str]:
     """Every setting of a pre-training run, and of every method."""
     methods = [[f"# Of method={name}.", *describe_method(name), ""] for name in METHODS]

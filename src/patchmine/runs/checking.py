@@ -122,6 +122,8 @@ def _of(kind: type[RunConfig], check: Check) -> Check:
 
 CHECKS = (misplaced, _of(PretrainConfig, misfits))
 """What is asked of the settings of a new run, in this order; torch is imported for the second."""
+PLAN_CHECKS = (missing_files, CHECKS[1])
+"""The same of one that is planned, and has no place yet."""
 CLASSIFIER_CHECKS = (misplaced, _of(FinetuneConfig, misfits_of_classifier))
 """The same of a run that fine-tunes."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import math
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +56,9 @@ class Pace:
         look: the numbers without labels, once.
         evaluation: kNN, once.
         watched: images of a look.
-        checkpoint_bytes: on the disk.
+        checkpoint_bytes: of one on the disk.
+        export_bytes: of the encoders that are exported.
+        peak_bytes: most memory until then: of this process on a CPU, of the GPU on one.
         trained: parameters that learn.
     """
 
@@ -65,6 +69,8 @@ class Pace:
     evaluation: float = 0.0
     watched: int = 0
     checkpoint_bytes: int = 0
+    export_bytes: int = 0
+    peak_bytes: int = 0
     trained: int = 0
 
     def beside(self, config: PretrainConfig, length: Progress) -> float:
@@ -126,9 +132,16 @@ def fit_to_budget(
     with scratch_in(place.folder) as scratch:
         limit = min(_LONGEST, _SHARE * budget)
         pace = measure_pace(config, place.engine, images, make, scratch, limit)
-    planned = preparing.length_of(config, len(images))
     left = max(0.0, budget - (perf_counter() - began))
-    own_steps = pace.fitting(config, planned.steps_per_epoch, left)
+    return fitted(config, place, len(images), pace, left)
+
+
+def fitted(
+    config: PretrainConfig, place: Place, images: int, pace: Pace, seconds: float
+) -> PretrainConfig:
+    """The settings with the steps that fit into the seconds that are left of their budget."""
+    planned = preparing.length_of(config, images)
+    own_steps = pace.fitting(config, planned.steps_per_epoch, seconds)
     steps = place.engine.largest(own_steps if place.engine.is_main else 0)
     length = Progress(0, steps, planned.steps_per_epoch)
     epochs = steps / length.steps_per_epoch
@@ -241,8 +254,24 @@ def _measure(
         evaluation=look / max(1, watched) * monitor.labelled_images,
         watched=watched,
         checkpoint_bytes=sum(file.stat().st_size for file in files),
+        export_bytes=_exported(method),
+        peak_bytes=_peak(engine),
         trained=sum(parameter.numel() for _, parameter in method.learning()),
     )
+
+
+def _exported(method: Method) -> int:
+    """Bytes of the encoders that learn."""
+    parameters = [list(encoder.parameters()) for encoder in method.encoders().values()]
+    learned = [each for each in parameters if any(weight.requires_grad for weight in each)]
+    return sum(weight.nbytes for each in learned for weight in each)
+
+
+def _peak(engine: Engine) -> int:
+    if engine.device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(engine.device))
+    unit = 1 if sys.platform == "darwin" else 1024  # of getrusage
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _timed_steps(

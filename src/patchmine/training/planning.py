@@ -1,0 +1,104 @@
+"""What a pre-training run would be, before it is made: from its settings, data and a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from patchmine.config.schema import PretrainConfig
+from patchmine.data.sources.source import Spec
+from patchmine.errors import Say, shown_name, silent
+from patchmine.report.words import duration
+from patchmine.runs import preparing
+from patchmine.runs.preparing import NO_SOURCES
+from patchmine.strict import seconds_in
+from patchmine.task import Method
+from patchmine.train.engine import Engine
+from patchmine.train.loop import save_every
+from patchmine.training.pace import Pace, fitted, measure_pace, scratch_in
+from patchmine.training.place import Place, open_place
+from patchmine.training.pretraining import make_method, open_images
+
+HOUR, NIGHT = 3_600, 8 * 3_600  # seconds
+TIMED = 10.0  # seconds of steps
+
+
+def plan(
+    config: PretrainConfig, *, sources: Mapping[str, Spec] = NO_SOURCES, say: Say = silent
+) -> dict[str, str]:
+    """Time a few steps of a run that is not made.
+
+    Args:
+        config: the settings of the run; ``out`` may be missing.
+        sources: as in `pretrain`.
+        say: hears what is decided for the user.
+
+    Returns:
+        By what they are about, sentences on the run; none in processes other than the first.
+
+    Raises:
+        UserError: mistakes in settings or data.
+    """
+    with TemporaryDirectory() as folder, open_place(Path(folder), config, say) as place:
+        images, found = open_images(config.model_copy(update={"budget": None}), place, sources)
+        place.say("A few steps are timed, and thrown away.")
+        with scratch_in(place.folder) as scratch:
+            pace = measure_pace(found, place.engine, images, make, scratch, TIMED)
+        if config.budget is not None:
+            budgeted = found.model_copy(update={"budget": config.budget})
+            found = fitted(budgeted, place, len(images), pace, seconds_in(config.budget))
+        return described(found, pace, len(images), place.engine) if place.engine.is_main else {}
+
+
+def resolved(
+    config: PretrainConfig, *, sources: Mapping[str, Spec] = NO_SOURCES, say: Say = silent
+) -> PretrainConfig:
+    """The settings with all that waits for the data, but for a budget.
+
+    Raises UserError for mistakes in settings or data.
+    """
+    with TemporaryDirectory() as folder:
+        place = Place(Path(folder), Engine(config.device), say)
+        found = open_images(config.model_copy(update={"budget": None}), place, sources)[1]
+    return found.model_copy(update={"budget": config.budget})
+
+
+def make(config: PretrainConfig) -> Method:
+    """The method as its run begins with it."""
+    return make_method(config, config.init)
+
+
+def described(config: PretrainConfig, pace: Pace, images: int, engine: Engine) -> dict[str, str]:
+    """A plan of these settings at this pace."""
+    item, length = preparing.item_of(config), preparing.length_of(config, images)
+    epochs = length.total_steps / length.steps_per_epoch
+    beside = duration(pace.beside(config, length))
+    saved = min(save_every(config, length), length.total_steps)
+    kept = min(config.keep_checkpoints, -(-length.total_steps // saved))
+    files = kept * pace.checkpoint_bytes + pace.export_bytes
+    height, width = config.image_size
+    owner = "the GPU" if engine.device.type == "cuda" else "this process, without its workers"
+
+    def in_time(seconds: int) -> str:
+        steps = pace.fitting(config, length.steps_per_epoch, seconds)
+        return f"{steps / length.steps_per_epoch:,.3g} epochs ({steps:,} steps)"
+
+    return {
+        "images": f"{images:,} {item.noun}s of {shown_name(str(config.data))}",
+        "model": f"{config.model} by {config.method.name}: {pace.trained / 1e6:,.1f} million "
+        "parameters learn",
+        "size": f"{item.describe(config)}{height}x{width}",
+        "length": f"{length.total_steps:,} steps ({epochs:,.3g} epochs) of {config.batch_size}",
+        "time": f"{duration(pace.seconds(config, length))} at {pace.step:.3g} s a step; {beside} "
+        "of it for pictures, checkpoints and monitors",
+        "memory": f"{_gib(pace.peak_bytes)} at most, of {owner}",
+        "disk": f"{_gib(files)}: {kept} checkpoints and the export",
+        "checkpoint": f"the first after {saved:,} steps, {duration(saved * pace.step)}",
+        "an hour": f"{in_time(HOUR)}: budget=1h",
+        "a night": f"{in_time(NIGHT)}: budget=8h",
+    }
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,89 @@
+"""plan and config show: what would run, told before it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from small_runs import SMALL
+
+from patchmine.config.describe import marked
+from patchmine.config.resolve import parse
+from patchmine.training import planning
+from patchmine.training.pace import Pace
+from spoken import call, patchmine_says
+
+WORDS = [
+    "model=vit_tiny_patch16_224",
+    "model_args={embed_dim: 16, depth: 1, num_heads: 2}",
+    "image_size=16",
+    "patch_size=4",
+    "batch_size=8",
+    "method.decoder_embed_dim=16",
+    "method.decoder_depth=1",
+    "method.decoder_num_heads=2",
+    *(f"{name}={value}" for name, value in SMALL.items() if name != "say"),
+]
+PACE = Pace(
+    step=2.0, checkpoint_bytes=2**30, export_bytes=2**29, peak_bytes=3 * 2**29, trained=1_500_000
+)
+
+
+def test_a_plan_says_what_a_run_takes_and_what_fits(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "measure_pace", lambda *_: PACE)
+    result = call("plan", f"data={image_folder}", *WORDS, "steps=450", "checkpoint_every=200")
+    assert result.exit_code == 0, result.output
+    lines = {line[:12].strip(): line[12:] for line in result.stdout.splitlines()}
+    assert lines["length"].startswith("450 steps (")
+    assert lines["time"].startswith("15 min 00 s at 2 s a step")
+    assert lines["memory"].startswith("1.50 GiB at most, of this process")
+    assert lines["disk"] == "3.50 GiB: 3 checkpoints and the export"
+    assert lines["checkpoint"].startswith("the first after 200 steps")
+    assert "(1,800 steps): budget=1h" in lines["an hour"]
+    assert "(14,400 steps): budget=8h" in lines["a night"]
+    assert "1.5 million parameters" in lines["model"]
+    within = patchmine_says("plan", f"data={image_folder}", *WORDS, "budget=20m")
+    assert " 600 steps (" in within
+
+
+def test_a_plan_really_times_and_leaves_nothing(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "TIMED", 0.1)
+    said = patchmine_says("plan", f"data={image_folder}", *WORDS, "epochs=2", "out=runs/x")
+    assert "s a step" in said
+    assert "0.00 GiB at most" not in said
+    assert list(tmp_path.iterdir()) == []
+    assert "budget" in patchmine_says("plan", "data=nowhere", "budget=3", code=2)
+
+
+def test_config_show_resolves_what_waits_for_the_images(image_folder: Path) -> None:
+    shown = call("config", "show", "my-images", f"data={image_folder}", "device=cpu", "channels=1")
+    assert shown.exit_code == 0, shown.output
+    settings = yaml.safe_load(shown.stdout)
+    assert settings["image_size"] == [128, 128]
+    assert settings["epochs"] == 400
+    assert len(settings["mean"]) == 1
+    assert "by_size" not in settings
+    assert "\nepochs: 400  # default: 100\n" in shown.stdout
+    waiting = yaml.safe_load(call("config", "show", "my-images").stdout)
+    assert waiting["by_size"]
+
+
+def test_what_is_not_the_default_is_marked_and_still_read_as_it_is(tmp_path: Path) -> None:
+    long = "photos of " + " and ".join(f"place {number}" for number in range(30))
+    words = [f"data={long}", f"init={long}", "method=hpm", "method.mask_ratio=0.5", "blr=1e-3"]
+    config = parse(None, [*words, "model_args={depth: 4}"])
+    text = marked(config)
+    lines = text.splitlines()
+    assert "method:  # default: mae" in lines
+    assert "  mask_ratio: 0.5  # default: 0.75" in lines
+    assert "blr: 0.001  # default: 0.00015" in lines
+    assert sum("# default: " in line for line in lines) == 4
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert parse(path, []) == config
