@@ -35,6 +35,7 @@ COMMANDS = [command.name.split() for command in PROGRAMS]
 # Where each command does its work: (module, function).
 ROOMS = [
     ("training", "pretrain"),
+    ("training.planning", "plan"),
     ("training.finetuning", "finetune"),
     ("training.shares", "compare_shares"),
     ("training", "resume"),
@@ -81,7 +82,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(
         "patchmine.runs.checking.CHECKS", ()
     )  # the data of the examples are not there
-    for kind in ("CLASSIFIER", "SEGMENTER", "DETECTOR"):
+    for kind in ("PLAN", "CLASSIFIER", "SEGMENTER", "DETECTOR"):
         monkeypatch.setattr(f"patchmine.runs.checking.{kind}_CHECKS", ())
     monkeypatch.setattr(  # nor are their backbones
         "patchmine.training.shares.settings_of_start",
@@ -131,8 +132,9 @@ def test_help_has_one_line_for_the_list_and_an_example(command: list[str]) -> No
 def test_the_first_help_shows_the_commands_in_the_order_of_work() -> None:
     result = call("--help")
     order = re.findall(r"^  ([a-z]+)  +[A-Z]", result.stdout, flags=re.MULTILINE)
-    assert order[:6] == ["pretrain", "resume", "extend", "finetune", "segment", "detect"]
-    assert len(order) == 18
+    first = ["pretrain", "plan", "resume", "extend", "finetune", "segment", "detect"]
+    assert order[:7] == first
+    assert len(order) == 19
     assert result.exit_code == 0
     assert "patchmine list recipes" in result.stdout
     assert call("--version").stdout == f"patchmine {__version__}\n"

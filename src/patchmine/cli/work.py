@@ -43,7 +43,7 @@ def pretrain(words: Sequence[str], say: Say) -> None:
 
 
 def plan(words: Sequence[str], say: Say) -> None:
-    """What a pre-training run would take, from a few steps of it: time, memory, disk.
+    """Say what a run would take, from a few steps of it.
 
     The words are those of `patchmine pretrain`; out may be left out, and nothing is kept.
 
@@ -60,9 +60,8 @@ def plan(words: Sequence[str], say: Say) -> None:
     config = resolve.parse(recipe, settings, say, also=checking.PLAN_CHECKS, base=base)
     from patchmine.training import planning  # after the settings are known to be right
 
-    found = planning.plan(resolve.of_kind(config, PretrainConfig), say=say)
-    for name, text in found.items():
-        print(f"{name:<12}{text}")
+    if text := planning.plan(resolve.of_kind(config, PretrainConfig), say=say):
+        print(text)
 
 
 def _of_start(

@@ -26,7 +26,7 @@ TIMED = 10.0  # seconds of steps
 
 def plan(
     config: PretrainConfig, *, sources: Mapping[str, Spec] = NO_SOURCES, say: Say = silent
-) -> dict[str, str]:
+) -> str:
     """Time a few steps of a run that is not made.
 
     Args:
@@ -35,7 +35,7 @@ def plan(
         say: hears what is decided for the user.
 
     Returns:
-        By what they are about, sentences on the run; none in processes other than the first.
+        Lines on the run; none in processes other than the first.
 
     Raises:
         UserError: mistakes in settings or data.
@@ -48,7 +48,9 @@ def plan(
         if config.budget is not None:
             budgeted = found.model_copy(update={"budget": config.budget})
             found = fitted(budgeted, place, len(images), pace, seconds_in(config.budget))
-        return described(found, pace, len(images), place.engine) if place.engine.is_main else {}
+        told = described(found, pace, len(images), place.engine)
+        lines = [f"{name:<12}{text}" for name, text in told.items()]
+        return "\n".join(lines) if place.engine.is_main else ""
 
 
 def resolved(
