@@ -299,7 +299,7 @@ def test_my_images_are_fewer_pixels_on_a_cpu_however_many_they_are() -> None:
 def test_adaptation_is_short_and_bounded_whatever_the_number_of_images() -> None:
     config = parse("adapt", ["data=x", "init=y"])
     assert isinstance(config, PretrainConfig)
-    assert (config.trainable, config.layer_decay, config.ema_decay) == ("all", 0.75, 0.999)
+    assert (config.trainable, config.layer_decay, config.ema_decay) == ("last:25%", 0.75, 0.999)
     for count in (300, 2_000, 20_000, 200_000, 2_000_000):
         sized = resolve_size(config, count)
         assert sized.epochs is not None
@@ -319,7 +319,7 @@ def test_my_images_with_weights_is_adaptation() -> None:
     assert "With init= the recipe my-images is adapt." in heard
     own = resolve_size(parse("my-images", words), 300)
     assert isinstance(own, PretrainConfig)
-    assert (own.epochs, own.layer_decay, own.trainable) == (7, 0.9, "all")
+    assert (own.epochs, own.layer_decay, own.trainable) == (7, 0.9, "last:25%")
     without = parse("my-images", ["data=x"])
     assert isinstance(without, PretrainConfig)
     assert (without.layer_decay, without.ema_decay, without.freeze_encoder) == (None, None, 0)

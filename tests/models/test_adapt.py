@@ -180,6 +180,9 @@ def test_all_and_none() -> None:
         ("last:1", [3], None),
         ("last:2.5", [2, 3], 1),
         ("last:4", range(4), None),
+        ("last:25%", [3], None),
+        ("last:1%", [3], None),
+        ("last:60%", [2, 3], None),
     ],
 )
 def test_last_blocks(trainable: str, whole: Sequence[int], half: int | None) -> None:
@@ -292,6 +295,7 @@ def test_what_the_encoder_does_not_have(model: str, trainable: str, message: str
         ("bias", Trainable("bias")),
         ("last:4", Trainable("last", 4)),
         ("last:0.5", Trainable("last", 0.5)),
+        ("last:25%", Trainable("last", share=0.25)),
         ("lora", Trainable("lora", 16)),
         ("lora:8", Trainable("lora", 8)),
     ],
@@ -306,6 +310,7 @@ def test_the_setting_is_read(text: str, meaning: Trainable) -> None:
     [
         *("", "head", "all:3", "none:", "lora:0", "lora:x", "lora:2.5", "last", "last:", "last:0"),
         *("last:0.0", "last:1.3", "last:-1", "last:4 ", "last:٣", "last:1e3"),
+        *("last:0%", "last:100%", "last:2.5%", "lora:25%"),
     ],
 )
 def test_other_words_are_refused(text: str) -> None:

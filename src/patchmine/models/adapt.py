@@ -32,8 +32,9 @@ def select_trainable(encoder: Encoder, trainable: str, *, frozen_positions: bool
         trainable: the setting, as `parse_trainable` reads it.  ``all``: everything, positions
             included, as MAE fine-tunes.  ``none``: nothing, so that only a head learns.
             ``last:4``: the last four blocks and the final norm; a half is the MLP of one more block
-            (arXiv 2111.06377, figure 9).  ``bias``: all of one dimension: biases, gains of norms,
-            layer scales.  ``lora:16``: products of that rank beside attention's projections.
+            (arXiv 2111.06377, figure 9), ``last:25%`` a quarter of all.  ``bias``: all of one
+            dimension: biases, gains of norms, layer scales.  ``lora:16``: products of that rank
+            beside attention's projections.
         frozen_positions: the table of positions stays as it is, as DropPos fine-tunes.
 
     Raises:
@@ -48,9 +49,9 @@ def select_trainable(encoder: Encoder, trainable: str, *, frozen_positions: bool
 
 def insert_lora(encoder: Encoder, trainable: str) -> None:
     """Put LoRA's layers into an encoder where ``trainable`` asks for them; else do nothing."""
-    kind, rank = parse_trainable(trainable)
-    if kind == "lora":
-        add_lora(encoder, int(rank))
+    wanted = parse_trainable(trainable)
+    if wanted.kind == "lora":
+        add_lora(encoder, int(wanted.amount))
 
 
 def freeze_others(encoder: Encoder, trainable: str) -> None:
@@ -58,8 +59,8 @@ def freeze_others(encoder: Encoder, trainable: str) -> None:
 
     Raises UserError as `select_trainable` does.
     """
-    kind, amount = parse_trainable(trainable)
-    last = _last_blocks(encoder, trainable, amount) if kind == "last" else set()
+    kind = parse_trainable(trainable).kind
+    last = _last_blocks(encoder, trainable) if kind == "last" else set()
     for name, parameter in encoder.named_parameters():
         chosen = {
             "all": True,
@@ -72,9 +73,11 @@ def freeze_others(encoder: Encoder, trainable: str) -> None:
             parameter.requires_grad_(False)
 
 
-def _last_blocks(encoder: Encoder, trainable: str, count: float) -> set[str]:
-    """Names of all in the last ``count`` blocks and behind them."""
+def _last_blocks(encoder: Encoder, trainable: str) -> set[str]:
+    """Names of all in the last blocks, as many as ``trainable`` says, and behind them."""
     layers, depth = _layers(encoder)
+    wanted = parse_trainable(trainable)
+    count = max(1, round(wanted.share * depth)) if wanted.share else wanted.amount
     if count > depth:
         raise UserError(
             f"trainable={trainable}, but the model has {depth} blocks: choose a number below "

@@ -104,15 +104,17 @@ DEFAULT_RANK = 16
 class Trainable(NamedTuple):
     """What of an encoder is fine-tuned.
 
-    ``amount``: blocks of "last", in halves; the rank of "lora"; else 0.
+    ``amount``: blocks of "last", in halves; the rank of "lora"; else 0.  ``share``: that of the
+    blocks, for "last", in place of a number.
     """
 
     kind: Literal["all", "none", "bias", "last", "lora"]
     amount: float = 0.0
+    share: float = 0.0
 
 
 def parse_trainable(text: str) -> Trainable:
-    """What ``trainable=`` says: all, none, bias, last:4, last:0.5, lora or lora:8.
+    """What ``trainable=`` says: all, none, bias, last:4, last:0.5, last:25%, lora or lora:8.
 
     Raises:
         ValueError: it is none of these; the text is what a value must be.
@@ -121,12 +123,14 @@ def parse_trainable(text: str) -> Trainable:
         return Trainable(text)  # type: ignore[arg-type]  # mypy does not narrow by membership
     if found := re.fullmatch(r"lora(?::([1-9][0-9]{0,4}))?", text):
         return Trainable("lora", float(found[1] or DEFAULT_RANK))
+    if found := re.fullmatch(r"last:([1-9][0-9]?)%", text):
+        return Trainable("last", share=int(found[1]) / 100)
     found = re.fullmatch(r"last:([0-9]{1,3}(?:\.[05])?)", text)
     if found and float(found[1]) > 0:
         return Trainable("last", float(found[1]))
     raise ValueError(
         "all, none (the head only), bias, lora:16 (of any rank) or last:4 (any number of blocks; "
-        "last:0.5 is the MLP of the last one)"
+        "last:0.5 is the MLP of the last one, last:25% a quarter of all)"
     )
 
 
