@@ -296,9 +296,9 @@ def test_what_rests_on_unknown_weights_is_not_judged_early(starts: Path) -> None
 
 
 def test_notes_are_told_once(starts: Path, rooms: Calls) -> None:
-    given = [f"data={starts / 'images'}", "out=x", "epochs=2", "seed=1", "seed=2"]
+    given = [f"data={starts / 'images'}", "out=x", "accumulate=3", "seed=1", "seed=2"]
     said = call("finetune", str(starts / "run"), *given).stderr
-    assert said.count("seed is given twice") == said.count("is shortened") == 1
+    assert said.count("seed is given twice") == said.count("is changed to") == 1
     said = call("finetune", str(starts / "run"), *given, "epoch=2").stderr
     assert said.count("seed is given twice") == said.count("epoch: no such setting") == 1
     assert rooms
@@ -327,8 +327,8 @@ def test_pretrain_gets_the_settings_of_recipe_and_words(rooms: Calls) -> None:
 
 
 def test_notes_go_to_stderr(rooms: Calls) -> None:
-    result = call("pretrain", "data=photos", "epochs=2", "out=x")
-    assert "warmup_epochs=10 is shortened" in result.stderr
+    result = call("pretrain", "data=photos", "epochs=2", "seed=1", "seed=2", "out=x")
+    assert result.stderr == "seed is given twice: 2 is used, not 1.\n"
     assert result.stdout == ""
     assert rooms
 

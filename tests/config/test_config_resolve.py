@@ -377,10 +377,15 @@ def test_a_tenth_method_is_known_once_it_is_registered(
 # Warm-up
 
 
-def test_a_shortened_run_gets_a_shortened_warmup_and_hears_of_it() -> None:
+def test_a_shortened_run_gets_a_shortened_warmup_and_hears_of_one_that_somebody_set(
+    tmp_path: Path,
+) -> None:
     said: list[str] = []
     assert parse(None, ["data=x", "epochs=4"], said.append).warmup_epochs == pytest.approx(0.4)
-    assert "warmup_epochs=10 is shortened to 0.4" in said[0]
+    assert said == []
+    path = write(tmp_path, "data: x\nepochs: 100\nwarmup_epochs: 20\n")
+    assert parse(path, ["epochs=4"], said.append).warmup_epochs == pytest.approx(0.4)
+    assert "warmup_epochs=20 is shortened to 0.4" in said[0]
     assert parse(None, ["data=x", "epochs=4", "warmup_epochs=3"]).warmup_epochs == 3
     assert parse(None, ["data=x", "steps=4"]).warmup_epochs == 10
 

@@ -38,7 +38,7 @@ def run_toy(engine: Engine, tmp_path: Path) -> Callable[..., Any]:
         name: str = "run", method: Any = None, start: Checkpoint | None = None, **given: Any
     ) -> Any:
         hooks = {key: given.pop(key) for key in HOOKS if key in given}
-        say = given.pop("say", lambda text: None)
+        told = {"say": given.pop("say", lambda text: None), "console": given.pop("console", None)}
         kept = {key: given.pop(key) for key in KEPT if key in given}
         length = Progress(0, given.pop("total_steps", 12), 5)
         batches = given.pop("batches", None)
@@ -51,7 +51,7 @@ def run_toy(engine: Engine, tmp_path: Path) -> Callable[..., Any]:
         )
         folder = tmp_path / name
         with Log(
-            folder, total_steps=length.total_steps, first_step=first, say=say, tensorboard=False
+            folder, total_steps=length.total_steps, first_step=first, tensorboard=False, **told
         ) as log:
             train(
                 method,

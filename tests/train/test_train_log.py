@@ -19,6 +19,7 @@ from rich.console import Console
 
 from patchmine.errors import UserError
 from patchmine.train import log as logs
+from patchmine.train.display import describe
 from patchmine.train.log import Log, Meter, read_line, trim_metrics
 
 LINE = {
@@ -84,6 +85,33 @@ def test_a_terminal_gets_a_bar_with_the_numbers(tmp_path: Path) -> None:
     assert "10/40" in shown
     assert "loss 0.5000  812 samples/s  data wait 3%" in shown
     assert said == []
+
+
+def test_the_time_left_is_that_of_the_steps_behind_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=140)
+    said: list[str] = []
+    with Log(
+        tmp_path, total_steps=41, first_step=1, say=said.append, tensorboard=False, console=console
+    ) as log:
+        now[0] += 60.0  # workers start, blocks are compiled
+        log.advance(2)
+        log._display._bar.refresh()
+        assert "left 0:39:00" in screen.getvalue()
+        now[0] += 2.0
+        log.advance(3)
+        log.say_first_checkpoint(3, 33)
+        log._display._bar.refresh()
+    assert "left 0:01:16" in screen.getvalue()
+    assert "due after step 33, 1 min from now" in said[0]
+
+
+def test_a_slow_machine_has_a_speed_too() -> None:
+    assert "0.35 samples/s" in describe({**LINE, "images_per_second": 0.351})
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from toy import Toy, toy_batches
 
 from patchmine.errors import UserError
@@ -21,7 +26,7 @@ from patchmine.train import loop
 from patchmine.train.checkpoint import list_checkpoints, load, load_newest
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.train.loop import Keeper, train
+from patchmine.train.loop import Keeper, num_pictures, train
 from patchmine.train.settings import TrainSettings
 from patchmine.train.signals import Interrupted, StopSignals
 from patchmine.types import Batch, Progress
@@ -320,7 +325,7 @@ def test_checkpoints_come_every_so_often_and_at_the_end(run_toy: Run, tmp_path: 
 
 def test_hooks_are_called_at_their_steps_and_may_switch_to_eval_mode(run_toy: Run) -> None:
     epochs: list[int] = []
-    samples: list[tuple[int, int]] = []
+    samples: list[int] = []
     method = Toy()
 
     def on_epoch(progress: Any) -> None:
@@ -330,13 +335,85 @@ def test_hooks_are_called_at_their_steps_and_may_switch_to_eval_mode(run_toy: Ru
     run_toy(
         method=method,
         on_epoch=on_epoch,
-        on_sample=lambda progress, batch: samples.append((progress.step, len(batch))),
+        on_sample=lambda progress: samples.append(progress.step),
         sample_every=4,
     )
     assert epochs == [5, 10, 12]
-    assert samples == [(4, 8), (8, 8), (12, 8)]
+    assert samples == [4, 8, 12]
     assert method.epochs_begun == 3
     assert method.training
+
+
+def test_pictures_come_before_the_first_step_soon_after_and_ever_further_apart(
+    run_toy: Run, tmp_path: Path
+) -> None:
+    def pictured(name: str, **given: Any) -> list[int]:
+        found: list[int] = []
+        run_toy(name, on_sample=lambda done: found.append(done.step), total_steps=34, **given)
+        return found
+
+    assert pictured("whole") == [0, 1, 3, 10, 30, 34]
+    assert num_pictures(TrainSettings(), Progress(0, 34, 5)) == 6
+    assert num_pictures(TrainSettings(sample_every=10), Progress(0, 34, 5)) == 4
+    with pytest.raises(Interrupted):
+        pictured("parts", batches=stop_at(6, 34))
+    start = load_newest(tmp_path / "parts/checkpoints", print)
+    assert pictured("parts", start=start) == [10, 30, 34]
+
+
+def test_the_first_steps_are_shown_whatever_the_interval_of_the_log(
+    run_toy: Run, tmp_path: Path
+) -> None:
+    for name, every in (("seldom", 1000), ("often", 4)):
+        said: list[str] = []
+        run_toy(name, log_every=every, checkpoint_every=9, say=said.append)
+        assert said[0].startswith("step 1/12")
+        assert all(word in said[0] for word in ("loss", "samples/s", "left"))
+        (told,) = [text for text in said if "first checkpoint" in text]
+        assert "after step 9, under 1 min from now" in told
+    # What is shown in between leaves no trace in what is written
+    assert [line["step"] for line in lines(tmp_path / "seldom")] == [12]
+    fours = [line["loss"] for line in lines(tmp_path / "often")]
+    assert lines(tmp_path / "seldom")[0]["loss"] == pytest.approx(sum(fours) / 3, rel=1e-5)
+
+
+def test_a_terminal_shows_loss_speed_and_time_left_long_before_the_log_is_written(
+    run_toy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    reading, writing = pty.openpty()
+    seen = bytearray()
+
+    def watch() -> None:
+        with suppress(OSError):  # the other end is closed
+            while piece := os.read(reading, 4096):
+                seen.extend(piece)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with os.fdopen(writing, "w") as terminal:
+        console, length = Console(file=terminal, width=140), 2000
+        assert console.is_terminal
+        batches = stop_at(2, length)
+        with pytest.raises(Interrupted):
+            run_toy(total_steps=length, log_every=1000, batches=batches, console=console)
+    watcher.join()
+    os.close(reading)
+    shown = seen.decode()
+    assert "3/2000" in shown
+    assert re.search(r"loss \d+\.\d{4}  \S+ samples/s", shown)
+    assert re.search(r"left \d+:\d\d:\d\d", shown)
+    assert lines(tmp_path / "run") == []
+
+
+def test_a_run_that_goes_on_promises_no_first_checkpoint(run_toy: Run, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run_toy(batches=stop_at(0, 12))
+    said: list[str] = []
+    start = load_newest(tmp_path / "run/checkpoints", print)
+    run_toy(start=start, say=said.append)
+    assert said[0].startswith("step 2/12")
+    assert not any("first checkpoint" in text for text in said)
 
 
 def test_resuming_with_other_data_or_settings_is_refused(run_toy: Run, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Monitor:
         data = self._labelled
         return 0 if data is None else len(data.train) + len(data.test)
 
-    def draw(self, progress: Progress, batch: Batch) -> None:
+    def draw(self, progress: Progress) -> None:
         """samples/step-N.png, by the first process."""
         try:
             with foreign_parser(UserError, OSError):

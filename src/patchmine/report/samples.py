@@ -48,7 +48,7 @@ class SamplePictures:
         self._batches: list[Batch] | None = None
         self._failed = False
 
-    def draw(self, progress: Progress, batch: Batch, say: Say) -> None:
+    def draw(self, progress: Progress, say: Say) -> None:
         """The picture of now, by the first process."""
         try:
             with foreign_parser(UserError, OSError):

@@ -82,10 +82,11 @@ def fit_to_length(config: Config, num_items: int, say: Say) -> Config:
     if config.warmup_epochs <= epochs / 2:
         return config
     shorter = round(epochs / 10, 6)
-    say(
-        f"warmup_epochs={config.warmup_epochs:g} is shortened to {shorter:g}, a tenth of the "
-        f"{config.steps} steps."
-    )
+    if "warmup_epochs" in config.model_fields_set:
+        say(
+            f"warmup_epochs={config.warmup_epochs:g} is shortened to {shorter:g}, a tenth of the "
+            f"{config.steps} steps."
+        )
     return config.model_copy(update={"warmup_epochs": shorter})
 
 

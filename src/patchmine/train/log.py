@@ -1,11 +1,10 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, wandb, a progress bar or plain
-lines.
+"""What a run says while it trains: metrics.jsonl, TensorBoard, wandb, and what a person sees.
 
 Only metrics.jsonl is worth stopping for: whatever fails at the others is said once, and training
 goes on without them.
 
-``Meter`` is the only place where a training tensor is read, and it is read every ``log_every``
-steps.
+``Meter`` is the only place where a training tensor is read: every ``log_every`` steps, and at a few
+steps between which lie ever further apart.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ from torch import Tensor
 
 from patchmine.disk import remedy, replacing
 from patchmine.errors import Say, UserError, foreign_parser
+from patchmine.train.display import Display, minutes
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress as Bar
 
-PLAIN_SECONDS = 5.0  # without a terminal, at most one line in this time
 MOST_STEPS = 2**53  # beyond it a number in a file is no count of steps
 DAMAGED = "metrics.damaged.jsonl"
 
@@ -55,11 +53,16 @@ class Meter:
         """Means since the last reading; ``mean`` averages a tensor over processes.  This waits for
         the device.
         """
+        found = self.glance(mean)
+        self._sums = {}
+        return found
+
+    def glance(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The same, and the interval goes on.  This waits for the device."""
         if not self._sums:
             return {}
         names = [name for group in self._sums for name in group]
         sums, counts = mean(torch.cat(list(self._sums.values()), dim=1)).tolist()
-        self._sums = {}
         totals: dict[str, tuple[float, float]] = {}
         for name, total, count in zip(names, sums, counts, strict=True):
             before = totals.get(name, (0.0, 0.0))
@@ -76,6 +79,7 @@ class Stopwatch:
         self.steps = 0
         self._waited = 0.0
         self._started = time.perf_counter()
+        self._glanced = (0, 0.0, 0.0)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -96,7 +100,15 @@ class Stopwatch:
         now = time.perf_counter()
         found = self.steps, max(now - self._started, 1e-9), self._waited
         self.steps, self._waited, self._started = 0, 0.0, now
+        self._glanced = (0, 0.0, 0.0)
         return found
+
+    def glance(self) -> tuple[int, float, float]:
+        """The same since the last glance or reading, and the interval goes on."""
+        steps, seconds, waited = self._glanced
+        now = self.steps, time.perf_counter() - self._started, self._waited
+        self._glanced = now
+        return now[0] - steps, max(now[1] - seconds, 1e-9), now[2] - waited
 
 
 class Log:
@@ -122,9 +134,6 @@ class Log:
     ) -> None:
         self.folder = folder
         self._say = say
-        self._total = total_steps
-        self._last_line = -math.inf
-        self._bar: Bar | None = None
         self._writers: list[_TensorBoard | _Wandb] = []
         if folder is None:
             return
@@ -145,7 +154,7 @@ class Log:
         if wandb is not None:
             with self._spared("wandb"):
                 self._writers.append(_Wandb(folder, wandb))
-        self._start_bar(first_step, console)
+        self._display = Display(total_steps, first_step, say, console)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one JSON object with a ``step``; numbers that are not finite become null."""
@@ -158,12 +167,26 @@ class Log:
         for writer in list(self._writers):
             with self._spared(writer.name, writer):
                 writer.write(scalars, int(line["step"]))
-        self._show(line)
+        self.show(line)
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Let a person see the numbers of a line that is not written."""
+        if self.folder is not None and "loss" in line:
+            self._display.show(line)
 
     def advance(self, step: int) -> None:
-        """Move the bar; ``step`` steps are finished."""
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step)
+        """``step`` steps are finished."""
+        if self.folder is not None:
+            self._display.advance(step)
+
+    def say_first_checkpoint(self, done: int, due: int) -> None:
+        """Say, after ``done`` steps, when the first checkpoint will be written."""
+        if self.folder is not None:
+            wait = minutes(self._display.seconds_until(due, done))
+            self._say(
+                f"The first checkpoint is due after step {due:,}, {wait} from now; until then a "
+                "kill loses everything (Ctrl-C saves before it ends)."
+            )
 
     def say(self, text: str) -> None:
         """Say a sentence to the user, above the bar; from the first process only."""
@@ -174,10 +197,7 @@ class Log:
         """End the bar and the files."""
         if self.folder is None:
             return
-        if self._bar is not None:
-            with suppress(OSError):  # the terminal may be gone
-                self._bar.stop()
-            self._bar = None
+        self._display.close()
         with suppress(OSError):  # each line was written at once
             self._file.close()
         for writer in self._writers:
@@ -229,56 +249,6 @@ class Log:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _start_bar(self, first_step: int, console: Console | None) -> None:
-        from rich.console import Console as RichConsole
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as RichBar
-
-        console = console or RichConsole()
-        if not console.is_terminal:
-            self._clock = (time.monotonic(), first_step)
-            return
-        self._bar = RichBar(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._bar.add_task("", total=self._total, completed=first_step, numbers="")
-        self._bar.start()
-
-    def _show(self, line: Mapping[str, Any]) -> None:
-        if "loss" not in line:
-            return
-        numbers = describe(line)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], numbers=numbers)
-            return
-        now, step = time.monotonic(), int(line["step"])
-        if now - self._last_line < PLAIN_SECONDS and step < self._total:
-            return
-        self._last_line = now
-        started, first_step = self._clock
-        left = _minutes((self._total - step) * (now - started) / max(1, step - first_step))
-        epoch = line["epoch"]
-        self._say(f"step {step}/{self._total}  epoch {epoch:.2f}  {numbers}  {left} left")
-
-
-def describe(line: Mapping[str, Any]) -> str:
-    """The numbers of a metrics line that a watcher wants to see."""
-    rate, wait = line["images_per_second"], line["data_wait"]
-    text = f"loss {line['loss']:.4f}  {rate:.0f} samples/s  data wait {wait:.0%}"
-    return text + (f"  skipped {line['skipped']}" if line.get("skipped") else "")
 
 
 def read_line(text: str | bytes) -> dict[str, Any] | None:
@@ -343,17 +313,6 @@ def _flatten(line: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float
         elif isinstance(value, (int, float)) and key != "step":
             found.append((prefix + key, float(value)))
     return found
-
-
-def _minutes(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60} min"
-        if minutes >= 60
-        else f"{minutes} min"
-        if minutes
-        else "under 1 min"
-    )
 
 
 class _WriterError(Exception):

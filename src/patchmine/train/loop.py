@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from patchmine.errors import UserError
 from patchmine.task import Task
@@ -37,8 +40,9 @@ class Hooks:
         before_epoch: in every process, with the step that comes.
         on_epoch: in every process, after each epoch and after the last step, with the count of
             finished steps; returns the scores of an evaluation, alike everywhere, or nothing.
-        on_sample: in the first process, every ``sample_every`` steps and after the last one, with
-            the count of finished steps and the batch just used.
+        on_sample: in the first process, with the count of finished steps: every ``sample_every``
+            and after the last one; by default before the first one, soon after it, and then ever
+            further apart.
         before_save: in the first process, before each checkpoint.
         on_stop: in every process, as soon as a signal asks to stop.
     """
@@ -46,7 +50,7 @@ class Hooks:
     on_start: Callable[[Progress], None] = lambda now: None
     before_epoch: Callable[[Progress], None] = lambda now: None
     on_epoch: Callable[[Progress], Mapping[str, float] | None] = lambda done: None
-    on_sample: Callable[[Progress, Batch], None] = lambda done, batch: None
+    on_sample: Callable[[Progress], None] = lambda done: None
     before_save: Callable[[], None] = lambda: None
     on_stop: Callable[[], None] = lambda: None
 
@@ -147,15 +151,11 @@ def train(
     """
     hooks = hooks or Hooks()
     stepper = Stepper(task, engine, settings)
-    start, total, per_epoch = keeper.start, length.total_steps, length.steps_per_epoch
-    if start is not None:
-        restore(task, stepper.optimizers, start, keeper.identity)
-    if start is None or start.step == 0:
-        with stepper.watch.paused():
-            hooks.on_start(length.at(0))
+    total, per_epoch = length.total_steps, length.steps_per_epoch
+    first = _begin(stepper, keeper, hooks, length)
     task.train()
     with StopSignals(hooks.on_stop) as stop:
-        for step in range(0 if start is None else start.step, total):
+        for step in range(first, total):
             now, done = length.at(step), length.at(step + 1)
             if keeper.is_exhausted(now):
                 log.say(
@@ -165,11 +165,9 @@ def train(
                 return now
             if step % per_epoch == 0:
                 hooks.before_epoch(now)
-            batch = stepper.make(now, batches)
-            if _due(done, settings.log_every):
-                _report(stepper, done, log, keeper.folder)
-            log.advance(done.step)
-            asked = _look(stepper, done, batch, stop, keeper, hooks)
+            stepper.make(now, batches)
+            _tell(stepper, done, done.step - first, keeper, log)
+            asked = _look(stepper, done, stop, keeper, hooks)
             if asked and done.step < total:
                 engine.barrier()  # the checkpoint is written before any process ends
                 name = signal.Signals(asked).name
@@ -182,14 +180,39 @@ def train(
     return length.at(total)
 
 
-def _look(
-    stepper: Stepper, done: Progress, batch: Batch, stop: StopSignals, keeper: Keeper, hooks: Hooks
-) -> int:
+def _begin(stepper: Stepper, keeper: Keeper, hooks: Hooks, length: Progress) -> int:
+    """Bring the task to where training goes on from, and give that step."""
+    settings, start = stepper.settings, keeper.start
+    if start is not None:
+        restore(stepper.task, stepper.optimizers, start, keeper.identity)
+        if start.step > 0:
+            return start.step
+    with stepper.watch.paused(), _uncompiled(settings):
+        hooks.on_start(length.at(0))
+        if stepper.engine.is_main and is_pictured(settings, length.at(0)):
+            hooks.on_sample(length.at(0))
+    return 0
+
+
+def _tell(stepper: Stepper, done: Progress, made: int, keeper: Keeper, log: Log) -> None:
+    """What is known after a step, of which this process has ``made`` so many."""
+    settings = stepper.settings
+    if _due(done, settings.log_every):
+        _report(stepper, done, log, keeper.folder)
+    elif _is_spaced(made, "125"):
+        _glance(stepper, done, log)
+    log.advance(done.step)
+    first_checkpoint = min(save_every(settings, done), done.total_steps)
+    if made == done.step == 2 < first_checkpoint:
+        log.say_first_checkpoint(done.step, first_checkpoint)
+
+
+def _look(stepper: Stepper, done: Progress, stop: StopSignals, keeper: Keeper, hooks: Hooks) -> int:
     """What is due between two steps: a picture, scores, a checkpoint.  Gives the signal to stop."""
     settings, engine = stepper.settings, stepper.engine
     with stepper.watch.paused():
-        if engine.is_main and _due(done, sample_every(settings, done)):
-            hooks.on_sample(done, batch)
+        if engine.is_main and is_pictured(settings, done):
+            hooks.on_sample(done)
         scores = hooks.on_epoch(done) if _due(done, done.steps_per_epoch) else None
         stepper.task.train()
         asked = engine.largest(stop.received)
@@ -202,9 +225,20 @@ def _look(
     return asked
 
 
-def sample_every(settings: LoggingSettings, length: Progress) -> int:
-    """Steps from picture to picture."""
-    return settings.sample_every or max(1, length.total_steps // 10)
+def is_pictured(settings: LoggingSettings, done: Progress) -> bool:
+    """Whether a picture is made after so many steps; 0 is before the first."""
+    if settings.sample_every is None:
+        return done.step in (0, done.total_steps) or _is_spaced(done.step, "13")
+    return done.step > 0 and _due(done, settings.sample_every)
+
+
+def num_pictures(settings: LoggingSettings, length: Progress) -> int:
+    """How many pictures a run of this length makes."""
+    every, total = settings.sample_every, length.total_steps
+    if every is not None:
+        return -(-total // every)
+    spaced = (digit * 10**power for digit in (1, 3) for power in range(len(str(total))))
+    return len({0, total, *(step for step in spaced if step < total)})
 
 
 def save_every(settings: SavingSettings, length: Progress) -> int:
@@ -244,6 +278,19 @@ def _due(done: Progress, every: int) -> bool:
     return done.step == done.total_steps or done.step % every == 0
 
 
+def _is_spaced(step: int, digits: str) -> bool:
+    """Whether a step lies evenly on a logarithmic axis: with "13" 1, 3, 10, 30, 100, ..."""
+    first, *rest = str(step)
+    return first in digits and not any(digit != "0" for digit in rest)
+
+
+def _uncompiled(settings: TrainSettings) -> AbstractContextManager[None]:
+    """Around what looks at a task before its first step, whose batches are of other sizes: blocks
+    are to be compiled for those of training.
+    """
+    return torch.compiler.set_stance("force_eager") if settings.compile else nullcontext()
+
+
 def _say_skipped(skipped: int, stepper: Stepper, total: int, log: Log) -> None:
     if skipped:
         log.say(
@@ -252,24 +299,18 @@ def _say_skipped(skipped: int, stepper: Stepper, total: int, log: Log) -> None:
         )
 
 
+def _glance(stepper: Stepper, done: Progress, log: Log) -> None:
+    """Show the numbers within an interval, which goes on."""
+    means = stepper.meter.glance(stepper.engine.mean)
+    log.show(_line(stepper, done, means, *stepper.watch.glance()))
+
+
 def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:
     """Read the interval's numbers, write them, and stop a run that has gone astray."""
     means = stepper.meter.read(stepper.engine.mean)
     skipped, in_a_row = stepper.read_skips()
-    batch_size = stepper.settings.batch_size
-    steps, seconds, waited = stepper.watch.read()
-    log.write(
-        {
-            "step": done.step,
-            "epoch": done.step / done.steps_per_epoch,
-            "samples": done.step * batch_size,
-            **means,
-            **stepper.rates,
-            "skipped": skipped,
-            "images_per_second": round(steps * batch_size / seconds, 2),
-            "data_wait": round(waited / seconds, 4),
-        }
-    )
+    means |= {"skipped": skipped}
+    log.write(_line(stepper, done, means, *stepper.watch.read()))
     if in_a_row >= min(MAX_SKIPPED, done.total_steps):
         good = newest_finite(folder)
         kept = f"; the last good state is {good}" if good else ""
@@ -278,6 +319,27 @@ def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:
             f"{done.total_steps}), so training stopped{kept}; start a new run with "
             f"{_calmer(stepper)}"
         )
+
+
+def _line(
+    stepper: Stepper,
+    done: Progress,
+    found: Mapping[str, float],
+    steps: int,
+    seconds: float,
+    waited: float,
+) -> dict[str, float]:
+    """A line of metrics.jsonl on what was ``found`` in so many steps and seconds."""
+    batch_size = stepper.settings.batch_size
+    return {
+        "step": done.step,
+        "epoch": done.step / done.steps_per_epoch,
+        "samples": done.step * batch_size,
+        **found,
+        **stepper.rates,
+        "images_per_second": round(steps * batch_size / seconds, 2),
+        "data_wait": round(waited / seconds, 4),
+    }
 
 
 def _calmer(stepper: Stepper) -> str:

@@ -136,7 +136,9 @@ class LoggingSettings(Strict):
     DECIDES_WEIGHTS: ClassVar[bool] = False
 
     log_every: Positive = Field(10, description="steps")
-    sample_every: Positive | None = Field(None, description="steps; null: a tenth of the run")
+    sample_every: Positive | None = Field(
+        None, description="steps; null: 0, 1, 3, 10, 30, 100, ... and the last"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard events too")
     wandb: str | None = Field(None, description="project on Weights & Biases to log to")
 

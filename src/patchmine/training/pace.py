@@ -31,7 +31,7 @@ from patchmine.task import Method
 from patchmine.train.checkpoint import SCRATCH, list_checkpoints
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.train.loop import Keeper, sample_every, save_every
+from patchmine.train.loop import Keeper, num_pictures, save_every
 from patchmine.train.step import Stepper
 from patchmine.training.place import Place
 from patchmine.types import Batch, Progress
@@ -77,7 +77,7 @@ class Pace:
         """Seconds of a run for all that is no step."""
         epochs = length.total_epochs
         between = epochs_between(config, config, self.watched, length)
-        pictures = _times(length.total_steps, sample_every(config, length))
+        pictures = num_pictures(config, length)
         saved = _times(length.total_steps, save_every(config, length)) + 1  # and its export
         looks = 1 + _times(epochs, between)
         evaluations = _times(epochs, config.eval_every) if config.eval_every else 0
@@ -220,7 +220,7 @@ def _measure(
     method.train()
 
     _timed_steps(stepper, batches, now, WARM_UP, WARM_UP)
-    batch, step = _timed_steps(stepper, batches, now, FEWEST, MOST, limit)
+    step = _timed_steps(stepper, batches, now, FEWEST, MOST, limit)
     del batches, loaded  # which ends its workers
     log = Log(
         scratch if engine.is_main else None,
@@ -237,8 +237,8 @@ def _measure(
             look = _seconds(lambda: watching.begin(length.at(0)))
         picture = checkpoint = 0.0
         if engine.is_main:
-            monitor.draw(now, batch)  # what the first one loads is not paid again
-            picture = _seconds(lambda: monitor.draw(now, batch))
+            monitor.draw(now)  # what the first one loads is not paid again
+            picture = _seconds(lambda: monitor.draw(now))
             method.train()
             keeper = Keeper(scratch / "checkpoints")
             with engine.undisturbed():
@@ -281,19 +281,19 @@ def _timed_steps(
     fewest: int,
     most: int,
     limit: float = math.inf,
-) -> tuple[Batch, float]:
-    """The last batch, and seconds of a step: of so many, or fewer once the limit is reached."""
+) -> float:
+    """Seconds of a step: of so many, or fewer once the limit is reached."""
     engine = stepper.engine
     _synchronise(engine)
     began = perf_counter()
     for done in range(1, most + 1):
-        batch = stepper.make(now, batches)
+        stepper.make(now, batches)
         _synchronise(engine)
         passed = perf_counter() - began
         # Alike in all processes, which wait for each other's gradients
         if done >= fewest and engine.largest(int(passed >= limit)):
             break
-    return batch, passed / done
+    return passed / done
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -51,7 +51,7 @@ def teach(
     *,
     name: str,
     start: Checkpoint | None,
-    draw: Callable[[Progress, Batch, Say], None] | None = None,
+    draw: Callable[[Progress, Say], None] | None = None,
 ) -> BadFiles:
     """Train a task to its end, and leave it as its best checkpoint where one was chosen.
 
@@ -84,7 +84,7 @@ def teach(
 
         if draw is None:
             return Hooks(on_epoch=validate)
-        return Hooks(on_epoch=validate, on_sample=lambda done, batch: draw(done, batch, log.say))
+        return Hooks(on_epoch=validate, on_sample=lambda done: draw(done, log.say))
 
     bad = train_task(
         task,
