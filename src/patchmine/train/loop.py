@@ -280,8 +280,8 @@ def _due(done: Progress, every: int) -> bool:
 
 def _is_spaced(step: int, digits: str) -> bool:
     """Whether a step lies evenly on a logarithmic axis: with "13" 1, 3, 10, 30, 100, ..."""
-    first, *rest = str(step)
-    return first in digits and not any(digit != "0" for digit in rest)
+    written = str(step)
+    return written[0] in digits and not written[1:].strip("0")
 
 
 def _uncompiled(settings: TrainSettings) -> AbstractContextManager[None]:
