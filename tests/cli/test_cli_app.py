@@ -416,12 +416,26 @@ def test_lists_name_methods_recipes_and_models() -> None:
     assert {"mae", "hpm"} <= set(
         re.findall(r"^(\w+): ", call("list", "methods").stdout, flags=re.MULTILINE)
     )
-    recipes = call("list", "recipes").stdout
-    assert re.findall(r"^([\w-]+): ", recipes, flags=re.MULTILINE) == recipe_names()
-    assert recipes.count("\n  hardware ") == recipes.count("\n  expected ") == len(recipe_names())
-    models = call("list", "models", "small").stdout.split()
-    assert {"vit_small_patch16_224", "video_vit_small_patch16"} <= set(models)
-    assert all("small" in name for name in models)
+    recipes = call("list", "recipes").stdout.splitlines()
+    assert [line.split(": ")[0] for line in recipes] == recipe_names()
+    assert recipes[0].startswith("my-images: your own images")
+    for name in recipe_names():
+        told = call("list", "recipes", name).stdout
+        assert told.startswith(f"{name}: ")
+        assert told.count("\n  hardware ") == told.count("\n  expected ") == 1
+    titles, *models = (line.split() for line in call("list", "models", "small").stdout.splitlines())
+    assert titles == ["model", "family", "parameters", "image", "patch"]
+    names = [row[0] for row in models]
+    assert {"vit_small_patch16_224", "video_vit_small_patch16"} <= set(names)
+    assert all("small" in name for name in names)
+
+
+def test_a_short_list_of_models_says_how_large_they_are() -> None:
+    rows = call("list", "models", "convnext_tiny").stdout.splitlines()[1:]
+    assert rows[0].split() == ["convnext_tiny", "convnext", "27.8", "224", "-"]
+    row = call("list", "models", "video_vit_tiny").stdout.splitlines()[1].split()
+    assert row[:2] == ["video_vit_tiny_patch16", "video"]
+    assert row[3:] == ["224", "16"]
 
 
 # Mistakes
@@ -469,6 +483,7 @@ def test_lists_name_methods_recipes_and_models() -> None:
         ("bench data", "data: missing; name the images"),
         ("bench step method=mea", "mae"),
         ("list models smll", "did you mean"),
+        ("list recipes my-image", "did you mean my-images?"),
         ("config schema hmp", "did you mean hpm?"),
         ("config show cifar10-tiny blr=fast", "blr: given 'fast'; must be a number"),
     ],

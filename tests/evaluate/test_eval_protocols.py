@@ -253,20 +253,26 @@ def test_what_is_wrong_in_one_process_ends_the_evaluation_in_all(run_folder, col
     assert all("12 of 48 images" in str(answer) for answer in answers)
 
 
-def test_the_table_shows_target_baselines_and_where_the_test_images_come_from(
+def test_the_table_shows_target_baselines_and_intervals_and_the_division_is_said_once(
     run_folder, image_folder
 ):
-    result = evaluate_knn(settings(KnnSettings, run_folder, image_folder, baselines=True))
+    said = []
+    how = settings(KnnSettings, run_folder, image_folder, baselines=True)
+    result = evaluate_knn(how, said.append)
     page = io.StringIO()
     show_result(result, Console(file=page, width=200))
     for words in (
         "random init",
         "raw pixels",
         f"{result['top1']:.2f}",
-        "last fifth of each class",
+        "95 % interval",
         "top-1 by k: 10:",
     ):
         assert words in page.getvalue()
+    assert "\n".join([*said, page.getvalue()]).count("last fifth of each class") == 1
+    low, high = result["top1_interval"]
+    assert low < result["top1"] < high or result["top1"] in (low, high)
+    assert f"{low:.1f} to {high:.1f}" in page.getvalue()
 
 
 def test_features_know_their_length():
@@ -292,8 +298,8 @@ def test_a_table_prints_names_with_brackets_as_they_are():
         "target": {"name": "runs/[red]x[/nothing]"},
         "top1": 1.0,
         "top5": 2.0,
-        "images": {"train": 1, "test": 1, "classes": 2, "how": "learns from [/a]"},
-        "notes": ["[b]"],
+        "images": {"train": 1, "test": 1, "classes": 2},
+        "notes": ["learns from [/a]", "[b]"],
     }
     show_result(result, console)
     text = console.file.getvalue()

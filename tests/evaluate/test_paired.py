@@ -14,7 +14,7 @@ import torch
 import patchmine
 from fixtures.small_runs import SMALL
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.evaluate.paired import Change, change_between
+from patchmine.evaluate.paired import Change, accuracy_interval, change_between
 from patchmine.methods import METHODS
 from patchmine.train import loop
 
@@ -184,3 +184,15 @@ def test_a_partner_has_no_start(first: Path, image_folder: Path, tmp_path: Path)
     how: dict[str, Any] = dict(baselines=True, workers=0, say=lambda _: None)
     assert "start" not in run.eval_knn(image_folder, weights="partner", **how)["baselines"]
     assert "start" in run.eval_knn(image_folder, weights="teacher", **how)["baselines"]
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "low", "high"),
+    [(0, 10, 0.0, 27.75), (10, 10, 72.25, 100.0), (81, 263, 25.53, 36.62)],
+)
+def test_the_interval_of_an_accuracy_is_wilsons(
+    right: int, images: int, low: float, high: float
+) -> None:
+    """The last is an example of Newcombe, Statistics in Medicine 17 (1998), table I."""
+    found = accuracy_interval(100 * right / images, images)
+    assert found == pytest.approx([low, high], abs=0.01)

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from patchmine.data.items import IMAGE
 from patchmine.errors import UserError
 from patchmine.report.animation import save_animation
-from patchmine.report.show import run_progress, show
+from patchmine.report.show import _chosen, run_progress, show
 from patchmine.runs.folder import RunFolder, build_method
 from patchmine.train.checkpoint import save
 
@@ -55,6 +56,21 @@ def test_a_sheet_of_the_users_pictures(trained: Path, pictures: list[Path], tmp_
         assert sheet.height > 2 * 160
 
 
+def test_a_folder_gives_a_few_of_its_images(
+    trained: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for path in pictures:
+        path.rename(tmp_path / "in" / path.name)
+    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+    named = [tmp_path / "in" / path.name for path in pictures]
+    wanted = show(trained, named, tmp_path / "named.png").read_bytes()
+    assert show(trained, [tmp_path / "in"], tmp_path / "folder.png").read_bytes() == wanted
+    for number in range(20):
+        Image.new("RGB", (20, 20)).save(tmp_path / "in" / f"{number}.png")
+    assert len(_chosen(tmp_path / "in", IMAGE)) <= 8
+
+
 def test_the_seed_decides_the_masks(trained: Path, pictures: list[Path], tmp_path: Path) -> None:
     first, again, other = (
         show(trained, pictures, tmp_path / f"{i}.png", seed=seed).read_bytes()
@@ -78,9 +94,11 @@ def test_weights_without_metrics_count_as_finished(trained: Path, tmp_path: Path
 
 def test_mistakes_are_named(trained: Path, pictures: list[Path], tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(pictures[1].read_bytes()[:200])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "empty.jpg").touch()
     for files, out, message in [
         ([tmp_path / "none.jpg"], "p.png", "none.jpg"),
-        ([tmp_path], "p.png", "cannot be read"),
+        ([tmp_path / "folder"], "p.png", "none of 1 images that were tried can be read"),
         ([tmp_path / "broken.jpg"], "p.png", "broken.jpg"),
         (pictures, "p.txt", "out="),
         ([], "p.png", "at least one"),

@@ -104,7 +104,7 @@ COMMANDS = (
     Command("data shard", "cli.work:shard", "data.settings:ShardSettings", "data"),
     Command("list methods", "cli.work:list_methods", usage="[METHOD]"),
     Command("list models", "cli.work:list_models", usage="[PART...]"),
-    Command("list recipes", "cli.work:list_recipes"),
+    Command("list recipes", "cli.work:list_recipes", usage="[RECIPE...]"),
     Command("config show", "cli.work:config_show", usage="[RECIPE] [KEY=VALUE...]"),
     Command("config schema", "cli.work:config_schema", usage="[METHOD|COMMAND]"),
     Command("bench step", "cli.work:bench_step", "bench.settings:BenchStepSettings"),

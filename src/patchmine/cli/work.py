@@ -222,51 +222,43 @@ def list_methods(words: Sequence[str]) -> None:
 
 
 def list_models(words: Sequence[str]) -> None:
-    """The ViTs, rotary ViTs, ResNets, ConvNeXts, Swins and encoders of videos to choose from.
+    """The encoders to choose from, with family, size and image.
 
-    PART narrows the list.
+    ViTs, rotary ViTs, ResNets, ConvNeXts, Swins and encoders of videos.  PART narrows the list;
+    parameters are counted, in millions, where it is short.
 
     Example:
         patchmine list models small
     """
-    import timm
-
-    from patchmine.backbones.names import VIDEO_MODELS
+    from patchmine.backbones.available import model_names, model_table
     from patchmine.config.explain import did_you_mean
 
-    modules = (
-        *("vision_transformer", "deit", "eva", "resnet", "convnext"),
-        *("swin_transformer", "swin_transformer_v2"),
-    )
-    names = [name for module in modules for name in timm.list_models(module=module)]
-    # Two class tokens; rotary positions anew in every block; norms behind attention; a layer
-    # before the classifier; timm's own tests.
-    unfit = ("distilled", "rope_mixed", "eva02_enormous", "convnext_large_mlp", "test_convnext")
-    names = [name for name in names if not any(part in name for part in unfit)]
-    names += VIDEO_MODELS
+    names = model_names()
     found = [name for name in names if all(part in name for part in words)]
     if not found:
         part, parts = " ".join(words), {part for name in names for part in name.split("_")}
         near = did_you_mean(part, [*parts, *names])
         raise UserError(f"No model has '{shown_name(part)}' in its name{near}")
-    print("\n".join(found))
+    print("\n".join(model_table(found)))
 
 
-def list_recipes() -> None:
-    """The recipes: what each needs and what it gives.
+def list_recipes(words: Sequence[str]) -> None:
+    """The recipes, or some of them with what each needs and gives.
 
     Example:
-        patchmine list recipes
+        patchmine list recipes my-images
     """
     from patchmine.config.recipes import list_recipes as recipes
+    from patchmine.config.recipes import named_recipe
 
-    for recipe in recipes():
+    for recipe in map(named_recipe, words):
         print(f"{recipe.name}: {recipe.about['title']}")
         if recipe.settings.get("kind", "pretrain") == "pretrain":
             print(f"  methods   {', '.join(recipe.method_names)}")
         for key in ("data", "hardware", "time", "expected", "command"):
             print(f"  {key:<9} {recipe.about[key]}")
-        print()
+    for recipe in recipes() if not words else ():
+        print(f"{recipe.name}: {recipe.about['title']}")
 
 
 def config_show(words: Sequence[str], say: Say) -> None:

@@ -22,7 +22,7 @@ from patchmine.errors import Say, UserError
 from patchmine.evaluate.evaluated import START, Evaluated, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, Views, device_of
 from patchmine.evaluate.labelled import LabelledData, Part, open_labelled
-from patchmine.evaluate.paired import change_between
+from patchmine.evaluate.paired import accuracy_interval, change_between
 from patchmine.evaluate.settings import EvaluatedSettings, FiledSettings, ProtocolSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.folder import RunFolder
@@ -104,7 +104,7 @@ def measure(
         "seconds_spent": {"features": round(spent - learning, 1), "all": round(spent, 1)},
         "notes": [*filter(None, [evaluated.note]), *notes],
     }
-    told = {key: _told(each, found.accuracies[key], views) for key, each in learned.items()}
+    told = {key: _told(each, found, key, views) for key, each in learned.items()}
     results = []
     for protocol in protocols:
         baselines = {name: told[protocol, name] for name in readers if name}
@@ -231,8 +231,10 @@ def right_places(scores: Tensor, labels: Tensor) -> Tensor:
     return (best == labels[:, None].to(best.device)) & ~scores.isnan().any(1, keepdim=True)
 
 
-def _told(learned: Learned, accuracies: Mapping[str, Accuracy], views: Views | None) -> Result:
+def _told(learned: Learned, found: Scored, key: tuple[str, str], views: Views | None) -> Result:
+    accuracies = found.accuracies[key]
     result: Result = {**accuracies[learned.chosen]}
+    result["top1_interval"] = accuracy_interval(result["top1"], found.tested)
     if learned.all_under is not None:
         result[learned.all_under] = {key: each for key, each in accuracies.items() if key}
     settings = learned.told.get("settings", {})
@@ -297,7 +299,6 @@ def show_result(result: Mapping[str, Any], console: Console) -> None:
         _show_accuracies(result, console, print_line)
     else:
         _show_numbers(result, console)
-        print_line(result["images"]["how"])
     for note in result["notes"]:
         print_line(note)
 
@@ -306,16 +307,18 @@ def _show_accuracies(
     result: Mapping[str, Any], console: Console, print_line: Callable[[str], None]
 ) -> None:
     table = Table(title=Text(f"{result['protocol']}: {result['target']['name']}"))
-    for column in ("", "top-1", "top-5"):
+    for column in ("", "top-1", "95 % interval", "top-5"):
         table.add_column(column, justify="right" if column else "left")
     for name, scores in {"this model": result, **result.get("baselines", {})}.items():
-        row = (f"{scores[key]:.2f}" for key in ("top1", "top5"))
-        table.add_row(name.replace("_", " "), *row)
+        ends = " to ".join(f"{end:.1f}" for end in scores.get("top1_interval", ()))
+        table.add_row(
+            name.replace("_", " "), f"{scores['top1']:.2f}", ends, f"{scores['top5']:.2f}"
+        )
     console.print(table)
     images = result["images"]
     noun = "videos" if "clip" in images else "images"
     counts = f"{images['train']:,} training and {images['test']:,} test {noun}"
-    print_line(f"{counts}, {images['classes']} classes: {images['how']}")
+    print_line(f"{counts}, {images['classes']} classes")  # which ones was said at the start
     if "one_view" in result:
         used, middle = result["settings"], result["one_view"]["top1"]
         clips = f"{used['segments']} x {used['crops']} clips of each video"

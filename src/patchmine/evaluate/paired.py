@@ -1,4 +1,4 @@
-"""Has training made an encoder better than its start?  Both answers to the same test images."""
+"""How sure an accuracy is, and whether training has made an encoder better than its start."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ class Change:
             f"{verdict}: {name} {before:.1f} before, {after:.1f} after ({self.points:+.1f} points; "
             f"95 % interval {low:+.1f} to {high:+.1f} on {self.images:,} {noun}s)."
         )
+
+
+def accuracy_interval(percent: float, images: int) -> list[float]:
+    """The ends of the 95 % interval of an accuracy, in percent: Wilson's of a proportion."""
+    # E. B. Wilson, Journal of the American Statistical Association 22 (1927)
+    share, z = percent / 100, _NORMAL_95**2 / images
+    middle = (share + z / 2) / (1 + z)
+    width = math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
+    return [100 * max(0.0, middle - width), 100 * min(1.0, middle + width)]
 
 
 def change_between(before: Tensor, after: Tensor) -> Change:

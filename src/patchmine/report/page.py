@@ -292,6 +292,7 @@ def read_result(run: int, name: str, content: Mapping[str, object]) -> Result:
     """The numbers of an eval/NAME.json, whatever else it holds."""
     rest = dict(content)
     rest.pop("name", None)
+    rest.pop("top1_interval", None)
     by_class = take_classes(rest)
     top1, top5 = (reading.finite_number(rest.pop(key, None)) for key in ("top1", "top5"))
     older, notes = rest.pop("floors", None), rest.pop("notes", None)  # the older name of baselines

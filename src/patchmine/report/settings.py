@@ -17,6 +17,7 @@ class ShowSettings(Strict):
 
     Example:
         patchmine show runs/hpm a.jpg b.jpg out=panel.png
+        patchmine show runs/hpm photos/
         patchmine show runs/clips a.mp4 out=clip.gif
     """
 
@@ -24,7 +25,8 @@ class ShowSettings(Strict):
         description="name the folder of a run first, as in patchmine show runs/hpm a.jpg"
     )
     images: list[str] = Field(
-        min_length=1, description="name images after the run, or videos of a run on them"
+        min_length=1,
+        description="name images or a folder after the run, or videos of a run on them",
     )
     out: Text = Field("panel.png", description="picture to write; of videos also .gif or .mp4")
     seed: int = Field(0, ge=0, description="decides the random masks")

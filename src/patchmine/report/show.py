@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from PIL import Image
 
 from patchmine.config.schema import PretrainConfig
-from patchmine.data.decoding.decode import DecodeError
+from patchmine.data.decoding.decode import DecodeError, probe
 from patchmine.data.decoding.video import VIDEOS
 from patchmine.data.items import CLIP, Item
 from patchmine.data.loader import collate
+from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import InputSettings
 from patchmine.data.views.normalise import normalise
 from patchmine.disk import output
@@ -26,6 +28,8 @@ from patchmine.runs.folder import RunFolder
 from patchmine.runs.preparing import item_of
 from patchmine.types import Progress, Sample
 
+FROM_FOLDER = 8  # images of a folder that are shown
+
 
 def show(
     run_path: str | Path, paths: Sequence[str | Path], out: str | Path, *, seed: int = 0
@@ -34,8 +38,9 @@ def show(
 
     Args:
         run_path: the run's folder.
-        paths: images, which are resized to cover the run's size and cropped at their centre; of a
-            run on videos, files or folders of frames, of which the clip in the middle is taken.
+        paths: images, or folders of which a few are taken, which are resized to cover the run's
+            size and cropped at their centre; of a run on videos, files or folders of frames, of
+            which the clip in the middle is taken.
         out: the picture; of videos ``.gif`` and ``.mp4`` move, others are sheets of frames.
         seed: decides the random masks.
 
@@ -62,6 +67,7 @@ def show(
         raise UserError(f"out={out} is not the name of a picture; write out={picture}{moving}")
     if not files:
         raise UserError(f"show needs at least one {item.noun}: name it after the run")
+    files = [file for path in files for file in _chosen(path, item)]
     samples = [replace(_read(path, config, item), index=i) for i, path in enumerate(files)]
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
     method, progress = run.method(), run_progress(run)
@@ -84,6 +90,25 @@ def run_progress(run: RunFolder) -> Progress:
     record = read_run(run.path, run.path.name)
     total = max(record.total_steps or 1, made, 1)
     return Progress(max(0, made - 1), total, max(1, round(record.steps_per_epoch or made)))
+
+
+def _chosen(path: Path, item: Item) -> list[Path]:
+    """The path itself, or of a folder of images a few that can be read, the same each time."""
+    if item is CLIP or not path.is_dir():
+        return [path]
+    source = item.open(path)
+    chosen = spread_indices(len(source), FROM_FOLDER).tolist()
+    readable = []
+    for index in chosen:
+        with suppress(DecodeError, OSError):
+            probe(source.read(index))
+            readable.append(Path(source.path(index)))
+    if not readable:
+        raise UserError(
+            f"{shown_name(path)}: none of {len(chosen)} images that were tried can be read; "
+            f"`patchmine data inspect {shown_name(path)}` says why"
+        )
+    return readable
 
 
 def _read(path: Path, settings: InputSettings, item: Item) -> Sample:

@@ -17,6 +17,7 @@ from patchmine.config.overrides import exists, read_yaml
 from patchmine.errors import Say, UserError, shown_name, silent
 
 _FOLDER = Path(__file__).parent
+_FIRST = "my-images"
 ABOUT = ("title", "command", "data", "hardware", "time", "expected")
 
 
@@ -46,13 +47,23 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with patchmine."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+    """Names of the recipes that come with patchmine; first that for images of one's own."""
+    names = (path.stem for path in _FOLDER.glob("*.yaml"))
+    return sorted(names, key=lambda name: (name != _FIRST, name))
 
 
 def list_recipes() -> list[Recipe]:
     """The recipes that come with patchmine."""
     return [load_recipe(name) for name in recipe_names()]
+
+
+def named_recipe(name: str) -> Recipe:
+    """A recipe that comes with patchmine.  Raises UserError where none has the name."""
+    names = recipe_names()
+    if name not in names:
+        near = did_you_mean(name, names) or f"; there are {', '.join(names)}"
+        raise UserError(f"No recipe '{shown_name(name)}'{near}")
+    return load_recipe(name)
 
 
 def load_recipe(name: str | Path) -> Recipe:
