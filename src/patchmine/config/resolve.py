@@ -270,8 +270,7 @@ def _fit_warmup(config: Config, may_shorten: bool, say: Say) -> Config:
     if may_shorten and warmup > epochs / 2:
         shorter = epochs / 10
         if "warmup_epochs" in config.model_fields_set:  # by a recipe, or a run that goes on
-            change = f"is shortened to {shorter:g}, a tenth of {epochs} epochs"
-            say(f"warmup_epochs={warmup:g} {change}.")
+            say(f"warmup_epochs={warmup:g} is shortened to {shorter:g}, a tenth of the epochs.")
         return config.model_copy(update={"warmup_epochs": shorter})
     if warmup >= epochs:
         text = f"given {warmup:g}; must be below epochs={epochs}"
