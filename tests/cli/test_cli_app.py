@@ -333,6 +333,21 @@ def test_notes_go_to_stderr(rooms: Calls) -> None:
     assert rooms
 
 
+@pytest.mark.parametrize(("rank", "notes"), [("0", 1), ("1", 0)])
+def test_of_torchruns_processes_one_tells_the_notes(
+    rank: str, notes: int, rooms: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dict(TORCHELASTIC_RUN_ID="x", RANK=rank, LOCAL_RANK=rank, MASTER_ADDR="localhost")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    result = call("pretrain", "data=photos", "seed=1", "seed=2", "out=x")
+    assert result.stderr.count("seed is given twice") == notes
+    assert rooms
+
+
 def test_resume_gets_run_and_words(rooms: Calls) -> None:
     call("resume", "runs/hpm", "workers=4")
     assert rooms["resume"][0] == ("runs/hpm", ["workers=4"])

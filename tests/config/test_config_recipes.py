@@ -344,7 +344,7 @@ def test_a_misspelt_recipe_names_the_nearest() -> None:
         load_recipe("cifar-tiny")
     with pytest.raises(
         UserError,
-        match="there are adapt, amt-simmim-vit-b-imagenet, amt-vit-b-imagenet, cifar10-tiny, ",
+        match="there are my-images, adapt, amt-simmim-vit-b-imagenet, amt-vit-b-imagenet, cifar10",
     ):
         load_recipe("xyz")
 

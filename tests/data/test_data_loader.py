@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from loading import seen, start
+from PIL import Image
 
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import data_statistics, epoch_order, plain_batches
@@ -211,6 +213,28 @@ def test_too_many_broken_items_stop_the_run(tmp_path: Path, workers: int) -> Non
     assert "cannot be read (input/output error" in message
     assert "Traceback" not in message
     assert len(path.read_text().splitlines()) < 40  # long before the end of the epoch
+
+
+def test_what_libjpeg_warns_of_is_not_shown(capfd: Any) -> None:
+    """It names no file; a data set's own words are its own."""
+    stored = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stored, "JPEG")
+    damaged = bytearray(stored.getvalue())
+    middle = len(damaged) // 2
+    damaged[middle : middle + 8] = b"\xff\xd9\x00\x11\x22\x33\x44\x55"
+
+    class Damaged(Images):
+        def read(self, index: int) -> Any:
+            sys.stderr.write("a user's own words")
+            return bytes(damaged)
+
+    bad = BadFiles(None, 0.5)
+    train(Damaged(), workers=1, bad=bad)
+    said = capfd.readouterr().err
+    assert len(bad) == 0
+    assert "a user's own words" in said
+    assert "Corrupt JPEG data" not in said
 
 
 def test_a_share_below_the_limit_never_stops_a_run() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from patchmine.cli.commands import COMMANDS, Command, page, perform
-from patchmine.cli.program import ended_in_words, last_words, say
+from patchmine.cli.program import ended_in_words, last_words, say_once
 
 _HELP = """Pre-train vision backbones on your own unlabelled images and videos, and use them.
 
@@ -57,7 +57,7 @@ class _Program(click.Command):
         return "\n".join(page(self.command))
 
     def invoke(self, ctx: click.Context) -> None:
-        perform(self.command, ctx.args, say)
+        perform(self.command, ctx.args, say_once)
 
 
 class _Group(click.Group):

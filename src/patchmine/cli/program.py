@@ -25,6 +25,18 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def say_once(text: str) -> None:
+    """The same, where a launcher started several of this program, from one on each machine."""
+    from patchmine.train.launch import read_launch
+
+    try:
+        speaks = read_launch(os.environ).speaks
+    except UserError:  # which the work tells
+        speaks = True
+    if speaks:
+        say(text)
+
+
 @contextmanager
 def ended_in_words() -> Iterator[None]:
     """Around a command: what the user can mend ends it with one sentence and exit code 2.

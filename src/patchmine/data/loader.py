@@ -26,7 +26,7 @@ from patchmine.data.settings import READ_TIMEOUT, InputSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
 from patchmine.data.views.normalise import as_float
-from patchmine.data.workers import Desk, Workers, num_workers
+from patchmine.data.workers import Desk, Workers, num_workers, quiet_decoding
 from patchmine.errors import UserError, reason_of, shown_name
 from patchmine.train.settings import MachineSettings, ScheduleSettings
 from patchmine.types import Batch, Objects, Sample
@@ -224,10 +224,11 @@ class _Samples(Dataset[_Loaded]):
     def _samples(self, index: int, generator: np.random.Generator) -> list[Sample]:
         raw = self.source.read(index)
         target = self.source.target(index) if self.targets else None
-        if self.view.repeats > 1:  # which is for videos only
-            raw = open_video(raw, self.view.settings.max_pixels)
-        repeats = range(self.view.repeats)
-        return [replace(self.view(raw, generator, target), index=index) for _ in repeats]
+        with quiet_decoding():
+            if self.view.repeats > 1:  # which is for videos only
+                raw = open_video(raw, self.view.settings.max_pixels)
+            repeats = range(self.view.repeats)
+            return [replace(self.view(raw, generator, target), index=index) for _ in repeats]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

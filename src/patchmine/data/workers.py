@@ -212,6 +212,26 @@ def _signals_kept() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+@contextmanager
+def quiet_decoding() -> Iterator[None]:
+    """Around decoding in a worker: libjpeg and libtiff warn on its standard error and name no file.
+
+    What they cannot decode is refused by name.  Outside of a worker others write there too.
+    """
+    if get_worker_info() is None:
+        yield
+        return
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _prepare_worker(main: int, _: int) -> None:
     """Ctrl-C is for the main process, which ends its workers; a group of its own keeps others out.
 
