@@ -95,7 +95,7 @@ def described(config: PretrainConfig, pace: Pace, images: int, engine: Engine) -
         "time": f"{duration(pace.seconds(config, length))} at {pace.step:.3g} s a step; {beside} "
         "of it for pictures, checkpoints and monitors",
         "memory": f"{_gib(pace.peak_bytes)} at most, of {owner}",
-        "disk": f"{_gib(files)}: {kept} checkpoints and the export",
+        "disk": f"{_gib(files)}: {kept} checkpoint{'s' * (kept > 1)} and the export",
         "checkpoint": f"the first after {saved:,} steps, {duration(saved * pace.step)}",
         "an hour": f"{in_time(HOUR)}: budget=1h",
         "a night": f"{in_time(NIGHT)}: budget=8h",
