@@ -164,5 +164,7 @@ def test_transformers_dinov3_opens(gated: bool, way: str, tmp_path: Path) -> Non
 
 def test_a_plain_model_refuses_the_file(tmp_path: Path) -> None:
     torch.save(official(drawn(BIASED)), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="name the model that the file is of"):
+    with pytest.raises(
+        UserError, match=r"name the one that the file is of, as in model=vit_\w+_dinov3"
+    ):
         started(tmp_path / "a.pth", "vit_small_patch16_224", 64)

@@ -22,7 +22,7 @@ import yaml
 from patchmine import __version__
 from patchmine.cli.commands import COMMANDS as PROGRAMS
 from patchmine.cli.commands import Command, named
-from patchmine.cli.program import last_words, say
+from patchmine.cli.program import last_words, say, say_once
 from patchmine.config.recipes import recipe_names
 from patchmine.config.schema import PretrainConfig
 from patchmine.errors import UserError
@@ -378,7 +378,7 @@ def test_pictures_and_pages_get_their_words(rooms: Calls) -> None:
 
 def test_weights_get_their_words(rooms: Calls) -> None:
     call("export", "runs/hpm", "weights=teacher")
-    words = {"what": "auto", "to": "timm", "weights": "teacher", "say": say}
+    words = {"what": "auto", "to": "timm", "weights": "teacher", "say": say_once}
     assert rooms["export_run"] == (("runs/hpm", None), words)
     result = call("import", "mae.pth", "out=runs/mae", "num_heads=3")
     given = rooms["import_file"][1]

@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_a_number(
     message = refused(*pretrain(images, out, "steps=40", "log_every=1", "checkpoint_every=2"))
     assert "10 steps in a row" in message
     assert "blr" in message
-    skipped = [line["skipped"] for line in RunFolder(out).metrics()]
+    skipped = [line["skipped"] for line in RunFolder(out).metrics() if "loss" in line]
     assert skipped[:3] == [0, 0, 0]
     assert sum(skipped) == 10
     assert all(

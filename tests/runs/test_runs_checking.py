@@ -38,7 +38,8 @@ def complaint(*words: str) -> str:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_fits(recipe: str) -> None:
     start = {"model": "video_vit_base_patch16"} if recipe.startswith("finetune-video") else {}
-    config = parse(recipe, ["data=x"], base=start)  # which the run to start from says
+    words = ["data=x", "init=x"] if recipe == "adapt" else ["data=x"]
+    config = parse(recipe, words, base=start)  # which the run to start from says
     look = checks_of(config.kind)[1]
     rows = [
         resolve_size(config, row.up_to or 10**9, on=row.device or "cuda") for row in config.by_size
@@ -63,7 +64,8 @@ def test_looking_at_a_method_takes_no_memory_and_draws_nothing(method: str) -> N
             ["model='vit_smal_patch16_224' is no architecture", "vit_small_patch16_224"],
         ),
         (["model=resnet18"], ["method=mae hides patches, which a ResNet does not have"]),
-        (["model=swin_tiny_patch4_window7_224"], ["plain vision transformer"]),
+        (["model=mixer_b16_224"], ["plain vision transformer"]),
+        (["model=swin_tiny_patch4_window7_224"], ["method=mae hides patches, which a Swin"]),
         (["model=video_vit_small_patch16", "method=amt"], ["method=amt does not train on videos"]),
         (["model_args.num_heads=7"], ["model_args"]),
         (["model_args.num_heads=0"], ["model_args"]),

@@ -57,6 +57,11 @@ def settings_of(run: Path) -> dict[str, Any]:
     return settings
 
 
+def is_picture(name: str) -> bool:
+    """Whether a file was drawn in training, where steps on a logarithmic axis take turns since."""
+    return name.startswith("samples/")
+
+
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_run_of_an_earlier_version_goes_on_to_the_same_end(
     name: str, images: Path, clips: Path, tmp_path: Path
@@ -76,7 +81,11 @@ def test_a_run_of_an_earlier_version_goes_on_to_the_same_end(
             assert numbers[step][key] == pytest.approx(value, rel=near), f"{key} of step {step}"
     assert sorted(numbers_of(run)) == [str(step) for step in range(1, 9)]  # the fifth was made anew
     assert weights_of(run) == pytest.approx(expected["weights"], rel=TOLERANCE)
-    assert files_of(run) == expected["files"]
+    found, kept = files_of(run), expected["files"]
+    assert [name for name in found if not is_picture(name)] == [
+        name for name in kept if not is_picture(name)
+    ]
+    assert [*filter(is_picture, kept)][-1] in found
     after = settings_of(run)
     assert after.pop("data") == str(data)
     assert {key: after.get(key) for key in before if key != "data"} == {

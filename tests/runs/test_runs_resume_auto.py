@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from killing import after_a_checkpoint, die, killed
+from killing import killed
 from PIL import Image
 from small_runs import SMALL, assert_near
 from torch import Tensor
@@ -21,8 +20,6 @@ from torch import Tensor
 import patchmine
 from patchmine.errors import UserError
 from patchmine.runs.lock import lock
-from patchmine.train import loop
-from patchmine.training.place import Place
 
 pytestmark = pytest.mark.bitwise
 
@@ -42,23 +39,11 @@ LONG: dict[str, Any] = TINY | METHOD | {"steps": 6, "checkpoint_every": 2, "log_
 
 
 def same_again(data: Path, out: Path, **settings: Any) -> patchmine.Run:
-    return patchmine.pretrain(data=data, out=out, resume="auto", **{**LONG, **settings})
+    return patchmine.pretrain(data=data, out=out, **{**LONG, "resume": "auto", **settings})
 
 
-def before_the_settings() -> None:
-    Place.write_config = die  # type: ignore[method-assign]
-
-
-def within_the_settings() -> None:
-    def half(place: Place, _: object) -> None:
-        (place.folder / f".config.{os.getpid()}.new.yaml").write_text("kind: pre")
-        die()
-
-    Place.write_config = half  # type: ignore[method-assign]
-
-
-def before_the_first_checkpoint() -> None:
-    loop.save = die  # type: ignore[assignment]
+def same_killed(moment: str, data: Path, out: Path) -> None:
+    killed(moment, "pretrain", data=data, out=out, resume="auto", **LONG)
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +59,18 @@ def whole(
 @pytest.mark.parametrize(
     "moment",
     [
-        before_the_settings,
-        within_the_settings,
-        before_the_first_checkpoint,
-        after_a_checkpoint,
-        lambda: after_a_checkpoint(6),
+        "before the settings",
+        "within the settings",
+        "before the first checkpoint",
+        "after checkpoint 4",
+        "after checkpoint 6",
     ],
 )
 def test_the_same_command_thrice_is_one_run(
-    moment: Callable[[], None],
-    image_folder: Path,
-    whole: dict[str, Tensor],
-    tmp_path: Path,
-    weights: Any,
+    moment: str, image_folder: Path, whole: dict[str, Tensor], tmp_path: Path, weights: Any
 ) -> None:
     broken = tmp_path / "broken"
-    killed(lambda: same_again(image_folder, broken), moment)
+    same_killed(moment, image_folder, broken)
     same_again(image_folder, broken)
     said: list[str] = []
     run = same_again(image_folder, broken, say=said.append)
@@ -125,7 +106,7 @@ def test_other_images_are_refused_and_moved_ones_are_not(
 
 
 def test_where_and_how_follows_the_command(image_folder: Path, tmp_path: Path) -> None:
-    killed(lambda: same_again(image_folder, tmp_path / "run"), after_a_checkpoint)
+    same_killed("after checkpoint 4", image_folder, tmp_path / "run")
     run = same_again(image_folder, tmp_path / "run", keep_checkpoints=1, workers=1)
     assert (run.config.keep_checkpoints, run.config.workers) == (1, 1)
     assert [path.name for path in run.checkpoints] == ["step-00000006.safetensors"]
@@ -187,7 +168,8 @@ def test_fine_tuning_goes_on_by_the_same_command(
         )
 
     whole = weights(again("whole"))
-    killed(lambda: again("broken", resume="auto"), after_a_checkpoint)
+    more = {**settings, "data": image_folder, "out": tmp_path / "broken", "resume": "auto"}
+    killed("after checkpoint 4", "finetune", start.path, **more)
     said: list[str] = []
     run = again("broken", resume="auto", say=said.append)
     assert "going on from step 4" in "\n".join(said)
@@ -207,7 +189,8 @@ def test_an_extension_goes_on_and_does_not_begin_anew(
         return start.extend(tmp_path / out, steps=6, say=lambda _: None, **more)
 
     whole = weights(again("whole"))
-    killed(lambda: again("broken", resume="auto"), after_a_checkpoint)
+    broken = tmp_path / "broken"
+    killed("after checkpoint 4", "extend", start.path, out=broken, steps=6, resume="auto")
     run = again("broken", resume="auto")
     for name, tensor in weights(run).items():
         assert tensor.equal(whole[name]), name

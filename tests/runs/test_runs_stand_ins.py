@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from killing import after_a_checkpoint, killed
+from killing import killed
 from networks import NARROW, SHORT, WINDOWS
 from safetensors.torch import save_file
 from small_runs import SMALL
@@ -95,8 +95,8 @@ def test_a_stand_in_comes_in_trains_on_and_leaves(
     def train(out: str) -> patchmine.Run:
         return patchmine.pretrain(data=image_folder, out=tmp_path / out, **settings)
 
-    whole = train("whole")
-    killed(lambda: train("broken"), lambda: after_a_checkpoint(2))
+    whole, broken = train("whole"), tmp_path / "broken"
+    killed("after checkpoint 2", "pretrain", data=image_folder, out=broken, **settings)
     once, twice = weights(whole), weights(train("broken"))
     assert all(tensor.equal(twice[name]) for name, tensor in once.items())
     trained = features(whole.encoder(), side)

@@ -143,6 +143,8 @@ def refuse_other_family(
     found = next(recognised, VIT)  # whose names are those of others, too
     if found in (VIT, family_of(encoder)) or found.infer is None:
         return
+    if found.recognises(encoder.state_dict()):  # both versions of Swin have the same names
+        return
     theirs = found.infer(tensors, source).model
     raise UserError(
         f"{source} holds a network of timm's kind {found.module.__name__}, and model={model} is "
