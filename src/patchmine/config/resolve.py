@@ -42,9 +42,8 @@ def parse(
 ) -> AnyConfig:
     """The run that a recipe (name, file or none) and ``key=value`` words describe.
 
-    ``say`` hears what was decided for the user; ``also`` looks for more errors (`validate`);
-    ``base`` holds settings that recipe and words overrule, ``kind`` among them.  Raises UserError
-    with all errors in them.
+    ``say`` hears what was decided for the user, ``also`` looks for more errors, and ``base`` holds
+    settings that recipe and words overrule, ``kind`` among them.  Raises UserError with all errors.
     """
     pairs, errors, others = read_settings(overrides)
     for word in others:
@@ -120,6 +119,7 @@ def _assemble(
         if recipe.needs_init and settings.get("init") is None:
             text = "not given; this recipe goes on from weights: name a run, an export or a file"
             errors = [*errors, SettingError("init", text)]
+            settings = {**settings, "trainable": wanted.get("trainable", "all")}  # no second error
     errors = [*errors, *_second_lengths(wanted)]
     # A batch size that the user did not choose may be fitted to the machine and to the data.
     own = wanted if recipe is None or recipe.ours else settings
