@@ -187,7 +187,7 @@ def score(
             truth = labels[index]
             for (protocol, name), each in learned.items():
                 for key, scores in _scores(each, columns[name], views).items():
-                    right = right_places(scores, truth).cpu()
+                    right = _right_places(scores, truth).cpu()
                     places.setdefault((protocol, name, key), []).append(right)
             done += len(index)
         return {key: torch.cat(each) for key, each in places.items()}, done
@@ -199,8 +199,7 @@ def score(
     right: dict[tuple[str, str], Tensor] = {}
     for protocol, name, key in next(places for places, done in shares if done):
         first = torch.cat([each[protocol, name, key] for each, done in shares if done])  # (N, 5)
-        counts = first[:, 0].sum(), first.any(dim=1).sum()
-        top1, top5 = (100 * torch.stack(counts).double() / tested).tolist()
+        top1, top5 = (100 * _counted(first) / tested).tolist()
         accuracies[protocol, name][key] = {"top1": top1, "top5": top5}
         if key == learned[protocol, name].chosen:
             right[protocol, name] = first[:, 0]
@@ -220,11 +219,15 @@ def _scores(learned: Learned, rows: Tensor, views: Views | None) -> Mapping[str,
 
 def count_right(scores: Tensor, labels: Tensor) -> Tensor:
     """(2,): of how many rows (B, C) the label (B,) is first, and is among the first five."""
-    right = right_places(scores, labels)
+    return _counted(_right_places(scores, labels))
+
+
+def _counted(right: Tensor) -> Tensor:
+    """The same (2,) of which of the first five classes is right (B, 5)."""
     return torch.stack([right[:, 0].sum(), right.any(dim=1).sum()]).double().cpu()
 
 
-def right_places(scores: Tensor, labels: Tensor) -> Tensor:
+def _right_places(scores: Tensor, labels: Tensor) -> Tensor:
     """(B, 5) bool: which of the first five classes of each row (B, C) is its label (B,)."""
     # Of equal scores the class with the smaller number counts more; rows of NaN are wrong.
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
-from patchmine.backbones.settings import ModelSettings
 from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
-from patchmine.data.workers import num_workers
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.evaluate.evaluated import of_run
 from patchmine.evaluate.features import FeatureLoop
 from patchmine.evaluate.label_free import FEWEST, Neighbours, held_out_loss, label_free
 from patchmine.evaluate.labelled import Part
 from patchmine.evaluate.pooled import PooledReader
 from patchmine.evaluate.settings import EvalSettings, ReadingSettings
 from patchmine.report.health import Finding, findings_of
-from patchmine.report.monitor import told_failure
+from patchmine.report.monitor import Watched, told_failure
 from patchmine.report.reading import read_series
 from patchmine.runs.files import MONITOR_START
 from patchmine.runs.preparing import item_of, normaliser
-from patchmine.task import Method
-from patchmine.train.engine import Engine
-from patchmine.train.log import Log
 from patchmine.train.settings import TrainSettings
 from patchmine.types import Progress
 
@@ -41,46 +34,28 @@ class LabelFreeMonitor:
     ``monitor_data`` cannot be opened.
 
     Args:
-        model, evaluation, training: the run's settings.
-        folder: the run's.
-        engine: the processes that share the work.
-        images: what is trained on.
-        method: what is trained.
+        run: what is watched.
         view: what becomes of an image in training.
-        log: hears the numbers.
     """
 
-    def __init__(
-        self,
-        model: ModelSettings,
-        evaluation: EvalSettings,
-        training: TrainSettings,
-        folder: Path,
-        engine: Engine,
-        images: Source,
-        method: Method,
-        view: View,
-        log: Log,
-    ) -> None:
-        self.model, self.evaluation, self.training = model, evaluation, training
-        self.folder, self.engine = folder, engine
-        self.method, self.view, self.log = method, view, log
-        self.is_held_out = evaluation.monitor_data is not None
-        source = self._held_out(images) if self.is_held_out else images
-        chosen = spread_indices(len(source), evaluation.monitor_images, training.seed)
+    def __init__(self, run: Watched, view: View) -> None:
+        self.run, self.view = run, view
+        self.is_held_out = run.evaluation.monitor_data is not None
+        source = self._held_out() if self.is_held_out else run.images
+        chosen = spread_indices(len(source), run.evaluation.monitor_images, run.training.seed)
         self.part = Part(source, chosen, None)
         self._failed = False
         self._told: set[str] | None = None  # kinds of findings; None: the history is not read yet
 
-    def _held_out(self, images: Source) -> Source:
-        data = self.evaluation.monitor_data
+    def _held_out(self) -> Source:
+        data = self.run.evaluation.monitor_data
         assert data is not None
         try:
-            source = item_of(self.model).open(data)
+            source = item_of(self.run.model).open(data)
         except UserError as error:  # which calls every source data=
             raise UserError(re.sub("^data=", "monitor_data=", str(error))) from error
-        self.engine.agree({"monitor_data": f"{len(source)} of {source.fingerprint}"})
-        if source.fingerprint == images.fingerprint:
+        self.run.engine.agree({"monitor_data": f"{len(source)} of {source.fingerprint}"})
+        if source.fingerprint == self.run.images.fingerprint:
             same = f"monitor_data={shown_name(data)} holds the images that are trained on"
             raise UserError(f"{same}: name others, or leave it out")
         return source
@@ -91,7 +66,7 @@ class LabelFreeMonitor:
 
     def look(self, done: Progress) -> None:
         """The numbers after an epoch or the last step, where they are due."""
-        every = epochs_between(self.evaluation, self.training, len(self.part), done)
+        every = epochs_between(self.run.evaluation, self.run.training, len(self.part), done)
         if done.step == done.total_steps or done.epoch % every == 0:
             self._guarded(done)
 
@@ -103,29 +78,29 @@ class LabelFreeMonitor:
                 self._measure(progress)
         except (UserError, OSError) as error:
             if not self._failed:
-                self.log.say(told_failure("the monitor without labels", progress, error))
+                self.run.log.say(told_failure("the monitor without labels", progress, error))
             self._failed = True
 
     def _measure(self, progress: Progress) -> None:
-        engine, source = self.engine, self.part.source
-        workers = num_workers(self.training.workers, engine.device, engine.local_size)
-        reading = ReadingSettings(workers=workers, max_bad_share=1.0)  # training judges the others
-        crop_pct, encoder = self.evaluation.crop_pct, self.method.used(self.method.encoder)
-        evaluated = of_run(self.model, crop_pct, encoder, "the encoder in training")
+        engine, source = self.run.engine, self.part.source
+        # Whether too many images are broken training judges
+        reading = ReadingSettings(workers=self.run.workers(), max_bad_share=1.0)
+        evaluated = self.run.evaluated()
         readers = {"": PooledReader(evaluated, "cls")}
         loop = FeatureLoop(readers, reading, engine.device, engine=engine)
         features = loop.table(self.part, "monitor")[""]
         numbers: dict[str, float] = {}
-        if self.is_held_out and self.method.inductive:
-            rows = self.training.batch_size // (engine.world_size * self.training.accumulate)
-            prepare = normaliser(self.model, engine)
+        if self.is_held_out and self.run.method.inductive:
+            training = self.run.training
+            rows = training.batch_size // (engine.world_size * training.accumulate)
+            prepare = normaliser(self.run.model, engine)
             numbers["held_out_loss"] = held_out_loss(
-                self.method, progress, self.part, self.view, prepare, loop, rows
+                self.run.method, progress, self.part, self.view, prepare, loop, rows
             )
         if not engine.is_main or len(features) < FEWEST:
             return
         numbers |= label_free(features)
-        path, own = self.folder / MONITOR_START, Neighbours.of(features, source.fingerprint)
+        path, own = self.run.folder / MONITOR_START, Neighbours.of(features, source.fingerprint)
         if progress.step == 0:
             own.write(path)
         start = Neighbours.read(path)
@@ -137,24 +112,21 @@ class LabelFreeMonitor:
         """A line of metrics.jsonl and of the log, then whatever is wrong for the first time."""
         if self._told is None:
             self._told = {finding.kind for finding in self._findings()}
-        epoch = progress.step / progress.steps_per_epoch
-        self.log.write(
-            {"step": progress.step, "epoch": epoch, "eval": {"name": "monitor", **numbers}}
-        )
+        self.run.write(progress, "monitor", numbers)
         parts = [f"RankMe {numbers['rankme']:.1f}", f"feature std {numbers['feature_std']:.4f}"]
         if (kept := numbers.get("neighbours_kept")) is not None and progress.step:
             parts.append(f"neighbours kept {kept:.0f} %")
         if (loss := numbers.get("held_out_loss")) is not None:
             parts.append(f"held-out loss {loss:.4f}")
-        self.log.say(f"step {progress.step}: {', '.join(parts)}")
+        self.run.log.say(f"step {progress.step}: {', '.join(parts)}")
         for finding in self._findings():
             if finding.kind not in self._told:
-                self.log.say(f"{'warning: ' if finding.is_fault else ''}{finding.text}")
+                self.run.log.say(f"{'warning: ' if finding.is_fault else ''}{finding.text}")
                 self._told.add(finding.kind)
 
     def _findings(self) -> list[Finding]:
-        series, steps_per_epoch = read_series(self.folder / "metrics.jsonl")
-        return findings_of(series, steps_per_epoch, is_adapted=self.model.init is not None)
+        series, steps_per_epoch = read_series(self.run.folder / "metrics.jsonl")
+        return findings_of(series, steps_per_epoch, is_adapted=self.run.model.init is not None)
 
 
 def epochs_between(

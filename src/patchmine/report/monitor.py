@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.workers import num_workers
 from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError, foreign_parser
-from patchmine.evaluate.evaluated import of_run
+from patchmine.evaluate.evaluated import Evaluated, of_run
 from patchmine.evaluate.knn import knn_in_training
 from patchmine.evaluate.labelled import open_labelled
 from patchmine.evaluate.settings import EvalSettings, ReadingSettings
@@ -31,6 +33,43 @@ from patchmine.types import Batch, Progress
 SAMPLE_IMAGES, SAMPLE_CLIPS = 6, 2
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A run in training, as what is done beside it sees it.
+
+    Args:
+        model, evaluation, training: the run's settings.
+        folder: the run's.
+        engine: the processes that share the work.
+        images: what is trained on.
+        method: what is trained.
+        log: hears sentences and numbers.
+    """
+
+    model: ModelSettings
+    evaluation: EvalSettings
+    training: TrainSettings
+    folder: Path
+    engine: Engine
+    images: Source
+    method: Method
+    log: Log
+
+    def evaluated(self) -> Evaluated:
+        """The encoder as it is used: its average, where there is one."""
+        encoder = self.method.used(self.method.encoder)
+        return of_run(self.model, self.evaluation.crop_pct, encoder, "the encoder in training")
+
+    def workers(self) -> int:
+        """Processes that read images."""
+        return num_workers(self.training.workers, self.engine.device, self.engine.local_size)
+
+    def write(self, progress: Progress, name: str, numbers: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl on an evaluation of this name."""
+        epoch = progress.step / progress.steps_per_epoch
+        self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": name, **numbers}})
+
+
 class Monitor:
     """Pictures of always the same images, and kNN on labelled ones.
 
@@ -38,32 +77,18 @@ class Monitor:
     said, once for each of the two, and training goes on.
     """
 
-    def __init__(
-        self,
-        model: ModelSettings,
-        evaluation: EvalSettings,
-        training: TrainSettings,
-        folder: Path,
-        engine: Engine,
-        images: Source,
-        method: Method,
-        log: Log,
-    ) -> None:
-        self.model, self.evaluation, self.training = model, evaluation, training
-        self.folder, self.engine = folder, engine
-        self.images, self.method, self.log = images, method, log
+    def __init__(self, run: Watched) -> None:
+        self.run = run
         self._batch: Batch | None = None
         self._failed: set[str] = set()
         self._labelled = None
-        if evaluation.eval_every:
+        asked = run.evaluation
+        if asked.eval_every:
             self._labelled = open_labelled(
-                evaluation.eval_data,
-                evaluation.eval_test,
-                item_of(model),
-                ("eval_data", "eval_test"),
+                asked.eval_data, asked.eval_test, item_of(run.model), ("eval_data", "eval_test")
             )
             parts = {"eval_data": self._labelled.train, "eval_test": self._labelled.test}
-            engine.agree(
+            run.engine.agree(
                 {name: f"{len(part)} of {part.source.fingerprint}" for name, part in parts.items()}
             )
 
@@ -82,28 +107,28 @@ class Monitor:
             self._say_failed("the picture", progress, error)
 
     def _draw(self, progress: Progress) -> None:
-        model = self.model
+        model = self.run.model
         if self._batch is None:
             item = item_of(model)
             shown = SAMPLE_CLIPS if item is CLIP else SAMPLE_IMAGES
             loaded = plain_batches(
-                self.images,
+                self.run.images,
                 item.plain_view(model, 1.0),
                 batch_size=shown,
-                indices=spread_indices(len(self.images), shown, self.training.seed),
+                indices=spread_indices(len(self.run.images), shown, self.run.training.seed),
                 bad=BadFiles(None, 1.0),
             )
-            self._batch = next(map(normaliser(model, self.engine), loaded), None)
+            self._batch = next(map(normaliser(model, self.run.engine), loaded), None)
         if self._batch is None:  # all of the chosen ones are broken
             return
-        self.method.noise.begin(progress.step)
-        self.method.eval()  # the loop goes back to training by itself
-        with torch.no_grad(), self.engine.autocast():
-            panels = self.method.panels(self._batch, progress)
+        self.run.method.noise.begin(progress.step)
+        self.run.method.eval()  # the loop goes back to training by itself
+        with torch.no_grad(), self.run.engine.autocast():
+            panels = self.run.method.panels(self._batch, progress)
         assert model.mean is not None
         assert model.std is not None
         sheet = draw_panels(panels, model.mean, model.std)
-        target = self.folder / "samples" / f"step-{progress.step:08d}.png"
+        target = self.run.folder / "samples" / f"step-{progress.step:08d}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as new:
             sheet.save(new)
@@ -114,27 +139,23 @@ class Monitor:
         Each process reads its share of the images; what fails in one of them is known to all.
         """
         last = progress.step == progress.total_steps
-        if self._labelled is None or (progress.epoch % self.evaluation.eval_every and not last):
+        if self._labelled is None or (progress.epoch % self.run.evaluation.eval_every and not last):
             return None
-        engine, data = self.engine, self._labelled
-        workers = num_workers(self.training.workers, engine.device, engine.local_size)
-        crop_pct, encoder = self.evaluation.crop_pct, self.method.used(self.method.encoder)
-        evaluated = of_run(self.model, crop_pct, encoder, "the encoder in training")
+        evaluated, data = self.run.evaluated(), self._labelled
         try:
             with foreign_parser(UserError, OSError):
-                reading = ReadingSettings(workers=workers)
-                scores = knn_in_training(evaluated, data, reading, engine)
+                reading = ReadingSettings(workers=self.run.workers())
+                scores = knn_in_training(evaluated, data, reading, self.run.engine)
         except (UserError, OSError) as error:
             self._say_failed("the evaluation", progress, error)
             return None
-        epoch = progress.step / progress.steps_per_epoch
-        self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": "knn", **scores}})
-        self.log.say(f"step {progress.step}: kNN top-1 {scores['top1']:.1f} %")
+        self.run.write(progress, "knn", scores)
+        self.run.log.say(f"step {progress.step}: kNN top-1 {scores['top1']:.1f} %")
         return scores
 
     def _say_failed(self, what: str, progress: Progress, error: UserError | OSError) -> None:
         if what not in self._failed:
-            self.log.say(told_failure(what, progress, error))
+            self.run.log.say(told_failure(what, progress, error))
         self._failed.add(what)
 
 

@@ -28,6 +28,7 @@ from patchmine.train.step import Stepper
 from patchmine.types import Batch, Progress
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which training stops
+_TOLD, _PICTURED = "125", "13"  # first digits of the steps with numbers and with pictures
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _tell(stepper: Stepper, done: Progress, made: int, keeper: Keeper, log: Log)
     settings = stepper.settings
     if _due(done, settings.log_every):
         _report(stepper, done, log, keeper.folder)
-    elif _is_spaced(made, "125"):
+    elif _is_spaced(made, _TOLD):
         _glance(stepper, done, log)
     log.advance(done.step)
     first_checkpoint = min(save_every(settings, done), done.total_steps)
@@ -228,7 +229,7 @@ def _look(stepper: Stepper, done: Progress, stop: StopSignals, keeper: Keeper, h
 def is_pictured(settings: LoggingSettings, done: Progress) -> bool:
     """Whether a picture is made after so many steps; 0 is before the first."""
     if settings.sample_every is None:
-        return done.step in (0, done.total_steps) or _is_spaced(done.step, "13")
+        return done.step in (0, done.total_steps) or _is_spaced(done.step, _PICTURED)
     return done.step > 0 and _due(done, settings.sample_every)
 
 
@@ -237,7 +238,8 @@ def num_pictures(settings: LoggingSettings, length: Progress) -> int:
     every, total = settings.sample_every, length.total_steps
     if every is not None:
         return -(-total // every)
-    spaced = (digit * 10**power for digit in (1, 3) for power in range(len(str(total))))
+    powers = range(len(str(total)))
+    spaced = (int(digit) * 10**power for digit in _PICTURED for power in powers)
     return len({0, total, *(step for step in spaced if step < total)})
 
 

@@ -19,11 +19,10 @@ from rich.console import Console
 
 from patchmine.config.schema import PretrainConfig
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.loader import train_batches
 from patchmine.data.sources.contract import Source
 from patchmine.errors import silent
 from patchmine.report.label_free import LabelFreeMonitor, epochs_between
-from patchmine.report.monitor import Monitor
+from patchmine.report.monitor import Monitor, Watched
 from patchmine.runs import preparing
 from patchmine.runs.known import is_run, settings_of_run
 from patchmine.strict import seconds_in
@@ -33,7 +32,7 @@ from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Keeper, num_pictures, save_every
 from patchmine.train.step import Stepper
-from patchmine.training.place import Place
+from patchmine.training.place import Place, prepared_batches
 from patchmine.types import Batch, Progress
 
 WARM_UP = 2  # steps that are not timed: they make the optimizer's state, and compile
@@ -205,23 +204,14 @@ def _measure(
     method.noise.seed = config.seed
     view, item = preparing.train_view(config, method), preparing.item_of(config)
     stepper = Stepper(method, engine, config)
-    loaded = train_batches(
-        images,
-        view,
-        config,
-        config,
-        engine,
-        seed=config.seed,
-        steps=range(now.step, now.step + WARM_UP + MOST),
-        steps_per_epoch=length.steps_per_epoch,
-        bad=BadFiles(None, config.max_bad_share, item.noun),
-    )
-    batches = map(preparing.normaliser(config, engine), loaded)
+    steps = range(now.step, now.step + WARM_UP + MOST)
+    bad = BadFiles(None, config.max_bad_share, item.noun)
+    batches = prepared_batches(config, images, view, engine, steps, bad)
     method.train()
 
     _timed_steps(stepper, batches, now, WARM_UP, WARM_UP)
     step = _timed_steps(stepper, batches, now, FEWEST, MOST, limit)
-    del batches, loaded  # which ends its workers
+    del batches  # which ends their workers
     log = Log(
         scratch if engine.is_main else None,
         total_steps=length.total_steps,
@@ -230,8 +220,8 @@ def _measure(
         console=Console(file=io.StringIO()),
     )
     with log:
-        parts = (config, config, config, scratch, engine, images, method)
-        monitor, watching = Monitor(*parts, log), LabelFreeMonitor(*parts, view, log)
+        run = Watched(config, config, config, scratch, engine, images, method, log)
+        monitor, watching = Monitor(run), LabelFreeMonitor(run, view)
         look = _seconds(lambda: watching.begin(length.at(0)))
         if not engine.largest(int(look > limit)):  # else what is loaded once hardly counts
             look = _seconds(lambda: watching.begin(length.at(0)))

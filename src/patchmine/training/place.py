@@ -25,6 +25,7 @@ from patchmine.train.checkpoint import Checkpoint, point_again
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks, Keeper, refuse_stranger, train
+from patchmine.types import Batch
 
 
 @dataclass(frozen=True)
@@ -151,18 +152,8 @@ def train_task(
         say(_summary(name, config, images, engine))
     engine.advise(f"go on with `patchmine resume {folder}`")
     first = 0 if start is None else start.step
-    loaded = train_batches(
-        images,
-        view,
-        config,
-        config,
-        engine,
-        seed=config.seed,
-        steps=range(first, length.total_steps),
-        steps_per_epoch=length.steps_per_epoch,
-        bad=bad,
-        targets=task.uses_targets,
-    )
+    steps = range(first, length.total_steps)
+    batches = prepared_batches(config, images, view, engine, steps, bad, task.uses_targets)
     remembered = {"contents": stamps, "settings": results_of(config)}
     best_by = task.metric() or best_by
     keeper = Keeper(folder / "checkpoints", start, identity, remembered, best_by, patience)
@@ -180,9 +171,33 @@ def train_task(
             before_save=lambda: place.put_back(config),
             on_stop=place.held.stopping if place.held is not None else lambda: None,
         )
-        batches = map(preparing.normaliser(config, engine), loaded)
         train(task, batches, engine, config, length, keeper=keeper, log=log, hooks=hooks)
     return bad
+
+
+def prepared_batches(
+    config: RunConfig,
+    images: Source,
+    view: View,
+    engine: Engine,
+    steps: range,
+    bad: BadFiles,
+    targets: bool = False,
+) -> Iterator[Batch]:
+    """This process's micro-batches of these steps of a run, normalised and on the device."""
+    loaded = train_batches(
+        images,
+        view,
+        config,
+        config,
+        engine,
+        seed=config.seed,
+        steps=steps,
+        steps_per_epoch=preparing.length_of(config, len(images)).steps_per_epoch,
+        bad=bad,
+        targets=targets,
+    )
+    return map(preparing.normaliser(config, engine), loaded)
 
 
 def _summary(name: str, config: RunConfig, images: Source, engine: Engine) -> str:

@@ -13,12 +13,11 @@ from patchmine.report.words import duration
 from patchmine.runs import preparing
 from patchmine.runs.preparing import NO_SOURCES
 from patchmine.strict import seconds_in
-from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.loop import save_every
 from patchmine.training.pace import Pace, fitted, measure_pace, scratch_in
 from patchmine.training.place import Place, open_place
-from patchmine.training.pretraining import make_method, open_images
+from patchmine.training.pretraining import make_first, open_images
 
 HOUR, NIGHT = 3_600, 8 * 3_600  # seconds
 TIMED = 10.0  # seconds of steps
@@ -44,7 +43,7 @@ def plan(
         images, found = open_images(config.model_copy(update={"budget": None}), place, sources)
         place.say("A few steps are timed, and thrown away.")
         with scratch_in(place.folder) as scratch:
-            pace = measure_pace(found, place.engine, images, make, scratch, TIMED)
+            pace = measure_pace(found, place.engine, images, make_first, scratch, TIMED)
         if config.budget is not None:
             budgeted = found.model_copy(update={"budget": config.budget})
             found = fitted(budgeted, place, len(images), pace, seconds_in(config.budget))
@@ -64,11 +63,6 @@ def resolved(
         place = Place(Path(folder), Engine(config.device), say)
         found = open_images(config.model_copy(update={"budget": None}), place, sources)[1]
     return found.model_copy(update={"budget": config.budget})
-
-
-def make(config: PretrainConfig) -> Method:
-    """The method as its run begins with it."""
-    return make_method(config, config.init)
 
 
 def described(config: PretrainConfig, pace: Pace, images: int, engine: Engine) -> dict[str, str]:

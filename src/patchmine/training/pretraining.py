@@ -21,7 +21,7 @@ from patchmine.data.workers import num_workers
 from patchmine.errors import Say, silent
 from patchmine.models.lora import merged
 from patchmine.report.label_free import LabelFreeMonitor
-from patchmine.report.monitor import Monitor
+from patchmine.report.monitor import Monitor, Watched
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_method, write_export
 from patchmine.runs.preparing import NO_SOURCES
@@ -68,7 +68,7 @@ def open_images(
     config = resolve_size(config, len(images), place.say, place.engine.device.type)
     config = preparing.with_statistics(config, images, place.say)
     config = preparing.fit_to_length(config, len(images), place.say)
-    config = fit_to_budget(config, place, images, lambda sized: make_method(sized, sized.init))
+    config = fit_to_budget(config, place, images, make_first)
     agree(config, place, f"{len(images):,} items with fingerprint {images.fingerprint}")
     return images, config
 
@@ -78,6 +78,11 @@ def make_method(config: PretrainConfig, init: str | None = None, say: Say = sile
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build_method(config, start_from=init, say=say)
+
+
+def make_first(config: PretrainConfig) -> Method:
+    """The method as its run begins with it."""
+    return make_method(config, config.init)
 
 
 def train_method(
@@ -92,10 +97,8 @@ def train_method(
     def watch(log: Log) -> Hooks:
         plain_data = PlainData(config, images, place.engine, log.say)
         folder, engine = place.folder, place.engine
-        monitor = Monitor(config, config, config, folder, engine, images, method, log)
-        label_free = LabelFreeMonitor(
-            config, config, config, folder, engine, images, method, view, log
-        )
+        run = Watched(config, config, config, folder, engine, images, method, log)
+        monitor, label_free = Monitor(run), LabelFreeMonitor(run, view)
 
         def evaluate(done: Progress) -> Mapping[str, float] | None:
             label_free.look(done)
