@@ -12,20 +12,14 @@ import pytest
 import torch
 
 import patchmine
-from fixtures.small_runs import SMALL
+from fixtures.small_runs import SMALL, VIT
 from patchmine.evaluate.evaluated import open_evaluated
 from patchmine.evaluate.paired import Change, accuracy_interval, change_between
 from patchmine.methods import METHODS
 from patchmine.train import loop
 
-TINY: dict[str, Any] = SMALL | {
-    "model": "vit_tiny_patch16_224",
-    "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2},
-    "image_size": 16,
-    "patch_size": 4,
-    "batch_size": 8,
-    "steps": 1,
-}
+WIDER = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+TINY: dict[str, Any] = SMALL | VIT | {"model_args": WIDER, "steps": 1}
 OF_METHODS: dict[str, Any] = {
     "decoder_embed_dim": 16,
     "decoder_depth": 1,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import SMALL
+from small_runs import DECODER, SMALL, VIT
 
 import patchmine
 from patchmine.config.schema import PretrainConfig
@@ -20,17 +20,8 @@ from patchmine.types import Progress
 
 pytestmark = pytest.mark.bitwise
 
-TINY: dict[str, Any] = SMALL | {
-    "model": "vit_tiny_patch16_224",
-    "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 2},
-    "image_size": 16,
-    "patch_size": 4,
-    "batch_size": 8,
-    "warmup_epochs": 20,  # a fifth of the 100 epochs by default
-    "method.decoder_embed_dim": 16,
-    "method.decoder_depth": 1,
-    "method.decoder_num_heads": 2,
-}
+# A warm-up of a fifth of the 100 epochs by default
+TINY: dict[str, Any] = SMALL | VIT | DECODER | {"warmup_epochs": 20}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from drawn import draw_images
+from small_runs import VIT
 from torch import Tensor
 
 import patchmine
@@ -21,12 +22,7 @@ from patchmine.train.checkpoint import load
 
 pytestmark = pytest.mark.bitwise
 
-TINY: dict[str, Any] = {
-    "model": "vit_tiny_patch16_224",
-    "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 2},
-    "image_size": 16,
-    "patch_size": 4,
-    "batch_size": 8,
+TINY: dict[str, Any] = VIT | {
     "epochs": 3,
     "blr": 1e-2,
     "warmup_epochs": 0,

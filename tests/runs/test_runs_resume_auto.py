@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from killing import killed
 from PIL import Image
-from small_runs import SMALL, assert_near
+from small_runs import DECODER, SMALL, VIT, assert_near
 from torch import Tensor
 
 import patchmine
@@ -23,19 +23,8 @@ from patchmine.runs.lock import lock
 
 pytestmark = pytest.mark.bitwise
 
-TINY: dict[str, Any] = SMALL | {
-    "model": "vit_tiny_patch16_224",
-    "model_args": {"embed_dim": 16, "depth": 1, "num_heads": 2},
-    "image_size": 16,
-    "patch_size": 4,
-    "batch_size": 8,
-}
-METHOD: dict[str, Any] = {
-    "method.decoder_embed_dim": 16,
-    "method.decoder_depth": 1,
-    "method.decoder_num_heads": 2,
-}
-LONG: dict[str, Any] = TINY | METHOD | {"steps": 6, "checkpoint_every": 2, "log_every": 1}
+TINY: dict[str, Any] = SMALL | VIT
+LONG: dict[str, Any] = TINY | DECODER | {"steps": 6, "checkpoint_every": 2, "log_every": 1}
 
 
 def same_again(data: Path, out: Path, **settings: Any) -> patchmine.Run:
