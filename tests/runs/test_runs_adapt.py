@@ -229,9 +229,9 @@ def test_a_run_with_lora_and_an_average_resumes_bit_for_bit_and_all_mean_the_ave
     found = Monitor.evaluate
 
     def evaluate(self: Monitor, progress: Progress) -> Any:
-        seen.append(
-            {k: v.clone() for k, v in self.method.used(self.method.encoder).state_dict().items()}
-        )
+        method = self.run.method
+        used = method.used(method.encoder)
+        seen.append({k: v.clone() for k, v in used.state_dict().items()})
         return found(self, progress)
 
     monkeypatch.setattr(Monitor, "evaluate", evaluate)
