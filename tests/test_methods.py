@@ -343,6 +343,8 @@ def test_panels(name: str, progress: Progress) -> None:
         shape = (2, *grid) if panel.kind == "heat" else batch.views[0].shape
         assert panel.data.shape == shape, panel.title
         assert not panel.data.requires_grad
+        assert "hatched: " in panel.note or not panel.data.isnan().any(), panel.title
+        assert panel.kind != "heat" or panel.note, f"{panel.title} has no unit"
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 

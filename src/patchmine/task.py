@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -169,6 +170,19 @@ class Method(Task):
         parts = [] if self.average is None else self.average.named_children()
         averages = {self.get_submodule(name): average for name, average in parts}
         return averages.get(encoder, encoder)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it, each of its encoders of which there is an average is that average."""
+        averages = {} if self.average is None else dict(self.average.named_children())
+        trained = {name: self.get_submodule(name) for name in averages}
+        try:
+            for name, average in averages.items():
+                setattr(self, name, average)
+            yield
+        finally:
+            for name, encoder in trained.items():
+                setattr(self, name, encoder)
 
     def encoders(self) -> dict[str, nn.Module]:
         """The encoder that is trained, and that of an EMA teacher; a pair names its partner too."""

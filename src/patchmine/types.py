@@ -271,9 +271,11 @@ class Panel:
     ``kind="image"``: ``data`` (B, C, H, W) or (B, C, T, H, W) in the batch's normalised units.
     ``kind="heat"``: ``data`` (B, rows, columns) or (B, slots, rows, columns), one number per patch,
     drawn as a colour map. ``kind="colour"``: ``data`` (B, 3, H, W) in [0, 1], drawn as it is.  NaN
-    is nothing there, and drawn hatched.
+    is nothing there, and drawn hatched.  ``note``: what one must know to read it, in a few words:
+    the unit of a map, what is hatched, what is not the model's own.
     """
 
     title: str
     data: Tensor
     kind: Literal["image", "heat", "colour"] = "image"
+    note: str = ""

@@ -416,7 +416,10 @@ def test_panels_show_three_roles(host: str) -> None:
     grey = (roles == roles[:, :1]).all(dim=1) & ~white
     visible = ~panels["visible"].data.isnan().any(dim=1)
     assert torch.equal(white, visible)
-    assert torch.equal(panels["reconstruction"].data.isnan().any(dim=1), grey)
+    together = next(panel for title, panel in panels.items() if "with visible patches" in title)
+    assert torch.equal(together.data.isnan().any(dim=1), grey)
+    plain = panels["plain reconstruction"].data.isnan().any(dim=1)
+    assert torch.equal(plain, grey | visible)
     assert torch.equal(on_pixels(panels["error"].data.isnan().flatten(1))[:, 0], white | grey)
     assert "attention" in panels
     early = [panel.title for panel in method.panels(batch_of(images()), WARM)]

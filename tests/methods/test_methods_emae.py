@@ -225,6 +225,8 @@ def test_pictures_show_the_parts(images: Tensor, options: dict[str, int], shown:
             torch.stack(seen).sum(dim=0).eq(shown - 1).all()
         )  # every pixel is seen by exactly one part
     assert ("disagreement" in panels) is (method.num_parts > 2)
+    plain = panels.pop(f"part 1 of {method.num_parts}: plain reconstruction").data
+    assert torch.equal(plain.isfinite()[:, 0], seen[0])  # what the part does not know
     for panel in panels.values():
         if ":" in panel.title:
             assert panel.data.isfinite().all()

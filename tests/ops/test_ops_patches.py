@@ -19,7 +19,7 @@ from patchmine.ops.patches import (
     patch_values,
     pixel_targets,
 )
-from patchmine.ops.pictures import fill_masked, hide_masked, patch_map, reconstruction_panel
+from patchmine.ops.pictures import fill_masked, hide_masked, patch_map, reconstruction_panels
 from patchmine.types import Grid, Mask
 
 GRIDS = [Grid((2, 3), (4, 4)), Grid((3, 2), (2, 4)), Grid((2, 3, 2), (2, 4, 4))]
@@ -127,11 +127,55 @@ def test_pictures() -> None:
 @pytest.mark.parametrize("standardised", [True, False])
 def test_a_perfect_prediction_paints_the_input(grid: Grid, standardised: bool) -> None:
     images = images_for(grid)
-    mask = Mask(torch.tensor([[0], [1]]), torch.tensor([[1, 3], [0, 5]]), grid.num_patches)
+    numbers = torch.stack([torch.arange(grid.num_patches)] * 2)
+    mask = Mask(numbers[:, :1], numbers[:, 1:], grid.num_patches)
     target = pixel_targets(images, mask.masked, grid.patch, norm_pix_loss=standardised)
-    panel = reconstruction_panel(images, mask, grid, target, borrow=standardised)
-    torch.testing.assert_close(panel.data, images, atol=1e-5, rtol=1e-5)
-    assert ("borrowed" in panel.title) is standardised
+    plain, together = reconstruction_panels(images, mask, grid, target, standardised=standardised)
+    torch.testing.assert_close(together.data, images, atol=1e-5, rtol=1e-5)
+    assert "borrowed" not in plain.title
+    assert ("borrowed" in together.title) is standardised
+    assert ("borrowed from the input" in together.note) is standardised
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_plain_reconstruction_knows_nothing_of_what_is_hidden(grid: Grid) -> None:
+    images, mask = images_for(grid), Mask(torch.tensor([[0], [1]]), torch.tensor([[3], [5]]), 6)
+    mask = Mask(mask.visible, mask.masked, grid.num_patches)
+    generator = torch.Generator().manual_seed(0)
+    values = grid.values_per_patch(3)
+    predicted = torch.randn(2, 1, values, generator=generator)
+    hidden = images.clone()
+    for row, number in ((0, 3), (1, 5)):
+        slow_patch(hidden[row], grid, number).fill_(7.0)
+    for standardised in (False, True):
+        found, other = (
+            reconstruction_panels(each, mask, grid, predicted, standardised=standardised)[0].data
+            for each in (images, hidden)
+        )
+        torch.testing.assert_close(found, other, equal_nan=True, atol=0, rtol=0)
+        for row, number in ((0, 3), (1, 5)):
+            there = slow_patch(found[row], grid, number)
+            seen = slow_patch(images[row], grid, row)  # the one visible patch
+            if standardised:
+                expected = patch_values(predicted[row].reshape(1, 1, *grid.patch, 3).movedim(-1, 2))
+                expected = expected.reshape(*grid.patch, 3).movedim(-1, 0)
+                axes = list(range(1, seen.ndim)) if len(grid.patch) == 3 else None
+                mean = seen.mean(dim=axes, keepdim=True)
+                deviation = seen.std(dim=axes, keepdim=True)
+                torch.testing.assert_close(there, expected * deviation + mean, atol=1e-4, rtol=1e-4)
+            others = [n for n in range(grid.num_patches) if n != number]
+            assert all(slow_patch(found[row], grid, n).isnan().all() for n in others)
+
+
+def test_what_is_thrown_away_is_in_no_reconstruction() -> None:
+    grid = GRIDS[0]
+    mask = Mask(torch.tensor([[0, 2]]), torch.tensor([[1, 3]]), 6)
+    target = pixel_targets(images_for(grid)[:1], mask.masked, grid.patch, norm_pix_loss=False)
+    panels = reconstruction_panels(images_for(grid)[:1], mask, grid, target, standardised=False)
+    for panel, shown in zip(panels, ([1, 3], [0, 1, 2, 3]), strict=True):
+        there = [n for n in range(6) if not slow_patch(panel.data[0], grid, n).isnan().any()]
+        assert there == shown
+    assert "thrown away" in panels[0].note
 
 
 def test_cubes_are_standardised_within_each_channel() -> None:

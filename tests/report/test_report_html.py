@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from patchmine.errors import UserError
+from patchmine.methods import METHODS
 from patchmine.report.page import differing, read_result, write_report
 from patchmine.report.reading import choose, embed
 
@@ -157,6 +159,52 @@ def test_pictures_are_few_with_the_first_and_the_last(make_run: MakeRun, tmp_pat
     (folder / "samples" / "notes.txt").write_text("")
     page = report(tmp_path, folder)
     assert page.tags.count("img") == 3
+
+
+def of_method(folder: Path, **chosen: object) -> Path:
+    """The run with other settings of its method."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["method"] |= chosen
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_pictures_of_every_method_are_explained(
+    method: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    own = {
+        "mae": "Plain reconstruction",
+        "hpm": "light patches are masked first",
+        "simmim": "Plain reconstruction",
+        "amt": "thrown away",
+        "emae": "Disagreement",
+        "droppos": "Every place has a colour",
+        "semaim": "predicted from the true ones before it",
+        "scfs": "cosine",
+        "mokd": "attention that each place pays",
+    }
+    words = report(tmp_path, make_run(method, method=method, samples=2)).words
+    told = words[words.index("Always the same images") :]
+    assert "Hatched" in told
+    assert own[method] in told
+    predicts_pixels = method not in ("droppos", "scfs", "mokd")
+    assert ("borrows each patch's own from the input" in told) is predicts_pixels
+    assert ("average of its weights" in told) is False
+
+
+def test_what_is_said_of_pictures_follows_the_settings(make_run: MakeRun, tmp_path: Path) -> None:
+    averaged = make_run("a", samples=1, ema_decay=0.9)
+    words = report(tmp_path, of_method(averaged, norm_pix_loss=False, prediction="relative")).words
+    assert "only the order within an image counts" in words
+    assert "average of its weights (ema_decay)" in words
+    assert "Plain reconstruction" in words
+    assert "borrows" not in words
+    other = of_method(make_run("b", samples=1), prediction="absolute", target="ema")
+    words = report(tmp_path, other).words
+    assert "only the order" not in words
+    assert "Plain reconstruction" not in words
+    assert "Always the same images" not in report(tmp_path, make_run("c")).words
 
 
 def test_skipped_steps_are_drawn_only_where_there_were_some(

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_maps_without_range_are_drawn(value: float) -> None:
 
 def test_a_sheet_has_room_for_every_title_label_and_row() -> None:
     images = normalised(torch.rand(3, 3, 32, 32))
-    long = Panel("reconstruction (patch statistics borrowed from the input)", images)
+    long = Panel("reconstruction with visible patches, statistics borrowed", images)
     heat = Panel("error", torch.rand(3, 8, 8).to(torch.bfloat16), kind="heat")
     short = draw_panels([Panel("input", images)], MEAN, STD)
     sheet = draw_panels(
@@ -72,6 +73,34 @@ def test_a_sheet_has_room_for_every_title_label_and_row() -> None:
     )
     assert sheet.width > 3 * 160
     assert sheet.height > short.height > 3 * 160
+
+
+def written(*notes: str) -> np.ndarray:
+    """Where letters stand below the pictures of a sheet of panels with these notes: (rows, W)."""
+    plain = [Panel(f"title {i}", torch.zeros(1, 3, 32, 32)) for i in range(len(notes))]
+    noted = [replace(panel, note=note) for panel, note in zip(plain, notes, strict=True)]
+    with_notes, without = (np.asarray(draw_panels(each, MEAN, STD)) for each in (noted, plain))
+    assert with_notes.shape[1] == without.shape[1]
+    assert with_notes.shape[0] > without.shape[0]
+    below = np.flatnonzero((without < 200).any(axis=(1, 2))).max() + 1
+    return (with_notes[below:] < 200).any(axis=2)
+
+
+def test_a_note_stands_below_its_own_column_whole() -> None:
+    first, second = written("light is masked first", ""), written("", "light is masked first")
+    assert first.any()
+    assert second.any()
+    assert np.flatnonzero(first.any(axis=0)).max() < np.flatnonzero(second.any(axis=0)).min()
+    long = written("all patches with one mean and contrast, the visible ones' average", "")
+    assert np.flatnonzero(long.any(axis=1)).max() > np.flatnonzero(first.any(axis=1)).max()
+    assert np.flatnonzero(long.any(axis=0)).max() <= 18 + 160
+
+
+def test_notes_of_clips_never_run_into_the_row_below() -> None:
+    clip = torch.zeros(1, 3, 2, 32, 32)
+    tall = Panel("one", clip, note="a very long note of many words " * 16)
+    heights = [draw_panels([each, each], MEAN, STD).height for each in (tall, Panel("one", clip))]
+    assert heights[0] - heights[1] > 60
 
 
 def test_what_is_drawn_stands_where_it_belongs() -> None:

@@ -16,6 +16,7 @@ from patchmine.config.resolve import from_settings
 from patchmine.config.schema import PretrainConfig
 from patchmine.errors import UserError, silent
 from patchmine.methods import METHODS
+from patchmine.methods.hpm import HPM
 from patchmine.models.adapt import tensors_used
 from patchmine.models.lora import merged
 from patchmine.report.monitor import Monitor
@@ -221,6 +222,22 @@ def test_network_and_images_are_those_of_the_weights(
     assert smaller.config.model_args["embed_dim"] == 32
 
 
+def test_averages_stand_in_for_both_students_as_long_as_they_are_asked_for() -> None:
+    task = built("mokd", ema_decay=0.9)
+    average, parts = task.average, dict(task.named_children())
+    assert average is not None
+
+    def leave_by_an_error() -> None:
+        with task.in_use():
+            for name in ("encoder", "partner"):
+                assert task.get_submodule(name) is average.get_submodule(name)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave_by_an_error()
+    assert dict(task.named_children()) == parts
+
+
 @pytest.mark.bitwise
 def test_a_run_with_lora_and_an_average_resumes_bit_for_bit_and_all_mean_the_average(
     start: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -234,6 +251,14 @@ def test_a_run_with_lora_and_an_average_resumes_bit_for_bit_and_all_mean_the_ave
         seen.append({k: v.clone() for k, v in used.state_dict().items()})
         return found(self, progress)
 
+    drawn: list[dict[str, Tensor]] = []
+    panels = HPM.panels
+
+    def draw(self: HPM, batch: Batch, progress: Progress) -> Any:
+        drawn.append({k: v.clone() for k, v in self.encoder.state_dict().items()})
+        return panels(self, batch, progress)
+
+    monkeypatch.setattr(HPM, "panels", draw)
     monkeypatch.setattr(Monitor, "evaluate", evaluate)
     run = adapted(
         start, image_folder, tmp_path / "run", method="hpm", checkpoint_every=2, ema_decay=0.6
@@ -241,9 +266,10 @@ def test_a_run_with_lora_and_an_average_resumes_bit_for_bit_and_all_mean_the_ave
     last = load_newest(run.checkpoint_dir, silent).model
     averages = {k: v for k, v in last.items() if k.startswith("average.encoder.")}
     assert any(k.endswith("lora_b") and bool(v.any()) for k, v in averages.items())
-    assert all(
-        torch.equal(seen[-1][k.removeprefix("average.encoder.")], v) for k, v in averages.items()
-    )
+    average = {k.removeprefix("average.encoder."): v for k, v in averages.items()}
+    assert_same(average, seen[-1])
+    assert_same(average, drawn[-1])
+    assert any(not torch.equal(last[f"encoder.{k}"], v) for k, v in average.items())
 
     exported = load_file(run.export_dir / "model.safetensors")
     for encoder in (run.encoder(), run.method().encoder):

@@ -222,16 +222,16 @@ class AMT(Method):
         else:
             error = losses.absolute_error(predicted, target)
             predicted = patches.channels_last(predicted, self.channels)
-        borrow = self.on_mae and self.config.norm_pix_loss
-        drawn = pictures.reconstruction_panel(images, mask, grid, predicted, borrow=borrow)
-        kept = Mask(torch.cat([mask.visible, mask.masked], dim=1), mask.masked, mask.num_patches)
-        drawn = Panel(drawn.title, pictures.hide_masked(drawn.data, kept, grid))
+        norm = self.on_mae and self.config.norm_pix_loss
+        drawn = pictures.reconstruction_panels(images, mask, grid, predicted, standardised=norm)
+        unit = pictures.pixel_unit(squared=self.on_mae, standardised=norm)
+        attended = "of the class token; each head from 0 (least) to 1 (most), then their mean"
         how = "drawn by attention" if guided else "drawn at random"
         return [
             Panel("input", images),
-            Panel("attention", pictures.patch_map(attention, grid), kind="heat"),
+            Panel("attention", pictures.patch_map(attention, grid), kind="heat", note=attended),
             pictures.roles_panel(mask, grid, how),
-            *pictures.masked_panels(images, mask, grid, drawn, error),
+            *pictures.masked_panels(images, mask, grid, drawn, error, unit),
         ]
 
 

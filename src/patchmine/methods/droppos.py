@@ -22,7 +22,7 @@ from patchmine.ops import position_targets as places_of
 from patchmine.ops.losses import squared_error
 from patchmine.ops.masks import count_visible, lowest_visible
 from patchmine.ops.patches import pixel_targets
-from patchmine.ops.pictures import hide_masked, patch_map
+from patchmine.ops.pictures import patch_map, reconstruction_panels, visible_panel
 from patchmine.ops.schedules import falling
 from patchmine.task import Method
 from patchmine.types import Batch, Grid, Losses, Panel, ParamGroup, Progress
@@ -77,11 +77,9 @@ class DropPos(Method):
         logits = self.locate(latent, self.num_dropped)  # (B, Q, L)
         weights = self.weigh(images, puzzle)  # (B, Q) or None
         losses = self.position_losses(logits, puzzle.dropped, weights, progress)
-        if self.pixel_input is None or self.pixel_decoder is None:
+        predicted = self.reconstruct(latent, puzzle)
+        if predicted is None:
             return losses
-        tokens = self.pixel_input(latent, puzzle.mask)
-        features = self.pixel_decoder(tokens, puzzle.removed.shape[1])
-        predicted = self.pixel_decoder.head(features)  # (B, L - V, P)
         norm, patch = self.config.norm_pix_loss, self.grid.patch
         target = pixel_targets(images, puzzle.removed, patch, norm_pix_loss=norm)
         position, pixels = losses["loss"], squared_error(predicted, target).mean()
@@ -133,6 +131,13 @@ class DropPos(Method):
         weights = attentive_weights(features[:, 0], patches, self.config.temperature)
         return weights[:, self.num_kept :]
 
+    def reconstruct(self, latent: Tensor, puzzle: Puzzle) -> Tensor | None:
+        """Predicted pixels of the removed patches, (B, L - V, P), where ``multi_task`` asks."""
+        if self.pixel_input is None or self.pixel_decoder is None:
+            return None
+        tokens = self.pixel_input(latent, puzzle.mask)
+        return self.pixel_decoder.head(self.pixel_decoder(tokens, puzzle.removed.shape[1]))
+
     def position_losses(
         self, logits: Tensor, places: Tensor, weights: Tensor | None, progress: Progress
     ) -> Losses:
@@ -173,25 +178,36 @@ class DropPos(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, visible patches, weights, true and predicted places, the patches put there."""
+        """Input, visible patches, weights, true and predicted places, the patches put there.
+
+        Of ``multi_task`` the reconstruction too.
+        """
         images = batch.views[0]
         puzzle = self.draw_puzzle(images)
         weights = self.weigh(images, puzzle)
-        logits = self.locate(self.encode(images, puzzle), self.num_dropped)
+        latent = self.encode(images, puzzle)
+        logits = self.locate(latent, self.num_dropped)
         sureness, places = logits.float().softmax(-1).max(dim=-1)
-        visible = hide_masked(images, puzzle.mask, self.grid)
-        panels = [Panel("input", images), Panel("visible", visible)]
+        panels = [Panel("input", images), visible_panel(images, puzzle.mask, self.grid)]
         if weights is not None:
             heat = patch_map(weights, self.grid, puzzle.dropped)
-            panels.append(Panel("weight in the loss", heat, kind="heat"))
+            note = "likeness to the class token, as a share of all visible patches"
+            missing = "hatched: removed, or its position is known"
+            panels.append(Panel("weight in the loss", heat, kind="heat", note=f"{note}; {missing}"))
         both = (puzzle.dropped, places)
         true, predicted = (places_as_colours(puzzle, where, self.grid) for where in both)
         put = put_at_places(images, puzzle, places, sureness, self.grid)
+        gone, empty = "hatched: removed", "pixels are the input's; hatched: no patch is put there"
+        predicted_pixels = self.reconstruct(latent, puzzle)
+        if predicted_pixels is not None:
+            norm = self.config.norm_pix_loss
+            of = (images, puzzle.mask, self.grid, predicted_pixels)
+            panels += reconstruction_panels(*of, standardised=norm)
         return [
             *panels,
-            Panel("true places as colours (white: position kept)", true, kind="colour"),
-            Panel("predicted places in the same colours", predicted, kind="colour"),
-            Panel("patches put where predicted, the surest on top", put),
+            Panel("true places as colours (white: position kept)", true, "colour", gone),
+            Panel("predicted places in the same colours", predicted, "colour", gone),
+            Panel("patches put where predicted, the surest on top", put, note=empty),
         ]
 
 

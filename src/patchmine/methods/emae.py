@@ -18,8 +18,8 @@ from patchmine.errors import UserError
 from patchmine.methods.settings.emae import EmaeSettings
 from patchmine.models.decoder import check_decoder, masked_decoder
 from patchmine.ops import parts as image_parts
+from patchmine.ops import pictures
 from patchmine.ops.patches import pixel_targets
-from patchmine.ops.pictures import hide_masked, patch_map, reconstruction_panel
 from patchmine.task import Method
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, Progress
 
@@ -117,30 +117,36 @@ class EMAE(Method):
         images = batch.views[0]
         parts = self.draw_parts(images)
         predicted = self.reconstruct(images, parts)  # (B, U * (K - 1), V, P)
-        panels = [Panel("input", images)]
+        panels, norm = [Panel("input", images)], self.config.norm_pix_loss
         unseen = image_parts.unseen_patches(parts, self.num_used)  # (B, U, (K - 1) * V)
         by_part = predicted.index_select(1, self.by_patch.argsort()).reshape(*unseen.shape, -1)
         for part in range(min(self.num_used, MOST_SHOWN)):
             mask = Mask(parts[:, part], unseen[:, part], self.grid.num_patches)
-            borrow, own = self.config.norm_pix_loss, by_part[:, part]
-            drawn = reconstruction_panel(images, mask, self.grid, own, borrow=borrow)
-            title = f"part {part + 1} of {self.num_parts}"
-            panels.append(Panel(title, hide_masked(images, mask, self.grid)))
-            panels.append(replace(drawn, title=f"{title}: {drawn.title}"))
+            title, own = f"part {part + 1} of {self.num_parts}", by_part[:, part]
+            drawn = pictures.reconstruction_panels(images, mask, self.grid, own, standardised=norm)
+            seen = pictures.visible_panel(images, mask, self.grid, title)
+            drawn = [replace(each, title=f"{title}: {each.title}") for each in drawn]
+            if part > 0:
+                # One plain reconstruction, and notes once: all would be too wide to read.
+                seen, drawn = replace(seen, note="hatched: hidden"), [replace(drawn[1], note="")]
+            panels += [seen, *drawn]
         groups = image_parts.group_by_patch(predicted.float(), self.num_parts, self.num_used)
         targets = self.targets(images, parts).tensor_split([self.num_used], dim=1)
         errors = [
             (own - wanted[:, :, None]).square().mean(dim=(2, 4))
             for own, wanted in zip(groups, targets, strict=True)
         ]
-        panels.append(Panel("error", self._map(torch.cat(errors, dim=1), parts), kind="heat"))
+        error, index = torch.cat(errors, dim=1).flatten(1), parts.flatten(1)
+        unit = f"{pictures.pixel_unit(standardised=norm)}; mean over the parts that predict it"
+        panels.append(pictures.error_panel(error, self.grid, index, unit))
         if self.num_parts > 2 and self.num_used > 1:
             apart = image_parts.patch_disagreement(predicted, self.num_parts, self.num_used)
-            panels.append(Panel("disagreement", self._map(apart, parts), kind="heat"))
+            heat = pictures.patch_map(apart.flatten(1), self.grid, index)
+            note = "mean distance between two parts' predictions of a patch, in units of the target"
+            if self.num_used < self.num_parts:
+                note += "; hatched: predicted once"
+            panels.append(Panel("disagreement", heat, kind="heat", note=note))
         return panels
-
-    def _map(self, numbers: Tensor, parts: Tensor) -> Tensor:
-        return patch_map(numbers.flatten(1), self.grid, parts.flatten(1))
 
 
 def _count_parts(config: EmaeSettings, grid: Grid) -> tuple[int, int]:

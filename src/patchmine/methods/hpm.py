@@ -27,6 +27,8 @@ from patchmine.ops.schedules import hard_count
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
+_ABSOLUTE_UNIT = "0 is an image's mean, 1 a deviation among its patches"
+
 
 class HPM(Method):
     """MAE with a second decoder that predicts each patch's loss; its EMA copy chooses the masks."""
@@ -181,13 +183,17 @@ class HPM(Method):
         panels = [Panel("input", images)]
         if difficulty is not None:
             heat = pictures.patch_map(difficulty, grid)
-            panels.append(Panel("predicted difficulty", heat, kind="heat"))
-        drawn = None
+            relative = self.config.prediction == "relative"
+            unit = "no unit, only the order in an image counts" if relative else _ABSOLUTE_UNIT
+            note = f"error that the teacher expects, light is masked first; {unit}"
+            panels.append(Panel("predicted difficulty", heat, kind="heat", note=note))
+        drawn, unit = list[Panel](), pictures.DIRECTION_UNIT
         if features is None:
-            borrow = self.config.norm_pix_loss
-            drawn = pictures.reconstruction_panel(images, mask, grid, output, borrow=borrow)
+            norm = self.config.norm_pix_loss
+            unit = pictures.pixel_unit(standardised=norm)
+            drawn = pictures.reconstruction_panels(images, mask, grid, output, standardised=norm)
         error = self.error(output, images, features, mask)
-        return [*panels, *pictures.masked_panels(images, mask, grid, drawn, error)]
+        return [*panels, *pictures.masked_panels(images, mask, grid, drawn, error, unit)]
 
 
 def predict_difficulty(predictor: Decoder, tokens: Tensor, num_last: int) -> Tensor:

@@ -71,7 +71,7 @@ class MAE(Method):
         images = batch.views[0]
         mask = self.draw_mask(images)
         predicted = self.reconstruct(images, mask)
-        borrow, grid = self.config.norm_pix_loss, self.grid
-        drawn = pictures.reconstruction_panel(images, mask, grid, predicted, borrow=borrow)
-        error = self.error(predicted, images, mask)
-        return [Panel("input", images), *pictures.masked_panels(images, mask, grid, drawn, error)]
+        norm, of = self.config.norm_pix_loss, (images, mask, self.grid)
+        drawn = pictures.reconstruction_panels(*of, predicted, standardised=norm)
+        error, unit = self.error(predicted, images, mask), pictures.pixel_unit(standardised=norm)
+        return [Panel("input", images), *pictures.masked_panels(*of, drawn, error, unit)]

@@ -233,7 +233,7 @@ class MOKD(Method):
         panels = [Panel("input", images)]
         for place, part in two_parts(images, step).items():
             enlarged = F.interpolate(part.float(), size=images.shape[2:], mode="nearest")
-            panels.append(Panel(f"{place} part", enlarged))
+            panels.append(Panel(f"{place} part", enlarged, note="cut out of the input, enlarged"))
             for number, whose in enumerate(("model", "partner")):
                 asking = students[1 - number]
                 query = asking.thead.query(networks.outputs_of(asking, part).pooled)
@@ -241,5 +241,7 @@ class MOKD(Method):
                 attention = thead.attention_to_query(maps[number], query)  # (B, h * w)
                 attention = attention.reshape(len(images), 1, *maps[number].shape[2:])
                 heat = F.interpolate(attention, size=size, mode="nearest")[:, 0]
-                panels.append(Panel(f"{place} part sought by {whose}", heat, kind="heat"))
+                title = f"{place} part sought by {whose}"
+                note = "attention of each place to the other student's feature of the part, a share"
+                panels.append(Panel(title, heat, kind="heat", note=note))
         return panels

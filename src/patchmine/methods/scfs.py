@@ -154,10 +154,11 @@ class SCFS(Method):
         for name, part in two_parts(images, step).items():
             local = stage_features(self.encoder, part, self.stages)
             enlarged = F.interpolate(part.float(), size=images.shape[2:], mode="nearest")
-            panels.append(Panel(f"{name} part", enlarged))
+            panels.append(Panel(f"{name} part", enlarged, note="cut out of the input, enlarged"))
             for stage, mine, theirs in zip(self.stages, local.maps, known.maps, strict=True):
                 title = f"{name} part sought in {stage}"
-                panels.append(Panel(title, search(mine, theirs)[0], kind="heat"))
+                note = "cosine of its mean feature with the teacher's at each place; 1: found"
+                panels.append(Panel(title, search(mine, theirs)[0], kind="heat", note=note))
         return panels
 
 

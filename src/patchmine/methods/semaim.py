@@ -33,7 +33,7 @@ from patchmine.models.teacher import Teacher, foreign_teacher, ramped_decay
 from patchmine.ops import losses, orders
 from patchmine.ops import patches as cut
 from patchmine.ops.blur import blur_matrix, blurred
-from patchmine.ops.pictures import patch_map
+from patchmine.ops.pictures import DIRECTION_UNIT, error_panel, patch_map, pixel_unit
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, Progress
 
@@ -207,29 +207,45 @@ class SemAIM(Method):
         if similarity is not None:
             titles = {"cls": "similarity to the class token", "gap": "similarity to the mean patch"}
             title = titles.get(self.config.similarity, "attention of the class token")
-            panels.append(Panel(title, patch_map(similarity, self.grid), kind="heat"))
+            attends = "share of the attention, mean of heads"
+            note = "cosine, 1: alike" if self.config.similarity in titles else attends
+            heat = patch_map(similarity, self.grid)
+            panels.append(Panel(title, heat, kind="heat", note=note))
         together = "" if score is None else ", some at once"
         ranks = torch.arange(self.grid.num_patches, device=images.device)
         ranks = ranks if score is None else score
         rank_map = patch_map(ranks.expand_as(order), self.grid, order)
-        panels.append(Panel(f"order: dark is predicted first{together}", rank_map, kind="heat"))
+        title = f"order: dark is predicted first{together}"
+        panels.append(Panel(title, rank_map, kind="heat", note="place in the order, 0 is first"))
+        unit = DIRECTION_UNIT
         if features is None:
-            panels.append(self._drawn(images, predicted, order))
+            panels += self._drawn(images, predicted, order)
+            squared, norm = self.config.pixel_loss == "l2", self.config.norm_pix_loss
+            unit = pixel_unit(squared=squared, standardised=norm)
         error = self.error(predicted, images, features, order)
-        panels.append(Panel("error", patch_map(error, self.grid, order), kind="heat"))
-        return panels
+        return [*panels, error_panel(error, self.grid, order, unit)]
 
-    def _drawn(self, images: Tensor, predicted: Tensor, order: Tensor) -> Panel:
+    def _drawn(self, images: Tensor, predicted: Tensor, order: Tensor) -> list[Panel]:
         """All patches as predicted, each from the true ones before it."""
-        title = "each patch as predicted from the true ones before it"
+        title, places = "each patch as predicted from the true ones before it", order.argsort(dim=1)
+
+        def panel(title: str, values: Tensor, note: str) -> Panel:
+            raster = orders.take(values, places)
+            pixels = cut.images_from_values(raster, self.grid, images.shape[1])
+            return Panel(title, pixels, note=note)
+
         values = predicted.float()
-        if self.config.norm_pix_loss:
-            true = cut.gather_patches(self.soften(images), order, self.grid.patch)
-            mean, deviation = cut.patch_statistics(cut.patch_values(true))
-            values = values * deviation + mean
-            title += " (patch statistics borrowed from the input)"
-        raster = orders.take(values, order.argsort(dim=1))
-        return Panel(title, cut.images_from_values(raster, self.grid, images.shape[1]))
+        if not self.config.norm_pix_loss:
+            return [panel(title, values, "the model's own pixels")]
+        true = cut.gather_patches(self.soften(images), order, self.grid.patch)
+        own = cut.patch_statistics(cut.patch_values(true))
+        usual = (each.mean(dim=1, keepdim=True) for each in own)
+        plain = "all patches with one mean and contrast, the image's average"
+        borrowed = "mean and contrast of each patch borrowed from the input, unknown to the model"
+        return [
+            panel(f"plain: {title}", cut.with_statistics(values, *usual), plain),
+            panel(f"{title}, statistics borrowed", cut.with_statistics(values, *own), borrowed),
+        ]
 
 
 def _check(config: SemAimSettings, *, depth: int, channels: int) -> None:

@@ -101,5 +101,7 @@ class SimMIM(Method):
         predicted = self.reconstruct(images, mask)
         error = (predicted.float() - self.target(images, mask)).abs().mean(dim=-1)  # (B, M)
         pixels = channels_last(predicted, self.channels)
-        drawn = pictures.reconstruction_panel(images, mask, grid, pixels, borrow=False)
-        return [Panel("input", images), *pictures.masked_panels(images, mask, grid, drawn, error)]
+        drawn = pictures.reconstruction_panels(images, mask, grid, pixels, standardised=False)
+        unit = pictures.pixel_unit(squared=False)
+        shown = pictures.masked_panels(images, mask, grid, drawn, error, unit)
+        return [Panel("input", images), *shown]

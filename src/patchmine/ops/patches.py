@@ -92,12 +92,20 @@ def cube_statistics(values: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return mean, variance.sqrt() + CUBE_EPS
 
 
-def restore_cubes(
-    standardised: Float[Tensor, "B V P"], true: Float[Tensor, "B V P"], channels: int
+def target_statistics(
+    values: Float[Tensor, "B V P"], patch: tuple[int, ...], channels: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation by which `pixel_targets` standardises patches, or cubes."""
+    return cube_statistics(values, channels) if len(patch) == 3 else patch_statistics(values)
+
+
+def with_statistics(
+    standardised: Float[Tensor, "B V P"], mean: Tensor, deviation: Tensor
 ) -> Float[Tensor, "B V P"]:
-    """Standardised cubes (B, V, P) with the true mean and deviation of each channel put back."""
-    mean, deviation = cube_statistics(true, channels)
-    return (_by_channel(standardised, channels) * deviation + mean).flatten(-2)
+    """Standardised patches (B, V, P) with a mean and deviation as `target_statistics` has them."""
+    if mean.ndim == 3:
+        return standardised * deviation + mean
+    return (_by_channel(standardised, mean.shape[-1]) * deviation + mean).flatten(-2)
 
 
 def _by_channel(values: Tensor, channels: int) -> Tensor:
@@ -119,9 +127,7 @@ def pixel_targets(
     values = patch_values(gather_patches(images.float(), index, patch))
     if not norm_pix_loss:
         return values
+    mean, deviation = target_statistics(values, patch, images.shape[1])
     if len(patch) == 3:
-        channels = images.shape[1]
-        mean, deviation = cube_statistics(values, channels)
-        return ((_by_channel(values, channels) - mean) / deviation).flatten(-2)
-    mean, deviation = patch_statistics(values)
+        return ((_by_channel(values, images.shape[1]) - mean) / deviation).flatten(-2)
     return (values - mean) / deviation

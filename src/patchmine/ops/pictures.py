@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,9 +12,9 @@ from patchmine.ops.patches import (
     all_patches,
     gather_patches,
     images_from_values,
-    patch_statistics,
     patch_values,
-    restore_cubes,
+    target_statistics,
+    with_statistics,
 )
 from patchmine.types import Grid, Mask, Panel
 
@@ -51,42 +53,102 @@ def _wide(index: Tensor, values: Tensor) -> Tensor:
     return index[:, :, None].expand(-1, -1, values.shape[-1])
 
 
-def reconstruction_panel(
+def reconstruction_panels(
     images: Float[Tensor, "B C *size"],
     mask: Mask,
     grid: Grid,
     predicted: Float[Tensor, "B M P"],
     *,
-    borrow: bool,
-) -> Panel:
-    """The input with the masked patches replaced by the prediction ``predicted`` (B, M, P).
+    standardised: bool,
+) -> list[Panel]:
+    """What is predicted of the masked patches (B, M, P), alone and then among the visible ones.
 
-    With ``borrow`` the prediction is standardised and gets each patch's true mean and deviation
-    back, which the model does not know: the title says so.
+    A ``standardised`` prediction says nothing of a patch's mean and contrast.  Alone it gets those
+    of the visible patches on average, which are known; among them those of the true patch, which
+    are not, and the note says so.
     """
-    if not borrow:
-        return Panel("reconstruction", fill_masked(images, mask, grid, predicted))
-    true = patch_values(gather_patches(images.float(), mask.masked, grid.patch))
-    if len(grid.patch) == 3:
-        restored = restore_cubes(predicted, true, images.shape[1])
-    else:
-        mean, deviation = patch_statistics(true)
-        restored = predicted * deviation + mean
-    filled = fill_masked(images, mask, grid, restored)
-    return Panel("reconstruction (patch statistics borrowed from the input)", filled)
+    alone = Mask(mask.masked, mask.visible, mask.num_patches)
+    kept = Mask(torch.cat([mask.visible, mask.masked], dim=1), mask.masked, mask.num_patches)
+    plain = together = predicted.float()
+    throws = kept.visible.shape[1] < mask.num_patches
+    unseen = "visible or thrown away" if throws else "visible"
+    notes = [
+        f"the model's own pixels; hatched: {unseen}, not predicted",
+        "prediction among the visible patches of the input",
+    ]
+    if standardised:
+        seen, true = (
+            target_statistics(
+                patch_values(gather_patches(images.float(), index, grid.patch)),
+                grid.patch,
+                images.shape[1],
+            )
+            for index in (mask.visible, mask.masked)
+        )
+        plain = with_statistics(plain, *(each.mean(dim=1, keepdim=True) for each in seen))
+        together = with_statistics(together, *true)
+        notes[0] = (
+            "all patches with one mean and contrast, the visible ones' average; "
+            f"hatched: {unseen}, not predicted"
+        )
+        notes[1] += (
+            "; mean and contrast of each patch borrowed from the input, unknown to the model"
+        )
+    if throws:
+        notes[1] += "; hatched: thrown away"
+    pictures = [
+        hide_masked(fill_masked(images, mask, grid, values), shown, grid)
+        for values, shown in ((plain, alone), (together, kept))
+    ]
+    borrowed = ", statistics borrowed" if standardised else ""
+    titles = ("plain reconstruction", f"reconstruction with visible patches{borrowed}")
+    return [
+        Panel(title, data, note=note)
+        for title, data, note in zip(titles, pictures, notes, strict=True)
+    ]
 
 
 def masked_panels(
     images: Float[Tensor, "B C *size"],
     mask: Mask,
     grid: Grid,
-    reconstruction: Panel | None,
+    reconstruction: Sequence[Panel],
     error: Float[Tensor, "B M"],
+    unit: str,
 ) -> list[Panel]:
     """What the encoder saw, the reconstruction, the error (B, M) of each masked patch."""
-    visible = Panel("visible", hide_masked(images, mask, grid))
-    errors = Panel("error", patch_map(error, grid, mask.masked), kind="heat")
-    return [visible, *([] if reconstruction is None else [reconstruction]), errors]
+    return [
+        visible_panel(images, mask, grid),
+        *reconstruction,
+        error_panel(error, grid, mask.masked, unit),
+    ]
+
+
+def visible_panel(
+    images: Float[Tensor, "B C *size"], mask: Mask, grid: Grid, title: str = "visible"
+) -> Panel:
+    """What the encoder saw."""
+    note = "all that the encoder sees; hatched: hidden"
+    return Panel(title, hide_masked(images, mask, grid), note=note)
+
+
+def error_panel(error: Float[Tensor, "B M"], grid: Grid, index: Tensor, unit: str) -> Panel:
+    """The loss (B, M) of patches at ``index``."""
+    heat = patch_map(error, grid, index)
+    missing = "; hatched: not predicted" if index.shape[1] < grid.num_patches else ""
+    return Panel("error", heat, kind="heat", note=f"{unit}{missing}")
+
+
+def pixel_unit(*, squared: bool = True, standardised: bool = False) -> str:
+    """What a number on a map of errors of pixels means."""
+    if standardised and squared:
+        return "mean squared error; a patch drawn flat would have 1"
+    of = "standardised patches" if standardised else "pixels in standard deviations of the data"
+    return f"mean {'squared' if squared else 'absolute'} error, {of}"
+
+
+DIRECTION_UNIT = "2 - 2 cos to the features that are the target; 0: met, 2: unlike"
+"""The same of the errors of `losses.direction_error`."""
 
 
 def two_parts(images: Float[Tensor, "B C H W"], step: int = 1) -> dict[str, Tensor]:
@@ -108,4 +170,7 @@ def roles_panel(mask: Mask, grid: Grid, title: str) -> Panel:
             1, _wide(index, colours), colour.to(index.device).expand(*index.shape, 3)
         )
     pictures = images_from_values(colours.repeat(1, 1, grid.values_per_patch(1)), grid, 3)
-    return Panel(f"{title}: masked orange, thrown grey, visible white", pictures, kind="colour")
+    note = "masked: predicted; thrown: neither seen nor predicted"
+    return Panel(
+        f"{title}: masked orange, thrown grey, visible white", pictures, kind="colour", note=note
+    )

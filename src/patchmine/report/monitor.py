@@ -123,7 +123,7 @@ class Monitor:
             return
         self.run.method.noise.begin(progress.step)
         self.run.method.eval()  # the loop goes back to training by itself
-        with torch.no_grad(), self.run.engine.autocast():
+        with torch.no_grad(), self.run.engine.autocast(), self.run.method.in_use():
             panels = self.run.method.panels(self._batch, progress)
         assert model.mean is not None
         assert model.std is not None

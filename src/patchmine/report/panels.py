@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ LEAST_SIDE, MOST_SIDE = 150, 512
 LEAST_FRAME_SIDE, MOST_FRAMES = 100, 8
 """Pixels of a frame's shorter side, and frames of a clip, on the contact sheet of clips."""
 
-_GAP, _MARGIN, _LABEL_WIDTH, _BAR = 14, 18, 150, 9
+_GAP, _MARGIN, _LABEL_WIDTH, _BAR = 14, 18, 190, 9
 _HATCH_LIGHT, _HATCH_DARK, _HATCH_PERIOD = 236, 176, 8
 
 # Dark blue over green to pale yellow: brightness rises all the way, which any colour vision and a
@@ -89,10 +90,13 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows of cells of one size, a title for each column, lines beside each row or none at all."""
+    """Rows of cells of one size, a title above each column and a note below it, lines beside each
+    row or none at all.
+    """
 
     rows: Sequence[Sequence[_Cell]]
     titles: Sequence[str]
+    notes: Sequence[str]
     labels: Sequence[Sequence[str]]
     size: tuple[int, int]
     legend: str
@@ -105,6 +109,7 @@ def _image_table(panels: Sequence[Panel], labels: Sequence[str]) -> _Table:
             for row in range(len(panels[0].data))
         ],
         titles=[panel.title for panel in panels],
+        notes=[panel.note for panel in panels],
         labels=[[label] for label in labels],
         size=_cell_size(panels, LEAST_SIDE),
         legend=_legend(panels, "each on its own scale"),
@@ -125,10 +130,13 @@ def _clip_table(panels: Sequence[Panel], labels: Sequence[str]) -> _Table:
             pairs = zip(frames, bars, strict=True)
             rows.append([_Cell(panel.kind, frame, span[clip], bar) for frame, bar in pairs])
             name = labels[clip] if labels else f"clip {clip + 1}"
-            row_labels.append([name, panel.title] if panel is panels[0] else [panel.title])
+            first = [name] if panel is panels[0] else []
+            noted = [panel.note] if panel.note else []
+            row_labels.append([*first, panel.title, *noted])
     return _Table(
         rows=rows,
         titles=[f"frame {moment + 1}" for moment in shown],
+        notes=[],
         labels=row_labels,
         size=_cell_size(panels, LEAST_FRAME_SIDE),
         legend=_legend(panels, "one scale for all of a clip"),
@@ -168,7 +176,8 @@ def _legend(panels: Sequence[Panel], scales: str) -> str:
     is_partial = any(bool(panel.data.isnan().any()) for panel in panels)
     has_maps = any(panel.kind == "heat" for panel in panels)
     missing = "Hatched: nothing there. " if is_partial else ""
-    return missing + (f"Maps: dark is low, light is high, {scales}." if has_maps else "")
+    maps = f"Maps: dark is low, light is high, {scales}; the numbers are its ends."
+    return missing + (maps if has_maps else "")
 
 
 # ---- from tensors to pixels ----
@@ -225,26 +234,33 @@ def _draw(table: _Table, mean: Numbers, std: Numbers) -> Image.Image:
     titles = [_TITLE.wrap(title, width) for title in table.titles]
     widths = [_NOTE.width(line) for lines in table.labels for line in lines]
     label_width = min(_LABEL_WIDTH, math.ceil(max(widths, default=0)))
+    labels = [
+        [part for line in lines for part in _NOTE.wrap(line, label_width)] for lines in table.labels
+    ]
     left = _MARGIN + (label_width + _GAP if widths else 0)
     lefts = [left + column * (width + _GAP) for column in range(len(titles) + 1)]
     tops = [_MARGIN + max(map(len, titles)) * _TITLE.line + 4]
-    for cells in table.rows:  # the last of the tops is where the rows end
+    for cells, lines in zip_longest(table.rows, labels, fillvalue=()):
         scale = _BAR + _NOTE.line + 4 if any(cell.has_bar for cell in cells) else 0
-        tops.append(tops[-1] + height + scale + _GAP)
+        tops.append(tops[-1] + max(height + scale, len(lines) * _NOTE.line) + _GAP)
+    below = tops.pop() - 4  # where the rows end
+    notes = [_NOTE.wrap(note, width) for note in table.notes]
+    end = below + max(map(len, notes), default=0) * _NOTE.line + (_GAP if any(table.notes) else 0)
     legend = _NOTE.wrap(table.legend, lefts[-1] - left - _GAP)
 
-    size = (lefts[-1] - _GAP + _MARGIN, tops[-1] + len(legend) * _NOTE.line)
+    size = (lefts[-1] - _GAP + _MARGIN, end + 4 + len(legend) * _NOTE.line)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
-    for top, lines in zip(tops, table.labels, strict=False):
-        parts = [part for line in lines for part in _NOTE.wrap(line, label_width)]
-        _NOTE.write(draw, (_MARGIN, top), parts)
+    for top, lines in zip(tops, labels, strict=False):
+        _NOTE.write(draw, (_MARGIN, top), lines)
     for x, lines in zip(lefts, titles, strict=False):
         _TITLE.write(draw, (x, tops[0] - 4 - len(lines) * _TITLE.line), lines)
     for y, cells in zip(tops, table.rows, strict=False):
         for x, cell in zip(lefts, cells, strict=False):
             _place(sheet, draw, cell, (x, y), table.size, mean, std)
-    _NOTE.write(draw, (left, tops[-1] - 4), legend)
+    for x, lines in zip(lefts, notes, strict=False):
+        _NOTE.write(draw, (x, below), lines)
+    _NOTE.write(draw, (left, end), legend)
     return sheet
 
 
