@@ -9,6 +9,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,3 +256,31 @@ def test_every_recipe_and_method_has_its_place() -> None:
     assert not [name for name in recipe_names() if f"`{name}`" not in text], (
         "docs/recipes.md lists all recipes"
     )
+
+
+@cache
+def source_texts() -> str:
+    """Every text in the sources, one a line, with a line's end where a value is put in."""
+    texts = []
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            constants = (each.value if isinstance(each, ast.Constant) else "" for each in parts)
+            texts += [text for text in constants if isinstance(text, str)]
+    return "\n".join(texts)
+
+
+def quoted_messages() -> list[str]:
+    """The messages that the page of symptoms quotes, in blocks and in the table of refusals."""
+    page = ROOT / "docs" / "troubleshooting.md"
+    blocked = [block.text for block in blocks("text") if block.page == page]
+    refusals = page.read_text(encoding="utf-8").split("\n## ")[1]
+    assert refusals.startswith("The run is refused")
+    return [*"".join(blocked).splitlines(), *re.findall(r"^\| `([^`]+)`", refusals, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_messages_are_in_the_sources(message: str) -> None:
+    texts = source_texts()
+    for part in message.split("..."):
+        assert part.strip(" ,;:()?") in texts, f"no message says {part!r}"

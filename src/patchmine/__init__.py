@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from patchmine.api import detect as detect
     from patchmine.api import finetune as finetune
     from patchmine.api import import_weights as import_weights
-    from patchmine.api import load_encoder as load_encoder
+    from patchmine.api import plan as plan
     from patchmine.api import pretrain as pretrain
     from patchmine.api import resume as resume
     from patchmine.api import segment as segment
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from patchmine.report.page import write_report as write_report
     from patchmine.report.show import show as show
     from patchmine.runs.exporting import export_run as export_run
+    from patchmine.runs.opening import load_encoder as load_encoder
     from patchmine.task import Method as Method
     from patchmine.task import Task as Task
     from patchmine.types import Batch as Batch
@@ -63,7 +64,7 @@ _HOMES = {
         "detect",
         "finetune",
         "import_weights",
-        "load_encoder",
+        "plan",
         "pretrain",
         "resume",
         "segment",
@@ -84,6 +85,7 @@ _HOMES = {
     "report.page": ("write_report",),
     "report.show": ("show",),
     "runs.exporting": ("export_run",),
+    "runs.opening": ("load_encoder",),
     "task": ("Method", "Task"),
     "types": ("Batch", "Grid", "Losses", "Mask", "Panel", "ParamGroup", "Progress", "Sample"),
 }

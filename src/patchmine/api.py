@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from patchmine import training
-from patchmine.backbones.family import Encoder
 from patchmine.config.explain import validate
 from patchmine.config.keywords import (
     DetectRunSettings,
@@ -17,9 +16,8 @@ from patchmine.config.keywords import (
     RunningSettings,
     RunSettings,
     SegmentRunSettings,
-    Size,
 )
-from patchmine.config.resolve import from_settings, of_kind, start_of
+from patchmine.config.resolve import Checks, from_settings, of_kind, start_of
 from patchmine.config.schema import (
     AnyConfig,
     DetectConfig,
@@ -29,11 +27,11 @@ from patchmine.config.schema import (
 )
 from patchmine.errors import Say
 from patchmine.report.used_run import UsedRun
-from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, checks_of
-from patchmine.runs.folder import open_encoder
+from patchmine.runs.checking import CHECKS, CLASSIFIER_CHECKS, PLAN_CHECKS, checks_of
 from patchmine.runs.settings import ImportSettings
 from patchmine.runs.transfer import import_file
 from patchmine.tasks.settings import ShareSettings
+from patchmine.training import planning
 from patchmine.training.extending import settings_of_extension
 from patchmine.training.shares import configs_of_starts
 from patchmine.training.starting import settings_for, settings_of_start
@@ -106,12 +104,50 @@ def pretrain(
     """
     given: dict[str, Any] = dict(settings)
     sources = _named(given, data)
+    config = _pretraining(recipe, given, say, CHECKS)
+    return Run(training.pretrain(config, sources=sources, say=say).path)
+
+
+def plan(
+    *,
+    data: Any = None,
+    recipe: Name | None = None,
+    say: Say = print,
+    **settings: Unpack[RunSettings],
+) -> str:
+    """Say what `pretrain` would take with these settings, from a few steps that are thrown away.
+
+    Example:
+        ``print(plan(recipe="my-images", data="photos/", method="hpm"))``
+
+    Args:
+        data: as `pretrain` takes it.
+        recipe: name or file of settings to start from.
+        say: hears what a person should know.
+        **settings: those of `pretrain`; ``out`` may be left out.
+
+    Returns:
+        Lines on images, model, length, time, memory and disk, and on what fits into an hour or a
+        night.
+
+    Raises:
+        UserError: settings or data are wrong; the message lists every error.
+    """
+    given: dict[str, Any] = dict(settings)
+    sources = _named(given, data)
+    config = _pretraining(recipe, given, say, PLAN_CHECKS)
+    return planning.plan(config, sources=sources, say=say)
+
+
+def _pretraining(
+    recipe: Name | None, given: dict[str, Any], say: Say, also: Checks
+) -> PretrainConfig:
+    """The settings of a pre-training run, whose network may be that of what it goes on from."""
     start_from = None if recipe is None else os.fspath(recipe)
     begins = start_of(start_from, given)
     base = {} if begins is None else settings_for("pretrain", begins)
-    config = from_settings(start_from, say=say, also=CHECKS, base=base, **given)
-    config = of_kind(config, PretrainConfig)
-    return Run(training.pretrain(config, sources=sources, say=say).path)
+    config = from_settings(start_from, say=say, also=also, base=base, **given)
+    return of_kind(config, PretrainConfig)
 
 
 def finetune(
@@ -347,46 +383,3 @@ def import_weights(file: Name, out: Name, *, say: Say = print, **settings: Any) 
     values = {"file": file, "out": out, **settings}
     given = validate(ImportSettings, values, where="the settings of import_weights")
     return Run(import_file(**dict(given), say=say).path)
-
-
-def load_encoder(
-    path: Name,
-    model: str | None = None,
-    image_size: Size | None = None,
-    *,
-    source_size: Size | None = None,
-    num_heads: int | None = None,
-    weights: Literal["auto", "student", "raw", "teacher", "ema"] = "auto",
-    prefix: str | None = None,
-) -> Encoder:
-    """The encoder of a run, an export or a weights file, in eval mode.
-
-    Args:
-        path: the folder of a run or export, a folder of timm or transformers, or a .safetensors,
-            .pth, .pt or .bin file with the names of timm, MAE, HPM, VideoMAE, DINO, transformers,
-            mmpretrain or torchvision.
-        model: timm's name, where neither the tensors nor a config.json tell it.
-        image_size: the size that it is wanted at, in pixels, one number or (height, width);
-            positions are resampled from the grid that they were trained at.  None: that one.
-        source_size: the size that a file was trained at, where nothing tells it.
-        num_heads: attention heads, where the width is an unusual one and nothing tells them.
-        weights: the trained network (student, raw) or its average (teacher, ema), where there are
-            both.
-        prefix: of the encoder's names, where a file holds several encoders.
-
-    Returns:
-        A ``VisionTransformer``, ``Beit`` or ``ResNet`` of timm's, or a `VideoTransformer`, without
-        classifier: images (B, C, H, W), or clips (B, C, T, H, W), to features.
-
-    Raises:
-        UserError: there is no encoder, or it does not fit.
-    """
-    return open_encoder(
-        path,
-        model,
-        image_size,
-        which=weights,
-        source_size=source_size,
-        num_heads=num_heads,
-        prefix=prefix,
-    )

@@ -68,6 +68,7 @@ def test_a_sample_is_spread_over_the_source(image_folder: Path) -> None:
     assert inspect(source, sample=3, full=True).read == 36
     assert "36 in" in render(report)
     assert "3 of them read" in render(report)
+    assert str(report) == render(report)
 
 
 def test_a_file_that_is_gone_is_broken(mixed: Path) -> None:

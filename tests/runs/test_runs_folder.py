@@ -16,8 +16,9 @@ from patchmine.config.resolve import parse
 from patchmine.config.schema import PretrainConfig
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.runs.folder import RunFolder, build_method, open_encoder, write_export
+from patchmine.runs.folder import RunFolder, build_method, write_export
 from patchmine.runs.known import is_run
+from patchmine.runs.opening import load_encoder
 from patchmine.task import Method
 from patchmine.train import checkpoint
 
@@ -205,7 +206,7 @@ def test_a_resnets_export_starts_another_run(tmp_path: Path, stem: bool) -> None
     method = build_method(config)
     method.encoder.train()(torch.randn(4, 3, 32, 32))
     write_export(config, method.encoder, tmp_path / "export")
-    assert same(open_encoder(tmp_path / "export"), method.encoder)
+    assert same(load_encoder(tmp_path / "export"), method.encoder)
     assert same(build_method(config, start_from=str(tmp_path / "export")).encoder, method.encoder)
     other = parse(None, [*words, f"model_args.cifar_stem={not stem}"])
     with pytest.raises(UserError, match=r"init=.*conv1.weight has shape"):
@@ -216,7 +217,7 @@ def test_the_public_names_open_runs(tmp_path: Path) -> None:
     _, built = make_run(tmp_path)
     assert isinstance(patchmine.Run(tmp_path), RunFolder)
     assert same(patchmine.load_encoder(tmp_path), built.encoder)
-    assert same(open_encoder(tmp_path), built.encoder)
+    assert same(load_encoder(tmp_path), built.encoder)
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
         _ = patchmine.pretrian  # type: ignore[attr-defined]
 

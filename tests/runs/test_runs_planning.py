@@ -8,6 +8,7 @@ import pytest
 import yaml
 from small_runs import SMALL
 
+import patchmine
 from patchmine.config.describe import marked
 from patchmine.config.resolve import parse
 from patchmine.training import planning
@@ -47,6 +48,21 @@ def test_a_plan_says_what_a_run_takes_and_what_fits(
     assert "1.5 million parameters" in lines["model"]
     within = patchmine_says("plan", f"data={image_folder}", *WORDS, "budget=20m")
     assert " 600 steps (" in within
+
+
+def test_a_plan_from_python_is_that_of_the_command(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "measure_pace", lambda *_: PACE)
+    settings = dict(word.split("=", 1) for word in [*WORDS, "steps=450"])
+    told = patchmine.plan(
+        data=image_folder,
+        say=lambda text: None,
+        **{k: yaml.safe_load(v) for k, v in settings.items()},
+    )
+    assert told == call("plan", f"data={image_folder}", *WORDS, "steps=450").stdout.rstrip("\n")
+    with pytest.raises(patchmine.UserError, match="no such file or folder"):
+        patchmine.plan(data="nowhere")
 
 
 def test_a_plan_really_times_and_leaves_nothing(

@@ -17,7 +17,6 @@ from patchmine.backbones.classifier import Classifier, Head
 from patchmine.backbones.export import Preprocessing, export_encoder, is_export
 from patchmine.backbones.family import Encoder, build_encoder, family_of
 from patchmine.backbones.loading import LoadReport
-from patchmine.backbones.naming import Weights
 from patchmine.config.schema import (
     AnyConfig,
     DetectConfig,
@@ -354,42 +353,3 @@ def write_export(
 ) -> Path:
     """`export_encoder` of an encoder that saw images as the run prepared them."""
     return export_encoder(encoder, folder, preprocessing_of(config, encoder), head, check=check)
-
-
-def open_encoder(
-    path: str | PathLike[str],
-    model: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    *,
-    which: Weights = "auto",
-    source_size: int | tuple[int, int] | None = None,
-    num_heads: int | None = None,
-    prefix: str | None = None,
-) -> Encoder:
-    """The encoder of a run folder, an export folder or a weights file, on the CPU, in eval mode.
-
-    Arguments and errors are those of `patchmine.load_encoder`, whose ``weights`` is ``which``.
-    """
-    size = weights.as_size(image_size, "image_size")
-    if not is_run(path):
-        encoder = weights.load_encoder(
-            Path(path),
-            model=model,
-            image_size=size,
-            source_size=weights.as_size(source_size, "source_size"),
-            num_heads=num_heads,
-            weights=which,
-            prefix=prefix,
-        )
-        return encoder.eval()
-    given = dict(model=model, source_size=source_size, num_heads=num_heads, prefix=prefix)
-    for name, value in given.items():
-        if value is not None:
-            raise UserError(
-                f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: "
-                "leave it out"
-            )
-    encoder = RunFolder(path).encoder("teacher" if which in ("teacher", "ema") else "student")
-    if size is not None:
-        filling.resize_encoder(encoder, size)
-    return encoder

@@ -57,6 +57,10 @@ class InspectReport:
     command: str = ""
     listed: tuple[str, int] | None = None
 
+    def __str__(self) -> str:
+        """The text that `patchmine data inspect` prints."""
+        return render(self)
+
 
 def render(report: InspectReport, *, width: int = 110) -> str:
     """The report as text for a terminal of ``width`` columns."""
