@@ -179,7 +179,7 @@ def only_reading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     )
     extending = importlib.import_module("patchmine.training.extending")
     extended = {"kind": "pretrain", "data": "photos"}
-    monkeypatch.setattr(extending, "settings_of_extension", lambda path: extended)
+    monkeypatch.setattr(extending, "settings_of_extension", lambda path, timed: extended)
     known = importlib.import_module("patchmine.runs.known")
     settings = patchmine.PretrainConfig(data="photos")
     monkeypatch.setattr(known, "settings_of_run", lambda path: settings)

@@ -60,8 +60,8 @@ class Run(UsedRun):
             out: the new folder.
             data: other data, as `pretrain` and `finetune` take them; None: the run's own.
             say: hears what a person should know, what became of the optimizer's state among it.
-            **settings: ``epochs`` or ``steps`` of the new schedule, and those of `patchmine config
-                schema` that are not to be this run's.
+            **settings: ``epochs`` or ``steps`` of the new schedule, or the ``budget`` of time that
+                chooses them, and those of `patchmine config schema` that are not to be this run's.
 
         Returns:
             The finished run.
@@ -71,7 +71,7 @@ class Run(UsedRun):
         """
         given = {"out": out, **settings}
         sources = _named(given, data)
-        base = settings_of_extension(self.path)
+        base = settings_of_extension(self.path, timed="budget" in settings)
         config = from_settings(say=say, also=checks_of(base["kind"]), base=base, **given)
         return Run(training.extend(config, self.path, sources=sources, say=say).path)
 

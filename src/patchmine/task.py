@@ -204,6 +204,14 @@ class Method(Task):
                 uncropped; ``Batch.index`` says which items they are, broken ones are missing.
         """
 
+    def whole_epochs(self, progress: Progress) -> Collection[int]:
+        """The epochs of a run before which `begin_epoch` iterates over ``plain_data``.
+
+        Args:
+            progress: of that run, whichever.
+        """
+        return ()
+
     def difficulty(self, images: Tensor) -> Tensor | None:
         """How hard the method finds each image (B,), the same whatever the batch, or None.
 

@@ -94,7 +94,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
     )
     monkeypatch.setattr("patchmine.cli.teach._print_table", lambda result: None)
     monkeypatch.setattr(  # nor the runs
-        "patchmine.training.extending.settings_of_extension", lambda path: extended
+        "patchmine.training.extending.settings_of_extension", lambda path, timed: extended
     )
     monkeypatch.setattr(
         "patchmine.runs.known.settings_of_run", lambda path: PretrainConfig(data="photos")

@@ -27,7 +27,7 @@ from patchmine.data.sources.source import open_source
 from patchmine.errors import UserError
 from patchmine.methods.amt import probe
 from patchmine.runs.folder import RunFolder
-from patchmine.training.pretraining import PlainData
+from patchmine.training.whole import PlainData
 from patchmine.types import Batch, Progress
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
@@ -240,7 +240,7 @@ def test_iterable_datasets_have_no_numbers(tmp_path: Path) -> None:
 def test_a_long_pass_says_how_far_it_is(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("patchmine.training.pretraining.PASS_SECONDS", -1.0)
+    monkeypatch.setattr("patchmine.training.whole.PASS_SECONDS", -1.0)
     engine: Any = SimpleNamespace(local_size=1, rank=0, world_size=2, device=torch.device("cpu"))
     said: list[str] = []
     list(PlainData(config_for(image_folder), open_source(image_folder), engine, said.append))

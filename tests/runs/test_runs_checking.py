@@ -12,8 +12,9 @@ import torch
 from click.testing import CliRunner
 
 from patchmine.cli.app import app
+from patchmine.config.missing import missing_files
 from patchmine.config.recipes import list_recipes
-from patchmine.config.resolve import fit_batch, from_settings, missing_files, parse, resolve_size
+from patchmine.config.resolve import fit_batch, from_settings, parse, resolve_size
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
 from patchmine.runs.checking import checks_of, misfits

@@ -11,7 +11,8 @@ from small_runs import SMALL
 import patchmine
 from patchmine.config.describe import marked
 from patchmine.config.resolve import parse
-from patchmine.training import planning
+from patchmine.strict import seconds_in
+from patchmine.training import budget, planning
 from patchmine.training.pace import Pace
 from spoken import call, patchmine_says
 
@@ -35,6 +36,7 @@ def test_a_plan_says_what_a_run_takes_and_what_fits(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "measure_pace", lambda *_: PACE)
+    monkeypatch.setattr(budget, "seconds_left", lambda config, _: seconds_in(config.budget))
     result = call("plan", f"data={image_folder}", *WORDS, "steps=450", "checkpoint_every=200")
     assert result.exit_code == 0, result.output
     lines = {line[:12].strip(): line[12:] for line in result.stdout.splitlines()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from patchmine.cli.commands import COMMANDS, first_and_settings, named
@@ -34,12 +35,13 @@ def pretrain(words: Sequence[str], say: Say) -> None:
     from patchmine.config.schema import PretrainConfig
     from patchmine.runs import checking
 
+    began = perf_counter()  # before torch is imported, which a budget counts too
     recipe, settings = first_and_settings(words)
     base = _of_start(recipe, settings, say, also=checking.CHECKS[:1])
     config = resolve.parse(recipe, settings, say, also=checking.CHECKS, base=base)
     from patchmine.training import pretrain as start  # after the settings are known to be right
 
-    start(resolve.of_kind(config, PretrainConfig), say=say)
+    start(resolve.of_kind(config, PretrainConfig), say=say, began=began)
 
 
 def plan(words: Sequence[str], say: Say) -> None:
@@ -106,14 +108,17 @@ def extend(words: Sequence[str], say: Say) -> None:
     """Train longer: a new run from another one's weights.
 
     The new run starts from all that RUN knows: every weight of its method or classifier, and the
-    optimizer's state.  epochs (or steps) is how much longer: the schedule starts anew, with its
-    warm-up, at step 0.  All other settings are RUN's, but for what you give; data may be other
-    images.  A pre-training run takes the next seed, so that it sees new crops and masks.
+    optimizer's state.  epochs (or steps, or a budget of time) is how much longer: the schedule
+    starts anew, with its warm-up, at step 0.  All other settings are RUN's, but for what you give;
+    data may be other images.  A pre-training run takes the next seed, so that it sees new crops and
+    masks.
 
     Example:
         patchmine extend runs/hpm epochs=400 out=runs/hpm-longer
+        patchmine extend runs/hpm budget=30m out=runs/hpm-longer
         patchmine extend runs/hpm epochs=50 data=more/ blr=5e-5 warmup_epochs=2 out=runs/more
     """
+    began = perf_counter()
     run, settings = first_and_settings(words)
     if run is None:
         raise UserError(
@@ -124,14 +129,15 @@ def extend(words: Sequence[str], say: Say) -> None:
     from patchmine.runs.checking import checks_of
     from patchmine.runs.known import settings_of_run, settings_to_extend, tell_errors
 
-    base = settings_to_extend(settings_of_run(run), run)
+    timed = any(word.startswith("budget=") for word in settings)
+    base = settings_to_extend(settings_of_run(run), run, timed=timed)
     checks = checks_of(base["kind"])
     tell_errors(lambda hears: resolve.parse(None, settings, hears, also=checks[:1], base=base), say)
     from patchmine.training import extending  # after the words are known to be right
 
-    base = extending.settings_of_extension(run)
+    base = extending.settings_of_extension(run, timed=timed)
     config = resolve.parse(None, settings, say, also=checks, base=base)
-    extending.extend(config, run, say=say)
+    extending.extend(config, run, say=say, began=began)
 
 
 def show(settings: ShowSettings) -> Path:
@@ -272,6 +278,7 @@ def config_show(words: Sequence[str], say: Say) -> None:
     """
     from patchmine.config import resolve
     from patchmine.config.describe import marked
+    from patchmine.config.missing import missing_files
     from patchmine.config.recipes import load_recipe
     from patchmine.config.schema import PretrainConfig
 
@@ -282,7 +289,7 @@ def config_show(words: Sequence[str], say: Say) -> None:
     base = _of_start(recipe, settings, say)
     config = resolve.parse(recipe, settings, say, base=base)
     waits = config.by_size or config.mean is None
-    if isinstance(config, PretrainConfig) and waits and not resolve.missing_files(config):
+    if isinstance(config, PretrainConfig) and waits and not missing_files(config):
         from patchmine.training import planning
 
         if config.data != "IMAGES":

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from patchmine.backbones.names import reads_clips
-from patchmine.config.explain import nearest, refusal, shown, validate
+from patchmine.config.explain import refusal, shown, validate
 from patchmine.config.overrides import exists, merge, read_settings, repeated, tree_of
 from patchmine.config.recipes import Recipe, recipe_for
+from patchmine.config.rows import rows_beside
 from patchmine.config.schema import (
     KINDS,
     AnyConfig,
@@ -19,6 +20,7 @@ from patchmine.config.schema import (
     PretrainConfig,
     RunConfig,
     SegmentConfig,
+    SizeRow,
     names_of,
 )
 from patchmine.errors import Say, UserError, shown_name, silent
@@ -126,7 +128,9 @@ def _assemble(
     config = _checked(settings, where, "batch_size" in own, [*errors, *torn], say, also)
     for row in config.by_size:
         text = f"{where} for data sets up to {row.up_to or 'any'} images"
-        _with_row(config, row.use, text, silent, also)
+        sized = _with_row(config, row.use, text, silent, also)
+        if getattr(config, "budget", None) is not None:
+            with_smaller(sized, row, f"{text}, smaller", also)
     shortened = "epochs" in wanted or "warmup_epochs" not in settings
     return _fit_warmup(config, shortened and "warmup_epochs" not in wanted, say)
 
@@ -217,10 +221,7 @@ def _settings_of(recipe: Recipe, wanted: Mapping[str, Any], say: Say) -> dict[st
     if _model_of({**settings, **wanted}) is PretrainConfig:
         settings = _for_method(recipe, wanted.get("method"), say)
     if recipe.by_size:
-        settings["by_size"] = [
-            {**row, "use": _minus(use, wanted) if isinstance(use, Mapping) else use}
-            for row, use in ((row, row.get("use", {})) for row in recipe.by_size)
-        ]
+        settings["by_size"] = rows_beside(wanted, recipe.by_size, _method_in(settings))
     if "model" in wanted and wanted["model"] != settings.get("model"):
         settings.pop("model", None)
         if arguments := settings.pop("model_args", None):
@@ -248,20 +249,6 @@ def _for_method(recipe: Recipe, method: Any, say: Say) -> dict[str, Any]:
     return settings
 
 
-def _minus(use: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row still decides beside the user's choices."""
-    # A chosen model does not take another's arguments
-    void = {"model_args"} if "model" in wanted else set()
-    kept: dict[str, Any] = {}
-    for key, value in use.items():
-        chosen = wanted.get(key)
-        if isinstance(value, Mapping) and isinstance(chosen, Mapping):
-            kept[key] = _minus(value, chosen)
-        elif key not in wanted and key not in void:
-            kept[key] = value
-    return kept
-
-
 def _fit_warmup(config: Config, may_shorten: bool, say: Say) -> Config:
     """A warm-up that nobody asked for must not outlast a run that somebody shortened."""
     warmup, epochs = config.warmup_epochs, config.epochs
@@ -278,18 +265,31 @@ def _fit_warmup(config: Config, may_shorten: bool, say: Say) -> Config:
     return config
 
 
-def resolve_size(config: Config, num_images: int, say: Say = silent, on: str = "cuda") -> Config:
-    """The settings for ``num_images`` on a kind of device, where the recipe lets these decide."""
-    if not config.by_size:
-        return config
+def row_of(config: RunConfig, num_images: int, on: str = "cuda") -> SizeRow | None:
+    """The row of ``by_size`` for so many images on a kind of device.
+
+    Returns:
+        The first that fits; None where there are no rows at all.
+
+    Raises:
+        UserError: none of them fits.
+    """
     here = [row for row in config.by_size if row.device in (None, on)]
     fitting = [row for row in here if row.up_to is None or num_images <= row.up_to]
-    if not fitting:
+    if config.by_size and not fitting:
         remedy = "end it with a row 'up_to: null'"
         raise UserError(f"by_size has no row for {num_images:,} images: {remedy}")
-    use = fitting[0].use
+    return fitting[0] if fitting else None
+
+
+def resolve_size(config: Config, num_images: int, say: Say = silent, on: str = "cuda") -> Config:
+    """The settings for ``num_images`` on a kind of device, where the recipe lets these decide."""
+    row = row_of(config, num_images, on)
+    if row is None:
+        return config
+    use = row.use
     chosen = ", ".join(f"{key}={shown(value)}" for key, value in use.items())
-    where = f" with device={on}" if fitting[0].device else ""
+    where = f" with device={on}" if row.device else ""
     say(f"{num_images:,} images{where}: {chosen or 'nothing to choose'}.")
     sized = _with_row(config, use, f"the settings for {num_images:,} images", say)
     # A row no longer holds what the user set: where it has no warm-up, that is the user's.
@@ -302,6 +302,11 @@ def _with_row(
     settings = merge(config.model_dump(exclude={"by_size"}), use)
     chosen = "batch_size" not in use and "batch_size" in config.model_fields_set
     return of_kind(_checked(settings, where, chosen, say=say, also=also), type(config))
+
+
+def with_smaller(config: Config, row: SizeRow, where: str, also: Checks = ()) -> list[Config]:
+    """Settings that a row was used for, with each of its smaller ones."""
+    return [_with_row(config, smaller, where, silent, also) for smaller in row.smaller]
 
 
 def _shared_out(settings: Mapping[str, Any], model: type[RunConfig], say: Say) -> dict[str, Any]:
@@ -344,32 +349,6 @@ def fit_batch(config: Config, samples: int, items: str, say: Say = silent) -> Co
         raise UserError(f"{told}: set batch_size={fitting} or lower")
     say(f"{told}: it is lowered to {fitting}.")
     return config.model_copy(update={"batch_size": fitting})
-
-
-def missing_files(config: RunConfig) -> list[SettingError]:
-    """Files that the settings name and that are not there, for `parse`: it needs no torch."""
-    found = []
-    settings = ("data", "eval_data", "eval_test", "monitor_data", "labels", "annotations")
-    for setting in (*settings, "val", "test"):
-        given = getattr(config, setting, None)
-        for name in given if isinstance(given, list) else [given]:
-            # A pattern or a scheme such as embedded:photos only opening can judge
-            if name is not None and not exists(name) and not set(name) & set("*?[{:"):
-                text = f"there is no such file or folder{_neighbour(name)}"
-                found.append(SettingError(setting, f"given '{shown_name(name)}'; {text}"))
-    if config.init is not None and not exists(config.init):
-        text = "there is no such run, export or file"
-        found.append(SettingError("init", f"given '{shown_name(config.init)}'; {text}"))
-    return found
-
-
-def _neighbour(name: str) -> str:
-    """What lies beside a missing file under a similar name, or what may be given."""
-    path = Path(name)
-    beside = [other.name for other in path.parent.iterdir()] if exists(str(path.parent)) else []
-    if near := nearest(path.name, beside, 1):
-        return f"; did you mean {shown_name(path.parent / near[0])}?"
-    return ": give a folder, a list file, tar shards or embedded:photos"
 
 
 def results_of(config: RunConfig) -> dict[str, Any]:

@@ -38,12 +38,22 @@ from patchmine.train.settings import TrainSettings, fitting_counts
 class SizeRow(Strict):
     """Settings that a recipe uses for data sets of at most ``up_to`` images (null: of any size).
 
-    ``device``: only where a run is computed on such a one; null: on any.
+    ``device``: only where a run is computed on such a one; null: on any.  ``smaller``: settings
+    beside these for a ``budget`` in which each image would be seen in fewer than ``min_epochs``;
+    the first that is quick enough is taken, else the quickest.
     """
 
     up_to: Positive | None
     device: Literal["cpu", "cuda"] | None = None
     use: dict[str, Any]
+    min_epochs: Positive | None = None
+    smaller: list[dict[str, Any]] = Field([])
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Smaller settings for no known reason."""
+        if self.smaller and self.min_epochs is None:
+            text = "not given; smaller needs it, the epochs below which it is tried, as in 100"
+            yield SettingError("min_epochs", text)
 
 
 class RunConfig(TrainSettings, ModelSettings, DataSettings):
@@ -96,7 +106,9 @@ class PretrainConfig(EvalSettings, AdaptSettings, RunConfig, ViewSettings):
         "mae", validate_default=True, description="the method's name and its own settings"
     )
     budget: Span | None = Field(
-        None, description="time that a new run may take, as in 30s, 10m or 2h; chooses steps"
+        None,
+        description="time that a new run may take, as in 30s, 10m or 2h; chooses steps, and in "
+        "my-images on a CPU the size",
     )
 
     def setting_errors(self) -> Iterator[SettingError]:

@@ -8,7 +8,7 @@ guijiejie/AMT; each names its file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from typing import NamedTuple, cast
 
@@ -181,9 +181,7 @@ class AMT(Method):
 
     def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
         """Every few epochs, renew the maps of all whole images with the encoder as it is now."""
-        start = _epochs(self.config.start_epoch, 41, math.ceil, progress)
-        every = _epochs(self.config.refresh_every, 40, round, progress)
-        if self.maps is None or progress.epoch < start or (progress.epoch - start) % every:
+        if self.maps is None or progress.epoch not in self.whole_epochs(progress):
             return
         training = self.encoder.training
         self.encoder.eval()
@@ -194,6 +192,13 @@ class AMT(Method):
                 (batch.index, probe(self.encoder, batch.views[0])) for batch in plain_data
             )
         self.encoder.train(training)
+
+    def whole_epochs(self, progress: Progress) -> Collection[int]:
+        if self.maps is None:
+            return ()
+        start = _epochs(self.config.start_epoch, 41, math.ceil, progress)
+        every = _epochs(self.config.refresh_every, 40, round, progress)
+        return range(start, progress.total_epochs, every)
 
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:

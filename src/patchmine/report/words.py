@@ -107,6 +107,11 @@ def points(value: float) -> str:
     return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
+def gib(size: int) -> str:
+    """Bytes of memory or disk."""
+    return f"{size / 2**30:.2f} GiB"
+
+
 def duration(seconds: float) -> str:
     """3 h 05 min · 12 min 30 s · 45 s."""
     if not math.isfinite(seconds):

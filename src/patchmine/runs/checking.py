@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from patchmine.backbones.names import reads_clips
-from patchmine.config.resolve import Checks, missing_files
+from patchmine.config.missing import missing_files
+from patchmine.config.resolve import Checks
 from patchmine.config.schema import (
     DetectConfig,
     FinetuneConfig,

@@ -92,19 +92,24 @@ def settings_to_resume(path: str | PathLike[str], overrides: Sequence[str], say:
     return config
 
 
-def settings_to_extend(config: AnyConfig, path: str | PathLike[str]) -> dict[str, Any]:
+def settings_to_extend(
+    config: AnyConfig, path: str | PathLike[str], *, timed: bool = False
+) -> dict[str, Any]:
     """The settings of a run that goes on from another: all of its own but folder and length.
+
+    ``timed``: a budget chooses its length, of which the warm-up keeps the share that it has now.
 
     A pre-training run has another seed, so that order, crops and masks are not those of the first
     epochs once more; that of a fine-tuned run also draws its share of the labels, and stays.
     ``init`` names the run, which stands in ``path``.
     """
-    own = {"out", "resume", "steps", "by_size", *_OF_THE_DATA}
+    own = {"out", "resume", "by_size", *_OF_THE_DATA}
     settings = config.model_dump(mode="json", exclude=own)
     if isinstance(config, PretrainConfig):
         settings["seed"] = config.seed + 1
         settings["freeze_encoder"] = 0.0  # the decoder has learned by now
-    return {**settings, "epochs": None, "init": str(Path(path))}
+    length = {} if timed else {"epochs": None, "steps": None}
+    return {**settings, **length, "init": str(Path(path))}
 
 
 def prepared_as(config: AnyConfig) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from patchmine.types import Batch, Progress
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient, after which training stops
 _TOLD, _PICTURED = "125", "13"  # first digits of the steps with numbers and with pictures
+_PACED = 5  # steps after which the pace is told, one of those with numbers
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Hooks:
     Args:
         on_start: in every process, before the first step of a run, with step 0; not where it goes
             on from a later one.
+        on_pace: in every process, once in a run, after its first steps, with the seconds of one.
         before_epoch: in every process, with the step that comes.
         on_epoch: in every process, after each epoch and after the last step, with the count of
             finished steps; returns the scores of an evaluation, alike everywhere, or nothing.
@@ -49,6 +51,7 @@ class Hooks:
     """
 
     on_start: Callable[[Progress], None] = lambda now: None
+    on_pace: Callable[[Progress, float], None] = lambda done, seconds: None
     before_epoch: Callable[[Progress], None] = lambda now: None
     on_epoch: Callable[[Progress], Mapping[str, float] | None] = lambda done: None
     on_sample: Callable[[Progress], None] = lambda done: None
@@ -167,7 +170,7 @@ def train(
             if step % per_epoch == 0:
                 hooks.before_epoch(now)
             stepper.make(now, batches)
-            _tell(stepper, done, done.step - first, keeper, log)
+            _tell(stepper, done, done.step - first, keeper, log, hooks)
             asked = _look(stepper, done, stop, keeper, hooks)
             if asked and done.step < total:
                 engine.barrier()  # the checkpoint is written before any process ends
@@ -195,14 +198,18 @@ def _begin(stepper: Stepper, keeper: Keeper, hooks: Hooks, length: Progress) -> 
     return 0
 
 
-def _tell(stepper: Stepper, done: Progress, made: int, keeper: Keeper, log: Log) -> None:
+def _tell(
+    stepper: Stepper, done: Progress, made: int, keeper: Keeper, log: Log, hooks: Hooks
+) -> None:
     """What is known after a step, of which this process has ``made`` so many."""
-    settings = stepper.settings
+    settings, pace = stepper.settings, math.nan
     if _due(done, settings.log_every):
-        _report(stepper, done, log, keeper.folder)
+        pace = _report(stepper, done, log, keeper.folder)
     elif _is_spaced(made, _TOLD):
-        _glance(stepper, done, log)
+        pace = _glance(stepper, done, log)
     log.advance(done.step)
+    if made == done.step == _PACED < done.total_steps:
+        hooks.on_pace(done, pace)
     first_checkpoint = min(save_every(settings, done), done.total_steps)
     if made == done.step == 2 < first_checkpoint:
         log.say_first_checkpoint(done.step, first_checkpoint)
@@ -248,6 +255,11 @@ def save_every(settings: SavingSettings, length: Progress) -> int:
     # Once an epoch, but epochs of a few steps do not deserve a file each.
     fewest = min(100, length.total_steps)
     return settings.checkpoint_every or max(length.steps_per_epoch, fewest)
+
+
+def num_kept(settings: SavingSettings, length: Progress) -> int:
+    """How many checkpoints a run of this length leaves."""
+    return min(settings.keep_checkpoints, -(-length.total_steps // save_every(settings, length)))
 
 
 def restore(
@@ -301,18 +313,23 @@ def _say_skipped(skipped: int, stepper: Stepper, total: int, log: Log) -> None:
         )
 
 
-def _glance(stepper: Stepper, done: Progress, log: Log) -> None:
-    """Show the numbers within an interval, which goes on."""
+def _glance(stepper: Stepper, done: Progress, log: Log) -> float:
+    """Show the numbers within an interval, which goes on; gives the seconds of a step."""
     means = stepper.meter.glance(stepper.engine.mean)
-    log.show(_line(stepper, done, means, *stepper.watch.glance()))
+    steps, seconds, waited = stepper.watch.glance()
+    log.show(_line(stepper, done, means, steps, seconds, waited))
+    return seconds / steps
 
 
-def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:
-    """Read the interval's numbers, write them, and stop a run that has gone astray."""
+def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> float:
+    """Read the interval's numbers, write them, and stop a run that has gone astray; gives the
+    seconds of a step.
+    """
     means = stepper.meter.read(stepper.engine.mean)
     skipped, in_a_row = stepper.read_skips()
     means |= {"skipped": skipped}
-    log.write(_line(stepper, done, means, *stepper.watch.read()))
+    steps, seconds, waited = stepper.watch.read()
+    log.write(_line(stepper, done, means, steps, seconds, waited))
     if in_a_row >= min(MAX_SKIPPED, done.total_steps):
         good = newest_finite(folder)
         kept = f"; the last good state is {good}" if good else ""
@@ -321,6 +338,7 @@ def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> None:
             f"{done.total_steps}), so training stopped{kept}; start a new run with "
             f"{_calmer(stepper)}"
         )
+    return seconds / steps
 
 
 def _line(

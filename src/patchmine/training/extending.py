@@ -24,7 +24,7 @@ from patchmine.training.making import make_run
 from patchmine.training.place import Place, identity_of
 
 
-def settings_of_extension(path: str | os.PathLike[str]) -> dict[str, Any]:
+def settings_of_extension(path: str | os.PathLike[str], *, timed: bool = False) -> dict[str, Any]:
     """`settings_to_extend` of a run that has a checkpoint, and mean and std; else a UserError."""
     run = RunFolder(path)
     if not run.checkpoints:
@@ -32,7 +32,7 @@ def settings_of_extension(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{run.path} has no checkpoint to go on from: `patchmine resume {run.path}` makes its "
             "first, and of an imported run `patchmine pretrain init=...` takes the encoder"
         )
-    return settings_to_extend(run.whole_config, run.path)
+    return settings_to_extend(run.whole_config, run.path, timed=timed)
 
 
 def extend(
@@ -41,6 +41,7 @@ def extend(
     *,
     sources: Mapping[str, Spec] = NO_SOURCES,
     say: Say = silent,
+    began: float | None = None,
 ) -> RunFolder:
     """Make a run in the new folder ``config.out`` that starts from another run's newest weights.
 
@@ -49,6 +50,7 @@ def extend(
         path: of the run whose weights, and optimizer state where it fits, are taken over.
         sources: as in `pretrain` and `finetune`.
         say: hears what happens.
+        began: as in `pretrain`.
 
     Returns:
         The new run, trained and exported; a fine-tuned one is tested, too.
@@ -66,7 +68,9 @@ def extend(
             start = _first(kind.make(config, data), config, kind.images(data), before, place)
         return kind.train(config, place, data, start)
 
-    return make_run(config, lambda found, where: kind.open(found, where, sources), train, say)
+    return make_run(
+        config, lambda found, where: kind.open(found, where, sources), train, say, began
+    )
 
 
 def _first(

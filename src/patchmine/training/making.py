@@ -23,14 +23,20 @@ Train = Callable[[Config, Place, Data, Checkpoint | None], RunFolder]
 
 
 def make_run(
-    config: Config, open_data: Open[Config, Data], train: Train[Config, Data], say: Say
+    config: Config,
+    open_data: Open[Config, Data],
+    train: Train[Config, Data],
+    say: Say,
+    began: float | None = None,
 ) -> RunFolder:
     """The run in ``config.out``: a new one, or with resume=auto the one that stands there.
+
+    ``began`` is the time of `perf_counter` from which a budget counts; None: now.
 
     Raises UserError where something else stands there, or a run of other settings.
     """
     folder = new_folder(config)
-    with open_place(folder, config, say) as place:
+    with open_place(folder, config, say, began) as place:
         # Under the lock, and alike in all processes: nobody begins where another one goes on.
         if config.resume == "auto" and place.engine.largest(is_run(folder)):
             return _go_on_as_told(config, place, open_data, train)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import perf_counter
 
 from safetensors import SafetensorError
 
@@ -32,13 +33,15 @@ from patchmine.types import Batch
 class Place:
     """Where a run is made: its folder, this process among its processes, and the folder's lock.
 
-    ``held`` is None in all processes but the first, which stand under its lock.
+    ``held`` is None in all processes but the first, which stand under its lock.  ``began`` is the
+    time of `perf_counter` from which a budget counts.
     """
 
     folder: Path
     engine: Engine
     say: Say = silent
     held: HeldLock | None = None
+    began: float = field(default_factory=perf_counter)
 
     def write_config(self, config: RunConfig) -> None:
         """config.yaml, atomically."""
@@ -55,15 +58,18 @@ class Place:
 
 
 @contextmanager
-def open_place(folder: Path, config: RunConfig, say: Say) -> Iterator[Place]:
+def open_place(
+    folder: Path, config: RunConfig, say: Say, began: float | None = None
+) -> Iterator[Place]:
     """The processes of a run, of which the first locks the folder; what ends one ends all."""
+    began = perf_counter() if began is None else began
     engine = Engine(config.device, config.devices, config.num_nodes, config.precision, say)
     under: AbstractContextManager[HeldLock | None] = nullcontext()
     with engine.together():
         if engine.is_main:
             under = lock(folder, say)
         with under as held:
-            yield Place(folder, engine, say if engine.is_main else silent, held)
+            yield Place(folder, engine, say if engine.is_main else silent, held, began)
 
 
 @contextmanager
@@ -149,7 +155,7 @@ def train_task(
         if start is not None:
             point_again(start)
         place.write_config(config)
-        say(_summary(name, config, images, engine))
+        say(_summary(name, task, config, images, engine))
     engine.advise(f"go on with `patchmine resume {folder}`")
     first = 0 if start is None else start.step
     steps = range(first, length.total_steps)
@@ -200,13 +206,15 @@ def prepared_batches(
     return map(preparing.normaliser(config, engine), loaded)
 
 
-def _summary(name: str, config: RunConfig, images: Source, engine: Engine) -> str:
+def _summary(name: str, task: Task, config: RunConfig, images: Source, engine: Engine) -> str:
     (height, width), item = config.image_size, preparing.item_of(config)
     length = preparing.length_of(config, len(images))
     epochs = length.total_steps / length.steps_per_epoch
+    millions = sum(parameter.numel() for _, parameter in task.learning()) / 1e6
     return (
         f"{name} on {len(images):,} {item.noun}s of {shown_name(images.name)}: "
         f"{config.model} at {item.describe(config)}{height}x{width}, "
+        f"{millions:,.1f} million parameters learn, "
         f"{length.total_steps:,} steps ({epochs:g} epochs) of {config.batch_size}, "
         f"lr {config.blr:g} x {config.batch_size}/256, "
         f"{engine.precision} on {engine.world_size} x {engine.device.type}"

@@ -9,15 +9,16 @@ from tempfile import TemporaryDirectory
 from patchmine.config.schema import PretrainConfig
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, shown_name, silent
-from patchmine.report.words import duration
+from patchmine.report.words import duration, gib
 from patchmine.runs import preparing
 from patchmine.runs.preparing import NO_SOURCES
-from patchmine.strict import seconds_in
 from patchmine.train.engine import Engine
-from patchmine.train.loop import save_every
-from patchmine.training.pace import Pace, fitted, measure_pace, scratch_in
+from patchmine.train.loop import num_kept, save_every
+from patchmine.training.budget import chosen_size, fitted, scratch_in
+from patchmine.training.pace import Pace
 from patchmine.training.place import Place, open_place
-from patchmine.training.pretraining import make_first, open_images
+from patchmine.training.pretraining import find_images, make_first
+from patchmine.training.timing import measure_pace
 
 HOUR, NIGHT = 3_600, 8 * 3_600  # seconds
 TIMED = 10.0  # seconds of steps
@@ -40,13 +41,13 @@ def plan(
         UserError: mistakes in settings or data.
     """
     with TemporaryDirectory() as folder, open_place(Path(folder), config, say) as place:
-        images, found = open_images(config.model_copy(update={"budget": None}), place, sources)
+        images, found, row = find_images(config, place, sources)
         place.say("A few steps are timed, and thrown away.")
+        found = chosen_size(found, row, place, images, make_first)
         with scratch_in(place.folder) as scratch:
             pace = measure_pace(found, place.engine, images, make_first, scratch, TIMED)
-        if config.budget is not None:
-            budgeted = found.model_copy(update={"budget": config.budget})
-            found = fitted(budgeted, place, len(images), pace, seconds_in(config.budget))
+        if found.budget is not None:
+            found = fitted(found, place, len(images), pace)
         told = described(found, pace, len(images), place.engine)
         lines = [f"{name:<12}{text}" for name, text in told.items()]
         return "\n".join(lines) if place.engine.is_main else ""
@@ -61,8 +62,7 @@ def resolved(
     """
     with TemporaryDirectory() as folder:
         place = Place(Path(folder), Engine(config.device), say)
-        found = open_images(config.model_copy(update={"budget": None}), place, sources)[1]
-    return found.model_copy(update={"budget": config.budget})
+        return find_images(config, place, sources)[1]
 
 
 def described(config: PretrainConfig, pace: Pace, images: int, engine: Engine) -> dict[str, str]:
@@ -71,10 +71,12 @@ def described(config: PretrainConfig, pace: Pace, images: int, engine: Engine) -
     epochs = length.total_steps / length.steps_per_epoch
     beside = duration(pace.beside(config, length))
     saved = min(save_every(config, length), length.total_steps)
-    kept = min(config.keep_checkpoints, -(-length.total_steps // saved))
+    kept = num_kept(config, length)
     files = kept * pace.checkpoint_bytes + pace.export_bytes
     height, width = config.image_size
-    owner = "the GPU" if engine.device.type == "cuda" else "this process, without its workers"
+    owner = "the GPU" if engine.device.type == "cuda" else "this process"
+    if pace.worker_bytes:
+        owner += f", and {gib(pace.worker_bytes)} of those that read images"
 
     def in_time(seconds: int) -> str:
         steps = pace.fitting(config, length.steps_per_epoch, seconds)
@@ -88,13 +90,9 @@ def described(config: PretrainConfig, pace: Pace, images: int, engine: Engine) -
         "length": f"{length.total_steps:,} steps ({epochs:,.3g} epochs) of {config.batch_size}",
         "time": f"{duration(pace.seconds(config, length))} at {pace.step:.3g} s a step; {beside} "
         "of it for pictures, checkpoints and monitors",
-        "memory": f"{_gib(pace.peak_bytes)} at most, of {owner}",
-        "disk": f"{_gib(files)}: {kept} checkpoint{'s' * (kept > 1)} and the export",
+        "memory": f"{gib(pace.peak_bytes)} at most, of {owner}",
+        "disk": f"{gib(files)}: {kept} checkpoint{'s' * (kept > 1)} and the export",
         "checkpoint": f"the first after {saved:,} steps, {duration(saved * pace.step)}",
         "an hour": f"{in_time(HOUR)}: budget=1h",
         "a night": f"{in_time(NIGHT)}: budget=8h",
     }
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

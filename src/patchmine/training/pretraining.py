@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from patchmine.backbones.family import family_of
-from patchmine.config.resolve import resolve_size
-from patchmine.config.schema import PretrainConfig
+from patchmine.config.resolve import resolve_size, row_of
+from patchmine.config.schema import PretrainConfig, SizeRow
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.loader import plain_batches
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
-from patchmine.data.workers import num_workers
 from patchmine.errors import Say, silent
-from patchmine.models.lora import merged
 from patchmine.report.label_free import LabelFreeMonitor
 from patchmine.report.monitor import Monitor, Watched
 from patchmine.runs import preparing
-from patchmine.runs.folder import RunFolder, build_method, write_export
+from patchmine.runs.folder import RunFolder, build_method
 from patchmine.runs.preparing import NO_SOURCES
 from patchmine.task import Method
 from patchmine.train.checkpoint import Checkpoint
-from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks
 from patchmine.train.optim import render_groups
+from patchmine.training.budget import fit_to_budget
+from patchmine.training.first_steps import FirstSteps
 from patchmine.training.making import make_run
-from patchmine.training.pace import fit_to_budget
 from patchmine.training.place import Place, agree, last_files, train_task
-from patchmine.types import Batch, Progress
+from patchmine.training.whole import PlainData, write_exports
+from patchmine.types import Progress
 
 PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
 
 
 def pretrain(
-    config: PretrainConfig, *, sources: Mapping[str, Spec] = NO_SOURCES, say: Say = silent
+    config: PretrainConfig,
+    *,
+    sources: Mapping[str, Spec] = NO_SOURCES,
+    say: Say = silent,
+    began: float | None = None,
 ) -> RunFolder:
     """Make a run in the new folder ``config.out``.
 
@@ -48,6 +48,7 @@ def pretrain(
         config: the settings.
         sources: by ``data`` what takes its place: any torch Dataset, say.
         say: hears what happens.
+        began: the time of `perf_counter` from which a budget counts; None: now.
 
     Returns:
         The run, trained and exported.
@@ -56,21 +57,31 @@ def pretrain(
         UserError: mistakes in settings, data or folders.
         Interrupted: a SystemExit with the stated code, when it was asked to stop.
     """
-    return make_run(config, partial(open_images, sources=sources), train_method, say)
+    opened = partial(open_images, sources=sources)
+    return make_run(config, opened, train_method, say, began)
 
 
 def open_images(
     config: PretrainConfig, place: Place, sources: Mapping[str, Spec]
 ) -> tuple[Source, PretrainConfig]:
     """Images, and the settings that had to wait for them, alike in all processes."""
-    spec = preparing.given_data("data", config.data, sources)
-    images = preparing.open_data(config, spec, place.say)
-    config = resolve_size(config, len(images), place.say, place.engine.device.type)
-    config = preparing.with_statistics(config, images, place.say)
-    config = preparing.fit_to_length(config, len(images), place.say)
-    config = fit_to_budget(config, place, images, make_first)
+    images, config, row = find_images(config, place, sources)
+    config = fit_to_budget(config, row, place, images, make_first)
     agree(config, place, f"{len(images):,} items with fingerprint {images.fingerprint}")
     return images, config
+
+
+def find_images(
+    config: PretrainConfig, place: Place, sources: Mapping[str, Spec]
+) -> tuple[Source, PretrainConfig, SizeRow | None]:
+    """Images, the settings complete but for a budget, and the row of ``by_size`` in them."""
+    spec = preparing.given_data("data", config.data, sources)
+    images = preparing.open_data(config, spec, place.say)
+    on = place.engine.device.type
+    row = row_of(config, len(images), on)
+    config = resolve_size(config, len(images), place.say, on)
+    config = preparing.with_statistics(config, images, place.say)
+    return images, preparing.fit_to_length(config, len(images), place.say), row
 
 
 def make_method(config: PretrainConfig, init: str | None = None, say: Say = silent) -> Method:
@@ -99,16 +110,19 @@ def train_method(
         folder, engine = place.folder, place.engine
         run = Watched(config, config, config, folder, engine, images, method, log)
         monitor, label_free = Monitor(run), LabelFreeMonitor(run, view)
+        watched, labelled = len(label_free.part), monitor.labelled_images
+        first_steps = FirstSteps(config, method, engine, log, watched, labelled)
 
         def evaluate(done: Progress) -> Mapping[str, float] | None:
             label_free.look(done)
             return monitor.evaluate(done)
 
         return Hooks(
-            on_start=label_free.begin,
+            on_start=first_steps.noted("look", label_free.begin),
+            on_pace=first_steps.tell,
             before_epoch=lambda now: method.begin_epoch(now, plain_data),
             on_epoch=evaluate,
-            on_sample=monitor.draw,
+            on_sample=first_steps.noted("picture", monitor.draw),
         )
 
     view = preparing.train_view(config, method)
@@ -125,52 +139,11 @@ def train_method(
     )
     if place.engine.is_main:
         place.put_back(config)
-        _export(config, place.folder, method)
+        with last_files(place.folder, "its export"):
+            write_exports(config, method, RunFolder(place.folder).export_folder)
         place.say(_last_words(place.folder, method, bad))
     place.engine.barrier()
     return RunFolder(place.folder)
-
-
-def _export(config: PretrainConfig, folder: Path, method: Method) -> None:
-    run = RunFolder(folder)
-    with last_files(folder, "its export"):
-        for name, encoder in method.encoders().items():
-            if any(parameter.requires_grad for parameter in encoder.parameters()):
-                write_export(config, merged(method.used(encoder)), run.export_folder(name))
-
-
-@dataclass(frozen=True)
-class PlainData:
-    """This process's share of the training set, squashed to the model's size, at each iteration."""
-
-    config: PretrainConfig
-    images: Source
-    engine: Engine
-    say: Say
-
-    def __iter__(self) -> Iterator[Batch]:
-        count, rank, processes = len(self.images), self.engine.rank, self.engine.world_size
-        share = range(count * rank // processes, count * (rank + 1) // processes)
-        item = preparing.item_of(self.config)
-        loaded = plain_batches(
-            self.images,
-            item.plain_view(self.config, None),
-            batch_size=256,
-            indices=share,
-            workers=num_workers(self.config.workers, self.engine.device, self.engine.local_size),
-            read_timeout=self.config.read_timeout,
-            bad=BadFiles(None, self.config.max_bad_share, item.noun),
-        )
-        done, last = 0, time.monotonic()
-        for batch in map(preparing.normaliser(self.config, self.engine), loaded):
-            yield batch
-            done += len(batch)
-            if time.monotonic() - last > PASS_SECONDS:
-                last = time.monotonic()
-                self.say(
-                    "Looking at all training images before the epoch: "
-                    f"{done:,} of this process's {len(share):,}."
-                )
 
 
 def _last_words(folder: Path, method: Method, bad: BadFiles) -> str:
