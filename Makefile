@@ -1,8 +1,8 @@
-# make install   patchmine in .venv, ready to use (.venv/bin/patchmine)
+# make install   patchmine in .venv, ready to use (.venv/bin/patchmine); with TORCH=cpu TORCH_INDEX=... without CUDA's libraries
 # make demo      pre-train HPM on photographs, evaluate, write a report: about ten minutes on two cores
 # make check     ruff, mypy --strict, documentation and its links
 # make test      the test suite; `make test-all` adds the slow tests, `make test-bits` repeats those that ask for equal bits
-#                with the vectors of older processors
+#                with the vectors of older processors, `make test-wheel` builds the wheel and uses it outside of the clone
 # make losses    twenty steps of every method's small recipe, equal bit for bit to those of another commit: BASE=main
 # make faults    damaged files, kills, crashes, full disks: tried, survived, faults (MUTANTS=10000 KILLS=100 SEED=0)
 #
@@ -17,11 +17,15 @@ USER_READY := $(VENV)/.ready-user
 DEV_READY := $(VENV)/.ready-dev
 # Some processes side by side; the tests of one file stay together, since they share what they train.
 PYTEST := $(BIN)/python -m pytest --quiet -n auto --maxprocesses 4 --dist loadfile
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# PyTorch and torchvision come from one place, since neither works with another's; all else is found as always.
+TORCH :=
+TORCH_INDEX :=
+INSTALL_TORCH = $(INSTALL) --no-deps --index-url '$(TORCH_INDEX)' torch torchvision
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev demo test test-all test-bits losses faults check check-code check-docs format clean
+.PHONY: help install install-dev demo test test-all test-bits test-wheel losses faults check check-code check-docs format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -32,14 +36,28 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu, install python3-venv." >&2; exit 1; }
 
+# A choice of PyTorch that cannot be is told before anything is made.
+ifneq ($(TORCH)$(TORCH_INDEX),)
+ifneq ($(TORCH),cpu)
+$(error $(if $(TORCH),TORCH=$(TORCH) is not known: give TORCH=cpu or leave it out,TORCH_INDEX=$(TORCH_INDEX) is read with TORCH=cpu alone))
+else ifeq ($(TORCH_INDEX),)
+$(error TORCH=cpu needs TORCH_INDEX=ADDRESS too: the one behind --index-url in the command that PyTorch's 'Get started' page shows for pip and CPU)
+else ifneq ($(wildcard $(USER_READY)),)
+$(info $(VENV) keeps the PyTorch that it has: to exchange it, `make clean` first.)
+endif
+endif
+
 $(USER_READY): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing patchmine into $(VENV); the first time this fetches PyTorch and takes a few minutes."
+	@echo "Installing patchmine into $(VENV). $(if $(TORCH),Without CUDA's libraries this fetches some hundreds of MB.,On Linux PyTorch brings" \
+		"CUDA's libraries: about 3 GB are fetched and 6 GB stored. Without a GPU of NVIDIA's make install TORCH=cpu needs much less.)"
+	@$(if $(TORCH),$(INSTALL_TORCH))
 	@$(INSTALL) --editable '.[demo]'
 	@touch $@
 
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing patchmine and its development tools into $(VENV); the first time this takes a few minutes."
-	@$(INSTALL) --editable '.[dev,demo,export,video,seg,det]'
+	@$(if $(TORCH),$(INSTALL_TORCH) --quiet)
+	@$(INSTALL) --quiet --editable '.[dev,demo,export,video,seg,det]'
 	@touch $@ $(USER_READY)
 
 install: $(USER_READY)
@@ -65,6 +83,9 @@ test-all: $(DEV_READY)
 test-bits: $(DEV_READY)
 	@ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m bitwise --timeout 900
 	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(PYTEST) -m bitwise --timeout 900
+
+test-wheel: $(DEV_READY)
+	@$(BIN)/python -m pytest --quiet -m slow tests/test_wheel.py
 
 losses: $(DEV_READY)
 	@$(BIN)/python tests/losses/compare.py $(BASE)
