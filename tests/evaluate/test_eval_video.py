@@ -38,7 +38,7 @@ from patchmine.evaluate.settings import (
     VideoSettings,
 )
 from patchmine.evaluate.video import evaluate_video
-from patchmine.report.page import read_result
+from patchmine.report.results import read_result
 
 
 def settings(kind, target, data, **more):

@@ -8,13 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import patchmine
 from fixtures.small_runs import SMALL, VIT
 from patchmine.evaluate.evaluated import open_evaluated
-from patchmine.evaluate.paired import Change, accuracy_interval, change_between
+from patchmine.evaluate.paired import (
+    Change,
+    accuracy_interval,
+    change_between,
+    images_to_tell,
+    unpaired_interval,
+)
 from patchmine.methods import METHODS
 from patchmine.train import loop
 
@@ -146,6 +153,10 @@ def test_an_untrained_run_is_as_good_as_its_start(
     assert result["baselines"]["start"]["by_k"] == result["by_k"]
     since = result["since_start"]
     assert (since["gained"], since["lost"], since["points"]) == (0, 0, 0)
+    assert result["baselines"]["start"]["change"] == since
+    others = result["baselines"]["random_init"]
+    assert others["change"]["points"] == pytest.approx(result["top1"] - others["top1"])
+    assert others["change"]["images"] == result["images"]["test_read"]
     verdict = result["notes"][0]
     assert verdict.startswith("It cannot be told whether adapting helped: kNN ")
     assert json.loads((run.eval_dir / "knn.json").read_text()) == result
@@ -190,3 +201,22 @@ def test_the_interval_of_an_accuracy_is_wilsons(
     """The last is an example of Newcombe, Statistics in Medicine 17 (1998), table I."""
     found = accuracy_interval(100 * right / images, images)
     assert found == pytest.approx([low, high], abs=0.01)
+
+
+def test_an_unpaired_interval_is_the_published_one() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), table II, example (a), method 10
+    low, high = unpaired_interval((100 * 56 / 70, 100 * 48 / 80), (70, 80))
+    assert (low, high) == (pytest.approx(5.24, abs=0.01), pytest.approx(33.39, abs=0.01))
+    assert unpaired_interval((60.0, 80.0), (80, 70)) == (pytest.approx(-high), pytest.approx(-low))
+
+
+def test_so_many_images_tell_a_difference_four_times_in_five() -> None:
+    draw = np.random.default_rng(0)
+    enough = images_to_tell(2.0, unpaired_interval((52.0, 50.0), (1000, 1000)), 1000)
+    count = round(enough)
+    told = 0
+    for _ in range(400):
+        shares = [100 * draw.binomial(count, chance) / count for chance in (0.52, 0.50)]
+        told += unpaired_interval((shares[0], shares[1]), (count, count))[0] > 0
+    assert told / 400 == pytest.approx(0.8, abs=0.06)
+    assert images_to_tell(0.0, (-1.0, 1.0), 10) == float("inf")

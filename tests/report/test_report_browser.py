@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fixtures.webpage import click, heights, point_at, texts, visible
 from patchmine.report.page import write_report
 
 MakeRun = Callable[..., Path]
@@ -24,32 +25,6 @@ def opened(browser: Any, tmp_path: Path) -> Callable[..., Any]:
         return browser
 
     return show
-
-
-def texts(page: Any, selector: str) -> list[str]:
-    return [element.text for element in page.find_elements("css selector", selector)]
-
-
-def visible(page: Any, selector: str) -> int:
-    return sum(element.is_displayed() for element in page.find_elements("css selector", selector))
-
-
-def heights(page: Any, selector: str) -> list[float]:
-    return [element.rect["y"] for element in page.find_elements("css selector", selector)]
-
-
-def click(page: Any, selector: str) -> None:
-    page.find_element("css selector", selector).click()
-
-
-def point_at(page: Any, chart: str, share: float) -> None:
-    """Move the mouse to a place along a chart."""
-    from selenium.webdriver import ActionChains
-
-    plot = page.find_element("css selector", f"#chart-{chart} .plot")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
-    offset = round((share - 0.5) * plot.size["width"])
-    ActionChains(page).move_to_element_with_offset(plot, offset, 0).perform()
 
 
 def value_at(folder: Path, step: int, key: str) -> float:
@@ -156,7 +131,7 @@ def test_settings_show_the_differences_first(opened: Callable[..., Any], make_ru
     page = opened(make_run("hpm"), make_run("mae", method="mae", blr=3e-4))
     shown = [text for text in texts(page, "table.settings tbody tr") if text]
     assert shown == ["method.name hpm mae", "blr 0.00015 0.0003"]
-    click(page, "#all-settings")
+    click(page, "#settings details summary")
     assert "batch_size 128 128" in texts(page, "table.settings tbody tr")
 
 

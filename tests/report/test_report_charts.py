@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from patchmine.report.charts import (
     moving_mean,
     tick_texts,
 )
-from patchmine.report.reading import Series
+from patchmine.report.curve_words import does
+from patchmine.report.series import Series
 from patchmine.report.words import duration, number, points, title
 
 values = st.floats(-1e6, 1e6).map(lambda v: round(v, 6))
@@ -134,7 +136,7 @@ def test_a_log_scale_is_offered_only_where_it_can_be_drawn() -> None:
 def test_a_single_value_is_drawn() -> None:
     curve = make_curve(0, "x", series([5], [2.0]), smooth=True)
     drawing = draw(Chart("a", "A", "", [curve], log_axis=True, wide=True), 5.0)
-    assert "nan" not in repr((drawing.scales, drawing.step_labels, drawing.rows))
+    assert "nan" not in repr((drawing.scales, drawing.rows, drawing.data))
     assert drawing.data["curves"][0]["text"] == ["2"]
 
 
@@ -162,3 +164,55 @@ def test_words() -> None:
         "Learning rate",
         "kNN",
     ]
+
+
+def share_chart(values: list[float]) -> Chart:
+    curve = make_curve(0, "x", series(list(range(1, len(values) + 1)), values), smooth=False)
+    return Chart("a", "A", "", [curve], is_share=True, unit=" %")
+
+
+@pytest.mark.parametrize(
+    "values", [[99.5, 100.0], [100.0, 100.0], [0.0, 0.4], [0.0, 100.0], [97.0, 99.99], [-3.0, 1e9]]
+)
+def test_axes_of_shares_end_at_0_and_100(values: list[float]) -> None:
+    (scale,) = draw(share_chart(values), 5.0).scales
+    ticks = [float(text.removesuffix(" %")) for _, text in scale.labels]
+    assert all(0 <= tick <= 100 for tick in ticks)
+    assert all(-1e-6 <= place <= 100 + 1e-6 for place, _ in scale.labels)
+    ends = [
+        float(y) for path in scale.paths for _, y in re.findall(r"([\d.]+) ([\d.]+)", path.data)
+    ]
+    assert ends
+    assert all(0 <= y <= 1000 for y in ends)
+
+
+def test_an_axis_of_shares_reaches_100_only_where_values_do() -> None:
+    (scale,) = draw(share_chart([40.0, 60.0]), 5.0).scales
+    assert scale.labels[-1][1] == "60 %"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (list(np.linspace(1, 0.5, 100)), "fell from 1 to 0.5101, still falling in the last tenth"),
+        ([*np.linspace(1, 0.5, 60), *[0.5] * 60], "fell from 1 to 0.5000, flat in the last tenth"),
+        ([*np.linspace(1, 0, 90), *np.linspace(0, 0.2, 10)], "rising in the last tenth"),
+        ([3.0, 3.001], "stayed near 3.001"),
+        ([3.0], "3, a single value so far"),
+        ([3.0, 2.0], "fell from 3 to 2"),
+    ],
+)
+def test_a_sentence_says_what_a_curve_does(values: list[float], said: str) -> None:
+    text = does(series(list(range(len(values))), values), number)
+    assert text.endswith(said)
+
+
+def test_noise_is_no_trend() -> None:
+    noise = np.random.default_rng(0).standard_normal(200)
+    values = [*np.linspace(5, 1, 100), *(1 + 0.05 * noise)]
+    assert does(series(list(range(300)), values), number).endswith("flat in the last tenth")
+
+
+def test_a_score_names_its_best() -> None:
+    said = does(series([100, 200, 300], [1.0, 5.0, 4.0]), number, is_score=True)
+    assert said == "rose from 1 to 4; best 5 at step 200"

@@ -11,8 +11,9 @@ from PIL import Image
 
 from patchmine.errors import UserError
 from patchmine.methods import METHODS
-from patchmine.report.page import differing, read_result, write_report
+from patchmine.report.page import differing, write_report
 from patchmine.report.reading import choose, embed
+from patchmine.report.results import read_result
 
 MakeRun = Callable[..., Path]
 _VOID = {"meta", "link", "img", "input", "wbr", "br", "path"}

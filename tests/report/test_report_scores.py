@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from patchmine.report.page import charts, facts_of, read_result, write_report
+from patchmine.report.curves import charts
+from patchmine.report.overview import facts_of
+from patchmine.report.page import write_report
 from patchmine.report.reading import read_run
+from patchmine.report.results import read_result
 from patchmine.report.words import is_share, measure, score
 
 DETECTED: dict[str, Any] = {

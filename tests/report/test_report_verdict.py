@@ -78,7 +78,7 @@ def test_a_picture_has_the_colours_of_all_starts() -> None:
     three = CLEAR | {"other": [(30.0, 1.0), (60.0, 1.0), (85.0, 1.0)]}
     picture = draw_verdict(read_verdict(result_of(three)))
     colours = {colour for _, colour in picture.getcolors(2**20) or []}
-    assert {(8, 104, 172), (86, 91, 99), (209, 88, 10)} <= colours
+    assert {(8, 104, 172), (86, 91, 99), (184, 74, 0)} <= colours
 
 
 def test_damage_is_left_out_and_told(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import platform
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from patchmine.models.onednn import onednn_linear, onednn_usable
+from patchmine.train.hardware import cpu_name, device_name
 
 
 def synchronise(device: torch.device) -> None:
@@ -154,22 +154,13 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 def hardware(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on: processor, cores, threads, accelerator, versions."""
     found: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
+        found["gpu"] = device_name(device)
         found["cuda"] = torch.version.cuda
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

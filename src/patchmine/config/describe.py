@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from patchmine.config.explain import did_you_mean
 from patchmine.config.schema import (
+    KINDS,
     DetectConfig,
     FinetuneConfig,
     PretrainConfig,
@@ -80,6 +81,20 @@ def marked(config: RunConfig) -> str:
         is_wrapped = value and following > depth
         told.append(line if is_wrapped else line + mark)
     return "\n".join([*told, ""])
+
+
+def usual_settings(kind: str, method: str | None) -> dict[str, Any]:
+    """The defaults of a run of this kind, as config.yaml has settings; none of an unknown one.
+
+    Args:
+        kind: as in config.yaml.
+        method: of a run that pre-trains.
+    """
+    if kind not in KINDS or (method is not None and method not in METHODS):
+        return {}
+    given = {"data": "x"} if method is None else {"data": "x", "method": {"name": method}}
+    found = KINDS[kind].model_validate(given).model_dump(mode="json", exclude={"data"})
+    return found
 
 
 def _mark(table: BaseModel, usual: BaseModel, name: str) -> str:

@@ -238,6 +238,10 @@ def _told(learned: Learned, found: Scored, key: tuple[str, str], views: Views | 
     accuracies = found.accuracies[key]
     result: Result = {**accuracies[learned.chosen]}
     result["top1_interval"] = accuracy_interval(result["top1"], found.tested)
+    protocol, name = key
+    if name:  # image by image, which is surer than the two intervals
+        change = change_between(found.right[key], found.right[protocol, ""])
+        result["change"] = change.told()
     if learned.all_under is not None:
         result[learned.all_under] = {key: each for key, each in accuracies.items() if key}
     settings = learned.told.get("settings", {})

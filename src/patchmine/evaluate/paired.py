@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 _NORMAL_95 = 1.959964  # half the width of the interval, in deviations
+_NORMAL_80 = 0.841621  # below it lie four fifths
 _WRITTEN = {"knn": "kNN"}
 
 
@@ -61,6 +62,30 @@ def accuracy_interval(percent: float, images: int) -> list[float]:
     middle = (share + z / 2) / (1 + z)
     width = math.sqrt(z * share * (1 - share) + z**2 / 4) / (1 + z)
     return [100 * max(0.0, middle - width), 100 * min(1.0, middle + width)]
+
+
+def unpaired_interval(
+    percents: tuple[float, float], images: tuple[int, int]
+) -> tuple[float, float]:
+    """The ends of the 95 % interval of the first accuracy less the second, of other images each.
+
+    Of accuracies on the same images it is wider than it need be.
+    """
+    # Newcombe, Statistics in Medicine 17 (1998), method 10: from the two intervals of Wilson
+    (low, high), (other_low, other_high) = map(accuracy_interval, percents, images)
+    (own, other), middle = percents, percents[0] - percents[1]
+    down, up = math.hypot(own - low, other_high - other), math.hypot(high - own, other - other_low)
+    return middle - down, middle + up
+
+
+def images_to_tell(points: float, interval: tuple[float, float], images: int) -> float:
+    """Test images with which the 95 % interval of such a difference leaves out 0 four times in
+    five, given the interval on so many; infinite for no difference.
+    """
+    if not points:
+        return math.inf
+    width = (interval[1] - interval[0]) / 2  # which shrinks with the root of the number
+    return images * ((_NORMAL_95 + _NORMAL_80) / _NORMAL_95 * width / points) ** 2
 
 
 def change_between(before: Tensor, after: Tensor) -> Change:

@@ -39,7 +39,9 @@ def progress(title: str, total: int, say: Say) -> Iterator[Tick]:
         done += count
         now = time.monotonic()
         if done >= total or now - last > _SECONDS_BETWEEN_LINES:
-            say(f"{title}: {done:,} of {total:,} ({done / max(now - start, 1e-9):,.0f}/s)")
+            rate = done / max(now - start, 1e-9)
+            speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"  # as a run says it
+            say(f"{title}: {done:,} of {total:,} ({speed} samples/s)")
             last = now
 
     yield tick

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchmine.report.reading import Floats, Series
-from patchmine.report.words import number, whole
+from patchmine.report.series import Floats, Series
+from patchmine.report.words import number
 
 MOST_POINTS = 360
 """Bins of a longer curve: one for every three pixels of the widest chart."""
@@ -41,13 +41,24 @@ class Axis:
             return np.log(np.maximum(values, self.low) / self.low) / math.log(self.high / self.low)
         return (values - self.low) / (self.high - self.low)
 
+    def inside(self, values: Sequence[float] | Floats) -> Floats:
+        """The same; values beyond an end, which damage may bring, stand at it."""
+        return np.clip(self.place(values), 0.0, 1.0)
+
     def labels(self, texts: Sequence[str]) -> list[tuple[float, str]]:
         """Where each tick stands, in percent of the axis, with its text."""
         return list(zip((100 * self.place(self.ticks)).tolist(), texts, strict=True))
 
 
-def linear_axis(low: float, high: float, from_zero: bool = False, about: int = 5) -> Axis:
-    """An axis around the values with about so many round labels."""
+def linear_axis(
+    low: float,
+    high: float,
+    from_zero: bool = False,
+    about: int = 5,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Axis:
+    """An axis around the values with about so many round labels, which leaves no ``bounds``."""
+    low, high = (min(max(end, bounds[0]), bounds[1]) for end in (low, high))
     if from_zero:
         low, high = min(0.0, low), max(0.0, high)
     if high <= low:
@@ -58,7 +69,7 @@ def linear_axis(low: float, high: float, from_zero: bool = False, about: int = 5
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     margin = 0.04 * (high - low)
     bottom = low if from_zero and low >= 0 else low - margin
-    top = high + margin
+    bottom, top = max(bottom, bounds[0]), min(high + margin, bounds[1])
     first, last = math.ceil(bottom / step - 1e-9), math.floor(top / step + 1e-9)
     return Axis(bottom, top, [k * step for k in range(first, last + 1)])
 
@@ -144,17 +155,20 @@ def moving_mean(values: Floats, reach: int) -> Floats:
 class Chart:
     """What a chart shows and how.
 
-    ``wide``: over the whole page.  ``from_zero``: the axis starts at 0.  ``log_axis``: a
-    logarithmic one makes sense.  ``dots``: few values, each of them marked.  ``show`` writes a
-    value, ``unit`` stands behind the numbers of the axis.
+    ``note``: what it is, and which way is good.  ``does``: what the curves do.  ``wide``: over the
+    whole page.  ``from_zero``: the axis starts at 0.  ``is_share``: it lies between 0 and 100 %.
+    ``log_axis``: a logarithmic one makes sense.  ``dots``: few values, each of them marked.
+    ``show`` writes a value, ``unit`` stands behind the numbers of the axis.
     """
 
     key: str
     title: str
     note: str
     curves: Sequence[Curve]
+    does: Sequence[str] = ()
     wide: bool = False
     from_zero: bool = False
+    is_share: bool = False
     log_axis: bool = False
     dots: bool = False
     show: Callable[[float], str] = number
@@ -185,7 +199,6 @@ class Drawing:
 
     chart: Chart
     scales: Sequence[Scale]
-    step_labels: Sequence[tuple[float, str]]
     rows: Sequence[tuple[int, Sequence[str]]]
     data: dict[str, Any]
 
@@ -193,32 +206,28 @@ class Drawing:
 def draw(chart: Chart, last_step: float) -> Drawing:
     """The chart over the steps up to ``last_step``, at which all charts of a page end."""
     last_step = max(last_step, 1.0)
-    ticks = linear_axis(0.0, last_step, from_zero=True, about=6).ticks
-    x = Axis(0.0, last_step, [tick for tick in ticks if tick <= last_step and tick.is_integer()])
+    x = Axis(0.0, last_step, [])
     low = min(float(curve.low.min()) for curve in chart.curves)
     high = max(float(curve.high.max()) for curve in chart.curves)
-    axes = {"linear": linear_axis(low, high, chart.from_zero)}
+    bounds = (0.0, 100.0) if chart.is_share else (-math.inf, math.inf)
+    axes = {"linear": linear_axis(low, high, chart.from_zero, bounds=bounds)}
     if chart.log_axis and low > 0 and (chart.wide or high > 3 * low):
         axes["log"] = log_axis(low, high)
     return Drawing(
         chart=chart,
         scales=[_scale(chart, name, x, axis) for name, axis in axes.items()],
-        step_labels=x.labels([whole(tick) for tick in x.ticks]),
         rows=_table(chart),
         # Ready-made texts for the read-out, so that no number is formatted in two languages.
         data={
-            "key": chart.key,
-            "last_step": last_step,
             "curves": [
                 {
                     "run": curve.run,
                     "step": [round(step) for step in curve.steps.tolist()],
-                    "across": np.round(x.place(curve.steps), 5).tolist(),
                     "text": [chart.show(value) for value in curve.mean.tolist()],
                 }
-                | {name: np.round(y.place(curve.mean), 5).tolist() for name, y in axes.items()}
+                | {name: np.round(y.inside(curve.mean), 5).tolist() for name, y in axes.items()}
                 for curve in chart.curves
-            ],
+            ]
         },
     )
 
@@ -227,7 +236,7 @@ def _scale(chart: Chart, name: str, x: Axis, y: Axis) -> Scale:
     """Everything of a chart on one axis; SVG counts from the top."""
 
     def points(curve: Curve, values: Floats) -> list[str]:
-        across, down = _VIEW * x.place(curve.steps), _VIEW * (1 - y.place(values))
+        across, down = _VIEW * x.place(curve.steps), _VIEW * (1 - y.inside(values))
         return [f"{a:.1f} {d:.1f}" for a, d in zip(across, down, strict=True)]
 
     paths = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from patchmine.report import words
-from patchmine.report.reading import finite_number
+from patchmine.report.series import finite_number
 
 MOST_IN_MATRIX = 40  # classes; a larger matrix is told by the pairs that are mixed up most
 _KEYS = ("classes", "per_class", "confused", "confusion", "balanced")

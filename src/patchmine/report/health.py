@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from patchmine.report.reading import Floats, Series
+from patchmine.report.reading import RunRecord
+from patchmine.report.series import Floats, Series
 from patchmine.report.words import number, percent
 
 _IN_A_ROW = 3  # looks that must agree: one may be noise, and features narrow as training begins
@@ -42,6 +43,12 @@ def findings_of(
         *_over_fitting(series, steps_per_epoch),
         *(_distance(series) if is_adapted else ()),
     ]
+
+
+def health_of(run: RunRecord) -> list[Finding]:
+    """The same of a run that was read."""
+    is_adapted = run.settings.get("init", "none") != "none"
+    return findings_of(run.series, run.steps_per_epoch, is_adapted=is_adapted)
 
 
 def _collapse(series: Mapping[str, Series]) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from patchmine.evaluate.pooled import PooledReader
 from patchmine.evaluate.settings import EvalSettings, ReadingSettings
 from patchmine.report.health import Finding, findings_of
 from patchmine.report.monitor import Watched, told_failure
-from patchmine.report.reading import read_series
+from patchmine.report.series import read_series
 from patchmine.runs.files import MONITOR_START
 from patchmine.runs.preparing import item_of, normaliser
 from patchmine.train.settings import TrainSettings

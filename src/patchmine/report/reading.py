@@ -8,44 +8,37 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from patchmine.backbones.names import reads_clips
 from patchmine.config.overrides import read_yaml
 from patchmine.errors import UserError, foreign_parser, shown_name
-from patchmine.train.log import read_line, step_of
-
-Floats = npt.NDArray[np.float64]
+from patchmine.report.series import (
+    LONGEST,
+    Line,
+    Series,
+    clocks_of,
+    finite_number,
+    read_lines,
+    series_of,
+    short,
+    steps_per_epoch_of,
+)
+from patchmine.runs.files import ENVIRONMENT
 
 SHARES = "shares"
 """eval/shares.json compares runs with parts of the labels."""
 
-_POSITION = ("step", "epoch", "samples")
-# A number beyond the largest is damage, one below the smallest 0: charts divide by any other.
-_LARGEST, _SMALLEST = 1e100, 1e-100
-_DEEPEST, _LONGEST = 8, 500  # levels and letters of settings that are shown
+_DEEPEST = 8  # levels of settings that are shown
 _EVALUATION_BYTES, _PICTURE_BYTES, _PICTURE_PIXELS = 2**20, 2**26, 2**25  # ours are smaller
 _PLAIN_BYTES = 200_000  # a larger PNG is a photograph and shrinks to a tenth as WebP
 _MOST_PICTURES = 12
 _SAMPLE_NAME = re.compile(r"step-(\d+)\.png")
-
-
-@dataclass(frozen=True)
-class Series:
-    """One quantity over training: finite ``values`` at rising ``steps``, both (N,)."""
-
-    steps: Floats
-    values: Floats
-
-    @property
-    def last(self) -> float:
-        """The newest value."""
-        return float(self.values[-1])
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,11 @@ class RunRecord:
         samples: (step, picture), rising.
         step: that of the newest line.
         total_steps, steps_per_epoch: None where the folder does not tell.
-        seconds: spent in training, None where the folder does not tell.
+        clocks: ``epoch``, ``samples`` and ``seconds`` of training over its steps, where they are
+            told.
+        made: what environment.jsonl says: ``command``, ``device``, ``patchmine``, ``images``.
+        bad_files: how many are listed.
+        written: when its newest numbers were, in seconds since 1970.
         unread: complaints about files that could not be read.
     """
 
@@ -73,9 +70,37 @@ class RunRecord:
     samples: Sequence[tuple[int, Path]]
     step: int
     total_steps: int | None
-    seconds: float | None
+    clocks: Mapping[str, Series] = field(default_factory=dict)
     steps_per_epoch: float | None = None
+    made: Mapping[str, str] = field(default_factory=dict)
+    bad_files: int = 0
+    written: float | None = None
     unread: Sequence[str] = ()
+
+    @property
+    def seconds(self) -> float | None:
+        """Time spent in training, None where the folder does not tell."""
+        return self.clocks["seconds"].last if "seconds" in self.clocks else None
+
+    @property
+    def is_of_clips(self) -> bool:
+        """Whether it is trained on videos."""
+        return reads_clips(self.settings.get("model", ""))
+
+    @property
+    def is_finished(self) -> bool | None:
+        """None where the folder does not tell how long the run is."""
+        return self.step >= self.total_steps if self.total_steps else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Training still to come, at its median speed; None where it is over or unknown."""
+        speed, samples = self.series.get("images_per_second"), self.clocks.get("samples")
+        if self.is_finished is not False or speed is None or samples is None:
+            return None
+        left = (self.total_steps or 0) - self.step
+        median = float(np.median(speed.values))
+        return left * samples.last / samples.steps[-1] / median if median > 0 else None
 
     def pictures(self) -> list[Picture]:
         """Those made during training that can be read, of many some with the first and the last."""
@@ -90,14 +115,6 @@ class Picture(NamedTuple):
     uri: str
     width: int
     height: int
-
-
-class _Line(NamedTuple):
-    """The numbers of a line of metrics.jsonl; those of an evaluation carry its name."""
-
-    step: float
-    numbers: Mapping[str, float]
-    is_evaluation: bool
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[RunRecord]:
@@ -139,15 +156,16 @@ def read_run(folder: Path, name: str) -> RunRecord:
         found = _read_evaluations(folder / "eval", unread)
         equal = found.get(SHARES, {}).get("settings")
         settings = flatten(equal) if isinstance(equal, Mapping) else {}
-        return RunRecord(name, folder, settings, {}, found, [], 0, None, None, unread=tuple(unread))
+        return RunRecord(name, folder, settings, {}, found, [], 0, None, unread=tuple(unread))
     config = _read_config(folder / "config.yaml", unread)
-    trained, evaluated = _read_lines(folder / "metrics.jsonl", unread)
-    steps_per_epoch = _steps_per_epoch(trained)
+    metrics = folder / "metrics.jsonl"
+    trained, evaluated = read_lines(metrics, unread)
+    steps_per_epoch = steps_per_epoch_of(trained)
     return RunRecord(
         name=name,
         path=folder,
         settings=flatten(config),
-        series=_series(trained) | _series(evaluated),
+        series=series_of(trained) | series_of(evaluated),
         evaluations=_read_evaluations(folder / "eval", unread),
         samples=sorted(
             (int(match[1]), path)
@@ -156,27 +174,24 @@ def read_run(folder: Path, name: str) -> RunRecord:
         ),
         step=int(trained[-1].step) if trained else 0,
         total_steps=_total_steps(config, steps_per_epoch, trained),
-        seconds=_seconds(trained),
+        clocks=clocks_of(trained),
         steps_per_epoch=steps_per_epoch,
+        made=_read_environment(folder / ENVIRONMENT),
+        bad_files=_count_lines(folder / "bad_files.txt"),
+        written=metrics.stat().st_mtime if metrics.is_file() else None,
         unread=tuple(unread),
     )
-
-
-def read_series(metrics: Path) -> tuple[dict[str, Series], float | None]:
-    """The series of a metrics.jsonl as `RunRecord` has them, and the steps of an epoch."""
-    trained, evaluated = _read_lines(metrics, [])
-    return _series(trained) | _series(evaluated), _steps_per_epoch(trained)
 
 
 def flatten(settings: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Nested settings as ``{"method.mask_ratio": "0.75"}``."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
-        name = prefix + _short(str(key))
+        name = prefix + short(str(key))
         if isinstance(value, Mapping) and value and prefix.count(".") < _DEEPEST:
             flat |= flatten(value, f"{name}.")
         else:
-            flat[name] = _short(_as_text(value))
+            flat[name] = short(_as_text(value))
     return flat
 
 
@@ -190,30 +205,11 @@ def _as_text(value: object, depth: int = 0) -> str:
     if isinstance(value, list | Mapping) and value and depth >= _DEEPEST:
         return "..."
     if isinstance(value, list):
-        return "[" + ", ".join(_as_text(part, depth + 1) for part in value[:_LONGEST]) + "]"
+        return "[" + ", ".join(_as_text(part, depth + 1) for part in value[:LONGEST]) + "]"
     if isinstance(value, Mapping) and value:
         parts = (f"{key}: {_as_text(part, depth + 1)}" for key, part in value.items())
         return "{" + ", ".join(parts) + "}"
     return json.dumps(value, default=str, ensure_ascii=False)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-
-
-def finite_number(value: object) -> float | None:
-    """The value if it is a number that can be drawn (a switch is none)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    if not -_LARGEST < value < _LARGEST:
-        return None
-    return float(value) if abs(value) >= _SMALLEST else 0.0
-
-
-def numbers_in(content: Mapping[str, object]) -> dict[str, float]:
-    """What can be drawn of a table."""
-    found = {_short(str(key)): finite_number(value) for key, value in content.items()}
-    return {key: number for key, number in found.items() if number is not None}
 
 
 def _read_config(path: Path, unread: list[str]) -> dict[str, object]:
@@ -227,75 +223,29 @@ def _read_config(path: Path, unread: list[str]) -> dict[str, object]:
     return {}
 
 
-def _read_lines(path: Path, unread: list[str]) -> tuple[list[_Line], list[_Line]]:
-    """Training lines and evaluation lines, by rising step; what a kill cut through is counted."""
-    trained: list[_Line] = []
-    evaluated: list[_Line] = []
+def _read_environment(path: Path) -> dict[str, str]:
+    """How a run began, and where it went on last; nothing of runs that left no such file."""
+    try:
+        with foreign_parser(_UnreadableError):
+            lines = [json.loads(text) for text in _small_file(path, _EVALUATION_BYTES).splitlines()]
+    except _UnreadableError:
+        return {}
+    told = [line for line in lines if isinstance(line, dict)]
+    if not told:
+        return {}
+    found = told[-1] | {"command": told[0].get("command")}
+    return {key: value for key, value in flatten(found).items() if value != "none"}
+
+
+def _count_lines(path: Path) -> int:
     if not path.is_file():
-        unread.append("metrics.jsonl is missing")
-        return trained, evaluated
-    broken = 0
+        return 0
     with path.open("rb") as file:
-        for text in file:
-            line = _parse(text)
-            if line is None:
-                broken += bool(text.strip())
-            elif line.is_evaluation:
-                evaluated.append(line)
-            else:
-                # A resumed run writes the steps after its checkpoint again: the newest ones count.
-                _drop_from(line.step, trained)
-                _drop_from(line.step, evaluated)
-                trained.append(line)
-    if broken:
-        unread.append(f"metrics.jsonl: {broken} unreadable line{'s' if broken > 1 else ''} skipped")
-    return trained, evaluated
-
-
-def _parse(text: bytes) -> _Line | None:
-    content = read_line(text)
-    step = None if content is None else step_of(content)
-    if content is None or step is None:
-        return None
-    evaluation = content.get("eval")
-    if not isinstance(evaluation, dict):
-        return _Line(step, numbers_in(content), is_evaluation=False)
-    name = _short(str(evaluation.pop("name", "eval")))
-    evaluation.pop("step", None)
-    numbers = {f"{name}.{key}": value for key, value in numbers_in(evaluation).items()}
-    return _Line(step, numbers, is_evaluation=True)
-
-
-def _drop_from(step: float, lines: list[_Line]) -> None:
-    while lines and lines[-1].step >= step:
-        lines.pop()
-
-
-def _series(lines: Sequence[_Line]) -> dict[str, Series]:
-    points: dict[str, dict[float, float]] = {}
-    for line in lines:
-        for name, value in line.numbers.items():
-            points.setdefault(name, {})[line.step] = value  # of two at one step the later counts
-    return {
-        name: Series(*np.asarray(sorted(found.items()), dtype=np.float64).T)
-        for name, found in points.items()
-        if name not in _POSITION
-    }
-
-
-def _seconds(lines: Sequence[_Line]) -> float | None:
-    """Time spent in training, from the samples seen and the rate at which they were seen."""
-    total, seen = 0.0, 0.0
-    for line in lines:
-        rate, samples = line.numbers.get("images_per_second", 0.0), line.numbers.get("samples")
-        if samples is not None and rate > 0:
-            total += max(0.0, samples - seen) / rate
-            seen = samples
-    return total or None
+        return sum(1 for line in file if line.strip())
 
 
 def _total_steps(
-    config: Mapping[str, object], steps_per_epoch: float | None, lines: Sequence[_Line]
+    config: Mapping[str, object], steps_per_epoch: float | None, lines: Sequence[Line]
 ) -> int | None:
     """The length of the run: as set, or from the epochs that are set."""
     steps, epochs = finite_number(config.get("steps")), finite_number(config.get("epochs"))
@@ -304,16 +254,6 @@ def _total_steps(
     if epochs is None or steps_per_epoch is None:
         return None
     return max(round(steps_per_epoch * epochs), int(lines[-1].step))
-
-
-def _steps_per_epoch(lines: Sequence[_Line]) -> float | None:
-    epoch = lines[-1].numbers.get("epoch") if lines else None
-    if not epoch:
-        return None
-    if not epoch.is_integer():
-        return lines[-1].step / epoch
-    # Whole epochs only: the first line of the newest one is late by an interval at the most.
-    return next(line.step for line in lines if line.numbers.get("epoch") == epoch) / epoch
 
 
 class _UnreadableError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from patchmine.report import words
 from patchmine.report.charts import Axis, linear_axis, log_axis, tick_texts
-from patchmine.report.reading import SHARES, RunRecord, finite_number, flatten
+from patchmine.report.reading import SHARES, RunRecord, flatten
+from patchmine.report.series import finite_number
 
 _RANDOM = "random_init"
 _GREY = 6  # among the colours of runs: what the others are measured by
@@ -19,7 +21,7 @@ _TITLES = {"pretrained": "pre-trained", _RANDOM: "random init"}
 _METRICS = {"top1": "top-1", "map": "mAP", "r2": "R\N{SUPERSCRIPT TWO}"}
 
 # The colours of report.css on white, and the sizes of the picture, in pixels.
-_COLOURS = ("#0868ac", "#d1580a", "#00845f", "#a83f8a", "#a87900", "#3d9fd6", "#565b63", "#b3261e")
+_COLOURS = ("#0868ac", "#b84a00", "#007a58", "#a83f8a", "#856000", "#6a51a3", "#565b63", "#b3261e")
 _INK, _SOFT, _HAIR, _PAPER = "#1b1d20", "#63676e", "#e3e3df", "#ffffff"
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 960, 600, 90, 40, 100, 70
 _ASIDE = 0.01  # of the plot's width
@@ -235,7 +237,8 @@ def plot(verdict: Verdict) -> Plot:
     points = [point for line in verdict.lines for point in line.points]
     shares = verdict.shares
     across = log_axis(shares[0], shares[-1])
-    up = linear_axis(min(p.low for p in points), max(p.high for p in points))
+    bounds = (-math.inf, 1.0) if verdict.metric == "r2" else (0.0, 100.0)
+    up = linear_axis(min(p.low for p in points), max(p.high for p in points), bounds=bounds)
     across = Axis(across.low, across.high, shares, log=True)
     texts = [percent_of(share) for share in shares]
     return Plot(
@@ -263,7 +266,7 @@ def drawn(verdict: Verdict, axes: Plot) -> Iterator[Drawn]:
         aside = _ASIDE * (number - (len(verdict.lines) - 1) / 2)
         x = (axes.across.place([point.share for point in line.points]) + aside).tolist()
         heights = (
-            axes.up.place([getattr(point, name) for point in line.points]).tolist()
+            axes.up.inside([getattr(point, name) for point in line.points]).tolist()
             for name in ("mean", "low", "high")
         )
         yield Drawn(line, list(zip(x, *heights, strict=True)))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
+
+from patchmine.methods import METHODS
 
 NOTHING = "\N{EN DASH}"
 """Stands where there is no value."""
@@ -10,7 +13,7 @@ NOTHING = "\N{EN DASH}"
 TITLES = {
     "loss": "Loss",
     "lr": "Learning rate",
-    "images_per_second": "Samples per second",
+    "images_per_second": "Speed, samples/s",
     "data_wait": "Waiting for data",
     "skipped": "Skipped steps",
     "grad_norm": "Gradient norm",
@@ -88,7 +91,7 @@ def score(name: str) -> str:
     """``mask_map50`` -> ``mask mAP50``; other names as `spoken` has them."""
     plain = name.removeprefix("mask_")
     if plain not in SCORES:
-        return spoken(name)
+        return "R\N{SUPERSCRIPT TWO}" if name == "r2" else spoken(name)
     return SCORES[plain] if plain == name else f"mask {SCORES[plain]}"
 
 
@@ -98,8 +101,25 @@ def measure(value: float, name: str) -> str:
 
 
 def rate(value: float) -> str:
-    """Samples per second: 1,234 · 12.3."""
+    """Samples/s: 1,234 · 12.3."""
     return whole(value) if value >= 100 else f"{value:.1f}"
+
+
+def ends(interval: tuple[float, float]) -> str:
+    """The ends of an interval of percentages: 82.9 to 87.6."""
+    return f"{interval[0]:.1f} to {interval[1]:.1f}"
+
+
+def span(interval: tuple[float, float]) -> str:
+    """The ends of an interval of differences: +6.1 to +11.9."""
+    return f"{points(interval[0])} to {points(interval[1])}"
+
+
+def method(name: str) -> str:
+    """A method as its authors spell it: ``droppos`` -> ``DropPos``."""
+    if name in METHODS:
+        return METHODS[name].implementation.partition(":")[2]  # classes are spelt so
+    return name.upper()
 
 
 def points(value: float) -> str:
@@ -121,6 +141,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def moment(seconds: float) -> str:
+    """A time since 1970: 2026-11-30 00:12 UTC."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def spoken(name: str) -> str:

@@ -18,7 +18,8 @@ from patchmine.data.sources.source import Spec
 from patchmine.disk import output
 from patchmine.errors import Say, UserError, foreign_parser, shown_name, silent
 from patchmine.evaluate.measure import write_result
-from patchmine.report.reading import SHARES, finite_number
+from patchmine.report.reading import SHARES
+from patchmine.report.series import finite_number
 from patchmine.report.verdict import draw_verdict, read_verdict
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder
