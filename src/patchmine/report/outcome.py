@@ -327,7 +327,7 @@ def compare(runs: Sequence[RunRecord]) -> Outcome | None:
     for name in scores_in_training(runs[0], ("top1",)):
         last = {run.name: run.series[name].last for run in runs if name in run.series}
         shown = {run: Measured(name, Score(top1, None), {}, []) for run, top1 in last.items()}
-        places = {run.settings.get("eval_data") for run in runs if run.name in last}
+        places = {run.settings.get("eval_data", "") for run in runs if run.name in last}
         if len(shown) > 1:
             protocol = f"{words.title(name.partition('.')[0])} in training"
             return _compared(protocol, shown, is_same=len(places) == 1)
