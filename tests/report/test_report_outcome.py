@@ -300,7 +300,7 @@ def test_several_runs_are_told_apart_only_where_they_can_be(make_run: MakeRun) -
     found = compare(read_runs([b, a]))
     assert found is not None
     assert found.headline == "kNN: a 78.0 %, b 70.0 %, on 900 test images each: a is better."
-    assert found.also[0].startswith("a less b: +8.0 points (95 % interval +4.0 to +12.0)")
+    assert found.also[0].startswith("a is 8.0 points above b (95 % interval +4.0 to +12.0)")
     found = compare(read_runs([b, a, c]))
     assert found is not None
     assert found.kind == "unclear"
@@ -348,3 +348,9 @@ def test_the_verdict_is_the_first_thing_of_the_page(bare: Path, tmp_path: Path) 
     places = [body.index(text) for text in ('class="headline"', 'id="overview"', 'id="curves"')]
     assert places == sorted(places)
     assert body.index("it learned.") < places[1]
+
+
+def test_a_classifier_in_training_says_when_it_is_tested(make_run: MakeRun) -> None:
+    found = told(make_run("run", evals=False, knn=False, made=500, kind="classify"))
+    assert found.headline.startswith("After 25 % of its steps, the loss fell from ")
+    assert found.also[-1] == "It is tested when it is trained to its end."

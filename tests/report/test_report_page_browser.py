@@ -75,7 +75,7 @@ def rich_run(make_run: MakeRun, name: str, **options: Any) -> Path:
         "patchmine": "0.1.0",
         "images": 3150,
     }
-    (folder / "environment.jsonl").write_text(json.dumps(made) + "\n")
+    (folder / "origin.jsonl").write_text(json.dumps(made) + "\n")
     (folder / "bad_files.txt").write_text("a.png\tbroken\n")
     return folder
 

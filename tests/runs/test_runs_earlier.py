@@ -82,7 +82,7 @@ def test_a_run_of_an_earlier_version_goes_on_to_the_same_end(
     assert sorted(numbers_of(run)) == [str(step) for step in range(1, 9)]  # the fifth was made anew
     assert weights_of(run) == pytest.approx(expected["weights"], rel=TOLERANCE)
     found, kept = files_of(run), expected["files"]
-    found.remove("environment.jsonl")  # which says how it went on; that version wrote none
+    found.remove("origin.jsonl")  # which says how it went on; that version wrote none
     assert [name for name in found if not is_picture(name)] == [
         name for name in kept if not is_picture(name)
     ]

@@ -45,7 +45,9 @@ def _chart(name: str, runs: Sequence[RunRecord]) -> Chart:
     if is_wait:
         found = [(i, label, Series(own.steps, 100 * own.values)) for i, label, own in found]
     smooth = not evaluated and name != "lr"
-    is_share = is_score or is_wait
+    # Tasks log it in percent, DropPos as a share
+    in_percent = name == "accuracy" and not any("method.name" in run.settings for run in runs)
+    is_share = is_score or is_wait or in_percent
     show = words.percent if is_share else words.rate if is_speed else words.number
     rises = bool(evaluated) and protocol != "monitor" and quantity not in _ERRORS
     does_what = {run: does(own, show, is_score=rises) for run, _, own in found}

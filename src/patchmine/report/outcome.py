@@ -29,13 +29,14 @@ from patchmine.report.evidence import (
 from patchmine.report.health import health_of
 from patchmine.report.reading import SHARES, RunRecord
 from patchmine.report.series import finite_number
-from patchmine.report.words import ends, number, percent, points, span, whole
+from patchmine.report.words import ends, number, percent, span, whole
 
 _NAMES = {START: "its untouched start", "random_init": "random init", "raw_pixels": "raw pixels"}
 _TASK_SCORES = ("top1", "miou", "map", "r2")
-_MOST_IMAGES = 1e6  # more are not worth naming
+_MOST_IMAGES = 1e5  # more are not worth naming
 _LITTLE = 0.01  # of the loss: no fall
 _ONLY_LABELS = "Only labelled images can say whether the features are good; this measures it:"
+_NO_TEST = "It is tested when it is trained to its end."
 _TROUBLE = {"collapse": "the features collapsed", "over-fitting": "the run over-fits"}
 
 
@@ -277,7 +278,7 @@ def _of_task(run: RunRecord) -> Outcome:
     if score is None:
         if not also:
             also = _loss(run) or ["No numbers yet: the first ones come with the first steps."]
-        return Outcome("untold", _so_far(run, also[0]), also[1:])
+        return Outcome("untold", _so_far(run, also[0]), [*also[1:], _NO_TEST])
     tested = measured("test", content)
     if score[0] == "top1" and tested is not None:
         return _of_classes(tested, most_common(content), also)
@@ -359,5 +360,5 @@ def _compared(title: str, shared: dict[str, Measured], *, is_same: bool) -> Outc
 
 
 def _gap(best: str, gap: Difference) -> str:
-    text = f"{best} less {gap.name}: {points(gap.points)} points"
+    text = f"{best} is {gap.points:.1f} points above {gap.name}"
     return text if gap.interval is None else f"{text} (95 % interval {span(gap.interval)})"

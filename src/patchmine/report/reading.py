@@ -29,7 +29,7 @@ from patchmine.report.series import (
     short,
     steps_per_epoch_of,
 )
-from patchmine.runs.files import ENVIRONMENT
+from patchmine.runs.files import ORIGIN
 
 SHARES = "shares"
 """eval/shares.json compares runs with parts of the labels."""
@@ -56,7 +56,7 @@ class RunRecord:
         total_steps, steps_per_epoch: None where the folder does not tell.
         clocks: ``epoch``, ``samples`` and ``seconds`` of training over its steps, where they are
             told.
-        made: what environment.jsonl says: ``command``, ``device``, ``patchmine``, ``images``.
+        made: what origin.jsonl says: ``command``, ``device``, ``patchmine``, ``images``.
         bad_files: how many are listed.
         written: when its newest numbers were, in seconds since 1970.
         unread: complaints about files that could not be read.
@@ -176,7 +176,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         total_steps=_total_steps(config, steps_per_epoch, trained),
         clocks=clocks_of(trained),
         steps_per_epoch=steps_per_epoch,
-        made=_read_environment(folder / ENVIRONMENT),
+        made=_read_origin(folder / ORIGIN),
         bad_files=_count_lines(folder / "bad_files.txt"),
         written=metrics.stat().st_mtime if metrics.is_file() else None,
         unread=tuple(unread),
@@ -223,7 +223,7 @@ def _read_config(path: Path, unread: list[str]) -> dict[str, object]:
     return {}
 
 
-def _read_environment(path: Path) -> dict[str, str]:
+def _read_origin(path: Path) -> dict[str, str]:
     """How a run began, and where it went on last; nothing of runs that left no such file."""
     try:
         with foreign_parser(_UnreadableError):

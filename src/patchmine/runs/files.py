@@ -15,7 +15,7 @@ from patchmine.train.checkpoint import list_checkpoints
 from patchmine.train.log import read_line
 
 MONITOR_START = Path("monitor", "start.safetensors")
-ENVIRONMENT = "environment.jsonl"
+ORIGIN = "origin.jsonl"
 """How and where a run was made: a JSON object each time it began or went on."""
 
 

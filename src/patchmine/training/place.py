@@ -26,7 +26,7 @@ from patchmine.train.checkpoint import Checkpoint, point_again
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks, Keeper, refuse_stranger, train
-from patchmine.training.environment import note_environment
+from patchmine.training.origin import note_origin
 from patchmine.types import Batch
 
 
@@ -157,7 +157,7 @@ def train_task(
             point_again(start)
         place.write_config(config)
         say(_summary(name, task, config, images, engine))
-        note_environment(folder, engine, len(images), 0 if start is None else start.step)
+        note_origin(folder, engine, len(images), 0 if start is None else start.step)
     engine.advise(f"go on with `patchmine resume {folder}`")
     first = 0 if start is None else start.step
     steps = range(first, length.total_steps)

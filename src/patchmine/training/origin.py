@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from patchmine.runs.files import ENVIRONMENT
+from patchmine.runs.files import ORIGIN
 from patchmine.train.engine import Engine
 from patchmine.train.hardware import device_name
 
 
-def note_environment(folder: Path, engine: Engine, images: int, first_step: int) -> None:
-    """A line of environment.jsonl; a run that begins writes the first one.
+def note_origin(folder: Path, engine: Engine, images: int, first_step: int) -> None:
+    """A line of origin.jsonl; a run that begins writes the first one.
 
     Args:
         folder: the run's.
@@ -26,13 +26,13 @@ def note_environment(folder: Path, engine: Engine, images: int, first_step: int)
         images: how many items are trained on.
         first_step: that is made now.
     """
-    line = json.dumps({"step": first_step, "images": images, **_environment(engine)})
+    line = json.dumps({"step": first_step, "images": images, **_origin(engine)})
     # It is not worth a run.
-    with suppress(OSError), (folder / ENVIRONMENT).open("a" if first_step else "w") as file:
+    with suppress(OSError), (folder / ORIGIN).open("a" if first_step else "w") as file:
         file.write(line + "\n")
 
 
-def _environment(engine: Engine) -> dict[str, Any]:
+def _origin(engine: Engine) -> dict[str, Any]:
     name = device_name(engine.device)
     return {
         "command": _command(),

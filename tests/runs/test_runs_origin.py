@@ -18,7 +18,7 @@ SETTINGS = {**VIT, **DECODER, **SMALL, "steps": 4, "checkpoint_every": 2}
 
 
 def noted(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "environment.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "origin.jsonl").read_text().splitlines()]
 
 
 def test_a_command_and_where_it_runs_are_noted_and_shown(
@@ -66,5 +66,5 @@ def test_a_run_without_notes_or_with_damaged_ones_is_shown(tmp_path: Path) -> No
     (tmp_path / "config.yaml").write_text("steps: 3\n")
     assert made_of(read_run(tmp_path, "run")) == {}
     for text in ("", "{", "[]\n3\n", '{"images": "many"}\n', '{"device": [1, {"x": null}]}\n'):
-        (tmp_path / "environment.jsonl").write_text(text)
+        (tmp_path / "origin.jsonl").write_text(text)
         assert "</html>" in write_report([tmp_path], tmp_path / "x.html").read_text()
