@@ -72,7 +72,8 @@ class Run(UsedRun):
         given = {"out": out, **settings}
         sources = _named(given, data)
         base = settings_of_extension(self.path, timed="budget" in settings)
-        config = from_settings(say=say, also=checks_of(base["kind"]), base=base, **given)
+        checks = checks_of(base["kind"], extends=True)
+        config = from_settings(say=say, also=checks, base=base, **given)
         return Run(training.extend(config, self.path, sources=sources, say=say).path)
 
 

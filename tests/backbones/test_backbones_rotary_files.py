@@ -52,8 +52,8 @@ def features(encoder: Any) -> tuple[Tensor, Tensor]:
         return images, encoder.forward_features(images)
 
 
-def started(file: Path, model: str, side: int) -> Any:
-    sizes = [f"model_args.{name}={value}" for name, value in SIZES.items()]
+def started(file: Path, model: str, side: int, **more: Any) -> Any:
+    sizes = [f"model_args.{name}={value}" for name, value in (SIZES | more).items()]
     decoder = ["method.decoder_depth=1", "method.decoder_embed_dim=32"]
     words = ["data=x", "method=mae", f"model={model}", f"image_size={side}"]
     return build_method(parse(None, [*words, *sizes, *decoder]), start_from=str(file)).encoder
@@ -162,9 +162,19 @@ def test_transformers_dinov3_opens(gated: bool, way: str, tmp_path: Path) -> Non
     close(patchmine.load_encoder(file, **how), expected, images)
 
 
-def test_a_plain_model_refuses_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "model", ["vit_small_patch16_224", "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"]
+)
+def test_another_model_refuses_the_file(model: str, tmp_path: Path) -> None:
     torch.save(official(drawn(BIASED)), tmp_path / "a.pth")
     with pytest.raises(
         UserError, match=r"name the one that the file is of, as in model=vit_\w+_dinov3"
-    ):
-        started(tmp_path / "a.pth", "vit_small_patch16_224", 64)
+    ) as told:
+        patchmine.load_encoder(tmp_path / "a.pth", model=model)
+    assert "model_args" not in str(told.value)
+
+
+def test_a_dinov3_without_registers_is_told_to_have_them(tmp_path: Path) -> None:
+    torch.save(drawn(BIASED).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"has register tokens.*set model_args\.reg_tokens"):
+        started(tmp_path / "a.pth", BIASED, 64, num_reg_tokens=0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from patchmine.data.decoding.decode import DecodeError, decode, probe
+from patchmine.data.decoding.unnamed import unnamed_warnings
 
 
 def smooth_image(height: int = 40, width: int = 56) -> Image.Image:
@@ -409,3 +412,24 @@ def test_what_is_no_image_is_said_by_probe_and_decode_alike(item: Any) -> None:
     with pytest.raises(DecodeError) as probed:
         probe(item)
     assert str(decoded.value) == str(probed.value)
+
+
+def test_only_the_words_of_decoders_are_held_back(capfd: pytest.CaptureFixture[str]) -> None:
+    def another_thread() -> None:
+        os.write(2, b"a user's own words\n")
+        with unnamed_warnings():  # two at once leave standard error as it was
+            os.write(2, b"half a line")
+
+    def leave_by_an_error() -> None:
+        with unnamed_warnings():
+            os.write(2, b"Corrupt JPEG data: bad Huffman code\n")
+            thread = threading.Thread(target=another_thread)
+            thread.start()
+            thread.join()
+            os.write(2, b"\nTIFFReadDirectory: Warning, Unknown field.\n")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave_by_an_error()
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "a user's own words\nhalf a line\nafter\n"

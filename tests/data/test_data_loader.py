@@ -215,7 +215,8 @@ def test_too_many_broken_items_stop_the_run(tmp_path: Path, workers: int) -> Non
     assert len(path.read_text().splitlines()) < 40  # long before the end of the epoch
 
 
-def test_what_libjpeg_warns_of_is_not_shown(capfd: Any) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_libjpeg_warns_of_is_not_shown(workers: int, capfd: Any) -> None:
     """It names no file; a data set's own words are its own."""
     stored = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
@@ -230,7 +231,7 @@ def test_what_libjpeg_warns_of_is_not_shown(capfd: Any) -> None:
             return bytes(damaged)
 
     bad = BadFiles(None, 0.5)
-    train(Damaged(), workers=1, bad=bad)
+    train(Damaged(), workers=workers, bad=bad)
     said = capfd.readouterr().err
     assert len(bad) == 0
     assert "a user's own words" in said

@@ -194,7 +194,7 @@ def test_knn_in_training_agrees_with_the_protocol_and_leaves_the_encoder_as_it_w
     assert torch.equal(state, torch.get_rng_state())
     assert found == {
         key: evaluate_knn(settings(KnnSettings, run_folder, colours))[key]
-        for key in ("top1", "top5")
+        for key in ("top1", "top5", "top1_interval")
     }
     assert [m.training for m in encoder.modules()] == modes
     assert all(p.grad is None for p in encoder.parameters())

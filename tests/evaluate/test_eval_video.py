@@ -257,7 +257,7 @@ def test_the_protocols_of_images_take_one_clip_of_each_video(video_folder, clips
     )
     online = knn_in_training(target, data, ReadingSettings(workers=0))
     twenty = evaluate_knn(settings(KnnSettings, video_folder, clips))
-    assert online == {key: twenty[key] for key in ("top1", "top5")}
+    assert online == {key: twenty[key] for key in ("top1", "top5", "top1_interval")}
     out = tmp_path / "e.parquet"
     said = []
     embed(settings(EmbedSettings, video_folder, clips / "test", out=str(out)), said.append)

@@ -272,8 +272,11 @@ def test_a_run_with_lora_and_an_average_resumes_bit_for_bit_and_all_mean_the_ave
     assert any(not torch.equal(last[f"encoder.{k}"], v) for k, v in average.items())
 
     exported = load_file(run.export_dir / "model.safetensors")
-    for encoder in (run.encoder(), run.method().encoder):
+    asked = patchmine.load_encoder(run.path, weights="ema")
+    for encoder in (run.encoder(), run.method().encoder, run.encoder("ema"), asked):
         assert_same(exported, encoder.state_dict())
+    with pytest.raises(UserError, match=r"holds no ema: .*use weights=student"):
+        patchmine.Run(start).encoder("ema")
     before = patchmine.Run(start).encoder().state_dict()
     moved = {name for name, value in exported.items() if not torch.equal(value, before[name])}
     assert moved == {f"blocks.{n}.attn.{part}.weight" for n in (0, 1) for part in ("qkv", "proj")}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from drawn import draw_images
+from killing import killed
 from torch import Tensor
 
 import patchmine
@@ -101,6 +102,30 @@ def test_an_extended_run_starts_from_all_of_it_and_resumes_to_the_same_bits(
                 newer.unlink()
         patchmine.resume(longer.path, say=lambda _: None)
         assert differing(state(longer.checkpoints[-1]), wanted) == []
+
+
+@pytest.mark.bitwise
+def test_the_same_command_again_takes_over_what_a_kill_before_the_settings_left(
+    hpm: patchmine.Run, images: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = dict(steps=2)
+    killed("before the settings", "extend", hpm.path, out=tmp_path / "longer", **more)
+    left = tmp_path / "longer" / "checkpoints"
+    assert (left / "step-00000000.safetensors").is_file()
+    assert not (tmp_path / "longer" / "config.yaml").exists()
+    (left / ".step-00000000.99999.new.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="holds no run, but checkpoints"):
+        patchmine.pretrain(data=images, out=tmp_path / "longer", steps=2, **TINY, **DECODER)
+    longer = hpm.extend(tmp_path / "longer", say=lambda _: None, **more)
+    whole = hpm.extend(tmp_path / "whole", say=lambda _: None, **more)
+    assert differing(state(longer.checkpoints[-1]), state(whole.checkpoints[-1])) == []
+    assert not list(left.glob(".*"))
+
+    other = tmp_path / "other" / "checkpoints"
+    other.mkdir(parents=True)
+    (other / "step-00000004.safetensors").write_bytes(b"of another run")
+    with pytest.raises(UserError, match="holds no run, but checkpoints"):
+        hpm.extend(other.parent, say=lambda _: None, **more)
 
 
 def test_a_killed_extension_does_not_go_on_with_other_data(

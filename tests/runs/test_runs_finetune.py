@@ -22,6 +22,7 @@ from patchmine.config.resolve import from_settings
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import train_batches
 from patchmine.errors import UserError
+from patchmine.evaluate.paired import accuracy_interval
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder, build_classifier
 from patchmine.train.checkpoint import load
@@ -80,6 +81,22 @@ def test_a_run_is_tested_and_exported_with_its_classifier(
     assert not torch.equal(tuned.encoder().blocks[0].attn.qkv.weight, before)
     assert tuned.config.kind == "classify"
     assert tuned.metrics()[-1]["step"] == 12
+
+
+def test_accuracies_are_told_and_kept_with_their_intervals(
+    backbone: Path, labelled: Path, tmp_path: Path
+) -> None:
+    heard: list[str] = []
+    run = tune(backbone, labelled, tmp_path / "run", val_share=0.3, epochs=1, say=heard.append)
+    result = json.loads((run.eval_dir / "test.json").read_text())
+    assert result["top1_interval"] == accuracy_interval(result["top1"], 8)
+    low, high = result["top1_interval"]
+    told = f"test top1 {result['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f})"
+    assert told in heard[-1]
+    (val,) = (line["eval"] for line in run.metrics() if "eval" in line)
+    low, high = val["top1_interval"]
+    assert low <= val["top1"] <= high
+    assert any(f"{val['top1']:.2f} (95 % interval {low:.1f} to" in text for text in heard)
 
 
 def test_a_classifier_goes_to_onnx_and_transformers(tuned: patchmine.Run, tmp_path: Path) -> None:

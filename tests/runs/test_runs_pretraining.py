@@ -66,7 +66,8 @@ def tiny(method: str) -> dict[str, Any]:
 
 def pretrain(data: Any, out: Path, **settings: Any) -> RunFolder:
     known = tiny(settings.get("method", "mae"))
-    return patchmine.pretrain(data=data, out=out, say=lambda _: None, **(known | settings))
+    given = {"say": lambda _: None, **known, **settings}
+    return patchmine.pretrain(data=data, out=out, **given)
 
 
 def assert_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -88,6 +89,7 @@ def test_a_run_folder_holds_what_is_promised(
     method: str, image_folder: Path, tmp_path: Path
 ) -> None:
     evaluation = dict(eval_every=1, eval_data=str(image_folder), crop_pct=1.0)
+    heard: list[str] = []
     run = pretrain(
         image_folder,
         tmp_path / "run",
@@ -95,6 +97,7 @@ def test_a_run_folder_holds_what_is_promised(
         epochs=2,
         log_every=2,
         tensorboard=True,
+        say=heard.append,
         **evaluation,
     )
     lines = run.metrics()
@@ -108,6 +111,10 @@ def test_a_run_folder_holds_what_is_promised(
     evaluated = [(line["step"], line["eval"]["name"]) for line in lines if "eval" in line]
     each_epoch = [(step, name) for step in (4, 8) for name in ("monitor", "knn")]
     assert evaluated == [(0, "monitor"), *each_epoch]
+    for scores in (line["eval"] for line in lines if line.get("eval", {}).get("name") == "knn"):
+        low, high = scores["top1_interval"]
+        assert low <= scores["top1"] <= high
+        assert any(f"top-1 {scores['top1']:.1f} % (95 % interval {low:.1f}" in s for s in heard)
     assert list(run.path.glob("events.out.tfevents*"))
     assert (run.path / "samples" / "step-00000008.png").is_file()
     assert run.config.method.name == method

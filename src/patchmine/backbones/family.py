@@ -138,17 +138,26 @@ def infer_blueprint(tensors: Mapping[str, Tensor], source: str, **wanted: Any) -
 def refuse_other_family(
     encoder: Encoder, model: str, tensors: Mapping[str, Tensor], source: str
 ) -> None:
-    """UserError where tensors name another family than that of the encoder, ``model``."""
+    """UserError where tensors name another family than that of the encoder, ``model``.
+
+    Or in its family another network than any that ``model_args`` make of ``model``: a DINOv3 has
+    the names of EVA-02.
+    """
     recognised = (family for family in FAMILIES.values() if family.recognises(tensors))
     found = next(recognised, VIT)  # whose names are those of others, too
-    if found in (VIT, family_of(encoder)) or found.infer is None:
+    if found is VIT or found.infer is None:
         return
     if found.recognises(encoder.state_dict()):  # both versions of Swin have the same names
         return
+    kind = f"of timm's kind {found.module.__name__}, and model={model} is none"
+    if found is family_of(encoder):
+        usual = create_encoder(model, {"device": "meta"}, source)
+        if found.recognises(usual.state_dict()):
+            return
+        kind = f"of another kind than model={model}"
     theirs = found.infer(tensors, source).model
     raise UserError(
-        f"{source} holds a network of timm's kind {found.module.__name__}, and model={model} is "
-        f"none: name the one that the file is of, as in model={theirs}"
+        f"{source} holds a network {kind}: name the one that the file is of, as in model={theirs}"
     )
 
 

@@ -131,7 +131,7 @@ def extend(words: Sequence[str], say: Say) -> None:
 
     timed = any(word.startswith("budget=") for word in settings)
     base = settings_to_extend(settings_of_run(run), run, timed=timed)
-    checks = checks_of(base["kind"])
+    checks = checks_of(base["kind"], extends=True)
     tell_errors(lambda hears: resolve.parse(None, settings, hears, also=checks[:1], base=base), say)
     from patchmine.training import extending  # after the words are known to be right
 

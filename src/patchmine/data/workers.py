@@ -216,7 +216,8 @@ def _signals_kept() -> Iterator[None]:
 def quiet_decoding() -> Iterator[None]:
     """Around decoding in a worker: libjpeg and libtiff warn on its standard error and name no file.
 
-    What they cannot decode is refused by name.  Outside of a worker others write there too.
+    What they cannot decode is refused by name.  Outside of a worker others write there too, and
+    `unnamed_warnings` tells apart whose words these are.
     """
     if get_worker_info() is None:
         yield

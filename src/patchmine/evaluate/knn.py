@@ -14,7 +14,6 @@ from patchmine.evaluate.evaluated import Evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, UnitReader, device_of
 from patchmine.evaluate.labelled import LabelledData
 from patchmine.evaluate.measure import (
-    Accuracy,
     Learned,
     Result,
     choose_pooling,
@@ -24,6 +23,7 @@ from patchmine.evaluate.measure import (
     score,
 )
 from patchmine.evaluate.neighbours import knn_votes
+from patchmine.evaluate.paired import accuracy_interval
 from patchmine.evaluate.settings import KnnSettings, ReadingSettings, VoteSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.train.engine import Engine
@@ -87,8 +87,11 @@ def knn_in_training(
     data: LabelledData,
     reading: ReadingSettings | None = None,
     engine: Engine | None = None,
-) -> Accuracy:
-    """Accuracy of an encoder in training on a share of ``data``; every process must call this."""
+) -> Result:
+    """Accuracy of an encoder in training on a share of ``data``; every process must call this.
+
+    ``top1_interval`` holds the ends of its 95 % interval.
+    """
     assert evaluated.encoder is not None, "an encoder in training"
     device = next(evaluated.encoder.parameters()).device
     readers = {"": Reader(evaluated)}
@@ -103,4 +106,5 @@ def knn_in_training(
 
         loop.in_all_processes(learn)
         found = score(loop, data.test.sampled(_MOST_TEST), learned, "test")
-    return found.accuracies["", ""][learned["", ""].chosen]
+    accuracy = found.accuracies["", ""][learned["", ""].chosen]
+    return {**accuracy, "top1_interval": accuracy_interval(accuracy["top1"], found.tested)}

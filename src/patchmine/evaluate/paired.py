@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -86,6 +88,12 @@ def images_to_tell(points: float, interval: tuple[float, float], images: int) ->
         return math.inf
     width = (interval[1] - interval[0]) / 2  # which shrinks with the root of the number
     return images * ((_NORMAL_95 + _NORMAL_80) / _NORMAL_95 * width / points) ** 2
+
+
+def interval_in_words(result: Mapping[str, Any]) -> str:
+    """`` (95 % interval 78.1 to 85.0)`` of a result that has one; else nothing."""
+    ends = result.get("top1_interval")
+    return f" (95 % interval {ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
 
 
 def change_between(before: Tensor, after: Tensor) -> Change:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchmine.errors import UserError
+from patchmine.evaluate.paired import accuracy_interval
 
 MOST_IN_MATRIX = 200  # classes; of more, the matrix would be larger than a report reads
 _MOST_PAIRS = 20
@@ -27,11 +28,12 @@ def classification_scores(logits: Tensor, labels: Tensor, names: Sequence[str]) 
         names: of the C classes.
 
     Returns:
-        ``top1``, with more than five classes ``top5``, ``balanced`` (the mean recall of the classes
-        that are there) and ``loss`` (cross-entropy); ``classes``; ``per_class``: ``top1`` (recall),
-        ``precision`` and ``count`` by name; ``confused``: the pairs of classes that are mixed up
-        most; ``confusion``: rows are true classes, columns predicted ones (None where there are
-        more than 200 classes).  An item with a logit of NaN is wrong, and in no column.
+        ``top1``, ``top1_interval`` (the ends of its 95 % interval), with more than five classes
+        ``top5``, ``balanced`` (the mean recall of the classes that are there) and ``loss``
+        (cross-entropy); ``classes``; ``per_class``: ``top1`` (recall), ``precision`` and ``count``
+        by name; ``confused``: the pairs of classes that are mixed up most; ``confusion``: rows are
+        true classes, columns predicted ones (None where there are more than 200 classes).  An item
+        with a logit of NaN is wrong, and in no column.
     """
     order = logits.sort(dim=1, descending=True, stable=True).indices  # (N, C)
     told = ~logits.isnan().any(1)
@@ -41,7 +43,8 @@ def classification_scores(logits: Tensor, labels: Tensor, names: Sequence[str]) 
     hits, sizes = confusion.diagonal(), torch.bincount(labels, minlength=count)
     recall, precision = _percent(hits, sizes), _percent(hits, confusion.sum(0))
     loss = F.cross_entropy(logits.double(), labels)
-    result: dict[str, Any] = {"top1": _mean_percent(right[:, 0])}
+    top1 = _mean_percent(right[:, 0])
+    result: dict[str, Any] = {"top1": top1, "top1_interval": accuracy_interval(top1, len(labels))}
     if count > 5:
         result["top5"] = _mean_percent(right[:, :5].any(1))
     return result | {

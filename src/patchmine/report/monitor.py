@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from patchmine.errors import UserError, foreign_parser
 from patchmine.evaluate.evaluated import Evaluated, of_run
 from patchmine.evaluate.knn import knn_in_training
 from patchmine.evaluate.labelled import open_labelled
+from patchmine.evaluate.paired import interval_in_words
 from patchmine.evaluate.settings import EvalSettings, ReadingSettings
 from patchmine.report.panels import draw_panels
 from patchmine.runs.preparing import item_of, normaliser
@@ -64,7 +66,7 @@ class Watched:
         """Processes that read images."""
         return num_workers(self.training.workers, self.engine.device, self.engine.local_size)
 
-    def write(self, progress: Progress, name: str, numbers: Mapping[str, float]) -> None:
+    def write(self, progress: Progress, name: str, numbers: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl on an evaluation of this name."""
         epoch = progress.step / progress.steps_per_epoch
         self.log.write({"step": progress.step, "epoch": epoch, "eval": {"name": name, **numbers}})
@@ -150,8 +152,9 @@ class Monitor:
             self._say_failed("the evaluation", progress, error)
             return None
         self.run.write(progress, "knn", scores)
-        self.run.log.say(f"step {progress.step}: kNN top-1 {scores['top1']:.1f} %")
-        return scores
+        top1 = f"{scores['top1']:.1f} %{interval_in_words(scores)}"
+        self.run.log.say(f"step {progress.step}: kNN top-1 {top1}")
+        return {"top1": scores["top1"], "top5": scores["top5"]}
 
     def _say_failed(self, what: str, progress: Progress, error: UserError | OSError) -> None:
         if what not in self._failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from patchmine.backbones.names import reads_clips
@@ -102,7 +103,7 @@ def _lacking(config: RunConfig) -> list[SettingError]:
     return found
 
 
-def misplaced(config: RunConfig) -> list[SettingError]:
+def misplaced(config: RunConfig, *, extends: bool = False) -> list[SettingError]:
     """Files that are not there, and a place where no new run can be made."""
     found = missing_files(config)
     try:
@@ -110,7 +111,7 @@ def misplaced(config: RunConfig) -> list[SettingError]:
         goes_on = config.resume == "auto" and is_run(folder)
         # Whoever writes there is told of by the lock.
         if not goes_on and not os.path.lexists(folder / lock.NAME):
-            refuse_used_folder(folder)
+            refuse_used_folder(folder, extends=extends)
     except UserError as error:
         found.append(SettingError("", str(error)))
     return found
@@ -137,14 +138,15 @@ DETECTOR_CHECKS = (misplaced, _of(DetectConfig, misfits_of_detector))
 """The same of a run that detects."""
 
 
-def checks_of(kind: str) -> Checks:
-    """What is asked of the settings of a new run of this kind."""
+def checks_of(kind: str, *, extends: bool = False) -> Checks:
+    """What is asked of the settings of a new run of this kind, or of one that ``extends`` a run."""
     every: dict[str, Checks] = {
         "classify": CLASSIFIER_CHECKS,
         "segment": SEGMENTER_CHECKS,
         "detect": DETECTOR_CHECKS,
     }
-    return every.get(kind, CHECKS)
+    checks = every.get(kind, CHECKS)
+    return (partial(misplaced, extends=True), *checks[1:]) if extends else checks
 
 
 def _refusals(config: PretrainConfig) -> list[str]:

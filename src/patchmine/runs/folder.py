@@ -27,6 +27,7 @@ from patchmine.config.schema import (
 from patchmine.errors import Say, UserError, settings_of, shown_name, silent
 from patchmine.methods import method_class
 from patchmine.models.adapt import AS_USED, insert_lora, tensors_used
+from patchmine.models.settings import AverageSettings
 from patchmine.runs.files import RunFiles
 from patchmine.runs.known import is_run
 from patchmine.task import Method
@@ -257,7 +258,8 @@ class RunFolder(RunFiles):
 
         Args:
             which: a name that the method gives it: student, or teacher, partner, partner-teacher
-                where there are such.
+                where there are such; of a run with ``ema_decay`` ema is the student, too, whose
+                weights are their average.
 
         Returns:
             The encoder alone, on the CPU, in eval mode.
@@ -265,6 +267,8 @@ class RunFolder(RunFiles):
         Raises:
             UserError: there is no such encoder, or it is not finite.
         """
+        if which == "ema" and self.keeps_average:
+            which = "student"
         if not isinstance(self.config, PretrainConfig):
             encoders: dict[str, Encoder] = dict(self.trained().encoders())
             if which not in encoders:
@@ -297,6 +301,12 @@ class RunFolder(RunFiles):
                 f" use weights={' or '.join(encoders)}"
             )
         return encoders[which].eval()
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether what it exports and evaluates is the average of its weights."""
+        config = self.config
+        return isinstance(config, AverageSettings) and config.ema_decay is not None
 
     def _newest(self) -> Checkpoint:
         if not self.checkpoints and is_export(self.export_dir):

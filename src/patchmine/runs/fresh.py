@@ -12,6 +12,8 @@ _WRITTEN = (
     *("checkpoints", "metrics.jsonl", "samples", "monitor", "export", "export-partner"),
     "bad_files.txt",
 )
+_BEGINNING = {"step-00000000.safetensors", "last"}
+"""What an extension writes into checkpoints/ before its settings, and writes anew."""
 
 
 def new_folder(config: RunConfig) -> Path:
@@ -38,8 +40,11 @@ def new_folder(config: RunConfig) -> Path:
     return folder
 
 
-def refuse_used_folder(folder: Path) -> None:
-    """Raise UserError where a new run would write over another one, or over somebody's files."""
+def refuse_used_folder(folder: Path, *, extends: bool = False) -> None:
+    """Raise UserError where a new run would write over another one, or over somebody's files.
+
+    ``extends``: it begins with a checkpoint, which a kill may have left there without settings.
+    """
     if os.path.lexists(folder / "config.yaml"):
         raise UserError(
             f"out={folder} already holds a run, which is left as it is: go on with it by "
@@ -47,7 +52,11 @@ def refuse_used_folder(folder: Path) -> None:
         )
     for name in _WRITTEN:
         place = folder / name
-        if os.path.lexists(place) and not (place.is_dir() and not any(place.iterdir())):
+        held = {each.name for each in place.iterdir()} if place.is_dir() else {name}
+        if extends and name == "checkpoints":
+            # Names with a dot are of half written files, which the next checkpoint sweeps away
+            held = {each for each in held if not each.startswith(".")} - _BEGINNING
+        if os.path.lexists(place) and held:
             raise UserError(
                 f"out={folder} holds no run, but {name}, which a run writes itself: choose a new "
                 "folder"

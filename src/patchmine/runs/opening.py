@@ -65,7 +65,9 @@ def load_encoder(
                 f"{name}={value!r} is for files; {shown_name(path)} is a run, which knows it: "
                 "leave it out"
             )
-    encoder = RunFolder(path).encoder("teacher" if weights in ("teacher", "ema") else "student")
+    run = RunFolder(path)
+    known = {"teacher": "teacher", "ema": "ema" if run.keeps_average else "teacher"}
+    encoder = run.encoder(known.get(weights, "student"))
     if size is not None:
         filling.resize_encoder(encoder, size)
     return encoder

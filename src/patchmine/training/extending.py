@@ -68,9 +68,10 @@ def extend(
             start = _first(kind.make(config, data), config, kind.images(data), before, place)
         return kind.train(config, place, data, start)
 
-    return make_run(
-        config, lambda found, where: kind.open(found, where, sources), train, say, began
-    )
+    def opened(config: AnyConfig, place: Place) -> tuple[Any, AnyConfig]:
+        return kind.open(config, place, sources)
+
+    return make_run(config, opened, train, say, began, extends=True)
 
 
 def _first(

@@ -23,6 +23,7 @@ from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.evaluate.evaluated import Evaluated, of_run
 from patchmine.evaluate.features import FeatureLoop, Reader, Views, clip_views
 from patchmine.evaluate.labelled import Part
+from patchmine.evaluate.paired import interval_in_words
 from patchmine.evaluate.scores import classification_scores, multilabel_scores, regression_scores
 from patchmine.evaluate.settings import ReadingSettings
 from patchmine.ops.losses import balanced_weights
@@ -222,7 +223,7 @@ def _last_words(
     config: FinetuneConfig, place: Place, encoder: Encoder, found: Mapping[str, Any], bad: BadFiles
 ) -> str:
     folder, metric = place.folder, SCORE[config.loss]
-    unit = "" if metric == "r2" else " %"
+    unit = "" if metric == "r2" else f" %{interval_in_words(found)}"
     broken = f" {len(bad)} broken {bad.item}s were left out, see {bad.path}." if len(bad) else ""
     opened = f'patchmine.Run("{folder}").classifier()'
     if family_of(encoder).timm_opens(encoder):

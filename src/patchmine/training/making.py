@@ -28,10 +28,13 @@ def make_run(
     train: Train[Config, Data],
     say: Say,
     began: float | None = None,
+    *,
+    extends: bool = False,
 ) -> RunFolder:
     """The run in ``config.out``: a new one, or with resume=auto the one that stands there.
 
-    ``began`` is the time of `perf_counter` from which a budget counts; None: now.
+    ``began`` is the time of `perf_counter` from which a budget counts; None: now.  ``extends``: it
+    begins with another run's weights, see `refuse_used_folder`.
 
     Raises UserError where something else stands there, or a run of other settings.
     """
@@ -40,7 +43,7 @@ def make_run(
         # Under the lock, and alike in all processes: nobody begins where another one goes on.
         if config.resume == "auto" and place.engine.largest(is_run(folder)):
             return _go_on_as_told(config, place, open_data, train)
-        refuse_used_folder(folder)
+        refuse_used_folder(folder, extends=extends)
         data, config = open_data(config, place)
         return train(config, place, data, None)
 

@@ -17,6 +17,7 @@ from patchmine.data.views.images import View
 from patchmine.data.workers import num_workers
 from patchmine.errors import Say, UserError, silent
 from patchmine.evaluate.measure import write_result
+from patchmine.evaluate.paired import interval_in_words
 from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder
 from patchmine.task import Task
@@ -162,11 +163,13 @@ def _validate(
         return None
     found = judge(val, "validation", silent)  # a line an epoch is enough
     numbers = {name: value for name, value in found.items() if isinstance(value, float)}
+    interval = {name: found[name] for name in ("top1_interval",) if name in found}
     epoch = done.step / done.steps_per_epoch
-    log.write({"step": done.step, "epoch": epoch, "eval": {"name": "val", **numbers}})
+    log.write({"step": done.step, "epoch": epoch, "eval": {"name": "val", **numbers, **interval}})
     metric = task.metric()
     assert metric is not None, "a task with labels names its score"
-    log.say(f"step {done.step}: validation {metric} {numbers[metric]:.2f}")
+    ends = interval_in_words(found)
+    log.say(f"step {done.step}: validation {metric} {numbers[metric]:.2f}{ends}")
     return numbers
 
 

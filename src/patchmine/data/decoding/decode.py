@@ -44,6 +44,7 @@ from patchmine.data.decoding.orientation import (
     upright_tensor,
 )
 from patchmine.data.decoding.tiff_pages import MAGIC, TiffFile
+from patchmine.data.decoding.unnamed import unnamed_warnings
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import foreign_parser
 
@@ -102,9 +103,11 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """
     if isinstance(raw, (bytes, bytearray, memoryview)):
         data = bytes(raw)
-        image, has_alpha = _kind_of(data).read(data, channels, max_pixels)
+        with unnamed_warnings():
+            image, has_alpha = _kind_of(data).read(data, channels, max_pixels)
     elif isinstance(raw, Image.Image):
-        image, has_alpha = _from_pil(raw, _orientation_of(raw))
+        with unnamed_warnings():
+            image, has_alpha = _from_pil(raw, _orientation_of(raw))
     elif isinstance(raw, Tensor):
         image = tensor_channels_first(raw.detach())
         has_alpha = image.shape[0] == 4
