@@ -131,7 +131,7 @@ def _clip_table(panels: Sequence[Panel], labels: Sequence[str]) -> _Table:
             rows.append([_Cell(panel.kind, frame, span[clip], bar) for frame, bar in pairs])
             name = labels[clip] if labels else f"clip {clip + 1}"
             first = [name] if panel is panels[0] else []
-            noted = [panel.note] if panel.note else []
+            noted = ["", panel.note] if panel.note else []
             row_labels.append([*first, panel.title, *noted])
     return _Table(
         rows=rows,
