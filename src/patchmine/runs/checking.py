@@ -146,7 +146,8 @@ def checks_of(kind: str, *, extends: bool = False) -> Checks:
         "detect": DETECTOR_CHECKS,
     }
     checks = every.get(kind, CHECKS)
-    return (partial(misplaced, extends=True), *checks[1:]) if extends else checks
+    into = partial(misplaced, extends=extends)
+    return tuple(into if check is misplaced else check for check in checks)
 
 
 def _refusals(config: PretrainConfig) -> list[str]:
