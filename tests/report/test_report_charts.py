@@ -198,6 +198,7 @@ def test_an_axis_of_shares_reaches_100_only_where_values_do() -> None:
         ([*np.linspace(1, 0.5, 60), *[0.5] * 60], "fell from 1 to 0.5000, flat in the last tenth"),
         ([*np.linspace(1, 0, 90), *np.linspace(0, 0.2, 10)], "rising in the last tenth"),
         ([3.0, 3.001], "stayed near 3.001"),
+        ([3.0, 1.0, 3.0], "ended near its start, at 3, between 1 and 3"),
         ([3.0], "3, a single value so far"),
         ([3.0, 2.0], "fell from 3 to 2"),
     ],

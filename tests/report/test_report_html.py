@@ -122,6 +122,20 @@ def test_settings_that_differ(make_run: MakeRun, tmp_path: Path) -> None:
     assert "2 of 15 settings differ." in page.words
 
 
+@pytest.mark.parametrize("name", ["HPM", "SimMIM", "DropPos", "SemAIM", "EMAE"])
+def test_methods_are_spelt_as_their_authors_spell_them(
+    make_run: MakeRun, tmp_path: Path, name: str
+) -> None:
+    page = report(tmp_path, make_run("run", method=name.lower()))
+    assert f"{name} · vit_tiny_patch16_224" in page.words
+
+
+def test_speed_is_samples_per_second_in_one_word(make_run: MakeRun, tmp_path: Path) -> None:
+    page = report(tmp_path, make_run("run"))
+    assert "Speed, samples/s" in page.words
+    assert "per second" not in page.words
+
+
 def test_evaluations_of_other_kinds_are_shown_too(make_run: MakeRun, tmp_path: Path) -> None:
     folder = make_run("hpm")
     (folder / "eval" / "segment.json").write_text(

@@ -240,7 +240,8 @@ def test_a_run_that_goes_on_says_after_how_much(make_run: MakeRun, tmp_path: Pat
 
 def test_a_run_that_just_began_has_a_verdict_too(bare: Path) -> None:
     (bare / "metrics.jsonl").write_text("")
-    assert told(bare).headline == "No numbers yet: the first ones come with the first steps."
+    assert told(bare).headline == "There are no numbers of training yet."
+    assert told(bare).command is not None
 
 
 def fine_tuned(make_run: MakeRun, **result: Any) -> Path:
@@ -269,7 +270,7 @@ def test_a_classifier_is_judged_by_its_test_and_the_most_common_class(
     counts = {"cat": {"count": 240}, "dog": {"count": 160}}
     found = told(fine_tuned(make_run, top1=top1, per_class=counts))
     assert found.kind == kind
-    assert found.headline.startswith(f"Test {top1:.1f} % (95 % interval ")
+    assert found.headline.startswith(f"Test top-1 {top1:.1f} % (95 % interval ")
     assert "on 400 test images; always naming the most common class gives 60.0 %" in found.headline
     assert found.headline.endswith(end)
     assert found.also == [
@@ -354,3 +355,18 @@ def test_a_classifier_in_training_says_when_it_is_tested(make_run: MakeRun) -> N
     found = told(make_run("run", evals=False, knn=False, made=500, kind="classify"))
     assert found.headline.startswith("After 25 % of its steps, the loss fell from ")
     assert found.also[-1] == "It is tested when it is trained to its end."
+
+
+def test_few_looks_are_no_evidence_against_a_collapse(bare: Path) -> None:
+    for count, seen in ((2, False), (8, True)):
+        looks = [
+            {"step": 100 * k, "eval": {"name": "monitor", "rankme": 9.0 + k, "feature_std": 0.05}}
+            for k in range(1, count + 1)
+        ]
+        trained = [{"step": 100 * k, "loss": 1 / k} for k in range(1, count + 1)]
+        text = "".join(
+            json.dumps(line) + "\n" for pair in zip(trained, looks, strict=True) for line in pair
+        )
+        (bare / "metrics.jsonl").write_text(text)
+        (ranks,) = [text for text in told(bare).also if "RankMe 10 at first" in text]
+        assert ("No collapse" in ranks) is seen

@@ -93,6 +93,7 @@ _HEIGHTS = "Different methods minimise different things: compare the shapes, not
 _ENDS, _TAIL = 20, 10  # the last twentieth is averaged, the last tenth looked at
 _FEWEST_IN_TAIL = 4
 _SMALL = 0.01  # of the larger end: no change worth a word
+_FLAT = 0.1  # of it, between the smallest and the largest value
 _SURE = 2.0  # standard errors of a slope
 
 
@@ -119,7 +120,10 @@ def does(series: Series, show: Callable[[float], str], *, is_score: bool = False
         return f"{show(series.last)}, a single value so far"
     first, last = ends_of(series)
     if abs(last - first) <= _SMALL * max(abs(first), abs(last)):
-        return f"stayed near {show(last)}"
+        low, high = float(values.min()), float(values.max())
+        if high - low <= _FLAT * abs(last):
+            return f"stayed near {show(last)}"
+        return f"ended near its start, at {show(last)}, between {show(low)} and {show(high)}"
     text = f"{'rose' if last > first else 'fell'} from {show(first)} to {show(last)}"
     if is_score:
         best = int(values.argmax())

@@ -12,7 +12,9 @@ from patchmine.report.reading import RunRecord
 from patchmine.report.series import Floats, Series
 from patchmine.report.words import number, percent
 
-_IN_A_ROW = 3  # looks that must agree: one may be noise, and features narrow as training begins
+FEWEST_LOOKS = 3
+"""That must agree, and one more: one may be noise, and features narrow as training begins."""
+
 _COLLAPSED_RANK = 2.0  # 1: all features point in one direction
 _LOST_RANK, _LOST_STD = 0.1, 0.05  # shares of the best before
 _RISE, _FALL = 0.02, 0.01  # of the held-out loss and of the training loss, as shares of them
@@ -54,12 +56,12 @@ def health_of(run: RunRecord) -> list[Finding]:
 def _collapse(series: Mapping[str, Series]) -> Iterator[Finding]:
     """RankMe near 1 or far below its best, or directions that hardly differ any more."""
     rank, std = series.get("monitor.rankme"), series.get("monitor.feature_std")
-    if rank is None or std is None or len(rank.values) <= _IN_A_ROW:
+    if rank is None or std is None or len(rank.values) <= FEWEST_LOOKS:
         return
-    recent, best = rank.values[-_IN_A_ROW:], float(rank.values.max())
+    recent, best = rank.values[-FEWEST_LOOKS:], float(rank.values.max())
     if recent.max() < max(_COLLAPSED_RANK, _LOST_RANK * best):
         what = f"RankMe is {number(rank.last)}, and was {number(best)}"
-    elif std.values[-_IN_A_ROW:].max() < _LOST_STD * std.values.max():
+    elif std.values[-FEWEST_LOOKS:].max() < _LOST_STD * std.values.max():
         most = number(float(std.values.max()))
         what = f"their standard deviation is {number(std.last)}, and was {most}"
     else:
@@ -76,7 +78,7 @@ def _over_fitting(series: Mapping[str, Series], steps_per_epoch: float | None) -
     values, steps = held_out.values, held_out.steps
     at = int(values.argmin())
     low = float(values[at])
-    if len(values) - at <= _IN_A_ROW or values[-_IN_A_ROW:].min() <= low + _RISE * abs(low):
+    if len(values) - at <= FEWEST_LOOKS or values[-FEWEST_LOOKS:].min() <= low + _RISE * abs(low):
         return
     before, now = _around(trained, steps, max(at, 1)), _around(trained, steps, len(steps) - 1)
     if before is None or now is None or now >= before - _FALL * abs(before):
@@ -98,7 +100,7 @@ def _around(trained: Series, steps: Floats, look: int) -> float | None:
 
 def _distance(series: Mapping[str, Series]) -> Iterator[Finding]:
     kept = series.get("monitor.neighbours_kept")
-    if kept is None or kept.values[-_IN_A_ROW:].max() >= _FAR:
+    if kept is None or kept.values[-FEWEST_LOOKS:].max() >= _FAR:
         return
     text = f"{percent(kept.last)} of the nearest neighbours at step 0 are neighbours still."
     yield Finding("distance", f"The features have moved far from the start: {text}", is_fault=False)

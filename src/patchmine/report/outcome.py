@@ -26,7 +26,7 @@ from patchmine.report.evidence import (
     most_common,
     scores_in_training,
 )
-from patchmine.report.health import health_of
+from patchmine.report.health import FEWEST_LOOKS, health_of
 from patchmine.report.reading import SHARES, RunRecord
 from patchmine.report.series import finite_number
 from patchmine.report.words import ends, number, percent, span, whole
@@ -36,6 +36,7 @@ _TASK_SCORES = ("top1", "miou", "map", "r2")
 _MOST_IMAGES = 1e5  # more are not worth naming
 _LITTLE = 0.01  # of the loss: no fall
 _ONLY_LABELS = "Only labelled images can say whether the features are good; this measures it:"
+_NO_NUMBERS = "There are no numbers of training yet."
 _NO_TEST = "It is tested when it is trained to its end."
 _TROUBLE = {"collapse": "the features collapsed", "over-fitting": "the run over-fits"}
 
@@ -78,9 +79,9 @@ def _of_baselines(run: RunRecord, found: Sequence[Measured]) -> Outcome:
     return Outcome(kind, f"{_numbers(first)}: {verdict}.", [*also, *_troubles(run)])
 
 
-def _numbers(each: Measured) -> str:
+def _numbers(each: Measured, title: str = "") -> str:
     """kNN 85.4 % (95 % interval 82.9 to 87.6), random init 76.4 %, on 900 test images."""
-    text = f"{words.title(each.name)} {percent(each.own.top1)}"
+    text = f"{title or words.title(each.name)} {percent(each.own.top1)}"
     if each.own.interval is not None:
         text += f" (95 % interval {ends(each.own.interval)})"
     baselines = [f"{_called(name)} {percent(top1)}" for name, top1 in each.baselines.items()]
@@ -173,7 +174,7 @@ def _without_labels(run: RunRecord) -> Outcome:
     """A verdict from the losses and the monitors."""
     command, troubles = _command(run), _troubles(run)
     if "loss" not in run.series:
-        return Outcome("untold", "No numbers yet: the first ones come with the first steps.")
+        return Outcome("untold", _NO_NUMBERS, [_ONLY_LABELS], command)
     faults = [each.kind for each in health_of(run) if each.is_fault]
     said = _loss(run)
     if faults:
@@ -240,7 +241,9 @@ def _monitors(run: RunRecord) -> Iterator[str]:
     if rank is not None and len(rank.values) > 1:
         first, last = float(rank.values[0]), rank.last
         told = f"RankMe {number(first)} at first, {number(last)} now"
-        yield f"The features have not collapsed: {told}."
+        # Fewer looks are no evidence, for which health asks, too.
+        seen = len(rank.values) > FEWEST_LOOKS
+        yield f"{'No collapse of the features was seen: ' if seen else ''}{told}."
 
 
 def _troubles(run: RunRecord) -> list[str]:
@@ -277,7 +280,7 @@ def _of_task(run: RunRecord) -> Outcome:
     also = [*_validation(run, is_chosen=content.get("chosen_by") is not None), *_troubles(run)]
     if score is None:
         if not also:
-            also = _loss(run) or ["No numbers yet: the first ones come with the first steps."]
+            also = _loss(run) or [_NO_NUMBERS]
         return Outcome("untold", _so_far(run, also[0]), [*also[1:], _NO_TEST])
     tested = measured("test", content)
     if score[0] == "top1" and tested is not None:
@@ -289,7 +292,7 @@ def _of_task(run: RunRecord) -> Outcome:
 
 
 def _of_classes(tested: Measured, common: float | None, also: Sequence[str]) -> Outcome:
-    text, interval = _numbers(tested), tested.own.interval
+    text, interval = _numbers(tested, "Test top-1"), tested.own.interval
     if common is None or interval is None:
         return Outcome("untold", f"{text}.", also)
     text += f"; always naming the most common class gives {percent(common)}"
