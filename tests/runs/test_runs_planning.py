@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,9 +12,15 @@ from small_runs import SMALL
 import patchmine
 from patchmine.config.describe import marked
 from patchmine.config.resolve import parse
+from patchmine.config.schema import PretrainConfig
+from patchmine.runs.preparing import length_of
 from patchmine.strict import seconds_in
+from patchmine.train.engine import Engine
+from patchmine.train.log import Log
 from patchmine.training import budget, planning
+from patchmine.training.first_steps import FirstSteps
 from patchmine.training.pace import Pace
+from patchmine.training.pretraining import make_first
 from spoken import call, patchmine_says
 
 WORDS = [
@@ -105,3 +112,41 @@ def test_what_is_not_the_default_is_marked_and_still_read_as_it_is(tmp_path: Pat
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     assert parse(path, []) == config
+
+
+def told(tmp_path: Path, **settings: Any) -> list[str]:
+    """What a run of these settings says after five steps of two seconds."""
+    config = parse(None, ["data=x", *WORDS, "batch_size=8"])
+    assert isinstance(config, PretrainConfig)
+    config = config.model_copy(update=settings)
+    said: list[str] = []
+    length = length_of(config, 80)
+    with Log(tmp_path, total_steps=length.total_steps, say=said.append, tensorboard=False) as log:
+        first = FirstSteps(config, make_first(config), Engine("cpu"), log, 80, 0)
+        first.noted("picture", lambda now: None)(length)
+        first.tell(length.at(5), 2.0)
+    return said
+
+
+def test_a_run_tells_from_its_own_steps_what_it_will_take(tmp_path: Path) -> None:
+    short, long = told(tmp_path, epochs=20), told(tmp_path, epochs=200)
+    assert [line.split(" at ")[0] for line in short] == ["The run: about 6 min 40 s"]
+    assert "GiB of memory until now" in short[0]
+    assert "0.00 GiB of memory" not in short[0]
+    assert long[0].startswith("The run: about 1 h 06 min at 2 s a step")
+    assert "budget=1h" in long[1]
+    assert "patchmine plan" in long[1]
+    chosen = told(tmp_path, epochs=None, steps=2_000)  # by a budget, or by hand
+    assert len(chosen) == 1
+    assert chosen[0] == long[0]
+
+
+def test_what_a_run_will_take_is_told_once_and_not_by_one_that_goes_on(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    own = [*WORDS, "steps=7", "checkpoint_every=6", f"out={tmp_path / 'run'}"]
+    said = patchmine_says("pretrain", f"data={image_folder}", *own)
+    assert said.count("The run: about") == 1
+    assert "million parameters learn, 7 steps" in said
+    (tmp_path / "run/checkpoints/step-00000007.safetensors").unlink()
+    assert "The run: about" not in patchmine_says("resume", str(tmp_path / "run"))

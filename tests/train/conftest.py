@@ -20,7 +20,7 @@ from patchmine.train.loop import Hooks, Keeper, train
 from patchmine.train.settings import TrainSettings
 from patchmine.types import Progress
 
-HOOKS = ("on_epoch", "on_sample", "before_save", "on_stop")
+HOOKS = ("on_pace", "on_epoch", "on_sample", "before_save", "on_stop")
 KEPT = ("identity", "best_by")
 
 

@@ -323,6 +323,22 @@ def test_checkpoints_come_every_so_often_and_at_the_end(run_toy: Run, tmp_path: 
     assert [load(path).step for path in list_checkpoints(tmp_path / "run/checkpoints")] == [8, 10]
 
 
+def test_the_pace_of_the_first_steps_is_told_once(run_toy: Run, tmp_path: Path) -> None:
+    told: list[tuple[int, float]] = []
+
+    def on_pace(done: Any, seconds: float) -> None:
+        told.append((done.step, seconds))
+
+    run_toy(on_pace=on_pace)
+    ((step, seconds),) = told
+    assert step == 5
+    assert 0 < seconds < math.inf
+    run_toy("short", on_pace=on_pace, total_steps=5)  # whose end has come
+    start = load(tmp_path / "run/checkpoints/step-00000005.safetensors")
+    run_toy(start=start, on_pace=on_pace)
+    assert len(told) == 1
+
+
 def test_hooks_are_called_at_their_steps_and_may_switch_to_eval_mode(run_toy: Run) -> None:
     epochs: list[int] = []
     samples: list[int] = []

@@ -99,7 +99,8 @@ def _differing(config: PretrainConfig, other: PretrainConfig) -> str:
     """What differs between settings, as "patch_size=8 instead of 16"."""
     now, before = map(results_of, (config, other))
     return ", ".join(
-        f"{name}={_told(value)}" + (f" instead of {_told(before[name])}" if name in before else "")
+        f"{name}={_told(value)}"
+        + (f" instead of {_told(before[name])}" if before.get(name) is not None else "")
         for name, value in now.items()
         if name not in before or before[name] != value
     )
