@@ -90,9 +90,13 @@ def chosen_size(
     if most > 0:
         place.say(
             f"budget={config.budget}: {_differing(sizes[most], config)}, so that each {noun} is "
-            f"seen about {seen[most]:,.3g} times, not {seen[0]:,.3g}."
+            f"seen about {_count(seen[most])} times, not {_count(seen[0])}."
         )
     return sizes[most]
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _differing(config: PretrainConfig, other: PretrainConfig) -> str:
