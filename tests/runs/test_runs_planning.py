@@ -17,10 +17,11 @@ from patchmine.runs.preparing import length_of
 from patchmine.strict import seconds_in
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
-from patchmine.training import budget, planning
+from patchmine.training import budget, planning, timing
 from patchmine.training.first_steps import FirstSteps
 from patchmine.training.pace import Pace
-from patchmine.training.pretraining import make_first
+from patchmine.training.place import Place
+from patchmine.training.pretraining import find_images, make_first
 from spoken import call, patchmine_says
 
 WORDS = [
@@ -150,3 +151,20 @@ def test_what_a_run_will_take_is_told_once_and_not_by_one_that_goes_on(
     assert "million parameters learn, 7 steps" in said
     (tmp_path / "run/checkpoints/step-00000007.safetensors").unlink()
     assert "The run: about" not in patchmine_says("resume", str(tmp_path / "run"))
+
+
+def test_what_a_run_leaves_on_the_disk_is_what_was_foreseen(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse(None, [f"data={image_folder}", *WORDS, "steps=3", "checkpoint_every=1"])
+    assert isinstance(config, PretrainConfig)
+    place, kept = Place(tmp_path, Engine("cpu")), tmp_path / "kept"
+    monkeypatch.setattr(timing, "FEWEST", 1)
+    images, found, _ = find_images(config, place, {})
+    pace = timing.measure_pace(found, place.engine, images, make_first, kept, 0.0)
+    files = [kept / "checkpoints/step-00000001.safetensors", *(kept / "exports").glob("*/*")]
+    assert pace.checkpoint_bytes + pace.export_bytes == sum(each.stat().st_size for each in files)
+    assert {"config.json", "model.safetensors"} < {each.name for each in files}
+    assert pace.peak_bytes > 2**20
+    assert pace.trained > 0
+    assert min(pace.step, pace.picture, pace.checkpoint, pace.look, pace.export, pace.start) > 0

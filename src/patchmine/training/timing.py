@@ -7,7 +7,7 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from multiprocessing import active_children
@@ -25,6 +25,7 @@ from patchmine.report.label_free import LabelFreeMonitor
 from patchmine.report.monitor import Monitor, Watched
 from patchmine.runs import preparing
 from patchmine.task import Method
+from patchmine.train.checkpoint import list_checkpoints
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Keeper
@@ -161,8 +162,8 @@ def _measure(
         whole=whole,
         whole_epochs=method.whole_epochs,
         watched=watched,
-        checkpoint_bytes=_bytes_in(scratch / "checkpoints"),
-        export_bytes=_bytes_in(scratch / "exports"),
+        checkpoint_bytes=_bytes_of(list_checkpoints(scratch / "checkpoints")),
+        export_bytes=_bytes_of((scratch / "exports").glob("*/*")),
         peak_bytes=peak_bytes(engine),
         worker_bytes=workers,
         trained=sum(parameter.numel() for _, parameter in method.learning()),
@@ -184,8 +185,8 @@ def _seconds_of_whole(
     return seconds * max(1.0, len(images) / engine.world_size / PLAIN_BATCH)
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _bytes_of(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def peak_bytes(engine: Engine) -> int:
