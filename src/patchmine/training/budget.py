@@ -74,25 +74,25 @@ def chosen_size(
     config: PretrainConfig, row: SizeRow | None, place: Place, images: Source, make: Make
 ) -> PretrainConfig:
     """These settings, or the row's first smaller ones with which so many epochs fit as it asks for;
-    where none of them do, those with which most do.
+    where none of them do, the quickest.
     """
     sizes = _sizes(config, row)
     if config.budget is None or row is None or row.min_epochs is None or len(sizes) == 1:
         return config
-    seen, noun = [], preparing.item_of(config).noun
+    epochs: list[float] = []  # seconds of one
     for size in sizes:
         step = measure_step(size, place.engine, images, make)
-        whole = preparing.length_of(size, len(images)).steps_per_epoch * step
-        seen.append(seconds_left(config, place) / whole)
-        if seen[-1] >= row.min_epochs:
+        epochs.append(step * preparing.length_of(size, len(images)).steps_per_epoch)
+        if seconds_left(config, place) / epochs[-1] >= row.min_epochs:
             break
-    most = seen.index(max(seen))
-    if most > 0:
+    left, quickest = seconds_left(config, place), epochs.index(min(epochs))
+    if quickest > 0:
         place.say(
-            f"budget={config.budget}: {_differing(sizes[most], config)}, so that each {noun} is "
-            f"seen about {_count(seen[most])} times, not {_count(seen[0])}."
+            f"budget={config.budget}: {_differing(sizes[quickest], config)}, so that each "
+            f"{preparing.item_of(config).noun} is seen about {_count(left / epochs[quickest])} "
+            f"times, not {_count(left / epochs[0])}."
         )
-    return sizes[most]
+    return sizes[quickest]
 
 
 def _count(number: float) -> str:
