@@ -16,13 +16,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from click.exceptions import Exit
 
 from patchmine import __version__
 from patchmine.cli.commands import COMMANDS as PROGRAMS
 from patchmine.cli.commands import Command, named
-from patchmine.cli.program import last_words, say, say_once
+from patchmine.cli.program import ended_in_words, last_words, say, say_once
 from patchmine.config.recipes import recipe_names
 from patchmine.config.schema import PretrainConfig
 from patchmine.errors import UserError
@@ -641,3 +644,31 @@ def test_ctrl_c_while_the_program_begins_is_one_line(capsys: pytest.CaptureFixtu
         raise KeyboardInterrupt
     assert ending.value.code == 130
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def _gpu_is_full() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 0.\n")
+
+
+@pytest.mark.parametrize(
+    ("exhaust", "asked"),
+    [
+        (lambda: torch.empty(1 << 58), r" \(\d+ bytes asked for\)"),
+        (lambda: np.empty(1 << 50), r" \([\d.]+ PiB asked for\)"),
+        (_gpu_is_full, r" \(20.00 GiB asked for\)"),
+    ],
+)
+def test_a_machine_without_room_is_told_in_one_sentence(
+    exhaust: Callable[[], object], asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Exit) as ending, ended_in_words():
+        exhaust()
+    told = capsys.readouterr().err
+    assert ending.value.exit_code == 2
+    assert re.match(f"The memory ran out{asked}: take a smaller batch_size", told)
+    assert told.count("\n") == 1
+
+
+def test_other_faults_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), ended_in_words():
+        raise RuntimeError("shapes do not fit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import sys
@@ -54,9 +55,31 @@ def ended_in_words() -> Iterator[None]:
             raise Exit(NO_READER) from None
         say(refusal(error))
         raise Exit(USER_ERROR) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        say(_memory_sentence(error))
+        raise Exit(USER_ERROR) from None
     except KeyboardInterrupt:
         say("Interrupted.")
         raise Exit(INTERRUPTED) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or this machine had no room for a tensor; torch is not imported to ask."""
+    of_gpu = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    return isinstance(error, MemoryError | of_gpu) or "DefaultCPUAllocator" in str(error)
+
+
+def _memory_sentence(error: Exception) -> str:
+    """What ran out and what needs less; of torch's own lines the first says how much."""
+    first, *_ = str(error).splitlines() or [""]
+    wanted = re.search(r"(?:[Tt]ried to|Unable to) allocate ([\d.]+ ?\w+)", first)
+    amount = f" ({wanted[1]} asked for)" if wanted else ""
+    return (
+        f"The memory ran out{amount}: take a smaller batch_size, image_size or model; in training "
+        "accumulate=2 makes a step in two parts. Checkpoints that were written are whole."
+    )
 
 
 @contextmanager
