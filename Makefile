@@ -1,5 +1,5 @@
 # make install   patchmine in .venv, ready to use (.venv/bin/patchmine); with TORCH=cpu TORCH_INDEX=... without CUDA's libraries
-# make demo      pre-train HPM on photographs, evaluate, write a report; BUDGET=200s is what training may take
+# make demo      pre-train HPM on photographs, evaluate, write a report; BUDGET=230s is what training may take
 # make check     ruff, mypy --strict, documentation and its links
 # make test      the test suite; `make test-all` adds the slow tests, `make test-bits` repeats those that ask for equal bits
 #                with the vectors of older processors, `make test-wheel` builds the wheel and uses it outside of the clone
@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 DEMO ?= runs/demo
-BUDGET ?= 200s
+BUDGET ?= 230s
 BASE ?= main
 VENV := .venv
 BIN := $(VENV)/bin
