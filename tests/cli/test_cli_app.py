@@ -376,7 +376,8 @@ def test_pictures_and_pages_get_their_words(rooms: Calls) -> None:
     call("show", "runs/hpm", "a.jpg", "b.jpg", "out=panel.png")
     assert rooms["show"] == (("runs/hpm", ["a.jpg", "b.jpg"], "panel.png"), {"seed": 0})
     call("report", "runs/hpm", "runs/mae")
-    assert rooms["write_report"][1] == {"runs": ["runs/hpm", "runs/mae"], "out": "report.html"}
+    words = {"runs": ["runs/hpm", "runs/mae"], "out": "report.html", "say": say_once}
+    assert rooms["write_report"][1] == words
 
 
 def test_weights_get_their_words(rooms: Calls) -> None:

@@ -351,6 +351,18 @@ def test_the_verdict_is_the_first_thing_of_the_page(bare: Path, tmp_path: Path) 
     assert body.index("it learned.") < places[1]
 
 
+def test_who_writes_the_page_hears_what_it_opens_with(make_run: MakeRun, tmp_path: Path) -> None:
+    a, b = (make_run(name, knn=False, evals=False) for name in "ab")
+    runs = [evaluated(a, 78.0, random_init=60.0), evaluated(b, 70.0)]
+    heard: list[str] = []
+    write_report(runs[:1], tmp_path / "one.html", say=heard.append)
+    assert heard == [f"a: {told(a).headline}"]
+    heard.clear()
+    write_report(runs, tmp_path / "two.html", say=heard.append)
+    assert heard[0].endswith("a is better.")
+    assert heard[1:] == [f"a: {told(a).headline}", f"b: {told(b).headline}"]
+
+
 def test_a_classifier_in_training_says_when_it_is_tested(make_run: MakeRun) -> None:
     found = told(make_run("run", evals=False, knn=False, made=500, kind="classify"))
     assert found.headline.startswith("After 25 % of its steps, the loss fell from ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -11,17 +11,18 @@ import jinja2
 
 from patchmine.config.describe import usual_settings
 from patchmine.disk import output
+from patchmine.errors import Say, silent
 from patchmine.report import reading, verdict, words
 from patchmine.report.charts import draw
 from patchmine.report.curves import charts
 from patchmine.report.health import health_of
 from patchmine.report.horizontal import axes_across, for_script
-from patchmine.report.outcome import compare, outcome_of
+from patchmine.report.outcome import Outcome, compare, outcome_of
 from patchmine.report.overview import overviews
 from patchmine.report.results import end_of_bars, evaluations_of, union
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+def write_report(runs: Sequence[str | Path], out: str | Path, *, say: Say = silent) -> Path:
     """Write one self-contained page about some runs.
 
     Whatever is missing or damaged in a run folder is left out of the page, which says so.
@@ -29,6 +30,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     Args:
         runs: run folders, finished or not.
         out: the HTML file to write.
+        say: hears the verdict on each run, and on all of them.
 
     Returns:
         The path of the page.
@@ -42,7 +44,24 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     path = Path(out)
     with output(path) as new:
         new.write_bytes(page.encode("utf-8", "backslashreplace"))
+    for sentence in _headlines(found):
+        say(sentence)
     return path
+
+
+def _outcomes(runs: Sequence[reading.RunRecord]) -> tuple[Mapping[str, Outcome], Outcome | None]:
+    """By name what came of each run, and which of them is better, where that can be asked."""
+    each = {run.name: one for run in runs if (one := outcome_of(run)) is not None}
+    return each, compare([run for run in runs if run.name in each])
+
+
+def _headlines(runs: Sequence[reading.RunRecord]) -> Iterator[str]:
+    """The sentences that the page opens with."""
+    each, comparison = _outcomes(runs)
+    if comparison is not None:
+        yield comparison.headline
+    for name, one in each.items():
+        yield f"{name}: {one.headline}"
 
 
 def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
@@ -53,7 +72,7 @@ def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
     read = {run.name: verdict.verdict_of(run) for run in runs}
     verdicts = {name: one for name, one in read.items() if one is not None}
     tops = overviews([run for run in runs if run.name not in verdicts])
-    outcomes = {run.name: one for run in runs if (one := outcome_of(run)) is not None}
+    outcomes, comparison = _outcomes(runs)
     template = templates().get_template("page.html")
     return template.render(
         written=f"{written:%Y-%m-%d %H:%M} UTC",
@@ -61,7 +80,7 @@ def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
         about=tops[0].about if tops else verdicts[runs[0].name].about,
         verdicts=verdicts,
         outcomes=outcomes,
-        comparison=compare([run for run in runs if run.name in outcomes]),
+        comparison=comparison,
         findings=[(run.name, told) for run in runs if (told := health_of(run))],
         overviews=tops,
         made_labels=union(top.made for top in tops),
