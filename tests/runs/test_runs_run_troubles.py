@@ -24,7 +24,7 @@ from patchmine.report.show import run_progress
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.lock import lock
 from patchmine.train import checkpoint
-from patchmine.training import pretraining
+from patchmine.training import whole
 from spoken import call
 
 SMALL = [
@@ -225,7 +225,7 @@ def test_an_export_that_fails_is_made_up_for_by_resume(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretraining, "write_export", full)
+    monkeypatch.setattr(whole, "write_export", full)
     told = refused(start(image_folder, out))
     assert f"{out} is trained to its end" in told
     assert f"patchmine resume {out}" in told
