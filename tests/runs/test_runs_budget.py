@@ -108,7 +108,7 @@ ROWS: dict[str, Any] = {
     ("step", "size", "width", "said"),
     [
         (1.0, 32, 16, None),
-        (3.0, 32, 8, "method.decoder_embed_dim=8 instead of 16, so that each image is seen about"),
+        (3.0, 32, 8, "method.decoder_embed_dim=8 instead of 16, so that about"),
         (9.0, 16, 16, "image_size=16 instead of 32, model_args.embed_dim=12 instead of "),
     ],
 )

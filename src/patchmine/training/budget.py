@@ -88,9 +88,8 @@ def chosen_size(
     left, quickest = seconds_left(config, place), epochs.index(min(epochs))
     if quickest > 0:
         place.say(
-            f"budget={config.budget}: {_differing(sizes[quickest], config)}, so that each "
-            f"{preparing.item_of(config).noun} is seen about {_count(left / epochs[quickest])} "
-            f"times, not {_count(left / epochs[0])}."
+            f"budget={config.budget}: {_differing(sizes[quickest], config)}, so that about "
+            f"{_count(left / epochs[quickest])} epochs fit, not {_count(left / epochs[0])}."
         )
     return sizes[quickest]
 
