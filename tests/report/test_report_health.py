@@ -75,6 +75,12 @@ def test_a_rank_that_falls_to_one_or_to_a_small_share_is_a_collapse(end: float) 
     assert "and was 5" in text
 
 
+@pytest.mark.parametrize(("end", "is_told"), [(1.72, False), (1.1, True)])
+def test_where_images_look_alike_a_rank_below_two_is_no_collapse(end: float, is_told: bool) -> None:
+    values = np.where(DONE < 0.5, 2.3, end)  # an HPM on dark pictures of nuclei fell so far
+    assert bool(said({"monitor.rankme": noisy(values, 0.0)})) == is_told
+
+
 def test_directions_that_no_longer_differ_are_a_collapse() -> None:
     values = np.where(DONE < 0.5, 0.05, 0.0004)
     (text,) = said({"monitor.feature_std": noisy(values)})

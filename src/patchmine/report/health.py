@@ -59,7 +59,9 @@ def _collapse(series: Mapping[str, Series]) -> Iterator[Finding]:
     if rank is None or std is None or len(rank.values) <= FEWEST_LOOKS:
         return
     recent, best = rank.values[-FEWEST_LOOKS:], float(rank.values.max())
-    if recent.max() < max(_COLLAPSED_RANK, _LOST_RANK * best):
+    # Where images look alike, features of random weights begin below 2: that is no collapse
+    collapsed = min(_COLLAPSED_RANK, (1 + best) / 2)
+    if recent.max() < max(collapsed, _LOST_RANK * best):
         what = f"RankMe is {number(rank.last)}, and was {number(best)}"
     elif std.values[-FEWEST_LOOKS:].max() < _LOST_STD * std.values.max():
         most = number(float(std.values.max()))
