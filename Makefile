@@ -1,6 +1,6 @@
 # make install   patchmine in .venv, ready to use (.venv/bin/patchmine); with TORCH=cpu TORCH_INDEX=... without CUDA's libraries
 # make demo      pre-train HPM on photographs, evaluate, write a report; BUDGET=230s is what training may take
-# make check     ruff, mypy --strict, documentation and its links
+# make check     ruff, mypy --strict, documentation, its links and its notebook
 # make test      the test suite; `make test-all` adds the slow tests, `make test-bits` repeats those that ask for equal bits
 #                with the vectors of older processors, `make test-wheel` builds the wheel and uses it outside of the clone
 # make losses    twenty steps of every method's small recipe, equal bit for bit to those of another commit: BASE=main
@@ -106,7 +106,7 @@ check-code: $(DEV_READY)
 
 check-docs: $(DEV_READY)
 	@$(BIN)/mkdocs build --strict --site-dir $(VENV)/site
-	@$(BIN)/python -m pytest --quiet tests/test_docs.py
+	@$(BIN)/python -m pytest --quiet -m "slow or not slow" tests/test_docs.py tests/test_docs_notebook.py
 
 format: $(DEV_READY)
 	@$(BIN)/ruff format
