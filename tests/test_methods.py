@@ -12,12 +12,15 @@ from typing import Any, cast
 import pytest
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.cuda.amp import common as amp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchmine.backbones.family import build_encoder
 from patchmine.errors import UserError
 from patchmine.methods import METHODS, method_class
+from patchmine.models.noise import Noise
 from patchmine.models.settings import MethodSettings
 from patchmine.task import Method
 from patchmine.train.checkpoint import refuse_shared
@@ -328,6 +331,41 @@ def test_a_step_never_waits_for_the_device(name: str, progress: Progress) -> Non
     with NoReading():
         run(method, batch, progress)["loss"].backward()
         method.after_step(progress)
+
+
+def test_a_forward_pass_in_bf16_mixes_no_devices_and_asks_a_gpu_for_nothing(
+    name: str, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors without values, on a GPU that need not be there.  Not the backward pass, whose engine
+    # asks CUDA itself.
+    monkeypatch.setattr(amp, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(
+        Noise, "uniform", lambda _, *shape, device: torch.rand(shape, device=device)
+    )
+    method = build(name)
+    batch = images(method)
+    mode = FakeTensorMode()
+
+    def on_gpu(tensor: Tensor) -> Tensor:
+        fake = mode.from_tensor(tensor.detach())
+        with mode:
+            return fake.to("cuda")
+
+    for module in method.modules():
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if isinstance(tensor, nn.Parameter):
+                    own[key] = nn.Parameter(on_gpu(tensor), tensor.requires_grad)
+                elif tensor is not None:
+                    own[key] = on_gpu(tensor)
+    views, rest = map(on_gpu, batch.views), map(on_gpu, (batch.index, batch.box, batch.flip))
+    there = Batch(list(views), *rest)
+    with mode:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            found = method(there, progress)
+        method.after_step(progress)
+    assert {(loss.device.type, loss.dtype) for loss in found.values()} == {("cuda", torch.float32)}
 
 
 def test_panels(name: str, progress: Progress) -> None:
