@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from patchmine.errors import UserError
+from patchmine.report.outcome import judge
 from patchmine.report.page import render, write_report
 from patchmine.report.reading import read_runs
 
@@ -37,7 +38,8 @@ NUMBERS = [
 
 
 def page(*folders: Path) -> str:
-    return render(read_runs(folders), datetime(2026, 1, 1, tzinfo=UTC))
+    runs = read_runs(folders)
+    return render(runs, judge(runs), datetime(2026, 1, 1, tzinfo=UTC))
 
 
 @pytest.mark.parametrize("number", NUMBERS)

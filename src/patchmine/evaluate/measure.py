@@ -22,7 +22,7 @@ from patchmine.errors import Say, UserError
 from patchmine.evaluate.evaluated import START, Evaluated, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, Views, device_of
 from patchmine.evaluate.labelled import LabelledData, Part, open_labelled
-from patchmine.evaluate.paired import accuracy_interval, change_between
+from patchmine.evaluate.paired import accuracy_interval, change_between, ends_in_words
 from patchmine.evaluate.settings import EvaluatedSettings, FiledSettings, ProtocolSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.folder import RunFolder
@@ -317,7 +317,7 @@ def _show_accuracies(
     for column in ("", "top-1", "95 % interval", "top-5"):
         table.add_column(column, justify="right" if column else "left")
     for name, scores in {"this model": result, **result.get("baselines", {})}.items():
-        ends = " to ".join(f"{end:.1f}" for end in scores.get("top1_interval", ()))
+        ends = ends_in_words(scores.get("top1_interval", ()))
         table.add_row(
             name.replace("_", " "), f"{scores['top1']:.2f}", ends, f"{scores['top5']:.2f}"
         )

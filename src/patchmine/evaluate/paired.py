@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +90,15 @@ def images_to_tell(points: float, interval: tuple[float, float], images: int) ->
     return images * ((_NORMAL_95 + _NORMAL_80) / _NORMAL_95 * width / points) ** 2
 
 
+def ends_in_words(interval: Sequence[float]) -> str:
+    """The ends of an interval of percentages: ``82.9 to 87.6``."""
+    return " to ".join(f"{end:.1f}" for end in interval)
+
+
 def interval_in_words(result: Mapping[str, Any]) -> str:
     """`` (95 % interval 78.1 to 85.0)`` of a result that has one; else nothing."""
     ends = result.get("top1_interval")
-    return f" (95 % interval {ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
+    return f" (95 % interval {ends_in_words(ends)})" if ends else ""
 
 
 def change_between(before: Tensor, after: Tensor) -> Change:

@@ -6,10 +6,11 @@ Every sentence of it stands here; `evidence` computes what they say.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from patchmine.evaluate.evaluated import START
+from patchmine.evaluate.paired import ends_in_words
 from patchmine.report import words
 from patchmine.report.curve_words import does, ends_of
 from patchmine.report.evidence import (
@@ -29,7 +30,7 @@ from patchmine.report.evidence import (
 from patchmine.report.health import FEWEST_LOOKS, health_of
 from patchmine.report.reading import SHARES, RunRecord
 from patchmine.report.series import finite_number
-from patchmine.report.words import ends, number, percent, span, whole
+from patchmine.report.words import number, percent, span, whole
 
 _NAMES = {START: "its untouched start", "random_init": "random init", "raw_pixels": "raw pixels"}
 _TASK_SCORES = ("top1", "miou", "map", "r2")
@@ -53,6 +54,27 @@ class Outcome:
     headline: str
     also: Sequence[str] = ()
     command: str | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came of each run, by name, and which is better, where that can be asked."""
+
+    each: Mapping[str, Outcome]
+    comparison: Outcome | None
+
+    def headlines(self) -> Iterator[str]:
+        """The sentences that a page opens with."""
+        if self.comparison is not None:
+            yield self.comparison.headline
+        for name, one in self.each.items():
+            yield f"{name}: {one.headline}"
+
+
+def judge(runs: Sequence[RunRecord]) -> Judged:
+    """The verdicts on these runs."""
+    each = {run.name: one for run in runs if (one := outcome_of(run)) is not None}
+    return Judged(each, compare([run for run in runs if run.name in each]))
 
 
 def outcome_of(run: RunRecord) -> Outcome | None:
@@ -83,7 +105,7 @@ def _numbers(each: Measured, title: str = "") -> str:
     """kNN 85.4 % (95 % interval 82.9 to 87.6), random init 76.4 %, on 900 test images."""
     text = f"{title or words.title(each.name)} {percent(each.own.top1)}"
     if each.own.interval is not None:
-        text += f" (95 % interval {ends(each.own.interval)})"
+        text += f" (95 % interval {ends_in_words(each.own.interval)})"
     baselines = [f"{_called(name)} {percent(top1)}" for name, top1 in each.baselines.items()]
     on = "" if each.own.images is None else f", on {whole(each.own.images)} test images"
     return ", ".join([text, *baselines]) + on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from patchmine.report.charts import draw
 from patchmine.report.curves import charts
 from patchmine.report.health import health_of
 from patchmine.report.horizontal import axes_across, for_script
-from patchmine.report.outcome import Outcome, compare, outcome_of
+from patchmine.report.outcome import Judged, judge
 from patchmine.report.overview import overviews
 from patchmine.report.results import end_of_bars, evaluations_of, union
 
@@ -40,31 +40,17 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, say: Say = sile
     """
     found = reading.read_runs(runs)
     found.sort(key=lambda run: reading.SHARES in run.evaluations)  # colours of runs go by place
-    page = render(found, written=datetime.now(UTC))
+    judged = judge(found)
+    page = render(found, judged, written=datetime.now(UTC))
     path = Path(out)
     with output(path) as new:
         new.write_bytes(page.encode("utf-8", "backslashreplace"))
-    for sentence in _headlines(found):
+    for sentence in judged.headlines():
         say(sentence)
     return path
 
 
-def _outcomes(runs: Sequence[reading.RunRecord]) -> tuple[Mapping[str, Outcome], Outcome | None]:
-    """By name what came of each run, and which of them is better, where that can be asked."""
-    each = {run.name: one for run in runs if (one := outcome_of(run)) is not None}
-    return each, compare([run for run in runs if run.name in each])
-
-
-def _headlines(runs: Sequence[reading.RunRecord]) -> Iterator[str]:
-    """The sentences that the page opens with."""
-    each, comparison = _outcomes(runs)
-    if comparison is not None:
-        yield comparison.headline
-    for name, one in each.items():
-        yield f"{name}: {one.headline}"
-
-
-def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
+def render(runs: Sequence[reading.RunRecord], judged: Judged, written: datetime) -> str:
     """The page as text."""
     across = axes_across(runs)
     drawings = [draw(chart, across[0].last) for chart in charts(runs)]
@@ -72,15 +58,14 @@ def render(runs: Sequence[reading.RunRecord], written: datetime) -> str:
     read = {run.name: verdict.verdict_of(run) for run in runs}
     verdicts = {name: one for name, one in read.items() if one is not None}
     tops = overviews([run for run in runs if run.name not in verdicts])
-    outcomes, comparison = _outcomes(runs)
     template = templates().get_template("page.html")
     return template.render(
         written=f"{written:%Y-%m-%d %H:%M} UTC",
         runs=runs,
         about=tops[0].about if tops else verdicts[runs[0].name].about,
         verdicts=verdicts,
-        outcomes=outcomes,
-        comparison=comparison,
+        outcomes=judged.each,
+        comparison=judged.comparison,
         findings=[(run.name, told) for run in runs if (told := health_of(run))],
         overviews=tops,
         made_labels=union(top.made for top in tops),

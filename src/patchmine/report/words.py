@@ -105,11 +105,6 @@ def rate(value: float) -> str:
     return whole(value) if value >= 100 else f"{value:.1f}"
 
 
-def ends(interval: tuple[float, float]) -> str:
-    """The ends of an interval of percentages: 82.9 to 87.6."""
-    return f"{interval[0]:.1f} to {interval[1]:.1f}"
-
-
 def span(interval: tuple[float, float]) -> str:
     """The ends of an interval of differences: +6.1 to +11.9."""
     return f"{points(interval[0])} to {points(interval[1])}"

@@ -11,7 +11,7 @@ from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import num_kept
-from patchmine.training.pace import Pace
+from patchmine.training.pace import Pace, evaluation_like
 from patchmine.training.timing import peak_bytes
 from patchmine.types import Progress
 
@@ -60,7 +60,7 @@ class FirstSteps:
             step=step,
             picture=self._took.get("picture", 0.0),
             look=look,
-            evaluation=look / max(1, self.watched) * self.labelled,
+            evaluation=evaluation_like(look, self.watched, self.labelled),
             watched=self.watched,
         )
         seconds = pace.seconds(config, done)

@@ -82,6 +82,11 @@ class Pace:
         return low
 
 
+def evaluation_like(look: float, watched: int, labelled: int) -> float:
+    """Seconds of an evaluation of ``labelled`` images, as a look at ``watched`` takes ``look``."""
+    return look / max(1, watched) * labelled
+
+
 def _times(total: int, every: int) -> int:
     """How often something is due that comes at multiples and at the end."""
     return math.ceil(total / every)

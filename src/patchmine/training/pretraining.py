@@ -32,8 +32,6 @@ from patchmine.training.place import Place, agree, last_files, train_task
 from patchmine.training.whole import PlainData, write_exports
 from patchmine.types import Progress
 
-PASS_SECONDS = 15.0  # between two lines about a pass over the whole training set
-
 
 def pretrain(
     config: PretrainConfig,

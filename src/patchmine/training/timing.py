@@ -30,7 +30,7 @@ from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Keeper
 from patchmine.train.step import Stepper
-from patchmine.training.pace import Pace
+from patchmine.training.pace import Pace, evaluation_like
 from patchmine.training.place import prepared_batches
 from patchmine.training.whole import PLAIN_BATCH, PlainData, write_exports
 from patchmine.types import Progress
@@ -157,7 +157,7 @@ def _measure(
         checkpoint=checkpoint,
         export=export,
         look=look,
-        evaluation=look / max(1, watched) * monitor.labelled_images,
+        evaluation=evaluation_like(look, watched, monitor.labelled_images),
         start=started,
         whole=whole,
         whole_epochs=method.whole_epochs,

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from torch.utils.data import get_worker_info
+
 # libjpeg's jerror.h, libpng's png_warning, libtiff's TIFFWarning and TIFFError
 _PRINTED = re.compile(
     rb"Corrupt JPEG data|Premature end of JPEG file|Invalid SOS parameters for sequential JPEG"
@@ -24,9 +26,9 @@ def unnamed_warnings() -> Iterator[None]:
     """Around a decoder: what it prints is not shown, and all else that is printed meanwhile is.
 
     What cannot be decoded is refused by name anyway.  Nothing happens where the system has no files
-    in memory, and while another thread does the same.
+    in memory, while another thread does the same, and in a worker, where `quiet_decoding` does it.
     """
-    if not _capturing.acquire(blocking=False):
+    if get_worker_info() is not None or not _capturing.acquire(blocking=False):
         yield
         return
     try:
