@@ -78,10 +78,15 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, num_last: int) -> Tensor:
         """Normalised features of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
-        for block in self.blocks[:-1]:
-            tokens = block(tokens)
-        # The last block computes queries, projection and MLP of those rows only.
-        return self.norm(_block_on_last(self.blocks[-1], tokens, num_last))
+        return self.norm(last_rows(self.blocks, tokens, num_last))
+
+
+def last_rows(blocks: nn.ModuleList, tokens: Tensor, num_last: int) -> Tensor:
+    """What blocks make of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
+    for block in blocks[:-1]:
+        tokens = block(tokens)
+    # The last block computes queries, projection and MLP of those rows only.
+    return _block_on_last(blocks[-1], tokens, num_last)
 
 
 def masked_decoder(
