@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from patchmine.ops.blur import blur_matrix, blurred
+from patchmine.ops.blur import blur_matrix, blurred, circular_blur_matrix
 
 
 @pytest.mark.parametrize(("kernel", "sigma"), [(9, 1.0), (3, 0.5), (1, 2.0), (21, 4.0)])
@@ -38,3 +38,24 @@ def test_autocast_does_not_touch_it() -> None:
         )
         assert blurred(images, matrix, matrix).dtype == torch.float32
     torch.testing.assert_close(blurred(images, matrix, matrix), matrix @ images @ matrix.T)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+@pytest.mark.parametrize("size", [(14, 14), (4, 9)])
+def test_a_circular_blur_is_the_convolution_of_a_repeated_image(
+    sigma: float, size: tuple[int, int]
+) -> None:
+    images = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    reach = 16
+    offset = torch.arange(-reach, reach + 1)
+    window = torch.exp(-(offset[:, None] ** 2 + offset[None] ** 2) / (2 * sigma**2))
+    repeated = images.repeat(1, 1, *(2 * (reach // side + 1) + 1 for side in size))
+    centre = F.conv2d(repeated, (window / window.sum())[None, None], padding=reach)
+    expected = centre[
+        :,
+        :,
+        (first := size[0] * (reach // size[0] + 1)) : first + size[0],
+        (left := size[1] * (reach // size[1] + 1)) : left + size[1],
+    ]
+    found = blurred(images, *(circular_blur_matrix(side, sigma) for side in size))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

@@ -14,6 +14,7 @@ from patchmine.ops.masks import (
     count_positions,
     count_visible,
     expand_units,
+    fill_blocks,
     hard_masked,
     lowest_visible,
     sum_in_units,
@@ -236,3 +237,20 @@ def test_tubes_repeat_places_at_every_time() -> None:
     assert mask.visible.tolist() == [[0, 3, 4, 7, 8, 11], [1, 2, 5, 6, 9, 10]]
     assert mask.masked.tolist() == [[1, 2, 5, 6, 9, 10], [0, 3, 4, 7, 8, 11]]
     assert tubes(mask, grid) is mask
+
+
+@pytest.mark.parametrize("size", [(6, 4), (3, 6, 4)])
+@pytest.mark.parametrize("block", [1, 2])
+def test_blocks_against_a_loop_over_places(size: tuple[int, ...], block: int) -> None:
+    rows, columns = 6 // block, 4 // block
+    mask = lowest_visible(uniform(7, 5, rows * columns), 2)
+    found = fill_blocks(mask, Grid(size, (4,) * len(size)), block)
+    assert found.num_patches == 24
+    for row, part in ((mask.visible, found.visible), (mask.masked, found.masked)):
+        for blocks, places in zip(row.tolist(), part.tolist(), strict=True):
+            inside = [
+                place
+                for place in range(24)
+                if place // 4 // block * columns + place % 4 // block in blocks
+            ]
+            assert places == inside

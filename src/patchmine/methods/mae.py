@@ -15,6 +15,8 @@ from patchmine.backbones.family import Encoder, encode
 from patchmine.backbones.tokens import encoder_grid
 from patchmine.methods.settings.mae import MaeSettings
 from patchmine.models.decoder import check_decoder, masked_decoder
+from patchmine.models.noise_filter import NoiseFilter
+from patchmine.models.units import block_grid, count_visible_blocks
 from patchmine.ops import losses, masks, patches, pictures
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
@@ -31,9 +33,14 @@ class MAE(Method):
     def __init__(self, config: MaeSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.grid = encoder_grid(encoder)
-        # Places of rows and columns that stay visible, at all times of a clip.
-        self.num_visible = masks.count_positions(self.grid, config.mask_ratio)
-        check_decoder(config, self.num_visible, config.mask_ratio, self.grid.num_positions)
+        # Masks are drawn over blocks of places, which stay visible at all times of a clip.
+        self.blocks = block_grid(self.grid, config.mask_block)
+        self.visible_blocks = count_visible_blocks(
+            self.blocks, config.mask_block, config.mask_ratio
+        )
+        check_decoder(config, self.visible_blocks, config.mask_ratio, self.blocks.num_positions)
+        white = config.mask_noise == "white"
+        self.noise_filter = None if white else NoiseFilter(self.blocks, config.mask_noise)
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
         self.decoder_input, self.decoder = masked_decoder(encoder, self.grid, config, values)
 
@@ -45,8 +52,12 @@ class MAE(Method):
 
     def draw_mask(self, images: Tensor) -> Mask:
         """A random mask of the configured ratio for each image, of whole tubes for each clip."""
-        noise = self.noise.uniform(len(images), self.grid.num_positions, device=images.device)
-        return masks.tubes(masks.lowest_visible(noise, self.num_visible), self.grid)
+        noise = self.noise.uniform(len(images), self.blocks.num_positions, device=images.device)
+        if self.noise_filter is not None:
+            noise = self.noise_filter(noise)
+        blocks = masks.lowest_visible(noise, self.visible_blocks)
+        places = masks.fill_blocks(blocks, self.grid, self.config.mask_block)
+        return masks.tubes(places, self.grid)
 
     def reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
         """Predicted values of the masked patches, (B, M, P)."""

@@ -34,6 +34,10 @@ class MethodSettings(Strict):
     )
 
 
+NoiseColour = Literal["white", "red", "green", "blue", "purple"]
+"""Which frequencies of a random field are left: all, low, middle, high, all but the middle."""
+
+
 class DecoderSettings(MethodSettings):
     """Settings of a method with MAE's decoder; the defaults are MAE's (models_mae.py)."""
 

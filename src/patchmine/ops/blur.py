@@ -1,6 +1,8 @@
-"""Gaussian blur of images, in float32."""
+"""Gaussian blur of images and of random fields, in float32."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Float
@@ -19,6 +21,20 @@ def blur_matrix(side: int, kernel: int, sigma: float) -> Float[Tensor, "{side} {
     tap = place[None, :] - place[:, None] + kernel // 2  # (side, side)
     inside = (tap >= 0) & (tap < kernel)
     return torch.where(inside, weights[tap.clamp(0, kernel - 1)], 0.0).float()
+
+
+def circular_blur_matrix(side: int, sigma: float) -> Float[Tensor, "{side} {side}"]:
+    """(side, side) float32: from a line of numbers to the blurred line, whose ends meet.
+
+    Every row is the Gaussian around its own place, wrapped around; its weights add up to 1.
+    """
+    turns = math.ceil(8 * sigma / side)  # what is further off weighs nothing in float32
+    distance = torch.arange(side, dtype=torch.float64)[:, None] + side * torch.arange(
+        -turns, turns + 1
+    )
+    weights = torch.exp(-(distance**2) / (2 * sigma**2)).sum(dim=1)  # (side,), by distance
+    place = torch.arange(side)
+    return (weights / weights.sum())[(place[None, :] - place[:, None]) % side].float()
 
 
 def blurred(

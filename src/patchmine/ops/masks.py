@@ -40,6 +40,20 @@ def tubes(mask: Mask, grid: Grid) -> Mask:
     return Mask(visible, masked, grid.num_patches)
 
 
+def fill_blocks(mask: Mask, grid: Grid, block: int) -> Mask:
+    """A mask of square blocks as one of their places; ``block`` places along a side.
+
+    ``mask`` numbers the blocks of one time slot in raster order, what comes back its places.
+    """
+    if block == 1:
+        return mask
+    places = Grid(grid.size[-2:], grid.patch[-2:])
+    visible, masked = (
+        expand_units(index, places, (block, block)) for index in (mask.visible, mask.masked)
+    )
+    return Mask(visible, masked, places.num_patches)
+
+
 def lowest_visible(noise: Float[Tensor, "B L"], num_visible: int) -> Mask:
     """The patches of lowest noise (B, L) stay visible, both parts in raster order (MAE)."""
     order = noise.argsort(dim=1, stable=True)

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.models.settings import DecoderSettings
+from patchmine.models.settings import DecoderSettings, NoiseColour
+from patchmine.strict import Count
 
 
 class MaeSettings(DecoderSettings):
@@ -20,3 +21,11 @@ class MaeSettings(DecoderSettings):
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "video"})
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
+    mask_block: Count = Field(
+        1, description="patches along a side of the squares that are removed together"
+    )
+    mask_noise: NoiseColour = Field(
+        "white",
+        description="noise whose lowest values stay: white draws each patch by itself, red large "
+        "regions, green small ones, blue scattered patches, purple both extremes",
+    )
