@@ -15,11 +15,11 @@ from loading import seen, start
 from PIL import Image
 
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.decoding.decode import DecodeError, decode
+from patchmine.data.decoding import opened
+from patchmine.data.decoding.decode import DecodeError, jpeg_pixels
 from patchmine.data.loader import sample_generator
 from patchmine.data.settings import Crops
 from patchmine.data.sources.contract import Labels
-from patchmine.data.views import images as images_module
 from patchmine.data.views.geometry import resize
 from patchmine.data.views.images import MultiCropView
 from patchmine.data.views.normalise import normalise
@@ -83,7 +83,7 @@ def same(left: Batch, right: Batch) -> bool:
 def test_an_image_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(
-        images_module, "decode", lambda raw, *rest: calls.append(raw) or decode(raw, *rest)
+        opened, "jpeg_pixels", lambda *given: calls.append(given) or jpeg_pixels(*given)
     )
     file = io.BytesIO()
     Image.fromarray(Pictures().read(0)).save(file, "JPEG")

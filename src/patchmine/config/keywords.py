@@ -74,6 +74,7 @@ class CropSettings(TypedDict, total=False):
 
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
+    decode: Literal["exact", "scaled"]
     crops: Crops | Mapping[str, Any]
     crop_pct: float
 

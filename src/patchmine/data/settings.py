@@ -161,6 +161,10 @@ class ViewSettings(InputSettings):
     interpolation: Literal["bicubic", "bilinear"] = Field(
         default="bicubic", description="resizing of crops"
     )
+    decode: Literal["exact", "scaled"] = Field(
+        default="exact",
+        description="scaled: JPEGs at 1/2, 1/4 or 1/8 where a crop stays larger than its view",
+    )
     crops: Crops = Field(default=Crops(), description="of methods with several crops of each image")
 
     def setting_errors(self) -> Iterator[SettingError]:

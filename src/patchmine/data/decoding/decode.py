@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -159,24 +159,54 @@ def _probe_jpeg(data: bytes) -> Facts:
 
 
 def _read_jpeg(data: bytes, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
-    """By torchvision, the fast path, or by PIL where it has no decoder (0.29 announces its end)."""
     header = headers.read_jpeg_header(data)
+    check_jpeg(header, len(data), max_pixels)
+    return upright_tensor(jpeg_pixels(data, header, channels), header.orientation), False
+
+
+def check_jpeg(header: headers.JpegHeader, stored: int, max_pixels: int) -> None:
+    """Raises DecodeError for a JPEG of ``stored`` bytes that has too many pixels."""
     work = _PROGRESSIVE_WORK if header.progressive else _JPEG_WORK
     work += header.components // 4 * 4
-    check_pixels(header.height, header.width, max_pixels, stored=len(data), work=work)
+    check_pixels(header.height, header.width, max_pixels, stored=stored, work=work)
+
+
+def jpeg_pixels(
+    data: bytes, header: headers.JpegHeader, channels: int, rows: int | None = None
+) -> Tensor:
+    """(1 or 3, H, W) of a JPEG as it is stored, or of no more than its first ``rows``.
+
+    By torchvision, the fast path, or by PIL where it has no decoder (0.29 announces its end).
+    """
     operator = _torchvision_jpeg()
-    if operator is not None:
-        # A copy, since torch warns about memory that it may not write to
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        with damage("is a truncated or damaged JPEG"):
-            image = operator(buffer, _GREY if channels == 1 else _COLOUR, False)
-        return upright_tensor(image, header.orientation), False
+    if operator is None:
+        return jpeg_by_pil(data, header, channels, rows)
+    # A copy, since torch warns about memory that it may not write to
+    whole = header.height if rows is None else rows
+    buffer = torch.frombuffer(headers.first_rows(data, header, whole), dtype=torch.uint8)
+    with damage("is a truncated or damaged JPEG"):
+        return operator(buffer, _GREY if channels == 1 else _COLOUR, False)
+
+
+def jpeg_by_pil(
+    data: bytes,
+    header: headers.JpegHeader,
+    channels: int,
+    rows: int | None = None,
+    scale: Literal[1, 2, 4, 8] = 1,
+) -> Tensor:
+    """The same by PIL, which also decodes at 1 / ``scale``: sides are then rounded up."""
     # PIL hands out a missing part as grey where zeros pad the file: after the last scan there must
     # be an end marker.
     end = data.rfind(_JPEG_END)
     if end < 0 or data.find(_JPEG_SCAN, end) >= 0:
         raise DecodeError("is a truncated JPEG")
-    return _from_pil(_open(headers.plain_jpeg(data)), header.orientation)[0], False
+    whole = header.height if rows is None else rows
+    image = _open(headers.plain_jpeg(headers.first_rows(data, header, whole)))
+    if scale > 1:
+        mode = "L" if channels == 1 else "RGB"
+        image.draft(mode, (image.width // scale, image.height // scale))
+    return _from_pil(image, 1)[0]
 
 
 def _torchvision_jpeg() -> Callable[..., Tensor] | None:

@@ -15,55 +15,80 @@ _SOI, _EOI, _SOS, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE1, 0xEE
 _ALONE = (0x01, *range(0xD0, 0xD8))  # markers without a segment
 _FRAMES = tuple(sorted({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}))  # SOF0 to SOF15
 _PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+_BASELINE = (0xC0, 0xC1)  # and extended: sequential, by Huffman
 _PROFILE = b"Raw profile type exif\0"  # under which ImageMagick keeps EXIF as hexadecimal text
 _LONGEST_PROFILE = 1 << 18  # bytes of it that are looked at, zipped or not
 
 
 class JpegHeader(NamedTuple):
-    """``progressive``: the coefficients of the whole picture are kept in decoding."""
+    """What a JPEG says of its picture.
+
+    ``progressive``: the coefficients of the whole picture are kept in decoding.  ``rows_at``: where
+    the height stands in the file.  ``by_rows``: one scan holds everything, from top to bottom.
+    """
 
     height: int
     width: int
     components: int
     orientation: int
     progressive: bool
+    rows_at: int
+    by_rows: bool
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
     """Everything up to the first scan, as libjpeg goes through it; takes about 10 microseconds."""
-    frame, orientation = None, 1
+    frame, orientation, together = None, 1, 0
     for marker, start, end in _segments(data):
         if marker in _FRAMES and frame is None and min(end, len(data)) - start >= 6:
-            frame = (*struct.unpack_from(">HHB", data, start + 1), marker in _PROGRESSIVE)
+            frame = (*struct.unpack_from(">HHB", data, start + 1), marker, start + 1)
+        elif marker == _SOS and start < len(data):
+            together = data[start]
         elif marker == _APP1 and orientation == 1 and data.startswith(b"Exif\0", start):
             orientation = exif_orientation(data[start + 6 : end])
     if frame is None:
         raise DecodeError("is a truncated or damaged JPEG (it describes no picture)")
-    height, width, components, progressive = frame
-    return JpegHeader(height, width, components, orientation, progressive)
+    height, width, components, marker, rows_at = frame
+    by_rows = marker in _BASELINE and together == components
+    progressive = marker in _PROGRESSIVE
+    return JpegHeader(height, width, components, orientation, progressive, rows_at, by_rows)
 
 
-def plain_jpeg(data: bytes) -> bytes:
+def first_rows(data: bytes, header: JpegHeader, rows: int) -> bytearray:
+    """A copy of a JPEG that holds ``rows`` of its picture, so that libjpeg decodes no more.
+
+    The rest of the scan it passes over, up to the end marker, which must be there as before.
+    """
+    shorter = bytearray(data)
+    if header.by_rows and rows < header.height:
+        struct.pack_into(">H", shorter, header.rows_at, rows)
+    return shorter
+
+
+def plain_jpeg(data: bytes | bytearray) -> bytes:
     """The same picture without what is beside it, at which PIL may stumble."""
-    kept, end = [data[:2]], 2
+    kept = [data[:2]]
     for marker, start, end in _segments(data):
+        if marker == _SOS:
+            return b"".join([*kept, data[start - 4 :]])
         if marker == _APP14 or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(data[start - 4 : end])
-    scan = data.find(b"\xff\xda", end)
-    return b"".join([*kept, data[scan:]]) if scan >= 0 else data
+    return bytes(data)
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of each segment's contents before the first scan."""
+def _segments(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of each segment's contents, up to the head of the first scan."""
     place = 2
     while (place := data.find(b"\xff", place) + 1) and place + 2 < len(data):
         marker = data[place]
         if marker in (0x00, 0xFF) or marker in _ALONE:  # stuffing, filling
             continue
-        if marker in (_SOI, _EOI, _SOS):
+        if marker in (_SOI, _EOI):
             return
         start, length = place + 3, data[place + 1] << 8 | data[place + 2]
         yield marker, start, place + 1 + length
+        if marker == _SOS:
+            return
         place += 1 + max(2, length)
 
 

@@ -14,6 +14,9 @@ TAG = 0x0112
 TURNED = (5, 6, 7, 8)
 """Orientations that exchange height and width."""
 
+Box = tuple[int, int, int, int]
+"""(top, left, height, width) in pixels."""
+
 _MIRRORED_X, _MIRRORED_Y = (2, 3, 6, 7), (3, 4, 7, 8)
 _INTEGERS = {1: 1, 3: 2, 4: 4}  # TIFF's types and their bytes
 
@@ -54,6 +57,28 @@ def upright_tensor(image: Tensor, orientation: int) -> Tensor:
     mirrored = ((-1, _MIRRORED_X), (-2, _MIRRORED_Y))
     axes = [axis for axis, those in mirrored if orientation in those]
     return image.flip(axes) if axes else image
+
+
+def stored_box(box: Box, height: int, width: int, orientation: int) -> Box:
+    """Where a box of an upright image of ``height`` x ``width`` lies in the image as stored."""
+    top, left, tall, wide = box
+    if orientation in _MIRRORED_X:
+        left = width - left - wide
+    if orientation in _MIRRORED_Y:
+        top = height - top - tall
+    return (left, top, wide, tall) if orientation in TURNED else (top, left, tall, wide)
+
+
+def upright_box(box: Box, height: int, width: int, orientation: int) -> Box:
+    """The inverse of `stored_box`; ``height`` and ``width`` are those of the upright image."""
+    top, left, tall, wide = box
+    if orientation in TURNED:
+        top, left, tall, wide = left, top, wide, tall
+    if orientation in _MIRRORED_X:
+        left = width - left - wide
+    if orientation in _MIRRORED_Y:
+        top = height - top - tall
+    return top, left, tall, wide
 
 
 def of_matrix(a: float, b: float, c: float, d: float) -> int:

@@ -235,7 +235,7 @@ def _read(video: VideoReader, indices: Sequence[int], channels: int, smallest_si
     wanted = sorted(set(indices))
     place = {index: number for number, index in enumerate(wanted)}
     frames = fit_frames(video.frames(wanted), channels)
-    check_side(frames, smallest_side)
+    check_side(frames.shape[-2], frames.shape[-1], smallest_side)
     return frames if wanted == list(indices) else frames[[place[index] for index in indices]]
 
 

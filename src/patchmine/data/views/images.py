@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from patchmine.data.decoding.decode import DecodeError, Raw, decode
+from patchmine.data.decoding.opened import Opened, open_image
 from patchmine.data.settings import InputSettings, ViewSettings
 from patchmine.data.views import photometric
-from patchmine.data.views.geometry import Geometry
+from patchmine.data.views.geometry import Geometry, resize
 from patchmine.errors import UserError
 from patchmine.types import Sample
 
@@ -48,12 +49,15 @@ class TrainView:
 
     def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
         settings = self.settings
-        image = decoded(raw, settings, self.smallest_side)
-        height, width = image.shape[-2:]
+        image = opened(raw, settings, self.smallest_side)
+        height, width = image.size
         box = crop_box(height, width, settings.crop_scale, settings.crop_ratio, generator)
         flip = bool(generator.random() < settings.flip)
-        geometry = Geometry(box, settings.image_size, flip)
-        return viewed(image, geometry, settings.interpolation, target)
+        size, scaled = settings.image_size, settings.decode == "scaled"
+        (crop,), (box,) = image.crops([box], [size], scaled)
+        geometry = Geometry(box, size, flip)
+        pixels = resize(crop, size, settings.interpolation).contiguous()
+        return _sample(pixels, geometry, (height, width), target)
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,9 @@ class OwnSizeView:
 class MultiCropView:
     """DINO's multi-crop: two large (global) crops of an image, then ``crops.num_local`` small ones.
 
-    Mirroring and changes of colour are only drawn here.  A JPEG is always decoded at full size: at
-    a half of it the smallest local crops of a usual photograph would have to be enlarged.
+    Mirroring and changes of colour are only drawn here.  With ``decode=scaled`` a JPEG is decoded
+    as finely as the most demanding crop needs: at a half of it the smallest local crops of a usual
+    photograph would have to be enlarged.
     """
 
     settings: ViewSettings
@@ -106,8 +111,8 @@ class MultiCropView:
 
     def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
         settings, crops = self.settings, self.settings.crops
-        image = decoded(raw, settings, self.smallest_side)
-        height, width = image.shape[-2:]
+        image = opened(raw, settings, self.smallest_side)
+        height, width = image.size
         sizes = [settings.image_size] * NUM_GLOBAL
         sizes += [(crops.local_size, crops.local_size)] * crops.num_local
         scales = [crops.global_scale] * NUM_GLOBAL + [crops.local_scale] * crops.num_local
@@ -116,30 +121,51 @@ class MultiCropView:
         boxes = [crop_box(height, width, scale, settings.crop_ratio, generator) for scale in scales]
         flips = generator.random(len(boxes)) < settings.flip
         changes = photometric.draw(len(boxes), generator)
-        cuts = [Geometry(box, size) for box, size in zip(boxes, sizes, strict=True)]
+        parts, boxes = image.crops(boxes, sizes, settings.decode == "scaled")
+        interpolation = settings.interpolation
         return Sample(
-            [cut.apply(image, settings.interpolation).contiguous() for cut in cuts],
-            torch.stack([cut.shares(height, width) for cut in cuts]),
+            [
+                resize(part, size, interpolation).contiguous()
+                for part, size in zip(parts, sizes, strict=True)
+            ],
+            torch.stack(
+                [
+                    Geometry(box, size).shares(height, width)
+                    for box, size in zip(boxes, sizes, strict=True)
+                ]
+            ),
             torch.from_numpy(flips),
             changes,
             target,
         )
 
 
+def opened(raw: Raw, settings: InputSettings, smallest_side: int) -> Opened:
+    """A raw image whose crops can be chosen by its size; DecodeError for one too small."""
+    image = open_image(raw, settings.channels, settings.max_pixels)
+    check_side(*image.size, smallest_side)
+    return image
+
+
 def decoded(raw: Raw, settings: InputSettings, smallest_side: int) -> Tensor:
     """(C, H, W) of a raw image, with the channels of the run; DecodeError for one too small."""
     image = decode(raw, settings.channels, settings.max_pixels)
-    check_side(image, smallest_side)
+    check_side(image.shape[-2], image.shape[-1], smallest_side)
     return image
 
 
 def viewed(image: Tensor, geometry: Geometry, interpolation: str, target: Any = None) -> Sample:
     """One view of an image, with its target seen through the same geometry: a mask is cut too."""
     pixels = geometry.apply(image, interpolation).contiguous()
+    return _sample(pixels, geometry, (image.shape[-2], image.shape[-1]), target)
+
+
+def _sample(pixels: Tensor, geometry: Geometry, size: tuple[int, int], target: Any) -> Sample:
+    """What ``geometry`` made of an image of ``size``."""
     if isinstance(target, Tensor) and target.ndim >= 2:
         target = geometry.apply_mask(target)
     flip = torch.tensor(geometry.flip)
-    return Sample([pixels], geometry.shares(*image.shape[-2:]), flip, target=target)
+    return Sample([pixels], geometry.shares(*size), flip, target=target)
 
 
 def crop_box(
@@ -185,9 +211,8 @@ def plain_geometry(image: Tensor, size: tuple[int, int], crop_pct: float | None)
     return Geometry((top, left, *size), size, canvas=canvas)
 
 
-def check_side(image: Tensor, smallest_side: int) -> None:
-    """Raises DecodeError for an image (..., H, W) with a shorter side."""
-    height, width = image.shape[-2:]
+def check_side(height: int, width: int, smallest_side: int) -> None:
+    """Raises DecodeError for an image with a shorter side."""
     if min(height, width) < smallest_side:
         raise DecodeError(
             f"is {width}x{height} pixels, smaller than a patch of {smallest_side}x{smallest_side}; "
