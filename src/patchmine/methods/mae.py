@@ -14,7 +14,7 @@ from torch import Tensor
 from patchmine.backbones.family import Encoder, encode
 from patchmine.backbones.tokens import encoder_grid
 from patchmine.methods.settings.mae import MaeSettings
-from patchmine.models.decoder import check_decoder, masked_decoder
+from patchmine.models.decoder import check_decoder, count_predicted, masked_decoder, predicted_part
 from patchmine.models.noise_filter import NoiseFilter
 from patchmine.models.units import block_grid, count_visible_blocks
 from patchmine.ops import losses, masks, patches, pictures
@@ -41,12 +41,16 @@ class MAE(Method):
         check_decoder(config, self.visible_blocks, config.mask_ratio, self.blocks.num_positions)
         white = config.mask_noise == "white"
         self.noise_filter = None if white else NoiseFilter(self.blocks, config.mask_noise)
+        num_masked = self.grid.num_patches - self.visible_blocks * (
+            config.mask_block**2 * self.grid.num_slots
+        )
+        self.num_predicted = count_predicted(config, num_masked)
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
         self.decoder_input, self.decoder = masked_decoder(encoder, self.grid, config, values)
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
-        mask = self.draw_mask(images)
+        mask = predicted_part(self.draw_mask(images), self.noise, self.num_predicted)
         predicted = self.reconstruct(images, mask)  # (B, M, P)
         return {"loss": self.error(predicted, images, mask).mean()}
 

@@ -13,7 +13,10 @@ from patchmine.backbones.family import Encoder
 from patchmine.backbones.positions import fixed_table
 from patchmine.backbones.vit import initialise
 from patchmine.errors import UserError
-from patchmine.models.settings import DecoderSettings
+from patchmine.models.cross_decoder import CrossBlock, is_cross, read_out
+from patchmine.models.noise import Noise
+from patchmine.models.settings import CrossDecoderSettings, DecoderSettings
+from patchmine.ops.masks import keep_masked
 from patchmine.types import Grid, Mask
 
 
@@ -25,9 +28,12 @@ class DecoderInput(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, encoder_width: int, width: int, grid: Grid, num_prefix: int) -> None:
+    def __init__(
+        self, encoder_width: int, width: int, grid: Grid, num_prefix: int, *, cross: bool = False
+    ) -> None:
         super().__init__()
         self.num_prefix = num_prefix
+        self.cross = cross
         self.of_clips = len(grid.size) == 3
         self.embed = nn.Linear(encoder_width, width, bias=not self.of_clips)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -53,14 +59,23 @@ class DecoderInput(nn.Module):
         return torch.cat([prefix, visible + self.pos_embed[mask.visible], missing], dim=1)
 
     def all_visible(self, latent: Tensor) -> Tensor:
-        """(B, P + L, D), nothing masked -> (B, P + L, W)."""
+        """(B, P + L, D), nothing masked -> (B, P + L, W), and for cross-attention (B, P + 2L, W).
+
+        The last L rows stand for the patches: as they are, or mask tokens that look at them.
+        """
         tokens = self.embed(latent)
         prefix, patches = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
-        return torch.cat([prefix, patches + self.pos_embed], dim=1)
+        parts = [prefix, patches + self.pos_embed]
+        if self.cross:
+            parts.append((self.mask_token + self.pos_embed).expand_as(patches))
+        return torch.cat(parts, dim=1)
 
 
 class Decoder(nn.Module):
-    """Blocks of timm's, a norm, and a linear head that the method applies to the rows it wants."""
+    """Blocks of timm's, a norm, and a linear head that the method applies to the rows it wants.
+
+    Where the settings ask for it, the blocks are those of `cross_decoder`.
+    """
 
     def __init__(self, settings: DecoderSettings, out_width: int) -> None:
         super().__init__()
@@ -71,7 +86,10 @@ class Decoder(nn.Module):
         norm = partial(nn.LayerNorm, eps=settings.decoder_norm_eps)
         sizes = dict(mlp_ratio=ratio, qkv_bias=settings.decoder_qkv_bias, norm_layer=norm)
         self.blocks = nn.ModuleList(
-            Block(width, settings.decoder_num_heads, **sizes) for _ in range(settings.decoder_depth)
+            CrossBlock(settings)
+            if is_cross(settings)
+            else Block(width, settings.decoder_num_heads, **sizes)
+            for _ in range(settings.decoder_depth)
         )
         self.norm = norm(width)
         self.head = nn.Linear(width, out_width)
@@ -83,6 +101,8 @@ class Decoder(nn.Module):
 
 def last_rows(blocks: nn.ModuleList, tokens: Tensor, num_last: int) -> Tensor:
     """What blocks make of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
+    if isinstance(blocks[0], CrossBlock):
+        return read_out(blocks, tokens, num_last)
     for block in blocks[:-1]:
         tokens = block(tokens)
     # The last block computes queries, projection and MLP of those rows only.
@@ -94,11 +114,34 @@ def masked_decoder(
 ) -> tuple[DecoderInput, Decoder]:
     """A decoder of masked patches and what stands before it, freshly drawn."""
     width, prefix = settings.decoder_embed_dim, encoder.num_prefix_tokens
-    decoder_input = DecoderInput(encoder.embed_dim, width, grid, prefix)
+    cross = is_cross(settings)
+    decoder_input = DecoderInput(encoder.embed_dim, width, grid, prefix, cross=cross)
     decoder = Decoder(settings, out_width)
     decoder_input.draw_weights()
     initialise(decoder)
     return decoder_input, decoder
+
+
+def count_predicted(settings: CrossDecoderSettings, num_masked: int) -> int:
+    """How many of the masked patches the decoder predicts in a step.
+
+    Raises:
+        UserError: none.
+    """
+    count = round(settings.predicted_share * num_masked)
+    if count == 0:
+        given = f"method.predicted_share={settings.predicted_share}"
+        raise UserError(f"{given} predicts none of {num_masked} masked patches: raise it")
+    return count
+
+
+def predicted_part(mask: Mask, noise: Noise, count: int) -> Mask:
+    """The mask with ``count`` of its masked patches, all as likely; nothing is drawn for all."""
+    batch, masked = mask.masked.shape
+    if count == masked:
+        return mask
+    drawn = noise.uniform(batch, masked, device=mask.masked.device)
+    return keep_masked(mask, drawn, count)
 
 
 def check_decoder(

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
-from patchmine.strict import LARGEST_BATCH, Count, Depth, Strict
+from patchmine.strict import LARGEST_BATCH, Count, Depth, Share, Strict
 
 
 class MethodSettings(Strict):
@@ -53,6 +53,21 @@ class DecoderSettings(MethodSettings):
     )
     decoder_qkv_bias: bool = Field(
         True, description="biases of queries, keys and values in the decoder's attention"
+    )
+
+
+class CrossDecoderSettings(DecoderSettings):
+    """Settings of a method whose decoder may read masked patches out of visible ones alone."""
+
+    decoder_attention: Literal["self", "cross"] = Field(
+        "self",
+        description="self: the decoder's tokens all look at each other; cross: those of masked "
+        "patches look at visible ones only, as CrossMAE's",
+    )
+    predicted_share: Share = Field(
+        1.0,
+        description="share of the masked patches, drawn at random in each step, that the decoder "
+        "predicts and the loss counts",
     )
 
 

@@ -54,6 +54,12 @@ def fill_blocks(mask: Mask, grid: Grid, block: int) -> Mask:
     return Mask(visible, masked, places.num_patches)
 
 
+def keep_masked(mask: Mask, noise: Float[Tensor, "B M"], count: int) -> Mask:
+    """The mask with the ``count`` masked patches of lowest noise (B, M); the rest is in neither."""
+    chosen = noise.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+    return Mask(mask.visible, mask.masked.gather(1, chosen), mask.num_patches)
+
+
 def lowest_visible(noise: Float[Tensor, "B L"], num_visible: int) -> Mask:
     """The patches of lowest noise (B, L) stay visible, both parts in raster order (MAE)."""
     order = noise.argsort(dim=1, stable=True)

@@ -19,6 +19,8 @@ from patchmine.backbones.network import Network, check_transformers
 from patchmine.config.schema import DetectConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from patchmine.disk import output, system_errors
 from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.models.cross_decoder import is_cross
+from patchmine.models.settings import MethodSettings
 from patchmine.runs.detector_folder import write_detector
 from patchmine.runs.folder import RunFolder, preprocessing_of, write_export
 from patchmine.task import Method
@@ -163,11 +165,7 @@ def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
             "setting out"
         )
     name = config.method.name
-    if name not in _FULL:
-        raise UserError(
-            f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and "
-            f"{run.path} is of method={name}: use what=encoder"
-        )
+    _check_full(config.method, run)
     target = run.path / f"{name}-{weights}.safetensors" if out is None else Path(out)
     if target.suffix != ".safetensors":
         raise UserError(
@@ -196,6 +194,20 @@ def _write_full(run: RunFolder, out: str | None, weights: str) -> Path:
     with output(target) as new, system_errors(target):
         save_file(contiguous, new, metadata=metadata)
     return target
+
+
+def _check_full(method: MethodSettings, run: RunFolder) -> None:
+    """UserError where the authors' code has no such method."""
+    if method.name not in _FULL:
+        raise UserError(
+            f"what=full writes files for the authors' code of {' and '.join(_FULL)}, and "
+            f"{run.path} is of method={method.name}: use what=encoder"
+        )
+    if is_cross(method):
+        raise UserError(
+            "what=full writes files for the authors' code, whose decoder attends to all tokens, "
+            f"and {run.path} has method.decoder_attention=cross: use what=encoder"
+        )
 
 
 def _as_videomae(tensors: dict[str, Tensor], method: Method | None) -> dict[str, Tensor]:

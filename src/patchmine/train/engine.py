@@ -283,6 +283,8 @@ def _compile_blocks(method: nn.Module) -> None:
     """
     from timm.models.vision_transformer import Block
 
+    from patchmine.models.cross_decoder import CrossBlock
+
     for module in method.modules():
-        if isinstance(module, Block):
+        if isinstance(module, (Block, CrossBlock)):
             module.compile()

@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.models.settings import DecoderSettings, NoiseColour
+from patchmine.models.settings import CrossDecoderSettings, NoiseColour
 from patchmine.strict import Count
 
 
-class MaeSettings(DecoderSettings):
+class MaeSettings(CrossDecoderSettings):
     """Predict the pixels of randomly removed patches from the few that are left.
 
     He et al., CVPR 2022, arXiv 2111.06377; on clips it is VideoMAE (Tong et al., NeurIPS 2022,
