@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -105,6 +105,18 @@ class Task(nn.Module):
         return [*groups, ParamGroup(spared, weight_decay=0.0, **how)] if spared else groups
 
 
+class PlainItems(Protocol):
+    """Yields, when iterated, this process's share of the whole training set, uncropped.
+
+    ``Batch.index`` says which items they are; broken ones are missing.  Its length is the number of
+    items of the whole set.
+    """
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
+
+
 class Method(Task):
     """One pre-training method: an encoder and whatever else it needs to teach that encoder.
 
@@ -194,14 +206,13 @@ class Method(Task):
         """All that takes a gradient, clipped as the setting ``clip_grad`` says."""
         return [ParamGroup(self.learning(), clip_norm=self.config.clip_grad)]
 
-    def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
+    def begin_epoch(self, progress: Progress, plain_data: PlainItems) -> None:
         """Called in every process before the first step of an epoch; not where a run is resumed
         within one.
 
         Args:
             progress: the step that comes.
-            plain_data: yields, when iterated, this process's share of the whole training set,
-                uncropped; ``Batch.index`` says which items they are, broken ones are missing.
+            plain_data: the whole training set.
         """
 
     def whole_epochs(self, progress: Progress) -> Collection[int]:

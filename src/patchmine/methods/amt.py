@@ -8,7 +8,7 @@ guijiejie/AMT; each names its file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import NamedTuple, cast
 
@@ -28,7 +28,7 @@ from patchmine.models.teacher import Teacher
 from patchmine.models.units import patches_per_unit
 from patchmine.ops import losses, masks, patches, pictures
 from patchmine.ops.alignment import align, attention_map
-from patchmine.task import Method
+from patchmine.task import Method, PlainItems
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
 LONG_RUN = 200  # epochs from which the published schedule, in absolute epochs, makes sense
@@ -179,7 +179,7 @@ class AMT(Method):
             return patches.pixel_targets(images, mask.masked, patch, norm_pix_loss=norm)
         return patches.gather_patches(images.float(), mask.masked, patch).flatten(2)
 
-    def begin_epoch(self, progress: Progress, plain_data: Iterable[Batch]) -> None:
+    def begin_epoch(self, progress: Progress, plain_data: PlainItems) -> None:
         """Every few epochs, renew the maps of all whole images with the encoder as it is now."""
         if self.maps is None or progress.epoch not in self.whole_epochs(progress):
             return

@@ -9,6 +9,7 @@ are inferred (docs/methods/hpm.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -19,13 +20,22 @@ from patchmine.backbones.family import Encoder, encode
 from patchmine.backbones.foreign import ForeignTeacher
 from patchmine.backbones.tokens import encoder_grid
 from patchmine.backbones.vit import initialise
+from patchmine.errors import UserError
 from patchmine.methods.settings.hpm import HpmSettings
-from patchmine.models.decoder import Decoder, DecoderInput, check_decoder, masked_decoder
+from patchmine.models.decoder import (
+    Decoder,
+    DecoderInput,
+    LossHead,
+    check_decoder,
+    last_rows,
+    masked_decoder,
+)
+from patchmine.models.maps import VisitMaps
 from patchmine.models.teacher import Teacher, foreign_teacher, ramped_decay
-from patchmine.ops import losses, masks, patches, pictures
+from patchmine.ops import losses, masks, mining, patches, pictures
 from patchmine.ops.schedules import hard_count
-from patchmine.task import Method
-from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
+from patchmine.task import Method, PlainItems
+from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
 
 _ABSOLUTE_UNIT = "0 is an image's mean, 1 a deviation among its patches"
 
@@ -39,11 +49,13 @@ class HPM(Method):
     encoder: Encoder
     teacher: Teacher | None
     foreign: ForeignTeacher | None
-    predictor: Decoder | None
+    predictor: Decoder | LossHead | None
+    maps: VisitMaps | None
 
     def __init__(self, config: HpmSettings, encoder: Encoder) -> None:
         super().__init__(config, encoder)
         self.grid = encoder_grid(encoder)
+        _check_looks(config, self.grid)
         # Masks are drawn over units: tubes through all time slots, or cubes; an image's patches.
         places = masks.count_positions(self.grid, config.mask_ratio)
         tube = config.mask_unit == "tube"
@@ -57,59 +69,156 @@ class HPM(Method):
         width = values if config.target == "pixel" else encoder.embed_dim
         width = width if self.foreign is None else self.foreign.width
         self.decoder_input, self.decoder = masked_decoder(encoder, self.grid, config, width)
-        self.predictor = None
-        if config.prediction != "none":
-            self.predictor = Decoder(config, values)
-            initialise(self.predictor)
-            if config.losspred_head == "scalar":
-                _shrink_head(self.predictor)
-        # No pixel decoder: the teacher predicts difficulty and reconstructs nothing.
-        needed = self.predictor is not None or config.target == "ema"
+        self.predictor = self._make_predictor(values)
+        # Blocks of the decoder in front of a loss head; a second decoder has its own.
+        depth = config.predictor_depth or config.decoder_depth
+        self.shared_depth = depth if isinstance(self.predictor, LossHead) else 0
+        self.remembers = config.look == "memory"
+        predicted = self.predictor is not None
+        self.mines = self.remembers or config.score == "observed" or predicted
+        needed = config.target == "ema" or (self.mines and not self.remembers)
         self.teacher = Teacher(own_statistics=False, **self._copied()) if needed else None
+        self.maps = None
+        if self.remembers or (self.mines and config.every > 1):
+            self.maps = VisitMaps(self.grid)
+            self.inductive = False  # other images have no maps
+
+    def _make_predictor(self, values: int) -> Decoder | LossHead | None:
+        """What predicts losses: a decoder of its own, or a head."""
+        config = self.config
+        if config.prediction == "none":
+            return None
+        predictor = (Decoder if config.predictor == "decoder" else LossHead)(config, values)
+        initialise(predictor)
+        if config.losspred_head == "scalar":
+            _shrink_head(predictor)
+        return predictor
 
     def _copied(self) -> dict[str, nn.Module]:
         """The student's modules of which the EMA teacher holds copies."""
-        if self.predictor is None:
-            return {"encoder": self.encoder}
-        beside = {"decoder_input": self.decoder_input, "predictor": self.predictor}
-        return {"encoder": self.encoder, **beside}
+        copied: dict[str, nn.Module] = {"encoder": self.encoder}
+        if self.remembers or not self.mines:
+            return copied  # for its features alone
+        copied["decoder_input"] = self.decoder_input
+        if self.config.score == "observed":
+            return {**copied, "decoder": self.decoder}
+        # No whole pixel decoder: this teacher predicts difficulty and reconstructs nothing.
+        if self.shared_depth:
+            copied["shared"] = self.decoder.blocks[: self.shared_depth]
+        return {**copied, "predictor": cast(nn.Module, self.predictor)}
 
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
-        features, difficulty = self.ask_teachers(images, self._hard_count(progress) > 0)
+        features, difficulty = self.find_difficulty(batch, progress)
         mask = self.draw_mask(images, difficulty, progress)
 
         latent = encode(self.encoder, images, mask.visible)  # (B, P + V, D)
         tokens = self.decoder_input(latent, mask)  # (B, P + V + M, W), the start of both decoders
-        output = self.decoder.head(self.decoder(tokens, self.num_masked))  # (B, M, T)
+        output, predicted = self.decode(tokens)  # (B, M, T) and (B, M)
         error = self.error(output, images, features, mask)  # (B, M)
-        reconstruction = error.mean()
-        if self.predictor is None:
-            return {"loss": reconstruction}
-        predicted = predict_difficulty(self.predictor, tokens, self.num_masked)  # (B, M)
+        reconstruction, error = error.mean(), error.detach()
+        if self.maps is not None and self.remembers:
+            self.maps.remember(batch, error, mask.masked)
+        follows = {} if difficulty is None else _follows(difficulty, error, mask)
+        if predicted is None:
+            return {"loss": reconstruction, **follows}
         relative = self.config.prediction == "relative"
         objective = losses.relative_difficulty_loss if relative else losses.absolute_difficulty_loss
-        prediction = objective(predicted, error.detach())
-        parts = {"reconstruction": reconstruction, "prediction": prediction}
+        prediction = objective(predicted, error)
+        parts = {"reconstruction": reconstruction, "prediction": prediction, **follows}
         return {"loss": reconstruction + prediction, **parts}
+
+    def decode(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is said of the masked patches, (B, M, T), and their predicted losses, (B, M)."""
+        blocks, depth = self.decoder.blocks, self.shared_depth
+        judged = tokens
+        if depth == len(blocks):
+            judged = tokens = last_rows(blocks, tokens, self.num_masked)
+        else:
+            for block in blocks[:depth]:
+                judged = tokens = block(tokens)
+        hidden = last_rows(blocks[depth:], tokens, self.num_masked)
+        output = self.decoder.head(self.decoder.norm(hidden))
+        if self.predictor is None:
+            return output, None
+        return output, predict_difficulty(self.predictor, judged, self.num_masked)
+
+    @torch.no_grad()
+    def find_difficulty(
+        self, batch: Batch, progress: Progress
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Target features (B, L, T) and difficulty (B, L), where a step needs them."""
+        wanted = self._hard_count(progress) > 0
+        looks = wanted and progress.epoch % self.config.every == 0
+        features, difficulty = self.ask_teachers(batch.views[0], looks)
+        if self.maps is None or not wanted:
+            return features, difficulty
+        if difficulty is not None:
+            places = torch.arange(self.grid.num_patches, device=difficulty.device)
+            self.maps.remember(batch, difficulty, places.expand_as(difficulty))
+        noise = self.noise.uniform(len(batch), self.grid.num_patches, device=batch.index.device)
+        return features, self.maps.recall(batch, noise)
 
     @torch.no_grad()
     def ask_teachers(
-        self, images: Tensor, want_difficulty: bool
+        self, images: Tensor, want_difficulty: bool, looks: Sequence[Tensor] | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Target features (B, L, T) and difficulty (B, L) of the whole images, where needed."""
+        """Target features (B, L, T) and difficulty (B, L) of images, where needed.
+
+        ``looks`` (B, units) each: from which a masked look draws its masks, in place of the noise.
+        """
         features, difficulty = None, None
         if self.foreign is not None:
             features = self.foreign(images)
-        if self.teacher is not None and (want_difficulty or self.config.target == "ema"):
-            latent = encode(self.teacher.encoder, images)  # (B, P + L, D)
+        whole = want_difficulty and self.config.look == "full"
+        if self.teacher is not None and (whole or self.config.target == "ema"):
+            latent = encode(cast(Encoder, self.teacher.encoder), images)  # (B, P + L, D)
             if self.config.target == "ema":
                 features = latent[:, self.encoder.num_prefix_tokens :]
-            if want_difficulty:
+            if whole:
                 tokens = cast(DecoderInput, self.teacher.decoder_input).all_visible(latent)
-                predictor = cast(Decoder, self.teacher.predictor)
-                difficulty = predict_difficulty(predictor, tokens, self.grid.num_patches)
+                difficulty = self._expected(tokens, self.grid.num_patches)
+        if want_difficulty and self.config.look == "masked":
+            shape, device = (len(images), self.num_units), images.device
+            if looks is None:
+                drawn = range(self.config.num_looks)
+                looks = [self.noise.uniform(*shape, device=device) for _ in drawn]
+            difficulty = self._look_through_masks(images, features, looks)
         return features, difficulty
+
+    def _look_through_masks(
+        self, images: Tensor, features: Tensor | None, looks: Sequence[Tensor]
+    ) -> Tensor:
+        """Difficulty (B, L) of what random masks hide from the teacher; -inf where none did."""
+        # As in training, where losses are predicted of masked patches: asked about patches that it
+        # sees, the predictor answers by their position (docs/methods/hpm.md).
+        teacher = cast(Teacher, self.teacher)
+        total = torch.zeros(len(images), self.grid.num_patches, device=images.device)
+        times = torch.zeros_like(total)
+        for noise in looks:
+            mask = self._mask_hardest(noise, noise, 0)
+            latent = encode(cast(Encoder, teacher.encoder), images, mask.visible)
+            tokens = cast(DecoderInput, teacher.decoder_input)(latent, mask)
+            if self.config.score == "observed":
+                decoder = cast(Decoder, teacher.decoder)
+                output = decoder.head(decoder(tokens, self.num_masked))
+                score = self.error(output, images, features, mask)  # (B, M)
+            else:
+                score = self._expected(tokens, self.num_masked)
+            total.scatter_add_(1, mask.masked, score)
+            times.scatter_add_(1, mask.masked, torch.ones_like(score))
+        return (total / times.clamp(min=1)).where(times > 0, -torch.inf)
+
+    def _expected(self, tokens: Tensor, num_last: int) -> Tensor:
+        """Losses of the last patches as the teacher predicts them, (B, num_last)."""
+        teacher = cast(Teacher, self.teacher)
+        if self.shared_depth:
+            tokens = last_rows(cast(nn.ModuleList, teacher.shared), tokens, num_last)
+        return predict_difficulty(cast(Decoder, teacher.predictor), tokens, num_last)
+
+    def begin_epoch(self, progress: Progress, plain_data: PlainItems) -> None:
+        if self.maps is not None:
+            self.maps.grow(len(plain_data))
 
     def draw_mask(self, images: Tensor, difficulty: Tensor | None, progress: Progress) -> Mask:
         """The hardest units are masked, as many as the schedule asks for; the rest is drawn."""
@@ -129,7 +238,7 @@ class HPM(Method):
 
     def _hard_count(self, progress: Progress) -> int:
         config, masked = self.config, self.num_units - self.visible_units
-        if self.predictor is None:
+        if not self.mines:
             return 0
         start, end, offset = config.alpha_start, config.alpha_end, config.alpha_offset
         return hard_count(progress, masked, start=start, end=end, offset=offset)
@@ -160,13 +269,30 @@ class HPM(Method):
         makes their level the same in two images.  The error under the mask that they choose can be
         compared.
         """
-        if self.predictor is None:
+        if not self.mines or self.remembers:
             return None
-        features, expected = self.ask_teachers(images, True)
+        features, expected = self.ask_teachers(images, True, self._fixed_looks(images))
         scores = self._unit_scores(cast(Tensor, expected))
         num_hard = self.num_units - self.visible_units
         mask = self._mask_hardest(torch.zeros_like(scores), scores, num_hard)
         return self.error(self._reconstruct(images, mask), images, features, mask).mean(dim=1)
+
+    def _meaning(self) -> str:
+        """What the numbers of a map of difficulty are."""
+        if self.config.score == "observed":
+            return "error of the teacher, of each patch behind a mask"
+        relative = self.config.prediction == "relative"
+        unit = "no unit, only the order in an image counts" if relative else _ABSOLUTE_UNIT
+        return f"error that the teacher expects, {unit}"
+
+    def _fixed_looks(self, images: Tensor) -> list[Tensor]:
+        """What draws the same masks for every image, each patch hidden by one of them at least."""
+        # One after the other every patch comes last, and the last are hidden.
+        order = torch.randperm(self.num_units, generator=torch.Generator().manual_seed(0))
+        hidden = self.num_units - self.visible_units
+        turns = range(0, self.num_units, hidden)
+        looks = [(order + turn) % self.num_units for turn in turns]
+        return [look.float().to(images.device).expand(len(images), -1) for look in looks]
 
     def _reconstruct(self, images: Tensor, mask: Mask) -> Tensor:
         """What the decoder says of each masked patch, (B, M, T)."""
@@ -177,15 +303,13 @@ class HPM(Method):
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
         """Input, predicted difficulty, what the student saw, the reconstruction, the true error."""
         images, grid = batch.views[0], self.grid
-        features, difficulty = self.ask_teachers(images, self.predictor is not None)
+        features, difficulty = self.ask_teachers(images, self.mines, self._fixed_looks(images))
         mask = self.draw_mask(images, difficulty, progress)
         output = self._reconstruct(images, mask)
         panels = [Panel("input", images)]
         if difficulty is not None:
             heat = pictures.patch_map(difficulty, grid)
-            relative = self.config.prediction == "relative"
-            unit = "no unit, only the order in an image counts" if relative else _ABSOLUTE_UNIT
-            note = f"error that the teacher expects, light is masked first; {unit}"
+            note = f"{self._meaning()}; light is masked first"
             panels.append(Panel("predicted difficulty", heat, kind="heat", note=note))
         drawn, unit = list[Panel](), pictures.DIRECTION_UNIT
         if features is None:
@@ -196,7 +320,36 @@ class HPM(Method):
         return [*panels, *pictures.masked_panels(images, mask, grid, drawn, error, unit)]
 
 
-def predict_difficulty(predictor: Decoder, tokens: Tensor, num_last: int) -> Tensor:
+def _check_looks(config: HpmSettings, grid: Grid) -> None:
+    """UserError for ways to look that contradict each other or cannot be had."""
+    depth = config.predictor_depth
+    if config.score == "observed" and config.look != "masked":
+        raise UserError(
+            f"method.score=observed needs hidden patches, and method.look={config.look} has none: "
+            "set method.look=masked"
+        )
+    if len(grid.size) == 3 and (config.look == "memory" or config.every > 1):
+        raise UserError(
+            "method.look=memory and method.every keep maps of images, not of clips: set "
+            "method.look=masked and method.every=1"
+        )
+    if depth is not None and depth > config.decoder_depth:
+        raise UserError(
+            f"method.predictor_depth={depth} is more than method.decoder_depth="
+            f"{config.decoder_depth}: lower it, or leave it out for all blocks"
+        )
+
+
+def _follows(difficulty: Tensor, error: Tensor, mask: Mask) -> Losses:
+    """Whether difficulty (B, L) follows the pictures or the position, and the errors (B, M)."""
+    found = difficulty.gather(1, mask.masked)
+    return {
+        "rank_correlation": mining.rank_correlation(found, error),
+        "position_share": mining.position_share(difficulty),
+    }
+
+
+def predict_difficulty(predictor: Decoder | LossHead, tokens: Tensor, num_last: int) -> Tensor:
     """Predicted loss of the last ``num_last`` patches, float32 (B, num_last)."""
     features = predictor(tokens, num_last)
     # The published head has one output per value of a patch and averages them: the average of a
@@ -208,7 +361,7 @@ def predict_difficulty(predictor: Decoder, tokens: Tensor, num_last: int) -> Ten
         return F.linear(features.float(), row, bias).squeeze(-1)
 
 
-def _shrink_head(predictor: Decoder) -> None:
+def _shrink_head(predictor: Decoder | LossHead) -> None:
     """Replace the head by a single output that starts from the mean row of the full one."""
     full = predictor.head
     predictor.head = nn.Linear(full.in_features, 1)

@@ -99,8 +99,33 @@ class Decoder(nn.Module):
         return self.norm(last_rows(self.blocks, tokens, num_last))
 
 
+class LossHead(nn.Module):
+    """A norm and a linear head of a method's own, on rows that a decoder's blocks have made."""
+
+    def __init__(self, settings: DecoderSettings, out_width: int) -> None:
+        super().__init__()
+        width = settings.decoder_embed_dim
+        self.norm = nn.LayerNorm(width, eps=settings.decoder_norm_eps)
+        self.head = nn.Linear(width, out_width)
+
+    def forward(self, tokens: Tensor, num_last: int) -> Tensor:
+        """Normalised, the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
+        return self.norm(tokens[:, -num_last:])
+
+
+def all_rows(blocks: nn.ModuleList, tokens: Tensor, num_last: int) -> Tensor:
+    """What blocks make of all tokens, of which the last ``num_last`` are to be predicted."""
+    if len(blocks) and isinstance(blocks[0], CrossBlock):
+        return torch.cat([tokens[:, :-num_last], read_out(blocks, tokens, num_last)], dim=1)
+    for block in blocks:
+        tokens = block(tokens)
+    return tokens
+
+
 def last_rows(blocks: nn.ModuleList, tokens: Tensor, num_last: int) -> Tensor:
-    """What blocks make of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
+    """What blocks, or none, make of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
+    if not len(blocks):
+        return tokens[:, -num_last:]
     if isinstance(blocks[0], CrossBlock):
         return read_out(blocks, tokens, num_last)
     for block in blocks[:-1]:

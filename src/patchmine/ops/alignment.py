@@ -60,6 +60,41 @@ def align(
         return (down @ cells @ across.transpose(1, 2)).flatten(1)
 
 
+def spread(
+    values: Float[Tensor, "B L"],
+    known: Float[Tensor, "B L"],
+    grid: Grid,
+    box: Float[Tensor, "B 4"],
+    flip: Bool[Tensor, "B"],
+) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
+    """The way back: what the patches of a crop say of the cells of its whole image.
+
+    Args:
+        values: (B, L), one number for each patch of the crop.
+        known: (B, L), 1 where that number counts, 0 where it does not.
+        grid: of the map and of the crop.
+        box: (B, 4), the crop as fractions (top, left, height, width).
+        flip: (B,), mirrored after the crop.
+
+    Returns:
+        (B, L) mean of the values over each cell, and (B, L) the share of the cell that they cover.
+    """
+    with torch.autocast(values.device.type, enabled=False):
+        box, known = box.float(), known.float()
+        rows, columns = grid.size
+        # Shares of patches, times their extent in cells, are shares of cells.
+        down = _overlap(box[:, 0], box[:, 2], rows) * box[:, 2, None, None]
+        across = _overlap(box[:, 1], box[:, 3], columns) * box[:, 3, None, None]
+        across = torch.where(flip[:, None, None], across.flip(1), across)
+
+        def back(patches: Tensor) -> Tensor:
+            cells = patches.reshape(-1, rows, columns)
+            return (down.transpose(1, 2) @ cells @ across).flatten(1)
+
+        covered = back(known)
+        return back(values.float() * known) / covered.clamp(min=1e-6), covered.clamp(max=1.0)
+
+
 def _axis(
     start: Float[Tensor, "B"], extent: Float[Tensor, "B"], count: int, patch: int, how: Alignment
 ) -> Float[Tensor, "B patches cells"]:

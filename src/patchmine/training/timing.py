@@ -180,7 +180,7 @@ def _seconds_of_whole(
     if not epochs:
         return 0.0
     data = PlainData(config, images, engine, silent)
-    few = islice(data, 1)
+    few = list(islice(data, 1))
     seconds = _seconds(lambda: method.begin_epoch(long.at(min(epochs) * steps_per_epoch), few))
     return seconds * max(1.0, len(images) / engine.world_size / PLAIN_BATCH)
 

@@ -33,6 +33,9 @@ class PlainData:
     engine: Engine
     say: Say
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __iter__(self) -> Iterator[Batch]:
         count, rank, processes = len(self.images), self.engine.rank, self.engine.world_size
         share = range(count * rank // processes, count * (rank + 1) // processes)

@@ -35,6 +35,31 @@ class HpmSettings(FeatureTargetSettings, DecoderSettings):
         "patch",
         description="one output per value of a patch, averaged, as published; or a single output",
     )
+    predictor: Literal["decoder", "head"] = Field(
+        "decoder",
+        description="what predicts losses: a second decoder, as published; or a head on blocks of "
+        "the first one",
+    )
+    predictor_depth: int | None = Field(
+        None, gt=0, description="blocks of the decoder in front of that head; null: all of them"
+    )
+    look: Literal["full", "masked", "memory"] = Field(
+        "full",
+        description="where difficulty comes from: the teacher sees the whole image, as published; "
+        "it sees what a random mask leaves, and scores the rest; or the student's errors at "
+        "earlier visits, without a teacher",
+    )
+    score: Literal["predicted", "observed"] = Field(
+        "predicted",
+        description="of a masked look: the loss that the teacher predicts, or the error that it "
+        "makes",
+    )
+    num_looks: int = Field(1, gt=0, le=64, description="masks of a masked look, whose mean counts")
+    every: int = Field(
+        1,
+        gt=0,
+        description="the teacher looks in every such epoch; maps are kept by item in between",
+    )
     alpha_start: float = Field(
         0.0, ge=0, le=1, description="share of hard patches among the masked, at the start"
     )
