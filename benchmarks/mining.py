@@ -58,6 +58,7 @@ ROWS = {
     "hpm": Row("hpm"),
     "masked": Row("hpm", MASKED),
     "masked-head": Row("hpm", HEAD),
+    "masked-head-2-blocks": Row("hpm", {**HEAD, "predictor_depth": 2}),
     "masked-head-every-2": Row("hpm", {**HEAD, "every": 2}),
     "observed-head": Row("hpm", OBSERVED),
     "memory-head": Row("hpm", {"look": "memory", "predictor": "head"}),
@@ -223,16 +224,24 @@ def price_command(words: tuple[str, ...]) -> None:
 @click.option("--rows", default=",".join(ROWS))
 @click.option("--seeds", default="0")
 @click.option("--epochs", default=3.0)
+@click.option("--labelled", type=click.Path(exists=True, path_type=Path), help="else TRAIN")
 @click.argument("more", nargs=-1)
 def train_command(
-    train: Path, test: Path, out: Path, rows: str, seeds: str, epochs: float, more: tuple[str, ...]
+    train: Path,
+    test: Path,
+    out: Path,
+    rows: str,
+    seeds: str,
+    epochs: float,
+    labelled: Path | None,
+    more: tuple[str, ...],
 ) -> None:
     """All runs, their evaluations, the page."""
     for seed in map(int, seeds.split(",")):
         for name in rows.split(","):
             folder = out / f"{name}-seed{seed}"
             make_run(name, folder, train, run_words(ROWS[name], epochs, seed, more))
-            evaluate(folder, train, test)
+            evaluate(folder, labelled or train, test)
             print(page(out), flush=True)
 
 

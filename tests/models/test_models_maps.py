@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchmine.models.maps import ItemMaps
+from patchmine.models.maps import ItemMaps, VisitMaps
+from patchmine.types import Batch, Grid
 
 # Rank 0 brings items 0, 1 and 2, rank 1 brings 3, 6 and 5; item 4 could not be read.
 TWO_PROCESSES = """
@@ -86,3 +87,103 @@ def test_two_processes_end_with_the_table_of_one(tmp_path: Path) -> None:
     alone.replace([(torch.tensor(read), some_maps()[read])])
     for rank in (0, 1):
         assert torch.equal(load_file(tmp_path / f"rank{rank}.safetensors")["values"], alone.values)
+
+
+# Each rank puts the maps of its own items, which both then hold.
+TWO_VISITS = """
+import sys, torch
+from safetensors.torch import save_file
+from patchmine.models.maps import VisitMaps
+from patchmine.types import Batch, Grid
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+values = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+store = VisitMaps(Grid((2, 2), (4, 4)))
+store.grow(5)
+mine = slice(2 * rank, 2 * rank + 2)
+box = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.2, 0.6, 0.7]] * 2)
+batch = Batch([], torch.tensor([3, 0, 4, 1])[mine], box[mine], torch.tensor([True, False, False, True])[mine])
+store.remember(batch, values[mine], torch.arange(4).expand(2, 4))
+save_file(store.state_dict(), f"{folder}/rank{rank}.safetensors")
+torch.distributed.destroy_process_group()
+"""
+GRID = Grid((2, 2), (4, 4))
+WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+EVERYWHERE = torch.arange(4)[None]
+
+
+def visit(index: int, box: torch.Tensor = WHOLE, flip: bool = False) -> Batch:
+    return Batch([], torch.tensor([index]), box, torch.tensor([flip]))
+
+
+def recalled(store: VisitMaps, batch: Batch) -> torch.Tensor:
+    return store.recall(batch, torch.zeros(1, 4))[0]
+
+
+def test_visits_move_a_map_towards_the_order_of_their_values() -> None:
+    store = VisitMaps(GRID)
+    store.grow(2)
+    half = torch.full((4,), 0.5)
+    torch.testing.assert_close(recalled(store, visit(0)), half, atol=1 / 255, rtol=0)
+    order = torch.tensor([1.0, 0.0, 1 / 3, 2 / 3])
+    for _ in range(2):
+        store.remember(visit(0), torch.tensor([[90.0, -5.0, 1.0, 7.0]]), EVERYWHERE)
+    found = recalled(store, visit(0))
+    torch.testing.assert_close(found, half / 4 + 0.75 * order, atol=2 / 255, rtol=0)
+    torch.testing.assert_close(recalled(store, visit(1)), half, atol=1 / 255, rtol=0)
+
+
+def test_what_was_not_seen_or_not_scored_stays() -> None:
+    store = VisitMaps(GRID)
+    store.grow(1)
+    values = torch.tensor([[3.0, -torch.inf, 5.0]])
+    store.remember(visit(0), values, torch.tensor([[0, 1, 3]]))
+    found = recalled(store, visit(0))
+    expected = torch.tensor([0.25, 0.5, 0.5, 0.75])
+    torch.testing.assert_close(found, expected, atol=1 / 255, rtol=0)
+    # A crop of the right half, mirrored: its left patches show the image's right border.
+    right = torch.tensor([[0.0, 0.5, 1.0, 0.5]])
+    store.remember(visit(0, right, flip=True), torch.tensor([[9.0, 8.0, 1.0, 2.0]]), EVERYWHERE)
+    again = recalled(store, visit(0))
+    torch.testing.assert_close(again[[0, 2]], found[[0, 2]])
+    assert again[1] > found[1] + 0.1
+    assert again[3] < found[3] - 0.1
+
+
+def test_a_recalled_map_is_in_the_frame_of_the_view() -> None:
+    store = VisitMaps(GRID)
+    store.grow(1)
+    store.remember(visit(0), torch.tensor([[0.0, 3.0, 1.0, 2.0]]), EVERYWHERE)
+    plain, mirrored = recalled(store, visit(0)), recalled(store, visit(0, flip=True))
+    torch.testing.assert_close(mirrored, plain[[1, 0, 3, 2]])
+
+
+def test_ties_are_ordered_by_noise_and_nothing_else_is() -> None:
+    store = VisitMaps(GRID)
+    store.grow(1)
+    noise = torch.tensor([[0.1, 0.9, 0.3, 0.999]])
+    assert store.recall(visit(0), noise).argsort().tolist() == noise.argsort().tolist()
+    store.remember(visit(0), torch.tensor([[4.0, 3.0, 2.0, 1.0]]), EVERYWHERE)
+    assert store.recall(visit(0), noise).argsort().tolist() == [[3, 2, 1, 0]]
+
+
+def test_two_processes_hold_the_visits_of_both(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_VISITS, str(rank), str(tmp_path)], env=environment
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors")["values"] for rank in (0, 1))
+    assert torch.equal(first, second)
+    values = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+    alone = VisitMaps(GRID)
+    alone.grow(5)
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.2, 0.6, 0.7]] * 2)
+    flip = torch.tensor([True, False, False, True])
+    batch = Batch([], torch.tensor([3, 0, 4, 1]), box, flip)
+    alone.remember(batch, values, torch.arange(4).expand(4, 4))
+    assert torch.equal(alone.values, first)
+    assert (alone.values[2] == 128).all()

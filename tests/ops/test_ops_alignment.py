@@ -14,7 +14,7 @@ from patchmine.data.loader import collate
 from patchmine.data.settings import ViewSettings
 from patchmine.data.views.images import TrainView, crop_box
 from patchmine.data.views.normalise import normalise
-from patchmine.ops.alignment import align, attention_map
+from patchmine.ops.alignment import align, attention_map, spread
 from patchmine.types import Grid
 
 GRID = Grid(
@@ -164,3 +164,52 @@ def test_heads_count_alike_and_a_flat_one_is_nothing() -> None:
     attention = torch.tensor([[[0.1, 0.2, 0.3], [0.0001, 0.0002, 0.0001], [0.2, 0.2, 0.2]]])
     expected = (torch.tensor([0.0, 0.5, 1.0]) + torch.tensor([0.0, 1.0, 0.0]) + torch.zeros(3)) / 3
     torch.testing.assert_close(attention_map(attention)[0], expected, atol=1e-5, rtol=0)
+
+
+def painted_back(
+    values: Tensor, known: Tensor, box: tuple[float, float, float, float], flip: bool
+) -> tuple[Tensor, Tensor]:
+    """What the patches of one crop say of the cells, by many small squares of the image."""
+    rows, columns = GRID.size
+    fine = 60  # squares to a cell and axis
+    top, left, height, width = box
+    y = (torch.arange(rows * fine, dtype=torch.float64) + 0.5) / (rows * fine)
+    x = (torch.arange(columns * fine, dtype=torch.float64) + 0.5) / (columns * fine)
+    row = ((y - top) / height * rows).floor()
+    column = (x - left) / width * columns
+    column = (columns - column if flip else column).floor()
+    inside = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < columns))[None]
+    patch = row.clamp(0, rows - 1).long()[:, None] * columns + column.clamp(0, columns - 1).long()
+    counts = inside * known[patch]
+
+    def by_cell(image: Tensor) -> Tensor:
+        return image.reshape(rows, fine, columns, fine).mean(dim=(1, 3)).flatten()
+
+    covered = by_cell(counts)
+    return by_cell(counts * values[patch].double()) / covered.clamp(min=1e-9), covered
+
+
+def test_what_a_crop_says_goes_back_to_the_cells_that_it_shows() -> None:
+    boxes, flips = fractions(crops(40))
+    values = random_maps(len(boxes))
+    known = (random_maps(len(boxes), seed=1) < 0.7).float()
+    seen, covered = spread(values, known, GRID, boxes, flips)
+    assert (covered == 0).any()
+    assert (covered > 0.99).any()
+    for number, box in enumerate(boxes.tolist()):
+        expected, share = painted_back(
+            values[number], known[number], tuple(box), bool(flips[number])
+        )
+        torch.testing.assert_close(covered[number].double(), share.double(), atol=0.03, rtol=0)
+        sure = share > 0.3
+        torch.testing.assert_close(seen[number][sure].double(), expected[sure], atol=0.05, rtol=0)
+
+
+def test_a_whole_image_goes_back_as_it_is() -> None:
+    values, known = random_maps(2), torch.ones(2, GRID.num_patches)
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(2, 4)
+    seen, covered = spread(values, known, GRID, boxes, torch.tensor([False, True]))
+    torch.testing.assert_close(seen[0], values[0])
+    mirrored = values[1].reshape(GRID.size).flip(1).flatten()
+    torch.testing.assert_close(seen[1], mirrored)
+    torch.testing.assert_close(covered, known)

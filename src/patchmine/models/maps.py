@@ -114,7 +114,8 @@ class VisitMaps(ItemMaps):
         that are -inf say nothing.
         """
         known = values.isfinite()
-        order = ranks(values) - (~known).sum(dim=1, keepdim=True)  # what says nothing comes first
+        # What says nothing comes first in the order, and the rest counts from 0.
+        order = ranks(values.where(known, -torch.inf)) - (~known).sum(dim=1, keepdim=True)
         order = order / (known.sum(dim=1, keepdim=True) - 1).clamp(min=1)
         empty = torch.zeros(len(values), self.grid.num_patches, device=values.device)
         placed = empty.scatter(1, places, order)
