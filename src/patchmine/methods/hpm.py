@@ -26,6 +26,7 @@ from patchmine.models.decoder import (
     Decoder,
     DecoderInput,
     LossHead,
+    all_rows,
     check_decoder,
     last_rows,
     masked_decoder,
@@ -131,12 +132,8 @@ class HPM(Method):
     def decode(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is said of the masked patches, (B, M, T), and their predicted losses, (B, M)."""
         blocks, depth = self.decoder.blocks, self.shared_depth
-        judged = tokens
-        if depth == len(blocks):
-            judged = tokens = last_rows(blocks, tokens, self.num_masked)
-        else:
-            for block in blocks[:depth]:
-                judged = tokens = block(tokens)
+        rows = last_rows if depth == len(blocks) else all_rows
+        judged = tokens = rows(blocks[:depth], tokens, self.num_masked)
         hidden = last_rows(blocks[depth:], tokens, self.num_masked)
         output = self.decoder.head(self.decoder.norm(hidden))
         if self.predictor is None:

@@ -19,6 +19,8 @@ TITLES = {
     "grad_norm": "Gradient norm",
     "knn": "kNN",
     "val": "Validation",
+    "rank_correlation": "Rank correlation of difficulty and error",
+    "position_share": "Difficulty explained by position",
     "monitor.rankme": "RankMe",
     "monitor.feature_std": "Deviation of features",
     "monitor.neighbours_kept": "Neighbours kept",
