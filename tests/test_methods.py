@@ -12,120 +12,33 @@ from typing import Any, cast
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.cuda.amp import common as amp
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchmine.backbones.family import build_encoder
+from fixtures.tiny_methods import (
+    CLIPS,
+    EARLY,
+    LATE,
+    NAMES,
+    TINY,
+    build,
+    encoder_size,
+    images,
+    kind_of,
+    optimise,
+    plain_images,
+    run,
+)
 from patchmine.errors import UserError
-from patchmine.methods import METHODS, method_class
-from patchmine.models.noise import Noise
-from patchmine.models.settings import MethodSettings
-from patchmine.task import Method
+from patchmine.methods import METHODS
 from patchmine.train.checkpoint import refuse_shared
-from patchmine.types import Batch, Losses, Progress
+from patchmine.types import Batch, Progress
 
-# Early, when schedules may ask for nothing yet, and late, when they ask for all.
-EARLY, LATE = Progress(0, 400, 2), Progress(350, 400, 2)
-TINY = dict(embed_dim=32, depth=2, num_heads=2)
-NARROW = {
-    **dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2),
-    **dict(
-        out_dim=32,
-        head_hidden=16,
-        head_bottleneck=8,
-        stage_out_dim=12,
-        stage_hidden=16,
-        stage_bottleneck=8,
-    ),
-    **dict(thead_depth=1, thead_heads=2, partner_model="resnet18"),
-    "partner_args": dict(layers=[1, 1, 1, 1], channels=[8, 8, 12, 12]),
-}
 # What batch norms count in every forward pass.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-CLIPS = " on clips"  # behind the name of a method that trains on videos too
-ROTARY = " on a rotary encoder"  # and of one that trains where attention turns queries and keys
-CLIP = (4, 2)  # frames, and frames in a tubelet
-
-
-def settings_of(name: str) -> type[MethodSettings]:
-    return METHODS[name.removesuffix(CLIPS).removesuffix(ROTARY)]
-
-
-def kind_of(name: str) -> type[Method]:
-    return method_class(settings_of(name))
-
-
-def build(
-    name: str, *, size: tuple[int, int] = (16, 16), channels: int = 3, seed: int = 0, **options: Any
-) -> Method:
-    torch.manual_seed(seed)
-    kind = kind_of(name)
-    model, arguments = "vit_tiny_patch16_224", TINY
-    if name.endswith(CLIPS):
-        model = "video_vit_tiny_patch16"
-    elif name.endswith(ROTARY):  # no table; layer scale that lets a few steps be seen
-        model = "vit_small_patch16_dinov3_qkvb"
-        arguments = {**TINY, "num_reg_tokens": 0, "init_values": 0.5}
-    encoder = build_encoder(
-        model, image_size=size, patch_size=4, channels=channels, model_args=arguments, clip=CLIP
-    )
-    settings = settings_of(name)
-    known = {key: value for key, value in NARROW.items() if key in settings.model_fields}
-    method = kind(settings(**known, **options), encoder)
-    method.noise.begin(0)
-    return method.train()
-
-
-def images(
-    method: Method,
-    size: tuple[int, int] = (16, 16),
-    channels: int = 3,
-    count: int = 4,
-    seed: int = 1,
-) -> Batch:
-    """A training batch as the method is given one: one view of each image, or two global and two
-    local crops.
-    """
-    sizes: list[tuple[int, ...]] = (
-        [size, size, (8, 8), (8, 8)] if method.config.multi_crop else [size]
-    )
-    if len(encoder_size(method)) == 3:
-        sizes = [(CLIP[0], *side) for side in sizes]
-    generator = torch.Generator().manual_seed(seed)
-    views = [torch.randn(count, channels, *side, generator=generator) for side in sizes]
-    crops = (count, len(views)) if method.config.multi_crop else (count,)
-    box = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(*crops, 4)
-    return Batch(views, torch.arange(count), box, torch.zeros(crops, dtype=torch.bool))
-
-
-def encoder_size(method: Method) -> tuple[int, ...]:
-    """Patches along each axis; of a network that has none, none."""
-    embed = getattr(method.encoder, "patch_embed", None)
-    return () if embed is None else tuple(embed.grid_size)
-
-
-def plain_images(method: Method, count: int) -> Batch:
-    """One whole view of each image, as pictures are made of whatever the method is trained on."""
-    batch = images(method, count=count)
-    return Batch(
-        batch.views[:1], batch.index, torch.zeros(count, 4), torch.zeros(count, dtype=torch.bool)
-    )
-
-
-def run(method: Method, batch: Batch, progress: Progress) -> Losses:
-    method.noise.begin(progress.step)
-    return method(batch, progress)
-
-
-@pytest.fixture(
-    params=sorted(METHODS)
-    + sorted(name + CLIPS for name, kind in METHODS.items() if "video" in kind.families)
-    + sorted(name + ROTARY for name, kind in METHODS.items() if "eva" in kind.families)
-)
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     """Every method, and once more on clips and on a rotary encoder if it takes them."""
     return request.param
@@ -245,18 +158,6 @@ def test_state_dict_holds_everything(name: str) -> None:
         assert torch.equal(value, other.state_dict()[key]), key
 
 
-def optimise(method: Method, batch: Batch, progress: Progress) -> Tensor:
-    losses = run(method, batch, progress)
-    losses["loss"].backward()
-    with torch.no_grad():
-        for group in method.param_groups():
-            for _, parameter in group.params:
-                parameter -= 0.05 * parameter.grad
-                parameter.grad = None
-    method.after_step(progress)
-    return losses["loss"].detach()
-
-
 def test_training_lowers_the_loss_and_leaves_what_is_fixed(name: str) -> None:
     method = build(name)
     fixed = {key: p.clone() for key, p in method.encoder.named_parameters() if not p.requires_grad}
@@ -331,41 +232,6 @@ def test_a_step_never_waits_for_the_device(name: str, progress: Progress) -> Non
     with NoReading():
         run(method, batch, progress)["loss"].backward()
         method.after_step(progress)
-
-
-def test_a_forward_pass_in_bf16_mixes_no_devices_and_asks_a_gpu_for_nothing(
-    name: str, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Tensors without values, on a GPU that need not be there.  Not the backward pass, whose engine
-    # asks CUDA itself.
-    monkeypatch.setattr(amp, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(
-        Noise, "uniform", lambda _, *shape, device: torch.rand(shape, device=device)
-    )
-    method = build(name)
-    batch = images(method)
-    mode = FakeTensorMode()
-
-    def on_gpu(tensor: Tensor) -> Tensor:
-        fake = mode.from_tensor(tensor.detach())
-        with mode:
-            return fake.to("cuda")
-
-    for module in method.modules():
-        for own in (module._parameters, module._buffers):
-            for key, tensor in own.items():
-                if isinstance(tensor, nn.Parameter):
-                    own[key] = nn.Parameter(on_gpu(tensor), tensor.requires_grad)
-                elif tensor is not None:
-                    own[key] = on_gpu(tensor)
-    views, rest = map(on_gpu, batch.views), map(on_gpu, (batch.index, batch.box, batch.flip))
-    there = Batch(list(views), *rest)
-    with mode:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            found = method(there, progress)
-        method.after_step(progress)
-    assert {(loss.device.type, loss.dtype) for loss in found.values()} == {("cuda", torch.float32)}
 
 
 def test_panels(name: str, progress: Progress) -> None:

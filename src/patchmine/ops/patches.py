@@ -27,7 +27,11 @@ def gather_patches(
     blocks = blocks.permute(
         0, *grid_axes, 1, *patch_axes
     )  # (B, g0, g1, ..., C, p0, p1, ...), a view
-    coordinates = torch.unravel_index(index, counts)
+    # Not torch.unravel_index, which waits for a GPU to be given its divisors.
+    coordinates: list[Tensor] = []
+    for count in reversed(counts):
+        index, coordinate = index // count, index % count
+        coordinates.insert(0, coordinate)
     row = torch.arange(batch, device=images.device)[:, None]
     return blocks[(row, *coordinates)]  # (B, V, C, p0, p1, ...)
 

@@ -28,6 +28,10 @@ from patchmine.types import Batch, Losses, Progress
 
 T = TypeVar("T")
 
+# Of the blocks' code, one for each width, number of tokens and mode: a pair of networks with their
+# teachers and heads has ten, and behind the eighth torch gives up.
+_GRAPHS = 64
+
 
 Forward = Callable[[Batch, Progress], Losses]
 """A wrapped task: called like the task's forward."""
@@ -285,6 +289,7 @@ def _compile_blocks(method: nn.Module) -> None:
 
     from patchmine.models.cross_decoder import CrossBlock
 
+    torch._dynamo.config.recompile_limit = _GRAPHS
     for module in method.modules():
         if isinstance(module, (Block, CrossBlock)):
             module.compile()

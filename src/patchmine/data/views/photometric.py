@@ -148,7 +148,7 @@ def _hue_turned(pixels: Tensor, turn: Tensor, as_bytes: bool) -> Tensor:
         hue = hue + turn
     # Red, green and blue are the value less the spread times a trapezium over the circle, each a
     # third further.
-    start = pixels.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
+    start = torch.arange(5, 0, -2, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
     place = (start + hue * 6).remainder_(6)
     share = torch.minimum(place, 4 - place).clamp_(0, 1)
     turned = value - spread * share

@@ -1,0 +1,123 @@
+"""Every method's step as a GPU and torch.compile want it, without a GPU and without compiling.
+
+Nothing mixes devices or waits for one, no graph breaks, and nothing is compiled anew because a
+schedule has moved.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.cuda.amp import common as amp
+
+from fixtures.imaginary_gpu import draw_there, put_on
+from fixtures.tiny_methods import EARLY, LATE, NAMES, ROTARY, build, images, optimise
+from patchmine.models.noise import Noise
+from patchmine.train.engine import Engine
+from patchmine.train.settings import TrainSettings
+from patchmine.train.step import Stepper
+from patchmine.types import Progress
+
+# Steps of 200 epochs.  Between the first two begin a step that is no constant any more, attention
+# that guides, hard patches, the last temperature.
+FIRST, LATER = (0, 250), (300, 301, 330, 351, 399)
+
+# torch looks at the .grad of what it traces.
+AS_TORCH_TRACES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Every method, and once more on clips and on a rotary encoder if it takes them."""
+    return request.param
+
+
+@pytest.fixture(params=[*(name for name in NAMES if ROTARY not in name), "hpm" + ROTARY])
+def traced(request: pytest.FixtureRequest) -> str:
+    """The same, one of them alone on a rotary encoder: tracing takes a while."""
+    return request.param
+
+
+@pytest.fixture(params=[EARLY, LATE], ids=["early", "late"])
+def progress(request: pytest.FixtureRequest) -> Progress:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def steps_on_a_gpu() -> dict[str, str]:
+    """What each step said (`fixtures/imaginary_gpu.py`)."""
+    program = Path(__file__).parent / "fixtures" / "imaginary_gpu.py"
+    made = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    return json.loads(made.stdout)
+
+
+def test_a_forward_pass_in_bf16_mixes_no_devices_and_asks_a_gpu_for_nothing(
+    name: str, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tensors without values, on a GPU that need not be there.  Not the backward pass, whose engine
+    # asks CUDA itself.
+    monkeypatch.setattr(amp, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(Noise, "uniform", draw_there)
+    method, mode = build(name), FakeTensorMode()
+    batch = put_on("cuda", method, images(method), mode)
+    with mode:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            found = method(batch, progress)
+        method.after_step(progress)
+    assert {(loss.device.type, loss.dtype) for loss in found.values()} == {("cuda", torch.float32)}
+
+
+def test_a_whole_step_stays_on_its_gpu_and_its_optimizers_are_fused(
+    steps_on_a_gpu: dict[str, str], name: str
+) -> None:
+    # Forward, backward, clipping, update, teacher and the counting of skipped steps.
+    assert steps_on_a_gpu[name] == ""
+
+
+@AS_TORCH_TRACES
+def test_a_compiled_method_is_one_graph_that_schedules_do_not_make_anew(
+    traced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Noise, "uniform", draw_there)  # which is of no graph
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # nor are checks of shapes
+    method, twin = build(traced), build(traced)
+    torch._dynamo.reset()
+    whole = torch.compile(method, backend="eager", fullgraph=True)
+    for step in (*FIRST, *LATER):
+        progress = Progress(step, 400, 2)
+        torch.manual_seed(step)
+        expected = optimise(twin, images(twin), progress)
+        torch.manual_seed(step)
+        with torch.compiler.set_stance("fail_on_recompile" if step in LATER else "default"):
+            found = optimise(method, images(method), progress, whole)
+        assert torch.equal(found, expected), step  # nothing that moves has become a constant
+
+
+@AS_TORCH_TRACES
+def test_compiled_blocks_are_compiled_in_the_first_steps_alone(
+    traced: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = partial(nn.Module.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled(module))
+    torch._dynamo.reset()
+    method = build(traced)
+    settings = TrainSettings(batch_size=4, compile=True)
+    stepper = Stepper(method, Engine("cpu"), settings)
+    for step in (*FIRST, *LATER):
+        with torch.compiler.set_stance("fail_on_recompile" if step in LATER else "default"):
+            stepper.make(Progress(step, 400, 2), repeat(images(method)))
+    assert stepper.total_skipped() == 0
