@@ -34,8 +34,8 @@ _ABOUT = {
     "worrying.",
     "prediction": "Error in predicting which patches are hard: lower is better. 0.693 is a guess "
     "where their order is predicted.",
-    "rank_correlation": "Whether the patches that were expected to be hard had the larger errors: 1 "
-    "is the same order, 0 none. Higher is better; near 0, mining picks at random.",
+    "rank_correlation": "Whether the patches that were expected to be hard had the larger errors: "
+    "1 is the same order, 0 none. Higher is better; near 0, mining picks at random.",
     "position_share": "How much of the maps of difficulty the place in the picture explains: lower "
     "is better. Near 1, mining follows the position and not the image.",
     "consistency": "How far predictions of one patch from several parts are apart, as it is "
