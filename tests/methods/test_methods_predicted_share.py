@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchmine.backbones.family import build_encoder
+from patchmine.backbones.family import build_encoder, encode
 from patchmine.errors import UserError
+from patchmine.methods.hpm import HPM, predict_difficulty
 from patchmine.methods.mae import MAE
-from patchmine.models.decoder import predicted_part
+from patchmine.models.decoder import LossHead, last_rows, predicted_part
 from patchmine.models.noise import Noise
+from patchmine.ops.losses import relative_difficulty_loss
 from patchmine.types import Batch, Mask, Progress
 
-EARLY = Progress(0, 400, 1)
+EARLY, LATE = Progress(0, 400, 1), Progress(399, 400, 1)
 CROSS = dict(decoder_attention="cross")
 
 
@@ -134,10 +136,11 @@ def test_every_weight_of_a_cross_decoder_learns() -> None:
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("attention", ["self", "cross"])
-def test_panels_show_all_masked_patches(clip: bool, attention: str) -> None:
-    method = build(clip=clip, decoder_attention=attention, predicted_share=0.1)
+@pytest.mark.parametrize("kind", [MAE, HPM])
+def test_panels_show_all_masked_patches(kind: Any, clip: bool, attention: str) -> None:
+    method = build(kind, clip, decoder_attention=attention, predicted_share=0.1)
     images = pictures(clip, 2)
-    by_title = {panel.title: panel.data for panel in method.panels(batch_of(images), EARLY)}
+    by_title = {panel.title: panel.data for panel in method.panels(batch_of(images), LATE)}
     visible = by_title["visible"].isnan()
     plain = by_title["plain reconstruction"].isnan()
     assert torch.equal(plain, ~visible)
@@ -146,6 +149,82 @@ def test_panels_show_all_masked_patches(clip: bool, attention: str) -> None:
 
 def test_a_share_that_predicts_nothing_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"method\.predicted_share=0\.01 predicts none of 48 masked patches: raise"
+        UserError,
+        match=r"method\.predicted_share=0\.01 predicts 0 of 48 masked patches, and 1 are needed: raise",
     ):
         build(predicted_share=0.01)
+    with pytest.raises(
+        UserError, match=r"=0\.02 predicts 1 of 48 masked patches, and 2 are needed"
+    ):
+        build(HPM, predicted_share=0.02)
+
+
+# ---- HPM ----
+
+
+@pytest.mark.parametrize("predictor", [{}, dict(predictor="head", predictor_depth=1)], ids=str)
+@pytest.mark.parametrize("attention", ["self", "cross"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_hpm_ranks_the_part_that_was_drawn(
+    clip: bool, attention: str, predictor: dict[str, Any]
+) -> None:
+    share = dict(decoder_attention=attention, predicted_share=0.25)
+    method, images = build(HPM, clip, **share, **predictor), pictures(clip)
+    found = method(batch_of(images), LATE)
+    method.noise.begin(3)
+    _, difficulty = method.ask_teachers(images, True)
+    mask = method.draw_mask(images, difficulty, LATE)
+    assert mask.masked.shape[1] == 48 * (2 if clip else 1)
+    part = predicted_part(mask, method.noise, 12 * (2 if clip else 1))
+    error = method.error(method_output(method, images, part), images, None, part)
+    tokens = tokens_of(method, images, part)
+    if isinstance(method.predictor, LossHead):
+        tokens = last_rows(method.decoder.blocks[:1], tokens, part.masked.shape[1])
+    predicted = predict_difficulty(method.predictor, tokens, part.masked.shape[1])
+    torch.testing.assert_close(found["reconstruction"], error.mean(), atol=1e-5, rtol=1e-5)
+    expected = relative_difficulty_loss(predicted, error.detach())
+    torch.testing.assert_close(found["prediction"], expected, atol=1e-5, rtol=1e-5)
+    found["loss"].backward()
+    learning = [p for p in method.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in learning)
+
+
+def tokens_of(method: HPM, images: Tensor, mask: Mask) -> Tensor:
+    return method.decoder_input(encode(method.encoder, images, mask.visible), mask)
+
+
+def method_output(method: HPM, images: Tensor, mask: Mask) -> Tensor:
+    tokens = tokens_of(method, images, mask)
+    return method.decoder.head(method.decoder(tokens, mask.masked.shape[1]))
+
+
+def test_of_what_hpm_masks_easy_and_hard_patches_are_predicted_alike_often() -> None:
+    method = build(HPM, predicted_share=0.25, alpha_start=0.5, alpha_end=0.5, **CROSS)
+    difficulty = torch.arange(64.0).expand(40, -1)
+    drawn = {"masked": torch.zeros(64), "predicted": torch.zeros(64)}
+    for step in range(50):
+        method.noise.begin(step)
+        mask = method.draw_mask(pictures(rows=40), difficulty, LATE)
+        part = predicted_part(mask, method.noise, method.num_predicted)
+        drawn["masked"] += mask.as_bool().sum(dim=0)
+        drawn["predicted"] += part.as_bool().sum(dim=0)
+    assert drawn["masked"][40:].eq(2000).all()  # the 24 hardest are always among the masked
+    share = drawn["predicted"] / drawn["masked"]
+    spread = 4 * (0.25 * 0.75 / drawn["masked"].min().item()) ** 0.5
+    assert (share - 0.25).abs().max() < spread
+
+
+@pytest.mark.parametrize("predictor", [{}, dict(predictor="head")], ids=str)
+def test_a_teacher_that_sees_everything_is_asked_about_every_place(
+    predictor: dict[str, Any],
+) -> None:
+    method, images = build(HPM, **CROSS, **predictor), pictures()
+    _, difficulty = method.ask_teachers(images, True)
+    assert difficulty.shape == (4, 64)
+    every = torch.arange(64).expand(4, -1)
+    tokens = tokens_of(method, images, Mask(every, every, 64))  # the teacher starts as a copy
+    if isinstance(method.predictor, LossHead):
+        tokens = last_rows(method.decoder.blocks, tokens, 64)
+    expected = predict_difficulty(method.predictor, tokens, 64)
+    torch.testing.assert_close(difficulty, expected, atol=1e-5, rtol=1e-5)
+    assert difficulty.std(dim=0).min() > 0  # of every place it differs between images

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchmine.methods.mae import MAE
 from patchmine.models.cross_decoder import CrossBlock
-from patchmine.models.decoder import Decoder, DecoderInput, last_rows
+from patchmine.models.decoder import Decoder, DecoderInput, all_rows, last_rows
 from patchmine.types import Grid, Mask
 
 SIZES = dict(decoder_attention="cross", decoder_embed_dim=16, decoder_depth=3, decoder_num_heads=4)
@@ -56,15 +56,16 @@ def test_mask_tokens_read_out_visible_ones(options: dict[str, Any]) -> None:
     assert all(block.norm2.eps == decoder.norm.eps for block in decoder.blocks)
 
 
-def test_a_decoder_can_be_taken_apart_at_any_depth() -> None:
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_a_decoder_can_be_taken_apart_at_any_depth(attention: str) -> None:
     torch.manual_seed(0)
-    decoder = Decoder(MAE.Config(**SIZES), 5)
+    blocks = Decoder(MAE.Config(**{**SIZES, "decoder_attention": attention}), 5).blocks
     tokens = torch.randn(2, 7, 16)
-    whole = last_rows(decoder.blocks, tokens, 3)
-    for depth in (1, 2):
-        first = last_rows(decoder.blocks[:depth], tokens, 3)
-        behind = torch.cat([tokens[:, :-3], first], dim=1)
-        assert torch.equal(last_rows(decoder.blocks[depth:], behind, 3), whole)
+    whole = last_rows(blocks, tokens, 3)
+    for depth in range(4):
+        behind = all_rows(blocks[:depth], tokens, 3)
+        assert torch.equal(behind[:, :-3], tokens[:, :-3]) == (attention == "cross" or depth == 0)
+        torch.testing.assert_close(last_rows(blocks[depth:], behind, 3), whole)
 
 
 def test_what_is_asked_of_a_whole_image_is_every_place() -> None:

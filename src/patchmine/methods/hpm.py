@@ -28,8 +28,10 @@ from patchmine.models.decoder import (
     LossHead,
     all_rows,
     check_decoder,
+    count_predicted,
     last_rows,
     masked_decoder,
+    predicted_part,
 )
 from patchmine.models.maps import VisitMaps
 from patchmine.models.teacher import Teacher, foreign_teacher, ramped_decay
@@ -64,6 +66,8 @@ class HPM(Method):
         self.visible_units = places if tube else places * self.grid.num_slots
         self.num_masked = self.grid.num_patches - places * self.grid.num_slots
         check_decoder(config, places, config.mask_ratio, self.grid.num_positions)
+        # Losses are compared with each other.
+        self.num_predicted = count_predicted(config, self.num_masked, at_least=2)
         values = self.grid.values_per_patch(encoder.patch_embed.proj.in_channels)
 
         self.foreign = foreign_teacher(config, self.grid)
@@ -112,6 +116,7 @@ class HPM(Method):
         images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
         features, difficulty = self.find_difficulty(batch, progress)
         mask = self.draw_mask(images, difficulty, progress)
+        mask = predicted_part(mask, self.noise, self.num_predicted)
 
         latent = encode(self.encoder, images, mask.visible)  # (B, P + V, D)
         tokens = self.decoder_input(latent, mask)  # (B, P + V + M, W), the start of both decoders
@@ -131,14 +136,14 @@ class HPM(Method):
 
     def decode(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is said of the masked patches, (B, M, T), and their predicted losses, (B, M)."""
-        blocks, depth = self.decoder.blocks, self.shared_depth
+        blocks, depth, count = self.decoder.blocks, self.shared_depth, self.num_predicted
         rows = last_rows if depth == len(blocks) else all_rows
-        judged = tokens = rows(blocks[:depth], tokens, self.num_masked)
-        hidden = last_rows(blocks[depth:], tokens, self.num_masked)
+        judged = rows(blocks[:depth], tokens, count)
+        hidden = last_rows(blocks[depth:], judged, count)
         output = self.decoder.head(self.decoder.norm(hidden))
         if self.predictor is None:
             return output, None
-        return output, predict_difficulty(self.predictor, judged, self.num_masked)
+        return output, predict_difficulty(self.predictor, judged, count)
 
     @torch.no_grad()
     def find_difficulty(

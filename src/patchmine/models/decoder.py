@@ -147,16 +147,17 @@ def masked_decoder(
     return decoder_input, decoder
 
 
-def count_predicted(settings: CrossDecoderSettings, num_masked: int) -> int:
+def count_predicted(settings: CrossDecoderSettings, num_masked: int, at_least: int = 1) -> int:
     """How many of the masked patches the decoder predicts in a step.
 
     Raises:
-        UserError: none.
+        UserError: fewer than ``at_least``, where there are so many.
     """
     count = round(settings.predicted_share * num_masked)
-    if count == 0:
+    if count < min(at_least, num_masked):
         given = f"method.predicted_share={settings.predicted_share}"
-        raise UserError(f"{given} predicts none of {num_masked} masked patches: raise it")
+        wrong = f"predicts {count} of {num_masked} masked patches, and {at_least} are needed"
+        raise UserError(f"{given} {wrong}: raise it")
     return count
 
 

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.models.settings import DecoderSettings, FeatureTargetSettings
+from patchmine.models.settings import CrossDecoderSettings, FeatureTargetSettings
 
 
-class HpmSettings(FeatureTargetSettings, DecoderSettings):
+class HpmSettings(FeatureTargetSettings, CrossDecoderSettings):
     """A teacher predicts where reconstruction will be hard, and masks there.
 
     Wang et al., "Hard Patches Mining", CVPR 2023, arXiv 2304.05919.  The defaults are the
