@@ -27,6 +27,20 @@ from patchmine.errors import UserError
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
 
 
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads", "workers"),
+    [
+        *((1, 1, 1, 0), (2, 1, 2, 1), (2, 2, 1, 1), (4, 1, 4, 1), (8, 1, 8, 2)),  # on processors
+        *((16, 1, 16, 4), (64, 1, 64, 16), (64, 2, 32, 8), (64, 1, 1, 1), (192, 1, 192, 16)),
+        *((1, 1, 0, 1), (2, 1, 0, 2), (16, 1, 0, 16), (64, 1, 0, 16), (64, 8, 0, 8)),  # on GPUs
+    ],
+)
+def test_workers_follow_the_cores_that_training_leaves(
+    cores: int, processes: int, threads: int, workers: int
+) -> None:
+    assert workers_module.workers_for(cores, processes, threads) == workers
+
+
 class Images:
     """Sixteen grey images; number 5 does what a test asks for when it is read."""
 

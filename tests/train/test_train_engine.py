@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from toy import Toy, toy_batches
 
 from patchmine.errors import UserError
 from patchmine.train import engine as engines
+from patchmine.train import hardware
 from patchmine.train.engine import Engine
 from patchmine.train.launch import Launch
 from patchmine.train.settings import TrainSettings
@@ -46,6 +48,40 @@ def test_settings_that_this_machine_cannot_follow_are_named(
         torch.cuda, "device_count", lambda: 1
     )  # srun --gpus-per-task=1 hides the others
     assert engines._choose_gpu(Launch(by="SLURM", local_rank=1, local_size=2)) == 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "by_torch", "threads"),
+    [
+        *((1, 1, 1, 1), (2, 1, 2, 2), (64, 1, 64, 64)),  # one process has all
+        (16, 1, 8, 8),  # two hardware threads a core
+        *((2, 2, 2, 1), (8, 3, 8, 2), (64, 8, 64, 8), (2, 5, 2, 1)),
+        (2, 1, 64, 2),  # a container that may use two of 64
+    ],
+)
+def test_cores_are_shared_by_processes(
+    cores: int, processes: int, by_torch: int, threads: int
+) -> None:
+    assert hardware.threads_for(cores, processes, by_torch) == threads
+
+
+def test_a_containers_quota_limits_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert hardware.usable_cores() == 64
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert hardware.usable_cores() == 64
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert hardware.usable_cores() == 2
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("50000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert hardware.usable_cores() == 1
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu.max").unlink()
+    assert hardware.usable_cores() == 64
 
 
 def test_processors_compute_in_fp32_unless_told(engine: Engine) -> None:

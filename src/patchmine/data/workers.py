@@ -71,10 +71,19 @@ def num_workers(setting: int | Literal["auto"], device: torch.device, processes:
         return setting
     can_ask = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
-    if device.type == "cpu":
-        # The cores are needed for arithmetic; one worker overlaps reading with it.
-        return min(1, cores - 1)
-    return max(1, min(16, cores // processes))
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    return workers_for(cores, processes, threads)
+
+
+def workers_for(cores: int, processes: int, threads: int) -> int:
+    """The number of `num_workers` on so many cores, which ``processes`` that train share.
+
+    ``threads`` are those that each of them computes with on these cores; 0: it has a GPU.
+    """
+    if threads == 0:
+        return max(1, min(16, cores // processes))
+    # The cores are needed for arithmetic; a few workers overlap reading with it.
+    return min(cores - 1, 16, max(1, threads // 4))
 
 
 class Workers:

@@ -1,19 +1,30 @@
 """Matrix products on the processor through oneDNN, whose AVX-512 kernels serve AMD's as well:
 MKL, which torch gives float32 products to, has AVX2 there, under half the speed on an EPYC of 2025.
-On Intel's own, MKL is the faster one (LOG.md), and stays.
+On Intel's own, MKL is the faster one (LOG.md), and stays; an AMD without AVX-512 gains nothing.  So
+a run measures which one is faster where it begins, and keeps to it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+Product = Literal["torch", "onednn"]
+"""Who multiplies the matrices of linear layers."""
+
+# Less is not worth another library's copies, nor a choice that the next measurement might reverse.
+_CLEARLY_FASTER = 0.8
+_ROWS, _WIDTH, _HIDDEN = 392, 384, 1536  # an MLP of ViT-S on eight images, a quarter of each
+_ROUNDS = 3
 
 
 @cache
@@ -31,9 +42,44 @@ def onednn_usable() -> bool:
     return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def usual_product() -> Product:
+    """The one that is faster on most processors of this maker, without a look at this one."""
+    return "onednn" if onednn_usable() and not is_intel() else "torch"
+
+
+@cache
+def measured_product() -> Product:
+    """The one that is clearly faster here, or torch's own; takes some tenths of a second, once."""
+    if is_intel() or not onednn_usable():
+        return "torch"
+    linears = {"torch": F.linear, "onednn": onednn_linear}
+    rounds = [
+        {name: _seconds_of_mlp(linear) for name, linear in linears.items()}
+        for _ in range(1 + _ROUNDS)
+    ][1:]
+    least = {name: min(seconds[name] for seconds in rounds) for name in linears}
+    return "onednn" if least["onednn"] < _CLEARLY_FASTER * least["torch"] else "torch"
+
+
+def _seconds_of_mlp(linear: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Both passes of two layers."""
+    x, up, down = (
+        torch.ones(shape, requires_grad=True)
+        for shape in ((_ROWS, _WIDTH), (_HIDDEN, _WIDTH), (_WIDTH, _HIDDEN))
+    )
+    start = time.perf_counter()
+    linear(linear(x, up), down).sum().backward()  # type: ignore[no-untyped-call]
+    return time.perf_counter() - start
+
+
+def linear_by(product: Product) -> AbstractContextManager[Any]:
+    """Within it, linear layers are this one's, as far as this build of torch has it."""
+    return OneDnnLinear() if product == "onednn" and onednn_usable() else nullcontext()
+
+
 def fast_linear() -> AbstractContextManager[Any]:
-    """`OneDnnLinear` where it is faster and this build of torch can do it, else nothing."""
-    return OneDnnLinear() if onednn_usable() and not is_intel() else nullcontext()
+    """`linear_by` the usual product, for what is computed outside of a run's steps."""
+    return linear_by(usual_product())
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +126,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 class OneDnnLinear(TorchFunctionMode):
     """While entered, every float32 linear layer on the processor runs through oneDNN."""
 
-    # Chosen by what the tensors are, never by a timing: a resumed run repeats the same arithmetic.
+    # By what the tensors are alone: a resumed run repeats the same arithmetic.
 
     def __torch_function__(
         self,

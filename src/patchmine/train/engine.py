@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from patchmine.errors import Say, UserError
 from patchmine.models.batch_norm import synchronise_batch_norms
-from patchmine.models.onednn import fast_linear
+from patchmine.models.onednn import Product, linear_by, usual_product
 from patchmine.task import Task
 from patchmine.train.group import LONGEST, Group
+from patchmine.train.hardware import share_cores
 from patchmine.train.launch import Launch, read_launch
 from patchmine.types import Batch, Losses, Progress
 
@@ -66,6 +68,9 @@ class Engine:
         precision: "fp32", "bf16" (autocast) or "auto" = bf16 on GPUs that have it.
         say: hears, in one process on each machine, for whom we wait.
 
+    Attributes:
+        product: who multiplies matrices in float32 on a processor, in forwards wrapped from now on.
+
     Raises:
         UserError: for what this machine cannot do, for a launcher's variables that do not fit
             together, and naming the processes that did not come in time.
@@ -87,6 +92,7 @@ class Engine:
             torch.device("cuda", _choose_gpu(launch)) if kind == "cuda" else torch.device("cpu")
         )
         self.precision = _choose_precision(precision, kind)
+        self.product: Product = usual_product()
         self.rank, self.world_size, self.local_size = (
             launch.rank,
             launch.world_size,
@@ -96,6 +102,7 @@ class Engine:
             say(launch.note)
         self._host_group: Any = None
         self._group: Group | None = None
+        share_cores(self.local_size)
         if self.world_size > 1:
             self._group = Group(launch, self.device, say if launch.speaks else lambda text: None)
             self._host_group = torch.distributed.new_group(backend="gloo", timeout=LONGEST)
@@ -171,7 +178,7 @@ class Engine:
             _compile_blocks(task)
         contexts: list[Callable[[], AbstractContextManager[Any]]] = [self.autocast]
         if self.device.type == "cpu" and not compile_blocks:
-            contexts.append(fast_linear)
+            contexts.append(partial(linear_by, self.product))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size == 1:

@@ -33,7 +33,6 @@ class Group:
 
     def __init__(self, launch: Launch, device: torch.device, say: Say) -> None:
         seconds = wait_seconds(os.environ)
-        _share_cores(launch)
         door = Door() if launch.rank == 0 else None
         meeting = Meeting(launch, seconds, say)
         self._others = start_others(replace(launch, port=meeting.port))
@@ -99,15 +98,3 @@ class Group:
 
 def _is_gloo() -> bool:
     return str(torch.distributed.get_backend()) == "gloo"
-
-
-def _share_cores(launch: Launch) -> None:
-    """Divide the machine's cores among its processes, where nobody has decided that."""
-    if launch.local_size == 1 or "OMP_NUM_THREADS" in os.environ:
-        return
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    threads = max(1, cores // launch.local_size)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)

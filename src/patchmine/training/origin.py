@@ -40,6 +40,7 @@ def _origin(engine: Engine) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": f"{engine.world_size} x {name}" if engine.world_size > 1 else name,
         "precision": engine.precision,
+        "product": engine.product,
     }
 
 

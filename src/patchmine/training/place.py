@@ -19,6 +19,7 @@ from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
 from patchmine.disk import replacing, sweep
 from patchmine.errors import Say, UserError, reason_of, shown_name, silent
+from patchmine.models.onednn import Product, measured_product, usual_product
 from patchmine.runs import preparing
 from patchmine.runs.lock import HeldLock, lock
 from patchmine.task import Task
@@ -139,6 +140,7 @@ def train_task(
     identity = identity_of(task, images)
     if start is not None:
         refuse_stranger(start, identity)  # before anything in the folder changes
+    engine.product = _product_of(config, engine, start)
     length = preparing.length_of(config, len(images))
     noted = folder / "bad_files.txt" if engine.is_main else None
     bad = BadFiles(noted, config.max_bad_share, preparing.item_of(config).noun)
@@ -162,7 +164,7 @@ def train_task(
     first = 0 if start is None else start.step
     steps = range(first, length.total_steps)
     batches = prepared_batches(config, images, view, engine, steps, bad, task.uses_targets)
-    remembered = {"contents": stamps, "settings": results_of(config)}
+    remembered = {"contents": stamps, "settings": results_of(config), "product": engine.product}
     best_by = task.metric() or best_by
     keeper = Keeper(folder / "checkpoints", start, identity, remembered, best_by, patience)
     log = Log(
@@ -181,6 +183,16 @@ def train_task(
         )
         train(task, batches, engine, config, length, keeper=keeper, log=log, hooks=hooks)
     return bad
+
+
+def _product_of(config: RunConfig, engine: Engine, start: Checkpoint | None) -> Product:
+    """Who multiplies matrices in a run: measured where it begins, and the same ever after."""
+    if engine.device.type != "cpu" or engine.precision != "fp32" or config.compile:
+        return "torch"
+    if start is not None and start.step > 0:
+        stored = start.facts.get("product")
+        return stored if stored in ("torch", "onednn") else usual_product()  # of earlier versions
+    return engine.gather(measured_product())[0]
 
 
 def prepared_batches(
@@ -220,4 +232,5 @@ def _summary(name: str, task: Task, config: RunConfig, images: Source, engine: E
         f"{length.total_steps:,} steps ({epochs:g} epochs) of {config.batch_size}, "
         f"lr {config.blr:g} x {config.batch_size}/256, "
         f"{engine.precision} on {engine.world_size} x {engine.device.type}"
+        f"{', matrices by oneDNN' if engine.product == 'onednn' else ''}"
     )
