@@ -1,13 +1,14 @@
 """Whether mining hard patches pays: the price of each rung, and what its features are worth.
 
-    python benchmarks/mining.py price model=vit_small_patch16_224 batch_size=8 device=cpu rounds=9
+    python benchmarks/mining.py price model=vit_small_patch16_224 batch_size=4 device=cpu rounds=9
     python benchmarks/mining.py train cifar10/train cifar10/test --out runs/mining --seeds 0,1,2
     python benchmarks/mining.py train cifar10/train cifar10/test --out runs/mining-time --equal time
     python benchmarks/mining.py page runs/mining
 
 ``price`` takes the settings of `patchmine bench step`; every rung takes its turn beside MAE.
 ``train`` makes the runs that are missing or unfinished, one after the other, evaluates them, and
-writes the page; killed and started again it goes on.  Rows may be named, as in --rows mae,hpm.
+writes the page; killed and started again it goes on, on a GPU where there is one.  Settings of
+`patchmine pretrain` may follow, and rows be named, as in --rows mae,hpm.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from scipy.stats import t
 from torch import Tensor
 
 from patchmine.bench.settings import BenchStepSettings
 from patchmine.bench.step import Contestant, bench_step, build_method, contestants
 from patchmine.cli.commands import read_words
 from patchmine.cli.program import ended_in_words
+from patchmine.config.resolve import of_kind, parse
+from patchmine.config.schema import PretrainConfig
 from patchmine.methods.hpm import HPM
 from patchmine.task import Method
 from patchmine.train.engine import Engine
@@ -69,11 +73,58 @@ ROWS = {
     "oracle-three-quarters": Row("hpm", {**ORACLE, "alpha_end": 0.75}),
     "easiest": Row("hpm", ORACLE, "easiest"),
     "position": Row("hpm", ORACLE, "position"),
-    "blocks-2": Row("mae", {"mask_unit": 2}),
-    "blocks-4": Row("mae", {"mask_unit": 4}),
+    "blocks-2": Row("mae", {"mask_block": 2}),
+    "blocks-4": Row("mae", {"mask_block": 4}),
     "green-noise": Row("mae", {"mask_noise": "green"}),
+    "cross": Row("mae", {"decoder_attention": "cross", "predicted_share": 0.34}),
+    "amt": Row("amt"),
+    "emae": Row("emae"),
+    "semaim": Row("semaim"),
+    "droppos": Row("droppos"),
+    "dino": Row("scfs", {"stage_weights": 0.0}),
+    "scfs": Row("scfs"),
+    "mokd": Row("mokd"),
 }
+LADDER = [
+    name
+    for name, row in ROWS.items()
+    if row.method in ("mae", "hpm") and row.options.get("num_looks") is None
+]
 RECIPE = "cifar10-tiny-samples"
+FINETUNE = (
+    "shares=1%,10%",
+    "seeds=3",
+    "steps=400",
+    "batch_size=64",
+    "warmup_epochs=0",
+    "blr=4e-3",
+    "layer_decay=0.85",
+    "crop_scale=[0.6,1.0]",
+)
+COLUMNS = {
+    "knn": "kNN, %",
+    "linear": "linear, %",
+    "1%": "1 % of the labels",
+    "10%": "10 % of the labels",
+    "rank_correlation": "rank correlation",
+    "position_share": "position share",
+}
+# Claim, the row that should be better, than which.
+CLAIMS = (
+    ("masks that are truly hard are worth more than random ones", "oracle", "mae"),
+    ("masks that are easy are worth less", "mae", "easiest"),
+    ("predicting losses helps by itself", "prediction-alone", "mae"),
+    ("HPM as published", "hpm", "mae"),
+    ("mining adds to predicting", "hpm", "prediction-alone"),
+    ("a masked look is worth the whole image's", "masked", "hpm"),
+    ("the cheap rung", "masked-head", "mae"),
+    ("AMT", "amt", "mae"),
+    ("EMAE", "emae", "mae"),
+    ("SemAIM", "semaim", "mae"),
+    ("DropPos", "droppos", "mae"),
+    ("SCFS", "scfs", "dino"),
+    ("MOKD", "mokd", "dino"),
+)
 
 
 # ---- the bound: masks that no user wants ----
@@ -108,27 +159,58 @@ def bend_scores(how: str) -> None:
 # ---- the price of a step ----
 
 
-def price(words: Sequence[str]) -> dict[str, Any]:
-    """Every rung in mid-training against MAE, in turns."""
-    given = read_words(BenchStepSettings, list(words), command="bench step")
-    settings = given.model_dump(exclude_unset=True)
-    shared = settings.pop("method", {})
-    shared = {key: value for key, value in shared.items() if key != "name"}
+def race(
+    settings: BenchStepSettings, rungs: Mapping[str, tuple[BenchStepSettings, dict[str, Any]]]
+) -> dict[str, Any]:
+    """A step of every rung in mid-training against MAE, in turns; options of methods by row."""
 
-    def rungs(_: Any, config: BenchStepSettings, engine: Engine) -> list[Contestant]:
+    def rivals(_: Any, config: BenchStepSettings, engine: Engine) -> list[Contestant]:  # noqa: ARG001
         return [
-            _middle(name, build_method("hpm", {**shared, **row.options}, config), config, engine)
-            for name, row in ROWS.items()
-            if row.method == "hpm" and "oracle" not in name and row.scores == "hardest"
+            _middle(name, build_method(ROWS[name].method, options, own), own, engine)
+            for name, (own, options) in rungs.items()
         ]
 
-    return bench_step(say=print, rivals=rungs, method={"name": "mae", **shared}, **settings)
+    return bench_step(say=print, rivals=rivals, **settings.model_dump(exclude_unset=True))
 
 
 def _middle(name: str, method: Method, config: BenchStepSettings, engine: Engine) -> Contestant:
     """The method in mid-training, under its row's name."""
     middle = contestants(name, method, config, engine)[0]
     return Contestant(name, middle.step, middle.optimizers, middle.state)
+
+
+def price(words: Sequence[str], names: Sequence[str]) -> None:
+    """Every rung at sizes of the user's."""
+    settings = read_words(BenchStepSettings, list(words), command="bench step")
+    shared = settings.method if isinstance(settings.method, dict) else {}
+    shared = {key: value for key, value in shared.items() if key != "name"}
+    rungs = {name: (settings, {**shared, **ROWS[name].options}) for name in names if name != "mae"}
+    race(settings.model_copy(update={"method": {"name": "mae", **shared}}), rungs)
+
+
+def prices(out: Path, names: Sequence[str], more: Sequence[str]) -> dict[str, float]:
+    """What a step of each row costs, MAE's being 1, at the sizes of the runs; measured once."""
+    file = out / "prices.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"mae": 1.0}
+    missing = [name for name in names if name not in known]
+    if missing:
+        given = {name: _as_bench(name, more) for name in ("mae", *missing)}
+        own, options = given.pop("mae")
+        mae = own.model_copy(update={"method": {"name": "mae", **options}, "rounds": 9})
+        ratios = race(mae, given)["ratios"]
+        known |= {name: 1 / ratios[f"mae / {name}"] for name in missing}
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return known
+
+
+def _as_bench(name: str, more: Sequence[str]) -> tuple[BenchStepSettings, dict[str, Any]]:
+    """The sizes and the method's settings of a row's run."""
+    config = of_kind(parse(RECIPE, run_words(ROWS[name], 1, 0, more)), PretrainConfig)
+    kept = ("model", "model_args", "image_size", "patch_size", "batch_size", "crops", "device")
+    sizes = {key: getattr(config, key) for key in kept}
+    options = config.method.model_dump(exclude_unset=True, exclude={"name"})
+    return BenchStepSettings(**sizes), options
 
 
 # ---- runs ----
@@ -158,11 +240,14 @@ def make_run(name: str, folder: Path, train: Path, words: Sequence[str]) -> None
     subprocess.run(child, check=True)
 
 
-def evaluate(folder: Path, train: Path, test: Path) -> None:
-    """kNN and linear probe, where they are missing."""
+def evaluate(folder: Path, train: Path, test: Path, finetune: bool) -> None:
+    """kNN and linear probe, and fine-tuning with few labels, where they are missing."""
+    data = (f"data={train}", f"test={test}")
     for kind in ("knn", "linear"):
         if not (folder / "eval" / f"{kind}.json").exists():
-            patchmine("eval", kind, str(folder), f"data={train}", f"test={test}")
+            patchmine("eval", kind, str(folder), *data)
+    if finetune and not (folder / "finetune" / "eval" / "shares.json").exists():
+        patchmine("finetune", str(folder), *data, f"out={folder / 'finetune'}", *FINETUNE)
 
 
 # ---- the page ----
@@ -171,50 +256,95 @@ def evaluate(folder: Path, train: Path, test: Path) -> None:
 def found(folder: Path) -> dict[str, float]:
     """What is known of a finished run."""
     scores = {
-        kind: json.loads((folder / "eval" / f"{kind}.json").read_text())["top1"]
+        kind: json.loads((folder / "eval" / f"{kind}.json").read_text(encoding="utf-8"))["top1"]
         for kind in ("knn", "linear")
     }
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "loss" in line][-5:]
+    shares = folder / "finetune" / "eval" / "shares.json"
+    if shares.exists():
+        entries = json.loads(shares.read_text(encoding="utf-8"))["entries"]
+        scores |= {f"{each['share']:.0%}": each["top1"] for each in entries}
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     for key in ("rank_correlation", "position_share"):
-        values = [line[key] for line in last if key in line]
+        values = [line[key] for line in lines if key in line]
         if values:
-            scores[key] = mean(values)
+            scores[key] = mean(values[-5:])
     return scores
 
 
-def page(out: Path) -> str:
-    """A table of all finished runs in a folder: means over seeds, and their deviation."""
-    columns = ("knn", "linear", "rank_correlation", "position_share")
-    heads = ("kNN, %", "linear, %", "rank correlation", "position share")
-    lines = [f"| masks | seeds | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+def results(out: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """All finished runs: by row, by seed."""
+    done: dict[str, dict[int, dict[str, float]]] = {}
     for name in ROWS:
-        folders = [each.parent.parent for each in out.glob(f"{name}-seed*/eval/linear.json")]
-        runs = [found(folder) for folder in sorted(folders)]
-        if not runs:
-            continue
+        for folder in sorted(out.glob(f"{name}-seed[0-9]*")):
+            if (folder / "eval" / "linear.json").exists():
+                done.setdefault(name, {})[int(folder.name.rpartition("seed")[2])] = found(folder)
+    return done
+
+
+def table(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]:
+    """Means over seeds and their standard deviation."""
+    keys = {
+        key: head
+        for key, head in COLUMNS.items()
+        if any(key in run for row in done.values() for run in row.values())
+    }
+    lines = [f"| masks | seeds | {' | '.join(keys.values())} |", "|---|---|" + "---|" * len(keys)]
+    for name, runs in done.items():
         cells = []
-        for key in columns:
-            values = [run[key] for run in runs if key in run]
-            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.2f}{spread}" if values else "")
+        for key in keys:
+            values = [run[key] for run in runs.values() if key in run]
+            deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.2f}{deviation}" if values else "")
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    return lines
+
+
+def verdicts(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]:
+    """Each claim, with the interval of the mean difference over the seeds that both rows have."""
+    lines = ["| claim | rows | linear, points | verdict |", "|---|---|---|---|"]
+    for claim, name, against in CLAIMS:
+        one, other = done.get(name, {}), done.get(against, {})
+        gains = [one[seed]["linear"] - other[seed]["linear"] for seed in one.keys() & other.keys()]
+        if len(gains) > 1:
+            half = float(t.ppf(0.975, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
+            low, high = mean(gains) - half, mean(gains) + half
+            said = "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
+            measured = f"{mean(gains):+.2f} ({low:+.2f} to {high:+.2f})"
+        else:
+            measured, said = "".join(f"{gain:+.2f}" for gain in gains), "too few seeds"
+        lines.append(f"| {claim} | {name} over {against} | {measured} | {said} |")
+    return lines
+
+
+def page(out: Path) -> str:
+    """The table and the verdicts of what is there."""
+    done = results(out)
+    text = "\n".join([*table(done), "", *verdicts(done)]) + "\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     return text
 
 
 @click.group(help=__doc__)
 def main() -> None:
-    """The four parts."""
+    """The three parts."""
 
 
-@main.command("price")
+def _rows(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        raise click.ClickException(f"no row {unknown[0]}; there are {', '.join(ROWS)}")
+    return names
+
+
+@main.command("price", context_settings={"ignore_unknown_options": True})
+@click.option("--rows", default=",".join(LADDER))
 @click.argument("words", nargs=-1)
-def price_command(words: tuple[str, ...]) -> None:
+def price_command(rows: str, words: tuple[str, ...]) -> None:
     """What a step of every rung costs."""
     with ended_in_words():
-        price(words)
+        price(words, _rows(rows))
 
 
 @main.command("train", context_settings={"ignore_unknown_options": True})
@@ -222,9 +352,11 @@ def price_command(words: tuple[str, ...]) -> None:
 @click.argument("test", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--rows", default=",".join(ROWS))
-@click.option("--seeds", default="0")
-@click.option("--epochs", default=3.0)
+@click.option("--seeds", default="0,1,2")
+@click.option("--epochs", default=10.0, help="of MAE")
+@click.option("--equal", type=click.Choice(["samples", "time"]), default="samples")
 @click.option("--labelled", type=click.Path(exists=True, path_type=Path), help="else TRAIN")
+@click.option("--finetune/--no-finetune", default=False, help="with 1 % and 10 % of the labels too")
 @click.argument("more", nargs=-1)
 def train_command(
     train: Path,
@@ -233,15 +365,20 @@ def train_command(
     rows: str,
     seeds: str,
     epochs: float,
+    equal: str,
     labelled: Path | None,
+    finetune: bool,
     more: tuple[str, ...],
 ) -> None:
     """All runs, their evaluations, the page."""
+    names = _rows(rows)
+    with ended_in_words():
+        costs = prices(out, names, more) if equal == "time" else dict.fromkeys(names, 1.0)
     for seed in map(int, seeds.split(",")):
-        for name in rows.split(","):
+        for name in names:
             folder = out / f"{name}-seed{seed}"
-            make_run(name, folder, train, run_words(ROWS[name], epochs, seed, more))
-            evaluate(folder, labelled or train, test)
+            make_run(name, folder, train, run_words(ROWS[name], epochs / costs[name], seed, more))
+            evaluate(folder, labelled or train, test, finetune)
             print(page(out), flush=True)
 
 
