@@ -153,7 +153,7 @@ def bend_scores(how: str) -> None:
         def bent(method: HPM, difficulty: Tensor) -> Tensor:
             return SCORES[how](own(method, difficulty))
 
-        HPM._unit_scores = bent  # type: ignore[method-assign]
+        HPM._unit_scores = bent  # type: ignore[method-assign, assignment]
 
 
 # ---- the price of a step ----

@@ -1,0 +1,110 @@
+"""What maps of difficulty follow: the picture, or the place in it.
+
+    python benchmarks/maps.py runs/hpm cifar10/test
+
+Of a run with HPM, on images that it may not have seen: the share of the variance within maps that
+the position alone explains, and the rank correlation with the true error within an image (the mean
+over random masks).  The map as the run looks for it is compared with other looks of the same
+teacher.  Of AMT and SemAIM it is the position's share in the attention of the class token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from patchmine.backbones.attention import class_attention
+from patchmine.cli.program import ended_in_words
+from patchmine.config.schema import PretrainConfig
+from patchmine.data.loader import plain_batches
+from patchmine.data.sampling import spread_indices
+from patchmine.data.sources.source import open_source
+from patchmine.data.views.normalise import normalise
+from patchmine.methods.hpm import HPM
+from patchmine.ops.mining import position_share, rank_correlation
+from patchmine.runs.folder import RunFolder
+from patchmine.runs.preparing import item_of
+
+
+def some_images(run: RunFolder, data: Path, count: int) -> Tensor:
+    """Images spread over a folder, as the run sees them without augmentation, (N, C, H, W)."""
+    config = run.whole_config
+    assert isinstance(config, PretrainConfig)
+    source = open_source(data)
+    view = item_of(config).plain_view(config, None)
+    chosen = spread_indices(len(source), min(count, len(source)))
+    batches = plain_batches(source, view, batch_size=64, indices=chosen)
+    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+    return torch.cat([normalise(batch, mean, std, "cpu").views[0] for batch in batches])
+
+
+def uniform(images: Tensor, method: HPM, seed: int) -> Tensor:
+    """Noise that masks are drawn from, (B, units)."""
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.rand(len(images), method.num_units, generator=drawn)
+
+
+@torch.no_grad()
+def true_error(method: HPM, images: Tensor, masks: int) -> Tensor:
+    """Mean error of each patch over random masks that hide it, (B, L)."""
+    features, _ = method.ask_teachers(images, False)
+    total = torch.zeros(len(images), method.grid.num_patches)
+    times = torch.zeros_like(total)
+    for number in range(masks):
+        noise = uniform(images, method, number)
+        mask = method._mask_hardest(noise, noise, 0)
+        error = method.error(method._reconstruct(images, mask), images, features, mask)
+        total.scatter_add_(1, mask.masked, error)
+        times.scatter_add_(1, mask.masked, torch.ones_like(error))
+    return total / times
+
+
+@torch.no_grad()
+def looks(method: HPM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Maps of the same teacher by other ways to look, by name."""
+    settings = method.config
+    if method.teacher is None:
+        return
+    ways = [("masked", count) for count in (1, 4, 16)]
+    if settings.score == "predicted":
+        ways.insert(0, ("full", 0))
+    for look, count in ways:
+        method.config = settings.model_copy(update={"look": look})
+        noise = [uniform(images, method, 1000 + number) for number in range(count)]
+        _, difficulty = method.ask_teachers(images, True, noise)
+        assert difficulty is not None
+        yield ("whole image" if look == "full" else f"{count} masked"), difficulty
+    method.config = settings
+
+
+@click.command(help=__doc__)
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.argument("data", type=click.Path(exists=True, path_type=Path))
+@click.option("--images", "count", default=256)
+@click.option("--masks", default=40, help="over which the true error is the mean")
+def main(run: Path, data: Path, count: int, masks: int) -> None:
+    """A table."""
+    with ended_in_words():
+        folder = RunFolder(run)
+        method = folder.method().eval()
+        images = some_images(folder, data, count)
+    print("| map | explained by position | rank correlation with the true error |\n|---|---|---|")
+    if not isinstance(method, HPM):
+        with torch.no_grad():
+            attention = class_attention(method.encoder, images).mean(dim=1)
+        shared = position_share(attention[:, method.encoder.num_prefix_tokens :])
+        print(f"| attention of the class token | {shared:.1%} | |")
+        return
+    error = true_error(method, images, masks)
+    print(f"| the true error | {position_share(error):.1%} | 1 |")
+    for name, difficulty in looks(method, images):
+        shared, follows = position_share(difficulty), rank_correlation(difficulty, error)
+        print(f"| {name} | {shared:.1%} | {follows:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
