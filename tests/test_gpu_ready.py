@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -23,6 +24,7 @@ from torch.cuda.amp import common as amp
 from fixtures.imaginary_gpu import draw_there, put_on
 from fixtures.tiny_methods import EARLY, LATE, NAMES, ROTARY, build, images, optimise
 from patchmine.models.noise import Noise
+from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.settings import TrainSettings
 from patchmine.train.step import Stepper
@@ -31,6 +33,15 @@ from patchmine.types import Progress
 # Steps of 200 epochs.  Between the first two begin a step that is no constant any more, attention
 # that guides, hard patches, the last temperature.
 FIRST, LATER = (0, 250), (300, 301, 330, 351, 399)
+
+# Ways to find what is hard that no default takes.
+LOOKS = {
+    "through masks": {"look": "masked", "predictor": "head", "num_looks": 2},
+    "observed": {"look": "masked", "score": "observed", "target": "ema"},
+    "every second epoch": {"look": "masked", "every": 2},
+    "memory": {"look": "memory", "predictor": "head"},
+    "cross-attention": {"look": "masked", "decoder_attention": "cross", "predicted_share": 0.5},
+}
 
 # torch looks at the .grad of what it traces.
 AS_TORCH_TRACES = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -46,6 +57,19 @@ def name(request: pytest.FixtureRequest) -> str:
 def traced(request: pytest.FixtureRequest) -> str:
     """The same, one of them alone on a rotary encoder: tracing takes a while."""
     return request.param
+
+
+@pytest.fixture(params=LOOKS.values(), ids=list(LOOKS))
+def looking(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of HPM."""
+    return request.param
+
+
+def build_hpm(looking: dict[str, Any]) -> Method:
+    """HPM in its first epoch, with room for four items."""
+    method = build("hpm", **looking)
+    method.begin_epoch(EARLY, [images(method)] * 4)
+    return method
 
 
 @pytest.fixture(params=[EARLY, LATE], ids=["early", "late"])
@@ -81,6 +105,22 @@ def test_a_forward_pass_in_bf16_mixes_no_devices_and_asks_a_gpu_for_nothing(
     assert {(loss.device.type, loss.dtype) for loss in found.values()} == {("cuda", torch.float32)}
 
 
+def test_looks_ask_a_gpu_for_nothing(
+    looking: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amp, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(Noise, "uniform", draw_there)
+    method, mode = build_hpm(looking), FakeTensorMode()
+    batch = put_on("cuda", method, images(method), mode)
+    with mode:
+        for progress in (LATE, LATE.at(LATE.step + 2)):  # an epoch in which every=2 looks not
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                found = method(batch, progress)
+            method.after_step(progress)
+    assert {(loss.device.type, loss.dtype) for loss in found.values()} == {("cuda", torch.float32)}
+
+
 def test_a_whole_step_stays_on_its_gpu_and_its_optimizers_are_fused(
     steps_on_a_gpu: dict[str, str], name: str
 ) -> None:
@@ -105,6 +145,23 @@ def test_a_compiled_method_is_one_graph_that_schedules_do_not_make_anew(
         with torch.compiler.set_stance("fail_on_recompile" if step in LATER else "default"):
             found = optimise(method, images(method), progress, whole)
         assert torch.equal(found, expected), step  # nothing that moves has become a constant
+
+
+@AS_TORCH_TRACES
+def test_looks_are_one_graph_too(looking: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Noise, "uniform", draw_there)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    method, twin = build_hpm(looking), build_hpm(looking)
+    torch._dynamo.reset()
+    whole = torch.compile(method, backend="eager", fullgraph=True)
+    for step in (0, 250, 252, *LATER):
+        progress = Progress(step, 400, 2)
+        torch.manual_seed(step)
+        expected = optimise(twin, images(twin), progress)
+        torch.manual_seed(step)
+        with torch.compiler.set_stance("fail_on_recompile" if step in LATER else "default"):
+            found = optimise(method, images(method), progress, whole)
+        assert torch.equal(found, expected), step
 
 
 @AS_TORCH_TRACES

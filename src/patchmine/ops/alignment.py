@@ -87,12 +87,11 @@ def spread(
         across = _overlap(box[:, 1], box[:, 3], columns) * box[:, 3, None, None]
         across = torch.where(flip[:, None, None], across.flip(1), across)
 
-        def back(patches: Tensor) -> Tensor:
-            cells = patches.reshape(-1, rows, columns)
-            return (down.transpose(1, 2) @ cells @ across).flatten(1)
-
-        covered = back(known)
-        return back(values.float() * known) / covered.clamp(min=1e-6), covered.clamp(max=1.0)
+        both = torch.stack([values.float() * known, known], dim=1)  # (B, 2, L)
+        cells = both.reshape(-1, 2, rows, columns)
+        back = down.transpose(1, 2)[:, None] @ cells @ across[:, None]
+        total, covered = back.flatten(2).unbind(dim=1)  # (B, L) each
+        return total / covered.clamp(min=1e-6), covered.clamp(max=1.0)
 
 
 def _axis(
