@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from patchmine.bench.measure import count_flops, peak_bytes
+from patchmine.bench.profile import KINDS, kind_of
 from patchmine.bench.settings import BenchStepSettings
 from patchmine.bench.step import bench_step
 from patchmine.cli.commands import read_words
@@ -70,6 +71,43 @@ def test_a_method_that_starts_differently_is_timed_at_both_ends(tmp_path: Path) 
     text = "\n".join(lines)
     assert "GFLOP/step" in text
     assert "times as long as mae" in text
+
+
+def test_a_profile_tells_where_the_time_goes() -> None:
+    result, lines = run(method={"name": "mae", **SMALL_DECODER}, profile=True)
+    (row,) = result["contestants"]
+    shares = row["time_by_kind"]
+    assert list(shares) == [*KINDS, "rest"]
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert all(shares[kind] > 0 for kind in KINDS)  # an MAE step has some of each
+    head = next(line for line in lines if line.startswith("time in operators"))
+    assert head.split()[3:] == list(shares)
+    without, lines = run(method={"name": "mae", **SMALL_DECODER})
+    assert "time_by_kind" not in without["contestants"][0]
+    assert not any(line.startswith("time in operators") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("aten::mm", "products"),
+        ("aten::addmm", "products"),
+        ("mkldnn::_linear_pointwise", "products"),
+        ("aten::convolution_backward", "products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::_softmax", "attention"),
+        ("aten::copy_", "copies"),
+        ("aten::_index_put_impl_", "copies"),
+        ("aten::gelu_backward", "activation"),
+        ("aten::native_layer_norm_backward", "norm"),
+        ("aten::_fused_adamw_", "update"),
+        ("aten::linalg_vector_norm", "update"),
+        ("aten::add", "rest"),
+        ("aten::norm_of_nothing", "rest"),
+    ],
+)
+def test_operators_have_their_kind(operator: str, kind: str) -> None:
+    assert kind_of(operator) == kind
 
 
 def test_transformers_competes_at_the_same_size(script: Callable[[str], ModuleType]) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from patchmine.models import onednn
 from patchmine.models.onednn import (
     OneDnnLinear,
-    linear_by,
     measured_product,
+    multiplying,
     onednn_linear,
     onednn_usable,
     usual_product,
@@ -107,5 +107,5 @@ def test_a_measurement_ends_and_intels_own_needs_none(monkeypatch: pytest.Monkey
 def test_layers_are_multiplied_by_whom_they_are_told() -> None:
     layer, x = nn.Linear(4, 4), torch.randn(2, 4)
     for product, name in (("torch", "AddmmBackward0"), ("onednn", "_LinearBackward")):
-        with linear_by(product):
+        with multiplying(product):
             assert type(layer(x).grad_fn).__name__ == name

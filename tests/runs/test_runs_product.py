@@ -63,8 +63,15 @@ def test_a_run_of_an_earlier_version_goes_on_as_usual_for_its_processor(
     assert place._product_of(config, engine, start) == usual
 
 
-def test_what_does_not_use_the_product_measures_none(
+def test_in_bf16_attention_is_exact_but_in_runs_that_began_otherwise(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(place, "measured_product", unmeasured)
-    patchmine.pretrain(data=image_folder, out=tmp_path / "run", precision="bf16", **SETTINGS)
+    given = {**SETTINGS, "precision": "bf16"}
+    run = patchmine.pretrain(data=image_folder, out=tmp_path / "run", **given)
+    start = load_newest(run.checkpoint_dir, lambda _: None)
+    engine, config = Engine("cpu", precision="bf16"), run.whole_config
+    assert place._product_of(config, engine, start) == "float-attention"
+    del start.facts["product"]
+    assert place._product_of(config, engine, start) == "torch"
+    assert place._product_of(config, engine, None) == "float-attention"

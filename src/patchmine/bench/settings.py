@@ -40,6 +40,7 @@ class BenchStepSettings(Strict):
         "auto", description="bf16 on a GPU, fp32 on a CPU"
     )
     rounds: Count = Field(10, description="rounds in which every contestant takes its turn")
+    profile: bool = Field(False, description="tell where the time goes, by kind of operator")
     out: Path | None = Field(None, description="JSON file for the result")
 
 

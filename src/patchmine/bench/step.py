@@ -19,6 +19,7 @@ from torch import Tensor
 
 from patchmine.backbones.family import build_encoder, family_of
 from patchmine.bench import measure
+from patchmine.bench.profile import time_by_kind
 from patchmine.bench.settings import BenchStepSettings
 from patchmine.config.explain import did_you_mean, shown, validate
 from patchmine.data.items import CLIP
@@ -64,7 +65,7 @@ def bench_step(*, say: Say, rivals: Rivals = lambda *_: [], **settings: Any) -> 
     Returns:
         What is also written to ``out``: settings, hardware, the rate of a large matrix product
         measured between the steps, and for each contestant time, memory, work, rate and share of
-        that product's rate.
+        that product's rate; with ``profile`` also the shares of its time by kind of operator.
 
     Raises:
         UserError: settings that are wrong.
@@ -80,6 +81,10 @@ def bench_step(*, say: Say, rivals: Rivals = lambda *_: [], **settings: Any) -> 
     say(f"{len(taking_part)} contestants, {config.rounds} rounds of one turn each, after a few.")
     facts = {contestant.name: _facts(contestant, engine.device) for contestant in taking_part}
     race = _race(taking_part, engine, config.rounds)
+    if config.profile:
+        for each in taking_part:
+            shares = time_by_kind(each.step, engine.device)
+            facts[each.name]["time_by_kind"] = {kind: _round(s) for kind, s in shares.items()}
     by_product = {name: _round(median(rates) / 1e9) for name, rates in race.rates_by.items()}
     used = {"device": engine.device.type, "precision": engine.precision}
     result = {
@@ -301,6 +306,13 @@ def as_lines(result: Mapping[str, Any]) -> list[str]:
         + "".join(f"{share:13.0%}" for share in row["share_of_matmul"].values())
         for row in result["contestants"]
     ]
+    if settings["profile"]:
+        kinds = result["contestants"][0]["time_by_kind"]
+        lines.append(f"{'time in operators':24}" + "".join(f"{kind:>11}" for kind in kinds))
+        lines += [
+            f"{row['name']:24}" + "".join(f"{s:11.1%}" for s in row["time_by_kind"].values())
+            for row in result["contestants"]
+        ]
     for pair, ratio in result["ratios"].items():
         one, other = pair.split(" / ")
         lines.append(f"{one} takes {ratio:.2f} times as long as {other} (median of {rounds})")

@@ -18,8 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-Product = Literal["torch", "onednn"]
-"""Who multiplies the matrices of linear layers."""
+from patchmine.models.float_attention import FloatAttention
+
+Product = Literal["torch", "onednn", "float-attention"]
+"""How a processor multiplies matrices: as torch does, but those of linear layers by oneDNN, or in
+bf16 those of attention in float32.
+"""
 
 # Less is not worth another library's copies, nor a choice that the next measurement might reverse.
 _CLEARLY_FASTER = 0.8
@@ -42,8 +46,10 @@ def onednn_usable() -> bool:
     return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def usual_product() -> Product:
+def usual_product(precision: str = "fp32") -> Product:
     """The one that is faster on most processors of this maker, without a look at this one."""
+    if precision == "bf16":
+        return "float-attention"
     return "onednn" if onednn_usable() and not is_intel() else "torch"
 
 
@@ -72,14 +78,16 @@ def _seconds_of_mlp(linear: Callable[[Tensor, Tensor], Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def linear_by(product: Product) -> AbstractContextManager[Any]:
-    """Within it, linear layers are this one's, as far as this build of torch has it."""
+def multiplying(product: Product) -> AbstractContextManager[Any]:
+    """Within it a processor multiplies matrices so, as far as this build of torch can."""
+    if product == "float-attention":
+        return FloatAttention()
     return OneDnnLinear() if product == "onednn" and onednn_usable() else nullcontext()
 
 
 def fast_linear() -> AbstractContextManager[Any]:
-    """`linear_by` the usual product, for what is computed outside of a run's steps."""
-    return linear_by(usual_product())
+    """`multiplying` by the usual product, for what is computed outside of a run's steps."""
+    return multiplying(usual_product())
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from patchmine.errors import Say, UserError
 from patchmine.models.batch_norm import synchronise_batch_norms
-from patchmine.models.onednn import Product, linear_by, usual_product
+from patchmine.models.onednn import Product, multiplying, usual_product
 from patchmine.task import Task
 from patchmine.train.group import LONGEST, Group
 from patchmine.train.hardware import share_cores
@@ -69,7 +69,7 @@ class Engine:
         say: hears, in one process on each machine, for whom we wait.
 
     Attributes:
-        product: who multiplies matrices in float32 on a processor, in forwards wrapped from now on.
+        product: how a processor multiplies matrices in forwards that are wrapped from now on.
 
     Raises:
         UserError: for what this machine cannot do, for a launcher's variables that do not fit
@@ -92,7 +92,7 @@ class Engine:
             torch.device("cuda", _choose_gpu(launch)) if kind == "cuda" else torch.device("cpu")
         )
         self.precision = _choose_precision(precision, kind)
-        self.product: Product = usual_product()
+        self.product: Product = usual_product(self.precision)
         self.rank, self.world_size, self.local_size = (
             launch.rank,
             launch.world_size,
@@ -178,7 +178,7 @@ class Engine:
             _compile_blocks(task)
         contexts: list[Callable[[], AbstractContextManager[Any]]] = [self.autocast]
         if self.device.type == "cpu" and not compile_blocks:
-            contexts.append(partial(linear_by, self.product))
+            contexts.append(partial(multiplying, self.product))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size == 1:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
+from typing import cast, get_args
 
 from safetensors import SafetensorError
 
@@ -186,13 +187,15 @@ def train_task(
 
 
 def _product_of(config: RunConfig, engine: Engine, start: Checkpoint | None) -> Product:
-    """Who multiplies matrices in a run: measured where it begins, and the same ever after."""
-    if engine.device.type != "cpu" or engine.precision != "fp32" or config.compile:
+    """How a run multiplies matrices: measured where it begins, and the same ever after."""
+    if engine.device.type != "cpu" or config.compile:
         return "torch"
+    exact = engine.precision == "fp32"
     if start is not None and start.step > 0:
-        stored = start.facts.get("product")
-        return stored if stored in ("torch", "onednn") else usual_product()  # of earlier versions
-    return engine.gather(measured_product())[0]
+        if (stored := start.facts.get("product")) in get_args(Product):
+            return cast(Product, stored)
+        return usual_product() if exact else "torch"  # earlier versions kept none
+    return engine.gather(measured_product())[0] if exact else usual_product(engine.precision)
 
 
 def prepared_batches(
