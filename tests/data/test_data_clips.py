@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from loading import clips, start
 
-from patchmine.data import loader
+from patchmine.data import samples
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import open_video
@@ -185,7 +185,7 @@ def batches(
 def test_several_clips_come_of_one_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     monkeypatch.setattr(
-        loader, "open_video", lambda raw, *rest: opened.append(raw) or open_video(raw, *rest)
+        samples, "open_video", lambda raw, *rest: opened.append(raw) or open_video(raw, *rest)
     )
     source = Videos(6)
     made = batches(source, repeats=2)

@@ -17,7 +17,7 @@ from PIL import Image
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.decoding import opened
 from patchmine.data.decoding.decode import DecodeError, jpeg_pixels
-from patchmine.data.loader import sample_generator
+from patchmine.data.randomness import sample_generator
 from patchmine.data.settings import Crops
 from patchmine.data.sources.contract import Labels
 from patchmine.data.views.geometry import resize

@@ -10,7 +10,7 @@ import torch
 
 from fixtures.label_maps import COLOURS, scene
 from patchmine.data.decoding.decode import DecodeError
-from patchmine.data.loader import collate
+from patchmine.data.samples import collate
 from patchmine.data.settings import DenseViewSettings
 from patchmine.data.views.dense import SegmentView, WholeView
 from patchmine.data.views.normalise import normalise

@@ -10,7 +10,8 @@ import torch
 from loading import seen, start
 
 from patchmine.data.items import CLIP, IMAGE
-from patchmine.data.loader import collate, plain_batches
+from patchmine.data.loader import plain_batches
+from patchmine.data.samples import collate
 from patchmine.data.sources.contract import Labels
 from patchmine.data.views.geometry import Geometry
 from patchmine.data.views.images import PlainView, TrainView, View

@@ -19,7 +19,8 @@ from loading import seen, start
 from PIL import Image
 
 from patchmine.data.badfiles import BadFiles
-from patchmine.data.loader import data_statistics, epoch_order, plain_batches
+from patchmine.data.loader import data_statistics, plain_batches
+from patchmine.data.randomness import epoch_order
 from patchmine.data.settings import InputSettings
 from patchmine.data.sources.contract import Labels
 from patchmine.data.views.images import PlainView, TrainView

@@ -19,7 +19,7 @@ from patchmine.data.decoding import headers, opened
 from patchmine.data.decoding.decode import DecodeError, decode, jpeg_pixels
 from patchmine.data.decoding.opened import MARGIN, Jpeg, open_image
 from patchmine.data.decoding.orientation import stored_box, upright, upright_box
-from patchmine.data.loader import sample_generator
+from patchmine.data.randomness import sample_generator
 from patchmine.data.settings import MAX_PIXELS, Crops, ViewSettings
 from patchmine.data.views.geometry import resize
 from patchmine.data.views.images import MultiCropView, TrainView, crop_box

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchmine.data.loader import collate
+from patchmine.data.samples import collate
 from patchmine.data.settings import ViewSettings
 from patchmine.data.views.images import TrainView, crop_box
 from patchmine.data.views.normalise import normalise

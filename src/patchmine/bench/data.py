@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from patchmine.data.decoding.decode import DecodeError, decode
-from patchmine.data.loader import collate, sample_generator
+from patchmine.data.randomness import sample_generator
+from patchmine.data.samples import collate
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import Crops, ViewSettings
 from patchmine.data.sources.contract import Source

@@ -13,7 +13,7 @@ from patchmine.bench.data import in_turns
 from patchmine.data.decoding import pyav
 from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.video import VideoFile, open_video
-from patchmine.data.loader import sample_generator
+from patchmine.data.randomness import sample_generator
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import Clip, ViewSettings
 from patchmine.data.sources.contract import Source

@@ -22,6 +22,8 @@ class SharedRunningSettings(TypedDict, total=False):
     num_nodes: int
     workers: int | Literal["auto"]
     read_timeout: float
+    cache: Name | None
+    cache_gb: float
     compile: bool
     out: Name | None
     resume: Literal["never", "auto"]

@@ -65,7 +65,8 @@ class RunConfig(TrainSettings, ModelSettings, DataSettings):
     )
 
     def setting_errors(self) -> Iterator[SettingError]:
-        """A batch that cannot be shared out."""
+        """A batch that cannot be shared out, and a cache that keeps nothing."""
+        yield from self._cache_errors()
         counts = {name: getattr(self, name) for name in ("accumulate", "devices", "num_nodes")}
         parts, batch, repeats = math.prod(counts.values()), self.batch_size, self.clip.repeats
         if batch % parts:
@@ -84,6 +85,17 @@ class RunConfig(TrainSettings, ModelSettings, DataSettings):
             )
             text = f"given {repeats}; the clips of one video stay together, so {must}"
             yield SettingError("clip.repeats", text)
+
+    def _cache_errors(self) -> Iterator[SettingError]:
+        """A cache that could keep nothing."""
+        if self.cache is None:
+            return
+        if getattr(self, "decode", "exact") == "scaled":
+            what = "it keeps whole images, and decode=scaled makes none: leave one of them out"
+            yield SettingError("cache", f"given {self.cache}; {what}")
+        if reads_clips(self.model):
+            what = f"it keeps images, and model={self.model} reads videos: leave it out"
+            yield SettingError("cache", f"given {self.cache}; {what}")
 
     def to_yaml(self) -> str:
         """The settings, fully resolved, as a file that `patchmine pretrain` accepts."""

@@ -13,14 +13,16 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -34,6 +36,22 @@ _RESUME = "then `patchmine resume` goes on from the last checkpoint"
 _SHORT_OF = ("shared memory", "ancdata", "open files", "Cannot allocate memory")
 
 
+_NOWHERE = nullcontext()
+
+
+class _Noted:
+    """Around reading item ``index``, which stands in ``note`` meanwhile."""
+
+    def __init__(self, note: NDArray[np.float64], index: int) -> None:
+        self.note, self.index = note, index
+
+    def __enter__(self) -> None:
+        self.note[:] = (self.index, time.monotonic(), os.getpid())
+
+    def __exit__(self, *_: object) -> None:
+        self.note[1] = 0
+
+
 class Desk:
     """What each worker is reading: (index, since when, process) in shared memory."""
 
@@ -44,19 +62,10 @@ class Desk:
     def __len__(self) -> int:
         return len(self._notes)
 
-    @contextmanager
-    def reading(self, index: int) -> Iterator[None]:
+    def reading(self, index: int) -> AbstractContextManager[None]:
         """Around reading one item, in a worker; takes a few microseconds."""
         worker = get_worker_info()
-        if worker is None:
-            yield
-            return
-        note = self._notes.numpy()[worker.id]
-        note[:] = (index, time.monotonic(), os.getpid())
-        try:
-            yield
-        finally:
-            note[1] = 0
+        return _NOWHERE if worker is None else _Noted(self._notes.numpy()[worker.id], index)
 
     def since(self) -> list[tuple[int, float, int]]:
         """(index, seconds that it is being read, process) of every worker that reads."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from patchmine.config.schema import DetectConfig
-from patchmine.data.loader import collate
+from patchmine.data.samples import collate
 from patchmine.data.views.objects import cut_view
 from patchmine.evaluate.detection import KeptObjects
 from patchmine.evaluate.found import in_image

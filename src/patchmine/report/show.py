@@ -15,7 +15,7 @@ from patchmine.config.schema import PretrainConfig
 from patchmine.data.decoding.decode import DecodeError, probe
 from patchmine.data.decoding.video import VIDEOS
 from patchmine.data.items import CLIP, Item
-from patchmine.data.loader import collate
+from patchmine.data.samples import collate
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import InputSettings
 from patchmine.data.views.normalise import normalise

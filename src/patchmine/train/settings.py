@@ -112,6 +112,12 @@ class MachineSettings(Strict):
         le=LARGEST_RUN,
         description="seconds after which reading one image is given up; 0: never",
     )
+    cache: Annotated[Text | None, OF_A_MACHINE] = Field(
+        None,
+        description="folder that keeps decoded images for later epochs and runs; auto: the user's "
+        "cache folder; null: none",
+    )
+    cache_gb: float = Field(10, gt=0, le=LARGEST_RUN, description="most that cache may take")
     compile: bool = Field(False, description="compile the model's blocks")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from patchmine.data.decoding import headers
@@ -49,8 +50,12 @@ class Whole:
 
     def crops(self, boxes: Sequence[Box], sizes: Sequence[Size], scaled: bool) -> Crops:
         """As `Jpeg.crops` gives them."""
-        cuts = [
-            self.pixels[..., top : top + tall, left : left + wide]
+        row, column = self.pixels.stride()[1:]
+        first, channels = self.pixels.storage_offset(), self.pixels.shape[0]
+        cuts = [  # slices, in half their time
+            self.pixels.as_strided(
+                (channels, tall, wide), self.pixels.stride(), first + top * row + left * column
+            )
             for top, left, tall, wide in boxes
         ]
         return cuts, list(boxes)
@@ -135,7 +140,14 @@ def open_image(raw: Raw, channels: int, max_pixels: int) -> Opened:
             header = headers.read_jpeg_header(raw)
         check_jpeg(header, len(raw), max_pixels)
         return Jpeg(raw, header, channels)
+    if isinstance(raw, Tensor) and raw.dtype == torch.uint8 and _fits(raw, channels):
+        return Whole(raw)
     return Whole(decode(raw, channels, max_pixels))
+
+
+def _fits(image: Tensor, channels: int) -> bool:
+    """Whether nothing is left to do to an image: (channels, H, W), not empty."""
+    return image.ndim == 3 and image.shape[0] == channels and image.numel() > 0
 
 
 def _scale(boxes: Sequence[Box], sizes: Sequence[Size]) -> Literal[2, 4, 8] | None:

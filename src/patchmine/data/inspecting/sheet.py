@@ -14,7 +14,7 @@ from patchmine.data.decoding.bounds import DecodeError, reading_item
 from patchmine.data.decoding.decode import decode
 from patchmine.data.inspecting.proposal import Proposal
 from patchmine.data.items import IMAGE
-from patchmine.data.loader import sample_generator
+from patchmine.data.randomness import sample_generator
 from patchmine.data.settings import ViewSettings
 from patchmine.data.sources.combine import Joined
 from patchmine.data.sources.contract import Source

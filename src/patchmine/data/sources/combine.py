@@ -47,6 +47,11 @@ class Joined(Source):
         part, inside = self._find(index)
         return part.read(inside)
 
+    def identity(self, index: int) -> bytes | None:
+        """That of the item in its part."""
+        part, inside = self._find(index)
+        return part.identity(inside)
+
     def path(self, index: int) -> str:
         """The item's path in its part."""
         part, inside = self._find(index)

@@ -71,6 +71,13 @@ class Source(ABC):
         """The item's name inside its source (``cat/7.jpg``)."""
         return self.path(index)
 
+    def identity(self, index: int) -> bytes | None:
+        """What tells this state of a stored item from any other; None where nothing does.
+
+        It is another one once the item was written anew, and costs no reading of it.
+        """
+        return None
+
     def labels(self) -> Labels | None:
         """The classes, worked out when asked; None when there are none.
 

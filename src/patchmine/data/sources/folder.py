@@ -33,6 +33,9 @@ class FileSource(indices.IndexedSource):
     def read(self, index: int) -> Any:
         return self.kind.read(self.path(index))
 
+    def identity(self, index: int) -> bytes | None:
+        return indices.file_identity(self.path(index))
+
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.index.path(index))  # noqa: PTH118, once per image
 

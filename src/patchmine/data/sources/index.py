@@ -122,6 +122,15 @@ def stat_of(path: str | bytes | Path) -> os.stat_result | None:
         return None
 
 
+def file_identity(path: str) -> bytes | None:
+    """Place and mark of a file; None where it could change again and bear the same."""
+    info = stat_of(path)
+    if info is None or max(info.st_mtime_ns, info.st_ctime_ns) >= time.time_ns() - RECENT:
+        return None
+    place = os.path.abspath(path)  # noqa: PTH100, once per image
+    return b"\0".join([os.fsencode(place), repr(mark_of(info)).encode()])
+
+
 def new_index(
     kind: Kind,
     paths: PathList,

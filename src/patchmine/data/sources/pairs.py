@@ -22,6 +22,7 @@ from patchmine.data.sources.contract import (
     fingerprint_of,
 )
 from patchmine.data.sources.folder import open_folder
+from patchmine.data.sources.index import file_identity
 from patchmine.errors import UserError, shown_name
 
 VAL_FOLDERS = tuple(name for name in TEST_FOLDERS if name.startswith("val"))
@@ -94,6 +95,9 @@ class LabelMaps(MapSource):
 
     def read(self, index: int) -> bytes:
         return contents(self.images[index])
+
+    def identity(self, index: int) -> bytes | None:
+        return file_identity(self.images[index])
 
     def path(self, index: int) -> str:
         return self.images[index]

@@ -41,6 +41,9 @@ class Selected(Source):
     def read(self, index: int) -> Any:
         return self.source.read(int(self.indices[index]))
 
+    def identity(self, index: int) -> bytes | None:
+        return self.source.identity(int(self.indices[index]))
+
     def path(self, index: int) -> str:
         return self.source.path(int(self.indices[index]))
 

@@ -47,6 +47,12 @@ class ShardSource(indices.IndexedSource):
     def read(self, index: int) -> bytes:
         return self._read(index, "start", "size", self.index.stamp["pieces"].get(str(index)))
 
+    def identity(self, index: int) -> bytes | None:
+        columns = self.index.columns
+        shard = indices.file_identity(os.fspath(self.shards[columns["shard"][index]]))
+        place = f"{columns['start'][index]}\0{columns['size'][index]}"
+        return None if shard is None else shard + b"\0" + place.encode()
+
     def path(self, index: int) -> str:
         """``shard:member``."""
         return f"{self.shards[self.index.columns['shard'][index]]}:{self.index.path(index)}"

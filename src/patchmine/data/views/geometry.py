@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,7 +55,8 @@ class Geometry:
         """(4,) float32: the box as shares of the sides of an image of ``height`` x ``width``."""
         height, width = self.canvas or (height, width)
         top, left, box_height, box_width = self.box
-        return torch.tensor([top / height, left / width, box_height / height, box_width / width])
+        shares = [top / height, left / width, box_height / height, box_width / width]
+        return torch.from_numpy(np.array(shares, np.float32))  # a third of torch.tensor's time
 
     def _cut(self, image: Tensor) -> Tensor:
         top, left, height, width = self.box
@@ -63,16 +65,19 @@ class Geometry:
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
     """(C, H, W) or (T, C, H, W) resized to ``size`` with antialiasing, same dtype."""
-    if tuple(image.shape[-2:]) == size:
+    *_, channels, height, width = image.shape
+    if (height, width) == size:
         return image
     stack = image if image.ndim == 4 else image[None]
     if stack.dtype != torch.uint8:
         resized = F.interpolate(stack.contiguous(), size, mode=interpolation, antialias=True)
         return resized.view(*image.shape[:-2], *size)
+    if channels <= _FAST_CHANNELS:  # without the twenty microseconds that groups cost
+        packed = stack.contiguous(memory_format=torch.channels_last)
+        resized = F.interpolate(packed, size, mode=interpolation, antialias=True)
+        return resized if image.ndim == 4 else resized[0]
     # Bytes of up to four channels that lie together per pixel take torch's vectorised path: 2 times
     # faster than planes, and groups of four are 4 times faster than 13 channels at once.
     groups = torch.split(stack, _FAST_CHANNELS, dim=1)
-    packed = (group.contiguous(memory_format=torch.channels_last) for group in groups)
-    parts = [F.interpolate(group, size, mode=interpolation, antialias=True) for group in packed]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    whole = torch.cat([resize(group, size, interpolation) for group in groups], 1)
     return whole if image.ndim == 4 else whole[0]
