@@ -36,7 +36,9 @@ def test_it_reports_times_and_what_is_left_to_the_device(photos: Path) -> None:
     threads = torch.get_num_threads()
     result = bench.bench_data(photos, image_size=32, repeats=2, say=said.append)
     assert result["images"] == 12
-    assert set(result["milliseconds"]) == {"uint8", "float"}
+    assert set(result["milliseconds"]) == {"uint8", "scaled", "cached", "float"}
+    for name, milliseconds in result["milliseconds"].items():
+        assert result["per_second"][name] == pytest.approx(1000 / milliseconds)
     assert all(value > 0 for value in result["milliseconds"].values())
     crops = result["crops"]
     assert (crops["images"], crops["local_size"]) == (12, 14)
@@ -48,8 +50,9 @@ def test_it_reports_times_and_what_is_left_to_the_device(photos: Path) -> None:
 
 def test_both_sides_are_timed(photos: Path, against: ModuleType) -> None:
     result = against.compare(photos, image_size=32, repeats=2)
-    for part in ("views", "crops"):
-        assert set(result[part]["milliseconds"]) == {"uint8", "float", "torchvision"}
+    for part, more in (("views", {"scaled", "cached"}), ("crops", set())):
+        assert set(result[part]["milliseconds"]) == {"uint8", "float", "torchvision"} | more
+        assert set(result[part]["times_as_fast"]) == {"uint8", "float"} | more
         assert all(ratio > 0 for ratio in result[part]["times_as_fast"].values())
 
 

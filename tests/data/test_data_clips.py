@@ -175,7 +175,7 @@ class Videos:
 
 def batches(
     source: Videos, repeats: int, *, first: int = 0, rank: int = 0, world: int = 1
-) -> list[loader.Batch]:
+) -> list[samples.Batch]:
     view = TrainClips(clips(24, 8, 1, short="refuse", flip=0.5, repeats=repeats))
     options = dict(seed=3, batch_size=4, steps_per_epoch=len(source) * repeats // 4)
     parts = dict(start_step=first, total_steps=6, rank=rank, world_size=world)

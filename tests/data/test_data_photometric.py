@@ -15,8 +15,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as TF
 
-from patchmine.data.views import photometric
-from patchmine.data.views.photometric import COLUMNS, change_colours, draw
+from patchmine.data.views import one_by_one, photometric
+from patchmine.data.views.normalise import normalise
+from patchmine.data.views.one_by_one import changed_one_by_one
+from patchmine.data.views.photometric import (
+    COLUMNS,
+    change_colours,
+    draw,
+    draw_jitter,
+    jitter_colours,
+)
+from patchmine.types import Batch
 
 
 def pictures(count: int = 4, side: int = 40, channels: int = 3) -> Tensor:
@@ -197,6 +206,68 @@ def test_deeper_images_are_changed_alike_without_rounding_clipping_or_solarizing
     gentle[:, photometric.SOLARIZE] = 0
     off = (change_colours(dark, gentle) - change_colours(dark / 255, gentle)).abs() * 255
     assert off.mean() < 2.5  # PIL rounds down after every step, and hues to 256 places
+
+
+# On a processor, one image after the other
+
+
+@pytest.mark.parametrize("sides", [(40, 40), (40, 25), (60, 31), (14, 70)])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_one_by_one_bytes_are_the_same_to_the_bit(sides: tuple[int, int], channels: int) -> None:
+    images = pictures(8, side=70, channels=channels)[..., : sides[0], : sides[1]].contiguous()
+    changes = torch.cat([draw(10, np.random.default_rng(seed)) for seed in range(8)])
+    images = images.repeat(10, 1, 1, 1)
+    alone = [
+        change_colours(images[row : row + 1], changes[row : row + 1]) for row in range(len(images))
+    ]
+    assert torch.equal(changed_one_by_one(images, changes), torch.cat(alone))
+
+
+def test_one_by_one_deeper_images_are_nearly_the_same() -> None:
+    images, changes = pictures(8).repeat(4, 1, 1, 1) / 255, draw(32, np.random.default_rng(2))
+    torch.testing.assert_close(
+        changed_one_by_one(images, changes), change_colours(images, changes), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("depth", ["bytes", "floats"])
+def test_one_by_one_jitter_is_the_same(depth: str) -> None:
+    rng = np.random.default_rng(4)
+    changes = torch.stack([draw_jitter((0.5, 0.5, 0.5, 0.05), rng.random(8)) for _ in range(8)])
+    images = pictures(8) if depth == "bytes" else pictures(8) / 255
+    alone = [jitter_colours(images[row : row + 1], changes[row : row + 1]) for row in range(8)]
+    found = changed_one_by_one(images, changes)
+    if depth == "bytes":
+        assert torch.equal(found, torch.cat(alone))
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
+@pytest.mark.parametrize("side", [5, 13, 24, 25, 96])
+def test_a_blur_is_one_row_moved_along(side: int, sigma: float) -> None:
+    (slow,) = photometric.blur_matrices(side, torch.tensor([sigma]))
+    assert torch.equal(one_by_one._blur_matrix(side, sigma), slow)
+
+
+def test_a_processor_takes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gives what torchvision gives, as the batch at once does."""
+    changes, images = draw(64, np.random.default_rng(0)), pictures(8).repeat(8, 1, 1, 1)
+    expected = torch.stack(
+        [levels(with_torchvision(as_pil(i), c)) for i, c in zip(images, changes, strict=True)]
+    )
+    monkeypatch.delattr("patchmine.data.views.normalise.change_colours")
+    batch = Batch(
+        [images, images],
+        torch.arange(64),
+        torch.zeros(64, 2, 4),
+        torch.zeros(64, 2, dtype=torch.bool),
+        torch.stack([changes, changes], 1),
+    )
+    views = normalise(batch, torch.zeros(3), torch.ones(3), "cpu").views
+    for view in views:
+        off = (view * 255 - expected).abs()
+        assert off.mean() < 0.25
+        assert (off > 2.5).float().mean() < 1e-3
 
 
 class NoReading(TorchDispatchMode):

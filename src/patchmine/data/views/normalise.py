@@ -7,6 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from patchmine.data.views.one_by_one import changed_one_by_one
 from patchmine.data.views.photometric import change_colours, jitter_colours
 from patchmine.types import Batch
 
@@ -29,11 +30,13 @@ def normalise(batch: Batch, mean: Tensor, std: Tensor, device: torch.device | st
         pixels = torch.cat(crops) if several else crops[0]
         pixels = torch.where(flip.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
         if batch.photometric is not None:
+            changes = batch.photometric
             if several:
-                changes = batch.photometric[:, taken].transpose(0, 1).flatten(0, 1)
-                pixels = change_colours(pixels, changes)
+                changes = changes[:, taken].transpose(0, 1).flatten(0, 1)
+            if pixels.device.type == "cpu":  # three times as fast there
+                pixels = changed_one_by_one(pixels, changes)
             else:
-                pixels = jitter_colours(pixels, batch.photometric)
+                pixels = (change_colours if several else jitter_colours)(pixels, changes)
         views += standardised(pixels, mean, std).chunk(len(crops))
     return batch.with_views(views)
 

@@ -1,6 +1,7 @@
 """DINO's changes of colour: drawn by the worker, made on the device for a whole batch.
 
-What is done to which images, and how far it agrees with PIL, stands in docs/data.md.
+On a processor `one_by_one` makes the same of one image after the other.  What is done to which
+images, and how far it agrees with PIL, stands in docs/data.md.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _JITTER_SHARE, _GREY_SHARE, _SOLARIZE_SHARE = 0.8, 0.2, 0.2
 _BLUR_SHARES = (1.0, 0.1, 0.5)  # global crop 0, global crop 1, local crops
 _SIGMAS = (0.1, 2.0)
 # PIL's box blurs, and how many pixels one of them reaches for the largest deviation
-_BLUR_PASSES, _BLUR_REACH = 3, 2
-_HUE_OPERATION = 3
-_THRESHOLD = 128.0
+BLUR_PASSES, BLUR_REACH = 3, 2
+HUE_OPERATION = 3
+THRESHOLD = 128.0
 
 
 def draw(num_crops: int, generator: np.random.Generator) -> Tensor:
@@ -75,11 +76,11 @@ def change_colours(images: Tensor, numbers: Tensor) -> Tensor:
     pixels = images.float() if as_bytes else images * 255
     if pixels.shape[1] == 3:
         pixels = _jittered(pixels, numbers, as_bytes)
-        pixels = torch.where(_per_image(numbers[:, GREY]) > 0, _luma(pixels, as_bytes), pixels)
+        pixels = torch.where(_per_image(numbers[:, GREY]) > 0, luma(pixels, as_bytes), pixels)
     pixels = _blurred(pixels, numbers[:, SIGMA])
     if as_bytes:
         pixels = pixels.add_(0.5).floor_()
-        solarized = (_per_image(numbers[:, SOLARIZE]) > 0) & (pixels >= _THRESHOLD)
+        solarized = (_per_image(numbers[:, SOLARIZE]) > 0) & (pixels >= THRESHOLD)
         pixels = torch.where(solarized, 255 - pixels, pixels)
     return pixels.div_(255)
 
@@ -97,7 +98,7 @@ def _jittered(pixels: Tensor, numbers: Tensor, as_bytes: bool) -> Tensor:
     order = numbers[:, ORDER].long()  # (N, 4)
     neutral = torch.ones_like(numbers[:, :1])
     factors = torch.cat([numbers[:, FACTORS], neutral], dim=1).gather(1, order)  # (N, 4), by place
-    before_hue = (order == _HUE_OPERATION).cumsum(1) == 0
+    before_hue = (order == HUE_OPERATION).cumsum(1) == 0
     for place in range(3):  # a fourth place before the hue is the hue's own
         factor = torch.where(before_hue[:, place], factors[:, place], 1.0)
         pixels = _blended(pixels, order[:, place], factor, as_bytes)
@@ -112,7 +113,7 @@ def _jittered(pixels: Tensor, numbers: Tensor, as_bytes: bool) -> Tensor:
 def _blended(pixels: Tensor, operation: Tensor, factor: Tensor, as_bytes: bool) -> Tensor:
     """PIL's Image.blend with black, the mean grey or the grey picture, by ``operation`` (N,)."""
     operation = _per_image(operation)
-    grey = _luma(pixels, as_bytes)
+    grey = luma(pixels, as_bytes)
     mean = grey.mean((2, 3), keepdim=True)
     if as_bytes:
         mean = (mean + 0.5).floor()
@@ -122,7 +123,7 @@ def _blended(pixels: Tensor, operation: Tensor, factor: Tensor, as_bytes: bool) 
     return blend.clamp_(0, 255).floor_() if as_bytes else blend
 
 
-def _luma(pixels: Tensor, as_bytes: bool) -> Tensor:
+def luma(pixels: Tensor, as_bytes: bool) -> Tensor:
     """ITU-R 601-2 luma (N, 1, H, W), for bytes in PIL's fixed point, exact in float32."""
     red, green, blue = pixels.chunk(3, dim=1)
     grey = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
@@ -146,13 +147,17 @@ def _hue_turned(pixels: Tensor, turn: Tensor, as_bytes: bool) -> Tensor:
         spread = saturation * value
     else:
         hue = hue + turn
-    # Red, green and blue are the value less the spread times a trapezium over the circle, each a
-    # third further.
-    start = torch.arange(5, 0, -2, dtype=pixels.dtype, device=pixels.device).view(1, 3, 1, 1)
-    place = (start + hue * 6).remainder_(6)
-    share = torch.minimum(place, 4 - place).clamp_(0, 1)
-    turned = value - spread * share
+    turned = value - spread * hue_shares(hue)
     return turned.add_(0.5).floor_() if as_bytes else turned
+
+
+def hue_shares(hue: Tensor) -> Tensor:
+    """(N, 3, H, W) of hues (N, 1, H, W), shares of a circle: red, green and blue are an image's
+    value less so much of its spread, a trapezium over the circle, each a third further.
+    """
+    start = torch.arange(5, 0, -2, dtype=hue.dtype, device=hue.device).view(1, 3, 1, 1)
+    place = (start + hue * 6).remainder_(6)
+    return torch.minimum(place, 4 - place).clamp_(0, 1)
 
 
 def _blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
@@ -161,23 +166,23 @@ def _blurred(pixels: Tensor, sigma: Tensor) -> Tensor:
     On a GPU these take a fraction of the time of the passes; deviation 0 changes nothing.
     """
     height, width = pixels.shape[-2:]
-    columns = _blur_matrices(width, sigma)
-    rows = columns if height == width else _blur_matrices(height, sigma)
+    columns = blur_matrices(width, sigma)
+    rows = columns if height == width else blur_matrices(height, sigma)
     with torch.autocast(pixels.device.type, enabled=False):
         return rows[:, None] @ pixels @ columns[:, None].mT
 
 
-def _blur_matrices(side: int, sigma: Tensor) -> Tensor:
+def blur_matrices(side: int, sigma: Tensor) -> Tensor:
     """(N, side, side): from a line of pixels to the blurred one, for each deviation ``sigma`` (N,).
 
     A box of radius r + a weighs 2r + 1 pixels alike and one more at each end by a (Gwosdek et al.
     2011, as in Pillow's BoxBlur.c).
     """
-    variance = sigma.square() / _BLUR_PASSES
+    variance = sigma.square() / BLUR_PASSES
     radius = (((12 * variance + 1).sqrt() - 1) / 2).floor()
     taps_inside, over = 2 * radius + 1, radius * (radius + 1) - 3 * variance
     part = taps_inside * over / (6 * (variance - (radius + 1).square()))
-    distance = torch.arange(-_BLUR_REACH, _BLUR_REACH + 1, device=sigma.device)
+    distance = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=sigma.device)
     away = distance.abs() - radius[:, None]  # (N, taps): up to 0 inside of the box, 1 where it ends
     weights = torch.where(away <= 0, 1.0, torch.where(away == 1, part[:, None], 0.0))
     weights = weights / weights.sum(1, keepdim=True)
