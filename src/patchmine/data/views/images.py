@@ -60,7 +60,7 @@ class TrainView:
         size, scaled = settings.image_size, settings.decode == "scaled"
         (crop,), (box,) = image.crops([box], [size], scaled)
         geometry = Geometry(box, size, flip)
-        pixels = resize(crop, size, settings.interpolation)
+        pixels = resize(crop, size, settings.interpolation).contiguous()
         return _sample(pixels, geometry, (height, width), target)
 
     def takes_together(self, image: NDArray[np.uint8]) -> bool:
