@@ -182,8 +182,8 @@ def jpeg_pixels(
     if operator is None:
         return jpeg_by_pil(data, header, channels, rows)
     # A copy, since torch warns about memory that it may not write to
-    whole = header.height if rows is None else rows
-    buffer = torch.frombuffer(headers.first_rows(data, header, whole), dtype=torch.uint8)
+    shorter = headers.first_rows(data, header, header.least_rows(rows))
+    buffer = torch.frombuffer(shorter, dtype=torch.uint8)
     with damage("is a truncated or damaged JPEG"):
         return operator(buffer, _GREY if channels == 1 else _COLOUR, False)
 
@@ -201,8 +201,7 @@ def jpeg_by_pil(
     end = data.rfind(_JPEG_END)
     if end < 0 or data.find(_JPEG_SCAN, end) >= 0:
         raise DecodeError("is a truncated JPEG")
-    whole = header.height if rows is None else rows
-    image = _open(headers.plain_jpeg(headers.first_rows(data, header, whole)))
+    image = _open(headers.plain_jpeg(data, header.least_rows(rows)))
     if scale > 1:
         mode = "L" if channels == 1 else "RGB"
         image.draft(mode, (image.width // scale, image.height // scale))

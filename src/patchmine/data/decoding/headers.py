@@ -35,6 +35,10 @@ class JpegHeader(NamedTuple):
     rows_at: int
     by_rows: bool
 
+    def least_rows(self, wanted: int | None) -> int:
+        """Rows that must be decoded to have the first ``wanted``, of None all."""
+        return min(wanted or self.height, self.height) if self.by_rows else self.height
+
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
     """Everything up to the first scan, as libjpeg goes through it; takes about 10 microseconds."""
@@ -55,28 +59,34 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
 
 
 def first_rows(data: bytes, header: JpegHeader, rows: int) -> bytearray:
-    """A copy of a JPEG that holds ``rows`` of its picture, so that libjpeg decodes no more.
+    """A copy of a JPEG that says it has so many rows, so that libjpeg decodes no more.
 
     The rest of the scan it passes over, up to the end marker, which must be there as before.
     """
     shorter = bytearray(data)
-    if header.by_rows and rows < header.height:
-        struct.pack_into(">H", shorter, header.rows_at, rows)
+    struct.pack_into(">H", shorter, header.rows_at, rows)
     return shorter
 
 
-def plain_jpeg(data: bytes | bytearray) -> bytes:
-    """The same picture without what is beside it, at which PIL may stumble."""
-    kept = [data[:2]]
+def plain_jpeg(data: bytes, rows: int | None = None) -> bytes:
+    """The same picture without what is beside it, at which PIL may stumble.
+
+    ``rows``: as of `first_rows`; None: all of them.
+    """
+    kept: list[bytes | bytearray | memoryview] = [data[:2]]
     for marker, start, end in _segments(data):
         if marker == _SOS:
-            return b"".join([*kept, data[start - 4 :]])
+            return b"".join([*kept, memoryview(data)[start - 4 :]])
         if marker == _APP14 or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(data[start - 4 : end])
-    return bytes(data)
+            if marker in _FRAMES and rows is not None and end - start >= 6:
+                head = bytearray(kept[-1])
+                struct.pack_into(">H", head, 5, rows)
+                kept[-1] = head
+    return data
 
 
-def _segments(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(marker, start, end) of each segment's contents, up to the head of the first scan."""
     place = 2
     while (place := data.find(b"\xff", place) + 1) and place + 2 < len(data):
