@@ -35,7 +35,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, NUM_LOCAL, GLOBAL_SCALE, LOCAL_SCALE = (0.2, 1.0), 8, (0.25, 1.0), (0.05, 0.25)
 _IMAGES, _CROP_IMAGES = 512, 100
 _CACHED = 10**10  # bytes, as cache_gb has it
-TURN = 128
+TURN = 256
 """Images of one turn, and of a batch from the cache."""
 CROP_TURN = 10
 """Images of one turn, of each of which several crops are made."""
