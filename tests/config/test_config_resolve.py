@@ -178,6 +178,7 @@ def test_what_may_differ_between_machines_is_said_at_the_setting() -> None:
     of_a_machine = {"data", "out", "device", "devices", "num_nodes", "workers", "init"}
     assert names_of_a_machine() == of_a_machine | {
         "annotations",
+        "cache",
         "eval_data",
         "eval_test",
         "monitor_data",
