@@ -56,6 +56,7 @@ MASKED = {"look": "masked"}
 HEAD = {"look": "masked", "predictor": "head"}
 OBSERVED = {"look": "masked", "score": "observed", "predictor": "head"}
 ORACLE = {"look": "masked", "score": "observed", "num_looks": 8, "prediction": "none"}
+CROSS = {"decoder_attention": "cross", "predicted_share": 1 / 3}
 ROWS = {
     "mae": Row("mae"),
     "prediction-alone": Row("hpm", {"alpha_end": 0.0}),
@@ -76,7 +77,8 @@ ROWS = {
     "blocks-2": Row("mae", {"mask_block": 2}),
     "blocks-4": Row("mae", {"mask_block": 4}),
     "green-noise": Row("mae", {"mask_noise": "green"}),
-    "cross": Row("mae", {"decoder_attention": "cross", "predicted_share": 0.34}),
+    "cross": Row("mae", CROSS),
+    "cross-masked-head": Row("hpm", {**HEAD, **CROSS}),
     "amt": Row("amt"),
     "emae": Row("emae"),
     "semaim": Row("semaim"),
@@ -118,6 +120,7 @@ CLAIMS = (
     ("mining adds to predicting", "hpm", "prediction-alone"),
     ("a masked look is worth the whole image's", "masked", "hpm"),
     ("the cheap rung", "masked-head", "mae"),
+    ("a cross-attention decoder is worth MAE's", "cross", "mae"),
     ("AMT", "amt", "mae"),
     ("EMAE", "emae", "mae"),
     ("SemAIM", "semaim", "mae"),

@@ -71,6 +71,8 @@ def test_a_run_tells_whether_mining_follows_the_image(image_folder: Path, tmp_pa
         data=image_folder, out=tmp_path / "run", say=lambda _: None, **(TINY | RUNGS["masked"])
     )
     lines = [line for line in run.metrics() if "loss" in line]
+    with pytest.raises(patchmine.UserError, match=r"has method\.predictor=head: use what=encoder"):
+        run.export(tmp_path / "full.safetensors", what="full")
     assert len(lines) == 16
     assert all(-1 <= line["rank_correlation"] <= 1 for line in lines)
     assert all(line["position_share"] <= 1 for line in lines)

@@ -208,6 +208,11 @@ def _check_full(method: MethodSettings, run: RunFolder) -> None:
             "what=full writes files for the authors' code, whose decoder attends to all tokens, "
             f"and {run.path} has method.decoder_attention=cross: use what=encoder"
         )
+    if getattr(method, "predictor", "decoder") == "head":
+        raise UserError(
+            "what=full writes files for the authors' code, in which a second decoder predicts "
+            f"losses, and {run.path} has method.predictor=head: use what=encoder"
+        )
 
 
 def _as_videomae(tensors: dict[str, Tensor], method: Method | None) -> dict[str, Tensor]:
