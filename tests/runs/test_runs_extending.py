@@ -197,3 +197,25 @@ def test_a_run_without_a_checkpoint_is_refused(hpm: patchmine.Run, tmp_path: Pat
 def test_the_refusal_of_a_longer_resume_names_extend(hpm: patchmine.Run) -> None:
     with pytest.raises(UserError, match=r"`patchmine extend \S+ epochs=400 out=\.\.\.`"):
         patchmine.resume(hpm.path, epochs=400, say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "amt", **DECODER}, {"method": "hpm", "method.look": "memory", **DECODER}],
+    ids=["amt", "hpm"],
+)
+def test_maps_of_images_are_taken_over_with_the_same_images_alone(
+    settings: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    # Longer than the first epochs, which AMT masks at random.
+    run = patchmine.pretrain(data=images, out=tmp_path / "run", steps=15, **TINY, **settings)
+    maps = state(run.checkpoints[-1])["maps.values"]
+    assert maps.float().std() > 5
+    longer = run.extend(tmp_path / "longer", steps=10, keep_checkpoints=9, say=lambda _: None)
+    assert torch.equal(state(longer.checkpoints[0])["maps.values"], maps)
+    others = draw_images(tmp_path / "others", 24, ("cat", "dog"))
+    other = run.extend(
+        tmp_path / "other", data=others, steps=10, keep_checkpoints=9, say=lambda _: None
+    )
+    assert len(state(other.checkpoints[0])["maps.values"]) == 0
+    assert state(other.checkpoints[-1])["maps.values"].shape == (24, 16)

@@ -13,6 +13,7 @@ from patchmine.config.schema import AnyConfig, PretrainConfig
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import Spec
 from patchmine.errors import Say, UserError, shown_name, silent
+from patchmine.models.maps import ItemMaps
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.known import settings_to_extend
 from patchmine.runs.preparing import NO_SOURCES
@@ -81,10 +82,13 @@ def _first(
     run, own = before.path.parent.parent, task.state_dict()
     if "weights" in own:  # of classes, by the labels and settings of now
         before.model["weights"] = own["weights"]
+    identity = identity_of(task, images)
+    same = before.facts.get("identity", {}).get("data") == identity["data"]
+    _settle_maps(task, own, before.model, same)
     _refuse_misfit(own, config, before)
     trained = dict(pair for group in task.param_groups() for pair in group.params)
     state = fitting_state(trained, before.optimizer)
-    facts = {"identity": identity_of(task, images), "settings": results_of(config)}
+    facts = {"identity": identity, "settings": results_of(config)}
     kept = {name.rsplit(".", 1)[0] for name in state}
     place.say(
         f"{shown_name(run)}, step {before.step}: all of its {len(before.model)} tensors are taken "
@@ -97,6 +101,17 @@ def _first(
             path = save(path, 0, before.model, state, facts, keep=config.keep_checkpoints)
         return load(path)
     return Checkpoint(path, 0, before.model, state, facts)
+
+
+def _settle_maps(task: Task, own: dict[str, Tensor], before: dict[str, Tensor], same: bool) -> None:
+    """Maps of the items are no part of the network: they are taken over with the ``same`` items."""
+    for name, module in task.named_modules():
+        table = f"{name}.values"
+        if isinstance(module, ItemMaps) and table in before:
+            if same:
+                own[table] = before[table]
+            else:
+                before[table] = own[table]
 
 
 def _refuse_misfit(wanted: dict[str, Tensor], config: AnyConfig, before: Checkpoint) -> None:
