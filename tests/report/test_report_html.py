@@ -220,6 +220,11 @@ def test_what_is_said_of_pictures_follows_the_settings(make_run: MakeRun, tmp_pa
     assert "only the order" not in words
     assert "Plain reconstruction" not in words
     assert "Always the same images" not in report(tmp_path, make_run("c")).words
+    observed = of_method(make_run("d", samples=1), look="masked", score="observed")
+    assert "the EMA teacher makes of each patch behind a mask" in report(tmp_path, observed).words
+    words = report(tmp_path, of_method(make_run("e", samples=1), look="memory")).words
+    assert "earlier visits of the same training image" in words
+    assert "the EMA teacher" not in words
 
 
 def test_skipped_steps_are_drawn_only_where_there_were_some(
