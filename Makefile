@@ -1,5 +1,5 @@
 # make install   patchmine in .venv, ready to use (.venv/bin/patchmine); with TORCH=cpu TORCH_INDEX=... without CUDA's libraries
-# make demo      pre-train HPM on photographs, evaluate, write a report; BUDGET=230s is what training may take
+# make demo      pre-train HPM on photographs for 10 epochs, evaluate, write a report; BUDGET=1h trains for that long
 # make check     ruff, mypy --strict, documentation, its links and its notebook
 # make test      the test suite; `make test-all` adds the slow tests, `make test-bits` repeats those that ask for equal bits
 #                with the vectors of older processors, `make test-wheel` builds the wheel and uses it outside of the clone
@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 DEMO ?= runs/demo
-BUDGET ?= 230s
+BUDGET :=
 BASE ?= main
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,7 +71,7 @@ install-dev: $(DEV_READY)
 demo: export GOMP_SPINCOUNT ?= 3000
 demo: $(USER_READY)
 	@if [ -e $(DEMO)/config.yaml ]; then $(BIN)/patchmine resume $(DEMO); \
-	else $(BIN)/patchmine pretrain photos-demo out=$(DEMO) budget=$(BUDGET); fi
+	else $(BIN)/patchmine pretrain photos-demo out=$(DEMO) $(if $(BUDGET),budget=$(BUDGET)); fi
 	@$(BIN)/patchmine eval knn $(DEMO) data=embedded:photos/train test=embedded:photos/test pooling=mean baselines=true
 	@$(BIN)/patchmine report $(DEMO) out=$(DEMO)/report.html
 	@echo "Pictures, curves and the verdict in full are in $(DEMO)/report.html: open it in a browser."
