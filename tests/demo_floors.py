@@ -7,13 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ABOVE = {"random_init": 4.0, "raw_pixels": 20.0}
 """Points of top-1 by which the encoder has to be better than each baseline."""
-
-FEWEST_STEPS = 450
-"""Of a machine that manages fewer in the time of the demonstration nothing is asked."""
 
 
 def failures(result: dict[str, Any]) -> list[str]:
@@ -30,10 +25,4 @@ if __name__ == "__main__":
     run = Path(sys.argv[1])
     result = json.loads((run / "eval" / "knn.json").read_text())
     assert list(run.glob("samples/step-*.png")), f"{run} has no picture"
-    steps = yaml.safe_load((run / "config.yaml").read_text())["steps"]
-    found = failures(result)
-    if steps < FEWEST_STEPS:
-        text = f"{steps} steps are too few for the floors, which are for {FEWEST_STEPS}: {found}"
-        sys.stdout.write(f"{text}\n")
-        found = []
-    sys.exit("\n".join(found) or 0)
+    sys.exit("\n".join(failures(result)) or 0)
