@@ -88,14 +88,20 @@ def steps_on_a_gpu() -> dict[str, str]:
     return json.loads(made.stdout)
 
 
-def test_a_forward_pass_in_bf16_mixes_no_devices_and_asks_a_gpu_for_nothing(
-    name: str, progress: Progress, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Tensors without values, on a GPU that need not be there.  Not the backward pass, whose engine
-    # asks CUDA itself.
+@pytest.fixture
+def imagined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes it that there is a GPU with bf16."""
     monkeypatch.setattr(amp, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(Noise, "uniform", draw_there)
+
+
+@pytest.mark.usefixtures("imagined")
+def test_a_forward_pass_in_bf16_mixes_no_devices_and_asks_a_gpu_for_nothing(
+    name: str, progress: Progress
+) -> None:
+    # Tensors without values, on a GPU that need not be there.  Not the backward pass, whose engine
+    # asks CUDA itself.
     method, mode = build(name), FakeTensorMode()
     batch = put_on("cuda", method, images(method), mode)
     with mode:
@@ -105,12 +111,8 @@ def test_a_forward_pass_in_bf16_mixes_no_devices_and_asks_a_gpu_for_nothing(
     assert {(loss.device.type, loss.dtype) for loss in found.values()} == {("cuda", torch.float32)}
 
 
-def test_looks_ask_a_gpu_for_nothing(
-    looking: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(amp, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-    monkeypatch.setattr(Noise, "uniform", draw_there)
+@pytest.mark.usefixtures("imagined")
+def test_looks_ask_a_gpu_for_nothing(looking: dict[str, Any]) -> None:
     method, mode = build_hpm(looking), FakeTensorMode()
     batch = put_on("cuda", method, images(method), mode)
     with mode:
@@ -128,16 +130,18 @@ def test_a_whole_step_stays_on_its_gpu_and_its_optimizers_are_fused(
     assert steps_on_a_gpu[name] == ""
 
 
-@AS_TORCH_TRACES
-def test_a_compiled_method_is_one_graph_that_schedules_do_not_make_anew(
-    traced: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Noise, "uniform", draw_there)  # which is of no graph
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # nor are checks of shapes
-    method, twin = build(traced), build(traced)
+@pytest.fixture
+def traceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is of no graph is replaced, or left out."""
+    monkeypatch.setattr(Noise, "uniform", draw_there)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes
+
+
+def assert_one_graph(method: Method, twin: Method, first: tuple[int, ...]) -> None:
+    """Compiled in its ``first`` steps alone, it computes what its twin computes uncompiled."""
     torch._dynamo.reset()
     whole = torch.compile(method, backend="eager", fullgraph=True)
-    for step in (*FIRST, *LATER):
+    for step in (*first, *LATER):
         progress = Progress(step, 400, 2)
         torch.manual_seed(step)
         expected = optimise(twin, images(twin), progress)
@@ -148,20 +152,15 @@ def test_a_compiled_method_is_one_graph_that_schedules_do_not_make_anew(
 
 
 @AS_TORCH_TRACES
-def test_looks_are_one_graph_too(looking: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Noise, "uniform", draw_there)
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    method, twin = build_hpm(looking), build_hpm(looking)
-    torch._dynamo.reset()
-    whole = torch.compile(method, backend="eager", fullgraph=True)
-    for step in (0, 250, 252, *LATER):
-        progress = Progress(step, 400, 2)
-        torch.manual_seed(step)
-        expected = optimise(twin, images(twin), progress)
-        torch.manual_seed(step)
-        with torch.compiler.set_stance("fail_on_recompile" if step in LATER else "default"):
-            found = optimise(method, images(method), progress, whole)
-        assert torch.equal(found, expected), step
+@pytest.mark.usefixtures("traceable")
+def test_a_compiled_method_is_one_graph_that_schedules_do_not_make_anew(traced: str) -> None:
+    assert_one_graph(build(traced), build(traced), FIRST)
+
+
+@AS_TORCH_TRACES
+@pytest.mark.usefixtures("traceable")
+def test_looks_are_one_graph_too(looking: dict[str, Any]) -> None:
+    assert_one_graph(build_hpm(looking), build_hpm(looking), (0, 250, 252))
 
 
 @AS_TORCH_TRACES

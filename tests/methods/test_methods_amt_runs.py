@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 import patchmine
+from fixtures.small_runs import assert_resumes
 from patchmine.cli.app import app
 from patchmine.config.schema import PretrainConfig
 from patchmine.data.sources.source import open_source
@@ -76,14 +77,7 @@ def test_resumed_is_as_if_never_stopped(
     if not options:
         assert whole["model.maps.values"].shape == (36, 16)
         assert whole["model.maps.values"].float().std() > 5
-    for path in run.checkpoints:
-        if int(path.stem.removeprefix("step-")) > step:
-            path.unlink()
-    patchmine.resume(run.path, workers=1, say=lambda _: None)
-    again = weights(run)
-    assert whole.keys() == again.keys()
-    for name, value in whole.items():
-        assert torch.equal(again[name], value), name
+    assert_resumes(run, step, weights)
     assert run.method()(*last_item())["loss"].isfinite()
 
 

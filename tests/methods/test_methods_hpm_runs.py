@@ -6,33 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import patchmine
+from fixtures.small_runs import DECODER, SMALL, VIT, assert_resumes
 
 # Epochs of 4 steps, hard patches from the first one on.
 TINY = {
+    **SMALL,
+    **VIT,
+    **DECODER,
     "method": "hpm",
-    "model": "vit_tiny_patch16_224",
-    "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2},
-    "image_size": 16,
-    "patch_size": 4,
-    "batch_size": 8,
-    "steps": 16,
-    "blr": 1e-2,
-    "warmup_epochs": 0,
-    "method.decoder_embed_dim": 16,
     "method.decoder_depth": 2,
-    "method.decoder_num_heads": 2,
     "method.alpha_start": 0.5,
     "method.ema_start": 0.9,
-    "workers": 0,
+    "steps": 16,
+    "blr": 1e-2,
     "sample_every": 8,
     "log_every": 1,
     "checkpoint_every": 2,
     "keep_checkpoints": 20,
-    "tensorboard": False,
-    "device": "cpu",
 }
 RUNGS = {
     "masked": {"method.look": "masked", "method.predictor": "head", "method.predictor_depth": 1},
@@ -49,27 +41,16 @@ RUNGS = {
 def test_resumed_is_as_if_never_stopped(
     options: dict[str, Any], step: int, image_folder: Path, tmp_path: Path, weights: Any
 ) -> None:
-    run = patchmine.pretrain(
-        data=image_folder, out=tmp_path / "run", say=lambda _: None, **(TINY | options)
-    )
+    run = patchmine.pretrain(data=image_folder, out=tmp_path / "run", **(TINY | options))
     whole = weights(run)
     if "method.every" in options or options["method.look"] == "memory":
         assert whole["model.maps.values"].shape == (36, 16)
         assert whole["model.maps.values"].float().std() > 5
-    for path in run.checkpoints:
-        if int(path.stem.removeprefix("step-")) > step:
-            path.unlink()
-    patchmine.resume(run.path, workers=1, say=lambda _: None)
-    again = weights(run)
-    assert whole.keys() == again.keys()
-    for name, value in whole.items():
-        assert torch.equal(again[name], value), name
+    assert_resumes(run, step, weights)
 
 
 def test_a_run_tells_whether_mining_follows_the_image(image_folder: Path, tmp_path: Path) -> None:
-    run = patchmine.pretrain(
-        data=image_folder, out=tmp_path / "run", say=lambda _: None, **(TINY | RUNGS["masked"])
-    )
+    run = patchmine.pretrain(data=image_folder, out=tmp_path / "run", **(TINY | RUNGS["masked"]))
     lines = [line for line in run.metrics() if "loss" in line]
     with pytest.raises(patchmine.UserError, match=r"has method\.predictor=head: use what=encoder"):
         run.export(tmp_path / "full.safetensors", what="full")

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import patchmine
-from fixtures.small_runs import DECODER, SMALL, VIT
+from fixtures.small_runs import DECODER, SMALL, VIT, assert_resumes
 from patchmine.models.cross_decoder import CrossBlock
 
 pytestmark = [pytest.mark.bitwise, pytest.mark.slow]
@@ -29,14 +28,7 @@ def test_it_resumes_exactly_and_leaves_an_encoder_only(
     run = patchmine.pretrain(
         data=image_folder, out=tmp_path / "run", keep_checkpoints=20, **settings
     )
-    whole = weights(run)
-    for path in run.checkpoints[1:]:
-        path.unlink()
-    patchmine.resume(run.path, workers=1, say=lambda _: None)
-    again = weights(run)
-    assert whole.keys() == again.keys()
-    for name, value in whole.items():
-        assert torch.equal(again[name], value), name
+    assert_resumes(run, 2, weights)
     assert all(isinstance(block, CrossBlock) for block in run.method().decoder.blocks)
     run.export(tmp_path / "encoder")
     assert (tmp_path / "encoder" / "model.safetensors").exists()

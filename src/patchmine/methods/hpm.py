@@ -25,7 +25,6 @@ from patchmine.methods.settings.hpm import HpmSettings
 from patchmine.models.decoder import (
     Decoder,
     DecoderInput,
-    LossHead,
     all_rows,
     check_decoder,
     count_predicted,
@@ -52,7 +51,7 @@ class HPM(Method):
     encoder: Encoder
     teacher: Teacher | None
     foreign: ForeignTeacher | None
-    predictor: Decoder | LossHead | None
+    predictor: Decoder | None
     maps: VisitMaps | None
 
     def __init__(self, config: HpmSettings, encoder: Encoder) -> None:
@@ -76,10 +75,10 @@ class HPM(Method):
         self.decoder_input, self.decoder = masked_decoder(encoder, self.grid, config, width)
         self.predictor = self._make_predictor(values)
         # Blocks of the decoder in front of a loss head; a second decoder has its own.
-        depth = config.predictor_depth or config.decoder_depth
-        self.shared_depth = depth if isinstance(self.predictor, LossHead) else 0
-        self.remembers = config.look == "memory"
         predicted = self.predictor is not None
+        shares = predicted and config.predictor == "head"
+        self.shared_depth = (config.predictor_depth or config.decoder_depth) if shares else 0
+        self.remembers = config.look == "memory"
         self.mines = self.remembers or config.score == "observed" or predicted
         needed = config.target == "ema" or (self.mines and not self.remembers)
         self.teacher = Teacher(own_statistics=False, **self._copied()) if needed else None
@@ -88,12 +87,12 @@ class HPM(Method):
             self.maps = VisitMaps(self.grid)
             self.inductive = False  # other images have no maps
 
-    def _make_predictor(self, values: int) -> Decoder | LossHead | None:
+    def _make_predictor(self, values: int) -> Decoder | None:
         """What predicts losses: a decoder of its own, or a head."""
         config = self.config
         if config.prediction == "none":
             return None
-        predictor = (Decoder if config.predictor == "decoder" else LossHead)(config, values)
+        predictor = Decoder(config, values, depth=0 if config.predictor == "head" else None)
         initialise(predictor)
         if config.losspred_head == "scalar":
             _shrink_head(predictor)
@@ -351,7 +350,7 @@ def _follows(difficulty: Tensor, error: Tensor, mask: Mask) -> Losses:
     }
 
 
-def predict_difficulty(predictor: Decoder | LossHead, tokens: Tensor, num_last: int) -> Tensor:
+def predict_difficulty(predictor: Decoder, tokens: Tensor, num_last: int) -> Tensor:
     """Predicted loss of the last ``num_last`` patches, float32 (B, num_last)."""
     features = predictor(tokens, num_last)
     # The published head has one output per value of a patch and averages them: the average of a
@@ -363,7 +362,7 @@ def predict_difficulty(predictor: Decoder | LossHead, tokens: Tensor, num_last: 
         return F.linear(features.float(), row, bias).squeeze(-1)
 
 
-def _shrink_head(predictor: Decoder | LossHead) -> None:
+def _shrink_head(predictor: Decoder) -> None:
     """Replace the head by a single output that starts from the mean row of the full one."""
     full = predictor.head
     predictor.head = nn.Linear(full.in_features, 1)

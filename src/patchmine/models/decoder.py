@@ -74,10 +74,11 @@ class DecoderInput(nn.Module):
 class Decoder(nn.Module):
     """Blocks of timm's, a norm, and a linear head that the method applies to the rows it wants.
 
-    Where the settings ask for it, the blocks are those of `cross_decoder`.
+    Where the settings ask for it, the blocks are those of `cross_decoder`.  ``depth``: how many, in
+    place of the settings' number; with 0 it is a norm and a head on what others have made.
     """
 
-    def __init__(self, settings: DecoderSettings, out_width: int) -> None:
+    def __init__(self, settings: DecoderSettings, out_width: int, depth: int | None = None) -> None:
         super().__init__()
         width, ratio = settings.decoder_embed_dim, settings.decoder_mlp_ratio
         if int(width * ratio) == 0:
@@ -89,7 +90,7 @@ class Decoder(nn.Module):
             CrossBlock(settings)
             if is_cross(settings)
             else Block(width, settings.decoder_num_heads, **sizes)
-            for _ in range(settings.decoder_depth)
+            for _ in range(settings.decoder_depth if depth is None else depth)
         )
         self.norm = norm(width)
         self.head = nn.Linear(width, out_width)
@@ -97,20 +98,6 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, num_last: int) -> Tensor:
         """Normalised features of the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
         return self.norm(last_rows(self.blocks, tokens, num_last))
-
-
-class LossHead(nn.Module):
-    """A norm and a linear head of a method's own, on rows that a decoder's blocks have made."""
-
-    def __init__(self, settings: DecoderSettings, out_width: int) -> None:
-        super().__init__()
-        width = settings.decoder_embed_dim
-        self.norm = nn.LayerNorm(width, eps=settings.decoder_norm_eps)
-        self.head = nn.Linear(width, out_width)
-
-    def forward(self, tokens: Tensor, num_last: int) -> Tensor:
-        """Normalised, the last ``num_last`` tokens: (B, N, W) -> (B, num_last, W)."""
-        return self.norm(tokens[:, -num_last:])
 
 
 def all_rows(blocks: nn.ModuleList, tokens: Tensor, num_last: int) -> Tensor:
