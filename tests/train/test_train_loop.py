@@ -297,6 +297,26 @@ with StopSignals():
     assert (done.returncode, done.stderr) == (130, "")
 
 
+def test_several_processes_ask_for_signals_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, clock = list[int](), 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    stop, asked_at = StopSignals(), list[int]()
+
+    def largest(number: int) -> int:
+        asked.append(number)
+        return number
+
+    for made in range(1, 41):
+        clock += 5.0 if made <= 3 else 0.25  # the first steps compile
+        before = len(asked)
+        stop.received = signal.SIGTERM if made > 30 else 0
+        found = stop.shared(made, largest)
+        if len(asked) > before:
+            asked_at.append(made)
+            assert found == stop.received
+    assert asked_at == [*range(1, 11), *range(12, 41, 4)]
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -91,6 +91,13 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(both: Any) -> No
         assert noise not in done.stdout + done.stderr
 
 
+def test_after_the_first_steps_processes_exchange_gradients_and_nothing_else(both: Any) -> None:
+    talks = json.loads((both[0] / "quiet/talks.json").read_text())
+    assert set(range(1, 11)) <= set(talks)  # they ask each other for signals
+    # Then about every second, and for the glance at the numbers of steps 20 and the last one's.
+    assert {step for step in talks if step > 10} == {20, 40}
+
+
 def test_torchrun_gives_the_same(both: Any, tmp_path: Path) -> None:
     done = start(*TORCHRUN, str(SCRIPT), str(tmp_path))
     assert "exitcode  : 143" in done.stderr

@@ -171,7 +171,7 @@ def train(
                 hooks.before_epoch(now)
             stepper.make(now, batches)
             _tell(stepper, done, done.step - first, keeper, log, hooks)
-            asked = _look(stepper, done, stop, keeper, hooks)
+            asked = _look(stepper, done, done.step - first, stop, keeper, hooks)
             if asked and done.step < total:
                 engine.barrier()  # the checkpoint is written before any process ends
                 name = signal.Signals(asked).name
@@ -215,7 +215,9 @@ def _tell(
         log.say_first_checkpoint(done.step, first_checkpoint)
 
 
-def _look(stepper: Stepper, done: Progress, stop: StopSignals, keeper: Keeper, hooks: Hooks) -> int:
+def _look(
+    stepper: Stepper, done: Progress, made: int, stop: StopSignals, keeper: Keeper, hooks: Hooks
+) -> int:
     """What is due between two steps: a picture, scores, a checkpoint.  Gives the signal to stop."""
     settings, engine = stepper.settings, stepper.engine
     with stepper.watch.paused():
@@ -223,7 +225,8 @@ def _look(stepper: Stepper, done: Progress, stop: StopSignals, keeper: Keeper, h
             hooks.on_sample(done)
         scores = hooks.on_epoch(done) if _due(done, done.steps_per_epoch) else None
         stepper.task.train()
-        asked = engine.largest(stop.received)
+        alone = engine.world_size == 1
+        asked = stop.received if alone else stop.shared(made, engine.largest)
         best = keeper.is_best(scores, done)
         last = asked or best or keeper.is_exhausted(done)
         if engine.is_main and (last or _due(done, save_every(settings, done))):

@@ -6,12 +6,17 @@ A lost terminal (SIGHUP) asks like a scheduler (SIGTERM, SIGUSR1) and a person (
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+ASKING_SECONDS = 1.0  # how long a signal to one process may take until all of them know
+_FIRST_STEPS = 10  # in which processes ask each other after every one, and learn how long they take
 
 WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -40,9 +45,24 @@ class StopSignals:
     def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
         self.received = 0
         self._on_stop = on_stop
+        self._every = 1  # steps
+        self._half_way = math.nan
         self._unwinding = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
+
+    def shared(self, made: int, largest: Callable[[int], int]) -> int:
+        """The signal that any of several processes received, or 0; to be called after every step.
+
+        ``largest`` gives that of the processes' numbers, for which they wait for each other: after
+        each of the first steps, of which ``made`` is the count, then about every second.
+        """
+        if made == _FIRST_STEPS // 2:
+            self._half_way = time.perf_counter()
+        elif made == _FIRST_STEPS:
+            seconds = (time.perf_counter() - self._half_way) / (_FIRST_STEPS - _FIRST_STEPS // 2)
+            self._every = max(1, largest(int(ASKING_SECONDS / seconds)))
+        return largest(self.received) if made % self._every == 0 else 0
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
