@@ -27,7 +27,6 @@ from patchmine.train.loop import Hooks, Keeper, train
 from patchmine.train.settings import TrainSettings
 from patchmine.types import Batch, Progress
 
-
 COLLECTIVES = (
     "all_reduce",
     "all_gather",

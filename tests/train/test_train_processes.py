@@ -76,6 +76,8 @@ def test_the_log_is_written_once_and_averages_over_processes(
 
     together, alone = read(both[0] / "plain"), read(tmp_path / "alone")
     assert [line["step"] for line in together] == [4, 8, 12]
+    assert all(line["slowest_rank"] in (0, 1) for line in together)
+    assert [len(line["data_wait_by_rank"]) for line in together] == [2, 2, 2]
     assert [line["loss"] for line in together] == pytest.approx(
         [line["loss"] for line in alone], rel=1e-5
     )

@@ -20,6 +20,10 @@ _ABOUT = {
     "is faster. A drop means that something else uses the machine, or the data come late.",
     "data_wait": "Share of the time spent waiting for data: lower is better. Above a tenth, more "
     "workers help.",
+    "slowest_rank": "Number of the process that took longest for its own part of a step. One and "
+    "the same all along: look at its machine, or its data.",
+    "slowest_over_others": "How long the slowest process takes for its own part of a step, where "
+    "the others take 1: near 1 is good. All wait for it.",
     "skipped": "Steps without a finite gradient, which were left out: 0 is good. More than a few: "
     "try a lower blr.",
     "monitor.rankme": "How many directions the features use, without labels: higher is mostly "

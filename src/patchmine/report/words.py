@@ -15,6 +15,8 @@ TITLES = {
     "lr": "Learning rate",
     "images_per_second": "Speed, samples/s",
     "data_wait": "Waiting for data",
+    "slowest_rank": "Slowest process",
+    "slowest_over_others": "Slowest process over the others",
     "skipped": "Skipped steps",
     "grad_norm": "Gradient norm",
     "knn": "kNN",

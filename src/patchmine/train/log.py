@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,14 +72,33 @@ class Meter:
         }
 
 
+class Interval(NamedTuple):
+    """Steps, the seconds that they took, and of these the seconds of waiting for data and of
+    computing losses: both are a process's own, while in the rest it may wait for others.
+    """
+
+    steps: int
+    seconds: float
+    waited: float
+    computed: float
+
+    def since(self, other: Interval) -> Interval:
+        """What came to this after ``other``; of the seconds at least a moment."""
+        steps, seconds, *rest = (mine - theirs for mine, theirs in zip(self, other, strict=True))
+        return Interval(int(steps), max(seconds, 1e-9), *rest)
+
+
+_BEGINNING = Interval(0, 0.0, 0.0, 0.0)
+
+
 class Stopwatch:
-    """Steps, seconds and seconds of waiting for data since the last reading, pauses not counted."""
+    """Steps and seconds since the last reading, pauses not counted."""
 
     def __init__(self) -> None:
         self.steps = 0
-        self._waited = 0.0
+        self._waited = self._computed = 0.0
         self._started = time.perf_counter()
-        self._glanced = (0, 0.0, 0.0)
+        self._glanced = _BEGINNING
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -89,26 +108,35 @@ class Stopwatch:
         self._waited += time.perf_counter() - began
 
     @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around the losses of a batch; of a GPU it is the time that the host takes."""
+        began = time.perf_counter()
+        yield
+        self._computed += time.perf_counter() - began
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Around what is no training (evaluation, pictures, checkpoints)."""
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began
 
-    def read(self) -> tuple[int, float, float]:
-        """(steps, seconds, seconds waited), and start anew."""
-        now = time.perf_counter()
-        found = self.steps, max(now - self._started, 1e-9), self._waited
-        self.steps, self._waited, self._started = 0, 0.0, now
-        self._glanced = (0, 0.0, 0.0)
+    def read(self) -> Interval:
+        """All since the last reading, and start anew."""
+        found = self._now().since(_BEGINNING)
+        self.steps, self._waited, self._computed = 0, 0.0, 0.0
+        self._started = time.perf_counter()
+        self._glanced = _BEGINNING
         return found
 
-    def glance(self) -> tuple[int, float, float]:
+    def glance(self) -> Interval:
         """The same since the last glance or reading, and the interval goes on."""
-        steps, seconds, waited = self._glanced
-        now = self.steps, time.perf_counter() - self._started, self._waited
-        self._glanced = now
-        return now[0] - steps, max(now[1] - seconds, 1e-9), now[2] - waited
+        before, self._glanced = self._glanced, self._now()
+        return self._glanced.since(before)
+
+    def _now(self) -> Interval:
+        passed = time.perf_counter() - self._started
+        return Interval(self.steps, passed, self._waited, self._computed)
 
 
 class Log:

@@ -20,7 +20,7 @@ from patchmine.errors import UserError
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, NotFiniteError, newest_finite, save
 from patchmine.train.engine import Engine
-from patchmine.train.log import Log
+from patchmine.train.log import Interval, Log
 from patchmine.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
 from patchmine.train.settings import LoggingSettings, SavingSettings, TrainSettings
 from patchmine.train.signals import Interrupted, StopSignals
@@ -319,9 +319,9 @@ def _say_skipped(skipped: int, stepper: Stepper, total: int, log: Log) -> None:
 def _glance(stepper: Stepper, done: Progress, log: Log) -> float:
     """Show the numbers within an interval, which goes on; gives the seconds of a step."""
     means = stepper.meter.glance(stepper.engine.mean)
-    steps, seconds, waited = stepper.watch.glance()
-    log.show(_line(stepper, done, means, steps, seconds, waited))
-    return seconds / steps
+    spent = stepper.watch.glance()
+    log.show(_line(stepper, done, means, spent))
+    return spent.seconds / spent.steps
 
 
 def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> float:
@@ -331,8 +331,10 @@ def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> float:
     means = stepper.meter.read(stepper.engine.mean)
     skipped, in_a_row = stepper.read_skips()
     means |= {"skipped": skipped}
-    steps, seconds, waited = stepper.watch.read()
-    log.write(_line(stepper, done, means, steps, seconds, waited))
+    spent = stepper.watch.read()
+    log.write(
+        _line(stepper, done, means, spent) | stepper.slowest.of(spent, stepper.engine, log.say)
+    )
     if in_a_row >= min(MAX_SKIPPED, done.total_steps):
         good = newest_finite(folder)
         kept = f"; the last good state is {good}" if good else ""
@@ -341,18 +343,13 @@ def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> float:
             f"{done.total_steps}), so training stopped{kept}; start a new run with "
             f"{_calmer(stepper)}"
         )
-    return seconds / steps
+    return spent.seconds / spent.steps
 
 
 def _line(
-    stepper: Stepper,
-    done: Progress,
-    found: Mapping[str, float],
-    steps: int,
-    seconds: float,
-    waited: float,
-) -> dict[str, float]:
-    """A line of metrics.jsonl on what was ``found`` in so many steps and seconds."""
+    stepper: Stepper, done: Progress, found: Mapping[str, float], spent: Interval
+) -> dict[str, Any]:
+    """A line of metrics.jsonl on what was ``found`` in an interval."""
     batch_size = stepper.settings.batch_size
     return {
         "step": done.step,
@@ -360,8 +357,8 @@ def _line(
         "samples": done.step * batch_size,
         **found,
         **stepper.rates,
-        "images_per_second": round(steps * batch_size / seconds, 2),
-        "data_wait": round(waited / seconds, 4),
+        "images_per_second": round(spent.steps * batch_size / spent.seconds, 2),
+        "data_wait": round(spent.waited / spent.seconds, 4),
     }
 
 

@@ -14,6 +14,7 @@ from patchmine.train.checkpoint import refuse_shared
 from patchmine.train.engine import Engine
 from patchmine.train.log import Meter, Stopwatch
 from patchmine.train.settings import TrainSettings, fitting_counts
+from patchmine.train.slowest import Slowest
 from patchmine.types import Batch, Progress
 
 
@@ -44,6 +45,7 @@ class Stepper:
         self.rates: dict[str, float] = {}
         self.meter = Meter()
         self.watch = Stopwatch()
+        self.slowest = Slowest()
         # Of skipped steps: in this interval, in a row until now, longest row, in all.
         self._skips = torch.zeros(4, device=engine.device)
 
@@ -93,7 +95,8 @@ class Stepper:
     def _add_gradient(self, batch: Batch, progress: Progress, micro: int) -> None:
         first_row = (micro * self.engine.world_size + self.engine.rank) * self.rows
         self.task.noise.begin(progress.step, first_row, self.settings.batch_size)
-        losses = self.forward(batch, progress)
+        with self.watch.computing():
+            losses = self.forward(batch, progress)
         loss: Tensor = losses["loss"]
         # A loss that is not finite turns the gradient into NaN, which reaches every process
         # together with the gradients, so that all skip the step without asking each other.
