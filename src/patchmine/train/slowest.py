@@ -38,7 +38,7 @@ class Slowest:
             self._told = True
             cause = "reading its data" if every[rank].waited > own[rank] / 2 else "computing"
             say(
-                f"rank {rank} takes {ratio:.1f} times as long as the others for its part of a step, "
+                f"rank {rank} takes {ratio:.1f} times as long as the others for its own part, "
                 f"mostly {cause}, and they wait for it: slowest_rank and data_wait_by_rank in "
                 "metrics.jsonl say whether it stays so"
             )
