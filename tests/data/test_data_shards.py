@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchmine.data.sources import index, shards
+from patchmine.data.sources import index, shards, stored
 from patchmine.data.sources.shards import ShardSource, open_shards
 from patchmine.errors import UserError
 
@@ -177,7 +177,7 @@ def test_forked_processes_share_open_files_without_disturbing_each_other(pair: l
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_opened", lru_cache(maxsize=2)(shards._opened.__wrapped__))
+    monkeypatch.setattr(stored, "_opened", lru_cache(maxsize=2)(stored._opened.__wrapped__))
     files = [
         write_tar(tmp_path / f"{number}.tar", (f"{number}.jpg", image(number)))
         for number in range(6)

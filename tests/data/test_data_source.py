@@ -201,7 +201,8 @@ def test_no_classes_at_all() -> None:
         ("~nobody-of-this-name/x", r"there is no such file or folder"),
         ("caf\udce9", r"data=caf\\xe9: there is no such file or folder"),
         ("loop", r"cannot be opened"),
-        ("x.parquet", r"a file that ends in \.parquet is no source of images"),
+        ("x.h5", r"a file that ends in \.h5 is no source of images"),
+        ("x.parquet", r"the file x\.parquet cannot be read as Parquet"),
     ],
     ids=lambda text: (
         text[:20].encode("ascii", "backslashreplace").decode() if isinstance(text, str) else None
@@ -210,7 +211,7 @@ def test_no_classes_at_all() -> None:
 def test_what_cannot_be_a_source_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str
 ) -> None:
-    for name in ("1.jpg", "x.parquet"):
+    for name in ("1.jpg", "x.h5", "x.parquet"):
         (tmp_path / name).touch()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")

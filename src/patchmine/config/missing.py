@@ -34,4 +34,4 @@ def _neighbour(name: str) -> str:
     beside = [other.name for other in path.parent.iterdir()] if exists(str(path.parent)) else []
     if near := nearest(path.name, beside, 1):
         return f"; did you mean {shown_name(path.parent / near[0])}?"
-    return ": give a folder, a list file, tar shards or embedded:photos"
+    return ": give a folder, a list file, tar shards, Parquet files or embedded:photos"

@@ -48,7 +48,8 @@ class DataSettings(Strict):
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
     data: Annotated[Texts, OF_A_MACHINE] = Field(
-        description="give a folder, a list file, tar shards or embedded:photos, as in data=photos/"
+        description="give a folder, a list file, tar shards, Parquet files or embedded:photos, as "
+        "in data=photos/"
     )
     max_bad_share: Fraction = Field(0.05, description="share of broken images that ends the run")
 

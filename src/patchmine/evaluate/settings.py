@@ -96,7 +96,7 @@ class EvaluatedSettings(Strict):
         description="a run, an export, a file, a timm model, random-init:RUN or raw-pixels"
     )
     data: Texts = Field(
-        description="folder, list file, tar shards, embedded:photos; images or videos"
+        description="folder, list file, tar shards, Parquet, embedded:photos; images or videos"
     )
     weights: str = Field(
         "student", description="student, teacher, partner or partner-teacher; or a file"

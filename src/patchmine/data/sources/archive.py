@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import io
 import posixpath
 import re
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from patchmine.data.sources.members import NO_FILE, PassedOver
+from patchmine.data.sources.stored import Stored, opened
 from patchmine.errors import UserError, foreign_parser, shown_name
 
 LOST_LINK = "link to what is not in the archive"
@@ -45,7 +46,7 @@ class _DamagedError(Exception):
     """A header that cannot be read."""
 
 
-def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterator[Member]:
+def members(shard: Stored, passed_over: PassedOver, trouble: list[str]) -> Iterator[Member]:
     """The whole files of one archive in order; links stand for the member that they lead to.
 
     Args:
@@ -56,11 +57,12 @@ def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterato
     Raises:
         UserError: where this is no plain tar archive.
     """
-    size = shard.stat().st_size
+    archive = shard.reader()
+    size = archive.size
     if size < _BLOCK:
         trouble.append(f"was cut within its first header (it has {size} bytes)")
         return
-    refuse_packed(shard)
+    _refuse_packed(archive.read(0, _BLOCK), shard.name)
     targets: dict[str, list[tarfile.TarInfo]] | None = None
     for info in _headers(shard, trouble):
         name = _plain(info.name)
@@ -79,20 +81,20 @@ def members(shard: Path, passed_over: PassedOver, trouble: list[str]) -> Iterato
             passed_over.add(NO_FILE, name)
 
 
-def _headers(shard: Path, trouble: list[str]) -> Iterator[tarfile.TarInfo]:
+def _headers(shard: Stored, trouble: list[str]) -> Iterator[tarfile.TarInfo]:
     """Every header of a file whose data are whole, of all archives written one behind the other."""
-    with shard.open("rb") as handle:
+    with opened(shard) as handle:
         place: int | None = 0
         while place is not None:
-            end = yield from _part(handle, place, shard, trouble)
+            end = yield from _part(handle, place, shard.name, trouble)
             place = None if trouble else _next_part(handle, end + -end % _BLOCK, trouble)
 
 
 def _part(
-    handle: BinaryIO, place: int, shard: Path, trouble: list[str]
+    handle: BinaryIO, place: int, shard: str, trouble: list[str]
 ) -> Generator[tarfile.TarInfo, None, int]:
     """Headers of the archive that starts at ``place``; returns where the last one's data end."""
-    size, end = os.fstat(handle.fileno()).st_size, place
+    size, end = handle.seek(0, io.SEEK_END), place
     handle.seek(place)
     try:
         with (
@@ -149,7 +151,7 @@ def _plain(name: str) -> str:
     return re.sub(r"^(\.?/)+", "", name)
 
 
-def _targets(shard: Path) -> dict[str, list[tarfile.TarInfo]]:
+def _targets(shard: Stored) -> dict[str, list[tarfile.TarInfo]]:
     """The files and links of an archive by name, those of one name in order."""
     found: dict[str, list[tarfile.TarInfo]] = {}
     for info in _headers(shard, []):
@@ -179,7 +181,10 @@ def _resolve(
 def refuse_packed(shard: Path) -> None:
     """UserError where an archive is packed, with what unpacks it."""
     with shard.open("rb") as handle:
-        start = handle.read(6)
+        _refuse_packed(handle.read(6), shard)
+
+
+def _refuse_packed(start: bytes, shard: str | Path) -> None:
     for magic, (what, tool) in _PACKED.items():
         if start.startswith(magic):
             raise UserError(
@@ -188,13 +193,15 @@ def refuse_packed(shard: Path) -> None:
             )
 
 
-def read_member(handle: int, start: int, size: int, pieces: list[list[int]] | None = None) -> bytes:
-    """The bytes of a member, fewer where the archive is shorter; moves no position of the file."""
+def read_member(
+    read: Callable[[int, int], bytes], start: int, size: int, pieces: list[list[int]] | None = None
+) -> bytes:
+    """The bytes of a member, by ``read(start, length)``; fewer where the archive is shorter."""
     if pieces is None:
-        return os.pread(handle, size, start)
+        return read(start, size)
     data = bytearray(size)
     for place, length in pieces:
-        piece = os.pread(handle, length, start)
+        piece = read(start, length)
         if len(piece) < length:
             return b""
         data[place : place + length] = piece

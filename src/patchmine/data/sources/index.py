@@ -12,8 +12,9 @@ import logging
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -94,7 +95,7 @@ class Marks:
     """What a listing depends on: paths below its root, with the marks that tell their states."""
 
     def __init__(self) -> None:
-        self.marks: dict[str, list[int]] = {}
+        self.marks: dict[str, list[Any]] = {}
         self.settled = True  # whether nothing may change without another mark
         self._started = time.time_ns()
 
@@ -165,15 +166,23 @@ class IndexedSource(Source):
 
 
 def kept_index(
-    cache_dir: Path | None, what: str, kind: Kind, places: list[Path], make: Callable[[], Index]
+    cache_dir: Path | None,
+    what: str,
+    kind: Kind,
+    places: Sequence[str | Path],
+    make: Callable[[], Index],
+    holds: Callable[[Index], bool] | None = None,
 ) -> Index:
-    """The index kept of ``places`` (resolved) if it still holds, else a new one, then kept."""
+    """The index kept of ``places`` (resolved) if it still holds, else a new one, then kept.
+
+    ``holds``: whether it does; None: where the marks are those of files, at or below ``places``.
+    """
     if cache_dir is None:
         return make()
-    digest = hashlib.sha256(os.fsencode("\n".join(map(os.fspath, places)))).hexdigest()
+    digest = hashlib.sha256(os.fsencode("\n".join(map(str, places)))).hexdigest()
     file = cache_dir / f"{what}-{kind.name}-{digest[:20]}.index"
-    index = load(file)
-    if index is not None and index.stamp["rule"] == rule_of(kind) and _holds(index, places[0]):
+    index, holds = load(file), holds or partial(_holds, root=Path(places[0]))
+    if index is not None and index.stamp["rule"] == rule_of(kind) and holds(index):
         return index
     index = make()
     return save(index, file) if len(index) else index

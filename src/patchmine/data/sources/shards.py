@@ -10,9 +10,9 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from patchmine.data.sources import contract
 from patchmine.data.sources import index as indices
 from patchmine.data.sources.archive import Member, members, read_member
 from patchmine.data.sources.members import HEAD, PassedOver, is_hidden, reason_against
+from patchmine.data.sources.stored import Stored, local_files
 from patchmine.errors import UserError, foreign_parser, shown_name
 
 log = logging.getLogger(__name__)
@@ -38,24 +39,22 @@ class ShardSource(indices.IndexedSource):
 
     encoded = True
 
-    def __init__(
-        self, shards: Sequence[Path], marks: list[list[int]], index: indices.Index, name: str
-    ) -> None:
+    def __init__(self, shards: Sequence[Stored], index: indices.Index, name: str) -> None:
         super().__init__(name, index, index.stamp["cut"])
-        self.shards, self.marks = list(shards), marks
+        self.shards = list(shards)
 
     def read(self, index: int) -> bytes:
         return self._read(index, "start", "size", self.index.stamp["pieces"].get(str(index)))
 
     def identity(self, index: int) -> bytes | None:
         columns = self.index.columns
-        shard = indices.file_identity(os.fspath(self.shards[columns["shard"][index]]))
+        shard = self.shards[columns["shard"][index]].identity()
         place = f"{columns['start'][index]}\0{columns['size'][index]}"
         return None if shard is None else shard + b"\0" + place.encode()
 
     def path(self, index: int) -> str:
         """``shard:member``."""
-        return f"{self.shards[self.index.columns['shard'][index]]}:{self.index.path(index)}"
+        return f"{self.shards[self.index.columns['shard'][index]].name}:{self.index.path(index)}"
 
     def key(self, index: int) -> str:
         """The path before it came into the shard, where its JSON tells; else the member's name."""
@@ -106,54 +105,32 @@ class ShardSource(indices.IndexedSource):
         self, index: int, start: str, size: str, pieces: list[list[int]] | None = None
     ) -> bytes:
         columns = self.index.columns
-        number, length = int(columns["shard"][index]), int(columns[size][index])
-        shard = _opened(self.shards[number], tuple(self.marks[number]))
-        data = read_member(shard.handle, int(columns[start][index]), length, pieces)
-        if len(data) < length or shard.was_replaced:
+        shard, length = self.shards[columns["shard"][index]], int(columns[size][index])
+        data = read_member(shard.read, int(columns[start][index]), length, pieces)
+        if len(data) < length or shard.was_replaced():
             missing = length - len(data)
             fault = f"ends {missing} bytes too early" if missing else "is not where it was"
             raise OSError(f"{self.path(index)} {fault}: the shard was changed meanwhile")
         return data
 
 
-class _OpenShard:
-    """A file descriptor that closes when nobody holds it."""
-
-    def __init__(self, path: Path, mark: tuple[int, ...]) -> None:
-        self.handle = -1
-        self.handle = os.open(path, os.O_RDONLY | contract.NO_WAIT)
-        size, modified, _, inode = indices.mark_of(os.fstat(self.handle))
-        changed = mark[2]  # by a new mode or owner perhaps, which does no harm
-        self.was_replaced = (size, modified, changed, inode) != mark
-
-    def __del__(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-
-
-# Far below the usual limit of 1,024 files; forked processes may share them, since `pread` leaves no
-# position behind.
-_opened = lru_cache(maxsize=64)(_OpenShard)
-
-
 def open_shards(
     shards: Sequence[Path], name: str, cache_dir: Path | None, kind: contract.Kind = contract.IMAGES
 ) -> ShardSource:
     """The items of some tar shards, also what is whole in one that was cut; UserError if none."""
-    marks, places = indices.Marks(), [shard.resolve() for shard in shards]
-    for shard, place in zip(shards, places, strict=True):
-        try:
-            with contract.open_regular(os.fspath(shard)) as handle:
-                marks.note(os.fspath(place), os.fstat(handle.fileno()))
-        except OSError as error:
-            what = f"the shard {shown_name(shard)} cannot be read ({error.strerror or error})"
-            raise contract.data_error(name, what) from error
+    files, marks = local_files(shards, name, "shard")
+    places = [shard.resolve() for shard in shards]
     index = indices.kept_index(
-        cache_dir, "shards", kind, places, lambda: index_shards(shards, marks, name, kind)
+        cache_dir, "shards", kind, places, lambda: index_shards(files, marks, name, kind)
     )
+    return shard_source(files, index, name)
+
+
+def shard_source(files: Sequence[Stored], index: indices.Index, name: str) -> ShardSource:
+    """The items of an index, after a warning about each shard that was cut."""
     for note in index.stamp["cut"]:
         log.warning("%s", note)
-    return ShardSource(shards, [marks.marks[os.fspath(place)] for place in places], index, name)
+    return ShardSource(files, index, name)
 
 
 class _Listing:
@@ -166,33 +143,34 @@ class _Listing:
         self.cut: list[str] = []
         self.beside, self.first_beside = 0, ("", "")
 
-    def add_shard(self, number: int, shard: Path) -> None:
+    def add_shard(self, number: int, shard: Stored) -> None:
         """Every member that counts becomes an item, with the note that is named like it."""
         bare, lonely, annotated = array("q"), dict[str, Member](), False
-        before, trouble = len(self.paths), list[str]()
-        with shard.open("rb") as handle:
-            for group in _groups(members(shard, self.passed_over, trouble)):
-                items, notes = self._sorted_out(group, handle.fileno())
-                self._look_at(items)
-                found = [(item, _note_of(item.name, notes)) for item in items]
-                if trouble and annotated:  # the shard was cut between an item and its note
-                    found = [(item, note) for item, note in found if note is not None]
-                for item, note in found:
-                    if note is None:
-                        bare.append(len(self.paths))
-                    self._add(number, item, note)
-                used = {note.name for _, note in found if note is not None}
-                annotated = annotated or bool(used)
-                lonely.update((stem, note) for stem, note in notes.items() if note.name not in used)
+        before, trouble, read = len(self.paths), list[str](), shard.reader().read
+        for group in _groups(members(shard, self.passed_over, trouble)):
+            items, notes = self._sorted_out(group, read)
+            self._look_at(items)
+            found = [(item, _note_of(item.name, notes)) for item in items]
+            if trouble and annotated:  # the shard was cut between an item and its note
+                found = [(item, note) for item, note in found if note is not None]
+            for item, note in found:
+                if note is None:
+                    bare.append(len(self.paths))
+                self._add(number, item, note)
+            used = {note.name for _, note in found if note is not None}
+            annotated = annotated or bool(used)
+            lonely.update((stem, note) for stem, note in notes.items() if note.name not in used)
         if lonely:
             self._join(bare, lonely)
         if trouble:
             used_items = f"its {len(self.paths) - before:,} whole {self.kind.name}s are used"
             remedy = "fetch or write it again to have the rest"
-            self.cut.append(f"the shard {shown_name(shard)} {trouble[0]}; {used_items}; {remedy}")
+            self.cut.append(
+                f"the shard {shown_name(shard.name)} {trouble[0]}; {used_items}; {remedy}"
+            )
 
     def _sorted_out(
-        self, group: list[Member], handle: int
+        self, group: list[Member], read: Callable[[int, int], bytes]
     ) -> tuple[list[Member], dict[str, Member]]:
         """The items of a group, and its notes by their names without endings; .cls before .json."""
         items: list[Member] = []
@@ -204,7 +182,7 @@ class _Listing:
                 notes[stem] = member
         noted = {note.name for note in notes.values()}
         for member in group:
-            head = partial(os.pread, handle, min(HEAD, member.size), member.start)
+            head = partial(read, member.start, min(HEAD, member.size))
             if member.name in noted:
                 continue
             if reason := reason_against(member.name, self.kind, head):
@@ -265,7 +243,7 @@ class _Listing:
 
 
 def index_shards(
-    shards: Sequence[Path], marks: indices.Marks, name: str, kind: contract.Kind
+    shards: Sequence[Stored], marks: indices.Marks, name: str, kind: contract.Kind
 ) -> indices.Index:
     """One pass over the headers of all shards."""
     listing = _Listing(kind)

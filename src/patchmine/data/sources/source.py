@@ -25,6 +25,8 @@ from patchmine.data.sources.contract import IMAGES, Kind, Labels, Source, data_e
 from patchmine.data.sources.embedded import open_embedded
 from patchmine.data.sources.folder import FrameFolders, open_folder
 from patchmine.data.sources.listfile import open_list
+from patchmine.data.sources.parquet import SUFFIX as PARQUET
+from patchmine.data.sources.parquet import open_parquet
 from patchmine.data.sources.shards import open_shards
 from patchmine.errors import UserError, reason_of, shown_name
 
@@ -41,13 +43,14 @@ _MOST_BESIDE = 10_000  # names that are looked through for one that is meant
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _ARCHIVES = Kind("shard", (".tar",), str, chosen=True)
+_PARQUET = Kind("Parquet file", (PARQUET,), str, chosen=True)
 _PACKED = Kind("archive", PACKED_SUFFIXES, str, chosen=True)
 _LISTS = (
     f"a list file ({', '.join(LIST_SUFFIXES)}), "
     "tar shards (a folder, a pattern, shard-{000..099}.tar)"
 )
 FORMS = {
-    "image": f"a folder of images, {_LISTS} or embedded:photos",
+    "image": f"a folder of images, {_LISTS}, Parquet files or embedded:photos",
     "video": f"a folder of videos or of folders of frames, {_LISTS} or embedded:moving-photos",
 }
 
@@ -112,18 +115,34 @@ def _opened(spec: Spec, kind: Kind, cache_dir: Path | None) -> Source:
 def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
     if name.startswith("embedded:"):
         return open_embedded(name, kind)
-    path, endings = _chosen_endings(name, kind)
+    path, words = _split(name)
+    mode = _mode(path, name)
+    parquet = _parquet_files(path, mode, name, kind, words)
+    if parquet:
+        return _open_parquet(parquet, name, cache_dir, kind, words)
+    endings = _endings(words, name, kind)
     frames = _only(IMAGES, endings) if endings else IMAGES
     kind = _only(kind, endings) if endings else kind
-    mode = _mode(path, name)
     if stat.S_ISDIR(mode):
-        return _open_directory(path, name, cache_dir, kind, frames)
+        return _open_directory(path, name, cache_dir, kind, frames, words)
     if stat.S_ISREG(mode):
         return _open_file(path, name, cache_dir, kind)
     if mode:
         what = "this is a pipe, a socket or a device"
         raise data_error(name, f"{what}; give {FORMS[kind.name]}")
     return _open_pattern(path, name, cache_dir, kind)
+
+
+def _parquet_files(
+    path: Path, mode: int, name: str, kind: Kind, words: Sequence[str]
+) -> list[Path]:
+    """The Parquet files that a name means without doubt."""
+    if stat.S_ISDIR(mode):  # whose columns may be named, where a folder of images has endings
+        are_columns = bool(words) and not _are_endings(words, kind)
+        return _paths(open_folder(path, name, None, _PARQUET)) if are_columns else []
+    if path.suffix.lower() != PARQUET:
+        return []
+    return [path] if stat.S_ISREG(mode) else _expand(path, name)
 
 
 def _open_pattern(path: Path, name: str, cache_dir: Path | None, kind: Kind) -> Source:
@@ -142,23 +161,36 @@ def _open_pattern(path: Path, name: str, cache_dir: Path | None, kind: Kind) -> 
     return open_shards(shards, name, cache_dir, kind)
 
 
-def _chosen_endings(name: str, kind: Kind) -> tuple[Path, tuple[str, ...]]:
-    """The path of ``photos/::jpg,left.png``, and the endings, where a name has such a part."""
-    place, separator, endings = name.rpartition("::")
-    chosen: tuple[str, ...] = ()
-    if separator and place and "/" not in endings and not os.path.lexists(name):
-        chosen = tuple("." + ending.strip().lower().lstrip(".") for ending in endings.split(","))
-        name, whole = place, name
-    known = (*kind.suffixes, *(IMAGES.suffixes if kind.folders else ()))
-    stranger = next((ending for ending in chosen if not ending.endswith(known)), None)
-    if stranger is not None:
-        what = f"{shown_name(stranger)} is no ending of {kind.name}s"
-        rule = "behind :: stand the endings that count, with commas between them: of"
-        raise data_error(whole, f"{what}; {rule} {', '.join(known)}, also as in left.png")
+def _split(name: str) -> tuple[Path, list[str]]:
+    """The path of ``photos/::jpg,left.png``, and the words behind it, where a name has such."""
+    place, separator, behind = name.rpartition("::")
+    words = list[str]()
+    if separator and place and "/" not in behind and not os.path.lexists(name):
+        name, words = place, [word.strip() for word in behind.split(",")]
     try:
-        return Path(name).expanduser(), chosen
+        return Path(name).expanduser(), words
     except RuntimeError:  # of ~somebody who is not known here
-        return Path(name), chosen
+        return Path(name), words
+
+
+def _are_endings(words: Sequence[str], kind: Kind) -> bool:
+    known = (*kind.suffixes, *(IMAGES.suffixes if kind.folders else ()))
+    return all(_as_ending(word).endswith(known) for word in words)
+
+
+def _as_ending(word: str) -> str:
+    return "." + word.lower().lstrip(".")
+
+
+def _endings(words: Sequence[str], name: str, kind: Kind) -> tuple[str, ...]:
+    """The endings that a user chose; UserError where a word is none."""
+    stranger = next((word for word in words if not _are_endings([word], kind)), None)
+    if stranger is not None:
+        known = (*kind.suffixes, *(IMAGES.suffixes if kind.folders else ()))
+        what = f"{shown_name(_as_ending(stranger))} is no ending of {kind.name}s"
+        rule = "behind :: stand the endings that count, with commas between them: of"
+        raise data_error(name, f"{what}; {rule} {', '.join(known)}, also as in left.png")
+    return tuple(map(_as_ending, words))
 
 
 def _only(kind: Kind, endings: tuple[str, ...]) -> Kind:
@@ -180,7 +212,7 @@ def _mode(path: Path, name: str) -> int:
 
 
 def _open_directory(
-    folder: Path, name: str, cache_dir: Path | None, kind: Kind, frames: Kind
+    folder: Path, name: str, cache_dir: Path | None, kind: Kind, frames: Kind, words: Sequence[str]
 ) -> Source:
     files = open_folder(folder, name, cache_dir, kind)
     if len(files):
@@ -191,17 +223,32 @@ def _open_directory(
             return in_folders
     archives = open_folder(folder, name, None, _ARCHIVES)
     if len(archives):
-        shards = [Path(archives.path(number)) for number in range(len(archives))]
-        source = open_shards(shards, name, cache_dir, kind)
+        source = open_shards(_paths(archives), name, cache_dir, kind)
         source.notes = (*archives.notes, *source.notes)
         return source
+    parquet = open_folder(folder, name, None, _PARQUET)
+    if len(parquet):
+        return _open_parquet(_paths(parquet), name, cache_dir, kind, words)
     packed = open_folder(folder, name, None, _PACKED)
     if len(packed):
         refuse_packed(Path(packed.path(0)))
     hint = "; videos are for video models, such as model=video_vit_small_patch16"
     what = f"no {kind.name} and no tar shard in this folder; files that count end in"
     told = (hint if kind.name == "image" else "") + "".join(f". {note}" for note in files.notes)
-    raise data_error(name, f"{what} {', '.join(kind.suffixes)} or .tar{told}")
+    raise data_error(name, f"{what} {', '.join(kind.suffixes)}, {PARQUET} or .tar{told}")
+
+
+def _paths(files: Source) -> list[Path]:
+    return [Path(files.path(number)) for number in range(len(files))]
+
+
+def _open_parquet(
+    files: Sequence[Path], name: str, cache_dir: Path | None, kind: Kind, words: Sequence[str]
+) -> Source:
+    if kind.name != IMAGES.name:
+        what = f"Parquet files hold images here, no {kind.name}s"
+        raise data_error(name, f"{what}; give {FORMS[kind.name]}")
+    return open_parquet(files, name, cache_dir, words)
 
 
 def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Source:
