@@ -6,6 +6,8 @@ import io
 import tarfile
 from pathlib import Path
 
+import numpy as np
+
 JPEG = b"\xff\xd8\xff\xe0 jpeg "
 PNG = b"\x89PNG\r\n\x1a\n png "
 
@@ -39,3 +41,29 @@ def add(
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, len(data)
     archive.addfile(info, io.BytesIO(data))
+
+
+def spoiled(data: bytes, rng: np.random.Generator) -> bytes:
+    """Bytes changed, most of them near the beginning where headers are; cut out, doubled, or cut
+    off.
+    """
+    changed = bytearray(data)
+    for _ in range(int(rng.integers(1, 6))):
+        reach = len(changed) if rng.random() < 0.3 else min(len(changed), 200)
+        place = int(rng.integers(4, max(5, reach)))
+        kind = rng.random()
+        if kind < 0.6:
+            changed[place : place + 1] = rng.choice(
+                [b"\0", b"\xff", b"\x7f", b"\x80", bytes([int(rng.integers(256))])]
+            )
+        elif kind < 0.75:
+            changed[place : place + 4] = rng.choice(
+                [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\1"]
+            )
+        elif kind < 0.85:
+            del changed[place : place + int(rng.integers(1, 20))]
+        elif kind < 0.95:
+            changed[place:place] = changed[place : place + int(rng.integers(1, 20))]
+        else:
+            del changed[place:]
+    return bytes(changed)

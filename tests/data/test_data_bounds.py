@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_files import spoiled
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
@@ -390,32 +391,6 @@ def test_heic_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 # Mutants
 # --------------------------------------------------------------------------------------------------------------
-
-
-def spoiled(data: bytes, rng: np.random.Generator) -> bytes:
-    """Bytes changed, most of them near the beginning where headers are; cut out, doubled, or cut
-    off.
-    """
-    changed = bytearray(data)
-    for _ in range(int(rng.integers(1, 6))):
-        reach = len(changed) if rng.random() < 0.3 else min(len(changed), 200)
-        place = int(rng.integers(4, max(5, reach)))
-        kind = rng.random()
-        if kind < 0.6:
-            changed[place : place + 1] = rng.choice(
-                [b"\0", b"\xff", b"\x7f", b"\x80", bytes([int(rng.integers(256))])]
-            )
-        elif kind < 0.75:
-            changed[place : place + 4] = rng.choice(
-                [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\1"]
-            )
-        elif kind < 0.85:
-            del changed[place : place + int(rng.integers(1, 20))]
-        elif kind < 0.95:
-            changed[place:place] = changed[place : place + int(rng.integers(1, 20))]
-        else:
-            del changed[place:]
-    return bytes(changed)
 
 
 def originals() -> dict[str, Callable[[], bytes]]:

@@ -61,10 +61,10 @@ def test_usual_photographs_need_no_advice(photos: Path) -> None:
 
 
 def test_files_that_may_hold_images_are_told_with_what_to_do(photos: Path) -> None:
-    for name in ("a.dcm", "b.dcm", "c.czi", "notes.txt"):
+    for name in ("a.mha", "b.mha", "c.czi", "notes.txt"):
         (photos / name).write_bytes(b"x")
     text = advice_on(photos)
-    assert "2 files are left out that may hold images, medical images (.dcm (2)): save each" in text
+    assert "2 files are left out that may hold images, medical images (.mha (2)): save each" in text
     assert "1 file is left out that may hold images, microscopes' files (.czi (1))" in text
     assert ".txt" not in text
     assert "ending .txt: 1" in render(inspect(open_source(photos)), width=300)

@@ -175,9 +175,9 @@ def test_chosen_endings_are_those_that_count(tmp_path: Path) -> None:
 
 
 def test_nothing_left_is_explained_by_what_there_was(tmp_path: Path) -> None:
-    write_files(tmp_path, "a.tar.gz", "._x.jpg", "c.dcm")
+    write_files(tmp_path, "a.tar.gz", "._x.jpg", "c.czi")
     with pytest.raises(
-        UserError, match=r"no image and no tar shard .*ending \.dcm: 1, as c\.dcm"
+        UserError, match=r"no image and no tar shard .*ending \.czi: 1, as c\.czi"
     ) as told:
         open_source(tmp_path)
     assert "hidden or of the system: 1, as ._x.jpg" in str(told.value)

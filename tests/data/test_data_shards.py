@@ -281,6 +281,6 @@ def test_a_shard_that_may_not_be_read_is_named_before_any_work(
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(shards.contract, "open_regular", refuse)
+    monkeypatch.setattr(stored, "open_regular", refuse)
     with pytest.raises(UserError, match=r"the shard .*a\.tar cannot be read \(Permission denied\)"):
         open_shards(pair, "x", None)

@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from patchmine.data.decoding.bounds import DecodeError, install_command, reading_item
-from patchmine.data.decoding.decode import no_image
+from patchmine.data.decoding.decode import decode, no_image, probe
+from patchmine.data.decoding.domains import Part
+from patchmine.data.decoding.reading import open_regular
 from patchmine.data.decoding.video import VIDEOS, FrameFiles, VideoFile
 from patchmine.data.inspecting.advice import advise
 from patchmine.data.inspecting.alike import keepers
@@ -27,7 +29,7 @@ from patchmine.data.inspecting.report import InspectReport, render
 from patchmine.data.inspecting.sheet import draw_sheet, refuse_sheet
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import MAX_PIXELS
-from patchmine.data.sources.contract import IMAGES, Source, open_regular
+from patchmine.data.sources.contract import IMAGES, Source
 from patchmine.disk import output
 from patchmine.errors import UserError, reason_of, shown_name
 
@@ -205,6 +207,8 @@ def _contents(raw: Any) -> Iterator[bytes | memoryview]:
         yield from raw
     elif isinstance(raw, bytes | bytearray | memoryview):
         yield memoryview(raw)
+    elif isinstance(raw, Part):
+        yield from _contents(decode(raw, probe(raw)[2]))
     elif isinstance(raw, Image.Image | Tensor | np.ndarray):
         pixels = raw.numpy(force=True) if isinstance(raw, Tensor) else np.asarray(raw)
         content = io.BytesIO()

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from patchmine.data.decoding.domains import Part
+from patchmine.data.decoding.reading import open_regular
 from patchmine.data.decoding.video import FrameFiles, VideoFile
-from patchmine.data.sources.contract import Source, open_regular
+from patchmine.data.sources.contract import Source
 from patchmine.errors import UserError, foreign_parser
 
 STAMPED = 64  # items whose contents are remembered with a run
@@ -34,8 +36,8 @@ def _stamp(source: Source, index: int) -> str:
     try:
         with foreign_parser(OSError):
             data = source.read(index)
-            if isinstance(data, VideoFile | FrameFiles):
-                path = data.path if isinstance(data, VideoFile) else data.paths[0]
+            if isinstance(data, VideoFile | FrameFiles | Part):
+                path = data.paths[0] if isinstance(data, FrameFiles) else data.path
                 with open_regular(path) as handle:
                     data = handle.read(_HEAD)
     except (OSError, UserError):  # training will meet it again, and tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -103,6 +104,19 @@ def damage(what: str) -> AbstractContextManager[None]:
         return DecodeError(f"{what} ({re.sub(place, '', reason)})")
 
     return foreign_parser(refuse, DecodeError)
+
+
+@contextmanager
+def without_log(*names: str) -> Iterator[None]:
+    """The logs of these libraries are not shown meanwhile, because they do not name the file."""
+    levels = [(log, log.level) for log in map(logging.getLogger, names)]
+    for log, _ in levels:
+        log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for log, level in levels:
+            log.setLevel(level)
 
 
 class reading_item:  # noqa: N801, a context as those of contextlib are

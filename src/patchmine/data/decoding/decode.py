@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -36,6 +37,15 @@ from patchmine.data.decoding.bounds import (
     decoding,
     pixels_of,
 )
+from patchmine.data.decoding.domains import (
+    DOMAINS,
+    Domain,
+    Part,
+    probe_only,
+    probe_part,
+    read_only,
+    read_part,
+)
 from patchmine.data.decoding.orientation import (
     TAG,
     TURNED,
@@ -43,6 +53,7 @@ from patchmine.data.decoding.orientation import (
     upright,
     upright_tensor,
 )
+from patchmine.data.decoding.reading import Facts
 from patchmine.data.decoding.tiff_pages import MAGIC, TiffFile
 from patchmine.data.decoding.unnamed import unnamed_warnings
 from patchmine.data.settings import MAX_PIXELS
@@ -50,10 +61,7 @@ from patchmine.errors import foreign_parser
 
 __all__ = ["DecodeError", "Raw", "decode", "no_image", "probe"]
 
-Raw = bytes | bytearray | memoryview | np.ndarray | Tensor | Image.Image
-Facts = tuple[int, int, int, str]
-"""Height, width, channels and dtype name, as stored but upright."""
-
+Raw = bytes | bytearray | memoryview | Part | np.ndarray | Tensor | Image.Image
 # What PIL may take a file for: pictures, and no formats for which it starts other programs.
 _FORMATS = [
     *("PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "JPEG", "TGA", "PCX", "SGI"),
@@ -86,10 +94,11 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The pixels of a raw item, upright, with the channels that a run asks for.
 
     Args:
-        raw: the bytes of a JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF, HEIC or npy file, a
-            numpy array (H, W), (H, W, C) or (C, H, W), a tensor (H, W) or (C, H, W), or a PIL
-            image.  EXIF orientation is applied, CMYK and palettes become RGB, of several frames the
-            first counts; pages of a TIFF are as docs/data.md says.
+        raw: the bytes of a JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF, HEIC or npy file or
+            of a format of `domains`, a `Part` of one, a numpy array (H, W), (H, W, C) or (C, H, W),
+            a tensor (H, W) or (C, H, W), or a PIL image.  EXIF orientation is applied, CMYK and
+            palettes become RGB, of several frames the first counts; pages of a TIFF are as
+            docs/data.md says.
         channels: 3 expands grey and drops alpha, 1 takes the luma of colour; any other difference
             is an error.
         max_pixels: a file whose header says that it has more is not decoded.
@@ -101,10 +110,9 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     Raises:
         DecodeError: for an item that is no image, a damaged or too large one, or other channels.
     """
-    if isinstance(raw, (bytes, bytearray, memoryview)):
-        data = bytes(raw)
+    if isinstance(raw, (bytes, bytearray, memoryview, Part)):
         with unnamed_warnings():
-            image, has_alpha = _kind_of(data).read(data, channels, max_pixels)
+            image, has_alpha = _read_stored(raw, channels, max_pixels)
     elif isinstance(raw, Image.Image):
         with unnamed_warnings():
             image, has_alpha = _from_pil(raw, _orientation_of(raw))
@@ -127,6 +135,8 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
 @foreign_parser(_damaged, DecodeError)
 def probe(raw: Raw) -> Facts:
     """(height, width, channels, dtype name), upright, reading no more than needed; DecodeError."""
+    if isinstance(raw, Part):
+        return probe_part(raw)
     if isinstance(raw, (bytes, bytearray, memoryview)):
         data = bytes(raw)
         return _kind_of(data).probe(data)
@@ -291,6 +301,15 @@ def _read_other(data: bytes, _: int, max_pixels: int) -> tuple[Tensor, bool]:
     return _from_pil(image, orientation, is_short=image.format == "PPM")
 
 
+def _read_stored(
+    raw: bytes | bytearray | memoryview | Part, channels: int, max_pixels: int
+) -> tuple[Tensor, bool]:
+    if isinstance(raw, Part):
+        return scaled(read_part(raw, channels, max_pixels)), False
+    data = bytes(raw)
+    return _kind_of(data).read(data, channels, max_pixels)
+
+
 class _Kind(NamedTuple):
     """A kind of file: ``magic``, its first bytes, or a test of them."""
 
@@ -299,12 +318,20 @@ class _Kind(NamedTuple):
     read: Callable[[bytes, int, int], tuple[Tensor, bool]]
 
 
+def _of_domain(domain: Domain) -> _Kind:
+    def read(data: bytes, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
+        return scaled(read_only(domain, data, channels, max_pixels)), False
+
+    return _Kind(domain.fits, partial(probe_only, domain), read)
+
+
 _KINDS = (
     _Kind(headers.JPEG, _probe_jpeg, _read_jpeg),
     _Kind(headers.PNG, _probe_png, _read_png),
     _Kind(npy.MAGIC, lambda data: probe(npy.read_npy(data)), _read_npy),
     _Kind(MAGIC, _probe_tiff, _read_tiff),
     _Kind(heif.is_heif, heif.probe_heif, _read_heif),
+    *map(_of_domain, DOMAINS),
     _Kind(b"", _probe_other, _read_other),
 )
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import logging
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -22,7 +20,14 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from patchmine.data.decoding.bounds import PLAIN_WORK, DecodeError, decoding, missing, pixels_of
+from patchmine.data.decoding.bounds import (
+    PLAIN_WORK,
+    DecodeError,
+    decoding,
+    missing,
+    pixels_of,
+    without_log,
+)
 from patchmine.data.decoding.orientation import TURNED, upright
 from patchmine.data.decoding.tiff_pages import Page, TiffFile
 
@@ -183,7 +188,7 @@ def _by_tifffile(data: bytes, compression: int) -> np.ndarray:
     try:
         with (
             decoding("is a TIFF that cannot be read"),
-            _without_log("tifffile"),
+            without_log("tifffile"),
             tifffile.TiffFile(io.BytesIO(data)) as file,
         ):
             page = cast(Any, file.pages[0])
@@ -206,18 +211,6 @@ def _by_tifffile(data: bytes, compression: int) -> np.ndarray:
 
 def _has_imagecodecs() -> bool:
     return importlib.util.find_spec("imagecodecs") is not None
-
-
-@contextmanager
-def _without_log(name: str) -> Iterator[None]:
-    """A library's log is not shown meanwhile, because it does not name the file."""
-    log = logging.getLogger(name)
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 # What a file states about its pages

@@ -21,8 +21,9 @@ from patchmine.data.decoding import pyav
 from patchmine.data.decoding.arrays import fit_channels
 from patchmine.data.decoding.bounds import DecodeError, check_frames
 from patchmine.data.decoding.decode import decode
+from patchmine.data.decoding.reading import open_regular
 from patchmine.data.settings import MAX_PIXELS
-from patchmine.data.sources.contract import IMAGES, Kind, contents, open_regular
+from patchmine.data.sources.contract import IMAGES, Kind, contents
 from patchmine.data.sources.members import NO_FILE, OTHER_SERIES, frames_of, head_of, reason_against
 from patchmine.errors import UserError
 

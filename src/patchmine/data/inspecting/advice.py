@@ -26,7 +26,7 @@ _FOREIGN = {
         ".cr2 .cr3 .nef .arw .dng .raf .rw2 .orf .pef .srw",
         "develop them to TIFF or JPEG",
     ),
-    "medical images": (".dcm .dicom .nii .mha .mhd .nrrd", _PLAIN_IMAGES),
+    "medical images": (".nii .mha .mhd .nrrd", _PLAIN_IMAGES),
     "slides": (".svs .ndpi .mrxs .scn .vms .bif", "cut them into tiles"),
     "microscopes' files": (".czi .lif .nd2 .oib .oif .vsi .ims .lsm", "export them as TIFF"),
     "arrays": (".npz .h5 .hdf5 .hdf .mat .zarr .nc .pt .pkl .parquet", _PLAIN_IMAGES),

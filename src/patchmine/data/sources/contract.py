@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import unicodedata
 from abc import ABC, abstractmethod
 from array import array
@@ -12,22 +11,24 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patchmine.data.decoding.domains import DOMAINS
+from patchmine.data.decoding.reading import open_regular
 from patchmine.errors import UserError, shown_name
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".npy"),
     *(".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs", ".heic", ".heif", ".hif"),
+    *(suffix for domain in DOMAINS for suffix in domain.suffixes),
 )
 """Endings (in any case) by which a file counts as an image; `data.sources.members` has the rule."""
 
 LARGEST = 4 << 30  # bytes of a file that is read as one image
-NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # opening a pipe waits for who writes to it
 
 # First folders below a root that divide a data set instead of naming classes.
 TRAIN_FOLDERS = ("train", "training")
@@ -125,19 +126,6 @@ class Kind:
     read: Callable[[str], Any]
     folders: Callable[[str, Callable[[str, str], None]], Any] | None = None
     chosen: bool = False
-
-
-def open_regular(path: str) -> BinaryIO:
-    """A file opened for reading; OSError for a pipe, a device or a folder, without waiting."""
-    handle = open(path, "rb", opener=_opener)  # noqa: SIM115, half the time of Path.open
-    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-        handle.close()
-        raise OSError("it is a pipe, a device or a folder, not a file")
-    return handle
-
-
-def _opener(path: str, flags: int) -> int:
-    return os.open(path, flags | NO_WAIT)
 
 
 def contents(path: str) -> bytes:

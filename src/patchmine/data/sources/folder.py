@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from patchmine.data.decoding.bounds import DecodeError
 from patchmine.data.decoding.video import FrameFiles, in_counting_order
-from patchmine.data.sources import contract, members
+from patchmine.data.sources import contract, members, parts
 from patchmine.data.sources import index as indices
 from patchmine.errors import shown_name
 
@@ -114,9 +114,12 @@ def open_folder(
 def list_folder(root: Path, kind: contract.Kind = contract.IMAGES) -> indices.Index:
     """The index of a folder, which depends on all folders in it and on what may come to count."""
     paths, listing = indices.PathList(), _Listing(os.fsencode(root), kind)
+    counts = parts.Counts(kind, listing.marks, listing.passed_over)
     for path in listing.paths():
-        paths.add(path)
-    return indices.new_index(kind, paths, listing.marks, listing.passed_over, {}, listed=False)
+        if counts.add(os.fsdecode(path), os.fsdecode(listing.root + b"/" + path)):
+            paths.add(path)
+    columns = counts.columns()
+    return indices.new_index(kind, paths, listing.marks, listing.passed_over, columns, listed=False)
 
 
 class _Listing:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from patchmine.data.decoding.bounds import DecodeError
-from patchmine.data.sources import members
+from patchmine.data.sources import members, parts
 from patchmine.data.sources.contract import IMAGES, ClassNames, Kind, data_error
 from patchmine.data.sources.folder import FileSource
 from patchmine.data.sources.index import Index, Marks, PathList, kept_index, new_index
@@ -45,10 +45,13 @@ def open_list(file: Path, name: str, cache_dir: Path | None, kind: Kind = IMAGES
 
 def open_files(files: Sequence[str], kind: Kind = IMAGES) -> FileSource:
     """The items that are these files, in their order, without labels."""
-    paths = PathList()
+    paths, marks, passed_over = PathList(), Marks(), members.PassedOver()
+    counts = parts.Counts(kind, marks, passed_over)
     for file in files:
-        paths.add(file)
-    index = new_index(kind, paths, Marks(), members.PassedOver(), {}, listed=True, names=[])
+        if counts.add(file, file):
+            paths.add(file)
+    columns = counts.columns()
+    index = new_index(kind, paths, marks, passed_over, columns, listed=True, names=[])
     return FileSource(Path(), index, files[0] if len(files) == 1 else f"{len(files)} files", kind)
 
 
@@ -56,6 +59,7 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
     marks, paths = Marks(), PathList()
     marks.note("", file.stat())
     classes, passed_over, missing = ClassNames(), members.PassedOver(), members.PassedOver()
+    counts = parts.Counts(kind, marks, passed_over)
     entries = _text_lines if file.suffix.lower() == ".txt" else _table_lines
     for number, path, label in entries(file, kind):
         try:
@@ -65,6 +69,8 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
             continue
         if reason is not None:
             passed_over.add(reason, path)
+            continue
+        if not counts.add(path, os.path.join(file.parent, path)):  # noqa: PTH118, once a line
             continue
         if len(paths) and (label is not None) != (len(classes) > 0):
             now, before = ("has no", "have one") if label is None else ("has a", "have none")
@@ -80,7 +86,8 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
         raise data_error(name, f"{what}; write one path a line, and a label behind it if you like")
     marks.settled = marks.settled and not any(map(members.may_change, passed_over.found))
     labels = classes.finish()
-    columns = {"label": labels.ids.astype(np.int32)} if len(classes) else {}
+    columns = counts.columns()
+    columns |= {"label": labels.ids.astype(np.int32)} if len(classes) else {}
     notes = _repeats_note(paths, kind)
     stamp = {"listed": True, "names": labels.names}
     return new_index(kind, paths, marks, passed_over, columns, notes, **stamp)

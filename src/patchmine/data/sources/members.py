@@ -14,7 +14,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 
 from patchmine.data.decoding.bounds import DecodeError
-from patchmine.data.sources.contract import Kind, open_regular
+from patchmine.data.decoding.domains import DOMAINS, domain_named
+from patchmine.data.decoding.reading import open_regular
+from patchmine.data.sources.contract import Kind
 from patchmine.errors import shown_name
 
 HIDDEN = "hidden or of the system"
@@ -30,7 +32,7 @@ HEAD = 192
 _SYSTEM = re.compile(
     r"\.(ipynb_checkpoints|appledouble|trash|trashes|thumbnails|spotlight-v100|fseventsd)"
     r"|__macosx|@eadir|\$recycle\.bin|system volume information|lost\+found|#recycle|__pycache__"
-    r"|thumbs\.db|desktop\.ini|ehthumbs\.db",
+    r"|thumbs\.db|desktop\.ini|ehthumbs\.db|dicomdir",
     re.IGNORECASE,
 )
 _BACKUP = re.compile(r"~\$.*|.+~|#.+#", re.DOTALL)  # by which editors keep what they changed
@@ -38,6 +40,7 @@ _HEIF = (".heic", ".heif", ".hif")
 _ENDING = re.compile(r"\.([a-z0-9_+-]*[a-z][a-z0-9_+-]*)$")  # `scan.0001`, `2024.06.01` have none
 _REASONS_SHOWN = 8
 _INSIDE = " inside"
+NO_IMAGE = f"file with no image{_INSIDE}"
 
 # Where in a file, which bytes, what ending such files have, which kinds they are of.
 _MAGIC = (
@@ -47,6 +50,7 @@ _MAGIC = (
     (0, rb"RIFF....WEBP", ".webp", "image"),
     (0, rb"II[*+]\0|MM\0[*+]", ".tif", "image"),
     (0, rb"\x93NUMPY", ".npy", "image"),
+    (128, rb"DICM", ".dcm", "image"),
     (0, rb"\0\0\0\x0cjP  \r\n\x87\n", ".jp2", "image"),
     (0, rb"\xff\x4f\xff\x51", ".j2k", "image"),
     (4, rb"ftypavi[fs]|ftyp.{8}avi[fs]", ".avif", "image"),  # the latter in files of brand mif1
@@ -178,7 +182,8 @@ def head_of(path: str | bytes) -> bytes:
 def rule_of(kind: Kind) -> str:
     """Changes when a listing that was made before would come out differently by this rule."""
     rules = (_SYSTEM.pattern, _BACKUP.pattern, _MAGIC)
-    facts = (kind.name, kind.suffixes, kind.chosen, has_heif(), rules)
+    installed = tuple(domain.installed for domain in DOMAINS)
+    facts = (kind.name, kind.suffixes, kind.chosen, has_heif(), installed, rules)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
@@ -189,6 +194,10 @@ def has_heif() -> bool:
 
 
 def _codec_missing(name: str) -> str | None:
+    domain = domain_named(name)
+    if domain is not None and not domain.installed:
+        ending = ending_of(name) or name
+        return f"ending {ending}, read once {domain.module} is there ({domain.command})"
     if name.endswith(_HEIF) and not has_heif():
         ending = ending_of(name) or name
         return f"ending {ending}, read once pillow-heif is there (pip install pillow-heif)"

@@ -24,9 +24,10 @@ from patchmine.data.sources.combine import DatasetSource, Joined
 from patchmine.data.sources.contract import IMAGES, Kind, Labels, Source, data_error
 from patchmine.data.sources.embedded import open_embedded
 from patchmine.data.sources.folder import FrameFolders, open_folder
-from patchmine.data.sources.listfile import open_list
+from patchmine.data.sources.listfile import open_files, open_list
 from patchmine.data.sources.parquet import SUFFIX as PARQUET
 from patchmine.data.sources.parquet import open_parquet
+from patchmine.data.sources.parts import with_parts
 from patchmine.data.sources.shards import open_shards
 from patchmine.errors import UserError, reason_of, shown_name
 
@@ -216,7 +217,7 @@ def _open_directory(
 ) -> Source:
     files = open_folder(folder, name, cache_dir, kind)
     if len(files):
-        return files
+        return with_parts(files)
     if kind.folders is not None:
         in_folders = FrameFolders(open_folder(folder, name, cache_dir, frames))
         if len(in_folders):
@@ -254,10 +255,13 @@ def _open_parquet(
 def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Source:
     suffix = file.suffix.lower()
     if suffix in LIST_SUFFIXES:
-        return open_list(file, name, cache_dir, kind)
+        return with_parts(open_list(file, name, cache_dir, kind))
     if suffix == ".tar":
         return open_shards([file], name, cache_dir, kind)
-    if suffix in kind.suffixes:
+    if file.name.lower().endswith(kind.suffixes):
+        single = with_parts(open_files([os.fspath(file)], kind))
+        if len(single) > 1:
+            return single
         what = f"this is a single {kind.name}"
         raise data_error(name, f"{what}; give the folder that it lies in, or a list file")
     if suffix in PACKED_SUFFIXES:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from patchmine.data.decoding.reading import NO_WAIT, open_regular
 from patchmine.data.sources import contract
 from patchmine.data.sources import index as indices
 from patchmine.errors import shown_name
@@ -115,7 +116,7 @@ class _OpenFile:
 
     def __init__(self, file: LocalFile) -> None:
         self.handle = -1
-        self.handle = os.open(file.path, os.O_RDONLY | contract.NO_WAIT)
+        self.handle = os.open(file.path, os.O_RDONLY | NO_WAIT)
         info = os.fstat(self.handle)
         self.size = info.st_size
         size, modified, _, inode = indices.mark_of(info)
@@ -147,7 +148,7 @@ def local_files(
     for path in paths:
         place = os.fspath(path.resolve())
         try:
-            with contract.open_regular(os.fspath(path)) as handle:
+            with open_regular(os.fspath(path)) as handle:
                 marks.note(place, os.fstat(handle.fileno()))
         except OSError as error:
             what = f"the {noun} {shown_name(path)} cannot be read ({error.strerror or error})"
