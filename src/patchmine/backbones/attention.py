@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from patchmine.backbones.blocks import run_parts
 from patchmine.backbones.family import block_outputs, family_of
 from patchmine.backbones.record import Encoder
 from patchmine.backbones.tokens import embed_patches, image_grid, prefix_tokens, turned
@@ -31,11 +32,13 @@ def class_attention(
     tokens = embed_patches(encoder, images)
     tokens = torch.cat([prefix_tokens(encoder, len(tokens)), tokens], dim=1)  # (B, P + L, D)
     ((_, tokens),) = block_outputs(encoder, tokens, [len(encoder.blocks) - 1])
-    last = encoder.blocks[-1]
     family = family_of(encoder)
     angles = family.angles(encoder, image_grid(encoder, images))
-    logits = _class_logits(last.attn, last.norm1(tokens), angles) + family.class_bias(encoder)
-    return logits.float().softmax(dim=-1)
+
+    def logits_of(last: Any, tokens: Tensor) -> Tensor:
+        return _class_logits(last.attn, last.norm1(tokens), angles) + family.class_bias(encoder)
+
+    return run_parts(encoder.blocks[-1], logits_of, tokens).float().softmax(dim=-1)
 
 
 def _class_logits(attention: Any, normed: Tensor, angles: Tensor | None) -> Tensor:

@@ -25,6 +25,8 @@ class SharedRunningSettings(TypedDict, total=False):
     cache: Name | None
     cache_gb: float
     compile: bool
+    sharding: Literal["ddp", "fsdp", "hybrid"]
+    remat: Literal["none", "blocks"]
     out: Name | None
     resume: Literal["never", "auto"]
     checkpoint_every: int | None

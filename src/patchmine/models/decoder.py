@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from patchmine.backbones.blocks import run_parts
 from patchmine.backbones.family import Encoder
 from patchmine.backbones.positions import fixed_table
 from patchmine.backbones.vit import initialise
@@ -118,7 +119,7 @@ def last_rows(blocks: nn.ModuleList, tokens: Tensor, num_last: int) -> Tensor:
     for block in blocks[:-1]:
         tokens = block(tokens)
     # The last block computes queries, projection and MLP of those rows only.
-    return _block_on_last(blocks[-1], tokens, num_last)
+    return run_parts(blocks[-1], _block_on_last, tokens, num_last)
 
 
 def masked_decoder(

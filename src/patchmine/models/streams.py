@@ -14,6 +14,7 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
+from patchmine.backbones.blocks import run_parts
 from patchmine.backbones.family import Encoder
 from patchmine.backbones.tokens import turned
 from patchmine.backbones.vit import initialise
@@ -89,7 +90,7 @@ def content_block(
 
     ``angles`` (1 or B, 1, N - 1, A) of the patches behind the first token, which `EvaBlock` takes.
     """
-    if type(block) is EvaBlock:
+    if isinstance(block, EvaBlock):
         if mask is None:
             mask = tokens.new_ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
         taken: Tensor = block(tokens, rope=angles, attn_mask=mask)
@@ -134,7 +135,7 @@ def two_streams(
     step = len(encoder.blocks) // len(query_blocks)
     told = None if angles is None else angles[:, :, : content.shape[1] - 1]
     for i, block in enumerate(encoder.blocks):
-        contents.append(content_block(block, contents[-1], content_mask, told))
+        contents.append(run_parts(block, content_block, contents[-1], content_mask, told))
         if (i + 1) % step == 0:
             query_block = query_blocks[i // step]
             answers.append(query_block(answers[-1], contents[-1], query_mask, angles))

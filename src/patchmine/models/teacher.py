@@ -12,6 +12,7 @@ from patchmine.backbones.foreign import ForeignTeacher
 from patchmine.errors import UserError
 from patchmine.models.settings import FeatureTargetSettings
 from patchmine.ops.schedules import ema_decay
+from patchmine.ops.shards import own_parts
 from patchmine.types import Grid, Progress
 
 
@@ -42,7 +43,8 @@ class Teacher(nn.Module):
         """``teacher = decay * teacher + (1 - decay) * student`` in one foreach call."""
         mine: list[Tensor] = [p for name in students for p in self.get_submodule(name).parameters()]
         theirs: list[Tensor] = [p for student in students.values() for p in student.parameters()]
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
+        # Sharded alike, as they are of equal shapes.
+        torch._foreach_lerp_(own_parts(mine), own_parts(theirs), 1 - decay)
 
 
 class Average(Teacher):

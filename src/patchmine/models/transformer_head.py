@@ -10,6 +10,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from patchmine.backbones.blocks import run_parts
 from patchmine.backbones.positions import resize_positions
 from patchmine.models.heads import WeightNormLinear
 
@@ -82,7 +83,7 @@ class TransformerHead(nn.Module):
         """Attention of tokens to their query, mean of blocks and heads: (J * N, h * w) float32."""
         tokens, shares = asked(self.tokens(maps), queries), []
         for block in self.blocks:
-            shares.append(_share_of_first(block, tokens))
+            shares.append(run_parts(block, _share_of_first, tokens))
             tokens = block(tokens)
         return torch.stack(shares).mean(dim=0)
 

@@ -34,13 +34,8 @@ from patchmine.task import Method
 from patchmine.tasks.classify import Classify
 from patchmine.tasks.detect import Detect
 from patchmine.tasks.segment import Segment
-from patchmine.train.checkpoint import (
-    Checkpoint,
-    DamagedCheckpointError,
-    load,
-    load_newest,
-    not_finite,
-)
+from patchmine.train.checkpoint import Checkpoint, load, load_newest, not_finite
+from patchmine.train.head import DamagedCheckpointError
 
 _log = logging.getLogger("patchmine")
 

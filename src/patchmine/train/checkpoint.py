@@ -6,19 +6,21 @@ the metadata, the step, the library versions, the run's fingerprints and checksu
 nothing of ranks: any number of processes can go on from it. A file appears under its name complete
 or not at all, and only with a state that is finite. ``checkpoints/last`` points to the newest, for
 people; patchmine itself lists the files.
+
+Of a run whose weights are sharded it is a folder ``step-00000123`` of such files, one of each
+process: of most tensors a file holds some rows, which its head tells.  Whoever reads one gets the
+whole tensors, so that any number of processes can go on from it too.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +29,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.disk import remedy, replacing, sweep, system_errors
+from patchmine.disk import remedy, replacing, settle, sweep, system_errors
 from patchmine.errors import Say, UserError, foreign_parser, reason_of
-
-FORMAT = 2  # of the head; 1 had no checksum over itself, over shapes and over types
+from patchmine.train.head import FORMAT, NAME, DamagedCheckpointError, checksum, read_head, versions
+from patchmine.train.pieces import Piece, joined, part_files
 
 SCRATCH = ".writing"
 
-_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 _PARTS = ("model", "optimizer")
 
 Parts = Mapping[str, Mapping[str, Tensor]]
-
-
-class DamagedCheckpointError(Exception):
-    """A checkpoint file that cannot be read to its end or whose contents were altered."""
 
 
 class NotFiniteError(UserError):
@@ -66,11 +63,11 @@ def _file(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files of a folder, oldest step first."""
+    """The checkpoints of a folder, files or folders of parts, oldest step first."""
     found = [
         (int(match[1]), path)
         for path in folder.glob("step-*")
-        if (match := _NAME.fullmatch(path.name))
+        if (match := NAME.fullmatch(path.name))
     ]
     return [path for _, path in sorted(found)]
 
@@ -112,13 +109,8 @@ def save(
     path = _file(folder, step)
     parts = {"model": _on_cpu(model), "optimizer": _on_cpu(optimizer)}
     if bad := not_finite(parts):
-        good = newest_finite(folder)
-        kept = f"the last good state is {good}" if good else "there is no earlier good state"
-        raise NotFiniteError(
-            f"after step {step} {bad[0]} holds values that are not finite ({len(bad)} of "
-            f"{sum(map(len, parts.values()))} tensors do), so this state was not saved; {kept}"
-        )
-    try:
+        raise not_finite_error(folder, step, bad, sum(map(len, parts.values())))
+    with written(path):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)  # what killed processes left half written
         if path.is_dir():
@@ -129,27 +121,85 @@ def save(
         scratch.mkdir()
         try:
             with replacing(path) as new:
-                _write(scratch / path.name, step, parts, facts)
+                write_file(scratch / path.name, step, parts, facts)
                 (scratch / path.name).rename(new)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    _settle_others(path, keep, best)
+    return path
+
+
+def publish(scratch: Path, path: Path, *, keep: int, best: int | None = None) -> None:
+    """Give a folder of parts, complete and on the disk, its name, and do what `save` does then.
+
+    Raises OSError.
+    """
+    _put_aside(path)
+    scratch.rename(path)
+    settle(path.parent)
+    sweep(path.parent)
+    _settle_others(path, keep, best)
+
+
+def not_finite_error(folder: Path, step: int, bad: Sequence[str], count: int) -> NotFiniteError:
+    """What is said where tensors named ``bad``, of so many, are not finite."""
+    good = newest_finite(folder)
+    kept = f"the last good state is {good}" if good else "there is no earlier good state"
+    return NotFiniteError(
+        f"after step {step} {bad[0]} holds values that are not finite ({len(bad)} of "
+        f"{count} tensors do), so this state was not saved; {kept}"
+    )
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Around the writing of a checkpoint: an OSError becomes a UserError with the remedy."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"checkpoint {path} could not be written ({error.strerror or reason_of(error)}); "
-            f"{remedy(error)}, then go on with `patchmine resume {folder.parent}`; earlier "
+            f"{remedy(error)}, then go on with `patchmine resume {path.parent.parent}`; earlier "
             "checkpoints are intact"
         ) from error
+
+
+def _settle_others(path: Path, keep: int, best: int | None) -> None:
+    """Let ``last`` and ``best`` point to what they mean now, and remove what is not kept."""
+    folder = path.parent
     point(path, "last")
-    if best is not None:
-        point(_file(folder, best), "best")
+    chosen = None if best is None else _of_step(folder, best)
+    if chosen is not None:
+        point(chosen, "best")
     paths = list_checkpoints(folder)
     past = paths[: paths.index(path) + 1]
     # Those beyond this step are faulty ones, which resuming passed over.
     for old in (*past[:-keep], *paths[len(past) :]):
-        if best is None or old != _file(folder, best):
-            with suppress(OSError):  # a folder, or one that another process removed
+        if old == chosen:
+            continue
+        with suppress(OSError):  # a folder that is not ours, or what another process removed
+            if _is_of_parts(old):
+                shutil.rmtree(_put_aside(old), ignore_errors=True)
+            else:
                 old.unlink()
-    return path
+
+
+def _of_step(folder: Path, step: int) -> Path | None:
+    """The checkpoint of a step, of whichever kind."""
+    names = (f"step-{step:08d}.safetensors", f"step-{step:08d}")
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _is_of_parts(path: Path) -> bool:
+    return path.suffix == "" and path.is_dir()
+
+
+def _put_aside(path: Path) -> Path:
+    """Another name for what stands at ``path``, if anything does, under which it is swept away."""
+    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if os.path.lexists(path):
+        path.rename(aside)
+    return aside
 
 
 def point(path: Path, name: str) -> None:
@@ -173,7 +223,7 @@ def point_again(start: Checkpoint) -> None:
     point(start.path, "last")
     best = start.facts.get("best")
     step = best.get("step") if isinstance(best, dict) else None
-    if type(step) is int and (file := _file(start.path.parent, step)).is_file():
+    if type(step) is int and (file := _of_step(start.path.parent, step)) is not None:
         point(file, "best")
 
 
@@ -185,23 +235,39 @@ def load(path: Path, *, parts: tuple[str, ...] = _PARTS) -> Checkpoint:
         its name says.
         UserError: a newer version wrote it.
     """
-    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     with foreign_parser(DamagedCheckpointError, DamagedCheckpointError):
         path = _followed(path)  # links may lead to each other
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise DamagedCheckpointError("it is no file" if path.exists() else "it is missing")
-        with safe_open(path, framework="pt", device="cpu") as file:
-            head = _read_head(file.metadata(), path)
-            for name in file.keys():  # noqa: SIM118  (no mapping, only looks like one)
-                part, rest = name.split(".", 1)
-                if part not in _PARTS:
-                    raise DamagedCheckpointError(f"its tensor {name} belongs to nothing")
-                if part in parts:
-                    tensors[part][rest] = file.get_tensor(name)
-        for part in parts:
-            if _checksum(tensors[part], head["format"]) != head["crc32"][part]:
-                raise DamagedCheckpointError(f"checksum of {part} differs")
+        if _is_of_parts(path):
+            read = [_read(file, path, parts) for file in part_files(path)]
+            head = read[0][0]
+            tensors = joined([(own["part"], held) for own, held in read])
+        else:
+            head, tensors = _read(path, path, parts)
+            if "part" in head:
+                raise DamagedCheckpointError("it is a part of a checkpoint, which is its folder")
     return Checkpoint(path, head["step"], tensors["model"], tensors["optimizer"], head["facts"])
+
+
+def _read(
+    path: Path, named: Path, parts: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The head and the tensors of one file of the checkpoint ``named``."""
+    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DamagedCheckpointError("it is no file" if path.exists() else "it is missing")
+    with safe_open(path, framework="pt", device="cpu") as file:
+        head = read_head(file.metadata(), named)
+        for name in file.keys():  # noqa: SIM118  (no mapping, only looks like one)
+            part, rest = name.split(".", 1)
+            if part not in _PARTS:
+                raise DamagedCheckpointError(f"its tensor {name} belongs to nothing")
+            if part in parts:
+                tensors[part][rest] = file.get_tensor(name)
+    of = "" if path == named else f" in {path.name}"
+    for part in parts:
+        if checksum(tensors[part], head["format"]) != head["crc32"][part]:
+            raise DamagedCheckpointError(f"checksum of {part} differs{of}")
+    return head, tensors
 
 
 def load_newest(
@@ -253,17 +319,6 @@ def not_finite(parts: Parts) -> list[str]:
     ]
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries that shape the numbers."""
-    found = {}
-    for name in ("patchmine", "torch", "timm"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
 def _fault_of(found: Checkpoint) -> str:
     bad = not_finite({"model": found.model, "optimizer": found.optimizer})
     return f"holds values that are not finite (in {bad[0]})" if bad else ""
@@ -273,8 +328,11 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _write(path: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -> None:
-    crc32 = {part: _checksum(tensors) for part, tensors in parts.items()}
+def write_file(
+    path: Path, step: int, parts: Parts, facts: Mapping[str, Any], piece: Piece | None = None
+) -> None:
+    """One file of a checkpoint: all of it, or this ``piece``.  Raises OSError."""
+    crc32 = {part: checksum(tensors) for part, tensors in parts.items()}
     head = {
         "format": FORMAT,
         "step": step,
@@ -282,6 +340,8 @@ def _write(path: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -> Non
         "crc32": crc32,
         "facts": dict(facts),
     }
+    if piece is not None:
+        head["part"] = piece.as_json()
     text = json.dumps(head)
     flat = {
         f"{part}.{name}": tensor
@@ -294,53 +354,15 @@ def _write(path: Path, step: int, parts: Parts, facts: Mapping[str, Any]) -> Non
         )
 
 
-def _read_head(kept: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
-    """What was written beside the tensors, if it is whole and belongs under this name."""
-    if not kept or "patchmine" not in kept:
-        raise DamagedCheckpointError("it lacks the head of a checkpoint")
-    text = kept["patchmine"]
-    if "crc32" in kept and kept["crc32"] != f"{zlib.crc32(text.encode()):08x}":
-        raise DamagedCheckpointError("checksum of its head differs")
-    head: dict[str, Any] = json.loads(text)
-    version = head["format"]
-    if "crc32" in kept and isinstance(version, int) and version > FORMAT:
-        raise UserError(
-            f"{path} was written by a newer patchmine (format {version}): update patchmine to "
-            "read it"
-        )
-    if version != (FORMAT if "crc32" in kept else 1):
-        raise DamagedCheckpointError(f"it has no known format ({version!r:.20})")
-    wanted = {"step": int, "versions": dict, "crc32": dict, "facts": dict}
-    if wrong := [key for key, kind in wanted.items() if type(head.get(key)) is not kind]:
-        raise DamagedCheckpointError(f"its head lacks {wrong[0]}")
-    if not isinstance(head["facts"].get("identity", {}), dict):
-        raise DamagedCheckpointError("its head lacks facts.identity")
-    named = _NAME.fullmatch(path.name)
-    if named and int(named[1]) != head["step"]:
-        raise DamagedCheckpointError(f"it holds step {head['step']}, not that of its name")
-    return head
-
-
-def _checksum(tensors: Mapping[str, Tensor], version: int = FORMAT) -> int:
-    """CRC-32 over names and bytes, and since format 2 over types and shapes."""
-    value = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        head = json.dumps([name, str(tensor.dtype), list(tensor.shape)]) if version > 1 else name
-        value = zlib.crc32(head.encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
-    return value
-
-
 def _followed(path: Path) -> Path:
     """The checkpoint that ``last`` points to, as a link or as a small file; any other path as it
     is.
     """
-    if _NAME.fullmatch(path.name):
+    if NAME.fullmatch(path.name):
         return path
     if path.is_symlink():
         return path.resolve()
     if path.is_file() and path.stat().st_size <= 100:
         name = path.read_text(encoding="utf-8", errors="replace").strip()
-        return path.with_name(name) if _NAME.fullmatch(name) else path
+        return path.with_name(name) if NAME.fullmatch(name) else path
     return path

@@ -1,8 +1,4 @@
-"""Devices, processes and precision of a run, and all that the loop needs of "many processes".
-
-Sharding (FSDP2) would be another wrapper in `Engine.wrap`, and full tensors gathered where the loop
-saves.
-"""
+"""Devices, processes and precision of a run, and all that the loop needs of "many processes"."""
 
 from __future__ import annotations
 
@@ -23,9 +19,12 @@ from patchmine.errors import Say, UserError
 from patchmine.models.batch_norm import synchronise_batch_norms
 from patchmine.models.onednn import Product, multiplying, usual_product
 from patchmine.task import Task
+from patchmine.train.blocks import compute_again
 from patchmine.train.group import LONGEST, Group
 from patchmine.train.hardware import share_cores
 from patchmine.train.launch import Launch, read_launch
+from patchmine.train.settings import Remat, Sharding
+from patchmine.train.sharding import Sharded, divide
 from patchmine.types import Batch, Losses, Progress
 
 T = TypeVar("T")
@@ -66,6 +65,8 @@ class Engine:
         so already.
         num_nodes: machines; likewise.
         precision: "fp32", "bf16" (autocast) or "auto" = bf16 on GPUs that have it.
+        sharding: "ddp": every process holds all weights; "fsdp": its part of them; "hybrid": its
+            part of those of its machine.
         say: hears, in one process on each machine, for whom we wait.
 
     Attributes:
@@ -83,6 +84,7 @@ class Engine:
         num_nodes: int = 1,
         precision: str = "auto",
         say: Say = lambda text: None,
+        sharding: Sharding = "ddp",
     ) -> None:
         kind = choose_device(device)
         launch = read_launch(os.environ, devices, num_nodes)
@@ -98,6 +100,8 @@ class Engine:
             launch.world_size,
             launch.local_size,
         )
+        refuse_unshardable(sharding, launch)
+        self.sharding = sharding
         if launch.note is not None:
             say(launch.note)
         self._host_group: Any = None
@@ -172,8 +176,17 @@ class Engine:
         """Around the writing of a file: the end of another process does not cut it off."""
         return nullcontext() if self._group is None else self._group.peers.undisturbed()
 
-    def wrap(self, task: Task, *, compile_blocks: bool = False) -> Forward:
-        """Move a task to the device and return its forward, autocast and synchronised."""
+    def divided(self, task: Task) -> Sharded | None:
+        """The task and the copy of it that is to be wrapped, where weights are sharded."""
+        return None if self.sharding == "ddp" else Sharded(task, self.device)
+
+    def wrap(self, task: Task, *, compile_blocks: bool = False, remat: Remat = "none") -> Forward:
+        """Move a task to the device and return its forward, autocast and synchronised.
+
+        ``remat="blocks"``: what a block computed is computed again for its gradient.
+        """
+        if remat == "blocks":
+            compute_again(task, self.product if self.device.type == "cpu" else "torch")
         if compile_blocks:
             _compile_blocks(task)
         contexts: list[Callable[[], AbstractContextManager[Any]]] = [self.autocast]
@@ -184,6 +197,12 @@ class Engine:
         if self.world_size == 1:
             return _Step(task.to(self.device), contexts)
         synchronise_batch_norms(task)
+        if self.sharding != "ddp":
+            step = _Step(task, contexts)
+            copies = self.world_size // self.local_size
+            mesh = (copies, self.local_size) if self.sharding == "hybrid" else (self.world_size,)
+            divide(step, mesh, self.device, self.precision)
+            return step
         with warnings.catch_warnings():
             # torch 2.15; 2.11 has no other
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
@@ -207,7 +226,10 @@ class Engine:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def no_sync(self, forward: Forward, skip: bool) -> AbstractContextManager[None]:
-        """Around a micro-batch after which gradients need not be exchanged."""
+        """Around a micro-batch after which gradients need not be exchanged.
+
+        Those of shards are, so that each process keeps its part of them only.
+        """
         if skip and isinstance(forward, DistributedDataParallel):
             return forward.no_sync()
         return nullcontext()
@@ -242,6 +264,24 @@ class Engine:
             self._group.close()
             self._group = None
             self._host_group = None
+
+
+def refuse_unshardable(sharding: Sharding, launch: Launch) -> None:
+    """UserError where there is nobody to share weights with."""
+    if sharding == "ddp":
+        return
+    nodes = launch.world_size // launch.local_size
+    if launch.world_size == 1:
+        raise UserError(
+            f"sharding={sharding} divides the weights among processes, and this run has one: set "
+            "sharding=ddp, or start more (devices, num_nodes, torchrun, srun)"
+        )
+    if sharding == "hybrid" and (nodes == 1 or launch.local_size == 1):
+        raise UserError(
+            "sharding=hybrid divides the weights within each machine and repeats them on the "
+            f"others, but this run has {launch.local_size} processes on each of {nodes} machines: "
+            "set sharding=fsdp"
+        )
 
 
 def choose_device(device: str) -> str:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from patchmine.errors import UserError
+from patchmine.ops.shards import like
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, NotFiniteError, newest_finite, save
 from patchmine.train.engine import Engine
 from patchmine.train.log import Interval, Log
 from patchmine.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
+from patchmine.train.saving import PartsSaver
 from patchmine.train.settings import LoggingSettings, SavingSettings, TrainSettings
 from patchmine.train.signals import Interrupted, StopSignals
 from patchmine.train.step import Stepper
@@ -100,8 +102,14 @@ class Keeper:
             return False
         return done.step - int(self.best["step"]) >= self.patience * done.steps_per_epoch
 
-    def save(self, stepper: Stepper, done: Progress) -> None:
-        """Write a checkpoint.  Raises UserError for a state that is not finite, or a full disk."""
+    def save(
+        self, stepper: Stepper, done: Progress, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write a checkpoint, in all processes together.
+
+        ``before`` is called in the first one.  Raises UserError for a state that is not finite, or
+        a full disk.
+        """
         facts = {
             **self.remembered,
             "identity": dict(self.identity),
@@ -109,16 +117,18 @@ class Keeper:
         }
         if self.best is not None:
             facts["best"] = self.best
+        engine = stepper.engine
+        state = (stepper.task.state_dict(), optimizer_tensors(stepper.optimizers))
+        how: dict[str, Any] = {"keep": stepper.settings.keep_checkpoints}
+        how["best"] = None if self.best is None else self.best["step"]
         try:
-            save(
-                self.folder,
-                done.step,
-                stepper.task.state_dict(),
-                optimizer_tensors(stepper.optimizers),
-                facts,
-                keep=stepper.settings.keep_checkpoints,
-                best=None if self.best is None else self.best["step"],
-            )
+            if stepper.is_sharded:
+                saver = PartsSaver(engine, self.folder, done.step, facts, before=before, **how)
+                saver.save(*state)
+            elif engine.is_main:
+                with engine.undisturbed():
+                    before()
+                    save(self.folder, done.step, *state, facts, **how)
         except NotFiniteError as error:
             raise UserError(
                 f"{error}; training stopped: start a new run with {_calmer(stepper)}"
@@ -157,7 +167,7 @@ def train(
     stepper = Stepper(task, engine, settings)
     total, per_epoch = length.total_steps, length.steps_per_epoch
     first = _begin(stepper, keeper, hooks, length)
-    task.train()
+    stepper.task.train()
     with StopSignals(hooks.on_stop) as stop:
         for step in range(first, total):
             now, done = length.at(step), length.at(step + 1)
@@ -166,9 +176,11 @@ def train(
                     f"no better {keeper.best_by} in {keeper.patience} epochs: training ends after "
                     f"step {step} of {total}"
                 )
+                stepper.give_back()
                 return now
             if step % per_epoch == 0:
-                hooks.before_epoch(now)
+                with stepper.whole():
+                    hooks.before_epoch(now)
             stepper.make(now, batches)
             _tell(stepper, done, done.step - first, keeper, log, hooks)
             asked = _look(stepper, done, done.step - first, stop, keeper, hooks)
@@ -181,6 +193,7 @@ def train(
                 )
                 raise Interrupted(asked, done.step, is_main=engine.is_main)
     _say_skipped(keeper.skipped + stepper.total_skipped(), stepper, total, log)
+    stepper.give_back()
     return length.at(total)
 
 
@@ -191,7 +204,7 @@ def _begin(stepper: Stepper, keeper: Keeper, hooks: Hooks, length: Progress) -> 
         restore(stepper.task, stepper.optimizers, start, keeper.identity)
         if start.step > 0:
             return start.step
-    with stepper.watch.paused(), _uncompiled(settings):
+    with stepper.watch.paused(), _uncompiled(settings), stepper.whole():
         hooks.on_start(length.at(0))
         if stepper.engine.is_main and is_pictured(settings, length.at(0)):
             hooks.on_sample(length.at(0))
@@ -221,19 +234,27 @@ def _look(
     """What is due between two steps: a picture, scores, a checkpoint.  Gives the signal to stop."""
     settings, engine = stepper.settings, stepper.engine
     with stepper.watch.paused():
-        if engine.is_main and is_pictured(settings, done):
-            hooks.on_sample(done)
-        scores = hooks.on_epoch(done) if _due(done, done.steps_per_epoch) else None
+        scores = _look_at_task(stepper, done, hooks)
         stepper.task.train()
         alone = engine.world_size == 1
         asked = stop.received if alone else stop.shared(made, engine.largest)
         best = keeper.is_best(scores, done)
         last = asked or best or keeper.is_exhausted(done)
-        if engine.is_main and (last or _due(done, save_every(settings, done))):
-            with engine.undisturbed():
-                hooks.before_save()
-                keeper.save(stepper, done)
+        if last or _due(done, save_every(settings, done)):
+            keeper.save(stepper, done, hooks.before_save)
     return asked
+
+
+def _look_at_task(stepper: Stepper, done: Progress, hooks: Hooks) -> Mapping[str, float] | None:
+    """A picture and an evaluation, where they are due; gives the scores."""
+    pictured = is_pictured(stepper.settings, done)
+    evaluated = _due(done, done.steps_per_epoch)
+    if not (pictured or evaluated):
+        return None
+    with stepper.whole():
+        if stepper.engine.is_main and pictured:
+            hooks.on_sample(done)
+        return hooks.on_epoch(done) if evaluated else None
 
 
 def is_pictured(settings: LoggingSettings, done: Progress) -> bool:
@@ -271,7 +292,13 @@ def restore(
     """Put a checkpoint's state into a task.  Raises UserError when they do not belong together."""
     refuse_stranger(start, identity)
     try:
-        task.load_state_dict(start.model)
+        own = task.state_dict()
+        task.load_state_dict(
+            {
+                name: like(own[name], value) if name in own else value
+                for name, value in start.model.items()
+            }
+        )
         load_optimizer_tensors(optimizers, start.optimizer)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())

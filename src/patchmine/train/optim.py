@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from patchmine.ops import shards
 from patchmine.ops.schedules import learning_rate
+from patchmine.ops.shards import own_parts
 from patchmine.train.settings import ScheduleSettings
 from patchmine.types import LrSchedule, ParamGroup, Progress
 
@@ -152,14 +154,17 @@ def _split_by_decay(group: ParamGroup, weight_decay: float, blr: float) -> list[
 
 
 def _make(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
-    fused = all(p.device.type in FUSED_DEVICES for group in groups for p in group["params"])
+    params = [parameter for group in groups for parameter in group["params"]]
+    fused = all(p.device.type in FUSED_DEVICES for p in params)
+    if name == "sgd" and shards.is_sharded(params[0]):  # torch has no fused one of those
+        fused = False
     how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, **how)
     if name == "sgd":
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, **how)
         # torch would leave this buffer uninitialised when the very first step is skipped for a NaN.
-        for parameter in (p for group in groups for p in group["params"]):
+        for parameter in params:
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     if name == "lars":
@@ -208,7 +213,7 @@ def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
     params = [p for p in optimizers.params.values() if p.grad is not None]
     if not params:
         return torch.zeros((), device=next(iter(optimizers.params.values())).device)
-    norms = dict(zip(params, torch._foreach_norm(_gradients(params)), strict=True))
+    norms = dict(zip(params, shards.norms(_gradients(params)), strict=True))
     for clip in optimizers.clips:
         # The numbers of torch's clip_grad_norm_, or of DINO's clipping of each by itself.
         clipped = [p for p in clip.params if p in norms]
@@ -217,10 +222,11 @@ def clip_gradients(optimizers: Optimizers, progress: Progress) -> Tensor:
         own = torch.stack([norms[p] for p in clipped])  # (P,)
         if clip.each:
             factors = (clip.norm / (own + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(_gradients(clipped), factors.unbind())
+            torch._foreach_mul_(own_parts(_gradients(clipped)), factors.unbind())
         else:
             whole: Tensor = torch.linalg.vector_norm(own)
-            torch._foreach_mul_(_gradients(clipped), (clip.norm / (whole + 1e-6)).clamp(max=1.0))
+            factor = (clip.norm / (whole + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(own_parts(_gradients(clipped)), factor)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     return norm
 
@@ -232,7 +238,8 @@ def _gradients(params: Sequence[nn.Parameter]) -> list[Tensor]:
 def update(optimizers: Optimizers, bad: Tensor) -> None:
     """One step of every optimizer, or none where ``bad`` (0-d float, 1 = skip) says so.
 
-    The fused optimizers read ``bad`` on the device; LARS cannot, and has to wait for it.
+    The fused optimizers read ``bad`` on the device; LARS and SGD of shards cannot, and have to wait
+    for it.
     """
     for optimizer in optimizers.by_name.values():
         if all(group.get("fused") for group in optimizer.param_groups):
@@ -273,7 +280,8 @@ def load_optimizer_tensors(optimizers: Optimizers, tensors: Mapping[str, Tensor]
         parameter_name, key = name.rsplit(".", 1)
         if parameter_name not in optimizers.params:
             raise ValueError(f"optimizer state for {parameter_name!r}, which is not trained")
-        by_parameter.setdefault(optimizers.params[parameter_name], {})[key] = value
+        parameter = optimizers.params[parameter_name]
+        by_parameter.setdefault(parameter, {})[key] = shards.like(parameter, value)
     for optimizer in optimizers.by_name.values():
         state = optimizer.state_dict()
         members = [p for group in optimizer.param_groups for p in group["params"]]

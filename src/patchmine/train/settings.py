@@ -21,6 +21,9 @@ from patchmine.strict import (
     Workers,
 )
 
+Sharding = Literal["ddp", "fsdp", "hybrid"]
+Remat = Literal["none", "blocks"]
+
 
 class ScheduleSettings(Strict):
     """How long, in which batches and at which rates."""
@@ -119,6 +122,26 @@ class MachineSettings(Strict):
     )
     cache_gb: float = Field(10, gt=0, le=LARGEST_RUN, description="most that cache may take")
     compile: bool = Field(False, description="compile the model's blocks")
+    sharding: Sharding = Field(
+        "ddp",
+        description="of weights, gradients and optimizer state every process holds: ddp: all; fsdp:"
+        " its part; hybrid: its part of those of its machine",
+    )
+    remat: Remat = Field(
+        "none",
+        description="blocks: compute the blocks again for their gradients, in place of keeping what"
+        " they computed",
+    )
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """Ways to save memory that compiled blocks do not go with."""
+        for name, given, plain in (
+            ("sharding", self.sharding, "ddp"),
+            ("remat", self.remat, "none"),
+        ):
+            if self.compile and given != plain:
+                text = f"given {given}, which compiled blocks do not go with: set compile=false"
+                yield SettingError(name, f"{text}, or {name}={plain}")
 
 
 class SavingSettings(Strict):

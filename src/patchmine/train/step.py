@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -32,9 +33,11 @@ class Stepper:
                 f"multiple of {parts}"
             )
         self.rows = settings.batch_size // parts  # of a micro-batch
-        self.task, self.engine, self.settings = task, engine, settings
-        self.forward = engine.wrap(task, compile_blocks=settings.compile)
+        self.engine, self.settings = engine, settings
         refuse_shared(task.state_dict())
+        self._sharded = engine.divided(task)
+        self.task = task = task if self._sharded is None else self._sharded.copy
+        self.forward = engine.wrap(task, compile_blocks=settings.compile, remat=settings.remat)
         self.optimizers = optim.build_optimizers(
             task.scaled_groups(),
             weight_decay=settings.weight_decay,
@@ -48,6 +51,20 @@ class Stepper:
         self.slowest = Slowest()
         # Of skipped steps: in this interval, in a row until now, longest row, in all.
         self._skips = torch.zeros(4, device=engine.device)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Around a look at the task that was given: all processes enter it, where it is sharded."""
+        return nullcontext() if self._sharded is None else self._sharded.whole()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds a part of weights and optimizer state only."""
+        return self._sharded is not None
+
+    def give_back(self) -> None:
+        """Leave the task that was given with the weights that were reached."""
+        if self._sharded is not None:
+            self._sharded.fill()
 
     def make(self, progress: Progress, batches: Iterator[Batch]) -> Batch:
         """Rates, losses, gradients, update; returns the last micro-batch."""

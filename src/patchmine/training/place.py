@@ -66,7 +66,9 @@ def open_place(
 ) -> Iterator[Place]:
     """The processes of a run, of which the first locks the folder; what ends one ends all."""
     began = perf_counter() if began is None else began
-    engine = Engine(config.device, config.devices, config.num_nodes, config.precision, say)
+    engine = Engine(
+        config.device, config.devices, config.num_nodes, config.precision, say, config.sharding
+    )
     under: AbstractContextManager[HeldLock | None] = nullcontext()
     with engine.together():
         if engine.is_main:

@@ -25,7 +25,6 @@ from patchmine.report.label_free import LabelFreeMonitor
 from patchmine.report.monitor import Monitor, Watched
 from patchmine.runs import preparing
 from patchmine.task import Method
-from patchmine.train.checkpoint import list_checkpoints
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log
 from patchmine.train.loop import Keeper
@@ -132,8 +131,8 @@ def _measure(
         tensorboard=config.tensorboard,
         console=Console(file=io.StringIO()),
     )
-    whole = _seconds_of_whole(config, engine, images, method)
-    with log:
+    with log, stepper.whole():
+        whole = _seconds_of_whole(config, engine, images, method)
         run = Watched(config, config, config, scratch, engine, images, method, log)
         monitor, watching = Monitor(run), LabelFreeMonitor(run, view)
         look = _seconds(lambda: watching.begin(start))
@@ -144,11 +143,11 @@ def _measure(
             monitor.draw(now)  # what the first one loads is not paid again
             picture = _seconds(lambda: monitor.draw(now))
             method.train()
-            keeper = Keeper(scratch / "checkpoints")
             with engine.undisturbed():
-                checkpoint = _seconds(lambda: keeper.save(stepper, now))
                 exports = scratch / "exports"
                 export = _seconds(lambda: write_exports(config, method, exports.joinpath))
+        keeper = Keeper(scratch / "checkpoints")
+        checkpoint = _seconds(lambda: keeper.save(stepper, now))
     engine.barrier()
     watched = len(watching.part)
     return Pace(
@@ -162,7 +161,7 @@ def _measure(
         whole=whole,
         whole_epochs=method.whole_epochs,
         watched=watched,
-        checkpoint_bytes=_bytes_of(list_checkpoints(scratch / "checkpoints")),
+        checkpoint_bytes=_bytes_of((scratch / "checkpoints").rglob("*.safetensors")),
         export_bytes=_bytes_of((scratch / "exports").glob("*/*")),
         peak_bytes=peak_bytes(engine),
         worker_bytes=workers,
