@@ -289,7 +289,7 @@ def write_as_before(path: Path, change: Callable[[dict[str, torch.Tensor]], None
     change(state)
     parts = {"model": state, "optimizer": found.optimizer}
     path.unlink()
-    checkpoint._write(path, found.step, parts, found.facts)
+    checkpoint.write_file(path, found.step, parts, found.facts)
 
 
 def with_nan(state: dict[str, torch.Tensor]) -> None:

@@ -207,7 +207,7 @@ def test_every_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
 
 def write_format_1(path: Path, step: int, state: dict[str, torch.Tensor]) -> None:
     """As version 0.2 wrote it."""
-    crc32 = {"model": checkpoints._checksum(state, 1), "optimizer": 0}
+    crc32 = {"model": checkpoints.checksum(state, 1), "optimizer": 0}
     head = {
         "format": 1,
         "step": step,
