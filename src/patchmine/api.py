@@ -91,7 +91,7 @@ def pretrain(
 
     Args:
         data: what the command line takes (a folder, a list file, shards, or several), or any torch
-            dataset of images.
+            dataset of images, or a ``datasets.Dataset`` of Hugging Face's.
         recipe: name or file of settings to start from.
         say: hears what a person should know.
         **settings: those of `patchmine config schema`.  Nested ones are dicts or their models;
@@ -327,7 +327,7 @@ def resume(
 
     Args:
         path: the run's folder.
-        data: of a run on a torch dataset, or where the same images have moved.
+        data: of a run on a dataset of Python's, or where the same images have moved.
         val: the same of a fine-tuned run's images to choose by, as ``test`` of those to test on.
         test: see ``val``.
         say: hears what a person should know.

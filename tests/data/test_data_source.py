@@ -153,8 +153,8 @@ def test_torch_datasets() -> None:
         ([], r"name at least one source"),
         ("", r"data= is empty; give a folder of images, .*\(data=\. is the current folder\)"),
         (
-            "https://host/x.tar",
-            r"data=https://host/x\.tar: this is no place on a disk; fetch or mount",
+            "pipe:curl host/x.tar",
+            r"data=pipe:curl host/x\.tar: this is no place on a disk; fetch or mount",
         ),
         (7, r"data=7: a int is no source of images"),
     ],

@@ -24,6 +24,7 @@ class SharedRunningSettings(TypedDict, total=False):
     read_timeout: float
     cache: Name | None
     cache_gb: float
+    remote_gb: float
     compile: bool
     sharding: Literal["ddp", "fsdp", "hybrid"]
     remat: Literal["none", "blocks"]

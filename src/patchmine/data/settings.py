@@ -42,6 +42,10 @@ READ_TIMEOUT = 600.0
 """Default of ``read_timeout`` in seconds; network disks have been seen to need minutes."""
 
 
+REMOTE_GB = 50.0
+"""Default of ``remote_gb``."""
+
+
 class DataSettings(Strict):
     """Where the data are."""
 

@@ -43,7 +43,7 @@ def given_data(name: str, value: Any, sources: Mapping[str, Spec]) -> Any:
     """
     if name not in sources and str(value).startswith("python:"):
         raise UserError(
-            f"{name}={value}: this run was made on a torch dataset; give it from Python, as in "
+            f"{name}={value}: this run was made on a dataset of Python's; give it again, as in "
             f"patchmine.resume(path, {name}=dataset)"
         )
     return sources.get(name, value)
@@ -52,7 +52,7 @@ def given_data(name: str, value: Any, sources: Mapping[str, Spec]) -> Any:
 def open_data(config: RunConfig, spec: Spec, say: Say) -> Source:
     """What the run trains on; ``say`` hears what is wrong with it and what decodes videos."""
     item = item_of(config)
-    opened = item.open(spec, cache_dir=default_cache_dir())
+    opened = item.open(spec, cache_dir=default_cache_dir(), remote_gb=config.remote_gb)
     for note in item.notes(opened):
         say(note)
     return opened

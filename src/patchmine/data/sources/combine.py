@@ -75,7 +75,11 @@ class Joined(Source):
 
 
 class DatasetSource(Source):
-    """A map-style torch dataset; its fingerprint knows its type and its length only."""
+    """A map-style torch dataset; its fingerprint knows its type and its length.
+
+    Items may be random, so that their contents tell nothing; a dataset that knows what it holds
+    may have a ``fingerprint`` of its own, a text, which counts too.
+    """
 
     repeatable = False
 
@@ -96,7 +100,9 @@ class DatasetSource(Source):
             length = len(cast(Sized, dataset))
         if not length:
             raise data_error(name, "the dataset has no items; give one that has some")
-        super().__init__(name, fingerprint_of([name.encode(), str(length).encode()]))
+        own = getattr(dataset, "fingerprint", None)
+        parts = [name, str(length), *([own] if isinstance(own, str) else [])]
+        super().__init__(name, fingerprint_of(part.encode() for part in parts))
         self.dataset = dataset
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,13 @@ from patchmine.errors import UserError, shown_name
 
 log = logging.getLogger(__name__)
 
-VERSION = b"patchmine index 5\n"
+VERSION = b"patchmine index 6\n"
 """The first bytes of the file.  Raised whenever an index written before would be read wrongly."""
 
 RECENT = 2_000_000_000
 """Nanoseconds within which a listed file could change again without a new time stamp."""
 
-_DIGEST = 16  # bytes of the checksum behind the version; it is over all that follows it
+_SUM = 4  # bytes of the checksum (CRC-32) behind the version; it is over all that follows it
 _ALIGNED = 64
 
 
@@ -214,30 +215,31 @@ def _write(out: BinaryIO, index: Index) -> None:
     columns = {name: np.ascontiguousarray(values) for name, values in index.columns.items()}
     heads = [(name, values.dtype.str, len(values)) for name, values in columns.items()]
     head = json.dumps({"stamp": index.stamp, "columns": heads}).encode()
-    digest = hashlib.blake2b(digest_size=_DIGEST)
+    checksum = 0
 
     def put(data: bytes | memoryview) -> None:
-        digest.update(data)
+        nonlocal checksum
+        checksum = zlib.crc32(data, checksum)
         out.write(data)
 
-    out.write(VERSION + bytes(_DIGEST))
+    out.write(VERSION + bytes(_SUM))
     put(len(head).to_bytes(8, "little") + head)
     for values in columns.values():
         put(b"\0" * (-out.tell() % _ALIGNED))
         put(values.data)
     out.seek(len(VERSION))
-    out.write(digest.digest())
+    out.write(checksum.to_bytes(_SUM, "little"))
 
 
 def load(file: Path) -> Index | None:
     """The index in a file, memory-mapped; None where there is none, or it is damaged or older."""
-    start = len(VERSION) + _DIGEST
+    start = len(VERSION) + _SUM
     try:
         if not file.is_file():  # a pipe of that name would be waited for
             return None
         data = np.asarray(np.memmap(file, np.uint8, "r"))  # slicing a memmap itself is slow
-        digest = hashlib.blake2b(data[start:].data, digest_size=_DIGEST).digest()
-        if data[:start].tobytes() != VERSION + digest:
+        checksum = zlib.crc32(data[start:].data).to_bytes(_SUM, "little")
+        if data[:start].tobytes() != VERSION + checksum:
             return None
         end = start + 8 + int.from_bytes(data[start : start + 8].tobytes(), "little")
         head = json.loads(data[start + 8 : end].tobytes())

@@ -17,8 +17,9 @@ import numpy as np
 
 from patchmine.data.sources import contract
 from patchmine.data.sources import index as indices
+from patchmine.data.sources.columns import Columns, Remedy, columns_of, labels_of
 from patchmine.data.sources.members import PassedOver
-from patchmine.data.sources.parquet_columns import Columns, columns_of
+from patchmine.data.sources.patterns import split
 from patchmine.data.sources.stored import Stored, local_files, opened
 from patchmine.errors import foreign_parser, shown_name
 
@@ -88,43 +89,11 @@ class ParquetSource(contract.Source):
 
     def labels(self) -> contract.Labels | None:
         """From the column of classes, by the names that the file has for its numbers."""
-        if len(self.columns.labels) > 1:
-            found, image = self.columns.labels, self.columns.image.removesuffix(".bytes")
-            what = f"several columns may be the classes ({', '.join(map(shown_name, found))})"
-            hint = f"{self.name.partition('::')[0]}::{image},{found[0]}"
-            raise contract.data_error(self.name, f"{what}; name one behind ::, as in {hint}")
-        if not self.columns.labels:
-            return None
-        column = self.columns.labels[0]
-        numbers, values = self._encoded(column)
-        missing = next(
-            (each for each, value in enumerate(values) if self._class(value) is None), -1
-        )
-        if len(values) == 1 and missing == 0:  # as in a part that is for a competition's judge
-            return None
-        if missing >= 0:
-            row = int(np.argmax(numbers == missing))
-            where = shown_name(self.path(row))
-            what = f"column {column} holds no class but {values[missing]} at {where}"
-            raise contract.data_error(self.name, f"{what}; leave such rows out, or label them")
-        names = contract.ClassNames()
-        for value in values:
-            names.add(str(self._class(value)))
-        labels = names.finish()
-        return contract.Labels(labels.ids[numbers], labels.names)
+        remedy = _naming(self.name)
+        return labels_of(self.columns, self.name, self._values, self.path, remedy)
 
-    def _class(self, value: Any) -> Any:
-        """The class that a value stands for; None where it stands for none."""
-        classes = self.columns.classes
-        if isinstance(value, int):
-            known = value >= 0 and (classes is None or value < len(classes))
-            return None if not known else classes[value] if classes else value
-        return value
-
-    def _encoded(self, column: str) -> tuple[Any, list[Any]]:
-        """(N,) places of every row's value in the list of the values that there are."""
+    def _values(self, column: str) -> Any:
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         chunks = list[Any]()
         for file in self.files:
@@ -137,9 +106,7 @@ class ParquetSource(contract.Source):
         if len({chunk.type for chunk in chunks}) > 1:
             what = f"column {column} is of different types in these files"
             raise contract.data_error(self.name, f"{what}; name those of one type")
-        together = pc.dictionary_encode(pa.chunked_array(chunks), null_encoding="encode")
-        together = together.combine_chunks()
-        return together.indices.to_numpy(zero_copy_only=False), together.dictionary.to_pylist()
+        return pa.chunked_array(chunks)
 
     def _find(self, index: int) -> tuple[int, int]:
         """The row group of an item, and its row there."""
@@ -249,7 +216,7 @@ def parquet_source(
 ) -> ParquetSource:
     """The same of files wherever they lie; the last but one arguments as of `kept_index`."""
     with _refusing(files[0], name):
-        columns = columns_of(_parquet(files[0]).schema_arrow, wanted, name)
+        columns = columns_of(_parquet(files[0]).schema_arrow, wanted, name, _naming(name))
     index = indices.kept_index(
         cache_dir,
         "parquet",
@@ -259,6 +226,11 @@ def parquet_source(
         holds,
     )
     return ParquetSource(files, index, columns, name)
+
+
+def _naming(name: str) -> Remedy:
+    place = split(name)[0]
+    return lambda columns: f"name one behind ::, as in {place}::{','.join(columns)}"
 
 
 def _index(

@@ -5,20 +5,19 @@ from __future__ import annotations
 import difflib
 import errno
 import glob
-import math
 import os
-import re
 import stat
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from patchmine.data.decoding.video import VIDEOS, backend_name
-from patchmine.data.settings import LIST_SUFFIXES
+from patchmine.data.settings import LIST_SUFFIXES, REMOTE_GB
+from patchmine.data.sources.addresses import is_address, open_address
 from patchmine.data.sources.archive import PACKED_SUFFIXES, refuse_packed
 from patchmine.data.sources.combine import DatasetSource, Joined
 from patchmine.data.sources.contract import IMAGES, Kind, Labels, Source, data_error
@@ -28,6 +27,8 @@ from patchmine.data.sources.listfile import open_files, open_list
 from patchmine.data.sources.parquet import SUFFIX as PARQUET
 from patchmine.data.sources.parquet import open_parquet
 from patchmine.data.sources.parts import with_parts
+from patchmine.data.sources.patterns import are_endings, endings_of, has_braces, spellings, split
+from patchmine.data.sources.rows import RowSource, is_rows
 from patchmine.data.sources.shards import open_shards
 from patchmine.errors import UserError, reason_of, shown_name
 
@@ -37,12 +38,8 @@ Spec = str | Path | Dataset[Any] | Source | Sequence["Spec"]
 
 KINDS = {"image": IMAGES, "video": VIDEOS}
 
-MOST_SHARDS = 100_000
-"""Shards that a pattern may stand for."""
-_MOST_DIGITS = 12  # of a number in a pattern
 _MOST_BESIDE = 10_000  # names that are looked through for one that is meant
 
-_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _ARCHIVES = Kind("shard", (".tar",), str, chosen=True)
 _PARQUET = Kind("Parquet file", (PARQUET,), str, chosen=True)
 _PACKED = Kind("archive", PACKED_SUFFIXES, str, chosen=True)
@@ -51,12 +48,14 @@ _LISTS = (
     "tar shards (a folder, a pattern, shard-{000..099}.tar)"
 )
 FORMS = {
-    "image": f"a folder of images, {_LISTS}, Parquet files or embedded:photos",
+    "image": f"a folder of images, {_LISTS}, Parquet files, such at s3://... or embedded:photos",
     "video": f"a folder of videos or of folders of frames, {_LISTS} or embedded:moving-photos",
 }
 
 
-def open_source(spec: Spec, kind: str = "image", *, cache_dir: Path | None = None) -> Source:
+def open_source(
+    spec: Spec, kind: str = "image", *, cache_dir: Path | None = None, remote_gb: float = REMOTE_GB
+) -> Source:
     """The images of a folder, list, shards, ``embedded:photos`` or torch Dataset, or of several.
 
     Args:
@@ -64,7 +63,9 @@ def open_source(spec: Spec, kind: str = "image", *, cache_dir: Path | None = Non
             endings count.
         kind: "image" or "video"; videos may also be folders of frames, or
             ``embedded:moving-photos``.
-        cache_dir: where the indices of folders, lists and shards are kept; None: nowhere.
+        cache_dir: where the indices of folders, lists and shards are kept; None: nowhere.  What is
+            read from addresses is kept there, or else in the user's cache folder.
+        remote_gb: most that this may take.
 
     Returns:
         A source: ``len(source)`` items, ``source.fingerprint`` of all their names and sizes.
@@ -74,7 +75,7 @@ def open_source(spec: Spec, kind: str = "image", *, cache_dir: Path | None = Non
     """
     if kind not in KINDS:
         raise UserError(f"kind={kind}: a source is of {' or '.join(map(repr, KINDS))}")
-    source = _opened(spec, KINDS[kind], cache_dir)
+    source = _opened(spec, KINDS[kind], cache_dir, int(remote_gb * 1e9))
     if kind == "video":
         decoder_of(source)  # whose absence is better told now than by the first worker
     return source
@@ -93,27 +94,35 @@ def default_cache_dir() -> Path | None:
         return None
 
 
-def _opened(spec: Spec, kind: Kind, cache_dir: Path | None) -> Source:
+def _opened(spec: Spec, kind: Kind, cache_dir: Path | None, limit: int) -> Source:
     forms = FORMS[kind.name]
     if isinstance(spec, Source):
         return spec
+    if is_rows(spec):
+        return RowSource(spec)
     if isinstance(spec, Dataset):
         return DatasetSource(spec)
     if isinstance(spec, str | Path):
-        name = os.fspath(spec)
-        if not name.strip():
-            raise UserError(f"data= is empty; give {forms} (data=. is the current folder)")
-        return _open_named(name, cache_dir, kind)
+        return _open_named(os.fspath(spec), cache_dir, kind, limit)
     if isinstance(spec, Sequence):
-        parts = [_opened(part, kind, cache_dir) for part in spec]
+        parts = [_opened(part, kind, cache_dir, limit) for part in spec]
         if not parts:
             raise UserError(f"data=[]: name at least one source of {kind.name}s: {forms}")
         return parts[0] if len(parts) == 1 else Joined(parts)
     what = f"a {type(spec).__name__} is no source of {kind.name}s"
-    raise UserError(f"data={spec!r}: {what}; give {forms}, or a torch Dataset")
+    raise UserError(f"data={spec!r}: {what}; give {forms}, or a Dataset of torch or datasets")
 
 
-def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
+def _open_named(name: str, cache_dir: Path | None, kind: Kind, limit: int) -> Source:
+    if not name.strip():
+        forms = FORMS[kind.name]
+        raise UserError(f"data= is empty; give {forms} (data=. is the current folder)")
+    if is_address(name):
+        return open_address(name, kind, cache_dir or default_cache_dir(), limit)
+    return _open_local(name, cache_dir, kind)
+
+
+def _open_local(name: str, cache_dir: Path | None, kind: Kind) -> Source:
     if name.startswith("embedded:"):
         return open_embedded(name, kind)
     path, words = _split(name)
@@ -121,7 +130,7 @@ def _open_named(name: str, cache_dir: Path | None, kind: Kind) -> Source:
     parquet = _parquet_files(path, mode, name, kind, words)
     if parquet:
         return _open_parquet(parquet, name, cache_dir, kind, words)
-    endings = _endings(words, name, kind)
+    endings = endings_of(words, name, kind)
     frames = _only(IMAGES, endings) if endings else IMAGES
     kind = _only(kind, endings) if endings else kind
     if stat.S_ISDIR(mode):
@@ -139,7 +148,7 @@ def _parquet_files(
 ) -> list[Path]:
     """The Parquet files that a name means without doubt."""
     if stat.S_ISDIR(mode):  # whose columns may be named, where a folder of images has endings
-        are_columns = bool(words) and not _are_endings(words, kind)
+        are_columns = bool(words) and not are_endings(words, kind)
         return _paths(open_folder(path, name, None, _PARQUET)) if are_columns else []
     if path.suffix.lower() != PARQUET:
         return []
@@ -150,7 +159,7 @@ def _open_pattern(path: Path, name: str, cache_dir: Path | None, kind: Kind) -> 
     shards = _expand(path, name)
     if not shards:
         what = f"there is no such file or folder{_nearest(path)}"
-        if "://" in name or name.startswith("pipe:"):
+        if name.startswith("pipe:"):
             what = "this is no place on a disk; fetch or mount the data first"
         raise data_error(name, f"{what}; give {FORMS[kind.name]}")
     other = next((shard for shard in shards if shard.suffix.lower() != ".tar"), None)
@@ -163,35 +172,12 @@ def _open_pattern(path: Path, name: str, cache_dir: Path | None, kind: Kind) -> 
 
 
 def _split(name: str) -> tuple[Path, list[str]]:
-    """The path of ``photos/::jpg,left.png``, and the words behind it, where a name has such."""
-    place, separator, behind = name.rpartition("::")
-    words = list[str]()
-    if separator and place and "/" not in behind and not os.path.lexists(name):
-        name, words = place, [word.strip() for word in behind.split(",")]
+    """A path, and the words behind it."""
+    place, words = split(name)
     try:
-        return Path(name).expanduser(), words
+        return Path(place).expanduser(), words
     except RuntimeError:  # of ~somebody who is not known here
-        return Path(name), words
-
-
-def _are_endings(words: Sequence[str], kind: Kind) -> bool:
-    known = (*kind.suffixes, *(IMAGES.suffixes if kind.folders else ()))
-    return all(_as_ending(word).endswith(known) for word in words)
-
-
-def _as_ending(word: str) -> str:
-    return "." + word.lower().lstrip(".")
-
-
-def _endings(words: Sequence[str], name: str, kind: Kind) -> tuple[str, ...]:
-    """The endings that a user chose; UserError where a word is none."""
-    stranger = next((word for word in words if not _are_endings([word], kind)), None)
-    if stranger is not None:
-        known = (*kind.suffixes, *(IMAGES.suffixes if kind.folders else ()))
-        what = f"{shown_name(_as_ending(stranger))} is no ending of {kind.name}s"
-        rule = "behind :: stand the endings that count, with commas between them: of"
-        raise data_error(name, f"{what}; {rule} {', '.join(known)}, also as in left.png")
-    return tuple(map(_as_ending, words))
+        return Path(place), words
 
 
 def _only(kind: Kind, endings: tuple[str, ...]) -> Kind:
@@ -272,31 +258,13 @@ def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Sou
 
 def _expand(path: Path, name: str) -> list[Path]:
     """Every name that a pattern stands for: ``{first..last}``, ``{train,val}``, ``*``."""
-    choices = [_choices(name, *found.groups()) for found in _BRACES.finditer(str(path))]
-    if math.prod(map(len, choices)) > MOST_SHARDS:
-        what = f"the pattern stands for more than {MOST_SHARDS:,} shards, the most that it may name"
-        raise data_error(name, f"{what}; name those that there are, or give their folder")
-    if not choices:
-        return sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207, absolute patterns
-    texts = _BRACES.split(str(path))[:: _BRACES.groups + 1]  # between the braces
+    text = str(path)
+    if not has_braces(text):
+        return sorted(map(Path, glob.glob(text)))  # noqa: PTH207, absolute patterns
     found: list[str] = []
-    for choice in product(*choices):
-        each = texts[0] + "".join(map("".join, zip(choice, texts[1:], strict=True)))
+    for each in spellings(text, name):
         found += sorted(glob.glob(each)) if glob.has_magic(each) else [each]  # noqa: PTH207
     return [Path(each) for each in found]
-
-
-def _choices(name: str, first: str | None, last: str | None, listed: str | None) -> list[str]:
-    """What a pair of braces stands for: words, or numbers with the zeros of the first."""
-    if first is None or last is None:
-        return str(listed).split(",")
-    if max(len(first), len(last)) > _MOST_DIGITS:
-        return [""] * (MOST_SHARDS + 1)  # which is refused
-    if int(last) < int(first):
-        what = f"the range {{{first}..{last}}} runs backwards"
-        raise data_error(name, f"{what}; write {{{last}..{first}}}")
-    numbers = range(int(first), int(last) + 1)[: MOST_SHARDS + 1]
-    return [f"{number:0{len(first)}d}" for number in numbers]
 
 
 def _nearest(path: Path) -> str:
