@@ -4,9 +4,10 @@
     python benchmarks/scale.py speed --batch-size 64 --tflops 350 --link 50
 
 ``memory``: bytes of weights, gradients, optimizer state, teachers, and of what the backward pass
-keeps for each image, counted tensor by tensor on a CPU (which needs 8 GB of memory).  ``speed``: the share of the time that GPUs
-compute, from the work of a step at a rate that they keep up, and from the bytes of the gradients at
-the speed of the link between machines.  Nothing of it was measured on GPUs.
+keeps for each image, counted tensor by tensor on a CPU, which needs 8 GB of memory.  ``speed``: the
+share of the time that GPUs compute, from the work of a step at a rate that they keep up, and from
+the bytes of the gradients at the speed of the link between machines.  Nothing of it was measured on
+GPUs.
 """
 
 from __future__ import annotations
