@@ -34,7 +34,7 @@ def start(processes: int, *words: str, nodes: int = 1) -> list[subprocess.Popen[
     for rank in range(processes):
         own = dict(
             RANK=rank,
-            LOCAL_RANK=rank % on_each,
+            LOCAL_RANK=rank,  # of one machine, which these share even where they stand for two
             WORLD_SIZE=processes,
             LOCAL_WORLD_SIZE=on_each,
             MASTER_ADDR="127.0.0.1",
