@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from patchmine.backbones.family import build_encoder
+from patchmine.errors import UserError
 from patchmine.methods import METHODS, method_class
 from patchmine.ops.shards import own_part
 from patchmine.task import Method
@@ -150,4 +151,8 @@ def main(folder: Path, sharding: str, last: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    except UserError as error:  # as the command line does
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
