@@ -14,7 +14,7 @@ from patchmine.bench.settings import BenchDataSettings, BenchStepSettings
 from patchmine.cli.commands import read_words
 from patchmine.config.resolve import from_settings, parse
 from patchmine.config.schema import PretrainConfig
-from patchmine.data.settings import Clip, Crops, InspectSettings, ShardSettings
+from patchmine.data.settings import Clip, Crops, InspectSettings, ShardSettings, TileSettings
 from patchmine.errors import UserError
 from patchmine.evaluate.settings import (
     AttentiveSettings,
@@ -40,6 +40,7 @@ COMMANDS = [
     ImportSettings,
     InspectSettings,
     ShardSettings,
+    TileSettings,
     BenchDataSettings,
 ]
 EVALUATIONS = [

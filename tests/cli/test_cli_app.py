@@ -65,6 +65,7 @@ ROOMS = [
     ("data.inspect", "inspect"),
     ("data.inspect", "render"),
     ("data.sharding", "write_shards"),
+    ("data.tiling", "tile_images"),
     ("bench.step", "bench_step"),
     ("bench.data", "bench_data"),
     ("bench.video", "bench_video"),

@@ -267,7 +267,7 @@ def test_a_frame_larger_than_its_header_is_refused() -> None:
 
 def test_more_frames_than_a_file_has_room_for_are_damage(tmp_path: Path) -> None:
     write(tmp_path, **{"x.dcm": dicom(TWELVE, NumberOfFrames=1_000_000)})
-    with pytest.raises(UserError, match="this is a single image"):
+    with pytest.raises(UserError, match=r"this is a truncated .* \(1000000 frames are more than"):
         open_source(tmp_path / "x.dcm")
     with pytest.raises(DecodeError, match="1000000 frames are more than it has room for"):
         decode((tmp_path / "x.dcm").read_bytes(), 1)

@@ -201,7 +201,7 @@ def test_no_classes_at_all() -> None:
         ("~nobody-of-this-name/x", r"there is no such file or folder"),
         ("caf\udce9", r"data=caf\\xe9: there is no such file or folder"),
         ("loop", r"cannot be opened"),
-        ("x.h5", r"a file that ends in \.h5 is no source of images"),
+        ("x.mat", r"a file that ends in \.mat is no source of images"),
         ("x.parquet", r"the file x\.parquet cannot be read as Parquet"),
     ],
     ids=lambda text: (
@@ -211,7 +211,7 @@ def test_no_classes_at_all() -> None:
 def test_what_cannot_be_a_source_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, message: str
 ) -> None:
-    for name in ("1.jpg", "x.h5", "x.parquet"):
+    for name in ("1.jpg", "x.mat", "x.parquet"):
         (tmp_path / name).touch()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")

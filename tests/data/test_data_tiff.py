@@ -281,3 +281,23 @@ def test_codecs_that_pil_may_lack_are_read_by_tifffile(
     data = written(image, photometric="rgb", compression=compression, compressionargs=options)
     assert np.array_equal(decode(data, 3), image.transpose(2, 0, 1))
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("nodata", "dtype"), [("-9999", "float32"), ("nan", "float32"), ("0", "uint16")]
+)
+def test_pixels_without_data_get_the_mean_of_the_others(nodata: str, dtype: str) -> None:
+    bands = np.random.default_rng(0).integers(1, 1000, (4, 20, 30)).astype(dtype)
+    bands[:, 5:9, 7] = float(nodata)
+    bands[1, 0, 0] = 0  # in one band alone, which is a value
+    file = io.BytesIO()
+    tags = [(42113, "s", 0, nodata, True)]
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(file, bands, photometric="minisblack", planarconfig="separate", extratags=tags)
+    found = decode(file.getvalue(), 4).numpy()
+    known = np.ones((20, 30), bool)
+    known[5:9, 7] = False
+    scale = 65535 if dtype == "uint16" else 1
+    np.testing.assert_allclose(found[:, known] * scale, bands[:, known], rtol=1e-5)
+    means = bands[:, known].mean(1, dtype=float)
+    np.testing.assert_allclose(found[:, 6, 7] * scale, means, atol=0.51 if scale > 1 else 1e-2)

@@ -102,6 +102,7 @@ COMMANDS = (
     Command("import", "runs.transfer:import_file", "runs.settings:ImportSettings", "file"),
     Command("data inspect", "cli.work:inspect", "data.settings:InspectSettings", "data"),
     Command("data shard", "cli.work:shard", "data.settings:ShardSettings", "data"),
+    Command("data tile", "cli.work:tile", "data.settings:TileSettings", "data"),
     Command("list methods", "cli.work:list_methods", usage="[METHOD]"),
     Command("list models", "cli.work:list_models", usage="[PART...]"),
     Command("list recipes", "cli.work:list_recipes", usage="[RECIPE...]"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from patchmine.errors import Say, UserError, shown_name
 
 if TYPE_CHECKING:
     from patchmine.bench.settings import BenchDataSettings, BenchStepSettings
-    from patchmine.data.settings import InspectSettings, ShardSettings
+    from patchmine.data.settings import InspectSettings, ShardSettings, TileSettings
     from patchmine.report.settings import ShowSettings
     from patchmine.runs.settings import ExportSettings
 
@@ -159,17 +159,9 @@ def inspect(settings: InspectSettings, say: Say) -> None:
     """Look at a data set."""
     from patchmine.data.inspect import inspect as look
     from patchmine.data.inspect import render
-    from patchmine.evaluate.progress import progress
 
     source = _opened(settings.data, settings.video)
-    with ExitStack() as shown:
-        tick: Callable[[int], None] | None = None
-
-        def hear(_: int, total: int) -> None:
-            nonlocal tick
-            tick = tick or shown.enter_context(progress("Reading", total, say))
-            tick(1)
-
+    with _hearing("Reading", say) as hear:
         report = look(source, **settings.model_dump(exclude={"data"}), progress=hear)
     print(render(report))
 
@@ -181,6 +173,36 @@ def shard(settings: ShardSettings, say: Say) -> None:
     size = settings.shard_mb * 2**20
     source = _opened(settings.data, video=False)
     write_shards(source, Path(settings.out), max_side=settings.max_side, shard_size=size, say=say)
+
+
+def tile(settings: TileSettings, say: Say) -> None:
+    """Cut images into tiles."""
+    from patchmine.data.tiling import Cut, tile_images
+
+    cut = Cut(settings.size, settings.overlap, settings.level, settings.max_empty)
+    with _hearing("Cutting", say) as hear:
+        tile_images(
+            *(settings.data, Path(settings.out), cut),
+            max_pixels=settings.max_pixels,
+            progress=hear,
+            say=say,
+        )
+
+
+@contextmanager
+def _hearing(title: str, say: Say) -> Iterator[Callable[[int, int], None]]:
+    """Yields what hears (items done, items to do) after each item, and shows it."""
+    from patchmine.evaluate.progress import progress
+
+    with ExitStack() as shown:
+        tick: Callable[[int], None] | None = None
+
+        def hear(_: int, total: int) -> None:
+            nonlocal tick
+            tick = tick or shown.enter_context(progress(title, total, say))
+            tick(1)
+
+        yield hear
 
 
 def _opened(data: str | list[str], video: bool) -> Any:

@@ -320,3 +320,29 @@ class ShardSettings(Strict):
         None, description="pixels; larger images are shrunk to this longest side"
     )
     shard_mb: Count = Field(256, description="size of a shard, in megabytes")
+
+
+class TileSettings(Strict):
+    """Cut huge images into tiles: slides, satellite scenes, scans.
+
+    Each image becomes a folder of tiles; tiles that are nearly all background are left out.  The
+    same command again goes on where it was stopped.
+
+    Example:
+        patchmine data tile slides/ out=tiles/ size=512 level=1
+        patchmine data tile scene.tif out=tiles/ size=256 overlap=32 max_empty=0.5
+    """
+
+    data: Text = Field(description="name the images first, as in `patchmine data tile slides/`")
+    out: FolderName = Field(description="name the folder to write, as in out=tiles/")
+    size: Side = Field(512, description="pixels of a tile's sides")
+    overlap: int = Field(
+        0, ge=0, le=LARGEST_COUNT, description="pixels that neighbouring tiles have in common"
+    )
+    level: int = Field(0, ge=0, le=64, description="of a slide's or TIFF's pyramid; 0: the largest")
+    max_empty: Fraction = Field(
+        0.9, description="share without data, black or white above which a tile is left out"
+    )
+    max_pixels: Positive = Field(
+        MAX_PIXELS, description="pixels of an image, neither slide nor TIFF, above which it fails"
+    )

@@ -52,6 +52,20 @@ def scaled(array: np.ndarray) -> Tensor:
     return require_finite(torch.from_numpy(values))
 
 
+def without_gaps(image: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """(C, H, W) with the mean of a channel where there are gaps in it, 0 where it is all gaps.
+
+    ``gaps`` (C, H, W) bool: pixels of which nothing is known.
+    """
+    if not gaps.any():
+        return image
+    image = image.copy()
+    for channel, gap in zip(image, gaps, strict=True):
+        mean = 0.0 if gap.all() else channel[~gap].mean(dtype=np.float64)
+        channel[gap] = mean if image.dtype.kind == "f" else np.rint(mean)
+    return image
+
+
 def require_finite(image: Tensor) -> Tensor:
     """The image itself; DecodeError where it holds NaN or infinity."""
     if not bool(torch.isfinite(image).all()):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from patchmine.data.decoding import dicom
+from patchmine.data.decoding import astronomy, dicom, hdf5, nifti, zarrs
 from patchmine.data.decoding.bounds import DecodeError, missing
 from patchmine.data.decoding.reading import Facts, Reader, open_regular
 
@@ -56,9 +56,11 @@ class Domain(NamedTuple):
 
 
 DOMAINS = (
-    Domain(
-        "a DICOM file", (".dcm", ".dicom", ".ima"), dicom.MAGIC, "pydicom", "dicom", dicom.READER
-    ),
+    Domain("a DICOM file", dicom.SUFFIXES, dicom.MAGIC, "pydicom", "dicom", dicom.READER),
+    Domain("a NIfTI file", nifti.SUFFIXES, nifti.MAGIC, "nibabel", "nifti", nifti.READER),
+    Domain("a FITS file", astronomy.SUFFIXES, astronomy.MAGIC, "astropy", "fits", astronomy.READER),
+    Domain("an HDF5 file", hdf5.SUFFIXES, hdf5.MAGIC, "h5py", "hdf5", hdf5.READER),
+    Domain("a zarr folder", zarrs.SUFFIXES, zarrs.MAGIC, "zarr", "zarr", zarrs.READER),
 )
 _HEAD = max(place + len(magic) for domain in DOMAINS for place, magic in domain.magic)
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from patchmine.data.decoding.arrays import without_gaps
 from patchmine.data.decoding.bounds import (
     PLAIN_WORK,
     DecodeError,
@@ -109,7 +110,24 @@ def read_tiff(file: TiffFile, layout: Layout, max_pixels: int) -> np.ndarray:
         found = f"{array.shape[0]} channels of {array.dtype.name}"
         stated = f"{layout.channels} of {layout.dtype}"
         raise DecodeError(f"is a damaged TIFF ({found} where its header says {stated})")
-    return upright(array, layout.pages[0].orientation)
+    return upright(_without_nodata(array, layout.pages[0]), layout.pages[0].orientation)
+
+
+def _without_nodata(array: np.ndarray, page: Page) -> np.ndarray:
+    """(C, H, W) with means where no channel knows anything, as the file says (GDAL's nodata)."""
+    try:
+        nodata = float(page.nodata)
+    except ValueError:
+        return array
+    # Values that were made to fill their type are no longer those that the file speaks of.
+    if page.photometric == _WHITE_IS_ZERO or page.bits[0] != 8 * array.dtype.itemsize:
+        return array
+    if array.dtype.kind == "f":
+        nodata = float(np.float64(nodata).astype(array.dtype))
+    gaps = np.broadcast_to((array == nodata).all(0), array.shape)
+    if array.dtype.kind == "f":
+        gaps = gaps | np.isnan(array)
+    return without_gaps(array, gaps)
 
 
 def _kind_of(page: Page) -> tuple[int, str, bool]:

@@ -39,6 +39,7 @@ _LONGEST_DESCRIPTION = 1 << 24
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
 _MASK_COLOUR = 4  # photometric interpretation of a transparency mask
 _RAW = 1  # compression
+_NODATA = 42113  # GDAL's: the value of pixels of which nothing is known, as text
 _NUMBERS = {1: "u", 2: "i", 3: "f", 4: "u"}  # by sample format
 
 
@@ -56,7 +57,8 @@ class Page:
     """One directory.
 
     ``bits`` of each sample, ``number_kind`` "u", "i" or "f", ``extra`` what further samples mean.
-    ``is_full``: neither a reduced copy of another page nor a mask.
+    ``is_full``: neither a reduced copy of another page nor a mask.  ``nodata``: "" where no value
+    stands for that nothing is known.
     """
 
     entries: dict[int, _Entry]
@@ -72,6 +74,7 @@ class Page:
     orientation: int
     is_full: bool
     description: str
+    nodata: str
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -174,7 +177,8 @@ class TiffFile:
             is_full=not subfile & (_REDUCED | _MASK)
             and one(_OLD_SUBFILE, 1) != 2
             and photometric != _MASK_COLOUR,
-            description=self._description(entries),
+            description=self._text(entries, _DESCRIPTION),
+            nodata=self._text(entries, _NODATA),
         )
 
     def _orientation(self, entries: dict[int, _Entry]) -> int:
@@ -184,8 +188,8 @@ class TiffFile:
             return 1
         return value if 1 <= value <= 8 else 1
 
-    def _description(self, entries: dict[int, _Entry]) -> str:
-        entry = entries.get(_DESCRIPTION)
+    def _text(self, entries: dict[int, _Entry], tag: int) -> str:
+        entry = entries.get(tag)
         if entry is None or entry.kind != _TEXT:
             return ""
         end = entry.start + min(entry.number, _LONGEST_DESCRIPTION)

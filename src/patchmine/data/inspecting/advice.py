@@ -26,10 +26,10 @@ _FOREIGN = {
         ".cr2 .cr3 .nef .arw .dng .raf .rw2 .orf .pef .srw",
         "develop them to TIFF or JPEG",
     ),
-    "medical images": (".nii .mha .mhd .nrrd", _PLAIN_IMAGES),
+    "medical images": (".mha .mhd .nrrd", _PLAIN_IMAGES),
     "slides": (".svs .ndpi .mrxs .scn .vms .bif", "cut them into tiles"),
     "microscopes' files": (".czi .lif .nd2 .oib .oif .vsi .ims .lsm", "export them as TIFF"),
-    "arrays": (".npz .h5 .hdf5 .hdf .mat .zarr .nc .pt .pkl .parquet", _PLAIN_IMAGES),
+    "arrays": (".npz .mat .nc .pt .pkl .parquet", _PLAIN_IMAGES),
     "satellites' files": (".img .ers .ntf .nitf .vrt .bsq .bil .safe", "convert them to TIFF"),
     "pictures of other formats": (
         ".exr .hdr .jxl .psd .svg .pdf .eps .pcx .sgi .qoi",

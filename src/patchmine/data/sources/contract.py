@@ -20,12 +20,13 @@ from patchmine.data.decoding.domains import DOMAINS
 from patchmine.data.decoding.reading import open_regular
 from patchmine.errors import UserError, shown_name
 
-IMAGE_SUFFIXES = (
+PLAIN_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".npy"),
     *(".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".tga"),
     *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".avif", ".avifs", ".heic", ".heif", ".hif"),
-    *(suffix for domain in DOMAINS for suffix in domain.suffixes),
 )
+"""Endings of formats of which a file is one image."""
+IMAGE_SUFFIXES = (*PLAIN_SUFFIXES, *(suffix for domain in DOMAINS for suffix in domain.suffixes))
 """Endings (in any case) by which a file counts as an image; `data.sources.members` has the rule."""
 
 LARGEST = 4 << 30  # bytes of a file that is read as one image

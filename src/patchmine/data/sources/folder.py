@@ -187,6 +187,8 @@ class _Listing:
             is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError:  # links that lead to each other
             is_folder, is_file = False, False
+        if is_folder and members.is_array_folder(text, self.kind):
+            is_folder, is_file = False, True
         if is_folder and members.is_hidden(text):
             reason = members.HIDDEN
         elif is_folder:

@@ -124,14 +124,14 @@ def _reason_against(
     inside = os.path.relpath(path, folder) if os.path.isabs(path) else path  # noqa: PTH117
     if inside.startswith("../"):
         inside = members.outside_of_root(path)
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(mode) and not members.is_array_folder(path, kind):
         if kind.folders is None:
             raise DecodeError("is a folder")
         if members.is_hidden(inside):
             return members.HIDDEN
         kind.folders(place, lambda reason, name: passed_over.add(reason, f"{path}/{name}"))
         return None
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         return members.NO_FILE
     return members.reason_against(inside, kind, partial(members.head_of, place), listed=True)
 

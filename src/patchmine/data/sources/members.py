@@ -25,6 +25,7 @@ NO_FILE = "no regular file (pipe, socket or device)"
 NOT_OPENED = "that may not be read"
 OTHER_SERIES = "images of another series than the frames'"
 
+ARRAY_FOLDERS = (".zarr",)
 HEAD = 192
 """Bytes of a file without an ending that are looked at."""
 
@@ -51,6 +52,8 @@ _MAGIC = (
     (0, rb"II[*+]\0|MM\0[*+]", ".tif", "image"),
     (0, rb"\x93NUMPY", ".npy", "image"),
     (128, rb"DICM", ".dcm", "image"),
+    (0, rb"SIMPLE  =", ".fits", "image"),
+    (0, rb"\x89HDF\r\n\x1a\n", ".h5", "image"),
     (0, rb"\0\0\0\x0cjP  \r\n\x87\n", ".jp2", "image"),
     (0, rb"\xff\x4f\xff\x51", ".j2k", "image"),
     (4, rb"ftypavi[fs]|ftyp.{8}avi[fs]", ".avif", "image"),  # the latter in files of brand mif1
@@ -140,6 +143,11 @@ def reason_against(
     except OSError:
         return NOT_OPENED
     return _codec_missing(found) if kind.name in kinds else f"{told}, and no {kind.name}{_INSIDE}"
+
+
+def is_array_folder(name: str, kind: Kind) -> bool:
+    """Whether a folder of that name is one array of images (zarr), and its files are none."""
+    return kind.name == "image" and name.lower().endswith(ARRAY_FOLDERS)
 
 
 def may_change(reason: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from array import array
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,10 @@ class Counts:
 
     def add(self, path: str, place: str) -> bool:
         """Whether the file at ``place``, listed as ``path``, holds an image; counts these."""
-        count = images_in(place) if self.kind.name == "image" else 1
+        count = 1
+        if self.kind.name == "image":
+            with suppress(OSError, DecodeError):  # which reading it will tell
+                count = images_in(place)
         if count != 1:
             self.marks.note(path, stat_of(place))
         if count:
@@ -43,18 +48,13 @@ class Counts:
 
 
 def images_in(path: str) -> int:
-    """How many images a file holds: 1 also of other formats, and of what cannot be read.
+    """How many images a file holds: 1 also of other formats, 0 where it is made for something else.
 
-    0 where it is sound and made for something else.
+    DecodeError of what is damaged, or is none of these; OSError of what cannot be read.
     """
     name = path.lower()
-    try:
-        domain = domain_named(name) if ending_of(name) else domain_of_head(path)
-        if domain is None or not domain.installed:
-            return 1
-        return domain.reader.count(path)
-    except (OSError, DecodeError):  # which reading it will tell
-        return 1
+    domain = domain_named(name) if ending_of(name) else domain_of_head(path)
+    return 1 if domain is None or not domain.installed else domain.reader.count(path)
 
 
 def with_parts(files: IndexedSource) -> Source:
@@ -97,6 +97,8 @@ class PartSource(Source):
 
     def identity(self, index: int) -> bytes | None:
         file, number, _ = self._place(index)
+        if os.path.isdir(self.files.path(file)):  # noqa: PTH112, once per image
+            return None  # of a folder that is one array, nothing tells its state
         identity = self.files.identity(file)
         return None if identity is None else b"%b\0%d" % (identity, number)
 

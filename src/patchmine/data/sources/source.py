@@ -15,6 +15,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from patchmine.data.decoding.bounds import DecodeError
 from patchmine.data.decoding.video import VIDEOS, backend_name
 from patchmine.data.settings import LIST_SUFFIXES, REMOTE_GB
 from patchmine.data.sources.addresses import is_address, open_address
@@ -24,9 +25,10 @@ from patchmine.data.sources.contract import IMAGES, Kind, Labels, Source, data_e
 from patchmine.data.sources.embedded import open_embedded
 from patchmine.data.sources.folder import FrameFolders, open_folder
 from patchmine.data.sources.listfile import open_files, open_list
+from patchmine.data.sources.members import is_array_folder
 from patchmine.data.sources.parquet import SUFFIX as PARQUET
 from patchmine.data.sources.parquet import open_parquet
-from patchmine.data.sources.parts import with_parts
+from patchmine.data.sources.parts import images_in, with_parts
 from patchmine.data.sources.patterns import are_endings, endings_of, has_braces, spellings, split
 from patchmine.data.sources.rows import RowSource, is_rows
 from patchmine.data.sources.shards import open_shards
@@ -133,9 +135,9 @@ def _open_local(name: str, cache_dir: Path | None, kind: Kind) -> Source:
     endings = endings_of(words, name, kind)
     frames = _only(IMAGES, endings) if endings else IMAGES
     kind = _only(kind, endings) if endings else kind
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(mode) and not is_array_folder(path.name, kind):
         return _open_directory(path, name, cache_dir, kind, frames, words)
-    if stat.S_ISREG(mode):
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return _open_file(path, name, cache_dir, kind)
     if mode:
         what = "this is a pipe, a socket or a device"
@@ -245,15 +247,27 @@ def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Sou
     if suffix == ".tar":
         return open_shards([file], name, cache_dir, kind)
     if file.name.lower().endswith(kind.suffixes):
-        single = with_parts(open_files([os.fspath(file)], kind))
-        if len(single) > 1:
-            return single
+        if _images_in(file, name, kind) > 1:
+            return with_parts(open_files([os.fspath(file)], kind))
         what = f"this is a single {kind.name}"
         raise data_error(name, f"{what}; give the folder that it lies in, or a list file")
     if suffix in PACKED_SUFFIXES:
         refuse_packed(file)
     what = f"a file that ends in {shown_name(suffix) or 'nothing'} is no source of {kind.name}s"
     raise data_error(name, f"{what}; give {FORMS[kind.name]}")
+
+
+def _images_in(file: Path, name: str, kind: Kind) -> int:
+    """Of a file, or a folder that is one array; UserError where there is none."""
+    if kind.name != "image":
+        return 1
+    try:
+        count = images_in(os.fspath(file))
+    except (OSError, DecodeError) as error:
+        raise data_error(name, f"this {reason_of(error)}") from error
+    if not count:
+        raise data_error(name, f"there is no image in it; give {FORMS[kind.name]}")
+    return count
 
 
 def _expand(path: Path, name: str) -> list[Path]:

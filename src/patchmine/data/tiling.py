@@ -1,0 +1,238 @@
+"""``patchmine data tile``: huge images cut into tiles, the empty ones left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from patchmine.data.decoding.bounds import DecodeError, reading_item
+from patchmine.data.decoding.reading import open_regular
+from patchmine.data.decoding.scenes import SLIDE_SUFFIXES, open_scene
+from patchmine.data.settings import LIST_SUFFIXES, MAX_PIXELS
+from patchmine.data.sources.contract import PLAIN_SUFFIXES, Kind, contents, data_error
+from patchmine.data.sources.folder import FileSource, open_folder
+from patchmine.data.sources.listfile import open_files, open_list
+from patchmine.disk import remedy, replacing, settle, sweep
+from patchmine.errors import Say, UserError, reason_of, shown_name, silent
+
+SCENES = Kind("scene", (*PLAIN_SUFFIXES, *SLIDE_SUFFIXES), contents)
+"""What tiles are cut of: images, and slides, which are too large to be images of a run."""
+
+_NOTE = ".tiles.json"
+_WHITE, _GREYNESS = 220, 20  # of glass in a slide: how bright at least, how coloured at most
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How tiles are cut.
+
+    Attributes:
+        size: pixels of a side; an image that is smaller gives a smaller tile.
+        overlap: pixels that neighbours have in common; the last ones in a row or column more.
+        level: of the pyramid of a slide or TIFF, 0 the largest.
+        max_empty: share of a tile without data, black or nearly white above which it is left out.
+    """
+
+    size: int = 512
+    overlap: int = 0
+    level: int = 0
+    max_empty: float = 0.9
+
+
+@dataclass
+class Tiled:
+    """What was done; ``kept`` images were cut by an earlier call, ``failed`` cannot be read."""
+
+    images: int = 0
+    tiles: int = 0
+    empty: int = 0
+    kept: int = 0
+    failed: int = 0
+    first_failure: str = ""
+
+
+def open_scenes(data: str) -> FileSource:
+    """The images in a folder or list, or a single one, that tiles are to be cut of; UserError."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        files = open_folder(path, data, None, SCENES)
+    elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
+        files = open_list(path, data, None, SCENES)
+    elif path.name.lower().endswith(SCENES.suffixes) and path.is_file():
+        files = open_files([data], SCENES)
+    else:
+        raise data_error(data, "give a folder of images, a list file of them, or an image")
+    if not len(files):
+        raise data_error(
+            data, f"no image in this folder; those end in {', '.join(SCENES.suffixes)}"
+        )
+    return files
+
+
+def tile_images(
+    data: str,
+    out: Path,
+    cut: Cut,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int, int], None] | None = None,
+    say: Say = silent,
+) -> Tiled:
+    """`cut_tiles` of what ``data`` names; ``say`` hears what came of it as well."""
+    files = open_scenes(data)
+    for note in files.notes:
+        say(note)
+    done = cut_tiles(files, out, cut, max_pixels=max_pixels, progress=progress, say=say)
+    for line in _summary(done, out):
+        say(line)
+    return done
+
+
+def cut_tiles(
+    files: FileSource,
+    out: Path,
+    cut: Cut,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int, int], None] | None = None,
+    say: Say = silent,
+) -> Tiled:
+    """Write the tiles of each image into a folder of its own below ``out``, which then is whole.
+
+    A call that was stopped goes on when it is made again: images whose folder is there are not cut
+    once more.  A tile is a PNG where it is grey or RGB of 8 bits, else an .npy of shape (C, H, W).
+
+    Args:
+        files: the images (`open_scenes`).
+        out: a new folder, or one that an equal call began.
+        cut: how they are cut.
+        max_pixels: of images that have no windows and are decoded whole.
+        progress: told (images done, images to do).
+        say: hears what cannot be read.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UserError: ``out`` holds something else or cannot be written, or nothing can be read.
+    """
+    if cut.overlap >= cut.size:
+        raise UserError(f"overlap={cut.overlap}: give less than size={cut.size}")
+    done = Tiled()
+    try:
+        _begin(out, files, cut)
+        for index in range(len(files)):
+            folder = out / files.key(index).lstrip("/").replace("..", "_").replace(".", "_")
+            try:
+                _cut_into(folder, files.path(index), cut, max_pixels, done)
+            except DecodeError as error:
+                told = f"{shown_name(files.path(index))} is left out: it {error}"
+                done.first_failure = done.first_failure or told
+                done.failed += 1
+                say(told)
+            if progress is not None:
+                progress(index + 1, len(files))
+    except OSError as error:
+        what = f"the tiles cannot be written ({reason_of(error)}); {remedy(error)}"
+        raise UserError(f"out={shown_name(out)}: {what}") from error
+    if done.failed == len(files):
+        raise data_error(files.name, f"nothing could be cut; {done.first_failure}")
+    return done
+
+
+def _summary(done: Tiled, out: Path) -> list[str]:
+    """Sentences about it."""
+    images = f"{done.images:,} image{'s' * (done.images != 1)}"
+    told = [f"{done.tiles:,} tiles of {images}: {shown_name(out)}"]
+    if done.empty:
+        told.append(f"{done.empty:,} empty ones were left out (max_empty)")
+    if done.kept:
+        told.append(f"{done.kept:,} images had been cut before")
+    if done.failed:
+        told.append(f"{done.failed:,} could not be read and are left out")
+    return told
+
+
+def _begin(out: Path, files: FileSource, cut: Cut) -> None:
+    """Note what the tiles in ``out`` are of; UserError where it holds others, or something else."""
+    note, facts = out / _NOTE, {"data": files.fingerprint, **asdict(cut)}
+    out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
+    if note.is_file():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        changed = [name for name in facts if before.get(name) != facts[name]]
+        if changed:
+            was = ", ".join(f"{name}={before.get(name)}" for name in changed if name != "data")
+            what = (
+                f"holds tiles of other settings ({was})" if was else "holds tiles of other images"
+            )
+            raise UserError(f"out={shown_name(out)} {what}: give these, or a new folder")
+        return
+    if any(out.iterdir()):
+        raise UserError(f"out={shown_name(out)}: there is something already; give a new folder")
+    with replacing(note) as room:
+        room.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _cut_into(folder: Path, path: str, cut: Cut, max_pixels: int, done: Tiled) -> None:
+    """Make the folder of one image whole, unless it is; DecodeError of what cannot be read."""
+    if folder.is_dir():
+        done.kept += 1
+        return
+    try:
+        open_regular(path).close()
+    except OSError as error:  # which is none of writing
+        raise DecodeError(f"cannot be read ({reason_of(error)})") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as room:
+        room.mkdir()
+        tiles, empty = _cut_one(path, room, cut, max_pixels)
+    done.images += 1
+    done.tiles += tiles
+    done.empty += empty
+
+
+def _cut_one(path: str, room: Path, cut: Cut, max_pixels: int) -> tuple[int, int]:
+    """Numbers of tiles that were written and left out."""
+    tiles = empty = 0
+    with reading_item(), open_scene(path, cut.level, max_pixels) as scene:
+        for top in _starts(scene.height, cut):
+            for left in _starts(scene.width, cut):
+                height, width = min(cut.size, scene.height), min(cut.size, scene.width)
+                pixels, known = scene.window((top, left, height, width))
+                if float(_is_empty(pixels, known).mean()) > cut.max_empty:
+                    empty += 1
+                    continue
+                _write(pixels, room / f"y{top:06d}_x{left:06d}")
+                tiles += 1
+    return tiles, empty
+
+
+def _starts(length: int, cut: Cut) -> Sequence[int]:
+    """Where tiles begin along an axis; the last one ends where the image does."""
+    last = max(0, length - cut.size)
+    return [*range(0, last, cut.size - cut.overlap), last]
+
+
+def _is_empty(pixels: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(h, w) bool of a tile (C, h, w): without data, black, or as bright as glass."""
+    empty = ~known | (pixels == 0).all(0)
+    if pixels.dtype == np.uint8 and len(pixels) == 3:
+        low, high = pixels.min(0), pixels.max(0)
+        empty |= (low >= _WHITE) & (high - low <= _GREYNESS)
+    return empty
+
+
+def _write(pixels: np.ndarray, place: Path) -> None:
+    if pixels.dtype == np.uint8 and len(pixels) in (1, 3):
+        file = place.with_suffix(".png")
+        Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, 2).squeeze())).save(file)
+    else:
+        file = place.with_suffix(".npy")
+        np.save(file, pixels, allow_pickle=False)
+    settle(file)
