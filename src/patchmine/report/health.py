@@ -1,4 +1,5 @@
-"""What the curves of a run say of its health, in sentences: collapse, over-fitting, distance.
+"""What the curves of a run say of its health, in sentences: collapse, over-fitting, distance, and
+hard masks that do not follow the images.
 
 The thresholds are ours; docs/training.md says them.
 """
@@ -18,6 +19,8 @@ FEWEST_LOOKS = 3
 _COLLAPSED_RANK = 2.0  # 1: all features point in one direction
 _LOST_RANK, _LOST_STD = 0.1, 0.05  # shares of the best before
 _RISE, _FALL = 0.02, 0.01  # of the held-out loss and of the training loss, as shares of them
+_BY_POSITION, _BLIND = 0.5, 0.2  # of maps of difficulty: beyond and below which they are no help
+_FEWEST_LINES = 10  # of the log that must agree; maps follow the position as training begins
 _FAR = 25.0  # percent of the neighbours kept, of a run that started from trained weights
 
 
@@ -43,6 +46,7 @@ def findings_of(
     return [
         *_collapse(series),
         *_over_fitting(series, steps_per_epoch),
+        *_mining(series),
         *(_distance(series) if is_adapted else ()),
     ]
 
@@ -92,6 +96,24 @@ def _over_fitting(series: Mapping[str, Series], steps_per_epoch: float | None) -
     falls = f"the training loss falls ({number(before)} to {number(now)})"
     text = f"The run over-fits since {since}: {rises} while {falls}. Fewer epochs or more images "
     yield Finding("over-fitting", f"{text}may avoid it.", is_fault=True)
+
+
+def _mining(series: Mapping[str, Series]) -> Iterator[Finding]:
+    """Difficulty that the place in the picture explains, and the errors of the step contradict."""
+    shares, follows = series.get("position_share"), series.get("rank_correlation")
+    if shares is None or follows is None or len(shares.values) < _FEWEST_LINES:
+        return
+    by_position = shares.values[-_FEWEST_LINES:].min() > _BY_POSITION
+    if not by_position or follows.values[-_FEWEST_LINES:].max() >= _BLIND:
+        return
+    text = (
+        "Hard masks do not follow the images: the place in the picture explains "
+        f"{percent(100 * shares.last)} of the maps of difficulty, whose rank correlation with the "
+        f"errors is {number(follows.last)}, so that the same places are masked in all images. "
+        "Errors need no learning: set method.look=masked, method.score=observed and "
+        "method.prediction=none, or take method=mae."
+    )
+    yield Finding("mining", text, is_fault=True)
 
 
 def _around(trained: Series, steps: Floats, look: int) -> float | None:

@@ -39,7 +39,11 @@ _LITTLE = 0.01  # of the loss: no fall
 _ONLY_LABELS = "Only labelled images can say whether the features are good; this measures it:"
 _NO_NUMBERS = "There are no numbers of training yet."
 _NO_TEST = "It is tested when it is trained to its end."
-_TROUBLE = {"collapse": "the features collapsed", "over-fitting": "the run over-fits"}
+_TROUBLE = {
+    "collapse": "the features collapsed",
+    "over-fitting": "the run over-fits",
+    "mining": "hard masks do not follow the images",
+}
 
 
 @dataclass(frozen=True)
