@@ -14,6 +14,7 @@ writes the page; killed and started again it goes on, on a GPU where there is on
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from patchmine.cli.program import ended_in_words
 from patchmine.config.resolve import of_kind, parse
 from patchmine.config.schema import PretrainConfig
 from patchmine.methods.hpm import HPM
+from patchmine.ops.mining import ranks
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 
@@ -65,6 +67,7 @@ ROWS = {
     "masked-head": Row("hpm", HEAD),
     "masked-head-2-blocks": Row("hpm", {**HEAD, "predictor_depth": 2}),
     "masked-head-every-2": Row("hpm", {**HEAD, "every": 2}),
+    "observed": Row("hpm", {**ORACLE, "num_looks": 1}),
     "observed-head": Row("hpm", OBSERVED),
     "memory-head": Row("hpm", {"look": "memory", "predictor": "head"}),
     "memory": Row("hpm", {"look": "memory", "prediction": "none"}),
@@ -79,6 +82,9 @@ ROWS = {
     "green-noise": Row("mae", {"mask_noise": "green"}),
     "cross": Row("mae", CROSS),
     "cross-masked-head": Row("hpm", {**HEAD, **CROSS}),
+    "cross-head": Row("hpm", {"predictor": "head", **CROSS}),
+    "centred": Row("hpm", {}, "centred"),
+    "stratified": Row("hpm", {}, "stratified"),
     "amt": Row("amt"),
     "emae": Row("emae"),
     "semaim": Row("semaim"),
@@ -119,6 +125,8 @@ CLAIMS = (
     ("HPM as published", "hpm", "mae"),
     ("mining adds to predicting", "hpm", "prediction-alone"),
     ("a masked look is worth the whole image's", "masked", "hpm"),
+    ("mining by remembered errors, at MAE's price", "memory", "mae"),
+    ("mining by the errors of one look", "observed", "mae"),
     ("the cheap rung", "masked-head", "mae"),
     ("a cross-attention decoder is worth MAE's", "cross", "mae"),
     ("AMT", "amt", "mae"),
@@ -145,7 +153,27 @@ def by_position(scores: Tensor) -> Tensor:
     return means.expand_as(scores)
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {"easiest": easiest, "position": by_position}
+def centred(scores: Tensor) -> Tensor:
+    """Scores without the batch's mean of their position."""
+    return scores - by_position(scores).where(scores.isfinite(), 0.0)
+
+
+def stratified(scores: Tensor) -> Tensor:
+    """The hardest of each of four quarters of the image first, then the second ones, and so on."""
+    side = math.isqrt(scores.shape[1])
+    half = side // 2
+    parts = scores.unflatten(1, (2, half, 2, half)).transpose(2, 3)  # (B, 2, 2, half, half)
+    places = ranks(parts.reshape(-1, half * half)).reshape(parts.shape)
+    spread = places.transpose(2, 3).flatten(1)
+    return spread.where(scores.isfinite(), -torch.inf)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "easiest": easiest,
+    "position": by_position,
+    "centred": centred,
+    "stratified": stratified,
+}
 
 
 def bend_scores(how: str) -> None:
@@ -304,11 +332,15 @@ def table(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]:
 
 
 def verdicts(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]:
-    """Each claim, with the interval of the mean difference over the seeds that both rows have."""
+    """Each claim of which there are runs, with the interval of the mean difference over the seeds
+    that both rows have.
+    """
     lines = ["| claim | rows | linear, points | verdict |", "|---|---|---|---|"]
     for claim, name, against in CLAIMS:
         one, other = done.get(name, {}), done.get(against, {})
         gains = [one[seed]["linear"] - other[seed]["linear"] for seed in one.keys() & other.keys()]
+        if not gains:
+            continue
         if len(gains) > 1:
             half = float(t.ppf(0.975, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
             low, high = mean(gains) - half, mean(gains) + half
@@ -323,6 +355,8 @@ def verdicts(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]
 def page(out: Path) -> str:
     """The table and the verdicts of what is there."""
     done = results(out)
+    raw = json.dumps(done, indent=1) + "\n"
+    (out / "results.json").write_text(raw, encoding="utf-8")
     text = "\n".join([*table(done), "", *verdicts(done)]) + "\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     return text

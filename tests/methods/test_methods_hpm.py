@@ -95,6 +95,17 @@ def test_each_loss_teaches_its_own_decoder(images: Tensor) -> None:
     assert method.encoder.blocks[0].attn.qkv.weight.grad.any()
 
 
+def test_the_loss_of_predicting_has_a_weight(images: Tensor) -> None:
+    def losses(**options: Any) -> dict[str, float]:
+        found = build(**options)(batch_of(images), LATE)
+        return {name: value.item() for name, value in found.items()}
+
+    plain, light = losses(), losses(prediction_weight=0.1)
+    assert light["loss"] == pytest.approx(light["reconstruction"] + 0.1 * light["prediction"])
+    assert plain["loss"] == pytest.approx(plain["reconstruction"] + plain["prediction"])
+    assert light["prediction"] == plain["prediction"]
+
+
 def test_the_hardest_for_the_teacher_are_masked(images: Tensor) -> None:
     method = build()
     _, difficulty = method.ask_teachers(images, True)

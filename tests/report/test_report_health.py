@@ -139,7 +139,7 @@ def test_hard_masks_that_follow_the_position_are_told() -> None:
     assert text.startswith("Hard masks do not follow the images: the place in the picture")
     assert "explains 95.0 % of the maps of difficulty" in text
     assert "the errors is 0.17" in text
-    assert "method.score=observed" in text
+    assert "method.prediction_weight=0.1" in text
 
 
 def test_maps_that_come_to_follow_the_images_are_not_complained_of() -> None:

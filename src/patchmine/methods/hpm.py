@@ -131,7 +131,8 @@ class HPM(Method):
         objective = losses.relative_difficulty_loss if relative else losses.absolute_difficulty_loss
         prediction = objective(predicted, error)
         parts = {"reconstruction": reconstruction, "prediction": prediction, **follows}
-        return {"loss": reconstruction + prediction, **parts}
+        total = reconstruction + self.config.prediction_weight * prediction
+        return {"loss": total, **parts}
 
     def decode(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """What is said of the masked patches, (B, M, T), and their predicted losses, (B, M)."""

@@ -110,8 +110,7 @@ def _mining(series: Mapping[str, Series]) -> Iterator[Finding]:
         "Hard masks do not follow the images: the place in the picture explains "
         f"{percent(100 * shares.last)} of the maps of difficulty, whose rank correlation with the "
         f"errors is {number(follows.last)}, so that the same places are masked in all images. "
-        "Errors need no learning: set method.look=masked, method.score=observed and "
-        "method.prediction=none, or take method=mae."
+        "Give predicting less weight with method.prediction_weight=0.1, or take method=mae."
     )
     yield Finding("mining", text, is_fault=True)
 

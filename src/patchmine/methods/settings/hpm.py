@@ -31,6 +31,9 @@ class HpmSettings(FeatureTargetSettings, CrossDecoderSettings):
         description="how losses are predicted: their order, their standardised value, or not at "
         "all",
     )
+    prediction_weight: float = Field(
+        1.0, gt=0, description="of that loss, beside the reconstruction's weight of 1"
+    )
     losspred_head: Literal["patch", "scalar"] = Field(
         "patch",
         description="one output per value of a patch, averaged, as published; or a single output",
