@@ -54,6 +54,7 @@ def test_a_resumed_run_multiplies_as_it_began(
 def test_a_run_of_an_earlier_version_goes_on_as_usual_for_its_processor(
     usual: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(place, "measured_product", lambda: "torch")  # whatever is faster here
     run = patchmine.pretrain(data=image_folder, out=tmp_path / "run", **SETTINGS)
     start = load_newest(run.checkpoint_dir, lambda _: None)
     engine, config = Engine("cpu"), run.whole_config
