@@ -44,6 +44,14 @@ _UNSUPPORTED = {
 # Names of what is being written: those of `replacing`, and of folders that replace a whole one.
 _TEMPORARY = re.compile(r"\..+\.\d+\.new(\.[^.]+)?|\..+\.(new|old)-\d+|\.writing(\.\d+)?")
 
+_FREE_SHARE = 0.1  # of a disk, which caches leave to others
+
+
+def leaves_room(folder: Path, size: int) -> bool:
+    """Whether so many bytes more leave others enough of the disk that a folder lies on."""
+    disk = shutil.disk_usage(folder)
+    return disk.free - size >= _FREE_SHARE * disk.total
+
 
 def remedy(error: OSError) -> str:
     """What a person can do about a failed write, by its errno."""

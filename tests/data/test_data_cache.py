@@ -354,7 +354,7 @@ def test_a_full_disk(
     else:
         monkeypatch.setattr("shutil.disk_usage", lambda path: (1000, 950, 50))
         monkeypatch.setattr(
-            pixelcache.shutil, "disk_usage", lambda path: type("", (), {"free": 5, "total": 100})
+            "shutil.disk_usage", lambda path: type("", (), {"free": 5, "total": 100})
         )
     with caplog.at_level(logging.WARNING):
         assert_same(batches(source, cache), plain)

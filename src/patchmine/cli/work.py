@@ -181,12 +181,7 @@ def tile(settings: TileSettings, say: Say) -> None:
 
     cut = Cut(settings.size, settings.overlap, settings.level, settings.max_empty)
     with _hearing("Cutting", say) as hear:
-        tile_images(
-            *(settings.data, Path(settings.out), cut),
-            max_pixels=settings.max_pixels,
-            progress=hear,
-            say=say,
-        )
+        tile_images(settings.data, Path(settings.out), cut, settings.max_pixels, hear, say)
 
 
 @contextmanager

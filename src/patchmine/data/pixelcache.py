@@ -12,7 +12,6 @@ import errno
 import hashlib
 import mmap
 import os
-import shutil
 import struct
 import zlib
 from contextlib import suppress
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import default_cache_dir
-from patchmine.disk import remedy
+from patchmine.disk import leaves_room, remedy
 from patchmine.errors import UserError, shown_name
 from patchmine.train.settings import MachineSettings
 
@@ -41,7 +40,6 @@ _HEAD = struct.Struct("<32s16sQ")  # version, digest of what is kept, number of 
 # Digest of the item's state, place and checksum of the pixels, height, width, channels; then the
 # slot's own checksum.
 _ENTRY, _SUM = struct.Struct("<16sQIIII"), struct.Struct("<I")
-_FREE_SHARE = 0.1  # of a disk, which is left to others
 _LOT = 1 << 24  # bytes that a process may keep before it looks again whether there is room
 
 
@@ -131,8 +129,7 @@ class PixelCache:
 
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes fit, after the file that was not used for longest is removed."""
-        free = shutil.disk_usage(self.folder)
-        if free.free - size < _FREE_SHARE * free.total:
+        if not leaves_room(self.folder, size):
             return False
         own, others, total = self._path(), list[tuple[float, Path]](), size
         for entry in os.scandir(self.folder):

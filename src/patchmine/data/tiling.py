@@ -75,13 +75,7 @@ def open_scenes(data: str) -> FileSource:
 
 
 def tile_images(
-    data: str,
-    out: Path,
-    cut: Cut,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    progress: Callable[[int, int], None] | None = None,
-    say: Say = silent,
+    data: str, out: Path, cut: Cut, max_pixels: int, progress: Callable[[int, int], None], say: Say
 ) -> Tiled:
     """`cut_tiles` of what ``data`` names; ``say`` hears what came of it as well."""
     files = open_scenes(data)

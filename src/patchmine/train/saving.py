@@ -61,12 +61,10 @@ class PartsSaver:
         name, saving = self._together(self._begin)[0]
         scratch = self.folder / name
         try:
-            files: list[tuple[str, int]] = []
+            piece = None
             if engine.rank in writers:
                 piece = Piece(writers.index(engine.rank), len(writers), saving, rows)
-                files = self._together(lambda: self._write(scratch, parts, piece))
-            else:
-                files = self._together(lambda: ("", 0))
+            files = self._together(lambda: self._write(scratch, parts, piece))
             self._together(lambda: self._publish(scratch, files))
         finally:
             if engine.is_main:
@@ -83,8 +81,10 @@ class PartsSaver:
         (self.folder / name).mkdir()
         return name, secrets.token_hex(8)
 
-    def _write(self, scratch: Path, parts: PartTensors, piece: Piece) -> tuple[str, int]:
-        """This process's file: its name and size."""
+    def _write(self, scratch: Path, parts: PartTensors, piece: Piece | None) -> tuple[str, int]:
+        """This process's file, where it has one: its name and size."""
+        if piece is None:
+            return "", 0
         file = scratch / piece.file
         checkpoint.write_file(file, self.step, parts, self.facts, piece)
         settle(file)

@@ -9,7 +9,7 @@ from patchmine.errors import Say
 from patchmine.train.engine import Engine
 from patchmine.train.log import Interval
 
-_BEHIND = 1.5  # times as long as the median process takes: worth a sentence
+_BEHIND = 1.5  # times as long as the others take: worth a sentence
 
 
 class Slowest:

@@ -45,6 +45,18 @@ def _opener(path: str, flags: int) -> int:
     return os.open(path, flags | NO_WAIT)
 
 
+class Descriptor:
+    """An opened file, as the ``number`` that `os.pread` takes; it closes when nobody holds this."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | NO_WAIT)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
 def open_stored(file: Contents) -> BinaryIO:
     """A file opened for reading; OSError as of `open_regular`."""
     return open_regular(file) if isinstance(file, str) else io.BytesIO(file)

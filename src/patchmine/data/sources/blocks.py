@@ -18,7 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from patchmine.disk import remedy
+from patchmine.data.decoding.reading import Descriptor
+from patchmine.disk import leaves_room, remedy
 from patchmine.errors import shown_name
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ UNUSED = 86_400.0
 
 _CHUNK = 1 << 16  # bytes that have a checksum
 _SUM = 4  # bytes of one
-_FREE_SHARE = 0.1  # of a disk, which is left to others
 _LOTS = 64  # the share of the room that a process takes before it looks again how much there is
 _MOST_OPEN = 64  # files
 _TOLD = 600.0  # seconds after which a file is marked as used again
@@ -48,7 +48,7 @@ class Blocks:
     limit: int
     _room: int = 0
     _full: bool = False
-    _handles: OrderedDict[_Place, _Handle] = field(default_factory=OrderedDict)
+    _handles: OrderedDict[_Place, Descriptor] = field(default_factory=OrderedDict)
     _sums: dict[_Place, _Sums] = field(default_factory=dict)
     _used: dict[str, float] = field(default_factory=dict)
 
@@ -119,12 +119,12 @@ class Blocks:
             self._stop(error)
         self._room -= len(data)
 
-    def _opened(self, place: _Place, size: int) -> _Handle | None:
+    def _opened(self, place: _Place, size: int) -> Descriptor | None:
         if self.folder is None:
             return None
         key, number = place
         try:
-            handle = _Handle(os.open(self.folder / key / str(number), os.O_RDONLY))
+            handle = Descriptor(self.folder / key / str(number))
             if place not in self._sums:
                 table = os.pread(handle.number, _table_size(size) + 1, size)
                 if len(table) != _table_size(size) or _sum(table[:-_SUM]) != table[-_SUM:]:
@@ -161,14 +161,11 @@ class Blocks:
         found = sorted(_sizes(self.folder))
         total, oldest = sum(each for _, each, _ in found), time.time() - UNUSED
         for used, taken, place in found:
-            disk = shutil.disk_usage(self.folder)
-            fits = disk.free - size >= _FREE_SHARE * disk.total
-            if (fits and total + size <= self.limit) or used > oldest:
+            if used > oldest or (total + size <= self.limit and leaves_room(self.folder, size)):
                 break
             shutil.rmtree(place, ignore_errors=True)
             total -= taken
-        disk = shutil.disk_usage(self.folder)
-        return total + size <= self.limit and disk.free - size >= _FREE_SHARE * disk.total
+        return total + size <= self.limit and leaves_room(self.folder, size)
 
     def _stop(self, error: OSError) -> None:
         self._full = True
@@ -209,16 +206,6 @@ def _table(data: bytes) -> bytes:
 
 def _table_size(size: int) -> int:
     return _SUM * (-(-size // _CHUNK) + 1)
-
-
-class _Handle:
-    """A file descriptor that closes when nobody holds it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        os.close(self.number)
 
 
 def _sizes(folder: Path) -> list[tuple[float, int, str]]:

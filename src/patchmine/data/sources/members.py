@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 
+from patchmine.data.decoding import zarrs
 from patchmine.data.decoding.bounds import DecodeError
 from patchmine.data.decoding.domains import DOMAINS, domain_named
 from patchmine.data.decoding.reading import open_regular
@@ -25,7 +26,6 @@ NO_FILE = "no regular file (pipe, socket or device)"
 NOT_OPENED = "that may not be read"
 OTHER_SERIES = "images of another series than the frames'"
 
-ARRAY_FOLDERS = (".zarr",)
 HEAD = 192
 """Bytes of a file without an ending that are looked at."""
 
@@ -147,7 +147,7 @@ def reason_against(
 
 def is_array_folder(name: str, kind: Kind) -> bool:
     """Whether a folder of that name is one array of images (zarr), and its files are none."""
-    return kind.name == "image" and name.lower().endswith(ARRAY_FOLDERS)
+    return kind.name == "image" and name.lower().endswith(zarrs.SUFFIXES)
 
 
 def may_change(reason: str) -> bool:

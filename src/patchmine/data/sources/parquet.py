@@ -277,8 +277,8 @@ def _refusing(file: Stored, name: str) -> AbstractContextManager[None]:
 def _notes(index: indices.Index, name: str) -> list[str]:
     """What a person may not expect of these files."""
     shown, notes = shown_name(name), list[str]()
-    largest = int(np.split(index.columns["size"], 2)[1].max())
-    total = int(np.split(index.columns["size"], 2)[1].sum())
+    _, sizes = np.split(index.columns["size"], 2)
+    largest, total = int(sizes.max()), int(sizes.sum())
     if largest > _SLOW and total > HELD:
         what = f"row groups have up to {largest / 1e6:,.0f} MB, of which each is read for one image"
         once = f"patchmine data shard {shown} out=shards/"

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from patchmine.data.decoding.reading import NO_WAIT, open_regular
+from patchmine.data.decoding.reading import Descriptor, open_regular
 from patchmine.data.sources import contract
 from patchmine.data.sources import index as indices
 from patchmine.errors import shown_name
@@ -111,24 +111,19 @@ class LocalFile:
         return indices.file_identity(os.fspath(self.path))
 
 
-class _OpenFile:
-    """A file descriptor that closes when nobody holds it."""
+class _OpenFile(Descriptor):
+    """A local file that is open."""
 
     def __init__(self, file: LocalFile) -> None:
-        self.handle = -1
-        self.handle = os.open(file.path, os.O_RDONLY | NO_WAIT)
-        info = os.fstat(self.handle)
+        super().__init__(file.path)
+        info = os.fstat(self.number)
         self.size = info.st_size
         size, modified, _, inode = indices.mark_of(info)
         changed = file.mark[2]  # by a new mode or owner perhaps, which does no harm
         self.was_replaced = (size, modified, changed, inode) != file.mark
 
     def read(self, start: int, length: int) -> bytes:
-        return os.pread(self.handle, length, start)
-
-    def __del__(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
+        return os.pread(self.number, length, start)
 
 
 # Far below the usual limit of 1,024 files; forked processes may share them, since `pread` leaves no
