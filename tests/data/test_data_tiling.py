@@ -138,6 +138,15 @@ def test_a_second_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         cut_tiles(files, out, Cut(64, overlap=64))
 
 
+def test_images_whose_folders_would_be_one_are_both_cut(tmp_path: Path) -> None:
+    scene(tmp_path / "in/a.b.tif", COLOURS)
+    scene(tmp_path / "in/a_b.tif", COLOURS)
+    files, out = open_scenes(str(tmp_path / "in")), tmp_path / "out"
+    assert cut_tiles(files, out, Cut(64)).images == 2
+    assert sorted(path.name for path in out.glob("a*")) == ["a_b_tif", "a_b_tif_1"]
+    assert cut_tiles(files, out, Cut(64)).kept == 2
+
+
 def test_what_cannot_be_read_is_left_out_and_told(tmp_path: Path) -> None:
     whole = scene(tmp_path / "in/a.tif", COLOURS)
     (tmp_path / "in/b.tif").write_bytes(whole.read_bytes()[:300])

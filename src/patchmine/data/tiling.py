@@ -120,10 +120,9 @@ def cut_tiles(
     done = Tiled()
     try:
         _begin(out, files, cut)
-        for index in range(len(files)):
-            folder = out / files.key(index).lstrip("/").replace("..", "_").replace(".", "_")
+        for index, folder in enumerate(_folders(files)):
             try:
-                _cut_into(folder, files.path(index), cut, max_pixels, done)
+                _cut_into(out / folder, files.path(index), cut, max_pixels, done)
             except DecodeError as error:
                 told = f"{shown_name(files.path(index))} is left out: it {error}"
                 done.first_failure = done.first_failure or told
@@ -137,6 +136,21 @@ def cut_tiles(
     if done.failed == len(files):
         raise data_error(files.name, f"nothing could be cut; {done.first_failure}")
     return done
+
+
+def _folders(files: FileSource) -> list[str]:
+    """A folder for each image, below ``out`` and without dots; those of equal names are told apart
+    by number, as one would be taken for the other that was cut before.
+    """
+    names = dict[str, None]()
+    for index in range(len(files)):
+        name = files.key(index).lstrip("/").replace("..", "_").replace(".", "_")
+        if name in names:
+            name = f"{name}_{index}"
+        while name in names:
+            name += "_"
+        names[name] = None
+    return list(names)
 
 
 def _summary(done: Tiled, out: Path) -> list[str]:
