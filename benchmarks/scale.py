@@ -116,14 +116,21 @@ def memory() -> None:
 @click.option("--batch-size", default=64, help="images of one GPU in a step")
 @click.option("--tflops", default=350.0, help="rate in bf16 that a GPU keeps up in a step")
 @click.option("--link", default=50.0, help="gigabytes a second between two machines, one way")
-@click.option("--models", default="ViT-B/16,ViT-L/16")
-def speed(batch_size: int, tflops: float, link: float, models: str) -> None:
+@click.option(
+    "--model",
+    "models",
+    type=click.Choice(list(MODELS)),
+    multiple=True,
+    default=("ViT-B/16", "ViT-L/16"),
+    help="may be given several times",
+)
+def speed(batch_size: int, tflops: float, link: float, models: tuple[str, ...]) -> None:
     """Steps and their exchange of gradients, by number of GPUs."""
     print(
         "| | GPUs | step alone, ms | gradients, MB | exchange, ms | efficiency: none hidden | all |"
     )
     print("|---|---|---|---|---|---|---|")
-    for model in models.split(","):
+    for model in models:
         for method in METHODS:
             found = count(model, method)
             alone = batch_size * found.flops / (tflops * 1e12)

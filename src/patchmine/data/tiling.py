@@ -66,7 +66,9 @@ def open_scenes(data: str) -> FileSource:
     elif path.name.lower().endswith(SCENES.suffixes) and path.is_file():
         files = open_files([data], SCENES)
     else:
-        raise data_error(data, "give a folder of images, a list file of them, or an image")
+        missing = "" if path.exists() else "there is no such file or folder; "
+        what = f"{missing}give a folder of images, a list file of them, or an image"
+        raise data_error(data, what)
     if not len(files):
         raise data_error(
             data, f"no image in this folder; those end in {', '.join(SCENES.suffixes)}"
