@@ -8,7 +8,8 @@
 ``price`` takes the settings of `patchmine bench step`; every rung takes its turn beside MAE.
 ``train`` makes the runs that are missing or unfinished, one after the other, evaluates them, and
 writes the page; killed and started again it goes on, on a GPU where there is one.  Settings of
-`patchmine pretrain` may follow, and rows be named, as in --rows mae,hpm.
+`patchmine pretrain` may follow, and rows be named, as in --rows mae,hpm.  What results.json in the
+folder tells already is not run again, so that a table begun on one machine goes on on another.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ class Row(NamedTuple):
         method: its name.
         options: settings of the method.
         scores: what becomes of the scores (B, units) of which the largest are masked.
+        small_first: share of the epochs that a run at half the size takes, whose encoder this one
+            goes on from.
     """
 
     method: str
     options: Mapping[str, Any] = {}
     scores: str = "hardest"
+    small_first: float = 0.0
 
 
 MASKED = {"look": "masked"}
@@ -82,8 +86,10 @@ ROWS = {
     "blocks-4": Row("mae", {"mask_block": 4}),
     "green-noise": Row("mae", {"mask_noise": "green"}),
     "cross": Row("mae", CROSS),
+    "cross-all": Row("mae", {"decoder_attention": "cross"}),
     "cross-masked-head": Row("hpm", {**HEAD, **CROSS}),
     "cross-head": Row("hpm", {"predictor": "head", **CROSS}),
+    "half-size-first": Row("mae", small_first=0.5),
     "centred": Row("hpm", {}, "centred"),
     "stratified": Row("hpm", {}, "stratified"),
     "amt": Row("amt"),
@@ -100,6 +106,7 @@ LADDER = [
     if row.method in ("mae", "hpm") and row.options.get("num_looks") is None
 ]
 RECIPE = "cifar10-tiny-samples"
+HALF_SIZE = 16  # of the recipe's 32 pixels
 FINETUNE = (
     "shares=1%,10%",
     "seeds=3",
@@ -132,6 +139,11 @@ CLAIMS = (
     ("mining by the errors of one look", "observed", "mae"),
     ("the cheap rung", "masked-head", "mae"),
     ("a cross-attention decoder is worth MAE's", "cross", "mae"),
+    ("the same, with all masked patches predicted", "cross-all", "mae"),
+    ("square blocks of 2x2 patches as masks", "blocks-2", "mae"),
+    ("square blocks of 4x4 patches as masks", "blocks-4", "mae"),
+    ("green noise as masks", "green-noise", "mae"),
+    ("half the epochs at half the size", "half-size-first", "mae"),
     ("AMT", "amt", "mae"),
     ("EMAE", "emae", "mae"),
     ("SemAIM", "semaim", "mae"),
@@ -262,6 +274,20 @@ def patchmine(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "patchmine", *words], check=True)
 
 
+def make_row(
+    name: str, folder: Path, train: Path, epochs: float, seed: int, more: Sequence[str]
+) -> None:
+    """The run of a row, after the one at half the size where the row begins with that."""
+    row, begin = ROWS[name], []
+    if row.small_first:
+        small = folder.with_name(f"{folder.name}-small")
+        words = run_words(row, epochs * row.small_first, seed, [*more, f"image_size={HALF_SIZE}"])
+        make_run(name, small, train, words)
+        begin = [f"init={small}"]
+    words = run_words(row, epochs * (1 - row.small_first), seed, [*more, *begin])
+    make_run(name, folder, train, words)
+
+
 def make_run(name: str, folder: Path, train: Path, words: Sequence[str]) -> None:
     """The run in ``folder``, begun or taken up where it stopped."""
     if (folder / "export" / "model.safetensors").exists():
@@ -307,13 +333,19 @@ def found(folder: Path) -> dict[str, float]:
 
 
 def results(out: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """All finished runs: by row, by seed."""
-    done: dict[str, dict[int, dict[str, float]]] = {}
-    for name in ROWS:
-        for folder in sorted(out.glob(f"{name}-seed[0-9]*")):
-            if (folder / "eval" / "linear.json").exists():
-                done.setdefault(name, {})[int(folder.name.rpartition("seed")[2])] = found(folder)
-    return done
+    """All finished runs, by row, by seed: those that results.json tells, and those in folders."""
+    file = out / "results.json"
+    told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    done = {
+        name: {int(seed): run for seed, run in told.get(name, {}).items()}
+        | {
+            int(folder.name.rpartition("seed")[2]): found(folder)
+            for folder in out.glob(f"{name}-seed[0-9]*")
+            if (folder / "eval" / "linear.json").exists()
+        }
+        for name in ROWS
+    }
+    return {name: dict(sorted(runs.items())) for name, runs in done.items() if runs}
 
 
 def table(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]:
@@ -414,11 +446,14 @@ def train_command(
     names = _rows(rows)
     with ended_in_words():
         costs = prices(out, names, more) if equal == "time" else dict.fromkeys(names, 1.0)
+    out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, seeds.split(",")):
         for name in names:
-            folder = out / f"{name}-seed{seed}"
-            make_run(name, folder, train, run_words(ROWS[name], epochs / costs[name], seed, more))
-            evaluate(folder, labelled or train, test, finetune)
+            told = results(out).get(name, {}).get(seed, {})
+            if "linear" not in told or (finetune and "10%" not in told):
+                folder = out / f"{name}-seed{seed}"
+                make_row(name, folder, train, epochs / costs[name], seed, more)
+                evaluate(folder, labelled or train, test, finetune)
             print(page(out), flush=True)
 
 
