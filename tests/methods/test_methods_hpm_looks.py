@@ -250,6 +250,12 @@ def test_pictures_and_difficulty_do_not_hang_on_the_batch(images: Tensor) -> Non
     assert build(look="memory").difficulty(images) is None
 
 
+@pytest.mark.parametrize("score", ["predicted", "observed"])
+def test_pictures_say_whether_errors_are_predicted_or_observed(score: str, images: Tensor) -> None:
+    panels = build(look="masked", score=score).panels(batch_of(images), LATE)
+    assert [panel.title for panel in panels][1] == f"{score} difficulty"
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -141,7 +141,7 @@ def _methods(config: BenchStepSettings) -> tuple[list[str], dict[str, dict[str, 
     for key, value in given.items():
         if key not in everything:
             near = did_you_mean(key, everything)
-            none = f"{' and '.join(names)} have no such setting"
+            none = f"no such setting of {' or '.join(names)}"
             raise UserError(f"method.{key}={shown(value)}: {none}{near}")
     return names, {
         name: {key: value for key, value in given.items() if key in fields[name]} for name in names

@@ -303,7 +303,7 @@ class HPM(Method):
 
     @torch.no_grad()
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
-        """Input, predicted difficulty, what the student saw, the reconstruction, the true error."""
+        """Input, difficulty, what the student saw, the reconstruction, the true error."""
         images, grid = batch.views[0], self.grid
         features, difficulty = self.ask_teachers(images, self.mines, self._fixed_looks(images))
         mask = self.draw_mask(images, difficulty, progress)
@@ -312,7 +312,8 @@ class HPM(Method):
         if difficulty is not None:
             heat = pictures.patch_map(difficulty, grid)
             note = f"{self._meaning()}; light is masked first"
-            panels.append(Panel("predicted difficulty", heat, kind="heat", note=note))
+            title = f"{self.config.score} difficulty"
+            panels.append(Panel(title, heat, kind="heat", note=note))
         drawn, unit = list[Panel](), pictures.DIRECTION_UNIT
         if features is None:
             norm = self.config.norm_pix_loss
