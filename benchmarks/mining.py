@@ -251,8 +251,9 @@ def prices(out: Path, names: Sequence[str], more: Sequence[str]) -> dict[str, fl
 
 
 def _as_bench(name: str, more: Sequence[str]) -> tuple[BenchStepSettings, dict[str, Any]]:
-    """The sizes and the method's settings of a row's run."""
-    config = of_kind(parse(RECIPE, run_words(ROWS[name], 1, 0, more)), PretrainConfig)
+    """The sizes and the settings of the method of a row's run, whatever it reads."""
+    words = [*run_words(ROWS[name], 1, 0, more), "data=embedded:photos", "out=none"]
+    config = of_kind(parse(RECIPE, words), PretrainConfig)
     kept = ("model", "model_args", "image_size", "patch_size", "batch_size", "crops", "device")
     sizes = {key: getattr(config, key) for key in kept}
     options = config.method.model_dump(exclude_unset=True, exclude={"name"})
