@@ -22,15 +22,18 @@ from verdict import differences, ended_badly, torn
 @dataclass(frozen=True)
 class Part:
     """A part of a run: the whole of it, or what is left of one that stopped half way (``start``: a
-    folder to copy).
+    folder to copy).  ``words``: settings of its own.
     """
 
     name: str
     start: Path | None
+    words: tuple[str, ...] = ()
 
 
 def parts(scene: Scene) -> list[Part]:
-    """The whole run, and the same gone on with after its first half."""
+    """The whole run, the same gone on with after its first half, and the whole one with a thread
+    that writes its checkpoints, whose calls come in another order each time.
+    """
     half, log = scene.scratch / "half", scene.scratch / "half.log"
     shutil.rmtree(half, ignore_errors=True)
     log.unlink(missing_ok=True)
@@ -40,14 +43,18 @@ def parts(scene: Scene) -> list[Part]:
         raise RuntimeError(
             f"the first half of a run ended with {ended.code}: {ended.output[-2000:]}"
         )
-    return [Part("a run", None), Part("a resumed run", half / "run")]
+    return [
+        Part("a run", None),
+        Part("a resumed run", half / "run"),
+        Part("a run that saves in the background", None, ("saving=background",)),
+    ]
 
 
 def crash_after_checkpoint(last: int = 4) -> None:
     """Make the process end when the checkpoint of step ``last`` is complete."""
-    import patchmine.train.loop as loop
+    import patchmine.train.keeper as keeper
 
-    save = loop.save
+    save = keeper.save
 
     def saved(folder: Path, step: int, *given: object, **named: object) -> Path:
         path = save(folder, step, *given, **named)
@@ -55,7 +62,7 @@ def crash_after_checkpoint(last: int = 4) -> None:
             os._exit(CRASHED)
         return path
 
-    loop.save = saved  # type: ignore[assignment]
+    keeper.save = saved  # type: ignore[assignment]
 
 
 def _lay_out(scene: Scene, part: Part, name: str) -> Path:
@@ -68,14 +75,14 @@ def _lay_out(scene: Scene, part: Part, name: str) -> Path:
     return base
 
 
-def _start(scene: Scene, base: Path, prepare: Callable[[], None], log: Path) -> Child:
+def _start(scene: Scene, part: Part, base: Path, prepare: Callable[[], None], log: Path) -> Child:
     def begin() -> None:
         os.environ["XDG_CACHE_HOME"] = str(base / "cache")
         prepare()
 
-    words = ["resume", str(base / "run"), "workers=0"]
+    words = ["resume", str(base / "run"), "workers=0", *part.words]
     if not (base / "run" / "config.yaml").exists():
-        words = scene.pretrain(base / "run", "workers=0")
+        words = scene.pretrain(base / "run", "workers=0", *part.words)
     return Child(words, log, prepare=begin)
 
 
@@ -83,7 +90,7 @@ def record(scene: Scene, part: Part) -> list[tuple[str, str]]:
     """The calls of one part of a run, in order."""
     base = _lay_out(scene, part, "recorded")
     listing, log = scene.scratch / "calls.jsonl", scene.scratch / "recorded.log"
-    ended = _start(scene, base, FileSystem(base, record=listing).install, log).wait(WAIT)
+    ended = _start(scene, part, base, FileSystem(base, record=listing).install, log).wait(WAIT)
     if ended.code != 0:
         raise RuntimeError(
             f"{part.name}, recorded, ended with {ended.code}: {ended.output[-2000:]}"
@@ -121,10 +128,10 @@ def _crash(
     log = base.with_suffix(".log")
     log.unlink(missing_ok=True)
     out = base / "run"
-    ended = _start(scene, base, FileSystem(base, action, number).install, log).wait(WAIT)
+    ended = _start(scene, part, base, FileSystem(base, action, number).install, log).wait(WAIT)
     faults = ended_badly(ended, CRASHED) or torn(out)
     if not faults:
-        ended = scene.go_on(out, log, "workers=0").wait(WAIT)
+        ended = scene.go_on(out, log, "workers=0", *part.words).wait(WAIT)
         faults = ended_badly(ended, 0) or differences(out, scene.whole, pictures=False)
     shutil.rmtree(base, ignore_errors=True)
     return 1, [f"{part.name}, crashed {action} call {number} ({call}): {fault}" for fault in faults]
@@ -164,12 +171,12 @@ def _full(scene: Scene, part: Part, number: int, call: str) -> tuple[int, list[s
     log.unlink(missing_ok=True)
     out = base / "run"
     prepare = FileSystem(base, "full", number).install if number >= 0 else partial(_limit, 2**16)
-    ended = _start(scene, base, prepare, log).wait(WAIT)
+    ended = _start(scene, part, base, prepare, log).wait(WAIT)
     faults = ended_badly(ended, 0, 2) + torn(out)
     if ended.code == 2 and not ended.output.strip():
         faults.append("exit code 2 without a word")
     if not faults and ended.code == 2:
-        ended = scene.go_on(out, log, "workers=0").wait(WAIT)
+        ended = scene.go_on(out, log, "workers=0", *part.words).wait(WAIT)
         faults = ended_badly(ended, 0) or differences(out, scene.whole, pictures=False)
     elif not faults:
         faults = differences(out, scene.whole, pictures=False)

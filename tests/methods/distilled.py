@@ -23,8 +23,9 @@ from patchmine.models.batch_norm import synchronise_batch_norms
 from patchmine.models.processes import num_processes
 from patchmine.task import Method
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper
 from patchmine.train.log import Log
-from patchmine.train.loop import Keeper, train
+from patchmine.train.loop import train
 from patchmine.train.settings import TrainSettings
 from patchmine.types import Batch, Progress
 

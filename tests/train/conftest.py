@@ -15,8 +15,9 @@ sys.path.insert(
 
 from patchmine.train.checkpoint import Checkpoint
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper
 from patchmine.train.log import Log
-from patchmine.train.loop import Hooks, Keeper, train
+from patchmine.train.loop import Hooks, train
 from patchmine.train.settings import TrainSettings
 from patchmine.types import Progress
 

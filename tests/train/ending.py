@@ -16,8 +16,9 @@ from toy import Toy, toy_batches
 
 from patchmine.errors import UserError
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper
 from patchmine.train.log import Log
-from patchmine.train.loop import Keeper, train
+from patchmine.train.loop import train
 from patchmine.train.settings import TrainSettings
 from patchmine.train.step import Stepper
 from patchmine.types import Batch, Progress

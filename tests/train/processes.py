@@ -22,8 +22,9 @@ from toy import Toy, toy_batches
 
 from patchmine.train import signals
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper
 from patchmine.train.log import Log
-from patchmine.train.loop import Hooks, Keeper, train
+from patchmine.train.loop import Hooks, train
 from patchmine.train.settings import TrainSettings
 from patchmine.types import Batch, Progress
 

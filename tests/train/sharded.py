@@ -26,8 +26,9 @@ from patchmine.task import Method
 from patchmine.train import loop
 from patchmine.train.checkpoint import list_checkpoints, load_newest
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper
 from patchmine.train.log import Log
-from patchmine.train.loop import Hooks, Keeper, train
+from patchmine.train.loop import Hooks, train
 from patchmine.train.optim import optimizer_tensors
 from patchmine.train.settings import TrainSettings
 from patchmine.train.step import Stepper

@@ -25,8 +25,9 @@ from patchmine.errors import UserError
 from patchmine.train import loop
 from patchmine.train.checkpoint import list_checkpoints, load, load_newest
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper
 from patchmine.train.log import Log
-from patchmine.train.loop import Keeper, num_pictures, train
+from patchmine.train.loop import num_pictures, train
 from patchmine.train.settings import TrainSettings
 from patchmine.train.signals import Interrupted, StopSignals
 from patchmine.types import Batch, Progress

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from patchmine.errors import UserError
 from patchmine.train import checkpoint
+from patchmine.train.background import Beside
 from patchmine.train.checkpoint import DamagedCheckpointError, list_checkpoints, load, load_newest
 from patchmine.train.engine import Engine
 from patchmine.train.pieces import Piece
@@ -138,8 +140,33 @@ class Killed(BaseException):
     """What a signal does that no process can refuse."""
 
 
+def save_file(_: Engine, folder: Path, step: int) -> None:
+    state = {"w": WEIGHT, "count": COUNT}
+    checkpoint.save(folder, step, state, {"w.exp_avg": -WEIGHT}, FACTS, keep=2)
+
+
+def beside(write: Callable[..., None], *given: Any) -> None:
+    """The same in a thread."""
+    work = Beside()
+    work.begin(lambda: write(*given))
+    work.wait()
+
+
+@pytest.mark.parametrize(
+    ("end", "write"),
+    [
+        ("", save),
+        ("", partial(beside, save)),
+        (".safetensors", save_file),
+        (".safetensors", partial(beside, save_file)),
+    ],
+)
 def test_a_kill_at_any_file_call_loses_no_checkpoint(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+    write: Callable[..., None],
 ) -> None:
     calls = ("rename", "replace", "mkdir", "symlink", "fsync", "unlink", "rmdir")
     left = 0
@@ -156,15 +183,15 @@ def test_a_kill_at_any_file_call_loses_no_checkpoint(
 
     for number in range(100):
         folder = tmp_path / str(number)
-        save(engine, folder, 1)
-        save(engine, folder, 2)
+        write(engine, folder, 1)
+        write(engine, folder, 2)
         left = number
         with monkeypatch.context() as patched:
             for name in calls:
                 patched.setattr(os, name, mortal(getattr(os, name)))
             patched.setattr(checkpoint, "save_file", mortal(checkpoint.save_file))
             try:
-                save(engine, folder, 3)
+                write(engine, folder, 3)
                 lived = True
             except Killed:
                 lived = False
@@ -173,9 +200,9 @@ def test_a_kill_at_any_file_call_loses_no_checkpoint(
         assert torch.equal(newest.model["w"], WEIGHT)
         if lived:
             break
-        save(engine, folder, 3)
+        write(engine, folder, 3)
         names = [path.name for path in list_checkpoints(folder)]
-        assert names == ["step-00000002", "step-00000003"]
+        assert names == [f"step-00000002{end}", f"step-00000003{end}"]
         assert not [*folder.glob(".*")]
     assert number > 8
 

@@ -149,24 +149,51 @@ def test_any_number_of_processes_goes_on_from_any_checkpoint(alone: Path, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_checkpoints_in_the_background_are_those_that_are_waited_for(
+    tmp_path: Path, sharding: str
+) -> None:
+    ways = ("saving=blocking", "saving=background")
+    names = ("hpm", "mokd")
+    run(
+        2,
+        str(tmp_path),
+        sharding,
+        str(sharded.STEPS),
+        *(f"{n}+{way}" for n in names for way in ways),
+    )
+    for name in names:
+        kept = [list_checkpoints(tmp_path / way / name / "checkpoints") for way in ways]
+        assert len(kept[0]) == len(kept[1]) == sharded.STEPS
+        assert all(path.is_dir() == (sharding == "fsdp") for path in kept[1])
+        for waited, beside in zip(*(map(load, paths) for paths in kept), strict=True):
+            assert (waited.step, waited.facts) == (beside.step, beside.facts)
+            for one, other in ((waited.model, beside.model), (waited.optimizer, beside.optimizer)):
+                assert one.keys() == other.keys()
+                assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saving", ["blocking", "background"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_loses_nothing_that_was_written(
-    alone: Path, tmp_path: Path, victim: int
+    alone: Path, tmp_path: Path, victim: int, saving: str
 ) -> None:
-    started = start(2, str(tmp_path), "fsdp", str(sharded.STEPS), "hpm")
+    way, given = tmp_path / f"saving={saving}", f"hpm+saving={saving}"
+    started = start(2, str(tmp_path), "fsdp", str(sharded.STEPS), given)
     end = time.monotonic() + 300
-    while not list_checkpoints(tmp_path / "hpm" / "checkpoints") and time.monotonic() < end:
+    while not list_checkpoints(way / "hpm" / "checkpoints") and time.monotonic() < end:
         time.sleep(0.002)
     started[victim].send_signal(signal.SIGKILL)
     told = finish(started)
     assert started[victim].returncode == -signal.SIGKILL
     assert started[1 - victim].returncode == 2, told
     assert f"rank {victim} on" in told[1 - victim]
-    for path in list_checkpoints(tmp_path / "hpm" / "checkpoints"):
+    for path in list_checkpoints(way / "hpm" / "checkpoints"):
         load(path)
-    run(2, str(tmp_path), "fsdp", str(sharded.STEPS), "hpm")
-    assert_alike(tmp_path, alone, "hpm")
-    left = [path.name for path in (tmp_path / "hpm" / "checkpoints").glob(".*")]
+    run(2, str(tmp_path), "fsdp", str(sharded.STEPS), given)
+    assert_alike(way, alone, "hpm")
+    left = [path.name for path in (way / "hpm" / "checkpoints").glob(".*")]
     assert not left
 
 

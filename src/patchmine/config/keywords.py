@@ -32,6 +32,7 @@ class SharedRunningSettings(TypedDict, total=False):
     resume: Literal["never", "auto"]
     checkpoint_every: int | None
     keep_checkpoints: int
+    saving: Literal["blocking", "background"]
     eval_every: int
     log_every: int
     sample_every: int | None

@@ -32,7 +32,7 @@ from torch import Tensor
 from patchmine.disk import remedy, replacing, settle, sweep, system_errors
 from patchmine.errors import Say, UserError, foreign_parser, reason_of
 from patchmine.train.head import FORMAT, NAME, DamagedCheckpointError, checksum, read_head, versions
-from patchmine.train.pieces import Piece, joined, part_files
+from patchmine.train.pieces import Piece, joined, on_host, part_files
 
 SCRATCH = ".writing"
 
@@ -325,7 +325,7 @@ def _fault_of(found: Checkpoint) -> str:
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: on_host(name, tensor) for name, tensor in tensors.items()}
 
 
 def write_file(

@@ -109,7 +109,7 @@ class Engine:
         share_cores(self.local_size)
         if self.world_size > 1:
             self._group = Group(launch, self.device, say if launch.speaks else lambda text: None)
-            self._host_group = torch.distributed.new_group(backend="gloo", timeout=LONGEST)
+            self._host_group = _new_host_group()
             atexit.register(
                 self.close
             )  # threads of an open group end the interpreter with "terminate called"
@@ -161,11 +161,15 @@ class Engine:
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank; by way of the host."""
-        if self._host_group is None:
-            return [value]
-        every: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(every, value, group=self._host_group)
-        return every
+        return _gathered(self._host_group, self.world_size, value)
+
+    def another_gather(self) -> Callable[[Any], list[Any]]:
+        """A `gather` for a thread beside the loop's, over connections of its own.
+
+        All processes make it together.
+        """
+        group = None if self._host_group is None else _new_host_group()
+        return partial(_gathered, group, self.world_size)
 
     def advise(self, advice: str) -> None:
         """What to tell the user to do when a process ends without a word."""
@@ -264,6 +268,19 @@ class Engine:
             self._group.close()
             self._group = None
             self._host_group = None
+
+
+def _new_host_group() -> Any:
+    """Of all processes, connected from host to host."""
+    return torch.distributed.new_group(backend="gloo", timeout=LONGEST)
+
+
+def _gathered(group: Any, count: int, value: T) -> list[T]:
+    if group is None:
+        return [value]
+    every: list[Any] = [None] * count
+    torch.distributed.all_gather_object(every, value, group=group)
+    return every
 
 
 def refuse_unshardable(sharding: Sharding, launch: Launch) -> None:

@@ -10,20 +10,17 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from patchmine.errors import UserError
-from patchmine.ops.shards import like
 from patchmine.task import Task
-from patchmine.train.checkpoint import Checkpoint, NotFiniteError, newest_finite, save
+from patchmine.train.checkpoint import newest_finite
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper, calmer, restore
 from patchmine.train.log import Interval, Log
-from patchmine.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
-from patchmine.train.saving import PartsSaver
 from patchmine.train.settings import LoggingSettings, SavingSettings, TrainSettings
 from patchmine.train.signals import Interrupted, StopSignals
 from patchmine.train.step import Stepper
@@ -61,80 +58,6 @@ class Hooks:
     on_stop: Callable[[], None] = lambda: None
 
 
-@dataclass
-class Keeper:
-    """The checkpoints of a run: what is kept with them, and which is the best one.
-
-    Args:
-        folder: of the checkpoints.
-        start: where the run goes on from; its counts go on too.
-        identity: fingerprints that must be equal on resume, by what they stand for.
-        remembered: other JSON to be kept.
-        best_by: the score, the higher the better, by which ``checkpoints/best`` is chosen.
-        patience: epochs without a better score after which training ends; None: never early.
-    """
-
-    folder: Path
-    start: Checkpoint | None = None
-    identity: Mapping[str, str] = field(default_factory=dict)
-    remembered: Mapping[str, Any] = field(default_factory=dict)
-    best_by: str | None = None
-    patience: int | None = None
-
-    def __post_init__(self) -> None:
-        facts = {} if self.start is None else self.start.facts
-        skipped, best = facts.get("skipped"), facts.get("best")
-        self.skipped = skipped if type(skipped) is int else 0  # earlier versions kept none
-        known = isinstance(best, dict) and best.get("metric") == self.best_by
-        self.best: dict[str, Any] | None = best if known else None
-
-    def is_best(self, scores: Mapping[str, float] | None, done: Progress) -> bool:
-        """Whether these scores are better than all before, which are then forgotten."""
-        score = (scores or {}).get(self.best_by or "", math.nan)
-        if not math.isfinite(score) or (self.best is not None and score <= self.best["score"]):
-            return False
-        self.best = {"step": done.step, "metric": self.best_by, "score": score}
-        return True
-
-    def is_exhausted(self, done: Progress) -> bool:
-        """Whether the best score is as old as ``patience`` epochs; the same on every resume."""
-        if self.patience is None or self.best is None or done.step % done.steps_per_epoch:
-            return False
-        return done.step - int(self.best["step"]) >= self.patience * done.steps_per_epoch
-
-    def save(
-        self, stepper: Stepper, done: Progress, before: Callable[[], None] = lambda: None
-    ) -> None:
-        """Write a checkpoint, in all processes together.
-
-        ``before`` is called in the first one.  Raises UserError for a state that is not finite, or
-        a full disk.
-        """
-        facts = {
-            **self.remembered,
-            "identity": dict(self.identity),
-            "skipped": self.skipped + stepper.total_skipped(),
-        }
-        if self.best is not None:
-            facts["best"] = self.best
-        engine = stepper.engine
-        state = (stepper.task.state_dict(), optimizer_tensors(stepper.optimizers))
-        how: dict[str, Any] = {"keep": stepper.settings.keep_checkpoints}
-        how["best"] = None if self.best is None else self.best["step"]
-        try:
-            if stepper.is_sharded:
-                saver = PartsSaver(engine, self.folder, done.step, facts, before=before, **how)
-                saver.save(*state)
-            elif engine.is_main:
-                with engine.undisturbed():
-                    before()
-                    save(self.folder, done.step, *state, facts, **how)
-        except NotFiniteError as error:
-            raise UserError(
-                f"{error}; training stopped: start a new run with {_calmer(stepper)}"
-            ) from error
-
-
 def train(
     task: Task,
     batches: Iterator[Batch],
@@ -168,7 +91,7 @@ def train(
     total, per_epoch = length.total_steps, length.steps_per_epoch
     first = _begin(stepper, keeper, hooks, length)
     stepper.task.train()
-    with StopSignals(hooks.on_stop) as stop:
+    with StopSignals(hooks.on_stop) as stop, keeper.finishing():
         for step in range(first, total):
             now, done = length.at(step), length.at(step + 1)
             if keeper.is_exhausted(now):
@@ -185,6 +108,7 @@ def train(
             _tell(stepper, done, done.step - first, keeper, log, hooks)
             asked = _look(stepper, done, done.step - first, stop, keeper, hooks)
             if asked and done.step < total:
+                keeper.wait()
                 engine.barrier()  # the checkpoint is written before any process ends
                 name = signal.Signals(asked).name
                 log.say(
@@ -217,7 +141,7 @@ def _tell(
     """What is known after a step, of which this process has ``made`` so many."""
     settings, pace = stepper.settings, math.nan
     if _due(done, settings.log_every):
-        pace = _report(stepper, done, log, keeper.folder)
+        pace = _report(stepper, done, log, keeper)
     elif _is_spaced(made, _TOLD):
         pace = _glance(stepper, done, log)
     log.advance(done.step)
@@ -233,6 +157,8 @@ def _look(
 ) -> int:
     """What is due between two steps: a picture, scores, a checkpoint.  Gives the signal to stop."""
     settings, engine = stepper.settings, stepper.engine
+    if engine.is_main:
+        keeper.notice()
     with stepper.watch.paused():
         scores = _look_at_task(stepper, done, hooks)
         stepper.task.train()
@@ -286,38 +212,6 @@ def num_kept(settings: SavingSettings, length: Progress) -> int:
     return min(settings.keep_checkpoints, -(-length.total_steps // save_every(settings, length)))
 
 
-def restore(
-    task: Task, optimizers: Optimizers, start: Checkpoint, identity: Mapping[str, str]
-) -> None:
-    """Put a checkpoint's state into a task.  Raises UserError when they do not belong together."""
-    refuse_stranger(start, identity)
-    try:
-        own = task.state_dict()
-        task.load_state_dict(
-            {
-                name: like(own[name], value) if name in own else value
-                for name, value in start.model.items()
-            }
-        )
-        load_optimizer_tensors(optimizers, start.optimizer)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{start.path} does not fit this model and method: {reason[:400]}"
-        ) from error
-
-
-def refuse_stranger(start: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raise UserError when a checkpoint was written with another ``identity``."""
-    stored = start.facts.get("identity", {})
-    for what, value in identity.items():
-        if stored.get(what, value) != value:
-            raise UserError(
-                f"{start.path} was written with other {what} (fingerprint {stored[what]}, now "
-                f"{value}); go on with the run's own {what}, or start a new run in another folder"
-            )
-
-
 def _due(done: Progress, every: int) -> bool:
     return done.step == done.total_steps or done.step % every == 0
 
@@ -339,7 +233,7 @@ def _say_skipped(skipped: int, stepper: Stepper, total: int, log: Log) -> None:
     if skipped:
         log.say(
             f"{skipped} of {total} steps were skipped because loss or gradient was not finite; if "
-            f"these are more than a few, make the run again with {_calmer(stepper)}"
+            f"these are more than a few, make the run again with {calmer(stepper)}"
         )
 
 
@@ -351,7 +245,7 @@ def _glance(stepper: Stepper, done: Progress, log: Log) -> float:
     return spent.seconds / spent.steps
 
 
-def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> float:
+def _report(stepper: Stepper, done: Progress, log: Log, keeper: Keeper) -> float:
     """Read the interval's numbers, write them, and stop a run that has gone astray; gives the
     seconds of a step.
     """
@@ -363,12 +257,13 @@ def _report(stepper: Stepper, done: Progress, log: Log, folder: Path) -> float:
         _line(stepper, done, means, spent) | stepper.slowest.of(spent, stepper.engine, log.say)
     )
     if in_a_row >= min(MAX_SKIPPED, done.total_steps):
-        good = newest_finite(folder)
+        keeper.wait()
+        good = newest_finite(keeper.folder)
         kept = f"; the last good state is {good}" if good else ""
         raise UserError(
             f"loss or gradient was not finite in {in_a_row} steps in a row (to step {done.step} of "
             f"{done.total_steps}), so training stopped{kept}; start a new run with "
-            f"{_calmer(stepper)}"
+            f"{calmer(stepper)}"
         )
     return spent.seconds / spent.steps
 
@@ -387,12 +282,3 @@ def _line(
         "images_per_second": round(spent.steps * batch_size / spent.seconds, 2),
         "data_wait": round(spent.waited / spent.seconds, 4),
     }
-
-
-def _calmer(stepper: Stepper) -> str:
-    """Settings with which a run is less likely to diverge."""
-    settings = stepper.settings
-    rate = f"a smaller blr (now {settings.blr:g})"
-    warmup = f"longer warmup_epochs (now {settings.warmup_epochs:g})"
-    exact = stepper.engine.precision == "fp32"
-    return f"{rate} or {warmup}" if exact else f"{rate}, {warmup} or precision=fp32"

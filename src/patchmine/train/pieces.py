@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,13 @@ from torch import Tensor
 from patchmine.ops.shards import first_row, is_sharded, own_part
 
 PartTensors = Mapping[str, Mapping[str, Tensor]]
+Host = Callable[[str, Tensor], Tensor]
+"""Gives a tensor of a name on the CPU, contiguous; in the same memory, perhaps."""
+
+
+def on_host(_name: str, tensor: Tensor) -> Tensor:
+    """A `Host` that copies only what must be."""
+    return tensor.detach().cpu().contiguous()
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,12 @@ class Piece:
 
 
 def own_pieces(
-    parts: PartTensors, *, first: bool
+    parts: PartTensors, *, first: bool, host: Host = on_host
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, tuple[int, int]]]:
     """What this process writes of sharded tensors, and `Piece.rows` of that.
 
-    ``first``: of the processes, which also writes what all of them hold.
+    ``first``: of the processes, which also writes what all of them hold.  ``host`` takes what is
+    written, by names as in a file.
     """
     kept: dict[str, dict[str, Tensor]] = {}
     rows: dict[str, tuple[int, int]] = {}
@@ -51,11 +59,11 @@ def own_pieces(
         for name, tensor in tensors.items():
             if not is_sharded(tensor):
                 if first:
-                    kept[part][name] = tensor.detach().cpu().contiguous()
+                    kept[part][name] = host(f"{part}.{name}", tensor)
                 continue
             (row, keeps), own = first_row(tensor), own_part(tensor)
             if keeps and len(own):
-                kept[part][name] = own.cpu().contiguous()
+                kept[part][name] = host(f"{part}.{name}", own)
                 rows[f"{part}.{name}"] = (row, len(tensor))
     return kept, rows
 

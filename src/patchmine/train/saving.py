@@ -16,9 +16,11 @@ from patchmine.disk import settle, sweep
 from patchmine.errors import UserError
 from patchmine.train import checkpoint
 from patchmine.train.engine import Engine
-from patchmine.train.pieces import PartTensors, Piece, own_pieces
+from patchmine.train.pieces import Host, PartTensors, Piece, on_host, own_pieces
 
 T = TypeVar("T")
+Gather = Callable[[Any], list[Any]]
+"""`Engine.gather`, or the like over other connections."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class PartsSaver:
         folder: of the checkpoints.
         step: as in `checkpoint.save`; so are ``facts``, ``keep`` and ``best``.
         before: called in the first process before anything is written.
+        gather: by which the processes talk; None: the engine's.
     """
 
     engine: Engine
@@ -42,6 +45,7 @@ class PartsSaver:
     keep: int
     best: int | None = None
     before: Callable[[], None] = lambda: None
+    gather: Gather | None = None
 
     @property
     def path(self) -> Path:
@@ -50,14 +54,21 @@ class PartsSaver:
 
     def save(self, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
         """Write it.  Raises, in all processes alike, what `checkpoint.save` raises."""
-        engine = self.engine
-        parts, rows = own_pieces({"model": model, "optimizer": optimizer}, first=engine.is_main)
-        bad = [name for names in engine.gather(checkpoint.not_finite(parts)) for name in names]
+        self.taken({"model": model, "optimizer": optimizer})()
+
+    def taken(self, state: PartTensors, host: Host = on_host) -> Callable[[], None]:
+        """Take what this process holds of the state now; gives what writes it, as `save` does."""
+        parts, rows = own_pieces(state, first=self.engine.is_main, host=host)
+        count = sum(map(len, state.values()))
+        return lambda: self._save(parts, rows, count)
+
+    def _save(self, parts: PartTensors, rows: dict[str, tuple[int, int]], count: int) -> None:
+        engine, gather = self.engine, self.gather or self.engine.gather
+        bad = [name for names in gather(checkpoint.not_finite(parts)) for name in names]
         if bad:
-            count = len(model) + len(optimizer)
             raise checkpoint.not_finite_error(self.folder, self.step, bad, count)
         writes = engine.is_main or any(parts.values())
-        writers = [rank for rank, one in enumerate(engine.gather(writes)) if one]
+        writers = [rank for rank, one in enumerate(gather(writes)) if one]
         name, saving = self._together(self._begin)[0]
         scratch = self.folder / name
         try:
@@ -110,7 +121,7 @@ class PartsSaver:
                 found.append(work())
         except UserError as error:
             sentence = str(error)
-        every = self.engine.gather((found, sentence))
+        every = (self.gather or self.engine.gather)((found, sentence))
         for _, each in every:
             if each is not None:
                 raise UserError(each)

@@ -23,6 +23,7 @@ from patchmine.strict import (
 
 Sharding = Literal["ddp", "fsdp", "hybrid"]
 Remat = Literal["none", "blocks"]
+Saving = Literal["blocking", "background"]
 
 
 class ScheduleSettings(Strict):
@@ -163,6 +164,11 @@ class SavingSettings(Strict):
         None, description="steps; null: 1 epoch, 100 at least"
     )
     keep_checkpoints: Positive = Field(3, description="newest checkpoints that are kept")
+    saving: Saving = Field(
+        "blocking",
+        description="background: a checkpoint is copied in memory and written while training goes "
+        "on",
+    )
 
 
 class LoggingSettings(Strict):

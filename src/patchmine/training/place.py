@@ -26,8 +26,9 @@ from patchmine.runs.lock import HeldLock, lock
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, point_again
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper, refuse_stranger
 from patchmine.train.log import Log
-from patchmine.train.loop import Hooks, Keeper, refuse_stranger, train
+from patchmine.train.loop import Hooks, train
 from patchmine.training.origin import note_origin
 from patchmine.types import Batch
 

@@ -26,8 +26,8 @@ from patchmine.report.monitor import Monitor, Watched
 from patchmine.runs import preparing
 from patchmine.task import Method
 from patchmine.train.engine import Engine
+from patchmine.train.keeper import Keeper
 from patchmine.train.log import Log
-from patchmine.train.loop import Keeper
 from patchmine.train.step import Stepper
 from patchmine.training.pace import Pace, evaluation_like
 from patchmine.training.place import prepared_batches
@@ -138,7 +138,7 @@ def _measure(
         look = _seconds(lambda: watching.begin(start))
         if not engine.largest(int(look > limit)):  # else what is loaded once hardly counts
             look = _seconds(lambda: watching.begin(start))
-        picture = checkpoint = export = 0.0
+        picture = export = 0.0
         if engine.is_main:
             monitor.draw(now)  # what the first one loads is not paid again
             picture = _seconds(lambda: monitor.draw(now))
@@ -147,7 +147,10 @@ def _measure(
                 exports = scratch / "exports"
                 export = _seconds(lambda: write_exports(config, method, exports.joinpath))
         keeper = Keeper(scratch / "checkpoints")
-        checkpoint = _seconds(lambda: keeper.save(stepper, now))
+        begun = perf_counter()
+        keeper.save(stepper, now)
+        keeper.wait()
+        checkpoint = perf_counter() - begun
     engine.barrier()
     watched = len(watching.part)
     return Pace(
