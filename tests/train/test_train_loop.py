@@ -22,7 +22,7 @@ from rich.console import Console
 from toy import Toy, toy_batches
 
 from patchmine.errors import UserError
-from patchmine.train import loop
+from patchmine.train import keeper
 from patchmine.train.checkpoint import list_checkpoints, load, load_newest
 from patchmine.train.engine import Engine
 from patchmine.train.keeper import Keeper
@@ -202,7 +202,7 @@ def test_a_state_that_is_not_finite_is_neither_saved_nor_done(
 def test_moments_that_are_not_finite_are_not_saved(
     run_toy: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop.optimizer_tensors
+    original = keeper.optimizer_tensors
 
     def spoilt(optimizers: Any) -> dict[str, Any]:
         return {
@@ -210,7 +210,7 @@ def test_moments_that_are_not_finite_are_not_saved(
             for name, t in original(optimizers).items()
         }
 
-    monkeypatch.setattr(loop, "optimizer_tensors", spoilt)
+    monkeypatch.setattr(keeper, "optimizer_tensors", spoilt)
     with pytest.raises(
         UserError, match=r"after step 5 optimizer\.encoder\..*exp_avg_sq .*no earlier good state"
     ):
