@@ -234,6 +234,42 @@ def test_what_is_gone_changed_or_forbidden_ends_in_a_sentence(local: Path) -> No
     assert source.read(0) == open_source(local).read(0)
 
 
+class HttpError(Exception):
+    """An answer of HTTP as gcsfs tells it."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"answer {code}")
+        self.code = code
+
+
+class CutError(Exception):
+    """An answer that ends too early as aiohttp tells it, which calls that 400."""
+
+    code = 400
+
+
+@pytest.mark.parametrize(
+    ("fault", "tries"),
+    [
+        (OSError("Forbidden: set/shard-000000.tar"), 1),
+        (HttpError(401), 1),
+        (HttpError(503), 4),
+        (CutError("not enough data"), 4),
+    ],
+)
+@pytest.mark.usefixtures("local")
+def test_access_that_is_refused_is_told_at_once_by_whatever_package(
+    fault: Exception, tries: int
+) -> None:
+    source = open_source("store://set", remote_gb=0)
+    Store.asked.clear()
+    Store.faults[:] = [fault] * tries
+    why = "cannot be opened" if tries == 1 else "cannot be read"
+    with pytest.raises(UserError, match=rf"shard-000000\.tar {why} \("):
+        source.read(0)
+    assert len(Store.asked) == tries
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -276,6 +312,8 @@ def test_trouble_in_a_worker_ends_the_run_in_a_sentence() -> None:
 class Handler(http.server.BaseHTTPRequestHandler):
     """Gives parts of the store's objects, as servers of files do."""
 
+    faults: ClassVar[list[str]] = []
+
     def do_HEAD(self) -> None:
         data = Store.objects.get(self.path.removeprefix("/"))
         self._answer(data, 200, b"")
@@ -284,14 +322,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = Store.objects.get(self.path.removeprefix("/"))
         first, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")
         part = b"" if data is None else data[int(first) : int(last) + 1 if last else None]
-        self._answer(data, 206, part)
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "busy":
+            self.send_error(503)
+        else:
+            self._answer(data, 206, part, len(part) // 2 if fault == "cut" else None)
 
-    def _answer(self, data: bytes | None, code: int, part: bytes) -> None:
+    def _answer(self, data: bytes | None, code: int, part: bytes, until: int | None = None) -> None:
         self.send_response(404 if data is None else code)
         self.send_header("Content-Length", str(len(part or data or b"")))
         self.send_header("ETag", hashlib.md5(data or b"").hexdigest())
         self.end_headers()
-        self.wfile.write(part)
+        self.wfile.write(part[:until])
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
@@ -313,3 +355,26 @@ def test_a_server_of_files(local: Path, server: str) -> None:
     assert contents(source) == contents(here)[: len(source)]
     with pytest.raises(UserError, match=r"there is nothing at http.*shard-000009\.tar"):
         open_source(f"{server}/set/shard-000009.tar")
+
+
+@pytest.mark.usefixtures("local")
+def test_a_server_of_files_that_fails(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp", reason="fsspec reads http:// with aiohttp")
+    address = f"{server}/set/shard-000000.tar"
+    image = open_source(address).read(0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    source = open_source(address, remote_gb=0)
+    Handler.faults[:] = ["cut", "busy"]
+    assert source.read(0) == image
+    assert Handler.faults == []
+    Handler.faults[:] = ["busy"] * 4
+    with pytest.raises(UserError, match=r"cannot be read \(4 tries .*503.*see to the connection"):
+        source.read(0)
+    data = Store.objects.pop("set/shard-000000.tar")
+    with pytest.raises(UserError, match=r"shard-000000\.tar is gone: it was there"):
+        source.read(0)
+    Store.objects["set/shard-000000.tar"] = data[:-1] + b"x"
+    with pytest.raises(UserError, match="was changed since this source was opened"):
+        source.read(0)

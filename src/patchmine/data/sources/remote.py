@@ -176,7 +176,7 @@ def attempted(address: str, work: Callable[[Any, str], T]) -> T:
     """
     with foreign_parser(lambda why: _refusal(address, why)):
         files, path = located(address)
-    trouble = _TroubleError()
+    trouble, began = _TroubleError(), time.monotonic()
     for wait in (0.0, *WAITS):
         time.sleep(wait)
         try:
@@ -189,7 +189,8 @@ def attempted(address: str, work: Callable[[Any, str], T]) -> T:
             raise FileNotFoundError(address) from trouble
         if kind == "refused":
             raise _refusal(address, str(trouble)) from trouble
-    tries = f"{len(WAITS) + 1} tries within {sum(WAITS):g} seconds failed, the last with"
+    taken = time.monotonic() - began  # the packages below fsspec wait and try by themselves, too
+    tries = f"{len(WAITS) + 1} tries within {taken:.0f} seconds failed, the last with"
     what = f"{shown_name(address)} cannot be read ({tries}: {trouble})"
     raise UserError(f"{what}; see to the connection, {RESUME}") from trouble
 
@@ -229,11 +230,19 @@ def _kind_of(trouble: BaseException) -> str:
         return "lost"
     if any(isinstance(each, FileNotFoundError) for each in links):
         return "missing"
-    lasting = any(
-        isinstance(each, _REFUSED) or _LASTING.search(type(each).__name__) for each in links
-    )
-    return "refused" if lasting else "lost"
+    return "refused" if any(map(_is_refusal, links)) else "lost"
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """By its type, or as gcsfs tells it, which has no type for that."""
+    told = isinstance(error, OSError) and str(error).startswith("Forbidden")
+    return told or isinstance(error, _REFUSED) or bool(_LASTING.search(type(error).__name__))
 
 
 def _status(error: BaseException) -> Any:
-    return getattr(error, "status", None)
+    """That of an answer of HTTP, as aiohttp, Azure's packages and gcsfs call it.
+
+    In other packages a ``code`` is something else: aiohttp has one of 400 where an answer is cut.
+    """
+    name = "code" if type(error).__name__ == "HttpError" else "status_code"
+    return getattr(error, "status", getattr(error, name, None))
