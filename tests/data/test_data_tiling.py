@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from made_scenes import COLOURS, scene
 from PIL import Image
 
 from patchmine.data import tiling
@@ -14,23 +14,6 @@ from patchmine.data.decoding.decode import decode
 from patchmine.data.sources.source import open_source
 from patchmine.data.tiling import Cut, cut_tiles, open_scenes
 from patchmine.errors import UserError
-
-COLOURS = np.random.default_rng(0).integers(1, 200, (3, 100, 130)).astype(np.uint8)
-
-
-def scene(file: Path, pixels: np.ndarray, **options: Any) -> Path:
-    """A tiled GeoTIFF of (C, H, W)."""
-    rasterio = pytest.importorskip("rasterio")
-    height, width = pixels.shape[1:]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    shape: dict[str, Any] = dict(
-        width=width, height=height, count=len(pixels), dtype=pixels.dtype.name
-    )
-    where = rasterio.Affine(10, 0, 0, 0, -10, 0)
-    tiled = dict(tiled=True, blockxsize=32, blockysize=32, compress="deflate")
-    with rasterio.open(file, "w", "GTiff", transform=where, **shape, **tiled, **options) as image:
-        image.write(pixels)
-    return file
 
 
 def tiles_of(folder: Path) -> dict[str, np.ndarray]:
@@ -89,15 +72,27 @@ def test_glass_is_empty_and_small_images_are_one_tile(tmp_path: Path) -> None:
     assert tiles_of(tmp_path / "out")["y_png/y000000_x000000.png"].shape == (3, 20, 60)
 
 
+def test_a_tile_may_be_a_single_row(tmp_path: Path) -> None:
+    row = np.arange(300, dtype=np.uint8).reshape(1, 100, 3)
+    Image.fromarray(row).save(tmp_path / "x.png")
+    Image.fromarray(row[..., 0]).save(tmp_path / "y.png")
+    cut_tiles(open_scenes(str(tmp_path)), tmp_path / "out", Cut(64))
+    tiles = tiles_of(tmp_path / "out")
+    np.testing.assert_array_equal(
+        tiles["x_png/y000000_x000036.png"], row[:, 36:].transpose(2, 0, 1)
+    )
+    assert tiles["y_png/y000000_x000000.png"].shape == (3, 1, 64)
+
+
 def test_levels_of_a_pyramid(tmp_path: Path) -> None:
-    rasterio = pytest.importorskip("rasterio")
-    file = scene(tmp_path / "x.tif", np.repeat(np.repeat(COLOURS[:, :64, :64], 2, 1), 2, 2))
-    with rasterio.open(file, "r+") as image:
-        image.build_overviews([2], rasterio.enums.Resampling.nearest)
+    large = np.repeat(np.repeat(COLOURS[:, :64, :64], 2, 1), 2, 2)
+    file = scene(tmp_path / "x.tif", large, levels=2)
     cut_tiles(open_scenes(str(file)), tmp_path / "out", Cut(64, level=1))
     (tile,) = tiles_of(tmp_path / "out").values()
     np.testing.assert_array_equal(tile, COLOURS[:, :64, :64])
-    with pytest.raises(UserError, match="nothing could be cut"):
+    with pytest.raises(
+        UserError, match=r"nothing could be cut; .* has no level 5, but 2 from 0 on"
+    ):
         cut_tiles(open_scenes(str(file)), tmp_path / "other", Cut(64, level=5))
 
 

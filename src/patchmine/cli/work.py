@@ -176,12 +176,13 @@ def shard(settings: ShardSettings, say: Say) -> None:
 
 
 def tile(settings: TileSettings, say: Say) -> None:
-    """Cut images into tiles."""
-    from patchmine.data.tiling import Cut, tile_images
+    """Cut images into tiles, or list these."""
+    from patchmine.data.tiling import Cut, is_list, tile_images
 
+    out = Path(settings.out)
     cut = Cut(settings.size, settings.overlap, settings.level, settings.max_empty)
-    with _hearing("Cutting", say) as hear:
-        tile_images(settings.data, Path(settings.out), cut, settings.max_pixels, hear, say)
+    with _hearing("Listing" if is_list(out) else "Cutting", say) as hear:
+        tile_images(settings.data, out, cut, settings.max_pixels, hear, say)
 
 
 @contextmanager

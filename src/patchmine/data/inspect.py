@@ -16,8 +16,7 @@ from torch import Tensor
 
 from patchmine.data.decoding.bounds import DecodeError, install_command, reading_item
 from patchmine.data.decoding.decode import decode, no_image, probe
-from patchmine.data.decoding.domains import Part
-from patchmine.data.decoding.reading import open_regular
+from patchmine.data.decoding.reading import Piece, open_regular
 from patchmine.data.decoding.video import VIDEOS, FrameFiles, VideoFile
 from patchmine.data.inspecting.advice import advise
 from patchmine.data.inspecting.alike import keepers
@@ -207,7 +206,7 @@ def _contents(raw: Any) -> Iterator[bytes | memoryview]:
         yield from raw
     elif isinstance(raw, bytes | bytearray | memoryview):
         yield memoryview(raw)
-    elif isinstance(raw, Part):
+    elif isinstance(raw, Piece):
         yield from _contents(decode(raw, probe(raw)[2]))
     elif isinstance(raw, Image.Image | Tensor | np.ndarray):
         pixels = raw.numpy(force=True) if isinstance(raw, Tensor) else np.asarray(raw)

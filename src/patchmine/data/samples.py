@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, default_collate
 from patchmine.data.badfiles import Failure
 from patchmine.data.decoding.bounds import reading_item
 from patchmine.data.decoding.decode import DecodeError, decode
-from patchmine.data.decoding.domains import Part
+from patchmine.data.decoding.reading import Piece
 from patchmine.data.decoding.video import open_video
 from patchmine.data.pixelcache import PixelCache
 from patchmine.data.randomness import SampleGenerators, sample_generator
@@ -126,7 +126,7 @@ class Samples(Dataset[Loaded]):
         state = None if self.cache is None else self.source.identity(index)
         raw, target, settings = self.source.read(index), self._target(index), self.view.settings
         with quiet_decoding():
-            if state is not None and isinstance(raw, bytes | Part):
+            if state is not None and isinstance(raw, bytes | Piece):
                 raw = decode(raw, settings.channels, settings.max_pixels)
             if self.view.repeats > 1:  # which is for videos only
                 raw = open_video(raw, settings.max_pixels)

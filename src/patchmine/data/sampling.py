@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from patchmine.data.decoding.domains import Part
-from patchmine.data.decoding.reading import open_regular
+from patchmine.data.decoding.reading import Piece, open_regular
 from patchmine.data.decoding.video import FrameFiles, VideoFile
 from patchmine.data.sources.contract import Source
 from patchmine.errors import UserError, foreign_parser
@@ -36,7 +35,7 @@ def _stamp(source: Source, index: int) -> str:
     try:
         with foreign_parser(OSError):
             data = source.read(index)
-            if isinstance(data, VideoFile | FrameFiles | Part):
+            if isinstance(data, VideoFile | FrameFiles | Piece):
                 path = data.paths[0] if isinstance(data, FrameFiles) else data.path
                 with open_regular(path) as handle:
                     data = handle.read(_HEAD)

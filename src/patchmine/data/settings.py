@@ -323,18 +323,22 @@ class ShardSettings(Strict):
 
 
 class TileSettings(Strict):
-    """Cut huge images into tiles: slides, satellite scenes, scans.
+    """Cut huge images into tiles, or list these: slides, satellite scenes, scans.
 
     Each image becomes a folder of tiles; tiles that are nearly all background are left out.  The
-    same command again goes on where it was stopped.
+    same command again goes on where it was stopped.  A list, out=tiles.csv, takes no room: with
+    data=tiles.csv its tiles are read out of the images.
 
     Example:
         patchmine data tile slides/ out=tiles/ size=512 level=1
+        patchmine data tile slides/ out=tiles.csv size=512 level=1
         patchmine data tile scene.tif out=tiles/ size=256 overlap=32 max_empty=0.5
     """
 
     data: Text = Field(description="name the images first, as in `patchmine data tile slides/`")
-    out: FolderName = Field(description="name the folder to write, as in out=tiles/")
+    out: FolderName = Field(
+        description="name the folder to write, as in out=tiles/, or a list, as in out=tiles.csv"
+    )
     size: Side = Field(512, description="pixels of a tile's sides")
     overlap: int = Field(
         0, ge=0, le=LARGEST_COUNT, description="pixels that neighbouring tiles have in common"

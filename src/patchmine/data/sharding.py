@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from patchmine.data.decoding.decode import DecodeError, decode, probe
-from patchmine.data.decoding.domains import Part, read_part
+from patchmine.data.decoding.reading import Piece
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.sources.contract import IMAGE_SUFFIXES, Source
 from patchmine.data.sources.members import HEAD, ending_told_by, is_hidden
@@ -171,8 +171,8 @@ def _encoded(raw: Any, path: str, max_side: int | None, done: Written) -> tuple[
     if isinstance(raw, bytes):
         suffix = PurePosixPath(path).suffix.lower()
         return raw, suffix if suffix in IMAGE_SUFFIXES else ending_told_by(raw[:HEAD]) or ".jpg"
-    if isinstance(raw, Part):
-        raw = read_part(raw, probe(raw)[2], MAX_PIXELS)  # (C, H, W), with all its bits
+    if isinstance(raw, Piece):
+        raw, _ = raw.read(probe(raw)[2], MAX_PIXELS)  # (C, H, W), with all its bits
     out = io.BytesIO()
     if isinstance(raw, Image.Image):
         if raw.mode in _PNG_MODES:

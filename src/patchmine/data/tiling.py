@@ -1,9 +1,11 @@
-"""``patchmine data tile``: huge images cut into tiles, the empty ones left out."""
+"""``patchmine data tile``: huge images cut into tiles, or these listed, without the empty ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,17 +13,22 @@ import numpy as np
 from PIL import Image
 
 from patchmine.data.decoding.bounds import DecodeError, reading_item
-from patchmine.data.decoding.reading import open_regular
-from patchmine.data.decoding.scenes import SLIDE_SUFFIXES, open_scene
+from patchmine.data.decoding.orientation import Box
+from patchmine.data.decoding.scenes import Scene, open_scene
 from patchmine.data.settings import LIST_SUFFIXES, MAX_PIXELS
-from patchmine.data.sources.contract import PLAIN_SUFFIXES, Kind, contents, data_error
+from patchmine.data.sources.contract import data_error
 from patchmine.data.sources.folder import FileSource, open_folder
-from patchmine.data.sources.listfile import open_files, open_list
-from patchmine.disk import remedy, replacing, settle, sweep
+from patchmine.data.sources.listfile import listed_path, open_files, open_list, reason_against
+from patchmine.data.sources.members import PassedOver
+from patchmine.data.sources.windows import (
+    SCENES,
+    TABLE_SUFFIXES,
+    Row,
+    is_window_list,
+    window_writer,
+)
+from patchmine.disk import output, remedy, replacing, settle, sweep
 from patchmine.errors import Say, UserError, reason_of, shown_name, silent
-
-SCENES = Kind("scene", (*PLAIN_SUFFIXES, *SLIDE_SUFFIXES), contents)
-"""What tiles are cut of: images, and slides, which are too large to be images of a run."""
 
 _NOTE = ".tiles.json"
 _WHITE, _GREYNESS = 220, 20  # of glass in a slide: how bright at least, how coloured at most
@@ -61,6 +68,8 @@ def open_scenes(data: str) -> FileSource:
     path = Path(data).expanduser()
     if path.is_dir():
         files = open_folder(path, data, None, SCENES)
+    elif is_window_list(path):
+        raise data_error(data, "this lists tiles already; give the images that they are of")
     elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
         files = open_list(path, data, None, SCENES)
     elif path.name.lower().endswith(SCENES.suffixes) and path.is_file():
@@ -79,11 +88,14 @@ def open_scenes(data: str) -> FileSource:
 def tile_images(
     data: str, out: Path, cut: Cut, max_pixels: int, progress: Callable[[int, int], None], say: Say
 ) -> Tiled:
-    """`cut_tiles` of what ``data`` names; ``say`` hears what came of it as well."""
+    """`cut_tiles` of what ``data`` names, or `list_tiles` where ``out`` is a table; ``say`` hears
+    what came of it as well.
+    """
+    work = list_tiles if is_list(out) else cut_tiles
     files = open_scenes(data)
     for note in files.notes:
         say(note)
-    done = cut_tiles(files, out, cut, max_pixels=max_pixels, progress=progress, say=say)
+    done = work(files, out, cut, max_pixels=max_pixels, progress=progress, say=say)
     for line in _summary(done, out):
         say(line)
     return done
@@ -117,27 +129,113 @@ def cut_tiles(
     Raises:
         UserError: ``out`` holds something else or cannot be written, or nothing can be read.
     """
-    if cut.overlap >= cut.size:
-        raise UserError(f"overlap={cut.overlap}: give less than size={cut.size}")
-    done = Tiled()
+    _check(cut)
+    done, folders = Tiled(), _folders(files)
+
+    def work(index: int) -> None:
+        _cut_into(out / folders[index], files.path(index), cut, max_pixels, done)
+
     try:
         _begin(out, files, cut)
-        for index, folder in enumerate(_folders(files)):
-            try:
-                _cut_into(out / folder, files.path(index), cut, max_pixels, done)
-            except DecodeError as error:
-                told = f"{shown_name(files.path(index))} is left out: it {error}"
-                done.first_failure = done.first_failure or told
-                done.failed += 1
-                say(told)
-            if progress is not None:
-                progress(index + 1, len(files))
+        _through(files, work, done, progress, say)
     except OSError as error:
         what = f"the tiles cannot be written ({reason_of(error)}); {remedy(error)}"
         raise UserError(f"out={shown_name(out)}: {what}") from error
+    return done
+
+
+def list_tiles(
+    files: FileSource,
+    out: Path,
+    cut: Cut,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[int, int], None] | None = None,
+    say: Say = silent,
+) -> Tiled:
+    """Write a table of the same tiles, .csv or .tsv, which ``data=`` reads where they lie.
+
+    It appears once it is complete.  Arguments and errors are those of `cut_tiles`.
+    """
+    _check(cut)
+    names, labels, done = _names_in_list(files, out), files.labels(), Tiled()
+    if os.path.lexists(out) and not out.is_dir() and not is_window_list(out):
+        what = "there is something else already; give the name of a new list"
+        raise UserError(f"out={shown_name(out)}: {what}")
+    with output(out) as new, new.open("w", encoding="utf-8", errors="surrogateescape") as handle:
+        write = window_writer(handle, out, labelled=labels is not None)
+
+        def work(index: int) -> None:
+            label = None if labels is None else labels.names[labels.ids[index]]
+            rows, empty = _rows_of(files.path(index), names[index], label, cut, max_pixels)
+            write(rows)
+            done.images += 1
+            done.tiles += len(rows)
+            done.empty += empty
+
+        _through(files, work, done, progress, say)
+    return done
+
+
+def _rows_of(
+    path: str, name: str, label: str | None, cut: Cut, max_pixels: int
+) -> tuple[list[Row], int]:
+    """What stands in the list of an image, and how many tiles were left out."""
+    rows, empty = list[Row](), 0
+    with reading_item(), closing(open_scene(path, cut.level, max_pixels)) as scene:
+        for place, pixels in tiles_of(scene, cut):
+            if pixels is None:
+                empty += 1
+            else:
+                rows.append(Row(name, cut.level, place, (scene.width, scene.height), label))
+    return rows, empty
+
+
+def _names_in_list(files: FileSource, out: Path) -> list[str]:
+    """How the images are called in the list ``out``; UserError where one would not count there."""
+    names = [listed_path(files.path(index), out) for index in range(len(files))]
+    for name in names:
+        with suppress(OSError, DecodeError):  # of what is not there any more, which reading tells
+            reason = reason_against(out.parent, name, SCENES, PassedOver())
+            if reason is not None:
+                what = f"{shown_name(name)} would not count in a list there ({reason})"
+                raise UserError(f"out={shown_name(out)}: {what}; put the list into another folder")
+    return names
+
+
+def is_list(out: Path) -> bool:
+    """Whether tiles are to be listed rather than cut; UserError for lists of other kinds."""
+    if out.suffix.lower() in set(LIST_SUFFIXES) - set(TABLE_SUFFIXES):
+        may = " or ".join(TABLE_SUFFIXES)
+        raise UserError(f"out={shown_name(out)}: a list of tiles ends in {may}, a folder in none")
+    return out.suffix.lower() in TABLE_SUFFIXES
+
+
+def _check(cut: Cut) -> None:
+    if cut.overlap >= cut.size:
+        raise UserError(f"overlap={cut.overlap}: give less than size={cut.size}")
+
+
+def _through(
+    files: FileSource,
+    work: Callable[[int], None],
+    done: Tiled,
+    progress: Callable[[int, int], None] | None,
+    say: Say,
+) -> None:
+    """Every image, of which those that cannot be read are told; UserError where all are such."""
+    for index in range(len(files)):
+        try:
+            work(index)
+        except DecodeError as error:
+            told = f"{shown_name(files.path(index))} is left out: it {error}"
+            done.first_failure = done.first_failure or told
+            done.failed += 1
+            say(told)
+        if progress is not None:
+            progress(index + 1, len(files))
     if done.failed == len(files):
         raise data_error(files.name, f"nothing could be cut; {done.first_failure}")
-    return done
 
 
 def _folders(files: FileSource) -> list[str]:
@@ -194,10 +292,6 @@ def _cut_into(folder: Path, path: str, cut: Cut, max_pixels: int, done: Tiled) -
     if folder.is_dir():
         done.kept += 1
         return
-    try:
-        open_regular(path).close()
-    except OSError as error:  # which is none of writing
-        raise DecodeError(f"cannot be read ({reason_of(error)})") from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as room:
         room.mkdir()
@@ -210,17 +304,25 @@ def _cut_into(folder: Path, path: str, cut: Cut, max_pixels: int, done: Tiled) -
 def _cut_one(path: str, room: Path, cut: Cut, max_pixels: int) -> tuple[int, int]:
     """Numbers of tiles that were written and left out."""
     tiles = empty = 0
-    with reading_item(), open_scene(path, cut.level, max_pixels) as scene:
-        for top in _starts(scene.height, cut):
-            for left in _starts(scene.width, cut):
-                height, width = min(cut.size, scene.height), min(cut.size, scene.width)
-                pixels, known = scene.window((top, left, height, width))
-                if float(_is_empty(pixels, known).mean()) > cut.max_empty:
-                    empty += 1
-                    continue
-                _write(pixels, room / f"y{top:06d}_x{left:06d}")
-                tiles += 1
+    with reading_item(), closing(open_scene(path, cut.level, max_pixels)) as scene:
+        for (top, left, *_), pixels in tiles_of(scene, cut):
+            if pixels is None:
+                empty += 1
+                continue
+            _write(pixels, room / f"y{top:06d}_x{left:06d}")
+            tiles += 1
     return tiles, empty
+
+
+def tiles_of(scene: Scene, cut: Cut) -> Iterator[tuple[Box, np.ndarray | None]]:
+    """Each tile's place and its pixels (C, h, w), None of an empty one; row after row."""
+    height, width = min(cut.size, scene.height), min(cut.size, scene.width)
+    for top in _starts(scene.height, cut):
+        for left in _starts(scene.width, cut):
+            place = top, left, height, width
+            pixels, known = scene.window(place)
+            is_empty = float(_is_empty(pixels, known).mean()) > cut.max_empty
+            yield place, None if is_empty else pixels
 
 
 def _starts(length: int, cut: Cut) -> Sequence[int]:
@@ -241,7 +343,8 @@ def _is_empty(pixels: np.ndarray, known: np.ndarray) -> np.ndarray:
 def _write(pixels: np.ndarray, place: Path) -> None:
     if pixels.dtype == np.uint8 and len(pixels) in (1, 3):
         file = place.with_suffix(".png")
-        Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, 2).squeeze())).save(file)
+        image = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)
+        Image.fromarray(np.ascontiguousarray(image)).save(file)
     else:
         file = place.with_suffix(".npy")
         np.save(file, pixels, allow_pickle=False)

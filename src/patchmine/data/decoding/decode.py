@@ -37,15 +37,7 @@ from patchmine.data.decoding.bounds import (
     decoding,
     pixels_of,
 )
-from patchmine.data.decoding.domains import (
-    DOMAINS,
-    Domain,
-    Part,
-    probe_only,
-    probe_part,
-    read_only,
-    read_part,
-)
+from patchmine.data.decoding.domains import DOMAINS, Domain, probe_only, read_only
 from patchmine.data.decoding.orientation import (
     TAG,
     TURNED,
@@ -53,7 +45,7 @@ from patchmine.data.decoding.orientation import (
     upright,
     upright_tensor,
 )
-from patchmine.data.decoding.reading import Facts
+from patchmine.data.decoding.reading import Facts, Piece
 from patchmine.data.decoding.tiff_pages import MAGIC, TiffFile
 from patchmine.data.decoding.unnamed import unnamed_warnings
 from patchmine.data.settings import MAX_PIXELS
@@ -61,7 +53,7 @@ from patchmine.errors import foreign_parser
 
 __all__ = ["DecodeError", "Raw", "decode", "no_image", "probe"]
 
-Raw = bytes | bytearray | memoryview | Part | np.ndarray | Tensor | Image.Image
+Raw = bytes | bytearray | memoryview | Piece | np.ndarray | Tensor | Image.Image
 # What PIL may take a file for: pictures, and no formats for which it starts other programs.
 _FORMATS = [
     *("PNG", "WEBP", "GIF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "JPEG", "TGA", "PCX", "SGI"),
@@ -95,9 +87,9 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
 
     Args:
         raw: the bytes of a JPEG, PNG, WebP, TIFF, BMP, GIF, JPEG 2000, AVIF, HEIC or npy file or
-            of a format of `domains`, a `Part` of one, a numpy array (H, W), (H, W, C) or (C, H, W),
-            a tensor (H, W) or (C, H, W), or a PIL image.  EXIF orientation is applied, CMYK and
-            palettes become RGB, of several frames the first counts; pages of a TIFF are as
+            of a format of `domains`, a `Piece` of a file, a numpy array (H, W), (H, W, C) or
+            (C, H, W), a tensor (H, W) or (C, H, W), or a PIL image.  EXIF orientation is applied,
+            CMYK and palettes become RGB, of several frames the first counts; pages of a TIFF are as
             docs/data.md says.
         channels: 3 expands grey and drops alpha, 1 takes the luma of colour; any other difference
             is an error.
@@ -110,7 +102,7 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     Raises:
         DecodeError: for an item that is no image, a damaged or too large one, or other channels.
     """
-    if isinstance(raw, (bytes, bytearray, memoryview, Part)):
+    if isinstance(raw, (bytes, bytearray, memoryview, Piece)):
         with unnamed_warnings():
             image, has_alpha = _read_stored(raw, channels, max_pixels)
     elif isinstance(raw, Image.Image):
@@ -135,8 +127,8 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
 @foreign_parser(_damaged, DecodeError)
 def probe(raw: Raw) -> Facts:
     """(height, width, channels, dtype name), upright, reading no more than needed; DecodeError."""
-    if isinstance(raw, Part):
-        return probe_part(raw)
+    if isinstance(raw, Piece):
+        return raw.probe()
     if isinstance(raw, (bytes, bytearray, memoryview)):
         data = bytes(raw)
         return _kind_of(data).probe(data)
@@ -302,10 +294,11 @@ def _read_other(data: bytes, _: int, max_pixels: int) -> tuple[Tensor, bool]:
 
 
 def _read_stored(
-    raw: bytes | bytearray | memoryview | Part, channels: int, max_pixels: int
+    raw: bytes | bytearray | memoryview | Piece, channels: int, max_pixels: int
 ) -> tuple[Tensor, bool]:
-    if isinstance(raw, Part):
-        return scaled(read_part(raw, channels, max_pixels)), False
+    if isinstance(raw, Piece):
+        array, has_alpha = raw.read(channels, max_pixels)
+        return scaled(array), has_alpha
     data = bytes(raw)
     return _kind_of(data).read(data, channels, max_pixels)
 

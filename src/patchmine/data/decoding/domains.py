@@ -14,7 +14,7 @@ import numpy as np
 
 from patchmine.data.decoding import astronomy, dicom, hdf5, nifti, zarrs
 from patchmine.data.decoding.bounds import DecodeError, missing
-from patchmine.data.decoding.reading import Facts, Reader, open_regular
+from patchmine.data.decoding.reading import Facts, Piece, Reader, open_regular
 
 
 class Domain(NamedTuple):
@@ -66,11 +66,18 @@ _HEAD = max(place + len(magic) for domain in DOMAINS for place, magic in domain.
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Piece):
     """An image that lies with others in the file ``path``: a frame, a slice, a plane."""
 
     path: str
     number: int
+
+    def read(self, channels: int, max_pixels: int) -> tuple[np.ndarray, bool]:
+        reader = _domain_of(self.path).reader
+        return reader.read(self.path, self.number, channels, max_pixels), False
+
+    def probe(self) -> Facts:
+        return _domain_of(self.path).reader.probe(self.path, self.number)
 
 
 def domain_named(name: str) -> Domain | None:
@@ -83,17 +90,6 @@ def domain_of_head(path: str) -> Domain | None:
     with open_regular(path) as handle:
         head = handle.read(_HEAD)
     return next((domain for domain in DOMAINS if domain.fits(head)), None)
-
-
-def read_part(part: Part, channels: int, max_pixels: int) -> np.ndarray:
-    """(C, H, W); raises DecodeError."""
-    domain = _domain_of(part.path)
-    return domain.reader.read(part.path, part.number, channels, max_pixels)
-
-
-def probe_part(part: Part) -> Facts:
-    """Facts of it; raises DecodeError."""
-    return _domain_of(part.path).reader.probe(part.path, part.number)
 
 
 def read_only(domain: Domain, data: bytes, channels: int, max_pixels: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
@@ -30,6 +31,24 @@ class Reader(NamedTuple):
     count: Callable[[Contents], int]
     probe: Callable[[Contents, int], Facts]
     read: Callable[[Contents, int, int, int], np.ndarray]
+
+
+class Piece(ABC):
+    """An image that is read out of a file which holds more: a frame, a slice, a window."""
+
+    path: str
+
+    @abstractmethod
+    def read(self, channels: int, max_pixels: int) -> tuple[np.ndarray, bool]:
+        """(C, H, W), given the channels that are wanted, and whether the last is alpha.
+
+        Raises:
+            DecodeError: as `decode` does.
+        """
+
+    @abstractmethod
+    def probe(self) -> Facts:
+        """Facts of it; raises DecodeError."""
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -67,3 +86,12 @@ def stored_size(handle: BinaryIO) -> int:
     size = handle.seek(0, os.SEEK_END)
     handle.seek(0)
     return size
+
+
+def mark_of(info: os.stat_result | None) -> list[int]:
+    """What tells one state of a file from another: size, time of change, of its inode's, inode."""
+    # A copy that keeps size and times (``rsync -a``) has another inode; what is written anew in
+    # place has another time of the inode's change, which no program can set.
+    if info is None:
+        return [0, 0, 0, 0]
+    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino & (2**63 - 1)]

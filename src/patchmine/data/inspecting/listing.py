@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from patchmine.data.sources.combine import Joined
 from patchmine.data.sources.contract import Kind, Labels, Source
 from patchmine.data.sources.folder import FileSource, FrameFolders
-from patchmine.data.sources.listfile import open_list
+from patchmine.data.sources.listfile import listed_path, open_list
 from patchmine.errors import UserError, shown_name
 
 
@@ -34,9 +33,7 @@ def write_list(source: Source, kept: Sequence[int], new: Path, file: Path, kind:
     told = f"dedup={shown_name(file)}"
     if not len(kept):
         raise UserError(f"{told}: no {kind.name} of data={shown_name(source.name)} can be read")
-    folder = os.path.abspath(file.parent) + os.sep  # noqa: PTH100, links stay as they are
-    places = (os.path.abspath(source.path(index)) for index in kept)  # noqa: PTH100
-    paths = [place.removeprefix(folder) for place in places]
+    paths = [listed_path(source.path(index), file) for index in kept]
     labels = _labels(source)
     names = [labels.names[labels.ids[index]] for index in kept] if labels else [""] * len(paths)
     with new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from patchmine.data.decoding.reading import mark_of
 from patchmine.data.sources.contract import Kind, Source, fingerprint_of
 from patchmine.data.sources.members import PassedOver, rule_of
 from patchmine.disk import replacing
@@ -105,15 +106,6 @@ class Marks:
         self.marks[path] = mark_of(info)
         if info is not None and max(info.st_mtime_ns, info.st_ctime_ns) >= self._started - RECENT:
             self.settled = False
-
-
-def mark_of(info: os.stat_result | None) -> list[int]:
-    """What tells one state of a file from another: size, time of change, of its inode's, inode."""
-    # A copy that keeps size and times (``rsync -a``) has another inode; what is written anew in
-    # place has another time of the inode's change, which no program can set.
-    if info is None:
-        return [0, 0, 0, 0]
-    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino & (2**63 - 1)]
 
 
 def stat_of(path: str | bytes | Path) -> os.stat_result | None:

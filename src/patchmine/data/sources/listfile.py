@@ -22,7 +22,7 @@ from patchmine.data.sources import members, parts
 from patchmine.data.sources.contract import IMAGES, ClassNames, Kind, data_error
 from patchmine.data.sources.folder import FileSource
 from patchmine.data.sources.index import Index, Marks, PathList, kept_index, new_index
-from patchmine.errors import foreign_parser, reason_of, shown_name
+from patchmine.errors import UserError, foreign_parser, reason_of, shown_name
 
 LONGEST_LINE = 65_536  # letters; paths have 4,096 bytes at most, so what is longer is no list
 
@@ -63,7 +63,7 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
     entries = _text_lines if file.suffix.lower() == ".txt" else _table_lines
     for number, path, label in entries(file, kind):
         try:
-            reason = _reason_against(file.parent, path, kind, passed_over)
+            reason = reason_against(file.parent, path, kind, passed_over)
         except (OSError, DecodeError) as error:
             missing.add("", f"line {number} names '{shown_name(path)}', which {reason_of(error)}")
             continue
@@ -73,13 +73,11 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
         if not counts.add(path, os.path.join(file.parent, path)):  # noqa: PTH118, once a line
             continue
         if len(paths) and (label is not None) != (len(classes) > 0):
-            now, before = ("has no", "have one") if label is None else ("has a", "have none")
-            what = f"line {number} {now} label, the lines before it {before}"
-            raise data_error(name, f"{what}; give every {kind.name} a label, or none")
+            raise half_labelled(name, number, label, kind.name)
         paths.add(path)
         if label is not None:
             classes.add(label)
-    _refuse_missing(file, name, missing)
+    refuse_missing(file, name, missing)
     if not len(paths):
         found = "; ".join(passed_over.facts()[:4])
         what = f"the list names no {kind.name}" + (f" ({found})" if found else "")
@@ -93,7 +91,14 @@ def _index(file: Path, name: str, kind: Kind) -> Index:
     return new_index(kind, paths, marks, passed_over, columns, notes, **stamp)
 
 
-def _refuse_missing(file: Path, name: str, missing: members.PassedOver) -> None:
+def half_labelled(name: str, number: int, label: str | None, item: str) -> UserError:
+    """What is wrong where some lines of a list have a label, and line ``number`` is not as they."""
+    now, before = ("has no", "have one") if label is None else ("has a", "have none")
+    what = f"line {number} {now} label, the lines before it {before}"
+    return data_error(name, f"{what}; give every {item} a label, or none")
+
+
+def refuse_missing(file: Path, name: str, missing: members.PassedOver) -> None:
     """UserError where lines name what cannot be used, with the first of them."""
     for count, first in missing.found.values():
         such = f"{count:,} such line{'s' * (count > 1)}"
@@ -110,7 +115,7 @@ def _repeats_note(paths: PathList, kind: Kind) -> list[str]:
     return [what] if repeated else []
 
 
-def _reason_against(
+def reason_against(
     folder: Path, path: str, kind: Kind, passed_over: members.PassedOver
 ) -> str | None:
     """Why a listed path does not count; DecodeError where it names nothing that could be used."""
@@ -134,6 +139,12 @@ def _reason_against(
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         return members.NO_FILE
     return members.reason_against(inside, kind, partial(members.head_of, place), listed=True)
+
+
+def listed_path(path: str, file: Path) -> str:
+    """How the list ``file`` names a path: from its own folder on, where it lies below that."""
+    folder = os.path.abspath(file.parent).rstrip(os.sep) + os.sep  # noqa: PTH100, links stay
+    return os.path.abspath(path).removeprefix(folder)  # noqa: PTH100
 
 
 def lines_of(file: Path, newline: str | None) -> Iterator[str]:

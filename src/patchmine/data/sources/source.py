@@ -32,6 +32,7 @@ from patchmine.data.sources.parts import images_in, with_parts
 from patchmine.data.sources.patterns import are_endings, endings_of, has_braces, spellings, split
 from patchmine.data.sources.rows import RowSource, is_rows
 from patchmine.data.sources.shards import open_shards
+from patchmine.data.sources.windows import is_window_list, open_windows
 from patchmine.errors import UserError, reason_of, shown_name
 
 __all__ = ["KINDS", "Labels", "Source", "Spec", "decoder_of", "default_cache_dir", "open_source"]
@@ -242,6 +243,8 @@ def _open_parquet(
 
 def _open_file(file: Path, name: str, cache_dir: Path | None, kind: Kind) -> Source:
     suffix = file.suffix.lower()
+    if is_window_list(file):
+        return open_windows(file, name, cache_dir, kind)
     if suffix in LIST_SUFFIXES:
         return with_parts(open_list(file, name, cache_dir, kind))
     if suffix == ".tar":

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from patchmine.data.decoding.reading import Descriptor, open_regular
+from patchmine.data.decoding.reading import Descriptor, mark_of, open_regular
 from patchmine.data.sources import contract
 from patchmine.data.sources import index as indices
 from patchmine.errors import shown_name
@@ -83,7 +83,7 @@ class _Reading(io.RawIOBase):
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file on a disk, with the mark that it had (`indices.mark_of`)."""
+    """A file on a disk, with the mark that it had (`mark_of`)."""
 
     path: Path
     mark: tuple[int, ...]
@@ -118,7 +118,7 @@ class _OpenFile(Descriptor):
         super().__init__(file.path)
         info = os.fstat(self.number)
         self.size = info.st_size
-        size, modified, _, inode = indices.mark_of(info)
+        size, modified, _, inode = mark_of(info)
         changed = file.mark[2]  # by a new mode or owner perhaps, which does no harm
         self.was_replaced = (size, modified, changed, inode) != file.mark
 
