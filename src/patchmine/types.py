@@ -232,7 +232,7 @@ class ParamGroup:
 
     Args:
         params: by their names in the task.
-        optimizer: "adamw", "sgd" or "lars".
+        optimizer: "adamw", "sgd" or "lars"; the run's ``optimizer`` may take AdamW's place.
         name: groups of the same one share an optimizer, its clipping and its line in the log; by
             default that of the optimizer, so it keeps apart two of a kind.
         blr: base rate per 256 images.

@@ -194,6 +194,14 @@ def test_a_run_without_a_checkpoint_is_refused(hpm: patchmine.Run, tmp_path: Pat
         imported.extend(tmp_path / "longer", epochs=2)
 
 
+def test_another_optimizer_begins_with_no_state(hpm: patchmine.Run, tmp_path: Path) -> None:
+    said: list[str] = []
+    hpm.extend(tmp_path / "longer", steps=2, optimizer="nadamw", say=said.append)
+    assert any("and the optimizer's state of 0 of" in text for text in said)
+    with pytest.raises(UserError, match="optimizer"):
+        patchmine.resume(hpm.path, optimizer="nadamw", say=said.append)
+
+
 def test_the_refusal_of_a_longer_resume_names_extend(hpm: patchmine.Run) -> None:
     with pytest.raises(UserError, match=r"`patchmine extend \S+ epochs=400 out=\.\.\.`"):
         patchmine.resume(hpm.path, epochs=400, say=lambda _: None)

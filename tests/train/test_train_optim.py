@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from patchmine.ops.schedules import LrSchedule, learning_rate
 from patchmine.train.optim import (
@@ -280,79 +280,6 @@ def test_groups_are_clipped_by_themselves() -> None:
     norm = lambda module: torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item()  # noqa: E731
     assert norm(first) == pytest.approx(1.0, rel=1e-4)
     assert norm(second) > 10
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
-def test_a_frozen_group_does_not_move_until_its_epoch(name: str) -> None:
-    """Not by weight decay either."""
-    module = network()
-    optimizers = build(module, optimizer=name, frozen_until=1, weight_decay=0.5, decay_all=True)
-    before = copy.deepcopy(module.state_dict())
-    for step in range(6):
-        progress = Progress(step, 10, 5)
-        fill_gradients(module)
-        set_rates(
-            optimizers, progress, batch_size=256, schedule=LrSchedule(warmup_epochs=0, min_lr=0.0)
-        )
-        clip_gradients(optimizers, progress)
-        update(optimizers, torch.zeros(()))
-        still = all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-        assert still == (step < 5)
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
-@pytest.mark.parametrize("bad_step", [0, 2])
-def test_a_skipped_step_leaves_no_trace(name: str, bad_step: int) -> None:
-    def run(steps: list[int]) -> dict[str, Tensor]:
-        module = network()
-        optimizers = build(module, optimizer=name)
-        for step in steps:
-            fill_gradients(module, math.nan if step < 0 else step + 1.0)
-            set_rates(
-                optimizers,
-                Progress(1, 10, 5),
-                batch_size=256,
-                schedule=LrSchedule(warmup_epochs=0, min_lr=0.0),
-            )
-            bad = clip_gradients(optimizers, START).isfinite().logical_not().float()
-            update(optimizers, bad)
-        return {**module.state_dict(), **optimizer_tensors(optimizers)}
-
-    clean, spoilt = [0, 1, 2], [0, 1, 2]
-    spoilt.insert(bad_step, -1)
-    expected, found = run(clean), run(spoilt)
-    assert expected.keys() == found.keys()
-    for key, value in expected.items():
-        assert torch.equal(found[key], value), key
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
-def test_optimizer_state_survives_by_parameter_name(name: str) -> None:
-    def steps(module: nn.Module, optimizers: object, count: int) -> None:
-        for _ in range(count):
-            fill_gradients(module)
-            set_rates(
-                optimizers,
-                Progress(1, 10, 5),
-                batch_size=256,
-                schedule=LrSchedule(warmup_epochs=0, min_lr=0.0),
-            )
-            update(optimizers, torch.zeros(()))
-
-    module = network()
-    optimizers = build(module, optimizer=name)
-    steps(module, optimizers, 3)
-    state = {key: value.clone() for key, value in optimizer_tensors(optimizers).items()}
-    assert all(
-        any(key.startswith(f"{parameter}.") for parameter, _ in named(module)) for key in state
-    )
-    other = copy.deepcopy(module)
-    steps(module, optimizers, 2)
-    resumed = build(other, optimizer=name)
-    load_optimizer_tensors(resumed, state)
-    steps(other, resumed, 2)
-    for key, value in module.state_dict().items():
-        assert torch.equal(other.state_dict()[key], value), key
 
 
 def test_mistakes_of_a_method_are_named() -> None:

@@ -10,16 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sharded
 import torch
 from safetensors.torch import load_file
+from torch.distributed import device_mesh, fsdp
 
 from patchmine.errors import UserError
 from patchmine.train.checkpoint import list_checkpoints, load
 from patchmine.train.engine import Engine, refuse_unshardable
 from patchmine.train.launch import Launch
+from patchmine.train.settings import TrainSettings
+from patchmine.train.sharding import divide
 
 SCRIPT = Path(sharded.__file__)
 
@@ -135,6 +139,27 @@ def test_parts_of_a_batch_and_blocks_computed_again_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "sharding"), [("nadamw", "fsdp"), ("muon", "ddp")])
+def test_other_optimizers_make_of_parts_what_they_make_of_the_whole(
+    tmp_path: Path, optimizer: str, sharding: str
+) -> None:
+    given = f"optimizer={optimizer}"
+    sharded.train_case(
+        Engine(device="cpu"), tmp_path / "alone", "mae", sharded.STEPS, optimizer=optimizer
+    )
+    run(2, str(tmp_path), sharding, str(sharded.STEPS), f"mae+{given}")
+    assert_alike(tmp_path / given, tmp_path / "alone", "mae")
+
+
+@pytest.mark.slow
+def test_parts_in_the_hosts_memory_change_no_bit(tmp_path: Path) -> None:
+    ways = ("offload=false", "offload=true")
+    run(2, str(tmp_path), "fsdp", str(sharded.STEPS), *(f"hpm+{way}" for way in ways))
+    here, there = (load_file(tmp_path / way / "hpm" / "weights.safetensors") for way in ways)
+    assert all(torch.equal(there[key], value) for key, value in here.items())
+
+
+@pytest.mark.slow
 def test_any_number_of_processes_goes_on_from_any_checkpoint(alone: Path, tmp_path: Path) -> None:
     names = ("hpm", "mokd", "amt")
     for number, (processes, sharding) in enumerate(
@@ -190,7 +215,24 @@ def test_a_killed_process_loses_nothing_that_was_written(
     assert not left
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_offloaded_parts_have_torchs_policy(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    given = list[dict[str, Any]]()
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *_, **__: None)
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **how: given.append(how))
+    for offload in (False, True):
+        divide(sharded.build("mae"), (2,), torch.device(device), "fp32", offload=offload)
+    half = len(given) // 2  # each block, and the rest
+    assert not any("offload_policy" in how for how in given[:half])
+    policies = [how["offload_policy"] for how in given[half:]]
+    assert len(policies) == 5
+    assert all(isinstance(policy, fsdp.CPUOffloadPolicy) for policy in policies)
+    assert {policy.pin_memory for policy in policies} == {device == "cuda"}
+
+
 def test_weights_are_divided_among_several_processes_only() -> None:
+    with pytest.raises(ValueError, match=r"parts of divided weights .*set sharding=fsdp"):
+        TrainSettings(offload=True)
     with pytest.raises(UserError, match=r"sharding=fsdp divides .* has one: set sharding=ddp"):
         Engine(device="cpu", sharding="fsdp")
     with pytest.raises(UserError, match="2 processes on each of 1 machines: set sharding=fsdp"):

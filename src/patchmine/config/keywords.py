@@ -27,6 +27,7 @@ class SharedRunningSettings(TypedDict, total=False):
     remote_gb: float
     compile: bool
     sharding: Literal["ddp", "fsdp", "hybrid"]
+    offload: bool
     remat: Literal["none", "blocks"]
     out: Name | None
     resume: Literal["never", "auto"]
@@ -68,6 +69,7 @@ class SharedRunSettings(SharedRunningSettings, total=False):
     min_lr: float
     lr_milestones: list[float]
     lr_gamma: float
+    optimizer: Literal["adamw", "nadamw", "muon"]
     weight_decay: float
     betas: tuple[float, float]
     seed: int

@@ -32,7 +32,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """The tensor with the rows of all processes, which have to ask together."""
     if not is_sharded(tensor):
         return tensor
-    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    there = tensor.to(_talking_device(tensor))
+    whole: Tensor = there.full_tensor()  # type: ignore[attr-defined]
     return whole
 
 
@@ -47,7 +48,8 @@ def like(tensor: Tensor, whole: Tensor) -> Tensor:
 
     assert isinstance(tensor, DTensor)
     on_device = whole.to(tensor.device)
-    return distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    found = distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return found.to(tensor.device)  # which is not the mesh's where parts are offloaded
 
 
 def first_row(tensor: Tensor) -> tuple[int, bool]:
@@ -74,9 +76,17 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     own = torch._foreach_norm(own_parts(tensors))
     if not is_sharded(tensors[0]):
         return list(own)
-    squares = torch.stack(own).square()  # (T,)
+    squares = torch.stack(own).square().to(_talking_device(tensors[0]))  # (T,)
     torch.distributed.all_reduce(squares, group=_shard_group(tensors[0]))
-    return list(squares.sqrt().unbind())
+    return list(squares.sqrt().to(own[0].device).unbind())
+
+
+def _talking_device(tensor: Tensor) -> str:
+    """The kind of device by which the processes talk, where the parts need not lie."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
+    return str(tensor.device_mesh.device_type)
 
 
 def _shard_group(tensor: Tensor) -> torch.distributed.ProcessGroup:

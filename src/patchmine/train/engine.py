@@ -184,10 +184,18 @@ class Engine:
         """The task and the copy of it that is to be wrapped, where weights are sharded."""
         return None if self.sharding == "ddp" else Sharded(task, self.device)
 
-    def wrap(self, task: Task, *, compile_blocks: bool = False, remat: Remat = "none") -> Forward:
+    def wrap(
+        self,
+        task: Task,
+        *,
+        compile_blocks: bool = False,
+        remat: Remat = "none",
+        offload: bool = False,
+    ) -> Forward:
         """Move a task to the device and return its forward, autocast and synchronised.
 
-        ``remat="blocks"``: what a block computed is computed again for its gradient.
+        ``remat="blocks"``: what a block computed is computed again for its gradient.  ``offload``:
+        see `divide`.
         """
         if remat == "blocks":
             compute_again(task, self.product if self.device.type == "cpu" else "torch")
@@ -205,7 +213,7 @@ class Engine:
             step = _Step(task, contexts)
             copies = self.world_size // self.local_size
             mesh = (copies, self.local_size) if self.sharding == "hybrid" else (self.world_size,)
-            divide(step, mesh, self.device, self.precision)
+            divide(step, mesh, self.device, self.precision, offload=offload)
             return step
         with warnings.catch_warnings():
             # torch 2.15; 2.11 has no other

@@ -7,6 +7,7 @@ gradient is, and the fused optimizers read it there.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,14 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from patchmine.errors import UserError
 from patchmine.ops import shards
 from patchmine.ops.schedules import learning_rate
 from patchmine.ops.shards import own_parts
-from patchmine.train.settings import ScheduleSettings
+from patchmine.train.settings import OptimizerName, ScheduleSettings
 from patchmine.types import LrSchedule, ParamGroup, Progress
 
 MOMENTUM = 0.9  # SGD and LARS; of every recipe that uses them (MAE linear probe, MOKD, SCFS)
 FUSED_DEVICES = ("cuda", "cpu")
+# What Muon is for: weights within blocks, no embeddings, heads or tables of positions (its author's
+# advice, https://kellerjordan.github.io/posts/muon/).
+_IN_BLOCK = re.compile(r"(.+\.)?blocks\.\d+\..+\.weight")
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,20 @@ def render_groups(
 
 
 def build_optimizers(
-    groups: Sequence[ParamGroup], *, weight_decay: float, blr: float, betas: tuple[float, float]
+    groups: Sequence[ParamGroup],
+    *,
+    weight_decay: float,
+    blr: float,
+    betas: tuple[float, float],
+    optimizer: OptimizerName = "adamw",
 ) -> Optimizers:
     """One torch optimizer per distinct name of a group, for parameters that are on their device.
 
-    ``weight_decay`` and ``blr`` hold where a group says nothing.  Raises ValueError for groups that
-    contradict each other, and when there is nothing to train.
+    ``weight_decay`` and ``blr`` hold where a group says nothing, and ``optimizer`` takes the place
+    of AdamW.  Raises ValueError for groups that contradict each other, and when there is nothing to
+    train; UserError where there is nothing that the optimizer is for.
     """
+    refuse_idle(optimizer, groups)
     params: dict[str, nn.Parameter] = {}
     kinds: dict[str, str] = {}
     torch_groups: dict[str, list[dict[str, Any]]] = {}
@@ -116,7 +128,10 @@ def build_optimizers(
             raise ValueError(f"param_groups() asks for {both} under one name, {name!r}")
         decay = weight_decay if group.weight_decay is None else group.weight_decay
         base = blr if group.blr is None else group.blr
-        torch_groups.setdefault(name, []).extend(_split_by_decay(group, decay, base))
+        for kind, part in _by_kind(group, optimizer).items():
+            own = name if kind == group.optimizer else (group.name and f"{name}_{kind}") or kind
+            kinds[own] = kind
+            torch_groups.setdefault(own, []).extend(_split_by_decay(part, decay, base))
         members = [parameter for _, parameter in group.params]
         if group.clip_norm is not None:
             limit = (name, group.clip_norm, group.clip_each)
@@ -126,6 +141,31 @@ def build_optimizers(
     by_name = {name: _make(kinds[name], parts, betas) for name, parts in torch_groups.items()}
     frozen = [group for group in groups if group.frozen_until or group.frozen_share]
     return Optimizers(by_name, params, list(clips.values()), frozen)
+
+
+def refuse_idle(optimizer: OptimizerName, groups: Sequence[ParamGroup]) -> None:
+    """UserError where the optimizer of a run's settings would train nothing."""
+    if optimizer == "adamw" or any(optimizer in _by_kind(group, optimizer) for group in groups):
+        return
+    others = sorted({group.optimizer for group in groups} - {"adamw"})
+    if others and optimizer == "nadamw":
+        what = f"takes AdamW's place, and here {' and '.join(others)} trains everything"
+    else:
+        what = "is for the matrices of transformer blocks, and here none of them learns by AdamW"
+    raise UserError(f"optimizer={optimizer} {what}: leave it out")
+
+
+def _by_kind(group: ParamGroup, optimizer: OptimizerName) -> dict[str, ParamGroup]:
+    """The parts of a group by what trains them, of which ``optimizer`` takes AdamW's place."""
+    if group.optimizer != "adamw" or optimizer == "adamw":
+        return {group.optimizer: group}
+    if optimizer == "nadamw":
+        return {optimizer: group}
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in group.params:
+        turned = parameter.ndim == 2 and _IN_BLOCK.fullmatch(name)
+        parts.setdefault("muon" if turned else "adamw", []).append((name, parameter))
+    return {kind: replace(group, params=members) for kind, members in parts.items()}
 
 
 def _split_by_decay(group: ParamGroup, weight_decay: float, blr: float) -> list[dict[str, Any]]:
@@ -153,6 +193,26 @@ def _split_by_decay(group: ParamGroup, weight_decay: float, blr: float) -> list[
     ]
 
 
+def _muon(groups: list[dict[str, Any]]) -> Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(
+            f"optimizer=muon needs torch 2.9 or newer, and this is {torch.__version__}: update "
+            "torch, or choose optimizer=adamw or nadamw"
+        )
+    # So scaled, updates are as large as AdamW's and take its rates (arXiv 2502.16982, section 2.2).
+    return torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
+
+
+def _sgd(
+    groups: list[dict[str, Any]], params: list[nn.Parameter], how: dict[str, Any]
+) -> Optimizer:
+    sgd = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, **how)
+    # torch would leave this buffer uninitialised when the very first step is skipped for a NaN.
+    for parameter in params:
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
 def _make(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
     params = [parameter for group in groups for parameter in group["params"]]
     fused = all(p.device.type in FUSED_DEVICES for p in params)
@@ -161,12 +221,15 @@ def _make(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -
     how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=betas, **how)
+    if name == "nadamw":
+        from timm.optim.nadamw import NAdamW
+
+        nadamw: Optimizer = NAdamW(groups, lr=0.0, betas=betas, foreach=True)
+        return nadamw
+    if name == "muon":
+        return _muon(groups)
     if name == "sgd":
-        sgd = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, **how)
-        # torch would leave this buffer uninitialised when the very first step is skipped for a NaN.
-        for parameter in params:
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
+        return _sgd(groups, params, how)
     if name == "lars":
         from timm.optim.lars import Lars
 
@@ -238,8 +301,8 @@ def _gradients(params: Sequence[nn.Parameter]) -> list[Tensor]:
 def update(optimizers: Optimizers, bad: Tensor) -> None:
     """One step of every optimizer, or none where ``bad`` (0-d float, 1 = skip) says so.
 
-    The fused optimizers read ``bad`` on the device; LARS and SGD of shards cannot, and have to wait
-    for it.
+    The fused optimizers read ``bad`` on the device; the others (NAdamW, Muon, LARS, SGD of shards)
+    cannot, and have to wait for it.
     """
     for optimizer in optimizers.by_name.values():
         if all(group.get("fused") for group in optimizer.param_groups):

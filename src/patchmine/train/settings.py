@@ -23,6 +23,7 @@ from patchmine.strict import (
 
 Sharding = Literal["ddp", "fsdp", "hybrid"]
 Remat = Literal["none", "blocks"]
+OptimizerName = Literal["adamw", "nadamw", "muon"]
 Saving = Literal["blocking", "background"]
 
 
@@ -87,6 +88,11 @@ class OptimSettings(Strict):
 
     DECIDES_WEIGHTS: ClassVar[bool] = True
 
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="of what a method gives to AdamW; muon: of the matrices in blocks, AdamW of all"
+        " others",
+    )
     weight_decay: float = Field(0.05, ge=0, description="AdamW's; biases and norms have none")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.95), description="AdamW's"
@@ -134,6 +140,11 @@ class MachineSettings(Strict):
         description="of weights, gradients and optimizer state every process holds: ddp: all; fsdp:"
         " its part; hybrid: its part of those of its machine",
     )
+    offload: bool = Field(
+        False,
+        description="sharding=fsdp or hybrid: weights, gradients and optimizer state lie in the "
+        "host's memory, where the optimizer computes",
+    )
     remat: Remat = Field(
         "none",
         description="blocks: compute the blocks again for their gradients, in place of keeping what"
@@ -149,6 +160,11 @@ class MachineSettings(Strict):
             if self.compile and given != plain:
                 text = f"given {given}, which compiled blocks do not go with: set compile=false"
                 yield SettingError(name, f"{text}, or {name}={plain}")
+        if self.offload and self.sharding == "ddp":
+            text = (
+                "given true, but it is the parts of divided weights that lie in the host's memory"
+            )
+            yield SettingError("offload", f"{text}: set sharding=fsdp, or offload=false")
 
 
 class SavingSettings(Strict):
@@ -188,6 +204,15 @@ class TrainSettings(
     LoggingSettings, SavingSettings, MachineSettings, OptimSettings, ScheduleSettings
 ):
     """All that the training loop needs of a run's settings."""
+
+    def setting_errors(self) -> Iterator[SettingError]:
+        """An optimizer of whole matrices where no process has them."""
+        if self.optimizer == "muon" and self.sharding != "ddp":
+            text = (
+                f"given muon, which turns whole matrices, and sharding={self.sharding} leaves each "
+                "process some rows of them: set sharding=ddp, or optimizer=adamw or nadamw"
+            )
+            yield SettingError("optimizer", text)
 
 
 def fitting_counts(batch_size: int, accumulate: int, near: int) -> str:

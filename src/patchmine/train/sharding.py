@@ -67,7 +67,14 @@ class Sharded:
             _put(self.task, name, parameter.detach().to("meta"), parameter.requires_grad)
 
 
-def divide(step: nn.Module, mesh_of: tuple[int, ...], device: torch.device, precision: str) -> None:
+def divide(
+    step: nn.Module,
+    mesh_of: tuple[int, ...],
+    device: torch.device,
+    precision: str,
+    *,
+    offload: bool = False,
+) -> None:
     """Divide the module of one step in place: each transformer block by itself, then the rest.
 
     Args:
@@ -76,9 +83,11 @@ def divide(step: nn.Module, mesh_of: tuple[int, ...], device: torch.device, prec
         device: of its weights.
         precision: in bf16 blocks gather, and keep for the backward pass, weights of bf16; gradients
             are added up in float32.
+        offload: each process's part lies in the host's memory, and so do its gradients.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
         MixedPrecisionPolicy,
         fully_shard,
         register_fsdp_forward_method,
@@ -86,6 +95,8 @@ def divide(step: nn.Module, mesh_of: tuple[int, ...], device: torch.device, prec
 
     names = ("copies", "shards")[-len(mesh_of) :]
     how: dict[str, Any] = {"mesh": init_device_mesh(device.type, mesh_of, mesh_dim_names=names)}
+    if offload:  # pinned memory is the GPU's business
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     half = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -37,12 +37,15 @@ class Stepper:
         refuse_shared(task.state_dict())
         self._sharded = engine.divided(task)
         self.task = task = task if self._sharded is None else self._sharded.copy
-        self.forward = engine.wrap(task, compile_blocks=settings.compile, remat=settings.remat)
+        self.forward = engine.wrap(
+            task, compile_blocks=settings.compile, remat=settings.remat, offload=settings.offload
+        )
         self.optimizers = optim.build_optimizers(
             task.scaled_groups(),
             weight_decay=settings.weight_decay,
             blr=settings.blr,
             betas=settings.betas,
+            optimizer=settings.optimizer,
         )
         self.schedule = optim.schedule_of(settings)
         self.rates: dict[str, float] = {}
@@ -82,6 +85,7 @@ class Stepper:
         optim.update(self.optimizers, bad)
         self.task.after_step(progress)
         self.task.follow(progress)
+        norm, bad = norm.to(self.engine.device), bad.to(self.engine.device)  # offloaded: elsewhere
         self.meter.add({"grad_norm": norm})
         skipped, row, longest, total = self._skips.unbind()
         row = (row + bad) * bad

@@ -88,6 +88,9 @@ def _first(
     _refuse_misfit(own, config, before)
     trained = dict(pair for group in task.param_groups() for pair in group.params)
     state = fitting_state(trained, before.optimizer)
+    settings = before.facts.get("settings", {})
+    if settings.get("optimizer", "adamw") != config.optimizer:  # earlier versions had AdamW only
+        state = {}
     facts = {"identity": identity, "settings": results_of(config)}
     kept = {name.rsplit(".", 1)[0] for name in state}
     place.say(
