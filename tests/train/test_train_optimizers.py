@@ -91,18 +91,19 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def test_muon_equals_its_formula_with_steps_as_large_as_adamws() -> None:
-    module = nn.Linear(24, 16, bias=False)
-    weight, momentum = module.weight.detach().double().clone(), torch.zeros(16, 24).double()
+    module = nn.Sequential(nn.Linear(24, 16, bias=False))
+    (matrix,) = module.parameters()
+    weight, momentum = matrix.detach().double().clone(), torch.zeros(16, 24).double()
     optimizers = build(module, "muon")
     for step in range(1, 4):
         before = weight.clone()
-        module.weight.grad = torch.randn(16, 24, generator=torch.Generator().manual_seed(step))
-        grad = module.weight.grad.double()
+        matrix.grad = torch.randn(16, 24, generator=torch.Generator().manual_seed(step))
+        grad = matrix.grad.double()
         lr = make_step(optimizers)
         momentum = 0.95 * momentum + 0.05 * grad
         moved = orthogonal(0.95 * momentum + 0.05 * grad) * 0.2 * math.sqrt(24)
         weight = weight - lr * 0.05 * weight - lr * moved
-        found = module.weight.detach().double()
+        found = matrix.detach().double()
         assert (found - weight).norm() < 0.03 * (weight - before).norm()  # it computes in bfloat16
         assert moved.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)  # AdamW's, about
         weight = found.clone()
