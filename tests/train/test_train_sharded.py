@@ -71,8 +71,8 @@ def run(processes: int, *words: str, nodes: int = 1) -> None:
     assert [process.returncode for process in started] == [0] * processes, "\n".join(told)
 
 
-def assert_alike(made: Path, wanted: Path, name: str) -> None:
-    """The same weights but for rounding.
+def assert_alike(made: Path, wanted: Path, name: str, *, times: float = 1.0) -> None:
+    """The same weights but for rounding, or so many times that of float32.
 
     AdamW makes a step of full length out of a gradient that is rounding only, as of the keys'
     biases: together they still move as they should.
@@ -86,10 +86,10 @@ def assert_alike(made: Path, wanted: Path, name: str) -> None:
         moved = torch.linalg.vector_norm(value.double() - first.double())
         off = torch.linalg.vector_norm(got[key].double() - value.double())
         whole, distance = whole + float(moved) ** 2, distance + float(off) ** 2
-        assert key.endswith("bias") or off <= 1e-2 * moved + 1e-6, (
+        assert key.endswith("bias") or off <= times * 1e-2 * moved + 1e-6, (
             f"{key}: {off:.3g} of {moved:.3g}"
         )
-    assert distance <= (2e-3) ** 2 * whole, f"{distance**0.5:.3g} of {whole**0.5:.3g}"
+    assert distance <= (times * 2e-3) ** 2 * whole, f"{distance**0.5:.3g} of {whole**0.5:.3g}"
 
 
 def lines(folder: Path, name: str) -> list[dict[str, float]]:
@@ -148,12 +148,13 @@ def test_other_optimizers_make_of_parts_what_they_make_of_the_whole(
         Engine(device="cpu"), tmp_path / "alone", "mae", sharded.STEPS, optimizer=optimizer
     )
     run(2, str(tmp_path), sharding, str(sharded.STEPS), f"mae+{given}")
-    assert_alike(tmp_path / given, tmp_path / "alone", "mae")
+    times = 4.0 if optimizer == "muon" else 1.0  # which turns matrices in bfloat16
+    assert_alike(tmp_path / given, tmp_path / "alone", "mae", times=times)
 
 
 @pytest.mark.slow
 def test_parts_in_the_hosts_memory_change_no_bit(tmp_path: Path) -> None:
-    ways = ("offload=false", "offload=true")
+    ways = ("sharding=fsdp+offload=false", "sharding=fsdp+offload=true")
     run(2, str(tmp_path), "fsdp", str(sharded.STEPS), *(f"hpm+{way}" for way in ways))
     here, there = (load_file(tmp_path / way / "hpm" / "weights.safetensors") for way in ways)
     assert all(torch.equal(there[key], value) for key, value in here.items())
