@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import patchmine
 from fixtures.small_runs import DECODER, SMALL, VIT
 from patchmine.report.overview import made_of
 from patchmine.report.page import write_report
 from patchmine.report.reading import read_run
+from patchmine.training.origin import CODE, fingerprints_of_code
 
 SETTINGS = {**VIT, **DECODER, **SMALL, "steps": 4, "checkpoint_every": 2}
 
@@ -59,6 +62,19 @@ def test_a_run_that_goes_on_adds_a_line_and_one_that_begins_anew_has_one(
         file.unlink()
     patchmine.resume(run.path, say=lambda _: None)
     assert [line["step"] for line in noted(run.path)] == [0]
+
+
+def test_an_edited_line_of_code_changes_its_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "ops").mkdir()
+    for name in ("__init__.py", "ops/losses.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    before = fingerprints_of_code(tmp_path)
+    assert before == fingerprints_of_code(tmp_path)
+    (tmp_path / "ops/losses.py").write_text("x = 2\n")
+    after = fingerprints_of_code(tmp_path)
+    assert fingerprints_of_code()[CODE] not in (before[CODE], after[CODE])
+    assert {name for name, value in after.items() if before[name] != value} == {CODE}
+    assert before["torch"].startswith(torch.__version__.partition("+")[0])
 
 
 def test_a_run_without_notes_or_with_damaged_ones_is_shown(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,29 @@ def test_processors_compute_in_fp32_unless_told(engine: Engine) -> None:
         0,
         1,
     )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "sentence"),
+    [
+        ({"blr": 0.1}, {"blr": 0.2}, "differ: blr is 0.1 on a (rank 0) and 0.2 on b (rank 1)"),
+        ({"blr": 0.1}, {"blr": 0.1, "head": "dpt"}, "head is not there on a (rank 0) and dpt on b"),
+        ({"blr": 0.1, "head": "dpt"}, {"blr": 0.1}, "head is dpt on a (rank 0) and not there on b"),
+    ],
+)
+def test_processes_that_differ_are_told_what_differs(
+    first: dict[str, object],
+    second: dict[str, object],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(device="cpu")
+    every = [{name: str(value) for name, value in each.items()} for each in (first, second)]
+    monkeypatch.setattr(engine, "gather", lambda own: every)
+    monkeypatch.setattr(engine, "_group", SimpleNamespace(hosts=["a", "b"]))
+    with pytest.raises(UserError) as refused:
+        engine.agree(first)
+    assert sentence in str(refused.value)
 
 
 def test_blocks_are_compiled_in_place_and_keep_their_names() -> None:

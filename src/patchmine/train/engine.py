@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -148,9 +149,10 @@ class Engine:
             UserError: in all of them, naming a process, its host, and what differs there.
         """
         own = {what: str(value) for what, value in facts.items()}
-        every = self.gather(own)
+        every = [defaultdict(lambda: "not there", each) for each in self.gather(own)]
         for rank, theirs in enumerate(every):
-            differing = next((what for what in every[0] if theirs[what] != every[0][what]), None)
+            known = [*every[0], *theirs]
+            differing = next((what for what in known if theirs[what] != every[0][what]), None)
             if differing is not None and self._group is not None:
                 hosts = self._group.hosts
                 raise UserError(

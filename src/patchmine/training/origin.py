@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
@@ -15,6 +16,10 @@ import torch
 from patchmine.runs.files import ORIGIN
 from patchmine.train.engine import Engine
 from patchmine.train.hardware import device_name
+from patchmine.train.head import versions
+
+_PACKAGE = Path(__file__).parents[1]
+CODE = "the code of patchmine (its fingerprint)"
 
 
 def note_origin(folder: Path, engine: Engine, images: int, first_step: int) -> None:
@@ -30,6 +35,16 @@ def note_origin(folder: Path, engine: Engine, images: int, first_step: int) -> N
     # It is not worth a run.
     with suppress(OSError), (folder / ORIGIN).open("a" if first_step else "w") as file:
         file.write(line + "\n")
+
+
+def fingerprints_of_code(top: Path = _PACKAGE) -> dict[str, str]:
+    """Versions of the libraries that shape the numbers, and a digest of the sources in ``top``: one
+    version of patchmine may be several clones.
+    """
+    digest = hashlib.blake2b(digest_size=6)
+    for file in sorted(top.rglob("*.py")):
+        digest.update(f"{file.relative_to(top)}\n".encode() + file.read_bytes())
+    return {CODE: digest.hexdigest()} | versions()
 
 
 def _origin(engine: Engine) -> dict[str, Any]:

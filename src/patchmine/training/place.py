@@ -29,7 +29,7 @@ from patchmine.train.engine import Engine
 from patchmine.train.keeper import Keeper, refuse_stranger
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks, train
-from patchmine.training.origin import note_origin
+from patchmine.training.origin import fingerprints_of_code, note_origin
 from patchmine.types import Batch
 
 
@@ -72,6 +72,7 @@ def open_place(
     )
     under: AbstractContextManager[HeldLock | None] = nullcontext()
     with engine.together():
+        _agree_on_start(config, engine)
         if engine.is_main:
             under = lock(folder, say)
         with under as held:
@@ -93,8 +94,21 @@ def last_files(folder: Path, what: str) -> Iterator[None]:
 
 def agree(config: RunConfig, place: Place, found: str) -> None:
     """Settings and data (``found`` says which) are alike in all processes, or a UserError."""
-    settings = config.model_dump(mode="json", exclude=names_of_a_machine())
-    place.engine.agree({"data": found} | settings)
+    place.engine.agree({"data": found} | _common_settings(config))
+
+
+def _agree_on_start(config: RunConfig, engine: Engine) -> None:
+    """Code and given settings are alike, or a UserError.
+
+    Before anything else: processes that go different ways would wait for each other for ever.
+    """
+    if engine.world_size > 1:
+        where = {"device": engine.device.type, "precision": engine.precision}
+        engine.agree(fingerprints_of_code() | where | _common_settings(config))
+
+
+def _common_settings(config: RunConfig) -> dict[str, object]:
+    return config.model_dump(mode="json", exclude=names_of_a_machine())
 
 
 def identity_of(task: Task, images: Source) -> dict[str, str]:

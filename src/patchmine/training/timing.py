@@ -146,7 +146,8 @@ def _measure(
             with engine.undisturbed():
                 exports = scratch / "exports"
                 export = _seconds(lambda: write_exports(config, method, exports.joinpath))
-        keeper = Keeper(scratch / "checkpoints")
+        # Where it is in parts, all of them go into the first process's folder.
+        keeper = Keeper(engine.gather(scratch)[0] / "checkpoints")
         begun = perf_counter()
         keeper.save(stepper, now)
         keeper.wait()
