@@ -166,7 +166,8 @@ def test_sizes_that_do_not_fit_are_named() -> None:
     ):
         start(Images(), VIEW, batch_size=64, steps_per_epoch=1, total_steps=1)
     with pytest.raises(
-        UserError, match=r"batch_size=8 .* 3 processes times accumulate=1; set batch_size=6"
+        UserError,
+        match=r"batch_size=8 cannot .* 3 processes x accumulate=1: start 2 or 4 .* multiple of 3$",
     ):
         train(Images(), world_size=3)
     with pytest.raises(ValueError, match="5 steps of 8 images"):

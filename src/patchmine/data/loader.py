@@ -31,7 +31,7 @@ from patchmine.data.views.images import View
 from patchmine.data.views.normalise import as_float
 from patchmine.data.workers import Desk, Workers, num_workers
 from patchmine.errors import UserError, shown_name
-from patchmine.train.settings import MachineSettings, ScheduleSettings
+from patchmine.train.settings import MachineSettings, ScheduleSettings, rows_of_part
 from patchmine.types import Batch
 
 _log = logging.getLogger(__name__)
@@ -226,14 +226,9 @@ def _check_sizes(
     source: Source, repeats: int, schedule: ScheduleSettings, steps_per_epoch: int, world_size: int
 ) -> None:
     length, batch_size = len(source) * repeats, schedule.batch_size
-    parts = world_size * schedule.accumulate * repeats
-    if batch_size % parts:
-        nearest = max(parts, batch_size // parts * parts)
-        raise UserError(
-            f"batch_size={batch_size} does not divide into {world_size} processes times "
-            f"accumulate={schedule.accumulate * repeats}; set batch_size={nearest}"
-        )
+    rows_of_part(schedule, world_size, repeats)
     if batch_size > length:
+        parts = world_size * schedule.accumulate * repeats
         fitting = max(parts, length // parts * parts)
         raise UserError(
             f"batch_size={batch_size} is more than the {length} images of {source.name}; set "

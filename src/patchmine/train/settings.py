@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from patchmine.data.settings import READ_TIMEOUT, REMOTE_GB
+from patchmine.errors import UserError
 from patchmine.strict import (
     LARGEST_RUN,
     OF_A_MACHINE,
@@ -221,3 +222,20 @@ def fitting_counts(batch_size: int, accumulate: int, near: int) -> str:
     below = [count for count in fits if count < near][-1:]
     above = [count for count in fits if count > near][:1]
     return " or ".join(map(str, below + above))
+
+
+def rows_of_part(schedule: ScheduleSettings, processes: int, repeats: int = 1) -> int:
+    """Rows of a micro-batch of one process; ``repeats``: how many of one item stand together.
+
+    Raises UserError where a batch cannot be shared out.
+    """
+    size, cut = schedule.batch_size, schedule.accumulate * repeats
+    if size % (processes * cut):
+        fits = fitting_counts(size, cut, processes)
+        raise UserError(
+            f"batch_size={size} cannot be shared out to {processes} processes x "
+            f"accumulate={schedule.accumulate}{f' x {repeats} of an item' if repeats > 1 else ''}: "
+            f"start {fits or 'fewer'} processes (devices x num_nodes; a resumed run may change "
+            f"it), or in a new run use a multiple of {processes * cut}"
+        )
+    return size // (processes * schedule.accumulate)

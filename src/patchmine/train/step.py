@@ -8,13 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from patchmine.errors import UserError
 from patchmine.task import Task
 from patchmine.train import optim
 from patchmine.train.checkpoint import refuse_shared
 from patchmine.train.engine import Engine
 from patchmine.train.log import Meter, Stopwatch
-from patchmine.train.settings import TrainSettings, fitting_counts
+from patchmine.train.settings import TrainSettings, rows_of_part
 from patchmine.train.slowest import Slowest
 from patchmine.types import Batch, Progress
 
@@ -23,16 +22,7 @@ class Stepper:
     """A task on its device with its optimizers; UserError where a batch cannot be shared."""
 
     def __init__(self, task: Task, engine: Engine, settings: TrainSettings) -> None:
-        parts = engine.world_size * settings.accumulate
-        if settings.batch_size % parts:
-            fits = fitting_counts(settings.batch_size, settings.accumulate, engine.world_size)
-            raise UserError(
-                f"batch_size={settings.batch_size} cannot be shared out to {engine.world_size} "
-                f"processes x accumulate={settings.accumulate}: start {fits or 'fewer'} processes "
-                "(devices x num_nodes; a resumed run may change it), or in a new run use a "
-                f"multiple of {parts}"
-            )
-        self.rows = settings.batch_size // parts  # of a micro-batch
+        self.rows = rows_of_part(settings, engine.world_size)  # of a micro-batch
         self.engine, self.settings = engine, settings
         refuse_shared(task.state_dict())
         self._sharded = engine.divided(task)

@@ -29,6 +29,7 @@ from patchmine.train.engine import Engine
 from patchmine.train.keeper import Keeper, refuse_stranger
 from patchmine.train.log import Log
 from patchmine.train.loop import Hooks, train
+from patchmine.train.settings import rows_of_part
 from patchmine.training.origin import fingerprints_of_code, note_origin
 from patchmine.types import Batch
 
@@ -156,8 +157,10 @@ def train_task(
     folder, engine, say = place.folder, place.engine, place.say
     task.noise.seed = config.seed
     identity = identity_of(task, images)
+    # Before anything in the folder changes:
+    rows_of_part(config, engine.world_size, view.repeats)
     if start is not None:
-        refuse_stranger(start, identity)  # before anything in the folder changes
+        refuse_stranger(start, identity)
     engine.product = _product_of(config, engine, start)
     length = preparing.length_of(config, len(images))
     noted = folder / "bad_files.txt" if engine.is_main else None
