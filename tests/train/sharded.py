@@ -32,7 +32,7 @@ from patchmine.train.loop import Hooks, train
 from patchmine.train.optim import optimizer_tensors
 from patchmine.train.settings import TrainSettings
 from patchmine.train.step import Stepper
-from patchmine.types import Batch, Progress
+from patchmine.types import Batch, Losses, Progress
 
 IMAGES, STEPS, PER_EPOCH = 8, 4, 2
 VIT = dict(embed_dim=24, depth=2, num_heads=2)
@@ -87,6 +87,20 @@ def micro_batches(engine: Engine, name: str, first: int, accumulate: int) -> Ite
             yield batch_of(step, slice(row, row + rows), views=4 if name == "mokd" else 1)
 
 
+def spoil(_: Method, inputs: tuple[Batch, Progress], losses: Losses) -> None:
+    """In the process that has the last image: no finite loss in step 1, a finite one without a
+    finite gradient in step 2.
+    """
+    batch, progress = inputs
+    if IMAGES - 1 not in batch.index:
+        return
+    if progress.step == 1:
+        losses["loss"] = losses["loss"] * torch.nan
+    if progress.step == 2:
+        losses["loss"] = losses["loss"] * 1.0
+        losses["loss"].register_hook(lambda gradient: gradient * torch.inf)
+
+
 def held_bytes(stepper: Stepper) -> int:
     """Of parameters, gradients and optimizer state in this process."""
     weights = [*stepper.task.parameters()]
@@ -98,6 +112,8 @@ def held_bytes(stepper: Stepper) -> int:
 def train_case(engine: Engine, folder: Path, name: str, last: int, **given: Any) -> None:
     method, out, held = build(name), folder / name, []
     accumulate = given.pop("accumulate", 1)
+    if given.pop("spoilt", False):
+        method.register_forward_hook(spoil)  # its copy has it too
     values: dict[str, Any] = dict(batch_size=IMAGES, log_every=1, blr=0.1, warmup_epochs=1.0)
     settings = TrainSettings(
         **values, checkpoint_every=1, keep_checkpoints=20, accumulate=accumulate, **given
@@ -107,7 +123,11 @@ def train_case(engine: Engine, folder: Path, name: str, last: int, **given: Any)
     first = 0 if start is None else start.step
 
     class Noting(Stepper):
-        """Notes what is held after each step, and stops behind the last one."""
+        """Notes what is held after each part of a batch and each step, and stops behind the last."""
+
+        def _add_gradient(self, batch: Batch, progress: Progress, micro: int) -> None:
+            super()._add_gradient(batch, progress, micro)
+            held.append(held_bytes(self))
 
         def make(self, progress: Progress, batches: Iterator[Batch]) -> Batch:
             done = super().make(progress, batches)
