@@ -305,6 +305,15 @@ def test_windows_are_cached_inspected_and_packed(
     report = inspect(source, full=True)
     assert dict(report.sizes) == {(64, 64): 35}
     assert not report.broken
+    with pytest.raises(UserError, match=r"a list of tiles ends in \.csv or \.tsv"):
+        inspect(source, dedup=tmp_path / "kept.txt")
+    inspect(source, dedup=tmp_path / "kept.csv")  # BIG repeats itself, but not in steps of tiles
+    again = open_source(tmp_path / "kept.csv")
+    assert again.fingerprint == source.fingerprint
+    half = open_source(table(tmp_path / "twice.csv", *["in/x.tif,0,0,0,64,64,0,0"] * 2))
+    inspect(half, dedup=tmp_path / "kept.tsv")
+    assert [Path(half.path(0)).name] == [Path(open_source(tmp_path / "kept.tsv").path(0)).name]
+    assert len(open_source(tmp_path / "kept.tsv")) == 1
     write_shards(source, tmp_path / "shards")
     packed = open_source(tmp_path / "shards")
     assert len(packed) == 35

@@ -79,7 +79,7 @@ def inspect(
             new_sheet = files.enter_context(output(Path(sheet), "sheet"))
             new_sheet.touch()  # a place that cannot be written is told before the work
         if dedup is not None:
-            refuse_unlisted(source, f"dedup={shown_name(dedup)}")
+            refuse_unlisted(source, Path(dedup))
             new_list = files.enter_context(output(Path(dedup), "dedup"))
             new_list.touch()
         report, kept, proposal = _look_through(source, chosen, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from patchmine.data.decoding.scenes import Scene, open_scene
 from patchmine.data.settings import LIST_SUFFIXES, MAX_PIXELS
 from patchmine.data.sources.contract import data_error
 from patchmine.data.sources.folder import FileSource, open_folder
-from patchmine.data.sources.listfile import listed_path, open_files, open_list, reason_against
-from patchmine.data.sources.members import PassedOver
+from patchmine.data.sources.listfile import open_files, open_list
 from patchmine.data.sources.windows import (
     SCENES,
     TABLE_SUFFIXES,
     Row,
+    image_in_list,
     is_window_list,
     window_writer,
 )
@@ -158,7 +158,8 @@ def list_tiles(
     It appears once it is complete.  Arguments and errors are those of `cut_tiles`.
     """
     _check(cut)
-    names, labels, done = _names_in_list(files, out), files.labels(), Tiled()
+    labels, done = files.labels(), Tiled()
+    names = [image_in_list(files.path(index), out, "out") for index in range(len(files))]
     if os.path.lexists(out) and not out.is_dir() and not is_window_list(out):
         what = "there is something else already; give the name of a new list"
         raise UserError(f"out={shown_name(out)}: {what}")
@@ -189,18 +190,6 @@ def _rows_of(
             else:
                 rows.append(Row(name, cut.level, place, (scene.width, scene.height), label))
     return rows, empty
-
-
-def _names_in_list(files: FileSource, out: Path) -> list[str]:
-    """How the images are called in the list ``out``; UserError where one would not count there."""
-    names = [listed_path(files.path(index), out) for index in range(len(files))]
-    for name in names:
-        with suppress(OSError, DecodeError):  # of what is not there any more, which reading tells
-            reason = reason_against(out.parent, name, SCENES, PassedOver())
-            if reason is not None:
-                what = f"{shown_name(name)} would not count in a list there ({reason})"
-                raise UserError(f"out={shown_name(out)}: {what}; put the list into another folder")
-    return names
 
 
 def is_list(out: Path) -> bool:

@@ -10,11 +10,23 @@ from patchmine.data.sources.combine import Joined
 from patchmine.data.sources.contract import Kind, Labels, Source
 from patchmine.data.sources.folder import FileSource, FrameFolders
 from patchmine.data.sources.listfile import listed_path, open_list
+from patchmine.data.sources.windows import (
+    TABLE_SUFFIXES,
+    Row,
+    WindowSource,
+    image_in_list,
+    window_writer,
+)
 from patchmine.errors import UserError, shown_name
 
 
-def refuse_unlisted(source: Source, setting: str) -> None:
-    """UserError where items are no files of their own, which a list could name."""
+def refuse_unlisted(source: Source, file: Path) -> None:
+    """UserError where items are neither files of their own nor tiles, which a list could name."""
+    setting = f"dedup={shown_name(file)}"
+    if isinstance(source, WindowSource):
+        if file.suffix.lower() not in TABLE_SUFFIXES:
+            raise UserError(f"{setting}: a list of tiles ends in {' or '.join(TABLE_SUFFIXES)}")
+        return
     parts = source.parts if isinstance(source, Joined) else [source]
     for part in parts:
         if not isinstance(part, FileSource | FrameFolders):
@@ -33,8 +45,11 @@ def write_list(source: Source, kept: Sequence[int], new: Path, file: Path, kind:
     told = f"dedup={shown_name(file)}"
     if not len(kept):
         raise UserError(f"{told}: no {kind.name} of data={shown_name(source.name)} can be read")
-    paths = [listed_path(source.path(index), file) for index in kept]
     labels = _labels(source)
+    if isinstance(source, WindowSource):
+        _write_windows(source, labels, kept, new, file)
+        return
+    paths = [listed_path(source.path(index), file) for index in kept]
     names = [labels.names[labels.ids[index]] for index in kept] if labels else [""] * len(paths)
     with new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
         if file.suffix.lower() == ".txt":
@@ -60,6 +75,19 @@ def write_list(source: Source, kept: Sequence[int], new: Path, file: Path, kind:
             f"{told}: the name {shown_name(lost)!r} cannot stand in this list; rename the file, or "
             "write the list to another folder, or as .csv"
         )
+
+
+def _write_windows(
+    source: WindowSource, labels: Labels | None, kept: Sequence[int], new: Path, file: Path
+) -> None:
+    with new.open("w", encoding="utf-8", errors="surrogateescape", newline="") as handle:
+        write = window_writer(handle, file, labelled=labels is not None)
+        for index in kept:
+            window = source.read(index)
+            height, width = window.scene or (0, 0)
+            label = None if labels is None else labels.names[labels.ids[index]]
+            path = image_in_list(window.path, file, "dedup")
+            write([Row(path, window.level, window.box, (width, height), label)])
 
 
 def _labels(source: Source) -> Labels | None:

@@ -9,6 +9,7 @@ import csv
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -81,6 +82,18 @@ def window_writer(
             writer.writerow([*cells, label] if labelled else cells)
 
     return write
+
+
+def image_in_list(path: str, file: Path, setting: str) -> str:
+    """How the list ``file`` names an image; UserError, with the setting, if it would not count."""
+    name = listfile.listed_path(path, file)
+    with suppress(OSError, DecodeError):  # of what is not there any more, which reading tells
+        reason = listfile.reason_against(file.parent, name, SCENES, members.PassedOver())
+        if reason is not None:
+            what = f"{shown_name(name)} would not count in a list there ({reason})"
+            told = f"{setting}={shown_name(file)}: {what}"
+            raise UserError(f"{told}; put the list into another folder")
+    return name
 
 
 def open_windows(
