@@ -27,6 +27,7 @@ from patchmine.data.sources import index
 from patchmine.data.sources import windows as lists
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import open_source
+from patchmine.data.sources.table import Table
 from patchmine.data.tiling import Cut, cut_tiles, list_tiles, open_scenes, tile_images
 from patchmine.data.views.images import TrainView
 from patchmine.errors import UserError
@@ -114,6 +115,12 @@ def test_the_list_counts_as_the_cut_does(tmp_path: Path) -> None:
     assert f"{done.tiles} windows of 2 images are read where they lie" in source.notes[0]
     labels = source.labels()
     assert labels is not None
+    order = [*range(len(source))][::-1]
+    named = tmp_path / "labels.csv"
+    named.write_text("".join(["image,size\n", *(f"{source.key(i)},{i}\n" for i in order)]))
+    rows = Table(named, source, None)
+    assert [cells for _, cells in rows.cells([1])] == [[str(i)] for i in order]
+    assert rows.items.tolist() == order
     assert (labels.names, labels.ids.tolist()) == (["a", "b"], [0] * (done.tiles - 6) + [1] * 6)
 
 
