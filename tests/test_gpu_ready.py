@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -22,13 +23,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.cuda.amp import common as amp
 
 from fixtures.imaginary_gpu import draw_there, put_on
-from fixtures.tiny_methods import EARLY, LATE, NAMES, ROTARY, build, images, optimise
+from fixtures.tiny_methods import (
+    EARLY,
+    LATE,
+    NAMES,
+    PATCHES,
+    ROTARY,
+    build,
+    images,
+    optimise,
+    with_holes,
+)
 from patchmine.models.noise import Noise
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.settings import TrainSettings
 from patchmine.train.step import Stepper
-from patchmine.types import Progress
+from patchmine.types import Batch, Progress
 
 # Steps of 200 epochs.  Between the first two begin a step that is no constant any more, attention
 # that guides, hard patches, the last temperature.
@@ -123,6 +134,16 @@ def test_looks_ask_a_gpu_for_nothing(looking: dict[str, Any]) -> None:
     assert {(loss.device.type, loss.dtype) for loss in found.values()} == {("cuda", torch.float32)}
 
 
+@pytest.mark.usefixtures("imagined")
+@pytest.mark.parametrize("name", PATCHES)
+def test_missing_pixels_ask_a_gpu_for_nothing(name: str, progress: Progress) -> None:
+    method, mode = build(name), FakeTensorMode()
+    batch = put_on("cuda", method, with_holes(images(method)), mode)
+    with mode, torch.autocast("cuda", dtype=torch.bfloat16):
+        found = method(batch, progress)
+    assert {(loss.device.type, loss.dtype) for loss in found.values()} == {("cuda", torch.float32)}
+
+
 def test_a_whole_step_stays_on_its_gpu_and_its_optimizers_are_fused(
     steps_on_a_gpu: dict[str, str], name: str
 ) -> None:
@@ -137,17 +158,25 @@ def traceable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes
 
 
-def assert_one_graph(method: Method, twin: Method, first: tuple[int, ...]) -> None:
-    """Compiled in its ``first`` steps alone, it computes what its twin computes uncompiled."""
+def assert_one_graph(
+    method: Method,
+    twin: Method,
+    first: tuple[int, ...],
+    given: Callable[[Batch], Batch] = lambda batch: batch,
+) -> None:
+    """Compiled in its ``first`` steps alone, it computes what its twin computes uncompiled.
+
+    ``given``: what becomes of the batch before.
+    """
     torch._dynamo.reset()
     whole = torch.compile(method, backend="eager", fullgraph=True)
     for step in (*first, *LATER):
         progress = Progress(step, 400, 2)
         torch.manual_seed(step)
-        expected = optimise(twin, images(twin), progress)
+        expected = optimise(twin, given(images(twin)), progress)
         torch.manual_seed(step)
         with torch.compiler.set_stance("fail_on_recompile" if step in LATER else "default"):
-            found = optimise(method, images(method), progress, whole)
+            found = optimise(method, given(images(method)), progress, whole)
         assert torch.equal(found, expected), step  # nothing that moves has become a constant
 
 
@@ -161,6 +190,13 @@ def test_a_compiled_method_is_one_graph_that_schedules_do_not_make_anew(traced: 
 @pytest.mark.usefixtures("traceable")
 def test_looks_are_one_graph_too(looking: dict[str, Any]) -> None:
     assert_one_graph(build_hpm(looking), build_hpm(looking), (0, 250, 252))
+
+
+@AS_TORCH_TRACES
+@pytest.mark.usefixtures("traceable")
+@pytest.mark.parametrize("name", [name for name in PATCHES if ROTARY not in name])
+def test_missing_pixels_are_one_graph_too(name: str) -> None:
+    assert_one_graph(build(name), build(name), FIRST, with_holes)
 
 
 @AS_TORCH_TRACES

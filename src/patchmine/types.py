@@ -54,7 +54,7 @@ class Sample:
 
     ``views``: V tensors (C, H, W) or (C, T, H, W).  ``box`` (4,) and ``flip`` () of one view, (V,
     4) and (V,) of several, with ``photometric`` (V, P).  ``target``: a class, numbers (K,), a
-    mask (H, W), `Objects`, or None. ``index`` is the loader's to fill in.
+    mask (H, W), `Objects`, or None. ``index`` is the loader's to fill in.  ``known`` (C, H, W).
     """
 
     views: list[Tensor]
@@ -64,6 +64,7 @@ class Sample:
     target: Any = None
     index: int = -1
     erase: Tensor | None = None
+    known: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class Batch:
     ``target``: what a supervised task learns, in the frame of the finished (mirrored) view: classes
     (B,) int64, numbers (B, K) float32, masks (B, H, W) or a list of B `Objects`; None in
     pre-training.
+
+    ``known`` (B, C, H, W) bool: where there is data in the one view, as the setting
+    ``missing=mask`` asks; None: everywhere.
     """
 
     views: list[Tensor]
@@ -92,6 +96,7 @@ class Batch:
     photometric: Tensor | None = None
     target: Any = None
     erase: Tensor | None = None
+    known: Tensor | None = None
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -115,7 +120,8 @@ class Batch:
             return None if value is None else change(value)
 
         rest = (self.index, self.box, self.flip, self.photometric, self.target, self.erase)
-        return Batch([change(view) for view in self.views], *map(changed, rest))
+        views = [change(view) for view in self.views]
+        return Batch(views, *map(changed, (*rest, self.known)))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class SharedRunSettings(SharedRunningSettings, total=False):
     mean: list[float] | None
     std: list[float] | None
     max_pixels: int
+    missing: Literal["fill", "mask"]
     clip: Clip | Mapping[str, Any]
     model: str
     model_args: dict[str, Any]

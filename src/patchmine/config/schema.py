@@ -67,6 +67,9 @@ class RunConfig(TrainSettings, ModelSettings, DataSettings):
     def setting_errors(self) -> Iterator[SettingError]:
         """A batch that cannot be shared out, and a cache that keeps nothing."""
         yield from self._cache_errors()
+        if self.missing == "mask" and reads_clips(self.model):
+            text = f"given mask, but model={self.model} reads videos, which miss no pixels"
+            yield SettingError("missing", f"{text}: choose fill")
         counts = {name: getattr(self, name) for name in ("accumulate", "devices", "num_nodes")}
         parts, batch, repeats = math.prod(counts.values()), self.batch_size, self.clip.repeats
         if batch % parts:
@@ -124,7 +127,12 @@ class PretrainConfig(EvalSettings, AdaptSettings, RunConfig, ViewSettings):
     )
 
     def setting_errors(self) -> Iterator[SettingError]:
-        """Local crops that patches do not fill, and an encoder of which nothing is learned."""
+        """Local crops that patches do not fill, an encoder of which nothing is learned, and no
+        loss that missing pixels could stay out of.
+        """
+        if self.missing == "mask" and not self.method.predicts_patches:
+            text = f"given mask, but method={self.method.name} predicts no patches, out of whose "
+            yield SettingError("missing", f"{text}loss they could stay: choose fill")
         if self.method.multi_crop and self.crops.num_local:
             yield from self.unfilled("crops.local_size", [self.crops.local_size])
         if self.trainable == "none":

@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 
 from patchmine.data.badfiles import BadFiles, Failure
 from patchmine.data.decoding.bounds import reading_item
-from patchmine.data.decoding.decode import DecodeError, decode
+from patchmine.data.decoding.decode import DecodeError, decode, decode_known
 from patchmine.data.pixelcache import cache_of
 from patchmine.data.randomness import epoch_order
 from patchmine.data.samples import Key, Loaded, Samples, nothing_readable, reason_against
@@ -87,7 +87,7 @@ def train_batches(
     order = _TrainOrder(len(source), view.repeats, schedule, seed, steps, steps_per_epoch, place)
     desk = Desk(num_workers(machine.workers, place.device, place.local_size))
     settings = view.settings
-    cache = cache_of(source, settings.channels, settings.max_pixels, machine)
+    cache = cache_of(source, settings, machine)
     samples = Samples(source, view, desk, seed, targets, cache)
     workers = Workers(samples, order, desk, source, pin=place.device.type == "cuda")
     return _drain(workers, bad, machine.read_timeout)
@@ -127,28 +127,44 @@ def data_statistics(
 
     From a seeded choice of ``sample`` items, each weighing the same; broken ones are left out.  A
     constant channel gets a deviation of 1.  ``pixels_of(raw, channels, max_pixels)`` gives
-    (C, H, W) of an item.  UserError when no item can be read.
+    (C, H, W) of an item; with ``missing=mask`` pixels with data alone count.  UserError when no
+    item can be read.
     """
-    first, second = torch.zeros(2, settings.channels, dtype=torch.float64)
-    count, failures = 0, list[Failure]()
-    for index in spread_indices(len(source), sample).tolist():
+    sums, failures = torch.zeros(3, settings.channels, dtype=torch.float64), list[Failure]()
+    chosen = spread_indices(len(source), sample).tolist()
+    for index in chosen:
         try:
             with reading_item():
-                image = pixels_of(source.read(index), settings.channels, settings.max_pixels)
+                raw, size = source.read(index), (settings.channels, settings.max_pixels)
+                if settings.wants_known:
+                    image, known = decode_known(raw, *size)
+                else:
+                    image, known = pixels_of(raw, *size), None
                 # Every k-th pixel of a large image is enough.
                 step = max(1, min(image.shape[-2:]) // 256)
                 pixels = as_float(image[:, ::step, ::step]).double().flatten(1)
+                weights = None if known is None else known[:, ::step, ::step].double().flatten(1)
         except (OSError, DecodeError) as error:
             failures.append((index, reason_against(error)))
             continue
-        first += pixels.mean(1)
-        second += pixels.square().mean(1)
-        count += 1
-    if count == 0:
+        sums += _moments(pixels, weights)
+    if len(failures) == len(chosen):
         raise UserError(nothing_readable(source, failures))
+    first, second, count = sums
+    count = count.clamp_min(1)  # of a channel that no item has data of
     mean = first / count
     std = (second / count - mean.square()).clamp_min(0).sqrt()
     return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
+
+
+def _moments(pixels: Tensor, weights: Tensor | None) -> Tensor:
+    """(3, C) of (C, N) pixels: mean, mean square, and 1; all 0 where no pixel has a weight."""
+    if weights is None:
+        each = (pixels, pixels.square(), torch.ones_like(pixels[:, :1]))
+        return torch.stack([values.mean(1) for values in each])
+    total = weights.sum(1)
+    each = (pixels, pixels.square(), torch.ones_like(pixels))
+    return torch.stack([(values * weights).sum(1) / total.clamp_min(1) for values in each])
 
 
 @dataclass(frozen=True)

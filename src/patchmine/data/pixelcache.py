@@ -25,6 +25,7 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 
+from patchmine.data.settings import InputSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import default_cache_dir
 from patchmine.disk import leaves_room, remedy
@@ -47,6 +48,7 @@ _LOT = 1 << 24  # bytes that a process may keep before it looks again whether th
 class PixelCache:
     """The decoded images of ``source``, as bytes of ``channels``.
 
+    ``whole_only``: none is given to it that misses pixels, so none is taken from where it may be.
     Picklable; every process opens the file for itself, when it first asks.  Whatever fails (a full
     disk, a folder that may not be written) ends the keeping and not the run: ``trouble`` says what
     it was, once.
@@ -57,6 +59,7 @@ class PixelCache:
     source: Source
     channels: int
     max_pixels: int
+    whole_only: bool = False
     trouble: str | None = None
     _file: _PixelFile | None = None
     _closed: bool = False
@@ -121,7 +124,8 @@ class PixelCache:
     def _contents(self) -> bytes:
         """Digest of what is kept, and of what made it: the decoders may change with a version."""
         first = os.path.abspath(self.source.path(0))  # noqa: PTH100, names in archives too
-        made_by = (torchvision.__version__, PIL.__version__, str(self.channels))
+        made_by = [torchvision.__version__, PIL.__version__, str(self.channels)]
+        made_by += ["missing nothing"] * self.whole_only
         return _digest("\0".join([first, self.source.fingerprint, *made_by]).encode(*_NAMES))
 
     def _path(self) -> Path:
@@ -147,7 +151,7 @@ class PixelCache:
 
 
 def cache_of(
-    source: Source, channels: int, max_pixels: int, machine: MachineSettings
+    source: Source, settings: InputSettings, machine: MachineSettings
 ) -> PixelCache | None:
     """The cache that the settings ask for; None where they ask for none, or there is no file to be
     decoded: arrays and a data set of the user's have nothing that tells one state from another.
@@ -163,7 +167,8 @@ def cache_of(
         folder = None if user is None else user / "pixels"
     if folder is None:
         raise UserError("cache=auto: this user has no home folder; name a folder, as in cache=kept")
-    return PixelCache(folder, int(machine.cache_gb * 1e9), source, channels, max_pixels)
+    limit, known = int(machine.cache_gb * 1e9), settings.wants_known
+    return PixelCache(folder, limit, source, settings.channels, settings.max_pixels, known)
 
 
 _NAMES = "utf-8", "surrogateescape"

@@ -14,13 +14,13 @@ from torch.utils.data import Dataset, default_collate
 
 from patchmine.data.badfiles import Failure
 from patchmine.data.decoding.bounds import reading_item
-from patchmine.data.decoding.decode import DecodeError, decode
+from patchmine.data.decoding.decode import DecodeError
 from patchmine.data.decoding.reading import Piece
 from patchmine.data.decoding.video import open_video
 from patchmine.data.pixelcache import PixelCache
 from patchmine.data.randomness import SampleGenerators, sample_generator
 from patchmine.data.sources.contract import Source
-from patchmine.data.views.images import TrainView, View
+from patchmine.data.views.images import TrainView, View, whole_image
 from patchmine.data.views.normalise import as_float
 from patchmine.data.workers import Desk, quiet_decoding
 from patchmine.errors import UserError, reason_of, shown_name
@@ -127,7 +127,8 @@ class Samples(Dataset[Loaded]):
         raw, target, settings = self.source.read(index), self._target(index), self.view.settings
         with quiet_decoding():
             if state is not None and isinstance(raw, bytes | Piece):
-                raw = decode(raw, settings.channels, settings.max_pixels)
+                raw = whole_image(raw, settings)
+                raw = raw.pixels if raw.known is None else raw
             if self.view.repeats > 1:  # which is for videos only
                 raw = open_video(raw, settings.max_pixels)
             samples += [self.view(raw, generator, target) for _ in range(self.view.repeats)]
@@ -137,6 +138,8 @@ class Samples(Dataset[Loaded]):
     def _together(self, chosen: list[int], generators: SampleGenerators) -> Batch | None:
         """The batch of small images that are all kept and of one shape; None of any others."""
         if self.cache is None or self.targets or not isinstance(self.view, TrainView):
+            return None
+        if self.view.settings.wants_known:
             return None
         images, shape = list[NDArray[np.uint8]](), None
         with self.desk.reading(chosen[0]):
@@ -172,7 +175,7 @@ def collate(samples: Sequence[Sample], numbers: Sequence[int] | None = None) -> 
         return None if values[0] is None else default_collate(values)
 
     index = column("index") if numbers is None else torch.tensor(numbers)
-    rest = (column(name) for name in ("box", "flip", "photometric", "target", "erase"))
+    rest = (column(name) for name in ("box", "flip", "photometric", "target", "erase", "known"))
     return Batch(views, index, *rest)
 
 

@@ -104,7 +104,17 @@ class InputSettings(Strict):
         default=MAX_PIXELS,
         description="pixels of an image or frame above which it counts as broken, undecoded",
     )
+    missing: Literal["fill", "mask"] = Field(
+        default="fill",
+        description="pixels without data: their channel's mean counts as data; or mask: they, NaN "
+        "in arrays and transparent parts stay out of the loss of methods that predict patches",
+    )
     clip: Clip = Field(default=Clip(), description="of models that take clips of videos")
+
+    @property
+    def wants_known(self) -> bool:
+        """Whether it matters where in an image there is data."""
+        return self.missing == "mask"
 
     @field_validator("mean", "std")
     @classmethod

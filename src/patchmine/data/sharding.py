@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from patchmine.data.decoding.arrays import filled
 from patchmine.data.decoding.decode import DecodeError, decode, probe
 from patchmine.data.decoding.reading import Piece
 from patchmine.data.settings import MAX_PIXELS
@@ -172,7 +173,7 @@ def _encoded(raw: Any, path: str, max_side: int | None, done: Written) -> tuple[
         suffix = PurePosixPath(path).suffix.lower()
         return raw, suffix if suffix in IMAGE_SUFFIXES else ending_told_by(raw[:HEAD]) or ".jpg"
     if isinstance(raw, Piece):
-        raw, _ = raw.read(probe(raw)[2], MAX_PIXELS)  # (C, H, W), with all its bits
+        raw = filled(raw.read(probe(raw)[2], MAX_PIXELS)[0])  # (C, H, W), with all its bits
     out = io.BytesIO()
     if isinstance(raw, Image.Image):
         if raw.mode in _PNG_MODES:

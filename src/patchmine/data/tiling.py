@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from patchmine.data.decoding.arrays import filled
 from patchmine.data.decoding.bounds import DecodeError, reading_item
 from patchmine.data.decoding.orientation import Box
 from patchmine.data.decoding.scenes import Scene, open_scene
@@ -309,7 +310,8 @@ def tiles_of(scene: Scene, cut: Cut) -> Iterator[tuple[Box, np.ndarray | None]]:
     for top in _starts(scene.height, cut):
         for left in _starts(scene.width, cut):
             place = top, left, height, width
-            pixels, known = scene.window(place)
+            found, known = scene.window(place)
+            pixels = filled(found)
             is_empty = float(_is_empty(pixels, known).mean()) > cut.max_empty
             yield place, None if is_empty else pixels
 

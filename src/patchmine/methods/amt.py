@@ -28,6 +28,7 @@ from patchmine.models.teacher import Teacher
 from patchmine.models.units import patches_per_unit
 from patchmine.ops import losses, masks, patches, pictures
 from patchmine.ops.alignment import align, attention_map
+from patchmine.ops.known import Counts, counting, levelled, settled, shown, told
 from patchmine.task import Method, PlainItems
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -121,10 +122,13 @@ class AMT(Method):
         images = batch.views[0]  # (B, C, H, W)
         attention = self.attend(batch) if self.guided(progress) else None  # (B, L)
         mask = self.draw_mask(images, attention)
-        predicted, target = self.reconstruct(images, mask), self.target(images, mask)  # (B, M, P)
+        counts = self.counting(batch, mask)
+        target = self.target(images, mask, counts)  # (B, M, P)
+        predicted = settled(self.reconstruct(images, mask), target, counts)  # (B, M, P)
         if self.on_mae:
-            return {"loss": losses.squared_error(predicted, target).mean()}
-        return {"loss": losses.masked_absolute_error(predicted, target, self.channels)}
+            return {"loss": losses.squared_error(predicted, target).mean(), **told(counts)}
+        loss = losses.masked_absolute_error(predicted, target, self.channels)
+        return {"loss": loss, **told(counts)}
 
     def guided(self, progress: Progress) -> bool:
         """Whether attention decides in this epoch."""
@@ -132,11 +136,17 @@ class AMT(Method):
 
     @torch.no_grad()
     def attend(self, batch: Batch) -> Tensor:
-        """How much attention goes to each patch of the views, (B, L) in [0, 1]."""
+        """How much attention goes to each patch of the views, (B, L) in [0, 1].
+
+        A patch without data is taken to have the mean of its image.
+        """
         if self.teacher is not None:
-            return probe(cast(Encoder, self.teacher.encoder), batch.views[0])
-        maps = cast(ItemMaps, self.maps)(batch.index)  # (B, L), of the whole images
-        return align(maps, self.grid, batch.box, batch.flip, self.config.alignment)
+            attention = probe(cast(Encoder, self.teacher.encoder), batch.views[0])
+        else:
+            maps = cast(ItemMaps, self.maps)(batch.index)  # (B, L), of the whole images
+            how = (batch.box, batch.flip, self.config.alignment)
+            attention = align(maps, self.grid, *how)
+        return levelled(attention, batch.known, self.grid.patch)
 
     def draw_mask(self, images: Tensor, attention: Tensor | None) -> Mask:
         """Masked, visible and thrown patches drawn by attention (B, L); at random without it."""
@@ -172,11 +182,17 @@ class AMT(Method):
         tokens = transform(self.encoder, torch.cat([prefix, visible, hidden], dim=1), order)
         return self.head(tokens[:, -mask.masked.shape[1] :])
 
-    def target(self, images: Tensor, mask: Mask) -> Tensor:
+    def counting(self, batch: Batch, mask: Mask) -> Counts:
+        """Which values count, in the order of `target`."""
+        of = (batch.known, mask.masked, self.grid.patch)
+        return counting(*of, channels_first=not self.on_mae)
+
+    def target(self, images: Tensor, mask: Mask, counts: Counts = None) -> Tensor:
         """Pixels of masked patches, float32 (B, M, P): (h, w, C) on MAE, (C, h, w) on SimMIM."""
         norm, patch = self.config.norm_pix_loss, self.grid.patch
         if self.on_mae:
-            return patches.pixel_targets(images, mask.masked, patch, norm_pix_loss=norm)
+            of = (images, mask.masked, patch)
+            return patches.pixel_targets(*of, norm_pix_loss=norm, counts=counts)
         return patches.gather_patches(images.float(), mask.masked, patch).flatten(2)
 
     def begin_epoch(self, progress: Progress, plain_data: PlainItems) -> None:
@@ -218,14 +234,14 @@ class AMT(Method):
         """
         images, grid = batch.views[0], self.grid
         attending = self.encoder if self.teacher is None else cast(Encoder, self.teacher.encoder)
-        attention = probe(attending, images)
+        attention = levelled(probe(attending, images), batch.known, grid.patch)
         guided = self.guided(progress)
         mask = self.draw_mask(images, attention if guided else None)
-        predicted, target = self.reconstruct(images, mask), self.target(images, mask)
-        if self.on_mae:
-            error = losses.squared_error(predicted, target)
-        else:
-            error = losses.absolute_error(predicted, target)
+        counts, predicted = self.counting(batch, mask), self.reconstruct(images, mask)
+        target = self.target(images, mask, counts)
+        apart = losses.squared_error if self.on_mae else losses.absolute_error
+        error = shown(apart(settled(predicted, target, counts), target), counts)
+        if not self.on_mae:
             predicted = patches.channels_last(predicted, self.channels)
         norm = self.on_mae and self.config.norm_pix_loss
         drawn = pictures.reconstruction_panels(images, mask, grid, predicted, standardised=norm)
@@ -233,7 +249,7 @@ class AMT(Method):
         attended = "of the class token; each head from 0 (least) to 1 (most), then their mean"
         how = "drawn by attention" if guided else "drawn at random"
         return [
-            Panel("input", images),
+            pictures.input_panel(images, batch.known),
             Panel("attention", pictures.patch_map(attention, grid), kind="heat", note=attended),
             pictures.roles_panel(mask, grid, how),
             *pictures.masked_panels(images, mask, grid, drawn, error, unit),

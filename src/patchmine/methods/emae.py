@@ -19,6 +19,7 @@ from patchmine.methods.settings.emae import EmaeSettings
 from patchmine.models.decoder import check_decoder, masked_decoder
 from patchmine.ops import parts as image_parts
 from patchmine.ops import pictures
+from patchmine.ops.known import Counts, counting, shown, told
 from patchmine.ops.patches import pixel_targets
 from patchmine.task import Method
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, Progress
@@ -52,12 +53,13 @@ class EMAE(Method):
         images = batch.views[0]  # (B, C, H, W)
         parts = self.draw_parts(images)  # (B, K, V)
         predicted = self.reconstruct(images, parts)  # (B, U * (K - 1), V, P)
-        target = self.targets(images, parts)  # (B, K, V, P)
+        counts = self.counting(batch, parts)  # (B, K, V, P)
+        target = self.targets(images, parts, counts)  # (B, K, V, P)
         reconstruction, distance, disagreement = image_parts.parts_losses(
-            predicted, target, self.num_used, self.config.sc_dist
+            predicted, target, self.num_used, self.config.sc_dist, counts
         )
         if self.num_parts == 2 or self.num_used == 1:  # no patch has two predictions
-            return {"loss": reconstruction}
+            return {"loss": reconstruction, **told(counts)}
         consistency = self.pull * distance
         if self.config.sc_grad == "both":
             # Two terms, each with the other side fixed: one plain term's gradient, twice its value.
@@ -67,6 +69,7 @@ class EMAE(Method):
             "reconstruction": reconstruction,
             "consistency": consistency,
             "disagreement": disagreement,
+            **told(counts),
         }
 
     @property
@@ -105,10 +108,16 @@ class EMAE(Method):
         mask = Mask(visible, unseen, self.grid.num_patches)
         return self.decoder_input(self.encode_parts(images, parts), mask), unseen.shape[1]
 
-    def targets(self, images: Tensor, parts: Tensor) -> Tensor:
+    def counting(self, batch: Batch, parts: Tensor) -> Counts:
+        """Which values of the patches of each part count, (B, K, V, P); None: all."""
+        counts = counting(batch.known, parts.flatten(1), self.grid.patch)
+        return None if counts is None else counts.reshape(*parts.shape, -1)
+
+    def targets(self, images: Tensor, parts: Tensor, counts: Counts = None) -> Tensor:
         """What is to be predicted, once for each patch of each part: float32 (B, K, V, P)."""
-        norm, patch = self.config.norm_pix_loss, self.grid.patch
-        values = pixel_targets(images, parts.flatten(1), patch, norm_pix_loss=norm)
+        norm, of = self.config.norm_pix_loss, (images, parts.flatten(1), self.grid.patch)
+        counts = None if counts is None else counts.flatten(1, 2)
+        values = pixel_targets(*of, norm_pix_loss=norm, counts=counts)
         return values.reshape(*parts.shape, -1)
 
     @torch.no_grad()
@@ -117,7 +126,7 @@ class EMAE(Method):
         images = batch.views[0]
         parts = self.draw_parts(images)
         predicted = self.reconstruct(images, parts)  # (B, U * (K - 1), V, P)
-        panels, norm = [Panel("input", images)], self.config.norm_pix_loss
+        panels, norm = [pictures.input_panel(images, batch.known)], self.config.norm_pix_loss
         unseen = image_parts.unseen_patches(parts, self.num_used)  # (B, U, (K - 1) * V)
         by_part = predicted.index_select(1, self.by_patch.argsort()).reshape(*unseen.shape, -1)
         for part in range(min(self.num_used, MOST_SHOWN)):
@@ -130,13 +139,11 @@ class EMAE(Method):
                 # One plain reconstruction, and notes once: all would be too wide to read.
                 seen, drawn = replace(seen, note="hatched: hidden"), [replace(drawn[1], note="")]
             panels += [seen, *drawn]
-        groups = image_parts.group_by_patch(predicted.float(), self.num_parts, self.num_used)
-        targets = self.targets(images, parts).tensor_split([self.num_used], dim=1)
-        errors = [
-            (own - wanted[:, :, None]).square().mean(dim=(2, 4))
-            for own, wanted in zip(groups, targets, strict=True)
-        ]
+        counts = self.counting(batch, parts)
+        of = (self.targets(images, parts, counts), self.num_used, counts)
+        errors = [each.square().mean(dim=(2, 4)) for each in image_parts.errors(predicted, *of)]
         error, index = torch.cat(errors, dim=1).flatten(1), parts.flatten(1)
+        error = shown(error, None if counts is None else counts.flatten(1, 2))
         unit = f"{pictures.pixel_unit(standardised=norm)}; mean over the parts that predict it"
         panels.append(pictures.error_panel(error, self.grid, index, unit))
         if self.num_parts > 2 and self.num_used > 1:

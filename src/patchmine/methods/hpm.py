@@ -35,6 +35,7 @@ from patchmine.models.decoder import (
 from patchmine.models.maps import VisitMaps
 from patchmine.models.teacher import Teacher, foreign_teacher, ramped_decay
 from patchmine.ops import losses, masks, mining, patches, pictures
+from patchmine.ops.known import Counts, compared, counting, scored, settled, shown, told
 from patchmine.ops.schedules import hard_count
 from patchmine.task import Method, PlainItems
 from patchmine.types import Batch, Grid, Losses, Mask, Panel, ParamGroup, Progress
@@ -120,16 +121,20 @@ class HPM(Method):
         latent = encode(self.encoder, images, mask.visible)  # (B, P + V, D)
         tokens = self.decoder_input(latent, mask)  # (B, P + V + M, W), the start of both decoders
         output, predicted = self.decode(tokens)  # (B, M, T) and (B, M)
-        error = self.error(output, images, features, mask)  # (B, M)
-        reconstruction, error = error.mean(), error.detach()
+        counts = self.counting(batch.known, mask, features)
+        error = self.error(output, images, features, mask, counts)  # (B, M)
+        reconstruction, error = error.mean(), compared(error.detach(), counts)
         if self.maps is not None and self.remembers:
             self.maps.remember(batch, error, mask.masked)
-        follows = {} if difficulty is None else _follows(difficulty, error, mask)
+        whole = None if counts is None else counts.any(dim=-1)  # (B, M)
+        error = error if whole is None else error.where(whole, 0.0)
+        follows = told(counts)
+        follows = follows if difficulty is None else follows | _follows(difficulty, error, mask)
         if predicted is None:
             return {"loss": reconstruction, **follows}
         relative = self.config.prediction == "relative"
         objective = losses.relative_difficulty_loss if relative else losses.absolute_difficulty_loss
-        prediction = objective(predicted, error)
+        prediction = objective(predicted, error, whole)
         parts = {"reconstruction": reconstruction, "prediction": prediction, **follows}
         total = reconstruction + self.config.prediction_weight * prediction
         return {"loss": total, **parts}
@@ -152,22 +157,27 @@ class HPM(Method):
         """Target features (B, L, T) and difficulty (B, L), where a step needs them."""
         wanted = self._hard_count(progress) > 0
         looks = wanted and progress.epoch % self.config.every == 0
-        features, difficulty = self.ask_teachers(batch.views[0], looks)
+        features, difficulty = self.ask_teachers(batch.views[0], looks, known=batch.known)
         if self.maps is None or not wanted:
             return features, difficulty
         if difficulty is not None:
             places = torch.arange(self.grid.num_patches, device=difficulty.device)
             self.maps.remember(batch, difficulty, places.expand_as(difficulty))
         noise = self.noise.uniform(len(batch), self.grid.num_patches, device=batch.index.device)
-        return features, self.maps.recall(batch, noise)
+        return features, scored(self.maps.recall(batch, noise), batch.known, self.grid.patch)
 
     @torch.no_grad()
     def ask_teachers(
-        self, images: Tensor, want_difficulty: bool, looks: Sequence[Tensor] | None = None
+        self,
+        images: Tensor,
+        want_difficulty: bool,
+        looks: Sequence[Tensor] | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Target features (B, L, T) and difficulty (B, L) of images, where needed.
 
-        ``looks`` (B, units) each: from which a masked look draws its masks, in place of the noise.
+        Patches without data have a difficulty of -inf, see `Batch.known`.  ``looks`` (B, units)
+        each: from which a masked look draws its masks, in place of the noise.
         """
         features, difficulty = None, None
         if self.foreign is not None:
@@ -185,11 +195,13 @@ class HPM(Method):
             if looks is None:
                 drawn = range(self.config.num_looks)
                 looks = [self.noise.uniform(*shape, device=device) for _ in drawn]
-            difficulty = self._look_through_masks(images, features, looks)
+            difficulty = self._look_through_masks(images, features, looks, known)
+        if difficulty is not None:
+            difficulty = scored(difficulty, known, self.grid.patch)
         return features, difficulty
 
     def _look_through_masks(
-        self, images: Tensor, features: Tensor | None, looks: Sequence[Tensor]
+        self, images: Tensor, features: Tensor | None, looks: Sequence[Tensor], known: Tensor | None
     ) -> Tensor:
         """Difficulty (B, L) of what random masks hide from the teacher; -inf where none did."""
         # As in training, where losses are predicted of masked patches: asked about patches that it
@@ -204,7 +216,8 @@ class HPM(Method):
             if self.config.score == "observed":
                 decoder = cast(Decoder, teacher.decoder)
                 output = decoder.head(decoder(tokens, self.num_masked))
-                score = self.error(output, images, features, mask)  # (B, M)
+                counts = self.counting(known, mask, features)
+                score = compared(self.error(output, images, features, mask, counts), counts)
             else:
                 score = self._expected(tokens, self.num_masked)
             total.scatter_add_(1, mask.masked, score)
@@ -245,14 +258,26 @@ class HPM(Method):
         start, end, offset = config.alpha_start, config.alpha_end, config.alpha_offset
         return hard_count(progress, masked, start=start, end=end, offset=offset)
 
-    def error(self, output: Tensor, images: Tensor, features: Tensor | None, mask: Mask) -> Tensor:
-        """Reconstruction loss of each masked patch, float32 (B, M)."""
+    def counting(self, known: Tensor | None, mask: Mask, features: Tensor | None) -> Counts:
+        """Which values of the masked patches count, of features which patches."""
+        return counting(known, mask.masked, self.grid.patch, whole=features is not None)
+
+    def error(
+        self,
+        output: Tensor,
+        images: Tensor,
+        features: Tensor | None,
+        mask: Mask,
+        counts: Counts = None,
+    ) -> Tensor:
+        """Reconstruction loss of each masked patch, 0 where it does not count: float32 (B, M)."""
         if features is None:
-            norm, patch = self.config.norm_pix_loss, self.grid.patch
-            target = patches.pixel_targets(images, mask.masked, patch, norm_pix_loss=norm)
-            return losses.squared_error(output, target)
+            norm, of = self.config.norm_pix_loss, (images, mask.masked, self.grid.patch)
+            target = patches.pixel_targets(*of, norm_pix_loss=norm, counts=counts)
+            return losses.squared_error(settled(output, target, counts), target)
         masked = mask.masked[:, :, None].expand(-1, -1, features.shape[-1])
-        return losses.direction_error(output, features.gather(1, masked))
+        target = features.gather(1, masked)
+        return losses.direction_error(settled(output, target, counts), target)
 
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
@@ -305,10 +330,11 @@ class HPM(Method):
     def panels(self, batch: Batch, progress: Progress) -> list[Panel]:
         """Input, difficulty, what the student saw, the reconstruction, the true error."""
         images, grid = batch.views[0], self.grid
-        features, difficulty = self.ask_teachers(images, self.mines, self._fixed_looks(images))
+        looks = self._fixed_looks(images)
+        features, difficulty = self.ask_teachers(images, self.mines, looks, batch.known)
         mask = self.draw_mask(images, difficulty, progress)
         output = self._reconstruct(images, mask)
-        panels = [Panel("input", images)]
+        panels = [pictures.input_panel(images, batch.known)]
         if difficulty is not None:
             heat = pictures.patch_map(difficulty, grid)
             note = f"{self._meaning()}; light is masked first"
@@ -319,7 +345,8 @@ class HPM(Method):
             norm = self.config.norm_pix_loss
             unit = pictures.pixel_unit(standardised=norm)
             drawn = pictures.reconstruction_panels(images, mask, grid, output, standardised=norm)
-        error = self.error(output, images, features, mask)
+        counts = self.counting(batch.known, mask, features)
+        error = shown(self.error(output, images, features, mask, counts), counts)
         return [*panels, *pictures.masked_panels(images, mask, grid, drawn, error, unit)]
 
 

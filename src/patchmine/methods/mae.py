@@ -18,6 +18,7 @@ from patchmine.models.decoder import check_decoder, count_predicted, masked_deco
 from patchmine.models.noise_filter import NoiseFilter
 from patchmine.models.units import block_grid, count_visible_blocks
 from patchmine.ops import losses, masks, patches, pictures
+from patchmine.ops.known import Counts, counting, settled, shown, told
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Mask, Panel, ParamGroup, Progress
 
@@ -52,7 +53,8 @@ class MAE(Method):
         images = batch.views[0]  # (B, C, H, W) or (B, C, T, H, W)
         mask = predicted_part(self.draw_mask(images), self.noise, self.num_predicted)
         predicted = self.reconstruct(images, mask)  # (B, M, P)
-        return {"loss": self.error(predicted, images, mask).mean()}
+        counts = counting(batch.known, mask.masked, self.grid.patch)
+        return {"loss": self.error(predicted, images, mask, counts).mean(), **told(counts)}
 
     def draw_mask(self, images: Tensor) -> Mask:
         """A random mask of the configured ratio for each image, of whole tubes for each clip."""
@@ -69,11 +71,11 @@ class MAE(Method):
         tokens = self.decoder_input(latent, mask)  # (B, P + V + M, W)
         return self.decoder.head(self.decoder(tokens, mask.masked.shape[1]))
 
-    def error(self, predicted: Tensor, images: Tensor, mask: Mask) -> Tensor:
-        """Mean squared error of each masked patch, float32 (B, M)."""
-        norm, patch = self.config.norm_pix_loss, self.grid.patch
-        target = patches.pixel_targets(images, mask.masked, patch, norm_pix_loss=norm)
-        return losses.squared_error(predicted, target)
+    def error(self, predicted: Tensor, images: Tensor, mask: Mask, counts: Counts = None) -> Tensor:
+        """Mean squared error of each masked patch, 0 where it does not count: float32 (B, M)."""
+        norm, of = self.config.norm_pix_loss, (images, mask.masked, self.grid.patch)
+        target = patches.pixel_targets(*of, norm_pix_loss=norm, counts=counts)
+        return losses.squared_error(settled(predicted, target, counts), target)
 
     def param_groups(self) -> list[ParamGroup]:
         """Everything that learns, clipped if the settings say so."""
@@ -88,5 +90,7 @@ class MAE(Method):
         predicted = self.reconstruct(images, mask)
         norm, of = self.config.norm_pix_loss, (images, mask, self.grid)
         drawn = pictures.reconstruction_panels(*of, predicted, standardised=norm)
-        error, unit = self.error(predicted, images, mask), pictures.pixel_unit(standardised=norm)
-        return [Panel("input", images), *pictures.masked_panels(*of, drawn, error, unit)]
+        counts = counting(batch.known, mask.masked, self.grid.patch)
+        error = shown(self.error(predicted, images, mask, counts), counts)
+        masked = pictures.masked_panels(*of, drawn, error, pictures.pixel_unit(standardised=norm))
+        return [pictures.input_panel(images, batch.known), *masked]

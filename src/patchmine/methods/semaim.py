@@ -33,7 +33,8 @@ from patchmine.models.teacher import Teacher, foreign_teacher, ramped_decay
 from patchmine.ops import losses, orders
 from patchmine.ops import patches as cut
 from patchmine.ops.blur import blur_matrix, blurred
-from patchmine.ops.pictures import DIRECTION_UNIT, error_panel, patch_map, pixel_unit
+from patchmine.ops.known import Counts, counting, levelled, settled, shown, told
+from patchmine.ops.pictures import DIRECTION_UNIT, error_panel, input_panel, patch_map, pixel_unit
 from patchmine.task import Method
 from patchmine.types import Batch, Losses, Panel, Progress
 
@@ -93,10 +94,15 @@ class SemAIM(Method):
         images = batch.views[0]  # (B, C, H, W)
         patches = embed_patches(self.encoder, images)  # (B, L, D)
         features, similarity = self.judge(images, patches)
+        if similarity is not None:
+            similarity = levelled(similarity, batch.known, self.grid.patch)
         order, score = self.draw_order(images, similarity)  # (B, L); None, or (1 or B, L)
         predicted = self.predict_patches(patches, order, score)  # (B, L, T), by rank from here on
-        error = self.error(predicted, images, features, order)  # (B, L)
+        error = self.error(predicted, images, features, order, batch.known)  # (B, L)
         by_rank = error.detach().mean(dim=0)
+        counts = self.counting(batch.known, features, order)
+        if counts is not None:
+            by_rank = by_rank / counts.float().mean(dim=(0, 2)).clamp(min=1e-6)
         count = self.grid.num_patches
         return {
             "loss": error.mean(),
@@ -104,6 +110,7 @@ class SemAIM(Method):
             "first_patch": by_rank[0],
             "first_tenth": by_rank[: -(-count // 10)].mean(),
             "last_half": by_rank[count // 2 :].mean(),
+            **told(counts),
         }
 
     @torch.no_grad()
@@ -174,22 +181,38 @@ class SemAIM(Method):
         _, answers = two_streams(self.encoder, self.query_blocks, *streams)
         return self.head(self.encoder.norm(answers[-1]))
 
-    def error(
-        self, predicted: Tensor, images: Tensor, features: Tensor | None, order: Tensor
-    ) -> Tensor:
-        """Loss of each patch by rank, float32 (B, L)."""
-        if features is not None:
-            return losses.direction_error(predicted, orders.take(features, order))
-        soft, norm = self.soften(images), self.config.norm_pix_loss
-        target = cut.pixel_targets(soft, order, self.grid.patch, norm_pix_loss=norm)
-        squared = self.config.pixel_loss == "l2"
-        return (losses.squared_error if squared else losses.absolute_error)(predicted, target)
+    def counting(self, known: Tensor | None, features: Tensor | None, order: Tensor) -> Counts:
+        """Which values of the patches by rank count, of features which patches."""
+        return counting(known, order, self.grid.patch, whole=features is not None)
 
-    def soften(self, images: Tensor) -> Tensor:
-        """What pixel targets are cut from, float32 (B, C, H, W)."""
+    def error(
+        self,
+        predicted: Tensor,
+        images: Tensor,
+        features: Tensor | None,
+        order: Tensor,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of each patch by rank, 0 where it does not count: float32 (B, L)."""
+        counts = self.counting(known, features, order)
+        if features is not None:
+            target = orders.take(features, order)
+            return losses.direction_error(settled(predicted, target, counts), target)
+        norm, of = self.config.norm_pix_loss, (self.soften(images, known), order, self.grid.patch)
+        target = cut.pixel_targets(*of, norm_pix_loss=norm, counts=counts)
+        squared = self.config.pixel_loss == "l2"
+        apart = losses.squared_error if squared else losses.absolute_error
+        return apart(settled(predicted, target, counts), target)
+
+    def soften(self, images: Tensor, known: Tensor | None = None) -> Tensor:
+        """What pixel targets are cut from, float32 (B, C, H, W), made of known pixels alone."""
         if self.config.blur_sigma is None:
             return images.float()
-        return blurred(images, self.blur_rows, self.blur_columns)
+        blurs = (self.blur_rows, self.blur_columns)
+        if known is None:
+            return blurred(images, *blurs)
+        share = blurred(known.float(), *blurs) / blurred(torch.ones_like(images), *blurs)
+        return blurred(images.where(known, 0.0), *blurs) / share.clamp(min=1e-6)
 
     def after_step(self, progress: Progress) -> None:
         if self.teacher is not None:
@@ -201,9 +224,11 @@ class SemAIM(Method):
         images = batch.views[0]
         patches = embed_patches(self.encoder, images)
         features, similarity = self.judge(images, patches)
+        if similarity is not None:
+            similarity = levelled(similarity, batch.known, self.grid.patch)
         order, score = self.draw_order(images, similarity)
         predicted = self.predict_patches(patches, order, score)
-        panels = [Panel("input", images)]
+        panels = [input_panel(images, batch.known)]
         if similarity is not None:
             titles = {"cls": "similarity to the class token", "gap": "similarity to the mean patch"}
             title = titles.get(self.config.similarity, "attention of the class token")
@@ -222,7 +247,8 @@ class SemAIM(Method):
             panels += self._drawn(images, predicted, order)
             squared, norm = self.config.pixel_loss == "l2", self.config.norm_pix_loss
             unit = pixel_unit(squared=squared, standardised=norm)
-        error = self.error(predicted, images, features, order)
+        counts = self.counting(batch.known, features, order)
+        error = shown(self.error(predicted, images, features, order, batch.known), counts)
         return [*panels, error_panel(error, self.grid, order, unit)]
 
     def _drawn(self, images: Tensor, predicted: Tensor, order: Tensor) -> list[Panel]:

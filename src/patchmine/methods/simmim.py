@@ -19,7 +19,8 @@ from patchmine.methods.settings.simmim import SimMimSettings
 from patchmine.models.droppath import draw_drop_paths, seed_drop_paths
 from patchmine.models.units import patches_per_unit
 from patchmine.ops import pictures
-from patchmine.ops.losses import masked_absolute_error
+from patchmine.ops.known import counting, settled, shown, told
+from patchmine.ops.losses import absolute_error, masked_absolute_error
 from patchmine.ops.masks import expand_units
 from patchmine.ops.patches import channels_last, gather_patches
 from patchmine.task import Method
@@ -57,8 +58,10 @@ class SimMIM(Method):
     def forward(self, batch: Batch, progress: Progress) -> Losses:
         images = batch.views[0]  # (B, C, H, W)
         mask = self.draw_mask(images)
-        predicted = self.reconstruct(images, mask)  # (B, M, P)
-        return {"loss": masked_absolute_error(predicted, self.target(images, mask), self.channels)}
+        counts = counting(batch.known, mask.masked, self.grid.patch, channels_first=True)
+        target = self.target(images, mask)
+        predicted = settled(self.reconstruct(images, mask), target, counts)  # (B, M, P)
+        return {"loss": masked_absolute_error(predicted, target, self.channels), **told(counts)}
 
     def draw_mask(self, images: Tensor) -> Mask:
         """A random set of whole units of each image is masked, the same number in all."""
@@ -99,9 +102,11 @@ class SimMIM(Method):
         images, grid = batch.views[0], self.grid
         mask = self.draw_mask(images)
         predicted = self.reconstruct(images, mask)
-        error = (predicted.float() - self.target(images, mask)).abs().mean(dim=-1)  # (B, M)
+        counts = counting(batch.known, mask.masked, grid.patch, channels_first=True)
+        target = self.target(images, mask)
+        error = shown(absolute_error(settled(predicted, target, counts), target), counts)  # (B, M)
         pixels = channels_last(predicted, self.channels)
         drawn = pictures.reconstruction_panels(images, mask, grid, pixels, standardised=False)
         unit = pictures.pixel_unit(squared=False)
-        shown = pictures.masked_panels(images, mask, grid, drawn, error, unit)
-        return [Panel("input", images), *shown]
+        masked = pictures.masked_panels(images, mask, grid, drawn, error, unit)
+        return [pictures.input_panel(images, batch.known), *masked]

@@ -21,12 +21,14 @@ class MethodSettings(Strict):
         families: names of the encoder families that the method trains.
         relative_positions: it takes encoders whose attention knows how far apart two patches are.
         multi_crop: a training batch holds several crops of each image, as ``crops`` says.
+        predicts_patches: its loss is one of patches, out of which those without data can stay.
     """
 
     implementation: ClassVar[str]
     families: ClassVar[frozenset[str]] = frozenset({"vit"})
     relative_positions: ClassVar[bool] = False
     multi_crop: ClassVar[bool] = False
+    predicts_patches: ClassVar[bool] = False
 
     name: str
     clip_grad: float | None = Field(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 RANK_EPS = (
@@ -57,33 +57,51 @@ def direction_error(
 
 
 def absolute_difficulty_loss(
-    predicted: Float[Tensor, "B M"], error: Float[Tensor, "B M"]
+    predicted: Float[Tensor, "B M"],
+    error: Float[Tensor, "B M"],
+    counts: Bool[Tensor, "B M"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean squared distance to errors standardised in each image: (B, M), (B, M) -> ()."""
+    """Mean squared distance to errors standardised in each image: (B, M), (B, M) -> ().
+
+    Patches that do not count have a distance of 0; None: all count.
+    """
     error = error.detach().float()
+    if counts is not None:
+        number = counts.sum(dim=1, keepdim=True)
+        mean = error.where(counts, 0.0).sum(dim=1, keepdim=True) / number.clamp(min=1)
+        apart = (error - mean).where(counts, 0.0)
+        variance = apart.square().sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)
+        distance = predicted.float() - apart / (variance + 1e-6).sqrt()
+        return distance.where(counts, 0.0).square().mean()
     variance, mean = torch.var_mean(error, dim=1, keepdim=True, correction=1)
     return (predicted.float() - (error - mean) / (variance + 1e-6).sqrt()).square().mean()
 
 
 def relative_difficulty_loss(
-    predicted: Float[Tensor, "B M"], error: Float[Tensor, "B M"]
+    predicted: Float[Tensor, "B M"],
+    error: Float[Tensor, "B M"],
+    counts: Bool[Tensor, "B M"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean of ``-log(sigmoid(p_a - p_b) + 1e-6)`` over pairs with error_a > error_b, ().
 
     Args:
         predicted: (B, M), difficulty of the masked patches of each image.
         error: (B, M), their true errors, which take no gradient; pairs of equal error do not count.
+        counts: (B, M), patches whose pairs with others have a loss, which is 0 for other pairs;
+            None: all.
 
     Each pair is visited once and the gradient is worked out with the loss (docs/methods/hpm.md).
     """
-    return _PairwiseRanking.apply(predicted, error)
+    return _PairwiseRanking.apply(predicted, error, counts)
 
 
 class _PairwiseRanking(torch.autograd.Function):
     """Loss and gradient in one sweep over blocks of pairs; saves (B, M) numbers for backward."""
 
     @staticmethod
-    def forward(ctx: Any, predicted: Tensor, error: Tensor) -> Tensor:
+    def forward(ctx: Any, predicted: Tensor, error: Tensor, counts: Tensor | None) -> Tensor:
+        if counts is not None:
+            error = error.where(counts, torch.nan)  # is larger than nothing, and nothing than it
         # Sorted by falling error, every ordered pair (a, b) has a before b: only blocks on and
         # above the diagonal are visited.
         error, order = error.float().sort(dim=1, descending=True)
@@ -104,15 +122,18 @@ class _PairwiseRanking(torch.autograd.Function):
             pull = torch.where(ordered, share * (1 - share) / (share + RANK_EPS), 0.0)
             slope[:, start:stop] -= pull.sum(dim=2)
             slope[:, start:] += pull.sum(dim=1)
+        if counts is not None:
+            number = counts.sum(dim=1)
+            pairs += batch * length * (length - 1) // 2 - (number * (number - 1) // 2).sum()
         pairs = pairs.clamp(min=1)
         ctx.save_for_backward(torch.empty_like(slope).scatter_(1, order, slope / pairs))
         ctx.dtype = predicted.dtype
         return total / pairs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return (slope * grads[0]).to(ctx.dtype), None
+        return (slope * grads[0]).to(ctx.dtype), None, None
 
 
 def balanced_weights(counts: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ two dense blocks, so that shapes do not depend on the draw.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from patchmine.ops.known import settled
 
 
 def split_parts(noise: Float[Tensor, "B L"], num_parts: int) -> Int[Tensor, "B K V"]:
@@ -80,11 +83,30 @@ def patch_disagreement(
     return torch.cat(means, dim=1)
 
 
+def errors(
+    predicted: Float[Tensor, "B UM V P"],
+    target: Float[Tensor, "B K V P"],
+    num_used: int,
+    counts: Bool[Tensor, "B K V P"] | None = None,
+) -> Iterator[Tensor]:
+    """Predictions less their targets, in the two groups of `group_by_patch`, float32.
+
+    Args as of `parts_losses`; where values do not count it is 0.
+    """
+    groups = group_by_patch(predicted, target.shape[1], num_used)
+    targets = target.float().tensor_split([num_used], dim=1)
+    counted = [None] * 2 if counts is None else counts[:, :, None].tensor_split([num_used], dim=1)
+    for own, wanted, where in zip(groups, targets, counted, strict=True):
+        wanted = wanted[:, :, None].expand_as(own)
+        yield settled(own.float(), wanted, None if where is None else where.expand_as(own)) - wanted
+
+
 def parts_losses(
     predicted: Float[Tensor, "B UM V P"],
     target: Float[Tensor, "B K V P"],
     num_used: int,
     distance: Literal["l1", "l2"],
+    counts: Bool[Tensor, "B K V P"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Errors of all predictions, and how far those of the same patch are apart.
 
@@ -93,6 +115,7 @@ def parts_losses(
         target: (B, K, V, P).
         num_used: U.
         distance: "l1" or "l2", between two predictions.
+        counts: where values count, both errors and distances are 0 elsewhere; None: everywhere.
 
     Returns:
         Three float32 scalars: the mean squared error; the mean distance over pixels and pairs of
@@ -102,14 +125,8 @@ def parts_losses(
     # Each pair of parts predicts the K - 2 others.
     pairs = max(1, num_used * (num_used - 1) // 2 * (num_parts - 2) * (target.numel() // num_parts))
     squares, spread, apart = torch.zeros(3, device=predicted.device)
-    groups, targets = (
-        group_by_patch(predicted, num_parts, num_used),
-        target.tensor_split([num_used], dim=1),
-    )
-    for own, wanted in zip(groups, targets, strict=True):
-        error = (
-            own.float() - wanted.float()[:, :, None]
-        )  # (B, J, M, V, P), as far apart as the predictions are
+    # (B, J, M, V, P), as far apart as the predictions are
+    for error in errors(predicted, target, num_used, counts):
         squares = squares + error.square().sum()
         absolute = (error * rank_balance(error.detach())).sum()
         apart = apart + absolute.detach()

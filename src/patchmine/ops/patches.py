@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from patchmine.types import Grid
@@ -11,11 +11,12 @@ from patchmine.types import Grid
 # VideoMAE adds 1e-6 where bytes span [0, 1]; pixels normalised with ImageNet's deviations, .229,
 # .224 and .225, span as much more as these are below 1.
 CUBE_EPS = 1e-6 / 0.226
+PATCH_EPS = 1e-6  # models_mae.py, forward_loss
 
 
 def gather_patches(
-    images: Float[Tensor, "B C *size"], index: Int[Tensor, "B V"], patch: tuple[int, ...]
-) -> Float[Tensor, "B V C *patch"]:
+    images: Shaped[Tensor, "B C *size"], index: Int[Tensor, "B V"], patch: tuple[int, ...]
+) -> Shaped[Tensor, "B V C *patch"]:
     """The patches in ``index`` (B, V) and no others: (B, C, *size) -> (B, V, C, *patch)."""
     batch, channels, *size = images.shape
     counts = [side // step for side, step in zip(size, patch, strict=True)]
@@ -37,8 +38,8 @@ def gather_patches(
 
 
 def all_patches(
-    images: Float[Tensor, "B C *size"], patch: tuple[int, ...]
-) -> Float[Tensor, "B L C *patch"]:
+    images: Shaped[Tensor, "B C *size"], patch: tuple[int, ...]
+) -> Shaped[Tensor, "B L C *patch"]:
     """Every patch in raster order: (B, C, *size) -> (B, L, C, *patch)."""
     batch, channels, *size = images.shape
     counts = [side // step for side, step in zip(size, patch, strict=True)]
@@ -49,7 +50,7 @@ def all_patches(
     return blocks.reshape(batch, -1, channels, *patch)  # (B, L, C, p0, p1, ...)
 
 
-def patch_values(patches: Float[Tensor, "B V C *patch"]) -> Float[Tensor, "B V P"]:
+def patch_values(patches: Shaped[Tensor, "B V C *patch"]) -> Shaped[Tensor, "B V P"]:
     """Numbers of each patch in MAE's order, channels last: (B, V, C, *patch) -> (B, V, P)."""
     return patches.movedim(2, -1).flatten(2)
 
@@ -76,7 +77,7 @@ def images_from_values(
     return blocks.reshape(values.shape[0], channels, *size)
 
 
-def patch_statistics(values: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def patch_statistics(values: Tensor, eps: float = PATCH_EPS) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each patch, (B, V, P) -> two of (B, V, 1).
 
     The variance is unbiased and ``eps`` sits inside the root (``models_mae.py``, forward_loss).
@@ -123,15 +124,28 @@ def pixel_targets(
     patch: tuple[int, ...],
     *,
     norm_pix_loss: bool,
+    counts: Bool[Tensor, "B M P"] | None = None,
 ) -> Float[Tensor, "B M P"]:
     """Pixels to be predicted, float32 (B, M, P); standardised if ``norm_pix_loss``.
 
-    A patch of an image over all channels together, a cube of a clip within each channel.
+    A patch of an image over all channels together, a cube of a clip within each channel.  By those
+    of its values that count; None: by all.
     """
     values = patch_values(gather_patches(images.float(), index, patch))
     if not norm_pix_loss:
         return values
+    if counts is not None:
+        return _standardised_by(values, counts)
     mean, deviation = target_statistics(values, patch, images.shape[1])
     if len(patch) == 3:
         return ((_by_channel(values, images.shape[1]) - mean) / deviation).flatten(-2)
     return (values - mean) / deviation
+
+
+def _standardised_by(values: Float[Tensor, "B M P"], counts: Bool[Tensor, "B M P"]) -> Tensor:
+    """Values of patches of images less the mean, over the deviation, of those that count."""
+    number = counts.sum(dim=-1, keepdim=True)
+    mean = torch.where(counts, values, 0.0).sum(dim=-1, keepdim=True) / number.clamp(min=1)
+    squares = torch.where(counts, values - mean, 0.0).square().sum(dim=-1, keepdim=True)
+    variance = squares / (number - 1).clamp(min=1)
+    return (values - mean) / (variance + PATCH_EPS).sqrt()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from patchmine.ops.patches import (
@@ -51,6 +51,15 @@ def patch_map(numbers: Tensor, grid: Grid, index: Tensor | None = None) -> Tenso
 
 def _wide(index: Tensor, values: Tensor) -> Tensor:
     return index[:, :, None].expand(-1, -1, values.shape[-1])
+
+
+def input_panel(
+    images: Float[Tensor, "B C *size"], known: Bool[Tensor, "B C *size"] | None
+) -> Panel:
+    """The input, without what of it is not known (None: all is)."""
+    if known is None:
+        return Panel("input", images)
+    return Panel("input", images.masked_fill(~known, torch.nan), note="hatched: no data")
 
 
 def reconstruction_panels(

@@ -38,6 +38,8 @@ _ABOUT = {
     "worrying.",
     "prediction": "Error in predicting which patches are hard: lower is better. 0.693 is a guess "
     "where their order is predicted.",
+    "counted": "Share of what is predicted of which there is data (missing=mask); the loss over it "
+    "is the mean error of that. Set by the images, not learned.",
     "rank_correlation": "Whether the patches that were expected to be hard had the larger errors: "
     "1 is the same order, 0 none. Higher is better; near 0, mining picks at random.",
     "position_share": "How much of the maps of difficulty the place in the picture explains: lower "

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchmine.data.badfiles import BadFiles
+from patchmine.data.decoding.decode import decode_known
 from patchmine.data.items import Item
 from patchmine.data.loader import plain_batches
 from patchmine.data.settings import InputSettings
@@ -48,7 +49,8 @@ class ThumbnailView:
     repeats: ClassVar[int] = 1
 
     def __call__(self, raw: Any, generator: np.random.Generator, target: Any = None) -> Sample:
-        image = self.pixels(raw, self.settings.channels, self.settings.max_pixels)  # (C, H, W)
+        of = (raw, self.settings.channels, self.settings.max_pixels)
+        image = decode_known(*of)[0] if self.settings.wants_known else self.pixels(*of)  # (C, H, W)
         share = min(1.0, SIDE / max(image.shape[-2:]))
         height, width = (max(1, round(side * share)) for side in image.shape[-2:])
         square = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)

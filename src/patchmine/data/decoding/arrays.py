@@ -42,14 +42,28 @@ def scaled(array: np.ndarray) -> Tensor:
     if array.dtype == np.uint8:
         usable = array.flags.writeable and min(array.strides) >= 0
         return torch.from_numpy(array if usable else array.copy())
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is told below
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which `decode` tells
         values = np.array(array, dtype=np.float32, order="C")
     if kind in "ui" and size <= 2:
         limits = np.iinfo(array.dtype)
         values -= np.float32(limits.min)
         values /= np.float32(limits.max - limits.min)
-        return torch.from_numpy(values)
-    return require_finite(torch.from_numpy(values))
+    return torch.from_numpy(values)
+
+
+def with_gaps(image: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """(C, H, W) as a masked array where there are gaps in it, itself where there are none.
+
+    ``gaps`` as in `without_gaps`.
+    """
+    return np.ma.MaskedArray(image, gaps) if gaps.any() else image
+
+
+def filled(image: np.ndarray) -> np.ndarray:
+    """The plain array of what `with_gaps` gives, by `without_gaps`."""
+    if not isinstance(image, np.ma.MaskedArray):
+        return image
+    return without_gaps(image.data, np.ma.getmaskarray(image))
 
 
 def without_gaps(image: np.ndarray, gaps: np.ndarray) -> np.ndarray:
@@ -63,13 +77,6 @@ def without_gaps(image: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     for channel, gap in zip(image, gaps, strict=True):
         mean = 0.0 if gap.all() else channel[~gap].mean(dtype=np.float64)
         channel[gap] = mean if image.dtype.kind == "f" else np.rint(mean)
-    return image
-
-
-def require_finite(image: Tensor) -> Tensor:
-    """The image itself; DecodeError where it holds NaN or infinity."""
-    if not bool(torch.isfinite(image).all()):
-        raise DecodeError("holds values that are not finite (NaN or infinite)")
     return image
 
 

@@ -1,7 +1,6 @@
 """FITS, by astropy: the planes of the first image in a file, the last row at the top.
 
-Values are those that BSCALE and BZERO make of them; where BLANK or NaN says that there are none,
-the mean of the others stands.
+Values are those that BSCALE and BZERO make of them; BLANK and NaN say where there are none.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from patchmine.data.decoding.arrays import without_gaps
+from patchmine.data.decoding.arrays import with_gaps
 from patchmine.data.decoding.bounds import DecodeError, check_pixels, decoding, without_log
 from patchmine.data.decoding.reading import Contents, Facts, Reader, open_stored, stored_size
 
@@ -37,7 +36,7 @@ def probe(file: Contents, number: int) -> Facts:
 
 
 def read(file: Contents, number: int, _: int, max_pixels: int) -> np.ndarray:
-    """(1, H, W) uint8 or float32 of a plane; DecodeError."""
+    """(1, H, W) uint8 or float32 of a plane, masked where it has no values; DecodeError."""
     with _opened(file) as (image, stored):
         height, width, _channels, dtype = _facts(image)
         check_pixels(height, width, max_pixels, stored=stored, work=_WORK)
@@ -48,7 +47,7 @@ def read(file: Contents, number: int, _: int, max_pixels: int) -> np.ndarray:
         if plane.shape != (height, width):
             raise DecodeError(f"{_DAMAGED} (a plane has shape {plane.shape})")
         values = np.ascontiguousarray(plane[None, ::-1], dtype)
-    return values if dtype == "uint8" else without_gaps(values, ~np.isfinite(values))
+    return values if dtype == "uint8" else with_gaps(values, ~np.isfinite(values))
 
 
 @contextmanager

@@ -22,13 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from patchmine.data.decoding import headers, heif, npy, tiff
-from patchmine.data.decoding.arrays import (
-    channels_first,
-    fit_channels,
-    require_finite,
-    scaled,
-    tensor_channels_first,
-)
+from patchmine.data.decoding.arrays import channels_first, tensor_channels_first
 from patchmine.data.decoding.bounds import (
     PLAIN_WORK,
     DecodeError,
@@ -45,13 +39,14 @@ from patchmine.data.decoding.orientation import (
     upright,
     upright_tensor,
 )
+from patchmine.data.decoding.pixels import Pixels, of_array, of_stored, of_tensor
 from patchmine.data.decoding.reading import Facts, Piece
 from patchmine.data.decoding.tiff_pages import MAGIC, TiffFile
 from patchmine.data.decoding.unnamed import unnamed_warnings
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import foreign_parser
 
-__all__ = ["DecodeError", "Raw", "decode", "no_image", "probe"]
+__all__ = ["DecodeError", "Raw", "decode", "decode_known", "no_image", "probe"]
 
 Raw = bytes | bytearray | memoryview | Piece | np.ndarray | Tensor | Image.Image
 # What PIL may take a file for: pictures, and no formats for which it starts other programs.
@@ -102,26 +97,41 @@ def decode(raw: Raw, channels: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     Raises:
         DecodeError: for an item that is no image, a damaged or too large one, or other channels.
     """
+    return _read(raw, channels, max_pixels).fitted(channels)
+
+
+@foreign_parser(_damaged, DecodeError)
+def decode_known(
+    raw: Raw, channels: int, max_pixels: int = MAX_PIXELS
+) -> tuple[Tensor, Tensor | None]:
+    """The pixels of a raw item, and of which of them there is data.
+
+    Args and errors are those of `decode`, which refuses NaN in arrays where this takes it for
+    missing.  Missing are also what the file says to be so, and what is wholly transparent.
+
+    Returns:
+        (C, H, W), the mean of its channel's other pixels where one is missing; (C, H, W) bool,
+        True where there is data, None of an image that misses nothing.
+    """
+    return _read(raw, channels, max_pixels).known(channels)
+
+
+def _read(raw: Raw, channels: int, max_pixels: int) -> Pixels:
     if isinstance(raw, (bytes, bytearray, memoryview, Piece)):
         with unnamed_warnings():
-            image, has_alpha = _read_stored(raw, channels, max_pixels)
+            found = _read_stored(raw, channels, max_pixels)
     elif isinstance(raw, Image.Image):
         with unnamed_warnings():
-            image, has_alpha = _from_pil(raw, _orientation_of(raw))
+            found = _from_pil(raw, _orientation_of(raw))
     elif isinstance(raw, Tensor):
-        image = tensor_channels_first(raw.detach())
-        has_alpha = image.shape[0] == 4
-        if image.is_floating_point():
-            image = require_finite(image.float())
-        elif image.dtype != torch.uint8:
-            image = scaled(image.numpy())
+        found = of_tensor(raw)
     elif isinstance(raw, np.ndarray):
-        image, has_alpha = _from_array(raw, channels)
+        found = of_array(raw, channels)
     else:
         raise no_image(raw)
-    if 0 in image.shape:
-        raise DecodeError(f"holds no pixels (shape {tuple(image.shape)})")
-    return fit_channels(image, channels, has_alpha)
+    if 0 in found.image.shape:
+        raise DecodeError(f"holds no pixels (shape {tuple(found.image.shape)})")
+    return found
 
 
 @foreign_parser(_damaged, DecodeError)
@@ -149,8 +159,7 @@ def no_image(raw: object) -> DecodeError:
     return DecodeError(f"is a {kind}; an image is bytes, an array, a tensor or a PIL image")
 
 
-# One reader for each kind of file.  It gives the image with its natural channels (a JPEG may be
-# asked for grey at once), and whether the last one is alpha.
+# One reader for each kind of file (a JPEG may be asked for grey at once)
 
 
 def _probe_jpeg(data: bytes) -> Facts:
@@ -160,10 +169,10 @@ def _probe_jpeg(data: bytes) -> Facts:
     return *size, 1 if header.components == 1 else 3, "uint8"
 
 
-def _read_jpeg(data: bytes, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
+def _read_jpeg(data: bytes, channels: int, max_pixels: int) -> Pixels:
     header = headers.read_jpeg_header(data)
     check_jpeg(header, len(data), max_pixels)
-    return upright_tensor(jpeg_pixels(data, header, channels), header.orientation), False
+    return Pixels(upright_tensor(jpeg_pixels(data, header, channels), header.orientation))
 
 
 def check_jpeg(header: headers.JpegHeader, stored: int, max_pixels: int) -> None:
@@ -207,7 +216,7 @@ def jpeg_by_pil(
     if scale > 1:
         mode = "L" if channels == 1 else "RGB"
         image.draft(mode, (image.width // scale, image.height // scale))
-    return _from_pil(image, 1)[0]
+    return _from_pil(image, 1).image
 
 
 def _torchvision_jpeg() -> Callable[..., Tensor] | None:
@@ -223,7 +232,7 @@ def _probe_png(data: bytes) -> Facts:
     return height, width, channels, dtype
 
 
-def _read_png(data: bytes, _: int, max_pixels: int) -> tuple[Tensor, bool]:
+def _read_png(data: bytes, _: int, max_pixels: int) -> Pixels:
     """By PIL: torchvision's decoder ends the whole process on some damaged files."""
     header = headers.read_png_header(data)
     channels = _PNG_CHANNELS.get(header.colour, 4)
@@ -232,7 +241,8 @@ def _read_png(data: bytes, _: int, max_pixels: int) -> tuple[Tensor, bool]:
     if not header.is_deep:
         return _from_pil(_open(header.plain), header.orientation, is_short=header.bits == 16)
     array = _deep_png(header)
-    return scaled(upright(array.transpose(2, 0, 1), header.orientation)), array.shape[2] in {2, 4}
+    turned = upright(array.transpose(2, 0, 1), header.orientation)
+    return of_stored(turned, has_alpha=array.shape[2] in {2, 4})
 
 
 def _deep_png(header: headers.PngHeader) -> np.ndarray:
@@ -252,12 +262,12 @@ def _deep_png(header: headers.PngHeader) -> np.ndarray:
     return deep
 
 
-def _read_npy(data: bytes, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
+def _read_npy(data: bytes, channels: int, max_pixels: int) -> Pixels:
     array = npy.read_npy(data)
     if array.size and array.ndim in (2, 3):
         height, width = channels_first(array, channels=0).shape[1:]
         check_pixels(height, width, max_pixels, stored=len(data))
-    return _from_array(array, channels)
+    return of_array(array, channels)
 
 
 def _probe_tiff(data: bytes) -> Facts:
@@ -265,15 +275,15 @@ def _probe_tiff(data: bytes) -> Facts:
     return layout.height, layout.width, layout.channels, layout.dtype
 
 
-def _read_tiff(data: bytes, _: int, max_pixels: int) -> tuple[Tensor, bool]:
+def _read_tiff(data: bytes, _: int, max_pixels: int) -> Pixels:
     file = TiffFile(data)
     layout = tiff.read_layout(file)
-    return scaled(tiff.read_tiff(file, layout, max_pixels)), layout.has_alpha
+    return of_stored(tiff.read_tiff(file, layout, max_pixels), layout.has_alpha)
 
 
-def _read_heif(data: bytes, _: int, max_pixels: int) -> tuple[Tensor, bool]:
+def _read_heif(data: bytes, _: int, max_pixels: int) -> Pixels:
     array = heif.read_heif(data, max_pixels)
-    return scaled(array.transpose(2, 0, 1)), array.shape[2] in {2, 4}
+    return of_stored(array.transpose(2, 0, 1), array.shape[2] in {2, 4})
 
 
 def _probe_other(data: bytes) -> Facts:
@@ -281,7 +291,7 @@ def _probe_other(data: bytes) -> Facts:
     return _probe_pil(image, exif_orientation(image.info.get("exif") or b""))
 
 
-def _read_other(data: bytes, _: int, max_pixels: int) -> tuple[Tensor, bool]:
+def _read_other(data: bytes, _: int, max_pixels: int) -> Pixels:
     if headers.is_webp(data):
         size = headers.webp_size(data)
         check_pixels(*size, max_pixels, stored=len(data), work=_WORK["WEBP"])
@@ -295,10 +305,9 @@ def _read_other(data: bytes, _: int, max_pixels: int) -> tuple[Tensor, bool]:
 
 def _read_stored(
     raw: bytes | bytearray | memoryview | Piece, channels: int, max_pixels: int
-) -> tuple[Tensor, bool]:
+) -> Pixels:
     if isinstance(raw, Piece):
-        array, has_alpha = raw.read(channels, max_pixels)
-        return scaled(array), has_alpha
+        return of_stored(*raw.read(channels, max_pixels))
     data = bytes(raw)
     return _kind_of(data).read(data, channels, max_pixels)
 
@@ -308,12 +317,12 @@ class _Kind(NamedTuple):
 
     magic: bytes | tuple[bytes, ...] | Callable[[bytes], bool]
     probe: Callable[[bytes], Facts]
-    read: Callable[[bytes, int, int], tuple[Tensor, bool]]
+    read: Callable[[bytes, int, int], Pixels]
 
 
 def _of_domain(domain: Domain) -> _Kind:
-    def read(data: bytes, channels: int, max_pixels: int) -> tuple[Tensor, bool]:
-        return scaled(read_only(domain, data, channels, max_pixels)), False
+    def read(data: bytes, channels: int, max_pixels: int) -> Pixels:
+        return of_stored(read_only(domain, data, channels, max_pixels))
 
     return _Kind(domain.fits, partial(probe_only, domain), read)
 
@@ -359,16 +368,14 @@ def _probe_pil(image: Image.Image, orientation: int) -> Facts:
     return *size, channels, dtype
 
 
-def _from_pil(
-    image: Image.Image, orientation: int, *, is_short: bool = False
-) -> tuple[Tensor, bool]:
+def _from_pil(image: Image.Image, orientation: int, *, is_short: bool = False) -> Pixels:
     """``is_short``: mode I holds 16 bits, for which some versions of PIL have no mode."""
     array, mode = _pil_array(image)
     del image  # so that not both are kept, where no one else has it
     if mode == "I" and is_short:
         array = array.astype(np.uint16)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return scaled(upright(array, orientation)), mode in {"LA", "RGBA"}
+    return of_stored(upright(array, orientation), mode in {"LA", "RGBA"})
 
 
 def _pil_array(image: Image.Image) -> tuple[np.ndarray, str]:
@@ -383,8 +390,3 @@ def _pil_mode(image: Image.Image) -> tuple[str, int, str]:
     if image.mode == "P" and "transparency" in image.info:
         return _MODES["PA"]
     return _MODES.get(image.mode, _MODES["RGB"])
-
-
-def _from_array(array: np.ndarray, channels: int) -> tuple[Tensor, bool]:
-    image = channels_first(array, channels)
-    return scaled(image), image.shape[0] == 4

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from patchmine.data.decoding.arrays import without_gaps
+from patchmine.data.decoding.arrays import with_gaps
 from patchmine.data.decoding.bounds import DecodeError, check_pixels, decoding, without_log
 from patchmine.data.decoding.reading import Contents, Facts, Reader, open_stored, stored_size
 
@@ -86,7 +86,10 @@ def probe(file: Contents, number: int) -> Facts:
 
 
 def read(file: Contents, number: int, channels: int, max_pixels: int) -> np.ndarray:
-    """(C, H, W) uint8 or float32 of a slice, with neighbours as the channels ask; DecodeError."""
+    """(C, H, W) uint8 or float32 of a slice, with neighbours as the channels ask; DecodeError.
+
+    Masked where values are not finite.
+    """
     with _opened(file) as volume:
         height, width = volume.size
         planes = channels if volume.colours == 1 and channels % 2 else 1
@@ -104,7 +107,7 @@ def read(file: Contents, number: int, channels: int, max_pixels: int) -> np.ndar
     if volume.colours > 1:
         return np.ascontiguousarray(np.moveaxis(found[0], 2, 0))
     image = np.stack(found).astype(volume.dtype)
-    return image if image.dtype == np.uint8 else without_gaps(image, ~np.isfinite(image))
+    return image if image.dtype == np.uint8 else with_gaps(image, ~np.isfinite(image))
 
 
 @contextmanager

@@ -15,7 +15,14 @@ from torch import Tensor
 from patchmine.data.decoding import headers
 from patchmine.data.decoding.arrays import fit_channels
 from patchmine.data.decoding.bounds import DecodeError, damage
-from patchmine.data.decoding.decode import Raw, check_jpeg, decode, jpeg_by_pil, jpeg_pixels
+from patchmine.data.decoding.decode import (
+    Raw,
+    check_jpeg,
+    decode,
+    decode_known,
+    jpeg_by_pil,
+    jpeg_pixels,
+)
 from patchmine.data.decoding.orientation import TURNED, Box, stored_box, upright_box, upright_tensor
 from patchmine.data.decoding.unnamed import unnamed_warnings
 
@@ -39,9 +46,10 @@ Crops = tuple[list[Tensor], list[Box]]
 
 @dataclass(frozen=True)
 class Whole:
-    """An image (C, H, W) that is decoded already."""
+    """An image (C, H, W) that is decoded already; ``known`` as `decode_known` gives it."""
 
     pixels: Tensor
+    known: Tensor | None = None
 
     @property
     def size(self) -> Size:
@@ -59,6 +67,13 @@ class Whole:
             for top, left, tall, wide in boxes
         ]
         return cuts, list(boxes)
+
+    def known_in(self, box: Box) -> Tensor | None:
+        """(C, h, w) bool, where in a box there is data; None: everywhere."""
+        if self.known is None:
+            return None
+        top, left, tall, wide = box
+        return self.known[:, top : top + tall, left : left + wide]
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,10 @@ class Jpeg:
             pixels = jpeg_pixels(self.data, self.header, self.channels, rows)
             return self._cut(pixels, stored), boxes
 
+    def known_in(self, box: Box) -> Tensor | None:
+        """As `Whole.known_in`: a JPEG misses nothing."""
+        return None
+
     def _scaled_crops(self, boxes: Sequence[Box], scale: Literal[2, 4, 8]) -> Crops:
         """At 1 / ``scale``, from where all pixels are whole ones."""
         header = self.header
@@ -133,8 +152,15 @@ class Jpeg:
 Opened = Whole | Jpeg
 
 
-def open_image(raw: Raw, channels: int, max_pixels: int) -> Opened:
-    """A raw item before its crops are chosen; arguments and errors as of `decode`."""
+def open_image(
+    raw: Raw | Whole, channels: int, max_pixels: int, *, want_known: bool = False
+) -> Opened:
+    """A raw item before its crops are chosen; arguments and errors as of `decode`.
+
+    ``want_known``: as of `decode_known`.
+    """
+    if isinstance(raw, Whole):
+        return raw
     if isinstance(raw, bytes) and raw.startswith(headers.JPEG):
         with damage("is a truncated or damaged image"):
             header = headers.read_jpeg_header(raw)
@@ -142,6 +168,8 @@ def open_image(raw: Raw, channels: int, max_pixels: int) -> Opened:
         return Jpeg(raw, header, channels)
     if isinstance(raw, Tensor) and raw.dtype == torch.uint8 and _fits(raw, channels):
         return Whole(raw)
+    if want_known:
+        return Whole(*decode_known(raw, channels, max_pixels))
     return Whole(decode(raw, channels, max_pixels))
 
 

@@ -25,7 +25,8 @@ class Reader(NamedTuple):
     Attributes:
         count: how many images a file holds; 0 where it is made for something else.
         probe: facts about the image of that number.
-        read: (C, H, W) of it, given the channels that are wanted and ``max_pixels``.
+        read: (C, H, W) of it, given the channels that are wanted and ``max_pixels``; a masked array
+            where the file says that there is no data.
     """
 
     count: Callable[[Contents], int]
@@ -41,6 +42,8 @@ class Piece(ABC):
     @abstractmethod
     def read(self, channels: int, max_pixels: int) -> tuple[np.ndarray, bool]:
         """(C, H, W), given the channels that are wanted, and whether the last is alpha.
+
+        A masked array where there is no data.
 
         Raises:
             DecodeError: as `decode` does.

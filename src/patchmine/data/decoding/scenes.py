@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from patchmine.data.decoding.arrays import without_gaps
+from patchmine.data.decoding.arrays import with_gaps
 from patchmine.data.decoding.bounds import DecodeError, decoding, missing, without_log
 from patchmine.data.decoding.decode import decode, probe
 from patchmine.data.decoding.orientation import Box
@@ -37,7 +37,8 @@ class Scene:
     Attributes:
         height: in pixels of this level, as is ``width``.
         channels: of its pixels, whose type is called ``dtype``.
-        window: gives (C, h, w) pixels and (h, w) bool, where any are known; raises DecodeError.
+        window: gives (C, h, w) pixels, masked where there is no data, and (h, w) bool, where any
+            are known; raises DecodeError.
         close: to be called in the end.
         held: bytes of pixels that it keeps in memory until then.
     """
@@ -113,7 +114,7 @@ def _raster(path: str, level: int) -> Scene:
         gaps = np.broadcast_to(~known, pixels.shape)
         if pixels.dtype.kind == "f":
             gaps = gaps | ~np.isfinite(pixels)
-        return without_gaps(pixels, gaps), known
+        return with_gaps(pixels, gaps), known
 
     return Scene(image.height, image.width, len(bands), dtype, window, image.close)
 
@@ -146,7 +147,7 @@ def _slide(path: str, level: int) -> Scene:
             pixels = np.asarray(slide.read_region(corner, level, (columns, rows)))
         known = pixels[..., 3] > 0
         colours = np.moveaxis(pixels[..., :3], 2, 0)
-        return without_gaps(colours, np.broadcast_to(~known, colours.shape)), known
+        return with_gaps(colours, np.broadcast_to(~known, colours.shape)), known
 
     return Scene(height, width, 3, "uint8", window, slide.close)
 

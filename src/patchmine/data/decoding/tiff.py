@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from patchmine.data.decoding.arrays import without_gaps
+from patchmine.data.decoding.arrays import with_gaps
 from patchmine.data.decoding.bounds import (
     PLAIN_WORK,
     DecodeError,
@@ -95,7 +95,7 @@ def read_layout(file: TiffFile) -> Layout:
 
 
 def read_tiff(file: TiffFile, layout: Layout, max_pixels: int) -> np.ndarray:
-    """(C, H, W) of the image, upright.  Raises DecodeError."""
+    """(C, H, W) of the image, upright, masked where it has no data.  Raises DecodeError."""
     size, is_bytes = np.dtype(layout.dtype).itemsize, layout.dtype == "uint8"
     # Of one page what PIL holds, or tifffile's array and parts; then the array of all; floats of it
     # unless it is bytes.
@@ -110,11 +110,11 @@ def read_tiff(file: TiffFile, layout: Layout, max_pixels: int) -> np.ndarray:
         found = f"{array.shape[0]} channels of {array.dtype.name}"
         stated = f"{layout.channels} of {layout.dtype}"
         raise DecodeError(f"is a damaged TIFF ({found} where its header says {stated})")
-    return upright(_without_nodata(array, layout.pages[0]), layout.pages[0].orientation)
+    return upright(_with_nodata(array, layout.pages[0]), layout.pages[0].orientation)
 
 
-def _without_nodata(array: np.ndarray, page: Page) -> np.ndarray:
-    """(C, H, W) with means where no channel knows anything, as the file says (GDAL's nodata)."""
+def _with_nodata(array: np.ndarray, page: Page) -> np.ndarray:
+    """(C, H, W), masked where no channel knows anything, as the file says (GDAL's nodata)."""
     try:
         nodata = float(page.nodata)
     except ValueError:
@@ -127,7 +127,7 @@ def _without_nodata(array: np.ndarray, page: Page) -> np.ndarray:
     gaps = np.broadcast_to((array == nodata).all(0), array.shape)
     if array.dtype.kind == "f":
         gaps = gaps | np.isnan(array)
-    return without_gaps(array, gaps)
+    return with_gaps(array, gaps)
 
 
 def _kind_of(page: Page) -> tuple[int, str, bool]:

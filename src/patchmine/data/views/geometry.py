@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_LEAST_SHARE = 0.5  # of the weights behind a pixel that are known
 _FAST_CHANNELS = 4  # torch's vectorised antialiased resize of bytes handles up to four channels
 
 
@@ -30,6 +31,17 @@ class Geometry:
         if self.canvas is not None:
             image = resize(image, self.canvas, interpolation)
         return resize(self._cut(image), self.size, interpolation)
+
+    def apply_known(
+        self, image: Tensor, known: Tensor | None, interpolation: str = "bicubic"
+    ) -> tuple[Tensor, Tensor]:
+        """The same of an image of which not all is known, see `resize_known`."""
+        if known is None:
+            pixels = self.apply(image, interpolation)
+            return pixels, torch.ones(pixels.shape, dtype=torch.bool)
+        if self.canvas is not None:
+            image, known = resize_known(image, known, self.canvas, interpolation)
+        return resize_known(self._cut(image), self._cut(known), self.size, interpolation)
 
     def apply_mask(self, mask: Tensor) -> Tensor:
         """(H, W) or (C, H, W) of class numbers: the nearest ones, mirrored with ``flip``."""
@@ -61,6 +73,34 @@ class Geometry:
     def _cut(self, image: Tensor) -> Tensor:
         top, left, height, width = self.box
         return image[..., top : top + height, left : left + width]
+
+
+def resize_known(
+    image: Tensor, known: Tensor | None, size: tuple[int, int], interpolation: str = "bicubic"
+) -> tuple[Tensor, Tensor]:
+    """An image resized out of those of its pixels of which there is data.
+
+    Args:
+        image: (C, H, W); anything finite where nothing is known.
+        known: (C, H, W) bool; None: everywhere.
+        size: (h, w) of the result.
+        interpolation: as of `resize`.
+
+    Returns:
+        (C, h, w) of the image's type, and (C, h, w) bool: true where at least half of the weights
+        of the pixels that `resize` makes one of belong to known ones.  Such a pixel is the mean of
+        these, by their weights; any other is what `resize` makes of all.
+    """
+    plain = resize(image, size, interpolation)
+    if known is None or bool(known.all()):
+        return plain, torch.ones(plain.shape, dtype=torch.bool)
+    share = resize(known.float(), size, interpolation)
+    now_known = share >= _LEAST_SHARE
+    mean = resize(torch.where(known, image.float(), 0.0), size, interpolation)
+    mean = mean / torch.where(now_known, share, 1.0)
+    if image.dtype == torch.uint8:
+        mean = mean.round().clamp(0, 255)
+    return torch.where(now_known, mean.to(plain.dtype), plain), now_known
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchmine.data.decoding.decode import DecodeError, Raw, decode
-from patchmine.data.decoding.opened import Opened, open_image
+from patchmine.data.decoding.decode import DecodeError, Raw, decode, decode_known
+from patchmine.data.decoding.opened import Opened, Whole, open_image
 from patchmine.data.settings import InputSettings, ViewSettings
 from patchmine.data.views import photometric
-from patchmine.data.views.geometry import Geometry, resize
+from patchmine.data.views.geometry import Geometry, resize, resize_known
 from patchmine.data.views.together import LARGEST, MOST_CHANNELS, resized_together
 from patchmine.errors import UserError
 from patchmine.types import Sample
@@ -51,7 +51,9 @@ class TrainView:
     smallest_side: int = 1
     repeats: ClassVar[int] = 1
 
-    def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
+    def __call__(
+        self, raw: Raw | Whole, generator: np.random.Generator, target: Any = None
+    ) -> Sample:
         settings = self.settings
         image = opened(raw, settings, self.smallest_side)
         height, width = image.size
@@ -60,8 +62,13 @@ class TrainView:
         size, scaled = settings.image_size, settings.decode == "scaled"
         (crop,), (box,) = image.crops([box], [size], scaled)
         geometry = Geometry(box, size, flip)
-        pixels = resize(crop, size, settings.interpolation).contiguous()
-        return _sample(pixels, geometry, (height, width), target)
+        known = None
+        if settings.wants_known:
+            how = (size, settings.interpolation)
+            pixels, known = resize_known(crop, image.known_in(box), *how)
+        else:
+            pixels = resize(crop, size, settings.interpolation)
+        return _sample(pixels.contiguous(), geometry, (height, width), target, known)
 
     def takes_together(self, image: NDArray[np.uint8]) -> bool:
         """Whether images (H, W, C) like this one are quicker viewed by `together`."""
@@ -104,10 +111,17 @@ class PlainView:
     def __post_init__(self) -> None:
         check_crop_pct(self.crop_pct)
 
-    def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
-        image = decoded(raw, self.settings, self.smallest_side)
-        geometry = plain_geometry(image, self.settings.image_size, self.crop_pct)
-        return viewed(image, geometry, self.interpolation, target)
+    def __call__(
+        self, raw: Raw | Whole, generator: np.random.Generator, target: Any = None
+    ) -> Sample:
+        whole = _whole(raw, self.settings, self.smallest_side)
+        geometry = plain_geometry(whole.pixels, self.settings.image_size, self.crop_pct)
+        known = None
+        if self.settings.wants_known:
+            pixels, known = geometry.apply_known(whole.pixels, whole.known, self.interpolation)
+        else:
+            pixels = geometry.apply(whole.pixels, self.interpolation)
+        return _sample(pixels.contiguous(), geometry, whole.size, target, known)
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,9 @@ class OwnSizeView:
     smallest_side: int = 1
     repeats: ClassVar[int] = 1
 
-    def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
+    def __call__(
+        self, raw: Raw | Whole, generator: np.random.Generator, target: Any = None
+    ) -> Sample:
         image = decoded(raw, self.settings, self.smallest_side)
         whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
         return Sample([image.contiguous()], whole, torch.tensor(False), target=target)
@@ -137,7 +153,9 @@ class MultiCropView:
     smallest_side: int = 1
     repeats: ClassVar[int] = 1
 
-    def __call__(self, raw: Raw, generator: np.random.Generator, target: Any = None) -> Sample:
+    def __call__(
+        self, raw: Raw | Whole, generator: np.random.Generator, target: Any = None
+    ) -> Sample:
         settings, crops = self.settings, self.settings.crops
         image = opened(raw, settings, self.smallest_side)
         height, width = image.size
@@ -168,31 +186,42 @@ class MultiCropView:
         )
 
 
-def opened(raw: Raw, settings: InputSettings, smallest_side: int) -> Opened:
+def opened(raw: Raw | Whole, settings: InputSettings, smallest_side: int) -> Opened:
     """A raw image whose crops can be chosen by its size; DecodeError for one too small."""
-    image = open_image(raw, settings.channels, settings.max_pixels)
+    channels, known = settings.channels, settings.wants_known
+    image = open_image(raw, channels, settings.max_pixels, want_known=known)
     check_side(*image.size, smallest_side)
     return image
 
 
-def decoded(raw: Raw, settings: InputSettings, smallest_side: int) -> Tensor:
+def decoded(raw: Raw | Whole, settings: InputSettings, smallest_side: int) -> Tensor:
     """(C, H, W) of a raw image, with the channels of the run; DecodeError for one too small."""
-    image = decode(raw, settings.channels, settings.max_pixels)
-    check_side(image.shape[-2], image.shape[-1], smallest_side)
+    return _whole(raw, settings, smallest_side).pixels
+
+
+def _whole(raw: Raw | Whole, settings: InputSettings, smallest_side: int) -> Whole:
+    image = whole_image(raw, settings)
+    check_side(*image.size, smallest_side)
     return image
 
 
-def viewed(image: Tensor, geometry: Geometry, interpolation: str, target: Any = None) -> Sample:
-    """One view of an image, with its target seen through the same geometry: a mask is cut too."""
-    pixels = geometry.apply(image, interpolation).contiguous()
-    return _sample(pixels, geometry, (image.shape[-2], image.shape[-1]), target)
+def whole_image(raw: Raw | Whole, settings: InputSettings) -> Whole:
+    """All of a raw image, with the channels of the run; raises DecodeError."""
+    if isinstance(raw, Whole):
+        return raw
+    if settings.wants_known:
+        return Whole(*decode_known(raw, settings.channels, settings.max_pixels))
+    return Whole(decode(raw, settings.channels, settings.max_pixels))
 
 
-def _sample(pixels: Tensor, geometry: Geometry, size: tuple[int, int], target: Any) -> Sample:
-    """What ``geometry`` made of an image of ``size``."""
+def _sample(
+    pixels: Tensor, geometry: Geometry, size: tuple[int, int], target: Any, known: Tensor | None
+) -> Sample:
+    """What ``geometry`` made of an image of ``size``, its target cut with it."""
     if isinstance(target, Tensor) and target.ndim >= 2:
         target = geometry.apply_mask(target)
-    return Sample([pixels], geometry.shares(*size), _FLIPS[geometry.flip], target=target)
+    box, flip = geometry.shares(*size), _FLIPS[geometry.flip]
+    return Sample([pixels], box, flip, target=target, known=known)
 
 
 def crop_box(

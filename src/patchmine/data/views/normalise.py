@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -15,8 +16,8 @@ from patchmine.types import Batch
 def normalise(batch: Batch, mean: Tensor, std: Tensor, device: torch.device | str) -> Batch:
     """The batch on ``device`` with views (x - mean) / std, mirrored where ``flip`` says so.
 
-    Colours change after mirroring, where ``photometric`` says so.  ``mean`` and ``std`` (C,)
-    are in units where bytes span [0, 1].
+    So is ``known``.  Colours change after mirroring, where ``photometric`` says so.  ``mean`` and
+    ``std`` (C,) are in units where bytes span [0, 1].
     """
     batch, mean, std = batch.to(device), mean.to(device), std.to(device)
     several = batch.flip.ndim == 2
@@ -38,6 +39,9 @@ def normalise(batch: Batch, mean: Tensor, std: Tensor, device: torch.device | st
             else:
                 pixels = (change_colours if several else jitter_colours)(pixels, changes)
         views += standardised(pixels, mean, std).chunk(len(crops))
+    if batch.known is not None:
+        flip = batch.flip.view(-1, 1, 1, 1)
+        batch = replace(batch, known=torch.where(flip, batch.known.flip(-1), batch.known))
     return batch.with_views(views)
 
 

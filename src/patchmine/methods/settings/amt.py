@@ -19,6 +19,7 @@ class AmtSettings(DecoderSettings):
 
     implementation: ClassVar[str] = "patchmine.methods.amt:AMT"
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva"})
+    predicts_patches: ClassVar[bool] = True
     name: Literal["amt"] = "amt"
     host: Literal["mae", "simmim"] = Field(
         "mae", description="what predicts the masked patches: MAE or SimMIM"

@@ -19,6 +19,7 @@ class EmaeSettings(DecoderSettings):
 
     implementation: ClassVar[str] = "patchmine.methods.emae:EMAE"
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva"})
+    predicts_patches: ClassVar[bool] = True
     name: Literal["emae"] = "emae"
     parts: int = Field(
         4,

@@ -18,6 +18,7 @@ class HpmSettings(FeatureTargetSettings, CrossDecoderSettings):
 
     implementation: ClassVar[str] = "patchmine.methods.hpm:HPM"
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "video"})
+    predicts_patches: ClassVar[bool] = True
     name: Literal["hpm"] = "hpm"
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
     target: Literal["pixel", "ema", "dino", "clip"] = Field(

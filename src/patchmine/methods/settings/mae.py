@@ -19,6 +19,7 @@ class MaeSettings(CrossDecoderSettings):
 
     implementation: ClassVar[str] = "patchmine.methods.mae:MAE"
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva", "video"})
+    predicts_patches: ClassVar[bool] = True
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that are removed")
     mask_block: Count = Field(

@@ -29,6 +29,7 @@ class SemAimSettings(FeatureTargetSettings):
 
     implementation: ClassVar[str] = "patchmine.methods.semaim:SemAIM"
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva"})
+    predicts_patches: ClassVar[bool] = True
     name: Literal["semaim"] = "semaim"
     order: Order = Field(
         "attention_center",

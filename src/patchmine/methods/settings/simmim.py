@@ -19,6 +19,7 @@ class SimMimSettings(MethodSettings):
 
     implementation: ClassVar[str] = "patchmine.methods.simmim:SimMIM"
     families: ClassVar[frozenset[str]] = frozenset({"vit", "beit", "eva"})
+    predicts_patches: ClassVar[bool] = True
     relative_positions: ClassVar[bool] = True
     name: Literal["simmim"] = "simmim"
     mask_ratio: float = Field(
