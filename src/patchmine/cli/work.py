@@ -172,15 +172,22 @@ def shard(settings: ShardSettings, say: Say) -> None:
 
     size = settings.shard_mb * 2**20
     source = _opened(settings.data, video=False)
-    write_shards(source, Path(settings.out), max_side=settings.max_side, shard_size=size, say=say)
+    write_shards(
+        source,
+        Path(settings.out),
+        max_side=settings.max_side,
+        shard_size=size,
+        keep_missing=settings.missing == "keep",
+        say=say,
+    )
 
 
 def tile(settings: TileSettings, say: Say) -> None:
     """Cut images into tiles, or list these."""
     from patchmine.data.tiling import Cut, is_list, tile_images
 
-    out = Path(settings.out)
-    cut = Cut(settings.size, settings.overlap, settings.level, settings.max_empty)
+    out, keep = Path(settings.out), settings.missing == "keep"
+    cut = Cut(settings.size, settings.overlap, settings.level, settings.max_empty, keep)
     with _hearing("Listing" if is_list(out) else "Cutting", say) as hear:
         tile_images(settings.data, out, cut, settings.max_pixels, hear, say)
 

@@ -330,6 +330,11 @@ class ShardSettings(Strict):
         None, description="pixels; larger images are shrunk to this longest side"
     )
     shard_mb: Count = Field(256, description="size of a shard, in megabytes")
+    missing: Literal["fill", "keep"] = Field(
+        "fill",
+        description="pixels without data of slices and planes: their mean, or keep: NaN, for runs "
+        "with missing=mask; images that miss some are then not shrunk",
+    )
 
 
 class TileSettings(Strict):
@@ -356,6 +361,11 @@ class TileSettings(Strict):
     level: int = Field(0, ge=0, le=64, description="of a slide's or TIFF's pyramid; 0: the largest")
     max_empty: Fraction = Field(
         0.9, description="share without data, black or white above which a tile is left out"
+    )
+    missing: Literal["fill", "keep"] = Field(
+        "fill",
+        description="pixels without data: the tile's mean, or keep: transparent in PNG, NaN in "
+        ".npy, for runs with missing=mask",
     )
     max_pixels: Positive = Field(
         MAX_PIXELS, description="pixels of an image, neither slide nor TIFF, above which it fails"

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchmine.data.decoding.arrays import filled
-from patchmine.data.decoding.decode import DecodeError, decode, probe
+from patchmine.data.decoding.arrays import filled, with_nan
+from patchmine.data.decoding.decode import DecodeError, decode, decode_known, probe
 from patchmine.data.decoding.reading import Piece
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.sources.contract import IMAGE_SUFFIXES, Source
@@ -48,6 +48,7 @@ def write_shards(
     *,
     max_side: int | None = None,
     shard_size: int = 256 * 2**20,
+    keep_missing: bool = False,
     say: Say = silent,
 ) -> Written:
     """Write every image, in the source's order, into ``out/shard-000000.tar`` and so on.
@@ -61,6 +62,7 @@ def write_shards(
         out: the new folder.
         max_side: longest side in pixels above which an image is shrunk to it (Lanczos).
         shard_size: bytes of a shard, about.
+        keep_missing: pixels without data stay known as such, for ``missing=mask``.
         say: hears about the progress.
 
     Returns:
@@ -78,7 +80,7 @@ def write_shards(
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as room:
             room.mkdir()
-            done = _write_all(source, room, max_side, shard_size, say)
+            done = _write_all(source, room, max_side, shard_size, keep_missing, say)
     except OSError as error:
         what = f"the shards cannot be written ({reason_of(error)}); {remedy(error)}"
         raise UserError(f"out={shown_name(out)}: {what}") from error
@@ -88,7 +90,7 @@ def write_shards(
 
 
 def _write_all(
-    source: Source, room: Path, max_side: int | None, shard_size: int, say: Say
+    source: Source, room: Path, max_side: int | None, shard_size: int, keep_missing: bool, say: Say
 ) -> Written:
     labels, done, keys = source.labels(), Written(), set[int]()
     shard: _Shard | None = None
@@ -97,7 +99,7 @@ def _write_all(
             try:
                 with foreign_parser(_UnreadableError):
                     path = source.key(index)
-                    data, suffix = _encoded(source.read(index), path, max_side, done)
+                    data, suffix = _encoded(source.read(index), path, max_side, keep_missing, done)
             except _UnreadableError as error:
                 say(f"{shown_name(source.path(index))} is left out: it cannot be read ({error})")
                 done.skipped += 1
@@ -161,10 +163,12 @@ def _key(path: str) -> str:
     return "/".join(f"_{part}" if is_hidden(part) else part for part in parts).replace("\0", "_")
 
 
-def _encoded(raw: Any, path: str, max_side: int | None, done: Written) -> tuple[bytes, str]:
+def _encoded(
+    raw: Any, path: str, max_side: int | None, keep_missing: bool, done: Written
+) -> tuple[bytes, str]:
     """File contents and suffix of an item as it goes into a shard, where nothing else is lost."""
     if max_side is not None and _longest_side(raw) > max_side:
-        smaller = _shrunk(raw, max_side)
+        smaller = _shrunk(raw, max_side, keep_missing)
         if smaller is not None:
             done.shrunk += 1
             return smaller
@@ -173,7 +177,8 @@ def _encoded(raw: Any, path: str, max_side: int | None, done: Written) -> tuple[
         suffix = PurePosixPath(path).suffix.lower()
         return raw, suffix if suffix in IMAGE_SUFFIXES else ending_told_by(raw[:HEAD]) or ".jpg"
     if isinstance(raw, Piece):
-        raw = filled(raw.read(probe(raw)[2], MAX_PIXELS)[0])  # (C, H, W), with all its bits
+        raw, _ = raw.read(probe(raw)[2], MAX_PIXELS)  # (C, H, W), with all its bits
+        raw = (with_nan if keep_missing else filled)(raw)
     out = io.BytesIO()
     if isinstance(raw, Image.Image):
         if raw.mode in _PNG_MODES:
@@ -194,14 +199,18 @@ def _longest_side(raw: Any) -> int:
         return 0
 
 
-def _shrunk(raw: Any, max_side: int) -> tuple[bytes, str] | None:
-    """The smaller image, or None of one that is damaged, or is neither grey nor RGB of 8 bits."""
+def _shrunk(raw: Any, max_side: int, keep_missing: bool) -> tuple[bytes, str] | None:
+    """The smaller image, or None of one that is damaged, is neither grey nor RGB of 8 bits, or
+    misses pixels that are to be kept known.
+    """
     try:
         channels = probe(raw)[2]
-        pixels = decode(raw, channels)
+        pixels, known = (
+            decode_known(raw, channels) if keep_missing else (decode(raw, channels), None)
+        )
     except DecodeError:
         return None
-    if pixels.dtype != torch.uint8 or channels not in (1, 3):
+    if known is not None or pixels.dtype != torch.uint8 or channels not in (1, 3):
         return None
     image = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from patchmine.data.decoding.arrays import filled
+from patchmine.data.decoding.arrays import filled, with_nan
 from patchmine.data.decoding.bounds import DecodeError, reading_item
 from patchmine.data.decoding.orientation import Box
 from patchmine.data.decoding.scenes import Scene, open_scene
@@ -44,12 +45,14 @@ class Cut:
         overlap: pixels that neighbours have in common; the last ones in a row or column more.
         level: of the pyramid of a slide or TIFF, 0 the largest.
         max_empty: share of a tile without data, black or nearly white above which it is left out.
+        keep_missing: pixels without data stay known as such, for ``missing=mask``.
     """
 
     size: int = 512
     overlap: int = 0
     level: int = 0
     max_empty: float = 0.9
+    keep_missing: bool = False
 
 
 @dataclass
@@ -115,6 +118,7 @@ def cut_tiles(
 
     A call that was stopped goes on when it is made again: images whose folder is there are not cut
     once more.  A tile is a PNG where it is grey or RGB of 8 bits, else an .npy of shape (C, H, W).
+    Of one that keeps what is missing, the PNG has alpha and the .npy is of floats with NaN.
 
     Args:
         files: the images (`open_scenes`).
@@ -259,6 +263,8 @@ def _summary(done: Tiled, out: Path) -> list[str]:
 def _begin(out: Path, files: FileSource, cut: Cut) -> None:
     """Note what the tiles in ``out`` are of; UserError where it holds others, or something else."""
     note, facts = out / _NOTE, {"data": files.fingerprint, **asdict(cut)}
+    if not cut.keep_missing:
+        del facts["keep_missing"]  # which earlier versions did not note
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     if note.is_file():
@@ -305,7 +311,10 @@ def _cut_one(path: str, room: Path, cut: Cut, max_pixels: int) -> tuple[int, int
 
 
 def tiles_of(scene: Scene, cut: Cut) -> Iterator[tuple[Box, np.ndarray | None]]:
-    """Each tile's place and its pixels (C, h, w), None of an empty one; row after row."""
+    """Each tile's place and its pixels (C, h, w), None of an empty one; row after row.
+
+    Masked where some are missing, if that is to be kept.
+    """
     height, width = min(cut.size, scene.height), min(cut.size, scene.width)
     for top in _starts(scene.height, cut):
         for left in _starts(scene.width, cut):
@@ -313,7 +322,7 @@ def tiles_of(scene: Scene, cut: Cut) -> Iterator[tuple[Box, np.ndarray | None]]:
             found, known = scene.window(place)
             pixels = filled(found)
             is_empty = float(_is_empty(pixels, known).mean()) > cut.max_empty
-            yield place, None if is_empty else pixels
+            yield place, None if is_empty else found if cut.keep_missing else pixels
 
 
 def _starts(length: int, cut: Cut) -> Sequence[int]:
@@ -332,11 +341,19 @@ def _is_empty(pixels: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _write(pixels: np.ndarray, place: Path) -> None:
+    """``pixels``: masked where they are to be told missing."""
     if pixels.dtype == np.uint8 and len(pixels) in (1, 3):
         file = place.with_suffix(".png")
+        pixels = _with_alpha(pixels) if isinstance(pixels, np.ma.MaskedArray) else pixels
         image = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, 2)
         Image.fromarray(np.ascontiguousarray(image)).save(file)
     else:
         file = place.with_suffix(".npy")
-        np.save(file, pixels, allow_pickle=False)
+        np.save(file, with_nan(pixels), allow_pickle=False)
     settle(file)
+
+
+def _with_alpha(pixels: np.ma.MaskedArray[Any, Any]) -> np.ndarray:
+    """(C + 1, h, w) of bytes, transparent where a channel is missing."""
+    known = ~np.ma.getmaskarray(pixels).any(0, keepdims=True)
+    return np.concatenate([filled(pixels), known * np.uint8(255)])

@@ -66,6 +66,17 @@ def filled(image: np.ndarray) -> np.ndarray:
     return without_gaps(image.data, np.ma.getmaskarray(image))
 
 
+def with_nan(image: np.ndarray) -> np.ndarray:
+    """Of what `with_gaps` gives, where there are gaps: floats of the scale that training brings
+    them to, with NaN in the gaps; else the image itself.
+    """
+    if not isinstance(image, np.ma.MaskedArray):
+        return image
+    values = scaled(filled(image))
+    values = values / 255 if values.dtype == torch.uint8 else values
+    return np.where(np.ma.getmaskarray(image), np.float32(np.nan), values.numpy())
+
+
 def without_gaps(image: np.ndarray, gaps: np.ndarray) -> np.ndarray:
     """(C, H, W) with the mean of a channel where there are gaps in it, 0 where it is all gaps.
 
