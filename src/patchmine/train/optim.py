@@ -224,7 +224,9 @@ def _make(name: str, groups: list[dict[str, Any]], betas: tuple[float, float]) -
     if name == "nadamw":
         from timm.optim.nadamw import NAdamW
 
-        nadamw: Optimizer = NAdamW(groups, lr=0.0, betas=betas, foreach=True)
+        # In torch 2.11 shards lack one of the operations on lists.
+        each = shards.is_sharded(params[0])
+        nadamw: Optimizer = NAdamW(groups, lr=0.0, betas=betas, foreach=not each)
         return nadamw
     if name == "muon":
         return _muon(groups)
