@@ -160,9 +160,9 @@ def inspect(settings: InspectSettings, say: Say) -> None:
     from patchmine.data.inspect import inspect as look
     from patchmine.data.inspect import render
 
-    source = _opened(settings.data, settings.video)
+    source = _opened(settings.data, settings.video, settings.remote_gb)
     with _hearing("Reading", say) as hear:
-        report = look(source, **settings.model_dump(exclude={"data"}), progress=hear)
+        report = look(source, **settings.model_dump(exclude={"data", "remote_gb"}), progress=hear)
     print(render(report))
 
 
@@ -171,7 +171,7 @@ def shard(settings: ShardSettings, say: Say) -> None:
     from patchmine.data.sharding import write_shards
 
     size = settings.shard_mb * 2**20
-    source = _opened(settings.data, video=False)
+    source = _opened(settings.data, False, settings.remote_gb)
     write_shards(
         source,
         Path(settings.out),
@@ -208,10 +208,11 @@ def _hearing(title: str, say: Say) -> Iterator[Callable[[int, int], None]]:
         yield hear
 
 
-def _opened(data: str | list[str], video: bool) -> Any:
+def _opened(data: str | list[str], video: bool, remote_gb: float) -> Any:
     from patchmine.data.sources.source import default_cache_dir, open_source
 
-    return open_source(data, "video" if video else "image", cache_dir=default_cache_dir())
+    kind, folder = "video" if video else "image", default_cache_dir()
+    return open_source(data, kind, cache_dir=folder, remote_gb=remote_gb)
 
 
 def bench_step(settings: BenchStepSettings) -> None:

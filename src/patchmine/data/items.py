@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,10 @@ class Item:
     samples: Callable[[InputSettings], int]
     describe: Callable[[InputSettings], str]
     notes: Callable[[Source], list[str]]
+
+    def keeping(self, remote_gb: float) -> Item:
+        """The same, which opens with so much room for what is read from addresses."""
+        return replace(self, open=partial(self.open, remote_gb=remote_gb))
 
 
 def _train_image(settings: ViewSettings, smallest_side: int, multi_crop: bool) -> View:

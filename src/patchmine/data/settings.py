@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from patchmine.strict import (
     LARGEST_COUNT,
+    LARGEST_RUN,
     OF_A_MACHINE,
     Count,
     FolderName,
@@ -44,6 +45,16 @@ READ_TIMEOUT = 600.0
 
 REMOTE_GB = 50.0
 """Default of ``remote_gb``."""
+
+RemoteGb = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=LARGEST_RUN,
+        description="most that parts of remote data (s3://...) may take in the user's cache folder",
+    ),
+]
+"""A setting of every command that reads data; the cache is one, and so is the rule."""
 
 
 class DataSettings(Strict):
@@ -307,6 +318,7 @@ class InspectSettings(Strict):
     full: bool = Field(False, description="decode all images")
     video: bool = Field(False, description="these are videos; one frame of each is looked at")
     max_pixels: Positive = Field(MAX_PIXELS, description="pixels above which an image is broken")
+    remote_gb: RemoteGb = REMOTE_GB
     dedup: Annotated[Text, AfterValidator(ends_in(*LIST_SUFFIXES))] | None = Field(
         None, description="list to write of all that can be read, of near-duplicates one each"
     )
@@ -335,6 +347,7 @@ class ShardSettings(Strict):
         description="pixels without data of slices and planes: their mean, or keep: NaN, for runs "
         "with missing=mask; images that miss some are then not shrunk",
     )
+    remote_gb: RemoteGb = REMOTE_GB
 
 
 class TileSettings(Strict):

@@ -29,7 +29,7 @@ def evaluate_cluster(settings: ClusterSettings, say: Say = silent) -> Result:
     """
     evaluated = opened(settings)
     noun = evaluated.item.noun
-    part, classes = labelled_part(settings.data, evaluated.item)
+    part, classes = labelled_part(settings.data, evaluated.item.keeping(settings.remote_gb))
     k = settings.clusters or len(classes)
     device = device_of(settings)
 

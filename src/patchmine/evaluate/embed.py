@@ -39,7 +39,7 @@ def embed(settings: EmbedSettings, say: Say = silent) -> Path:
         evaluated = opened(settings)
         if evaluated.told:
             say(evaluated.told)
-        source = evaluated.item.open(settings.data)
+        source = evaluated.item.open(settings.data, remote_gb=settings.remote_gb)
         part, labels, reader = everything(source), source.labels(), Reader(evaluated)
         pooling = reader.choose(settings.pooling)
         loop = FeatureLoop({"": reader}, settings, device_of(settings), say)

@@ -35,7 +35,7 @@ def evaluate_fewshot(settings: FewshotSettings, say: Say = silent) -> Result:
         UserError: the model or the data cannot be used, or a class has fewer images than shots.
     """
     evaluated = opened(settings)
-    data = open_labelled(settings.data, settings.test, evaluated.item)
+    data = open_labelled(settings.data, settings.test, evaluated.item.keeping(settings.remote_gb))
     assert data.train.labels is not None, "labelled data has labels"
     check = partial(_refuse_few, max(settings.shots), data.classes, evaluated.item.noun)
     check(torch.from_numpy(data.train.labels[data.train.indices]))  # before anything is read

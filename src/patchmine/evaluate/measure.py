@@ -80,7 +80,7 @@ def measure(
     """Results of protocols on the readers of `readers_of`, from the same images; a run's filed."""
     start, evaluated = time.monotonic(), readers[""].evaluated
     noun = evaluated.item.noun
-    data = open_labelled(settings.data, settings.test, evaluated.item)
+    data = open_labelled(settings.data, settings.test, evaluated.item.keeping(settings.remote_gb))
     for line in filter(None, (evaluated.told, data.how)):
         say(line)
     loop = FeatureLoop(readers, settings, device_of(settings), say, empty=empty)

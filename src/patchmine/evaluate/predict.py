@@ -141,7 +141,7 @@ def open_question(settings: PredictSettings, say: Say = silent) -> Question:
         few = f"but {name} knows {len(opened.names)} classes"
         raise UserError(f"top={settings.top}, {few}: give at most so many")
     views = _views(settings, evaluated, opened.tested, say)
-    source = open_asked(settings.data, evaluated.item)
+    source = open_asked(settings.data, evaluated.item.keeping(settings.remote_gb))
     for note in source.notes:
         say(note)
     return Question(

@@ -35,7 +35,10 @@ def evaluate_quality(settings: QualitySettings, say: Say = silent) -> Result:
         UserError: the model or the data cannot be used, or there are fewer than three images.
     """
     evaluated = opened(settings)
-    noun, source = evaluated.item.noun, evaluated.item.open(settings.data)
+    noun, source = (
+        evaluated.item.noun,
+        evaluated.item.open(settings.data, remote_gb=settings.remote_gb),
+    )
     part = everything(source)
 
     def measured(features: Features) -> Result:

@@ -35,7 +35,7 @@ def evaluate_retrieval(settings: RetrievalSettings, say: Say = silent) -> Result
         UserError: the model or the data cannot be used.
     """
     evaluated = opened(settings)
-    data = open_labelled(settings.data, settings.test, evaluated.item)
+    data = open_labelled(settings.data, settings.test, evaluated.item.keeping(settings.remote_gb))
     queries = data.test.sampled(settings.queries or len(data.test), settings.seed)
     notes = []
     if len(queries) < len(data.test):

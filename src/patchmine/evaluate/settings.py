@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from patchmine.data.settings import REMOTE_GB, RemoteGb
 from patchmine.strict import (
     LARGEST_RUN,
     OF_A_MACHINE,
@@ -87,6 +88,7 @@ class ReadingSettings(Strict):
     max_bad_share: Fraction = Field(
         default=0.05, description="share of broken images above which to stop"
     )
+    remote_gb: RemoteGb = REMOTE_GB
 
 
 class EvaluatedSettings(Strict):

@@ -83,7 +83,7 @@ def _look(settings: ExploreSettings, say: Say) -> Findings:
     evaluated = opened(settings)
     if evaluated.told:
         say(evaluated.told)
-    source = evaluated.item.open(settings.data)
+    source = evaluated.item.open(settings.data, remote_gb=settings.remote_gb)
     index, x, difficulty = _read(settings, evaluated, source, say)
     _refuse_few(settings, evaluated, len(index))
     with fast_linear():

@@ -51,7 +51,8 @@ class LabelFreeMonitor:
         data = self.run.evaluation.monitor_data
         assert data is not None
         try:
-            source = item_of(self.run.model).open(data)
+            room = self.run.training.remote_gb
+            source = item_of(self.run.model).open(data, remote_gb=room)
         except UserError as error:  # which calls every source data=
             raise UserError(re.sub("^data=", "monitor_data=", str(error))) from error
         self.run.engine.agree({"monitor_data": f"{len(source)} of {source.fingerprint}"})

@@ -86,8 +86,9 @@ class Monitor:
         self._labelled = None
         asked = run.evaluation
         if asked.eval_every:
+            item = item_of(run.model).keeping(run.training.remote_gb)
             self._labelled = open_labelled(
-                asked.eval_data, asked.eval_test, item_of(run.model), ("eval_data", "eval_test")
+                asked.eval_data, asked.eval_test, item, ("eval_data", "eval_test")
             )
             parts = {"eval_data": self._labelled.train, "eval_test": self._labelled.test}
             run.engine.agree(

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from patchmine.data.settings import READ_TIMEOUT, REMOTE_GB
+from patchmine.data.settings import READ_TIMEOUT, REMOTE_GB, RemoteGb
 from patchmine.errors import UserError
 from patchmine.strict import (
     LARGEST_RUN,
@@ -129,12 +129,7 @@ class MachineSettings(Strict):
         "cache folder; null: none",
     )
     cache_gb: float = Field(10, gt=0, le=LARGEST_RUN, description="most that cache may take")
-    remote_gb: float = Field(
-        REMOTE_GB,
-        ge=0,
-        le=LARGEST_RUN,
-        description="most that parts of remote data (s3://...) may take in the user's cache folder",
-    )
+    remote_gb: RemoteGb = REMOTE_GB
     compile: bool = Field(False, description="compile the model's blocks")
     sharding: Sharding = Field(
         "ddp",

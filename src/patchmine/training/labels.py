@@ -78,6 +78,7 @@ def open_parts(
             f"labels={shown_name(settings.labels)} names files, which a torch dataset does not "
             "have: leave it out, and let the dataset give pairs of an image and a label"
         )
+    item = item.keeping(settings.remote_gb)
     return _of_table(settings, item) if settings.labels else _of_folders(settings, given, item)
 
 

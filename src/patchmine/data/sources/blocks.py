@@ -48,7 +48,7 @@ class Blocks:
     limit: int
     _room: int = 0
     _full: bool = False
-    _handles: OrderedDict[_Place, Descriptor] = field(default_factory=OrderedDict)
+    _open: OrderedDict[_Place, _OpenPart] = field(default_factory=OrderedDict)
     _sums: dict[_Place, _Sums] = field(default_factory=dict)
     _used: dict[str, float] = field(default_factory=dict)
 
@@ -61,18 +61,18 @@ class Blocks:
     def read(self, key: str, number: int, size: int, start: int, length: int) -> bytes | None:
         """Bytes of a part of ``size`` bytes; None where it is not kept."""
         place = (key, number)
-        handle = self._handles.get(place) or self._opened(place, size)
-        if handle is None:
+        part = self._open.get(place) or self._opened(place, size)
+        if part is None:
             return None
-        self._handles.move_to_end(place)
-        sums = self._sums[place]
+        self._open.move_to_end(place)
+        sums = part.sums
         try:
             if sums.are_known(start, start + length):
-                data = os.pread(handle.number, length, start)
+                data = os.pread(part.number, length, start)
                 return data if len(data) == length else None
             first = start // _CHUNK * _CHUNK
             last = min(size, -(-(start + length) // _CHUNK) * _CHUNK)
-            data = os.pread(handle.number, last - first, first)
+            data = os.pread(part.number, last - first, first)
         except OSError:  # of the disk: it is fetched again
             return None
         if not sums.fit(data, first):
@@ -119,14 +119,14 @@ class Blocks:
             self._stop(error)
         self._room -= len(data)
 
-    def _opened(self, place: _Place, size: int) -> Descriptor | None:
+    def _opened(self, place: _Place, size: int) -> _OpenPart | None:
         if self.folder is None:
             return None
         key, number = place
         try:
-            handle = Descriptor(self.folder / key / str(number))
+            part = _OpenPart(self.folder / key / str(number))
             if place not in self._sums:
-                table = os.pread(handle.number, _table_size(size) + 1, size)
+                table = os.pread(part.number, _table_size(size) + 1, size)
                 if len(table) != _table_size(size) or _sum(table[:-_SUM]) != table[-_SUM:]:
                     self._forget(place)
                     return None
@@ -134,14 +134,15 @@ class Blocks:
             self._mark_used(key)
         except OSError:
             return None
-        self._handles[place] = handle
-        if len(self._handles) > _MOST_OPEN:
-            self._handles.popitem(last=False)
-        return handle
+        part.sums = self._sums[place]
+        self._open[place] = part
+        if len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)
+        return part
 
     def _forget(self, place: _Place) -> None:
         """Remove a part that is not whole."""
-        self._handles.pop(place, None)
+        self._open.pop(place, None)
         self._sums.pop(place, None)
         if self.folder is not None:
             with suppress(OSError):
@@ -175,6 +176,12 @@ class Blocks:
         )
 
 
+class _OpenPart(Descriptor):
+    """A part that is open, and its checksums."""
+
+    sums: _Sums
+
+
 class _Sums:
     """The checksums of one part, and which of them were found to fit."""
 
@@ -183,7 +190,8 @@ class _Sums:
 
     def are_known(self, start: int, end: int) -> bool:
         """Whether all that lies between was found to fit."""
-        return all(self._known[start // _CHUNK : -(-end // _CHUNK)])
+        first, last = start // _CHUNK, (end - 1) // _CHUNK
+        return bool(self._known[last]) if first == last else all(self._known[first : last + 1])
 
     def fit(self, data: bytes, start: int) -> bool:
         """Whether whole chunks, the first of which begins at ``start``, fit."""

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,13 +67,10 @@ class RemoteFile:
         Raises:
             UserError: it is gone or another one, or cannot be reached.
         """
-        end, parts = min(start + length, self.size), list[bytes]()
-        while start < end:
-            number, inside = divmod(start, BLOCK)
-            until = min(end, (number + 1) * BLOCK)
-            parts.append(self._part(number, inside, until - start))
-            start = until
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        number, inside = divmod(start, BLOCK)
+        if start + length <= self.size and 0 < length <= BLOCK - inside:
+            return self._part(number, inside, length)  # of one block, as nearly all images are
+        return b"".join(self._parts(start, min(start + length, self.size)))
 
     def fetch(self) -> None:
         """Fetch what is not kept yet, as far as there is room for it."""
@@ -99,6 +96,14 @@ class RemoteFile:
     @cached_property
     def _key(self) -> str:
         return hashlib.sha256(self.identity() or b"").hexdigest()[:32]
+
+    def _parts(self, start: int, end: int) -> Iterator[bytes]:
+        """The bytes between, block by block."""
+        while start < end:
+            number, inside = divmod(start, BLOCK)
+            until = min(end, (number + 1) * BLOCK)
+            yield self._part(number, inside, until - start)
+            start = until
 
     def _part(self, number: int, inside: int, length: int) -> bytes:
         """Bytes of one block, which is fetched and kept whole while there is room for it."""
