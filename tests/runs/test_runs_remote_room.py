@@ -39,16 +39,16 @@ def local(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "embed RUN data=FAR out=OUT.parquet workers=0",
         "data inspect FAR",
         "data shard FAR out=OUT",
-        "pretrain data=HERE monitor_data=FAR out=OUT",
+        "pretrain data=IMAGES monitor_data=FAR out=OUT",
         "pretrain data=HERE eval_data=HERE eval_test=FAR eval_every=1 out=OUT",
         "finetune RUN data=HERE test=FAR out=OUT",
     ],
 )
 def test_what_is_read_from_an_address_stays_within_its_room(
-    words: str, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: str, local: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = dict(RUN=local / "run", HERE=local / "set", FAR=f"file://{local}/set")
-    names["OUT"] = tmp_path / "out"
+    names |= dict(IMAGES=image_folder, OUT=tmp_path / "out")
     for name, meant in names.items():
         words = words.replace(name, str(meant))
     own = [] if words.startswith(("eval", "embed", "data")) else SMALL

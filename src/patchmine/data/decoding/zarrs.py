@@ -1,7 +1,7 @@
 """zarr, by zarr-python: the images along the first axis of an array that lies in a folder.
 
-The rule for the array is that of `hdf5`.  Only codecs that are known to unpack numbers are used:
-one of them, pickle, runs code.
+The rule for the array is that of `hdf5`; of OME-Zarr the metadata tell (`ome`).  Only codecs that
+are known to unpack numbers are used: one of them, pickle, runs code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from patchmine.data.decoding import stacks
 from patchmine.data.decoding.bounds import DecodeError, decoding
+from patchmine.data.decoding.ome import Planes, planes_of
 from patchmine.data.decoding.reading import Contents, Facts, Reader
 
 SUFFIXES, MAGIC = (".zarr",), ()
@@ -28,40 +29,50 @@ _CODECS = {
 
 def count(file: Contents) -> int:
     """How many images a folder holds; 0 of one without.  DecodeError for damage."""
-    with _opened(file) as array:
-        return 0 if array is None else int(array.shape[0])
+    with _opened(file) as found:
+        if isinstance(found, Planes):
+            return found.count
+        return 0 if found is None else int(found.shape[0])
 
 
 def probe(file: Contents, number: int) -> Facts:
     """(height, width, channels, dtype name) of an image; DecodeError."""
-    with _opened(file) as array:
+    with _opened(file) as found:
         del number  # all are alike
-        return stacks.facts(array)
+        return found.facts() if isinstance(found, Planes) else stacks.facts(found)
 
 
 def read(file: Contents, number: int, channels: int, max_pixels: int) -> np.ndarray:
     """(C, H, W) of an image, as it is stored; DecodeError."""
-    with _opened(file) as array:
+    with _opened(file) as found:
+        if isinstance(found, Planes):
+            return found.image(number, max_pixels)
         # What the chunk of an image takes on the disk is not asked for: a default of max_pixels
         # believes in no chunk beyond half a gigabyte.
-        stacks.check(array, number, 0, max_pixels)
-        return stacks.image(array[number], channels)
+        stacks.check(found, number, 0, max_pixels)
+        return stacks.image(found[number], channels)
 
 
 @contextmanager
 def _opened(file: Contents) -> Iterator[Any]:
-    """The array of images in a folder; None where there is none."""
+    """The array of images in a folder, or the planes of OME-Zarr; None where there is neither."""
     import zarr
 
     if isinstance(file, bytes):
         raise DecodeError("is no folder; a zarr array is one")
     with decoding(_DAMAGED):
         node = zarr.open(Path(file), mode="r")
-        arrays = {"": node} if isinstance(node, zarr.Array) else dict(node.arrays())
-        array = stacks.chosen({n: each for n, each in arrays.items() if stacks.holds_images(each)})
+        planes = None if isinstance(node, zarr.Array) else planes_of(node)
+        array = _array_of(node) if planes is None else planes.array
         if array is not None:
             _refuse_codecs(array.metadata.to_dict())
-        yield array
+        yield planes or array
+
+
+def _array_of(node: Any) -> Any:
+    """The one array of images that is, or lies in, what zarr opened."""
+    arrays = {"": node} if hasattr(node, "shape") else dict(node.arrays())
+    return stacks.chosen({n: each for n, each in arrays.items() if stacks.holds_images(each)})
 
 
 def _refuse_codecs(metadata: Any) -> None:
