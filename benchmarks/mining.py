@@ -35,6 +35,7 @@ from patchmine.cli.commands import read_words
 from patchmine.cli.program import ended_in_words
 from patchmine.config.resolve import of_kind, parse
 from patchmine.config.schema import PretrainConfig
+from patchmine.data.sources.source import open_source
 from patchmine.methods.hpm import HPM
 from patchmine.ops.mining import ranks
 from patchmine.task import Method
@@ -48,7 +49,7 @@ class Row(NamedTuple):
         method: its name.
         options: settings of the method.
         scores: what becomes of the scores (B, units) of which the largest are masked.
-        small_first: share of the epochs that a run at half the size takes, whose encoder this one
+        small_first: share of the steps that a run at half the size takes, whose encoder this one
             goes on from.
     """
 
@@ -263,10 +264,16 @@ def _as_bench(name: str, more: Sequence[str]) -> tuple[BenchStepSettings, dict[s
 # ---- runs ----
 
 
-def run_words(row: Row, epochs: float, seed: int, more: Sequence[str]) -> list[str]:
+def run_words(row: Row, steps: int, seed: int, more: Sequence[str]) -> list[str]:
     """The words of `patchmine pretrain` behind data and out."""
     options = [f"method.{key}={value}" for key, value in row.options.items()]
-    return [f"method={row.method}", *options, f"epochs={epochs:g}", f"seed={seed}", *more]
+    return [f"method={row.method}", *options, f"steps={steps}", f"seed={seed}", *more]
+
+
+def steps_per_epoch(train: Path, more: Sequence[str]) -> int:
+    """Whole batches of the images."""
+    words = [*run_words(ROWS["mae"], 1, 0, more), f"data={train}", "out=none"]
+    return len(open_source(train)) // parse(RECIPE, words).batch_size
 
 
 def patchmine(*words: str) -> None:
@@ -276,17 +283,18 @@ def patchmine(*words: str) -> None:
 
 
 def make_row(
-    name: str, folder: Path, train: Path, epochs: float, seed: int, more: Sequence[str]
+    name: str, folder: Path, train: Path, steps: int, seed: int, more: Sequence[str]
 ) -> None:
     """The run of a row, after the one at half the size where the row begins with that."""
-    row, begin = ROWS[name], []
-    if row.small_first:
+    row = ROWS[name]
+    early = round(row.small_first * steps)
+    begin = []
+    if early:
         small = folder.with_name(f"{folder.name}-small")
-        words = run_words(row, epochs * row.small_first, seed, [*more, f"image_size={HALF_SIZE}"])
+        words = run_words(row, early, seed, [*more, f"image_size={HALF_SIZE}"])
         make_run(name, small, train, words)
         begin = [f"init={small}"]
-    words = run_words(row, epochs * (1 - row.small_first), seed, [*more, *begin])
-    make_run(name, folder, train, words)
+    make_run(name, folder, train, run_words(row, steps - early, seed, [*more, *begin]))
 
 
 def make_run(name: str, folder: Path, train: Path, words: Sequence[str]) -> None:
@@ -447,13 +455,14 @@ def train_command(
     names = _rows(rows)
     with ended_in_words():
         costs = prices(out, names, more) if equal == "time" else dict.fromkeys(names, 1.0)
+    whole = epochs * steps_per_epoch(train, more)
     out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, seeds.split(",")):
         for name in names:
             told = results(out).get(name, {}).get(seed, {})
             if "linear" not in told or (finetune and "10%" not in told):
                 folder = out / f"{name}-seed{seed}"
-                make_row(name, folder, train, epochs / costs[name], seed, more)
+                make_row(name, folder, train, round(whole / costs[name]), seed, more)
                 evaluate(folder, labelled or train, test, finetune)
             print(page(out), flush=True)
 
