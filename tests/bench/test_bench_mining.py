@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fixtures.drawn import draw_images
 
 TINY = ("batch_size=16", "device=cpu", "workers=0", "warmup_epochs=0", "tensorboard=false")
