@@ -41,6 +41,7 @@ def files(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.bitwise
 def test_every_file_has_the_bits_of_blocking_saving(run_toy: Run, tmp_path: Path) -> None:
     for saving in BOTH:
         run_toy(saving, checkpoint_every=1, keep_checkpoints=20, saving=saving)

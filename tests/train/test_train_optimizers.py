@@ -194,6 +194,7 @@ def test_the_optimizer_is_no_setting_that_a_resumed_run_may_change() -> None:
     assert "optimizer" in names_of(PretrainConfig, decide_weights=True)
 
 
+@pytest.mark.bitwise
 @pytest.mark.parametrize("name", OF_A_RUN)
 def test_a_run_that_was_stopped_goes_on_bit_by_bit(
     engine: Engine, tmp_path: Path, name: str
