@@ -29,7 +29,7 @@ from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import Process, train_batches
 from patchmine.data.pixelcache import PixelCache, cache_of
 from patchmine.data.randomness import SampleGenerators, sample_generator
-from patchmine.data.settings import MAX_PIXELS, Crops, ViewSettings
+from patchmine.data.settings import Crops, InputSettings, ViewSettings
 from patchmine.data.sharding import write_shards
 from patchmine.data.sources.combine import Joined
 from patchmine.data.sources.contract import Source
@@ -117,13 +117,13 @@ class Counting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from patchmine.data import samples
 
-        self.count, decode = 0, samples.decode  # type: ignore[attr-defined]
+        self.count, decode = 0, samples.whole_image  # type: ignore[attr-defined]
 
         def counted(*arguments: Any) -> Any:
             self.count += 1
             return decode(*arguments)
 
-        monkeypatch.setattr(samples, "decode", counted)
+        monkeypatch.setattr(samples, "whole_image", counted)
 
 
 @pytest.fixture
@@ -398,14 +398,14 @@ def test_it_is_off_by_default_and_needs_files() -> None:
     assert MachineSettings().cache is None
     on = MachineSettings(cache="somewhere")
     arrays = open_source("embedded:photos/test")
-    assert cache_of(arrays, 3, MAX_PIXELS, on) is None
+    assert cache_of(arrays, InputSettings(), on) is None
 
 
 def test_auto_is_the_users_cache_folder(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    cache = cache_of(open_source(images), 3, MAX_PIXELS, MachineSettings(cache="auto"))
+    cache = cache_of(open_source(images), InputSettings(), MachineSettings(cache="auto"))
     assert isinstance(cache, PixelCache)
     assert cache.folder == tmp_path / "xdg" / "patchmine" / "pixels"
 
@@ -487,7 +487,7 @@ def test_a_jpeg_in_the_cache_is_as_it_is_decoded(tmp_path: Path) -> None:
         for cache in (None, str(tmp_path / "cache"))
     ]
     assert_same(*made)
-    cache = cache_of(source, 3, MAX_PIXELS, MachineSettings(cache=str(tmp_path / "cache")))
+    cache = cache_of(source, InputSettings(), MachineSettings(cache=str(tmp_path / "cache")))
     assert cache is not None
     kept = cache.read(0)
     assert kept is not None

@@ -351,7 +351,7 @@ class ShardSettings(Strict):
 
 
 class TileSettings(Strict):
-    """Cut huge images into tiles, or list these: slides, satellite scenes, scans.
+    """Cut huge images (slides, scenes, scans) into tiles, or list these.
 
     Each image becomes a folder of tiles; tiles that are nearly all background are left out.  The
     same command again goes on where it was stopped.  A list, out=tiles.csv, takes no room: with
