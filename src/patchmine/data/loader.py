@@ -179,7 +179,7 @@ class _TrainOrder(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         batch_size, accumulate = self.schedule.batch_size, self.schedule.accumulate
-        rows = batch_size // (self.place.world_size * accumulate)
+        rows = rows_of_part(self.schedule, self.place.world_size)
         epoch, order = -1, np.empty(0, np.int64)
         for step in self.steps:
             if step // self.steps_per_epoch != epoch:

@@ -35,11 +35,8 @@ def evaluate_quality(settings: QualitySettings, say: Say = silent) -> Result:
         UserError: the model or the data cannot be used, or there are fewer than three images.
     """
     evaluated = opened(settings)
-    noun, source = (
-        evaluated.item.noun,
-        evaluated.item.open(settings.data, remote_gb=settings.remote_gb),
-    )
-    part = everything(source)
+    noun = evaluated.item.noun
+    part = everything(evaluated.item.open(settings.data, remote_gb=settings.remote_gb))
 
     def measured(features: Features) -> Result:
         count, width = features.x.shape

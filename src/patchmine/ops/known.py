@@ -86,7 +86,7 @@ def counting_patches(
 def scored(
     values: Float[Tensor, "B L"], known: Bool[Tensor, "B C *size"] | None, patch: tuple[int, ...]
 ) -> Float[Tensor, "B L"]:
-    """A number of each patch, -inf where it does not count, which is hard nor easy."""
+    """A number of each patch, -inf where it does not count, which is neither hard nor easy."""
     if known is None:
         return values
     return torch.where(counting_patches(known, patch), values, -torch.inf)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from patchmine.ops.patches import standardised_by
+
 RANK_EPS = (
     1e-6  # HPM, forward_learning_loss; it also kills the gradient of pairs that are far apart
 )
@@ -67,11 +69,7 @@ def absolute_difficulty_loss(
     """
     error = error.detach().float()
     if counts is not None:
-        number = counts.sum(dim=1, keepdim=True)
-        mean = error.where(counts, 0.0).sum(dim=1, keepdim=True) / number.clamp(min=1)
-        apart = (error - mean).where(counts, 0.0)
-        variance = apart.square().sum(dim=1, keepdim=True) / (number - 1).clamp(min=1)
-        distance = predicted.float() - apart / (variance + 1e-6).sqrt()
+        distance = predicted.float() - standardised_by(error, counts)
         return distance.where(counts, 0.0).square().mean()
     variance, mean = torch.var_mean(error, dim=1, keepdim=True, correction=1)
     return (predicted.float() - (error - mean) / (variance + 1e-6).sqrt()).square().mean()

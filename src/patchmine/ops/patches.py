@@ -135,15 +135,17 @@ def pixel_targets(
     if not norm_pix_loss:
         return values
     if counts is not None:
-        return _standardised_by(values, counts)
+        return standardised_by(values, counts)
     mean, deviation = target_statistics(values, patch, images.shape[1])
     if len(patch) == 3:
         return ((_by_channel(values, images.shape[1]) - mean) / deviation).flatten(-2)
     return (values - mean) / deviation
 
 
-def _standardised_by(values: Float[Tensor, "B M P"], counts: Bool[Tensor, "B M P"]) -> Tensor:
-    """Values of patches of images less the mean, over the deviation, of those that count."""
+def standardised_by(
+    values: Float[Tensor, "*rows P"], counts: Bool[Tensor, "*rows P"]
+) -> Float[Tensor, "*rows P"]:
+    """Values less the mean, over the deviation, of those of their row that count."""
     number = counts.sum(dim=-1, keepdim=True)
     mean = torch.where(counts, values, 0.0).sum(dim=-1, keepdim=True) / number.clamp(min=1)
     squares = torch.where(counts, values - mean, 0.0).square().sum(dim=-1, keepdim=True)
