@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from fixtures.webpage import open_page
+
 WIDE, NARROW = 1280, 390
 OVERFLOW = "return document.documentElement.scrollWidth - innerWidth"
 
@@ -54,7 +56,7 @@ def resize(browser: Any, width: int) -> None:
 
 def shown(browser: Any, page: str, width: int) -> Any:
     resize(browser, width)
-    browser.get(page)
+    open_page(browser, page)
     return browser
 
 
@@ -99,7 +101,7 @@ def test_no_page_is_wider_than_the_window(browser: Any, site: Path, address: str
     assert len(pages) > 25
     too_wide = []
     for page in pages:
-        browser.get(f"{address}{page}/")
+        open_page(browser, f"{address}{page}/")
         for width in (NARROW, WIDE):
             resize(browser, width)
             if browser.execute_script(OVERFLOW) > 0:

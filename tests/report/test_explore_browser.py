@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fixtures.webpage import open_page
 from patchmine.report.explore import explore
 from patchmine.report.settings import ExploreSettings
 
@@ -36,7 +37,7 @@ def page(browser: Any, written: Path) -> Any:
     browser.get_log("browser")
     browser.get_log("performance")
     browser.set_window_size(1300, 1000)
-    browser.get(written.as_uri())
+    open_page(browser, written.as_uri())
     return browser
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.webpage import click, heights, point_at, texts, visible
+from fixtures.webpage import click, heights, open_page, point_at, texts, visible
 from patchmine.report.page import write_report
 
 MakeRun = Callable[..., Path]
@@ -21,7 +21,7 @@ def opened(browser: Any, tmp_path: Path) -> Callable[..., Any]:
     def show(*runs: Path) -> Any:
         browser.get_log("browser")
         browser.get_log("performance")
-        browser.get(write_report(runs, tmp_path / "report.html").as_uri())
+        open_page(browser, write_report(runs, tmp_path / "report.html").as_uri())
         return browser
 
     return show

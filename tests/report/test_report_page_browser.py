@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.webpage import click, point_at, texts, visible
+from fixtures.webpage import click, open_page, point_at, texts, visible
 from patchmine.report.page import write_report
 
 MakeRun = Callable[..., Path]
@@ -84,7 +84,7 @@ def rich_run(make_run: MakeRun, name: str, **options: Any) -> Path:
 def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     def show(*runs: Path) -> Any:
         browser.get_log("browser")
-        browser.get(write_report(runs, tmp_path / "report.html").as_uri())
+        open_page(browser, write_report(runs, tmp_path / "report.html").as_uri())
         browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
         return browser
 
@@ -221,7 +221,7 @@ def test_of_one_run_changed_settings_stand_first(
 ) -> None:
     folder = make_run("run", blr=3e-4)
     page = opened(folder)
-    page.refresh()  # with details closed
+    open_page(page, page.current_url)  # with details closed
     shown = [text for text in texts(page, "#settings dl div") if text]
     assert "blr\n0.0003" in shown
     assert not any(text.startswith("seed") for text in shown)
