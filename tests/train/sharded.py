@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,22 @@ class Plain:
             yield batch_of(100, slice(number, number + 1), views=1)
 
 
-def micro_batches(engine: Engine, name: str, first: int, accumulate: int) -> Iterator[Batch]:
+def with_gaps(batch: Batch) -> Batch:
+    """The more images stand before one in the data, the less of it is there; of the last nothing."""
+    rows = torch.arange(16)[:, None]
+    known = rows >= 16 * batch.index[:, None, None, None] / (IMAGES - 1)
+    return replace(batch, known=known.expand_as(batch.views[0]))
+
+
+def micro_batches(
+    engine: Engine, name: str, first: int, accumulate: int, gaps: bool
+) -> Iterator[Batch]:
     rows = IMAGES // (engine.world_size * accumulate)
     for step in range(first, STEPS):
         for micro in range(accumulate):
             row = (micro * engine.world_size + engine.rank) * rows
-            yield batch_of(step, slice(row, row + rows), views=4 if name == "mokd" else 1)
+            batch = batch_of(step, slice(row, row + rows), views=4 if name == "mokd" else 1)
+            yield with_gaps(batch) if gaps else batch
 
 
 def spoil(_: Method, inputs: tuple[Batch, Progress], losses: Losses) -> None:
@@ -111,7 +122,7 @@ def held_bytes(stepper: Stepper) -> int:
 
 def train_case(engine: Engine, folder: Path, name: str, last: int, **given: Any) -> None:
     method, out, held = build(name), folder / name, []
-    accumulate = given.pop("accumulate", 1)
+    accumulate, gaps = given.pop("accumulate", 1), bool(given.pop("gaps", False))
     if given.pop("spoilt", False):
         method.register_forward_hook(spoil)  # its copy has it too
     values: dict[str, Any] = dict(batch_size=IMAGES, log_every=1, blr=0.1, warmup_epochs=1.0)
@@ -146,7 +157,7 @@ def train_case(engine: Engine, folder: Path, name: str, last: int, **given: Any)
         say=say,
         tensorboard=False,
     ) as log:
-        batches = micro_batches(engine, name, first, accumulate)
+        batches = micro_batches(engine, name, first, accumulate, gaps)
         length, keeper = Progress(0, STEPS, PER_EPOCH), Keeper(checkpoints, start)
         try:
             train(method, batches, engine, settings, length, keeper=keeper, log=log, hooks=hooks)

@@ -113,6 +113,24 @@ def test_parts_of_a_batch_and_blocks_computed_again_change_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_several_processes_miss_the_pixels_that_one_does(tmp_path: Path, sharding: str) -> None:
+    names = ("mae", "hpm", "amt")
+    for name in names:
+        sharded.train_case(Engine(device="cpu"), tmp_path / "alone", name, sharded.STEPS, gaps=True)
+    given = [f"{name}+gaps=1" for name in names]
+    run(2, str(tmp_path), sharding, str(sharded.STEPS), *given)
+    for name in names:
+        assert_alike(tmp_path / "gaps=1", tmp_path / "alone", name)
+        counted = [
+            [line["counted"] for line in lines(folder, name)]
+            for folder in (tmp_path / "gaps=1", tmp_path / "alone")
+        ]
+        assert counted[0] == pytest.approx(counted[1], rel=1e-6)
+        assert all(0 < share < 1 for share in counted[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "sharding"), [("nadamw", "fsdp"), ("muon", "ddp")])
 def test_other_optimizers_make_of_parts_what_they_make_of_the_whole(
     tmp_path: Path, optimizer: str, sharding: str
