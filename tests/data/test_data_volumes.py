@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from patchmine.data.decoding.bounds import DecodeError, install_command
-from patchmine.data.decoding.decode import decode, probe
+from patchmine.data.decoding.decode import decode, decode_known, probe
 from patchmine.data.decoding.domains import Part
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import open_source
@@ -248,6 +248,47 @@ def test_no_code_is_run_and_no_other_file_is_read(tmp_path: Path) -> None:
         with pytest.raises(DecodeError):
             decode(Part(str(folder), 0), 1)
     assert not (tmp_path / "evil").exists()
+
+
+def fits_of_doubles(file: Path, values: np.ndarray) -> Path:
+    fits = pytest.importorskip("astropy.io.fits")
+    return fits_file(file, fits.ImageHDU(values[:, ::-1]))
+
+
+def fits_of_integers(file: Path, values: np.ndarray) -> Path:
+    """NaN is stored as BLANK, all else in tenths."""
+    fits = pytest.importorskip("astropy.io.fits")
+    stored = np.nan_to_num(values * 10, nan=-32768).round().astype(np.int16)
+    part = fits.ImageHDU(stored[:, ::-1])
+    part.header["BLANK"], part.header["BSCALE"] = -32768, 0.1
+    return fits_file(file, part)
+
+
+@pytest.mark.parametrize(
+    ("ending", "write"),
+    [
+        (".fits", fits_of_doubles),
+        (".fits", fits_of_integers),
+        (".h5", lambda file, values: hdf5(file, images=values)),
+        (".zarr", zarr_folder),
+        (".nii", lambda file, values: nifti(file, values[:, ::-1, ::-1].transpose(2, 1, 0))),
+    ],
+    ids=["NaN in FITS", "BLANK in FITS", "HDF5", "zarr", "NIfTI"],
+)
+def test_values_that_are_not_there_are_known_as_missing(
+    tmp_path: Path, ending: str, write: Any
+) -> None:
+    values = np.round(RNG.normal(50, 20, (3, 20, 30)), 1)
+    values[1, 2:9, 4] = np.nan
+    values[2] = np.nan
+    source = open_source(write(tmp_path / f"x{ending}", values))
+    found = [decode_known(source.read(index), 1) for index in range(3)]
+    assert found[0][1] is None
+    for (image, known), wanted in zip(found[1:], values[1:], strict=True):
+        assert known is not None
+        np.testing.assert_array_equal(known[0], np.isfinite(wanted))
+        np.testing.assert_allclose(image[known], wanted[np.isfinite(wanted)], rtol=1e-5)
+    assert float(found[1][0][0, 5, 4]) == pytest.approx(np.nanmean(values[1]), rel=1e-5)
 
 
 def test_chunks_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
