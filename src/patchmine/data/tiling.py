@@ -16,7 +16,8 @@ from PIL import Image
 from patchmine.data.decoding.arrays import filled, with_nan
 from patchmine.data.decoding.bounds import DecodeError, reading_item
 from patchmine.data.decoding.orientation import Box
-from patchmine.data.decoding.scenes import Scene, open_scene
+from patchmine.data.decoding.rasters import Scene
+from patchmine.data.decoding.scenes import open_scene
 from patchmine.data.settings import LIST_SUFFIXES, MAX_PIXELS
 from patchmine.data.sources.contract import data_error
 from patchmine.data.sources.folder import FileSource, open_folder

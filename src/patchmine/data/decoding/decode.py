@@ -21,7 +21,7 @@ import torchvision  # noqa: F401  registers torch.ops.image
 from PIL import Image
 from torch import Tensor
 
-from patchmine.data.decoding import headers, heif, npy, tiff
+from patchmine.data.decoding import headers, heif, jpeg2000, npy, tiff
 from patchmine.data.decoding.arrays import channels_first, tensor_channels_first
 from patchmine.data.decoding.bounds import (
     PLAIN_WORK,
@@ -286,6 +286,10 @@ def _read_heif(data: bytes, _: int, max_pixels: int) -> Pixels:
     return of_stored(array.transpose(2, 0, 1), array.shape[2] in {2, 4})
 
 
+def _read_jpeg2000(data: bytes, _: int, max_pixels: int) -> Pixels:
+    return of_stored(jpeg2000.read(data, max_pixels))
+
+
 def _probe_other(data: bytes) -> Facts:
     image = _open(data)
     return _probe_pil(image, exif_orientation(image.info.get("exif") or b""))
@@ -333,6 +337,7 @@ _KINDS = (
     _Kind(npy.MAGIC, lambda data: probe(npy.read_npy(data)), _read_npy),
     _Kind(MAGIC, _probe_tiff, _read_tiff),
     _Kind(heif.is_heif, heif.probe_heif, _read_heif),
+    _Kind(jpeg2000.is_beyond_pil, jpeg2000.probe, _read_jpeg2000),
     *map(_of_domain, DOMAINS),
     _Kind(b"", _probe_other, _read_other),
 )

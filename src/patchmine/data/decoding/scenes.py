@@ -8,48 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from patchmine.data.decoding.arrays import with_gaps
-from patchmine.data.decoding.bounds import DecodeError, decoding, missing, without_log
+from patchmine.data.decoding.bounds import DecodeError, decoding, missing
 from patchmine.data.decoding.decode import decode, probe
 from patchmine.data.decoding.orientation import Box
+from patchmine.data.decoding.rasters import JPEG_2000, TIFF, Scene, open_raster, refuse_level
 from patchmine.data.decoding.reading import open_regular
 from patchmine.errors import reason_of
 
 SCENE_SUFFIXES = (".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide")
-# Of GDAL: no look at what lies beside a file; megabytes of blocks that all scenes of a process may
-# keep, instead of a twentieth of the memory, which many workers have together.
-_GDAL = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_CACHEMAX": 256}
-
-
-@dataclass(frozen=True)
-class Scene:
-    """An opened image, at a level of its pyramid.
-
-    Attributes:
-        height: in pixels of this level, as is ``width``.
-        channels: of its pixels, whose type is called ``dtype``.
-        window: gives (C, h, w) pixels, masked where there is no data, and (h, w) bool, where any
-            are known; raises DecodeError.
-        close: to be called in the end.
-        held: bytes of pixels that it keeps in memory until then.
-    """
-
-    height: int
-    width: int
-    channels: int
-    dtype: str
-    window: Callable[[Box], tuple[np.ndarray, np.ndarray]]
-    close: Callable[[], None]
-    held: int = 0
 
 
 def open_scene(path: str, level: int, max_pixels: int) -> Scene:
@@ -63,7 +36,8 @@ def open_scene(path: str, level: int, max_pixels: int) -> Scene:
             if name.endswith(SLIDE_SUFFIXES):
                 return _slide(path, level)
             if name.endswith(SCENE_SUFFIXES):
-                return _raster(path, level)
+                driver = TIFF if name.endswith((".tif", ".tiff")) else JPEG_2000
+                return open_raster(path, driver, level)
             if level:
                 raise DecodeError(f"has no level {level}: only slides and TIFF may have some")
             return _whole(handle.read(), max_pixels)
@@ -84,50 +58,6 @@ def _whole(data: bytes, max_pixels: int) -> Scene:
     return Scene(height, width, channels, kind, window, lambda: None, pixels.nbytes)
 
 
-def _raster(path: str, level: int) -> Scene:
-    if importlib.util.find_spec("rasterio") is None:
-        command = "pip install 'patchmine[geo]'"
-        raise missing("a scene of which windows are read", "rasterio", command)
-    import rasterio
-    from rasterio.enums import ColorInterp
-
-    with _by_gdal():
-        # No other drivers: some of GDAL's read further files, or run code.
-        driver = "GTiff" if path.lower().endswith((".tif", ".tiff")) else "JP2OpenJPEG"
-        image = rasterio.open(path, driver=driver)
-        kinds = zip(image.indexes, image.colorinterp, strict=True)
-        bands = [band for band, kind in kinds if kind != ColorInterp.alpha]
-        dtype, levels = image.dtypes[0], 1 + len(image.overviews(1))
-        if np.dtype(dtype).kind not in "uif":
-            raise DecodeError(f"holds values of type {dtype}, which is no image")
-        _refuse_level(level, levels)
-        if level:
-            image.close()
-            image = rasterio.open(path, driver=driver, overview_level=level - 1)
-
-    def window(place: Box) -> tuple[np.ndarray, np.ndarray]:
-        top, left, height, width = place
-        part = rasterio.windows.Window(left, top, width, height)
-        with _by_gdal():
-            pixels = image.read(bands, window=part)
-            known = image.dataset_mask(window=part) > 0
-        gaps = np.broadcast_to(~known, pixels.shape)
-        if pixels.dtype.kind == "f":
-            gaps = gaps | ~np.isfinite(pixels)
-        return with_gaps(pixels, gaps), known
-
-    return Scene(image.height, image.width, len(bands), dtype, window, image.close)
-
-
-@contextmanager
-def _by_gdal() -> Iterator[None]:
-    import rasterio
-
-    told = "is no readable TIFF or JPEG 2000"
-    with decoding(told), without_log("rasterio"), rasterio.Env(**_GDAL):
-        yield
-
-
 def _slide(path: str, level: int) -> Scene:
     if importlib.util.find_spec("openslide") is None:
         raise missing("a slide", "openslide", "pip install 'patchmine[slides]'")
@@ -136,7 +66,7 @@ def _slide(path: str, level: int) -> Scene:
     with decoding("is no readable slide"):
         slide = openslide.OpenSlide(path)
         slide.set_cache(_slide_cache(os.getpid()))
-        _refuse_level(level, slide.level_count)
+        refuse_level(level, slide.level_count)
         width, height = slide.level_dimensions[level]
         scale = slide.level_downsamples[level]
 
@@ -159,8 +89,3 @@ def _slide_cache(process: int) -> Any:
 
     del process  # after a fork there is another, since a lock of this one may be held
     return openslide.OpenSlideCache(32 << 20)
-
-
-def _refuse_level(level: int, count: int) -> None:
-    if level >= count:
-        raise DecodeError(f"has no level {level}, but {count} from 0 on")

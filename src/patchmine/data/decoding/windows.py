@@ -14,8 +14,9 @@ import numpy as np
 
 from patchmine.data.decoding.bounds import DecodeError, check_pixels
 from patchmine.data.decoding.orientation import Box
+from patchmine.data.decoding.rasters import Scene
 from patchmine.data.decoding.reading import Facts, Piece, mark_of
-from patchmine.data.decoding.scenes import Scene, open_scene
+from patchmine.data.decoding.scenes import open_scene
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.errors import reason_of
 
