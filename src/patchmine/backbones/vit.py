@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from patchmine.backbones.architecture import infer_architecture
 from patchmine.backbones.positions import sincos_table
 from patchmine.backbones.record import Blueprint, Encoder, Family
+from patchmine.backbones.shapes import OnlyShapes
 from patchmine.backbones.tokens import (
     embedded_prefix,
     encoder_grid,
@@ -44,7 +45,7 @@ def create(architecture: str, arguments: Mapping[str, Any]) -> Encoder:
     norm_eps = arguments.pop("norm_eps", None)  # timm has no argument for it
     if reading := [name for name in _READING if name in arguments]:
         raise ValueError(f"{', '.join(reading)} would make timm read or download other weights")
-    with foreign_parser(ValueError):
+    with foreign_parser(ValueError), OnlyShapes():
         encoder = timm.create_model(architecture, pretrained=False, **arguments)
     if norm_eps is not None:
         for norm in encoder.modules():

@@ -40,6 +40,9 @@ class Letters:
                 lines.append("")
             elif lines[-1]:
                 lines[-1] += " "
+            if lines[-1] or self.width(word) <= width:
+                lines[-1] += word
+                continue
             for letter in word:
                 if lines[-1] and self.width(lines[-1] + letter) > width:
                     lines.append("")

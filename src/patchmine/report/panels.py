@@ -216,11 +216,14 @@ def hatched(pixels: Pixels, missing: npt.NDArray[np.bool_], size: tuple[int, int
     """The pixels enlarged to squares, with diagonal lines where something is missing."""
     rows = np.arange(size[0]) * pixels.shape[0] // size[0]
     columns = np.arange(size[1]) * pixels.shape[1] // size[1]
-    down, across = np.indices(size)
-    is_dark = (down + across) % _HATCH_PERIOD < 2
-    stripes = np.where(is_dark, _HATCH_DARK, _HATCH_LIGHT).astype(np.uint8)
-    gaps = missing[rows][:, columns, None]
-    return np.where(gaps, stripes[:, :, None], pixels[rows][:, columns])
+    enlarged = pixels[rows[:, None], columns]
+    if missing.any():
+        down, across = np.ogrid[: size[0], : size[1]]
+        is_dark = (down + across) % _HATCH_PERIOD < 2
+        stripes = np.where(is_dark, _HATCH_DARK, _HATCH_LIGHT).astype(np.uint8)
+        gaps = missing[rows[:, None], columns]
+        enlarged[gaps] = stripes[gaps][:, None]
+    return enlarged
 
 
 # ---- from cells and texts to a sheet ----
