@@ -1,11 +1,12 @@
-"""What maps of difficulty follow: the picture, or the place in it.
+"""What the maps that a method masks or orders by follow: the picture, or the place in it.
 
     python benchmarks/maps.py runs/hpm cifar10/test
 
-Of a run with HPM, on images that it may not have seen: the share of the variance within maps that
-the position alone explains, and the rank correlation with the true error within an image (the mean
-over random masks).  The map as the run looks for it is compared with other looks of the same
-teacher.  Of AMT and SemAIM it is the position's share in the attention of the class token.
+Of a run with HPM, AMT or SemAIM, on images that it may not have seen: the share of the variance
+within maps that the position alone explains, and the rank correlation with the true error within
+an image (the mean over random masks, or orders).  Of HPM, the map as the run looks for it is
+compared with other looks of the same teacher; of AMT it is the attention of the class token, of
+SemAIM the similarity that orders patches.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import click
 import torch
 from torch import Tensor
 
-from patchmine.backbones.attention import class_attention
+from patchmine.backbones.tokens import embed_patches
 from patchmine.cli.program import ended_in_words
 from patchmine.config.schema import PretrainConfig
 from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.normalise import normalise
+from patchmine.errors import UserError
+from patchmine.methods.amt import AMT, probe
 from patchmine.methods.hpm import HPM
+from patchmine.methods.semaim import SemAIM
+from patchmine.ops.losses import absolute_error, squared_error
 from patchmine.ops.mining import position_share, rank_correlation
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.preparing import item_of
@@ -49,18 +54,47 @@ def uniform(images: Tensor, method: HPM, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def true_error(method: HPM, images: Tensor, masks: int) -> Tensor:
+def once(method: HPM | AMT | SemAIM, images: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Patches (B, M) that one random mask hides, or one random order visits, and their errors."""
+    method.noise.begin(number)
+    if isinstance(method, HPM):
+        features, _ = method.ask_teachers(images, False)
+        noise = uniform(images, method, number)
+        mask = method._mask_hardest(noise, noise, 0)
+        return mask.masked, method.error(method._reconstruct(images, mask), images, features, mask)
+    if isinstance(method, AMT):
+        mask = method.draw_mask(images, None)
+        apart = squared_error if method.on_mae else absolute_error
+        return mask.masked, apart(method.reconstruct(images, mask), method.target(images, mask))
+    order = method.noise.uniform(len(images), method.grid.num_patches).argsort(dim=1)
+    patches = embed_patches(method.encoder, images)
+    predicted = method.predict_patches(patches, order, None)
+    return order, method.error(predicted, images, method.judge(images, patches)[0], order)
+
+
+@torch.no_grad()
+def true_error(method: HPM | AMT | SemAIM, images: Tensor, masks: int) -> Tensor:
     """Mean error of each patch over random masks that hide it, (B, L)."""
-    features, _ = method.ask_teachers(images, False)
     total = torch.zeros(len(images), method.grid.num_patches)
     times = torch.zeros_like(total)
     for number in range(masks):
-        noise = uniform(images, method, number)
-        mask = method._mask_hardest(noise, noise, 0)
-        error = method.error(method._reconstruct(images, mask), images, features, mask)
-        total.scatter_add_(1, mask.masked, error)
-        times.scatter_add_(1, mask.masked, torch.ones_like(error))
+        index, error = once(method, images, number)
+        total.scatter_add_(1, index, error)
+        times.scatter_add_(1, index, torch.ones_like(error))
     return total / times
+
+
+@torch.no_grad()
+def maps_of(method: HPM | AMT | SemAIM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What the method masks or orders by, (B, L), by name."""
+    if isinstance(method, HPM):
+        yield from looks(method, images)
+    elif isinstance(method, AMT):
+        yield "attention of the class token", probe(method.encoder, images)
+    else:
+        similarity = method.judge(images, embed_patches(method.encoder, images))[1]
+        if similarity is not None:
+            yield "similarity that orders", similarity
 
 
 @torch.no_grad()
@@ -91,18 +125,14 @@ def main(run: Path, data: Path, count: int, masks: int) -> None:
     with ended_in_words():
         folder = RunFolder(run)
         method = folder.method().eval()
+        if not isinstance(method, HPM | AMT | SemAIM):
+            raise UserError(f"{run}: its method has no such maps; give a run of HPM, AMT or SemAIM")
         images = some_images(folder, data, count)
     print("| map | explained by position | rank correlation with the true error |\n|---|---|---|")
-    if not isinstance(method, HPM):
-        with torch.no_grad():
-            attention = class_attention(method.encoder, images).mean(dim=1)
-        shared = position_share(attention[:, method.encoder.num_prefix_tokens :])
-        print(f"| attention of the class token | {shared:.1%} | |")
-        return
     error = true_error(method, images, masks)
     print(f"| the true error | {position_share(error):.1%} | 1 |")
-    for name, difficulty in looks(method, images):
-        shared, follows = position_share(difficulty), rank_correlation(difficulty, error)
+    for name, found in maps_of(method, images):
+        shared, follows = position_share(found), rank_correlation(found, error)
         print(f"| {name} | {shared:.1%} | {follows:.3f} |")
 
 

@@ -1,0 +1,102 @@
+"""benchmarks/maps.py: what the maps of a run follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import patchmine
+from fixtures.small_runs import DECODER, SMALL, VIT
+from patchmine.methods.amt import AMT
+from patchmine.methods.hpm import HPM
+from patchmine.methods.semaim import SemAIM
+
+METHODS: dict[str, dict[str, Any]] = {
+    "hpm": {**DECODER, "method.look": "masked", "method.predictor": "head"},
+    "amt": DECODER,
+    "semaim": {},
+    "mae": DECODER,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    folder, noise = tmp_path_factory.mktemp("images"), torch.Generator().manual_seed(0)
+    for number in range(16):
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=noise)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], patchmine.Run]:
+    runs = dict[str, patchmine.Run]()
+
+    def make(method: str) -> patchmine.Run:
+        if method not in runs:
+            given = {**VIT, **SMALL, **METHODS[method], "steps": 2}
+            out = tmp_path_factory.mktemp(method) / "run"
+            runs[method] = patchmine.pretrain(data=images, out=out, method=method, **given)
+        return runs[method]
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["hpm", "amt", "semaim"])
+def test_the_true_error_is_that_of_the_patches_that_are_hidden(
+    method: str, made: Callable[[str], patchmine.Run], script: Callable[[str], ModuleType]
+) -> None:
+    maps = script("maps")
+    trained = made(method).method().eval()
+    assert isinstance(trained, HPM | AMT | SemAIM)
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randn(4, 3, 16, 16, generator=generator)
+    error = maps.true_error(trained, views, 12)
+    assert error.shape == (4, 16)
+    assert torch.isfinite(error).all()  # each patch was hidden once at least
+    slow, times = torch.zeros(4, 16), torch.zeros(4, 16)
+    for number in range(12):
+        index, found = maps.once(trained, views, number)
+        for row in range(4):
+            for place, value in zip(index[row].tolist(), found[row].tolist(), strict=True):
+                slow[row, place] += value
+                times[row, place] += 1
+    torch.testing.assert_close(error, slow / times)
+    for _, found in maps.maps_of(trained, views):
+        assert found.shape == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        ("hpm", ["the true error", "whole image", "1 masked", "4 masked", "16 masked"]),
+        ("amt", ["the true error", "attention of the class token"]),
+        ("semaim", ["the true error", "similarity that orders"]),
+    ],
+)
+def test_its_table_has_a_row_for_each_map(
+    method: str,
+    rows: list[str],
+    images: Path,
+    made: Callable[[str], patchmine.Run],
+    script: Callable[[str], ModuleType],
+) -> None:
+    words = [str(made(method).path), str(images), "--masks", "12"]
+    said = CliRunner().invoke(script("maps").main, words, catch_exceptions=False)
+    assert [line.split("|")[1].strip() for line in said.output.splitlines()[2:]] == rows
+
+
+def test_another_method_is_refused(
+    images: Path, made: Callable[[str], patchmine.Run], script: Callable[[str], ModuleType]
+) -> None:
+    said = CliRunner().invoke(script("maps").main, [str(made("mae").path), str(images)])
+    assert said.exit_code == 2
+    assert "give a run of HPM, AMT or SemAIM" in said.output
