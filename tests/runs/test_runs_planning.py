@@ -168,3 +168,22 @@ def test_what_a_run_leaves_on_the_disk_is_what_was_foreseen(
     assert pace.peak_bytes > 2**20
     assert pace.trained > 0
     assert min(pace.step, pace.picture, pace.checkpoint, pace.look, pace.export, pace.start) > 0
+
+
+def test_divided_weights_are_tried_out_beside_the_run(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def room(*words: str) -> Path | None:
+        config = parse(None, [f"data={image_folder}", *WORDS, *words])
+        assert isinstance(config, PretrainConfig)
+        return planning.shared_room(config)
+
+    out = f"out={tmp_path}/not/there/run"
+    assert room(out, "sharding=ddp") is None
+    assert room("sharding=fsdp") is None
+    assert room(out, "sharding=fsdp") == room(out, "sharding=hybrid") == tmp_path
+    monkeypatch.setattr(planning.os, "access", lambda *_: False)
+    with pytest.raises(
+        patchmine.UserError, match="may not be written to, where a checkpoint would be"
+    ):
+        room(out, "sharding=fsdp")

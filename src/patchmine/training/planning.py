@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from patchmine.config.schema import PretrainConfig
 from patchmine.data.sources.source import Spec
-from patchmine.errors import Say, shown_name, silent
+from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.report.words import duration, gib
 from patchmine.runs import preparing
 from patchmine.runs.preparing import NO_SOURCES
@@ -40,7 +41,8 @@ def plan(
     Raises:
         UserError: mistakes in settings or data.
     """
-    with TemporaryDirectory() as folder, open_place(Path(folder), config, say) as place:
+    room = TemporaryDirectory(dir=shared_room(config))
+    with room as folder, open_place(Path(folder), config, say) as place:
         images, found, row = find_images(config, place, sources)
         place.say("A few steps are timed, and thrown away.")
         found = chosen_size(found, row, place, images, make_first)
@@ -51,6 +53,20 @@ def plan(
         told = described(found, pace, len(images), place.engine)
         lines = [f"{name:<12}{text}" for name, text in told.items()]
         return "\n".join(lines) if place.engine.is_main else ""
+
+
+def shared_room(config: PretrainConfig) -> Path | None:
+    """Where a checkpoint is tried out: of divided weights on the disk of ``out``, which all
+    machines reach, or UserError where nobody may write there; None: anywhere.
+    """
+    if config.sharding == "ddp" or config.out is None:
+        return None
+    above = Path(config.out).expanduser().absolute().parents
+    room = next(folder for folder in above if folder.is_dir())
+    if not os.access(room, os.W_OK):
+        what = f"{shown_name(room)} may not be written to, where a checkpoint would be timed"
+        raise UserError(f"out={shown_name(config.out)}: {what}; name another place")
+    return room
 
 
 def resolved(
