@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import patchmine
 from fixtures.boxes import write_boxes
+from fixtures.networks import SHORT
 from fixtures.small_runs import SMALL
 from patchmine.data.loader import plain_batches
 from patchmine.data.sources.source import open_source
@@ -26,7 +28,7 @@ from patchmine.evaluate.found import in_image
 from patchmine.runs.folder import RunFolder
 from spoken import patchmine_says
 
-VIT = {"patch_size": 8, "model_args": {"embed_dim": 32, "depth": 4, "num_heads": 2}}
+VIT = {"patch_size": 8, "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2}}
 TEACH: dict[str, Any] = {
     "image_size": [64, 96],
     "batch_size": 4,
@@ -40,22 +42,41 @@ TEACH: dict[str, Any] = {
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "windows and masks": (
         "vit_tiny_patch16_224",
-        {**VIT, "window": 3, "global_blocks": [3], "masks": True, "trainable": "lora:2"},
+        {**VIT, "window": 3, "global_blocks": [1], "masks": True, "trainable": "lora:2"},
     ),
     "relative positions": ("beit_base_patch16_224", VIT),
     "resnet": (
         "resnet18",
-        {"head": "vitdet", "masks": True, "anchor_scale": 4, "interpolation": "bicubic"},
+        {
+            **{"head": "vitdet", "masks": True, "anchor_scale": 4, "interpolation": "bicubic"},
+            "model_args": SHORT,
+        },
     ),
 }
-# In a new process, in which nothing but the folder and an image is at hand.
+# In a new process, in which nothing but the folders and the images is at hand.
 FIND = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-import load
-assert not {"patchmine", "timm"} & set(sys.modules)
-torch.save([load.Detector()(load.read(file)) for file in sys.argv[3:]], sys.argv[2])
+import json, sys, torch
+folders, images = map(json.loads, sys.argv[2:])
+found = {}
+for kind, folder in folders.items():
+    sys.path.insert(0, folder)
+    sys.modules.pop("load", None)
+    import load
+    assert load.__file__.startswith(folder)
+    assert not {"patchmine", "timm"} & set(sys.modules)
+    found[kind] = [load.Detector()(load.read(file)) for file in images]
+torch.save(found, sys.argv[1])
 """
+
+
+@dataclass(frozen=True)
+class Left:
+    """A run that detects, what it finds in the images of the test, and the folder it left as."""
+
+    run: patchmine.Run
+    wanted: list[dict[str, Any]]
+    folder: Path
+    said: str
 
 
 def found_by(run: patchmine.Run, folder: Path) -> list[dict[str, Any]]:
@@ -81,22 +102,43 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_boxes(tmp_path_factory.mktemp("boxes") / "data", {"train": 8, "val": 2, "test": 3})
 
 
+@pytest.fixture(scope="module")
+def left(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Left]:
+    """A run of each kind."""
+    root, made = tmp_path_factory.mktemp("left"), dict[str, Left]()
+    for number, (kind, (start, settings)) in enumerate(KINDS.items()):
+        out = root / "runs" / str(number)
+        run = patchmine.detect(start, data=data, out=out, **{**TEACH, **settings})
+        said = list[str]()
+        folder = run.export(root / f"away-{number}", to="torch", say=said.append)
+        made[kind] = Left(run, found_by(run, data / "test"), folder, said[0])
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(
+    left: dict[str, Left], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, Any]]]:
+    """What each folder's own text finds, while the runs are not where they were."""
+    root = tmp_path_factory.mktemp("found")
+    folders = {kind: str(each.folder) for kind, each in left.items()}
+    images = [str(path) for path in sorted((data / "test").iterdir())]
+    runs = next(iter(left.values())).run.path.parent
+    runs.rename(root / "gone")
+    given = [str(root / "found.pt"), json.dumps(folders), json.dumps(images)]
+    subprocess.run([sys.executable, "-c", FIND, *given], check=True, timeout=250, cwd=root)
+    (root / "gone").rename(runs)
+    return torch.load(root / "found.pt")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_own_text_finds_what_the_run_finds(kind: str, data: Path, tmp_path: Path) -> None:
-    start, settings = KINDS[kind]
-    given = {**TEACH, **settings}
-    run = patchmine.detect(start, data=data, out=tmp_path / "run", **given)
-    wanted = found_by(run, data / "test")
+def test_its_own_text_finds_what_the_run_finds(
+    kind: str, left: dict[str, Left], found: dict[str, list[dict[str, Any]]]
+) -> None:
+    wanted = left[kind].wanted
     assert sum(len(each["names"]) for each in wanted) > 3
-    said = list[str]()
-    folder = run.export(tmp_path / "away", to="torch", say=said.append)
-    assert "in torch.export" in said[0]
-    run.path.rename(tmp_path / "gone")
-    images = sorted((data / "test").iterdir())
-    program = [sys.executable, "-c", FIND, folder, tmp_path / "found.pt", *images]
-    subprocess.run(program, check=True, timeout=250, cwd=tmp_path)
-    found = torch.load(tmp_path / "found.pt")
-    for one, two in zip(found, wanted, strict=True):
+    assert "in torch.export" in left[kind].said
+    for one, two in zip(found[kind], wanted, strict=True):
         assert one["names"] == two["names"]
         torch.testing.assert_close(one["boxes"], two["boxes"], rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(one["scores"], two["scores"], rtol=1e-5, atol=1e-5)
@@ -106,11 +148,8 @@ def test_its_own_text_finds_what_the_run_finds(kind: str, data: Path, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def taught(data: Path, tmp_path_factory: pytest.TempPathFactory) -> patchmine.Run:
-    start, settings = KINDS["relative positions"]
-    return patchmine.detect(
-        start, data=data, out=tmp_path_factory.mktemp("taught") / "run", **{**TEACH, **settings}
-    )
+def taught(left: dict[str, Left]) -> patchmine.Run:
+    return left["relative positions"].run
 
 
 def test_the_folder_says_what_it_is(
