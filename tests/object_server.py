@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -38,8 +39,9 @@ class ObjectServer:
 
     def put(self, key: str, data: bytes) -> None:
         """Store an object, or replace it."""
-        self.client().put_object(Bucket=BUCKET, Key=key, Body=data)
+        self.client.put_object(Bucket=BUCKET, Key=key, Body=data)
 
+    @cached_property
     def client(self) -> Any:
         """Boto's, to change what is stored."""
         import boto3
@@ -94,11 +96,11 @@ def object_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         reset = urllib.request.Request(f"{served.address}/moto-api/reset", method="POST")
         urllib.request.urlopen(reset).close()
-        served.client().create_bucket(Bucket=BUCKET)
+        served.client.create_bucket(Bucket=BUCKET)
         yield served
     finally:
         s3fs.S3FileSystem.clear_instance_cache()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -259,18 +258,19 @@ def test_writers_side_by_side_do_not_disturb_each_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = write_files(tmp_path / "in", *(f"{number}.jpg" for number in range(50)))
-    program = (
-        "import sys; from patchmine.data.sources.folder import open_folder; from pathlib import "
-        "Path\n"
-        "for _ in range(20): assert len(open_folder(Path(sys.argv[1]), 'x', Path(sys.argv[2]))) "
-        "== 50"
-    )
     cache = tmp_path / "cache"
-    other = subprocess.Popen([sys.executable, "-c", program, str(place), str(cache)])
+
+    def write() -> None:
+        for _ in range(20):
+            assert len(folder.open_folder(place, "x", cache)) == 50
+
+    other = multiprocessing.get_context("fork").Process(target=write)
+    other.start()
     with caplog.at_level(logging.WARNING):
         for _ in range(20):
             assert len(open_source(place, cache_dir=cache)) == 50
-    assert other.wait(60) == 0
+    other.join(60)
+    assert other.exitcode == 0
     assert not caplog.messages
     assert len(list(cache.iterdir())) == 1
 

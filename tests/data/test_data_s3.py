@@ -172,7 +172,7 @@ def test_an_object_that_is_replaced_or_vanishes_ends_a_run_in_a_sentence(
             with pytest.raises(UserError, match=rf"^s3://bucket/{FIRST} was changed .*{how}"):
                 list(start(source, view, workers=workers))
         assert contents(open_source("s3://bucket/set")) == contents(open_source(local))
-    served.client().delete_object(Bucket="bucket", Key=FIRST)
+    served.client.delete_object(Bucket="bucket", Key=FIRST)
     with pytest.raises(UserError, match=rf"^s3://bucket/{FIRST} is gone: .*put it back"):
         list(start(source, view))
     served.put(FIRST, data)

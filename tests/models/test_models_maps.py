@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from patchmine.models.maps import ItemMaps, VisitMaps
 from patchmine.types import Batch, Grid
 
-# Rank 0 brings items 0, 1 and 2, rank 1 brings 3, 6 and 5; item 4 could not be read.
-TWO_PROCESSES = """
-import sys, torch
-from safetensors.torch import save_file
-from patchmine.models.maps import ItemMaps
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-maps = torch.rand(7, 5, generator=torch.Generator().manual_seed(0))
-store = ItemMaps(5)
-shares = [[[0], [1, 2]], [[3, 6], [5]]]
-store.replace((torch.tensor(items), maps[items]) for items in shares[rank])
-save_file(store.state_dict(), f"{folder}/rank{rank}.safetensors")
-torch.distributed.destroy_process_group()
-"""
-
 
 def some_maps() -> torch.Tensor:
     return torch.rand(7, 5, generator=torch.Generator().manual_seed(0))
+
+
+def share_items(rank: int, folder: Path) -> None:
+    """Rank 0 brings items 0, 1 and 2, rank 1 brings 3, 6 and 5; item 4 could not be read."""
+    store, maps = ItemMaps(5), some_maps()
+    shares = [[[0], [1, 2]], [[3, 6], [5]]]
+    store.replace((torch.tensor(items), maps[items]) for items in shares[rank])
+    save_file(store.state_dict(), folder / f"rank{rank}.safetensors")
+
+
+def share_visits(rank: int, folder: Path) -> None:
+    """Each rank puts the maps of its own items, which both then hold."""
+    values = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+    store = VisitMaps(GRID)
+    store.grow(5)
+    mine = slice(2 * rank, 2 * rank + 2)
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.2, 0.6, 0.7]] * 2)
+    flip = torch.tensor([True, False, False, True])
+    batch = Batch([], torch.tensor([3, 0, 4, 1])[mine], box[mine], flip[mine])
+    store.remember(batch, values[mine], torch.arange(4).expand(2, 4))
+    save_file(store.state_dict(), folder / f"rank{rank}.safetensors")
+
+
+def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> list[torch.Tensor]:
+    """The values that each of two ranks saves."""
+
+    def start(rank: int) -> None:
+        torch.set_num_threads(1)
+        meet = f"file://{folder}/meet"
+        torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+        work(rank, folder)
+        torch.distributed.destroy_process_group()
+
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=start, args=(rank,)) for rank in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0, 0]
+    return [load_file(folder / f"rank{rank}.safetensors")["values"] for rank in (0, 1)]
 
 
 def test_items_come_back_within_half_a_step() -> None:
@@ -75,38 +100,12 @@ def test_loading_takes_any_number_of_items_but_no_other_grid() -> None:
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_table_of_one(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(rank), str(tmp_path)], env=environment
-        )
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=200) for process in started] == [0, 0]
+    both = in_two_processes(share_items, tmp_path)
     alone, read = ItemMaps(5), [0, 1, 2, 3, 5, 6]
     alone.replace([(torch.tensor(read), some_maps()[read])])
-    for rank in (0, 1):
-        assert torch.equal(load_file(tmp_path / f"rank{rank}.safetensors")["values"], alone.values)
+    assert all(torch.equal(values, alone.values) for values in both)
 
 
-# Each rank puts the maps of its own items, which both then hold.
-TWO_VISITS = """
-import sys, torch
-from safetensors.torch import save_file
-from patchmine.models.maps import VisitMaps
-from patchmine.types import Batch, Grid
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-values = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
-store = VisitMaps(Grid((2, 2), (4, 4)))
-store.grow(5)
-mine = slice(2 * rank, 2 * rank + 2)
-box = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.2, 0.6, 0.7]] * 2)
-batch = Batch([], torch.tensor([3, 0, 4, 1])[mine], box[mine], torch.tensor([True, False, False, True])[mine])
-store.remember(batch, values[mine], torch.arange(4).expand(2, 4))
-save_file(store.state_dict(), f"{folder}/rank{rank}.safetensors")
-torch.distributed.destroy_process_group()
-"""
 GRID = Grid((2, 2), (4, 4))
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 EVERYWHERE = torch.arange(4)[None]
@@ -168,15 +167,7 @@ def test_ties_are_ordered_by_noise_and_nothing_else_is() -> None:
 
 
 def test_two_processes_hold_the_visits_of_both(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_VISITS, str(rank), str(tmp_path)], env=environment
-        )
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    first, second = (load_file(tmp_path / f"rank{rank}.safetensors")["values"] for rank in (0, 1))
+    first, second = in_two_processes(share_visits, tmp_path)
     assert torch.equal(first, second)
     values = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
     alone = VisitMaps(GRID)
