@@ -55,6 +55,7 @@ RUN: dict[str, Any] = {
     "workers": 0,
     "device": "cpu",
     "tensorboard": False,
+    "sample_every": 1000,
     "say": lambda _: None,
 }
 PAIRS = [

@@ -17,7 +17,7 @@ from PIL import Image
 import patchmine
 from fixtures.boxes import write_boxes
 from fixtures.detector import MODEL, TEACH, teach
-from fixtures.small_runs import SMALL, assert_near, made_by_two
+from fixtures.small_runs import DECODER, SMALL, assert_near, made_by_two
 from patchmine.errors import UserError
 from patchmine.runs import checking
 from patchmine.runs.folder import RunFolder
@@ -37,7 +37,9 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def backbone(boxes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("backbone") / "mae"
-    return patchmine.pretrain(data=boxes / "train", out=out, steps=2, batch_size=4, **PRETRAIN).path
+    return patchmine.pretrain(
+        data=boxes / "train", out=out, steps=2, batch_size=4, **PRETRAIN, **DECODER
+    ).path
 
 
 @pytest.fixture(scope="module")

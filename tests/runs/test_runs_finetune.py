@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import patchmine
-from fixtures.small_runs import SMALL, assert_near, made_by_two
+from fixtures.small_runs import DECODER, SMALL, assert_near, made_by_two
 from patchmine.config.resolve import from_settings
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import train_batches
@@ -49,7 +49,9 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def backbone(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("backbone") / "mae"
-    return patchmine.pretrain(data=labelled, out=out, steps=2, batch_size=8, **MODEL).path
+    return patchmine.pretrain(
+        data=labelled, out=out, steps=2, batch_size=8, **MODEL, **DECODER
+    ).path
 
 
 def tune(backbone: Path | str, data: Path, out: Path, **settings: Any) -> patchmine.Run:

@@ -29,6 +29,7 @@ TUNE: dict[str, Any] = {
     "warmup_epochs": 0,
     "workers": 0,
     "tensorboard": False,
+    "sample_every": 1000,
     "device": "cpu",
     "say": lambda _: None,
 }

@@ -26,6 +26,7 @@ COMMON: dict[str, Any] = {
     "blr": 1e-2,
     "workers": 0,
     "tensorboard": False,
+    "sample_every": 1000,
     "device": "cpu",
     "say": lambda _: None,
 }

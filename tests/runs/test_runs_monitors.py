@@ -30,6 +30,7 @@ TINY: dict[str, Any] = VIT | {
     "crops": {"num_local": 1, "local_size": 8},
     "workers": 0,
     "tensorboard": False,
+    "sample_every": 1000,
     "device": "cpu",
 }
 NARROW = {

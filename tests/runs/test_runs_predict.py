@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import patchmine
+from fixtures.small_runs import DECODER
 from patchmine.data.decoding.decode import decode
 from patchmine.data.items import IMAGE
 from patchmine.data.settings import InputSettings
@@ -38,6 +39,7 @@ MODEL: dict[str, Any] = {
     "steps": 1,
     "warmup_epochs": 0,
     "tensorboard": False,
+    "sample_every": 1000,
     **QUIET,
 }
 CLASSES = ('a "cat", black', "file")
@@ -64,7 +66,7 @@ def table(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def backbone(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("backbone") / "mae"
-    return patchmine.pretrain(data=labelled, out=out, batch_size=8, **MODEL).path
+    return patchmine.pretrain(data=labelled, out=out, batch_size=8, **MODEL, **DECODER).path
 
 
 def tune(backbone: Path, data: Path, out: Path, **settings: Any) -> patchmine.Run:

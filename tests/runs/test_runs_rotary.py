@@ -25,7 +25,14 @@ def test_a_run_on_dinov3_resumes_exactly_and_leaves_for_timm(tmp_path: Path) -> 
             "model": "vit_small_patch16_dinov3",
             "model_args": {"embed_dim": 32, "depth": 2, "num_heads": 2},
             **dict(image_size=16, patch_size=4, batch_size=8, steps=6, blr=1e-2, warmup_epochs=0),
-            **dict(workers=0, tensorboard=False, device="cpu", data=str(data), method=narrow),
+            **dict(
+                workers=0,
+                tensorboard=False,
+                sample_every=1000,
+                device="cpu",
+                data=str(data),
+                method=narrow,
+            ),
             **dict(out=str(tmp_path / out), say=lambda _: None),
             **more,
         }

@@ -15,7 +15,7 @@ from PIL import Image
 
 import patchmine
 from fixtures.label_maps import write_label_maps
-from fixtures.small_runs import SMALL, assert_near, made_by_two
+from fixtures.small_runs import DECODER, SMALL, assert_near, made_by_two
 from patchmine.errors import UserError
 from patchmine.runs.folder import RunFolder
 from patchmine.train.checkpoint import load
@@ -41,7 +41,7 @@ def maps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backbone(maps: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("backbone") / "mae"
     images = maps / "train" / "images"
-    return patchmine.pretrain(data=images, out=out, steps=2, batch_size=4, **MODEL).path
+    return patchmine.pretrain(data=images, out=out, steps=2, batch_size=4, **MODEL, **DECODER).path
 
 
 def teach(backbone: Path | str, data: Path, out: Path, **settings: Any) -> patchmine.Run:

@@ -14,6 +14,7 @@ from drawn import draw_images
 from PIL import Image
 
 import patchmine
+from fixtures.small_runs import DECODER
 from patchmine.config.resolve import from_settings, of_kind
 from patchmine.config.schema import FinetuneConfig
 from patchmine.data.items import IMAGE
@@ -27,6 +28,7 @@ TUNE: dict[str, Any] = {
     "warmup_epochs": 0,
     "workers": 0,
     "tensorboard": False,
+    "sample_every": 1000,
     "device": "cpu",
 }
 
@@ -41,7 +43,7 @@ def backbone(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("backbone") / "mae"
     small = {"embed_dim": 32, "depth": 1, "num_heads": 2}
     model = dict(model="vit_tiny_patch16_224", model_args=small, image_size=16, patch_size=4)
-    settings = TUNE | model | {"epochs": None, "steps": 1}
+    settings = TUNE | model | DECODER | {"epochs": None, "steps": 1}
     return patchmine.pretrain(data=labelled, out=out, say=lambda _: None, **settings).path
 
 

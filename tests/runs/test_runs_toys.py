@@ -45,6 +45,7 @@ TINY: dict[str, Any] = {
     "warmup_epochs": 0,
     "workers": 0,
     "tensorboard": False,
+    "sample_every": 1000,
     "device": "cpu",
 }
 

@@ -34,6 +34,7 @@ TINY = {
     "method.decoder_num_heads": 2,
     "workers": 0,
     "tensorboard": False,
+    "sample_every": 1000,
     "device": "cpu",
 }
 
