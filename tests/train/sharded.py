@@ -88,7 +88,7 @@ def with_gaps(batch: Batch) -> Batch:
 
 
 def micro_batches(
-    engine: Engine, name: str, first: int, accumulate: int, gaps: bool
+    engine: Engine, name: str, first: int, accumulate: int, gaps: bool = False
 ) -> Iterator[Batch]:
     rows = IMAGES // (engine.world_size * accumulate)
     for step in range(first, STEPS):
