@@ -50,7 +50,7 @@ def in_two_processes(work: Callable[[int, Path], None], folder: Path) -> list[to
         torch.distributed.destroy_process_group()
 
     fork = multiprocessing.get_context("fork")
-    started = [fork.Process(target=start, args=(rank,)) for rank in (0, 1)]
+    started = [fork.Process(target=start, args=(rank,), daemon=True) for rank in (0, 1)]
     for process in started:
         process.start()
     for process in started:
