@@ -16,6 +16,7 @@ from patchmine.backbones.torch_file import TOLD, write_torch
 from patchmine.errors import UserError, silent
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 of its own
 @pytest.mark.parametrize("kind", ["vit", "beit", "small stem", "clips"])
 def test_torch_gives_what_the_network_gives(kind: str, tmp_path: Path) -> None:
     network, said = network_of(kind), list[str]()

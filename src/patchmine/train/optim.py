@@ -194,11 +194,6 @@ def _split_by_decay(group: ParamGroup, weight_decay: float, blr: float) -> list[
 
 
 def _muon(groups: list[dict[str, Any]]) -> Optimizer:
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(
-            f"optimizer=muon needs torch 2.9 or newer, and this is {torch.__version__}: update "
-            "torch, or choose optimizer=adamw or nadamw"
-        )
     # So scaled, updates are as large as AdamW's and take its rates (arXiv 2502.16982, section 2.2).
     return torch.optim.Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
 
