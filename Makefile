@@ -66,8 +66,11 @@ install: $(USER_READY)
 
 install-dev: $(DEV_READY)
 
+# Threads that spin while they wait for each other make a step twice as long where other programs take the cores too, and
+# tests of two threads in as many processes as there are cores five times.
+test test-all test-bits: export GOMP_SPINCOUNT ?= 0
+
 # Run again after an interruption, it goes on where it stopped; DEMO=runs/other makes a fresh one.
-# Threads that spin while they wait for each other make a step twice as long where other programs take the cores too.
 demo: export GOMP_SPINCOUNT ?= 3000
 demo: $(USER_READY)
 	@if [ -e $(DEMO)/config.yaml ]; then $(BIN)/patchmine resume $(DEMO); \
