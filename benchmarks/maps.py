@@ -54,31 +54,39 @@ def uniform(images: Tensor, method: HPM, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def once(method: HPM | AMT | SemAIM, images: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Patches (B, M) that one random mask hides, or one random order visits, and their errors."""
-    method.noise.begin(number)
+def errors(
+    method: HPM | AMT | SemAIM, images: Tensor, masks: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each random mask the patches (B, M) that it hides, or that a random order visits, and
+    their errors.
+    """
     if isinstance(method, HPM):
         features, _ = method.ask_teachers(images, False)
-        noise = uniform(images, method, number)
-        mask = method._mask_hardest(noise, noise, 0)
-        return mask.masked, method.error(method._reconstruct(images, mask), images, features, mask)
-    if isinstance(method, AMT):
-        mask = method.draw_mask(images, None)
-        apart = squared_error if method.on_mae else absolute_error
-        return mask.masked, apart(method.reconstruct(images, mask), method.target(images, mask))
-    order = method.noise.uniform(len(images), method.grid.num_patches).argsort(dim=1)
-    patches = embed_patches(method.encoder, images)
-    predicted = method.predict_patches(patches, order, None)
-    return order, method.error(predicted, images, method.judge(images, patches)[0], order)
+    elif isinstance(method, SemAIM):
+        patches = embed_patches(method.encoder, images)
+        features, _ = method.judge(images, patches)
+    for number in range(masks):
+        method.noise.begin(number)
+        if isinstance(method, HPM):
+            noise = uniform(images, method, number)
+            mask = method._mask_hardest(noise, noise, 0)
+            found = method.error(method._reconstruct(images, mask), images, features, mask)
+            yield mask.masked, found
+        elif isinstance(method, AMT):
+            mask = method.draw_mask(images, None)
+            apart = squared_error if method.on_mae else absolute_error
+            yield mask.masked, apart(method.reconstruct(images, mask), method.target(images, mask))
+        else:
+            order = method.noise.uniform(len(images), method.grid.num_patches).argsort(dim=1)
+            predicted = method.predict_patches(patches, order, None)
+            yield order, method.error(predicted, images, features, order)
 
 
-@torch.no_grad()
 def true_error(method: HPM | AMT | SemAIM, images: Tensor, masks: int) -> Tensor:
     """Mean error of each patch over random masks that hide it, (B, L)."""
     total = torch.zeros(len(images), method.grid.num_patches)
     times = torch.zeros_like(total)
-    for number in range(masks):
-        index, error = once(method, images, number)
+    for index, error in errors(method, images, masks):
         total.scatter_add_(1, index, error)
         times.scatter_add_(1, index, torch.ones_like(error))
     return total / times

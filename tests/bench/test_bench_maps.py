@@ -63,8 +63,7 @@ def test_the_true_error_is_that_of_the_patches_that_are_hidden(
     assert error.shape == (4, 16)
     assert torch.isfinite(error).all()  # each patch was hidden once at least
     slow, times = torch.zeros(4, 16), torch.zeros(4, 16)
-    for number in range(12):
-        index, found = maps.once(trained, views, number)
+    for index, found in maps.errors(trained, views, 12):
         for row in range(4):
             for place, value in zip(index[row].tolist(), found[row].tolist(), strict=True):
                 slow[row, place] += value
