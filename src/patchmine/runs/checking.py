@@ -77,11 +77,9 @@ def _misfits_of_network(config: Any, build: Callable[[Any], Task]) -> list[Setti
     """What building a network with a head says."""
     import torch
 
-    from patchmine.backbones.shapes import OnlyShapes
-
     named = config.model_copy(update={"classes": config.classes or ["one", "other"]})
     try:
-        with torch.device("meta"), OnlyShapes(), foreign_parser(_MisfitError):
+        with torch.device("meta"), foreign_parser(_MisfitError):
             build(named).param_groups()
     except UserError as error:
         return [SettingError("", str(error))]
@@ -169,13 +167,12 @@ def _refusal(config: PretrainConfig) -> str | None:
     """What building the method says, on the meta device: its tensors have shapes and no memory."""
     import torch
 
-    from patchmine.backbones.shapes import OnlyShapes
     from patchmine.runs.folder import build_method
     from patchmine.runs.preparing import train_view
 
     method_name = f"method={config.method.name}"
     try:
-        with torch.device("meta"), OnlyShapes(), foreign_parser(_MisfitError):
+        with torch.device("meta"), foreign_parser(_MisfitError):
             method = build_method(config)
             train_view(config, method)
     except UserError as error:
