@@ -18,9 +18,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
-        gc.set_threshold(
-            10_000
-        )  # tracing makes millions of objects, and 700 is a small number of them
+        gc.set_threshold(10_000)  # of the millions that tracing makes, 700 are few
         gc.enable()
 
 
