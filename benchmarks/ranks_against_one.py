@@ -39,8 +39,8 @@ from patchmine.data.loader import train_batches
 from patchmine.data.settings import ViewSettings
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.images import TrainView
-from patchmine.disk import replacing
 from patchmine.strict import BatchSize, Count, Side, Strict
+from patchmine.system.disk import replacing
 from patchmine.train.engine import Engine
 from patchmine.train.settings import Sharding, TrainSettings
 from patchmine.train.step import Stepper

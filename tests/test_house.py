@@ -15,7 +15,7 @@ PACKAGE = SRC / "patchmine"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What a room may import; a room is a folder or a top-level file of the package.  Downwards only.
-FLOOR = {"types", "errors", "disk", "strict", "settings"}
+FLOOR = {"types", "errors", "system", "strict", "settings"}
 BELOW_TASKS = FLOOR | {"ops", "data", "backbones", "models"}
 PARTS = BELOW_TASKS | {"task", "methods", "tasks", "train"}
 BELOW_TRAINING = PARTS | {"config", "runs", "evaluate", "report"}
@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "errors": set(),
     "strict": {"errors"},
     "settings": {"errors", "strict"},
-    "disk": {"errors"},
+    "system": {"errors"},
     "ops": {"types"},
     "data": FLOOR,
     "backbones": FLOOR | {"ops", "data"},

@@ -17,8 +17,8 @@ from patchmine.backbones.description import CONFIG, WEIGHTS, note
 from patchmine.backbones.family import create_encoder, family_of, input_size
 from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.record import Encoder, Family
-from patchmine.disk import exchanging, refuse_other_content, settle, system_errors
 from patchmine.errors import shown_name
+from patchmine.system.disk import exchanging, refuse_other_content, settle, system_errors
 
 README = "README.md"
 

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.network import Network, check_outputs
-from patchmine.disk import output
 from patchmine.errors import Say, UserError, foreign_parser, reason_of, shown_name
+from patchmine.system.disk import output
 
 _LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 _LARGEST = 2**31 - 2**24  # bytes: protobuf's files end at 2 GiB, and the graph needs a little

@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 
 from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.network import Network, check_outputs
-from patchmine.disk import output
 from patchmine.errors import Say, UserError, foreign_parser, shown_name
+from patchmine.system.disk import output
 
 TOLD = "network.json"
 """The name inside of the file of what a person needs to know to use the network."""

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 
 from click.exceptions import Exit
 
-from patchmine.disk import refusal
 from patchmine.errors import UserError
+from patchmine.system.disk import refusal
 
 USER_ERROR, INTERRUPTED, NO_READER = 2, 130, 141
 

@@ -29,8 +29,8 @@ from patchmine.data.inspecting.sheet import draw_sheet, refuse_sheet
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.sources.contract import IMAGES, Source
-from patchmine.disk import output
 from patchmine.errors import UserError, reason_of, shown_name
+from patchmine.system.disk import output
 
 __all__ = ["InspectReport", "inspect", "render"]
 

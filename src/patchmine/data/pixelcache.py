@@ -28,8 +28,8 @@ from torch import Tensor
 from patchmine.data.settings import InputSettings
 from patchmine.data.sources.contract import Source
 from patchmine.data.sources.source import default_cache_dir
-from patchmine.disk import leaves_room, remedy
 from patchmine.errors import UserError, shown_name
+from patchmine.system.disk import leaves_room, remedy
 from patchmine.train.settings import MachineSettings
 
 VERSION = b"patchmine pixels 1\n"

@@ -21,8 +21,8 @@ from patchmine.data.decoding.reading import Piece
 from patchmine.data.settings import MAX_PIXELS
 from patchmine.data.sources.contract import IMAGE_SUFFIXES, Source
 from patchmine.data.sources.members import HEAD, ending_told_by, is_hidden
-from patchmine.disk import remedy, replacing
 from patchmine.errors import Say, UserError, foreign_parser, reason_of, shown_name, silent
+from patchmine.system.disk import remedy, replacing
 
 JPEG_QUALITY = 95
 """Of images that are made smaller; with all colour samples kept (4:4:4)."""

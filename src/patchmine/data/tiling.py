@@ -30,8 +30,8 @@ from patchmine.data.sources.windows import (
     is_window_list,
     window_writer,
 )
-from patchmine.disk import output, remedy, replacing, settle, sweep
 from patchmine.errors import Say, UserError, reason_of, shown_name, silent
+from patchmine.system.disk import output, remedy, replacing, settle, sweep
 
 _NOTE = ".tiles.json"
 _WHITE, _GREYNESS = 220, 20  # of glass in a slide: how bright at least, how coloured at most

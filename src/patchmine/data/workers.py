@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from patchmine.data.sources.contract import Source
 from patchmine.errors import UserError, reason_of, shown_name
 from patchmine.strict import MOST_WORKERS
+from patchmine.system.heap import give_back_freed
 
 _POLL = 5.0  # seconds of silence after which the workers are looked at
 _RESUME = "then `patchmine resume` goes on from the last checkpoint"
@@ -254,8 +255,9 @@ def quiet_decoding() -> Iterator[None]:
 def _prepare_worker(main: int, _: int) -> None:
     """Ctrl-C is for the main process, which ends its workers; a group of its own keeps others out.
 
-    Torch's loader has already set one thread per worker.
+    Torch's loader has already set one thread per worker.  What a large image took goes back.
     """
+    give_back_freed()
     threading.Thread(target=_end_with, args=(main,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _quiet_of_lost_connections

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from patchmine.disk import output
 from patchmine.errors import Say, shown_name, silent, whole_name
 from patchmine.evaluate.features import FeatureLoop, Reader, device_of
 from patchmine.evaluate.labelled import everything
@@ -17,6 +16,7 @@ from patchmine.evaluate.measure import opened
 from patchmine.evaluate.settings import EmbedSettings
 from patchmine.evaluate.tables import TABLES, Add, Rows
 from patchmine.models.onednn import fast_linear
+from patchmine.system.disk import output
 
 
 def embed(settings: EmbedSettings, say: Say = silent) -> Path:

@@ -27,6 +27,7 @@ from patchmine.evaluate.evaluated import Evaluated, in_eval_mode
 from patchmine.evaluate.labelled import Part, everything
 from patchmine.evaluate.progress import progress
 from patchmine.evaluate.settings import ReadingSettings
+from patchmine.system.heap import keep_freed
 from patchmine.train.engine import choose_device
 
 if TYPE_CHECKING:
@@ -353,8 +354,11 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def device_of(reading: ReadingSettings) -> torch.device:
-    """The device that is meant; UserError where there is none."""
-    return torch.device(choose_device(reading.device))
+    """The device that is meant, ready to compute; UserError where there is none."""
+    kind = choose_device(reading.device)
+    if kind == "cpu":
+        keep_freed()
+    return torch.device(kind)
 
 
 def extract(

@@ -15,7 +15,6 @@ from torch import Tensor
 from patchmine.data.badfiles import BadFiles
 from patchmine.data.loader import plain_batches
 from patchmine.data.views.images import View
-from patchmine.disk import replacing, system_errors
 from patchmine.errors import UserError
 from patchmine.evaluate.features import FeatureLoop, Features
 from patchmine.evaluate.labelled import Part
@@ -23,6 +22,7 @@ from patchmine.evaluate.neighbours import nearest
 from patchmine.evaluate.quality import moments, rankme
 from patchmine.models.onednn import fast_linear
 from patchmine.ops.distill import feature_spread
+from patchmine.system.disk import replacing, system_errors
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.types import Batch, Progress

@@ -17,7 +17,6 @@ from rich.text import Text
 from torch import Tensor
 
 from patchmine.data.items import CLIP
-from patchmine.disk import refusal, replacing
 from patchmine.errors import Say, UserError
 from patchmine.evaluate.evaluated import START, Evaluated, open_evaluated
 from patchmine.evaluate.features import FeatureLoop, Features, Reader, Views, device_of
@@ -26,6 +25,7 @@ from patchmine.evaluate.paired import accuracy_interval, change_between, ends_in
 from patchmine.evaluate.settings import EvaluatedSettings, FiledSettings, ProtocolSettings
 from patchmine.models.onednn import fast_linear
 from patchmine.runs.folder import RunFolder
+from patchmine.system.disk import refusal, replacing
 
 Result = dict[str, Any]
 Accuracy = dict[str, float]

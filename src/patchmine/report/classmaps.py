@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 from patchmine.data.views.display import coloured
-from patchmine.disk import output_folder, settle
 from patchmine.errors import Say, shown_name, silent, whole_name
 from patchmine.evaluate.classmaps import Classes, MapQuestion, Seen, open_map_question
 from patchmine.evaluate.settings import PredictSettings
 from patchmine.evaluate.tables import csv_table
 from patchmine.report.drawn import OVERLAYS, folder_to_write, save_overlay, save_picture
 from patchmine.report.overlays import class_colours, overlay
+from patchmine.system.disk import output_folder, settle
 
 TABLE = "classes.csv"
 

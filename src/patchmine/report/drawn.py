@@ -7,10 +7,10 @@ from typing import Any
 
 from PIL import Image
 
-from patchmine.disk import settle
 from patchmine.errors import UserError, shown_name
 from patchmine.evaluate.asked import does
 from patchmine.evaluate.settings import PREDICTION_ENDINGS, PredictSettings
+from patchmine.system.disk import settle
 
 OVERLAYS = "overlays"
 """Where in it the pictures are on which something is drawn."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from patchmine.data.items import CLIP
 from patchmine.data.sources.contract import Source
-from patchmine.disk import output
 from patchmine.errors import Say, UserError, shown_name, silent, whole_name
 from patchmine.evaluate.evaluated import Evaluated
 from patchmine.evaluate.features import FeatureLoop, Reader, device_of
@@ -25,6 +24,7 @@ from patchmine.models.onednn import fast_linear
 from patchmine.report.findings import Findings, render
 from patchmine.report.settings import ExploreSettings
 from patchmine.runs.folder import RunFolder
+from patchmine.system.disk import output
 from patchmine.task import Method
 
 COLUMNS = ("file", "cluster", "outlier", "nearest", "similarity", "duplicate_group", "difficulty")

@@ -16,7 +16,6 @@ from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.contract import Source
 from patchmine.data.workers import num_workers
-from patchmine.disk import refusal, replacing
 from patchmine.errors import UserError, foreign_parser
 from patchmine.evaluate.evaluated import Evaluated, of_run
 from patchmine.evaluate.knn import knn_in_training
@@ -25,6 +24,7 @@ from patchmine.evaluate.paired import interval_in_words
 from patchmine.evaluate.settings import EvalSettings, ReadingSettings
 from patchmine.report.panels import draw_panels
 from patchmine.runs.preparing import item_of, normaliser
+from patchmine.system.disk import refusal, replacing
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.log import Log

@@ -11,7 +11,6 @@ from typing import Any
 from torchvision.ops import box_convert
 
 from patchmine.data.views.display import coloured
-from patchmine.disk import output_folder, settle
 from patchmine.errors import Say, shown_name, silent, whole_name
 from patchmine.evaluate.objects import ObjectQuestion, SeenObjects, open_object_question
 from patchmine.evaluate.rle import areas
@@ -19,6 +18,7 @@ from patchmine.evaluate.settings import PredictSettings
 from patchmine.evaluate.tables import csv_table
 from patchmine.report.boxes import draw_objects, object_colours
 from patchmine.report.drawn import OVERLAYS, folder_to_write, save_overlay
+from patchmine.system.disk import output_folder, settle
 
 ANNOTATIONS, TABLE = "annotations.json", "objects.csv"
 

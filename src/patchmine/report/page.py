@@ -10,7 +10,6 @@ from pathlib import Path
 import jinja2
 
 from patchmine.config.describe import usual_settings
-from patchmine.disk import output
 from patchmine.errors import Say, silent
 from patchmine.report import reading, verdict, words
 from patchmine.report.charts import draw
@@ -20,6 +19,7 @@ from patchmine.report.horizontal import axes_across, for_script
 from patchmine.report.outcome import Judged, judge
 from patchmine.report.overview import overviews
 from patchmine.report.results import end_of_bars, evaluations_of, union
+from patchmine.system.disk import output
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path, *, say: Say = silent) -> Path:

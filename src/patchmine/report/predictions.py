@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from patchmine.disk import output
 from patchmine.errors import Say, shown_name, silent
 from patchmine.evaluate.asked import kind_of
 from patchmine.evaluate.predict import Question, open_question
@@ -22,6 +21,7 @@ from patchmine.report.classmaps import predict_maps
 from patchmine.report.letters import INK, PAPER, SOFT, Letters
 from patchmine.report.objects import predict_objects
 from patchmine.report.thumbnails import SIDE, pictures
+from patchmine.system.disk import output
 
 TABLE, SHEET = "predictions.csv", "predictions.png"
 """What a folder of predictions holds."""

@@ -12,11 +12,11 @@ from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
-from patchmine.disk import replacing
 from patchmine.errors import Say, UserError, foreign_parser, shown_name
 from patchmine.report.letters import INK, PAPER, Letters
 from patchmine.report.monitor import told_failure
 from patchmine.report.overlays import Pixels
+from patchmine.system.disk import replacing
 from patchmine.types import Batch, Progress
 
 SAMPLE_IMAGES = 4

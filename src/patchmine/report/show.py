@@ -19,13 +19,13 @@ from patchmine.data.samples import collate
 from patchmine.data.sampling import spread_indices
 from patchmine.data.settings import InputSettings
 from patchmine.data.views.normalise import normalise
-from patchmine.disk import output
 from patchmine.errors import UserError, shown_name
 from patchmine.report.animation import MOVING, save_animation
 from patchmine.report.panels import draw_moments, draw_panels
 from patchmine.report.reading import distinct_names, read_run
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.preparing import item_of
+from patchmine.system.disk import output
 from patchmine.types import Progress, Sample
 
 FROM_FOLDER = 8  # images of a folder that are shown

@@ -15,11 +15,11 @@ from patchmine.backbones.loading import refuse_non_finite
 from patchmine.backbones.network import Network
 from patchmine.backbones.torch_file import check_graph, save_graph, traced
 from patchmine.config.schema import DetectConfig
-from patchmine.disk import exchanging, refuse_other_content, settle, system_errors
 from patchmine.errors import Say, shown_name
 from patchmine.models.detection import Backbone
 from patchmine.runs import detector_loader
 from patchmine.runs.folder import RunFolder, preprocessing_of
+from patchmine.system.disk import exchanging, refuse_other_content, settle, system_errors
 from patchmine.tasks.detect import Detect
 
 WEIGHTS, GRAPH, CONFIG, LOADER = "model.safetensors", "maps.pt2", "config.json", "load.py"

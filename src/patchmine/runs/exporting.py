@@ -17,12 +17,12 @@ from patchmine.backbones.description import note
 from patchmine.backbones.family import Encoder, family_of, input_size
 from patchmine.backbones.network import Network, check_transformers
 from patchmine.config.schema import DetectConfig, FinetuneConfig, PretrainConfig, SegmentConfig
-from patchmine.disk import output, system_errors
 from patchmine.errors import Say, UserError, shown_name, silent
 from patchmine.models.cross_decoder import is_cross
 from patchmine.models.settings import MethodSettings
 from patchmine.runs.detector_folder import write_detector
 from patchmine.runs.folder import RunFolder, preprocessing_of, write_export
+from patchmine.system.disk import output, system_errors
 from patchmine.task import Method
 
 What = Literal["auto", "encoder", "full"]

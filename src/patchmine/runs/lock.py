@@ -19,8 +19,8 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from patchmine.disk import remedy
 from patchmine.errors import Say, UserError, shown_name
+from patchmine.system.disk import remedy
 
 NAME, OWNER = ".lock", ".lock.owner"
 STOPPING_SECONDS = (

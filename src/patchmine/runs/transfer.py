@@ -20,11 +20,11 @@ from patchmine.backbones.weights import as_size, open_network, shown_encoder
 from patchmine.config.explain import shown
 from patchmine.config.resolve import from_settings, of_kind
 from patchmine.config.schema import PretrainConfig
-from patchmine.disk import replacing
 from patchmine.errors import Say, UserError, silent
 from patchmine.runs.folder import RunFolder, build_method, write_export
 from patchmine.runs.fresh import refuse_used_folder
 from patchmine.runs.lock import lock
+from patchmine.system.disk import replacing
 from patchmine.task import Method
 from patchmine.train import checkpoint as checkpoints
 

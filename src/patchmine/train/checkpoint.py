@@ -29,8 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patchmine.disk import remedy, replacing, settle, sweep, system_errors
 from patchmine.errors import Say, UserError, foreign_parser, reason_of
+from patchmine.system.disk import remedy, replacing, settle, sweep, system_errors
 from patchmine.train.head import FORMAT, NAME, DamagedCheckpointError, checksum, read_head, versions
 from patchmine.train.pieces import Piece, joined, on_host, part_files
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from patchmine.errors import Say, UserError
 from patchmine.models.batch_norm import synchronise_batch_norms
 from patchmine.models.onednn import Product, multiplying, usual_product
+from patchmine.system.heap import keep_freed
 from patchmine.task import Task
 from patchmine.train.blocks import compute_again
 from patchmine.train.group import LONGEST, Group
@@ -91,6 +92,7 @@ class Engine:
         launch = read_launch(os.environ, devices, num_nodes)
         if kind == "cpu":
             _refuse_crowding(launch)
+            keep_freed()
         self.device = (
             torch.device("cuda", _choose_gpu(launch)) if kind == "cuda" else torch.device("cpu")
         )

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from patchmine.disk import remedy, replacing
 from patchmine.errors import Say, UserError, foreign_parser
+from patchmine.system.disk import remedy, replacing
 from patchmine.train.display import Display, minutes
 
 if TYPE_CHECKING:

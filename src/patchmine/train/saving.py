@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from patchmine.disk import settle, sweep
 from patchmine.errors import UserError
+from patchmine.system.disk import settle, sweep
 from patchmine.train import checkpoint
 from patchmine.train.engine import Engine
 from patchmine.train.pieces import Host, PartTensors, Piece, on_host, own_pieces

@@ -18,11 +18,11 @@ from patchmine.data.loader import train_batches
 from patchmine.data.sampling import changed_stamps, content_stamps
 from patchmine.data.sources.contract import Source
 from patchmine.data.views.images import View
-from patchmine.disk import replacing, sweep
 from patchmine.errors import Say, UserError, reason_of, shown_name, silent
 from patchmine.models.onednn import Product, measured_product, usual_product
 from patchmine.runs import preparing
 from patchmine.runs.lock import HeldLock, lock
+from patchmine.system.disk import replacing, sweep
 from patchmine.task import Task
 from patchmine.train.checkpoint import Checkpoint, point_again
 from patchmine.train.engine import Engine

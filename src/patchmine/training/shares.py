@@ -15,7 +15,6 @@ from patchmine.config.overrides import exists
 from patchmine.config.resolve import changed_results, of_kind, results_of
 from patchmine.config.schema import AnyConfig, FinetuneConfig
 from patchmine.data.sources.source import Spec
-from patchmine.disk import output
 from patchmine.errors import Say, UserError, foreign_parser, shown_name, silent
 from patchmine.evaluate.measure import write_result
 from patchmine.report.reading import SHARES
@@ -25,6 +24,7 @@ from patchmine.runs import preparing
 from patchmine.runs.folder import RunFolder
 from patchmine.runs.fresh import new_folder, refuse_used_folder
 from patchmine.runs.preparing import NO_SOURCES
+from patchmine.system.disk import output
 from patchmine.tasks.classify import SCORE
 from patchmine.tasks.settings import ShareSettings
 from patchmine.train.engine import Engine

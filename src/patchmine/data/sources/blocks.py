@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from patchmine.data.decoding.reading import Descriptor
-from patchmine.disk import leaves_room, remedy
 from patchmine.errors import shown_name
+from patchmine.system.disk import leaves_room, remedy
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from patchmine.data.decoding.reading import mark_of
 from patchmine.data.sources.contract import Kind, Source, fingerprint_of
 from patchmine.data.sources.members import PassedOver, rule_of
-from patchmine.disk import replacing
 from patchmine.errors import UserError, shown_name
+from patchmine.system.disk import replacing
 
 log = logging.getLogger(__name__)
 

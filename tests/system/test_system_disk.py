@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from patchmine.disk import remedy, replacing, settle, sweep
+from patchmine.system.disk import remedy, replacing, settle, sweep
 
 
 def test_files_obey_the_umask_and_folders_are_left_as_they_are(tmp_path: Path) -> None:

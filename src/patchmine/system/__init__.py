@@ -1,0 +1,1 @@
+"""What the operating system is told: files that appear whole, memory that is kept or given back."""
