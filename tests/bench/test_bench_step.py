@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from patchmine.bench import step as bench_module
 from patchmine.bench.measure import count_flops, peak_bytes
 from patchmine.bench.profile import KINDS, kind_of
 from patchmine.bench.settings import BenchStepSettings
-from patchmine.bench.step import bench_step
+from patchmine.bench.step import bench_step, contestants
 from patchmine.cli.commands import read_words
 from patchmine.errors import UserError
 from patchmine.models.onednn import onednn_linear, onednn_usable
+from patchmine.train.engine import Engine
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = dict(
@@ -221,3 +223,24 @@ def test_methods_with_several_crops_are_compared_with_dino_of_the_same_blocks(
         method={"name": "scfs", **heads, "stage_bottleneck": 8}, crops={**crops, "num_local": 1}
     )
     assert fewer["contestants"][0]["gflop_per_step"] < work["scfs"]
+
+
+@pytest.mark.skipif(not onednn_usable(), reason="this build of torch has no oneDNN product")
+@pytest.mark.parametrize("product", ["torch", "onednn"])
+def test_matrices_are_multiplied_as_a_run_would(
+    product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_module, "measured_product", lambda: product)
+    by: list[str] = []
+
+    def rivals(methods: Mapping[str, Any], config: BenchStepSettings, engine: Engine) -> list[Any]:
+        (own,) = contestants("again", methods["mae"], config, engine)
+        with torch.profiler.profile() as profiled:
+            own.step()
+        by.extend(event.key for event in profiled.key_averages())
+        return [own]
+
+    result = bench_step(say=by.append, rivals=rivals, **{**TINY, "rounds": 1, "precision": "fp32"})
+    assert ("mkldnn::_linear_pointwise" in by) == (product == "onednn")
+    assert result["settings"]["product"] == product
+    assert any("matrices by oneDNN" in line for line in by) == (product == "onednn")

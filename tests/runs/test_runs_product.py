@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,8 +61,8 @@ def test_a_run_of_an_earlier_version_goes_on_as_usual_for_its_processor(
     engine, config = Engine("cpu"), run.whole_config
     monkeypatch.setattr(place, "usual_product", lambda: usual)
     monkeypatch.setattr(place, "measured_product", unmeasured)
-    assert place._product_of(config, engine, start) == start.facts.pop("product") == "torch"
-    assert place._product_of(config, engine, start) == usual
+    assert place.product_of(config, engine, start) == start.facts.pop("product") == "torch"
+    assert place.product_of(config, engine, start) == usual
 
 
 def test_in_bf16_attention_is_exact_but_in_runs_that_began_otherwise(
@@ -72,7 +73,25 @@ def test_in_bf16_attention_is_exact_but_in_runs_that_began_otherwise(
     run = patchmine.pretrain(data=image_folder, out=tmp_path / "run", **given)
     start = load_newest(run.checkpoint_dir, lambda _: None)
     engine, config = Engine("cpu", precision="bf16"), run.whole_config
-    assert place._product_of(config, engine, start) == "float-attention"
+    assert place.product_of(config, engine, start) == "float-attention"
     del start.facts["product"]
-    assert place._product_of(config, engine, start) == "torch"
-    assert place._product_of(config, engine, None) == "float-attention"
+    assert place.product_of(config, engine, start) == "torch"
+    assert place.product_of(config, engine, None) == "float-attention"
+
+
+def test_a_budget_is_timed_with_the_product_of_the_run(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "measured_product", lambda: "onednn")
+    used: list[str] = []
+    wrap = Engine.wrap
+
+    def noted(engine: Engine, *args: Any, **keywords: Any) -> Any:
+        used.append(engine.product)
+        return wrap(engine, *args, **keywords)
+
+    monkeypatch.setattr(Engine, "wrap", noted)
+    monkeypatch.setattr("patchmine.train.engine.usual_product", lambda _: "torch")
+    given = {key: value for key, value in SETTINGS.items() if key not in ("steps", "epochs")}
+    patchmine.pretrain(data=image_folder, out=tmp_path / "run", budget="2s", **given)
+    assert used == ["onednn", "onednn"]  # the steps that are timed, and the run's

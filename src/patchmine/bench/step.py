@@ -26,6 +26,7 @@ from patchmine.data.items import CLIP
 from patchmine.data.views.images import NUM_GLOBAL
 from patchmine.errors import Say, UserError
 from patchmine.methods import METHODS, method_class
+from patchmine.models.onednn import measured_product
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, optimizer_tensors
@@ -73,6 +74,8 @@ def bench_step(*, say: Say, rivals: Rivals = lambda *_: [], **settings: Any) -> 
     config = validate(BenchStepSettings, settings, where="the settings of bench step")
     names, options = _methods(config)
     engine = Engine(config.device, precision=config.precision)
+    if engine.device.type == "cpu" and engine.precision == "fp32":
+        engine.product = measured_product()  # as a run does where it begins
     torch.manual_seed(0)
     methods = {name: build_method(name, options[name], config) for name in names}
     others = rivals(methods, config, engine)
@@ -87,6 +90,7 @@ def bench_step(*, say: Say, rivals: Rivals = lambda *_: [], **settings: Any) -> 
             facts[each.name]["time_by_kind"] = {kind: _round(s) for kind, s in shares.items()}
     by_product = {name: _round(median(rates) / 1e9) for name, rates in race.rates_by.items()}
     used = {"device": engine.device.type, "precision": engine.precision}
+    used["product"] = engine.product if engine.device.type == "cpu" else "torch"
     result = {
         "command": _command(config),
         "hardware": measure.hardware(engine.device),
@@ -295,7 +299,8 @@ def as_lines(result: Mapping[str, Any]) -> list[str]:
     side, rounds = product["side"], settings["rounds"]
     lines = [
         f"{settings['model']}, image_size {settings['image_size']}, "
-        f"batch {settings['batch_size']}, {settings['precision']}, {on}",
+        f"batch {settings['batch_size']}, {settings['precision']}, {on}"
+        f"{', matrices by oneDNN' if settings['product'] == 'onednn' else ''}",
         f"matrix product {side} x {side}: {product['gflops']:,.0f} GFLOP/s ({by})",
         f"{'':24}{'ms/step':>9}{'samples/s':>10}{'memory MB':>11}{'GFLOP/step':>12}{'GFLOP/s':>9}"
         + "".join(f"{f'of {name}':>13}" for name in product["gflops_by"]),

@@ -161,7 +161,7 @@ def train_task(
     rows_of_part(config, engine.world_size, view.repeats)
     if start is not None:
         refuse_stranger(start, identity)
-    engine.product = _product_of(config, engine, start)
+    engine.product = product_of(config, engine, start)
     length = preparing.length_of(config, len(images))
     noted = folder / "bad_files.txt" if engine.is_main else None
     bad = BadFiles(noted, config.max_bad_share, preparing.item_of(config).noun)
@@ -206,7 +206,7 @@ def train_task(
     return bad
 
 
-def _product_of(config: RunConfig, engine: Engine, start: Checkpoint | None) -> Product:
+def product_of(config: RunConfig, engine: Engine, start: Checkpoint | None) -> Product:
     """How a run multiplies matrices: measured where it begins, and the same ever after."""
     if engine.device.type != "cpu" or config.compile:
         return "torch"

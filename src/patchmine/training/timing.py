@@ -30,7 +30,7 @@ from patchmine.train.keeper import Keeper
 from patchmine.train.log import Log
 from patchmine.train.step import Stepper
 from patchmine.training.pace import Pace, evaluation_like
-from patchmine.training.place import prepared_batches
+from patchmine.training.place import prepared_batches, product_of
 from patchmine.training.whole import PLAIN_BATCH, PlainData, write_exports
 from patchmine.types import Progress
 
@@ -93,6 +93,7 @@ class _Timed:
         self.now = self.length.at(self.length.total_steps // 2)
         self.method.noise.seed = config.seed
         self.view = preparing.train_view(config, self.method)
+        engine.product = product_of(config, engine, None)
         self.stepper = Stepper(self.method, engine, config)
         steps = range(self.now.step, self.now.step + WARM_UP + MOST)
         bad = BadFiles(None, config.max_bad_share, preparing.item_of(config).noun)
