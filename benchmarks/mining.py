@@ -46,7 +46,6 @@ RECIPE = "cifar10-tiny-samples"
 HALF_SIZE = 16  # of the recipe's 32 pixels
 FINETUNE = (
     "shares=1%,10%",
-    "seeds=3",
     "steps=400",
     "batch_size=64",
     "warmup_epochs=0",
@@ -168,14 +167,16 @@ def make_run(name: str, folder: Path, train: Path, words: Sequence[str]) -> None
     subprocess.run(child, check=True)
 
 
-def evaluate(folder: Path, train: Path, test: Path, finetune: bool) -> None:
+def evaluate(folder: Path, train: Path, test: Path, finetune: bool, seed: int) -> None:
     """kNN and linear probe, and fine-tuning with few labels, where they are missing."""
     data = (f"data={train}", f"test={test}")
     for kind in ("knn", "linear"):
         if not (folder / "eval" / f"{kind}.json").exists():
             patchmine("eval", kind, str(folder), *data)
     if finetune and not (folder / "finetune" / "eval" / "shares.json").exists():
-        patchmine("finetune", str(folder), *data, f"out={folder / 'finetune'}", *FINETUNE)
+        # The rows of a seed share their drawn labels; each seed has others.
+        words = (*FINETUNE, f"seed={seed}", f"out={folder / 'finetune'}")
+        patchmine("finetune", str(folder), *data, *words)
 
 
 # ---- the page ----
@@ -322,7 +323,7 @@ def train_command(
             if "linear" not in told or (finetune and "10%" not in told):
                 folder = out / f"{name}-seed{seed}"
                 make_row(name, folder, train, round(whole / costs[name]), seed, more)
-                evaluate(folder, labelled or train, test, finetune)
+                evaluate(folder, labelled or train, test, finetune, seed)
             print(page(out), flush=True)
 
 
