@@ -2,13 +2,16 @@
 
     python benchmarks/kept_memory.py method=mae batch_size=16 rounds=9
 
-Takes the settings of `patchmine bench step`.  Each round makes steps of every method with the
-memory given back as glibc does by itself, and with it kept; the first ones of each way are not
-timed.
+Takes the settings of `patchmine bench step`, and one method.  Each round makes steps in two
+processes one after the other, of which one leaves memory to glibc's own rules.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
 
@@ -17,55 +20,63 @@ import torch
 
 from patchmine.bench.measure import hardware, seconds
 from patchmine.bench.settings import BenchStepSettings
-from patchmine.bench.step import Contestant, build_method, contestants
+from patchmine.bench.step import build_method, contestants
 from patchmine.cli.commands import read_words
 from patchmine.cli.program import ended_in_words
 from patchmine.models.onednn import measured_product
-from patchmine.system.heap import give_back_freed, keep_freed
 from patchmine.train.engine import Engine
 
-WAYS = {"given back": give_back_freed, "kept": keep_freed}
-WARM_UP, TIMED = 2, 2
+# Says what holds anyway; that it is said leaves the memory to glibc.
+ENVIRONMENTS = {"given back": {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, "kept": {}}
+WARM_UP, TIMED = 3, 6
 
 
-def race(contestant: Contestant, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, new pages) of a step, by way, one of each round."""
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
-    for _ in range(rounds):
-        for way, begin in WAYS.items():
-            begin()
-            for _ in range(WARM_UP):
-                contestant.step()
-            before = getrusage(RUSAGE_SELF).ru_minflt
-            took = seconds(contestant.step, torch.device("cpu"), TIMED)
-            found[way].append((took, (getrusage(RUSAGE_SELF).ru_minflt - before) / TIMED))
-    return found
+def made_here(words: list[str]) -> tuple[float, float]:
+    """(seconds, new pages) of a step of this process."""
+    config = read_words(BenchStepSettings, words, command="bench step")
+    given = dict(config.method) if isinstance(config.method, dict) else {"name": config.method}
+    engine = Engine("cpu", precision="fp32")
+    engine.product = measured_product()
+    method = build_method(str(given.pop("name")), given, config)
+    step = contestants("it", method, config, engine)[0].step
+    for _ in range(WARM_UP):
+        step()
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    took = [seconds(step, engine.device) for _ in range(TIMED)]
+    return median(took), (getrusage(RUSAGE_SELF).ru_minflt - before) / TIMED
+
+
+def made_in_a_process(words: list[str], variables: dict[str, str]) -> tuple[float, float]:
+    """The same of another process."""
+    command = [sys.executable, __file__, "--child", *words]
+    done = subprocess.run(
+        command, env=os.environ | variables, stdout=subprocess.PIPE, text=True, check=True
+    )
+    took, pages = json.loads(done.stdout.splitlines()[-1])
+    return took, pages
 
 
 @click.command(help=__doc__, context_settings={"ignore_unknown_options": True})
+@click.option("--child", is_flag=True, hidden=True)
 @click.argument("words", nargs=-1)
-def main(words: tuple[str, ...]) -> None:
-    """A line for each method."""
+def main(child: bool, words: tuple[str, ...]) -> None:
+    """Two lines and a ratio."""
     with ended_in_words():
         config = read_words(BenchStepSettings, [*words, "device=cpu"], command="bench step")
-        given = dict(config.method) if isinstance(config.method, dict) else {"name": config.method}
-        engine = Engine("cpu", precision="fp32")
-        engine.product = measured_product()
-        names = str(given.pop("name")).split(",")
-        rivals = [contestants(n, build_method(n, given, config), config, engine)[0] for n in names]
-    machine = hardware(engine.device)
+        if child:
+            print(json.dumps(made_here([*words, "device=cpu"])))
+            return
+    machine = hardware(torch.device("cpu"))
     print(f"{machine['cpu']}, {machine['threads']} threads, {config.rounds} rounds")
-    for contestant in rivals:
-        found = race(contestant, config.rounds)
-        (slow, pages), (fast, left) = (
-            [median(numbers) for numbers in zip(*found[way], strict=True)] for way in WAYS
-        )
-        pairs = zip(found["kept"], found["given back"], strict=True)
-        ratio = median(kept[0] / other[0] for kept, other in pairs)
-        print(
-            f"{contestant.name}: {slow * 1e3:,.0f} ms and {pages:,.0f} new pages a step, kept "
-            f"{fast * 1e3:,.0f} ms and {left:,.0f}; ratio {ratio:.2f}"
-        )
+    rounds = [
+        {way: made_in_a_process(list(words), variables) for way, variables in ENVIRONMENTS.items()}
+        for _ in range(config.rounds)
+    ]
+    for way in ENVIRONMENTS:
+        took, pages = (median(numbers) for numbers in zip(*[r[way] for r in rounds], strict=True))
+        print(f"{way}: {took * 1e3:,.0f} ms and {pages:,.0f} new pages a step")
+    ratios = [r["kept"][0] / r["given back"][0] for r in rounds]
+    print(f"kept / given back: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ COLUMNS = {
     "rank_correlation": "rank correlation",
     "position_share": "position share",
 }
+SCORES = ("linear", "knn", "1%", "10%")  # of COLUMNS; the linear probe decides
 # ---- the price of a step ----
 
 
@@ -235,24 +236,37 @@ def table(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]:
     return lines
 
 
+def interval(gains: Sequence[float]) -> tuple[float, float]:
+    """Of the mean of the seeds' gains, 95 % by Student's t."""
+    half = float(t.ppf(0.975, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
+    return mean(gains) - half, mean(gains) + half
+
+
 def verdicts(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]:
-    """Each claim of which there are runs, with the interval of the mean difference over the seeds
-    that both rows have.
+    """Each claim of which there are runs: mean differences over the seeds that both rows have, with
+    their intervals; the linear probe gives the verdict.
     """
-    lines = ["| claim | rows | linear, points | verdict |", "|---|---|---|---|"]
+    keys = [
+        key for key in SCORES if any(key in run for row in done.values() for run in row.values())
+    ]
+    heads = " | ".join(COLUMNS[key].replace(", %", "") for key in keys)
+    lines = [f"| claim | rows | {heads} | verdict |", "|---|---|" + "---|" * len(keys) + "---|"]
     for claim, name, against in CLAIMS:
         one, other = done.get(name, {}), done.get(against, {})
-        gains = [one[seed]["linear"] - other[seed]["linear"] for seed in one.keys() & other.keys()]
-        if not gains:
+        seeds = sorted(one.keys() & other.keys())
+        if not seeds:
             continue
-        if len(gains) > 1:
-            half = float(t.ppf(0.975, len(gains) - 1)) * stdev(gains) / len(gains) ** 0.5
-            low, high = mean(gains) - half, mean(gains) + half
-            said = "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
-            measured = f"{mean(gains):+.2f} ({low:+.2f} to {high:+.2f})"
-        else:
-            measured, said = "".join(f"{gain:+.2f}" for gain in gains), "too few seeds"
-        lines.append(f"| {claim} | {name} over {against} | {measured} | {said} |")
+        cells, said = [], "too few seeds"
+        for key in keys:
+            pairs = [(one[seed], other[seed]) for seed in seeds]
+            gains = [a[key] - b[key] for a, b in pairs if key in a and key in b]
+            cells.append(f"{mean(gains):+.2f}" if gains else "")
+            if len(gains) > 1:
+                low, high = interval(gains)
+                cells[-1] += f" ({low:+.2f} to {high:+.2f})"
+                if key == "linear":
+                    said = "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
+        lines.append(f"| {claim} | {name} over {against} | {' | '.join(cells)} | {said} |")
     return lines
 
 
