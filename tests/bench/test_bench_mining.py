@@ -42,3 +42,38 @@ def test_rows_get_the_time_of_mae_and_what_is_told_is_not_run_again(
     assert not (out / "hpm-seed0").exists()
     assert all(f"| {row} | 1 |" in told for row in ("mae", "hpm", "half-size-first"))
     assert "half-size-first-seed0-small" in (out / "half-size-first-seed0/config.yaml").read_text()
+
+
+def test_claims_are_judged_by_the_seeds_that_both_rows_have(
+    tmp_path: Path, repository: Path
+) -> None:
+    def run(linear: float, knn: float, **more: float) -> dict[str, float]:
+        return {"linear": linear, "knn": knn, **more}
+
+    few = {"1%": 30.0}
+    mae = {"0": run(50, 40, **few), "1": run(50, 40), "2": run(50, 40), "7": run(10, 10)}
+    hpm = {"0": run(51, 41, **{"1%": 35.0}), "1": run(52, 41), "2": run(53, 41)}
+    easiest = {"0": run(50.0, 41), "1": run(49.9, 41), "2": run(50.1, 41), "7": run(9.8, 10)}
+    told = {"mae": mae, "hpm": hpm, "easiest": easiest, "blocks-2": {"1": run(49, 40)}}
+    (tmp_path / "results.json").write_text(json.dumps(told))
+    command = [sys.executable, str(repository / "benchmarks" / "mining.py"), "page", str(tmp_path)]
+    lines = subprocess.run(command, check=True, text=True, capture_output=True).stdout.splitlines()
+    # Three seeds: Student's t is 4.303, so +-2.48 about 2 with a deviation of 1.
+    published = "+2.00 (-0.48 to +4.48) | +1.00 (+1.00 to +1.00) | +5.00 | cannot be told |"
+    assert f"| HPM as published | hpm over mae | {published}" in lines
+    assert any("blocks-2 over mae | -1.00 | +0.00 |  | too few seeds |" in line for line in lines)
+    (other,) = [line for line in lines if "mae over easiest" in line]
+    assert "| +0.05 (-0.16 to +0.26) |" in other
+
+
+@pytest.mark.parametrize(("gain", "said"), [(1.0, "holds"), (-1.0, "does not hold")])
+def test_a_claim_holds_where_its_interval_leaves_no_zero(
+    gain: float, said: str, tmp_path: Path, repository: Path
+) -> None:
+    seeds = {str(seed): 50 + seed / 10 for seed in range(3)}
+    mae = {seed: {"linear": linear, "knn": 40.0} for seed, linear in seeds.items()}
+    amt = {seed: {"linear": linear + gain, "knn": 40.0} for seed, linear in seeds.items()}
+    (tmp_path / "results.json").write_text(json.dumps({"mae": mae, "amt": amt}))
+    command = [sys.executable, str(repository / "benchmarks" / "mining.py"), "page", str(tmp_path)]
+    told = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+    assert f"({gain:+.2f} to {gain:+.2f}) | +0.00 (+0.00 to +0.00) | {said} |" in told
