@@ -192,7 +192,7 @@ def found(folder: Path) -> dict[str, float]:
     shares = folder / "finetune" / "eval" / "shares.json"
     if shares.exists():
         entries = json.loads(shares.read_text(encoding="utf-8"))["entries"]
-        scores |= {f"{each['share']:.0%}": each["top1"] for each in entries}
+        scores |= {f"{each['share']:.0%}": round(each["top1"], 2) for each in entries}
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     for key in ("rank_correlation", "position_share"):
