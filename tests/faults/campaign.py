@@ -30,6 +30,8 @@ import seeds
 from formats import Format
 from run_readers import digest
 
+from patchmine.system.heap import give_back_freed
+
 SECONDS, CLOCK_SECONDS = 10.0, 60.0
 MEMORY = 2**30  # bytes above those that the worker had, for a file under SMALL
 SMALL = 2**20
@@ -254,6 +256,7 @@ def judge(
     each: Format, data: bytes, folder: Path, sound: str, trespass: Sequence[str] = ()
 ) -> tuple[str, str, str]:
     """("read" | "refused" | "fault", kind, reason) of one mutant, read in this process."""
+    give_back_freed()  # or else a reader takes unseen what others before it have freed
     before = _reset_peak()
     verdict = _read(each, data, folder, sound)
     grown = _peak() - before
