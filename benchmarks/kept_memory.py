@@ -24,6 +24,7 @@ from patchmine.bench.step import build_method, contestants
 from patchmine.cli.commands import read_words
 from patchmine.cli.program import ended_in_words
 from patchmine.models.onednn import measured_product
+from patchmine.task import Method
 from patchmine.train.engine import Engine
 
 # Says what holds anyway; that it is said leaves the memory to glibc.
@@ -31,13 +32,16 @@ ENVIRONMENTS = {"given back": {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, "kep
 WARM_UP, TIMED = 3, 6
 
 
-def made_here(words: list[str]) -> tuple[float, float]:
-    """(seconds, new pages) of a step of this process."""
-    config = read_words(BenchStepSettings, words, command="bench step")
+def method_of(config: BenchStepSettings) -> Method:
+    """The one method that is meant."""
     given = dict(config.method) if isinstance(config.method, dict) else {"name": config.method}
-    engine = Engine("cpu", precision="fp32")
+    return build_method(str(given.pop("name", "mae")), given, config)
+
+
+def made_here(config: BenchStepSettings) -> tuple[float, float]:
+    """(seconds, new pages) of a step of this process."""
+    engine, method = Engine("cpu", precision="fp32"), method_of(config)
     engine.product = measured_product()
-    method = build_method(str(given.pop("name")), given, config)
     step = contestants("it", method, config, engine)[0].step
     for _ in range(WARM_UP):
         step()
@@ -64,8 +68,9 @@ def main(child: bool, words: tuple[str, ...]) -> None:
     with ended_in_words():
         config = read_words(BenchStepSettings, [*words, "device=cpu"], command="bench step")
         if child:
-            print(json.dumps(made_here([*words, "device=cpu"])))
+            print(json.dumps(made_here(config)))
             return
+        method_of(config)  # mistakes are told before any process is started
     machine = hardware(torch.device("cpu"))
     print(f"{machine['cpu']}, {machine['threads']} threads, {config.rounds} rounds")
     rounds = [

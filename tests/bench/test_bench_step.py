@@ -15,7 +15,7 @@ from patchmine.bench import step as bench_module
 from patchmine.bench.measure import count_flops, peak_bytes
 from patchmine.bench.profile import KINDS, kind_of
 from patchmine.bench.settings import BenchStepSettings
-from patchmine.bench.step import bench_step, contestants
+from patchmine.bench.step import bench_step, build_method, contestants
 from patchmine.cli.commands import read_words
 from patchmine.errors import UserError
 from patchmine.models.onednn import onednn_linear, onednn_usable
@@ -244,3 +244,8 @@ def test_matrices_are_multiplied_as_a_run_would(
     assert ("mkldnn::_linear_pointwise" in by) == (product == "onednn")
     assert result["settings"]["product"] == product
     assert any("matrices by oneDNN" in line for line in by) == (product == "onednn")
+
+
+def test_a_script_that_builds_an_unknown_method_is_told_so() -> None:
+    with pytest.raises(UserError, match=r"method=mea: there is no such method.*did you mean mae"):
+        build_method("mea", {}, BenchStepSettings())

@@ -27,6 +27,7 @@ from patchmine.data.views.images import NUM_GLOBAL
 from patchmine.errors import Say, UserError
 from patchmine.methods import METHODS, method_class
 from patchmine.models.onednn import measured_product
+from patchmine.models.settings import MethodSettings
 from patchmine.task import Method
 from patchmine.train.engine import Engine
 from patchmine.train.optim import Optimizers, optimizer_tensors
@@ -135,12 +136,7 @@ def _methods(config: BenchStepSettings) -> tuple[list[str], dict[str, dict[str, 
     names = given.pop("name", "mae")
     names = names.split(",") if isinstance(names, str) else [str(name) for name in names]
     names = list(dict.fromkeys(name.strip() for name in names))
-    for name in names:
-        if name not in METHODS:
-            near = did_you_mean(name, METHODS)
-            known = ", ".join(METHODS)
-            raise UserError(f"method={name}: there is no such method, only {known}{near}")
-    fields = {name: METHODS[name].model_fields for name in names}
+    fields = {name: _settings_of(name).model_fields for name in names}
     everything = [field for own in fields.values() for field in own]
     for key, value in given.items():
         if key not in everything:
@@ -152,9 +148,17 @@ def _methods(config: BenchStepSettings) -> tuple[list[str], dict[str, dict[str, 
     }
 
 
+def _settings_of(name: str) -> type[MethodSettings]:
+    """The settings of a method; UserError where there is none of that name."""
+    if name not in METHODS:
+        near = did_you_mean(name, METHODS)
+        raise UserError(f"method={name}: there is no such method, only {', '.join(METHODS)}{near}")
+    return METHODS[name]
+
+
 def build_method(name: str, options: Mapping[str, Any], config: BenchStepSettings) -> Method:
-    """A method of these sizes, in training mode."""
-    settings = validate(METHODS[name], options, where=f"the settings of method {name}")
+    """A method of these sizes, in training mode; UserError where there is none of that name."""
+    settings = validate(_settings_of(name), options, where=f"the settings of method {name}")
     encoder = build_encoder(
         config.model,
         image_size=size_of(config),
