@@ -20,12 +20,11 @@ import torch
 
 from patchmine.bench.measure import hardware, seconds
 from patchmine.bench.settings import BenchStepSettings
-from patchmine.bench.step import build_method, contestants
+from patchmine.bench.step import build_method, contestants, engine_of, methods_asked
 from patchmine.cli.commands import read_words
 from patchmine.cli.program import ended_in_words
-from patchmine.models.onednn import measured_product
+from patchmine.errors import UserError
 from patchmine.task import Method
-from patchmine.train.engine import Engine
 
 # Says what holds anyway; that it is said leaves the memory to glibc.
 ENVIRONMENTS = {"given back": {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, "kept": {}}
@@ -34,14 +33,15 @@ WARM_UP, TIMED = 3, 6
 
 def method_of(config: BenchStepSettings) -> Method:
     """The one method that is meant."""
-    given = dict(config.method) if isinstance(config.method, dict) else {"name": config.method}
-    return build_method(str(given.pop("name", "mae")), given, config)
+    names, options = methods_asked(config)
+    if len(names) > 1:
+        raise UserError(f"method={','.join(names)}: give one method")
+    return build_method(names[0], options[names[0]], config)
 
 
 def made_here(config: BenchStepSettings) -> tuple[float, float]:
     """(seconds, new pages) of a step of this process."""
-    engine, method = Engine("cpu", precision="fp32"), method_of(config)
-    engine.product = measured_product()
+    engine, method = engine_of(config), method_of(config)
     step = contestants("it", method, config, engine)[0].step
     for _ in range(WARM_UP):
         step()

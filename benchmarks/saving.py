@@ -20,9 +20,8 @@ import click
 import torch
 
 from patchmine.bench.settings import BenchStepSettings
-from patchmine.bench.step import RUN_LENGTH, build_method, random_images, size_of
+from patchmine.bench.step import RUN_LENGTH, build_method, engine_of, random_images, size_of
 from patchmine.cli.program import ended_in_words
-from patchmine.train.engine import Engine
 from patchmine.train.keeper import Keeper
 from patchmine.train.optim import optimizer_tensors
 from patchmine.train.settings import Saving, TrainSettings
@@ -36,7 +35,7 @@ class Run:
     """A method in mid-training, and where its checkpoints lie."""
 
     def __init__(self, config: BenchStepSettings, folder: Path) -> None:
-        engine, size = Engine(config.device, precision=config.precision), config.batch_size
+        engine, size = engine_of(config), config.batch_size
         method = build_method(str(config.method), {}, config)
         settings = TrainSettings(batch_size=size, warmup_epochs=0, keep_checkpoints=1)
         self.stepper = Stepper(method, engine, settings)

@@ -73,10 +73,8 @@ def bench_step(*, say: Say, rivals: Rivals = lambda *_: [], **settings: Any) -> 
         UserError: settings that are wrong.
     """
     config = validate(BenchStepSettings, settings, where="the settings of bench step")
-    names, options = _methods(config)
-    engine = Engine(config.device, precision=config.precision)
-    if engine.device.type == "cpu" and engine.precision == "fp32":
-        engine.product = measured_product()  # as a run does where it begins
+    names, options = methods_asked(config)
+    engine = engine_of(config)
     torch.manual_seed(0)
     methods = {name: build_method(name, options[name], config) for name in names}
     others = rivals(methods, config, engine)
@@ -130,8 +128,18 @@ def random_images(
     return [torch.randn(shape, device=engine.device) for _ in range(count)]
 
 
-def _methods(config: BenchStepSettings) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Names of the methods in order, and for each the given settings that it has."""
+def engine_of(config: BenchStepSettings) -> Engine:
+    """Where it is computed; on a processor by the product that a run would begin with."""
+    engine = Engine(config.device, precision=config.precision)
+    if engine.device.type == "cpu" and engine.precision == "fp32":
+        engine.product = measured_product()
+    return engine
+
+
+def methods_asked(config: BenchStepSettings) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Names of the methods in order, and for each the given settings that it has; UserError for
+    names and settings that none has.
+    """
     given = dict(config.method) if isinstance(config.method, dict) else {"name": config.method}
     names = given.pop("name", "mae")
     names = names.split(",") if isinstance(names, str) else [str(name) for name in names]

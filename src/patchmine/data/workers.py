@@ -255,7 +255,7 @@ def quiet_decoding() -> Iterator[None]:
 def _prepare_worker(main: int, _: int) -> None:
     """Ctrl-C is for the main process, which ends its workers; a group of its own keeps others out.
 
-    Torch's loader has already set one thread per worker.  What a large image took goes back.
+    Torch's loader has already set one thread per worker.  Memory of large images is given back.
     """
     give_back_freed()
     threading.Thread(target=_end_with, args=(main,), daemon=True).start()
