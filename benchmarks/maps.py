@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import torch
+from mining_rows import half_size_look
 from torch import Tensor
 
 from patchmine.backbones.tokens import embed_patches
@@ -121,6 +122,10 @@ def looks(method: HPM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         assert difficulty is not None
         yield ("whole image" if look == "full" else f"{count} masked"), difficulty
     method.config = settings
+    if settings.score == "predicted" and settings.decoder_attention == "self":
+        _, difficulty = half_size_look(method, images, True)
+        assert difficulty is not None
+        yield "half the size", difficulty
 
 
 @click.command(help=__doc__)

@@ -24,7 +24,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import click
-from mining_rows import CLAIMS, ROWS, Row, bend_scores
+from mining_rows import CLAIMS, ROWS, Row, bend
 from scipy.stats import t
 
 from patchmine.bench.settings import BenchStepSettings
@@ -348,7 +348,7 @@ def child_command(scores: str, words: tuple[str, ...]) -> None:
     """A command of patchmine under other scores."""
     from patchmine.cli.app import main as patchmine_main
 
-    bend_scores(scores)
+    bend(scores)
     sys.argv = ["patchmine", *words]
     patchmine_main()
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from patchmine.backbones.family import Encoder, transform
+from patchmine.backbones.positions import resize_positions
+from patchmine.backbones.tokens import embed_images
 from patchmine.methods.hpm import HPM
+from patchmine.models.decoder import DecoderInput
+from patchmine.models.teacher import Teacher
 from patchmine.ops.mining import ranks
 
 
@@ -19,7 +25,8 @@ class Row(NamedTuple):
     Args:
         method: its name.
         options: settings of the method.
-        scores: what becomes of the scores (B, units) of which the largest are masked.
+        scores: what becomes of the scores (B, units) of which the largest are masked, or "half
+            size": the teacher looks at images of half the size.
         small_first: share of the steps that a run at half the size takes, whose encoder this one
             goes on from.
     """
@@ -38,6 +45,7 @@ CROSS = {"decoder_attention": "cross", "predicted_share": 1 / 3}
 ROWS = {
     "mae": Row("mae"),
     "prediction-alone": Row("hpm", {"alpha_end": 0.0}),
+    "prediction-head": Row("hpm", {"alpha_end": 0.0, "predictor": "head"}),
     "hpm": Row("hpm"),
     "hpm-tenth": Row("hpm", {"prediction_weight": 0.1}),
     "masked": Row("hpm", MASKED),
@@ -64,6 +72,7 @@ ROWS = {
     "half-size-first": Row("mae", small_first=0.5),
     "centred": Row("hpm", {}, "centred"),
     "stratified": Row("hpm", {}, "stratified"),
+    "half-size-look": Row("hpm", {}, "half size"),
     "amt": Row("amt"),
     "emae": Row("emae"),
     "semaim": Row("semaim"),
@@ -77,12 +86,17 @@ CLAIMS = (
     ("masks that are truly hard are worth more than random ones", "oracle", "mae"),
     ("masks that are easy are worth less", "mae", "easiest"),
     ("predicting losses helps by itself", "prediction-alone", "mae"),
+    ("the same by a head, at MAE's price", "prediction-head", "mae"),
     ("HPM as published", "hpm", "mae"),
     ("a tenth of the weight for predicting", "hpm-tenth", "hpm"),
     ("HPM with that weight", "hpm-tenth", "mae"),
     ("mining adds to predicting", "hpm", "prediction-alone"),
     ("a masked look is worth the whole image's", "masked", "hpm"),
+    ("a look at half the size is worth it", "half-size-look", "hpm"),
+    ("hard patches in each quarter of the image", "stratified", "hpm"),
+    ("maps without the mean of their place", "centred", "hpm"),
     ("mining by remembered errors, at MAE's price", "memory", "mae"),
+    ("predicting by a head, and such mining", "memory-head", "mae"),
     ("mining by the errors of one look", "observed", "mae"),
     ("the cheap rung", "masked-head", "mae"),
     ("a cross-attention decoder is worth MAE's", "cross", "mae"),
@@ -138,8 +152,36 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def bend_scores(how: str) -> None:
-    """Let HPM order its units by something else than their difficulty."""
+def half_size_look(
+    method: HPM,
+    images: Tensor,
+    want_difficulty: bool,
+    looks: Sequence[Tensor] | None = None,  # noqa: ARG001
+    known: Tensor | None = None,  # noqa: ARG001
+) -> tuple[None, Tensor | None]:
+    """`HPM.ask_teachers` of pixels, by images of half the size: difficulty (B, L), in between the
+    few predictions by interpolation.
+    """
+    if not want_difficulty:
+        return None, None
+    teacher, grid = cast(Teacher, method.teacher), method.grid.size
+    encoder = cast(Encoder, teacher.encoder)
+    decoder_input = cast(DecoderInput, teacher.decoder_input)
+    half = tuple(side // 2 for side in grid)
+    with torch.no_grad():
+        latent = transform(encoder, embed_images(encoder, F.avg_pool2d(images, 2)))
+        tokens = decoder_input.embed(latent)
+        prefix, patches = tokens.tensor_split([decoder_input.num_prefix], dim=1)
+        patches = patches + resize_positions(decoder_input.pos_embed, grid, half)
+        found = method._expected(torch.cat([prefix, patches], dim=1), math.prod(half))
+    few = found.unflatten(1, (1, *half))  # (B, 1, rows, columns)
+    return None, F.interpolate(few, size=grid, mode="bilinear").flatten(1)
+
+
+def bend(how: str) -> None:
+    """Let HPM order its units by something else than their difficulty, or look otherwise."""
+    if how == "half size":
+        HPM.ask_teachers = half_size_look  # type: ignore[method-assign, assignment]
     if how in SCORES:
         own = HPM._unit_scores
 

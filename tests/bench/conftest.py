@@ -15,6 +15,9 @@ import pytest
 def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Imports one of them by its name."""
 
+    # Where a script finds those that it imports.
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(
             name, repository / "benchmarks" / f"{name}.py"

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 
 import patchmine
 from fixtures.small_runs import DECODER, SMALL, VIT
+from patchmine.backbones.positions import resize_positions
+from patchmine.bench.settings import BenchStepSettings
+from patchmine.bench.step import build_method
 from patchmine.methods.amt import AMT
 from patchmine.methods.hpm import HPM
 from patchmine.methods.semaim import SemAIM
@@ -73,10 +77,49 @@ def test_the_true_error_is_that_of_the_patches_that_are_hidden(
         assert found.shape == (4, 16)
 
 
+@torch.no_grad()
+def test_a_look_at_half_the_size_is_that_of_a_network_for_it(
+    script: Callable[[str], ModuleType],
+) -> None:
+    options = {name.removeprefix("method."): value for name, value in DECODER.items()}
+    sizes = {name: VIT[name] for name in ("model", "model_args", "patch_size")}
+    whole, small = (
+        build_method("hpm", options, BenchStepSettings(**sizes, image_size=size))
+        for size in (16, 8)
+    )
+    assert isinstance(whole, HPM)
+    assert isinstance(small, HPM)
+    assert whole.teacher is not None
+    assert small.teacher is not None
+    known = whole.teacher.state_dict()
+    places = known["encoder.pos_embed"][0, 1:]
+    few = resize_positions(places, (4, 4), (2, 2))
+    known["encoder.pos_embed"] = torch.cat([known["encoder.pos_embed"][:, :1], few[None]], dim=1)
+    small.teacher.load_state_dict(known)
+    table = whole.teacher.decoder_input.pos_embed
+    small.teacher.decoder_input.pos_embed = resize_positions(table, (4, 4), (2, 2))
+
+    views = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    _, expected = small.ask_teachers(F.avg_pool2d(views, 2), True)
+    _, found = script("mining_rows").half_size_look(whole, views, True)
+    assert expected is not None
+    # Between the middles of the few patches it is interpolated, outside of them constant.
+    corners = found.reshape(3, 4, 4)[:, ::3, ::3]
+    torch.testing.assert_close(corners.flatten(1), expected)
+
+
 @pytest.mark.parametrize(
     ("method", "rows"),
     [
-        ("hpm", ["the true error", "whole image", "1 masked", "4 masked", "16 masked"]),
+        (
+            "hpm",
+            [
+                "the true error",
+                "whole image",
+                *(f"{n} masked" for n in (1, 4, 16)),
+                "half the size",
+            ],
+        ),
         ("amt", ["the true error", "attention of the class token"]),
         ("semaim", ["the true error", "similarity that orders"]),
     ],
