@@ -2,9 +2,9 @@
 
     python benchmarks/maps.py runs/hpm cifar10/test
 
-Of a run with HPM, AMT or SemAIM, on images that it may not have seen: the share of the variance
-within maps that the position alone explains, and the rank correlation with the true error within
-an image (the mean over random masks, or orders).  Of HPM, the map as the run looks for it is
+Of a run with HPM, AMT or SemAIM, on images or clips that it may not have seen: the share of the
+variance within maps that the position alone explains, and the rank correlation with the true error
+within an image (the mean over random masks, or orders).  Of HPM, the map as the run looks for it is
 compared with other looks of the same teacher; of AMT it is the attention of the class token, of
 SemAIM the similarity that orders patches.
 """
@@ -24,7 +24,6 @@ from patchmine.cli.program import ended_in_words
 from patchmine.config.schema import PretrainConfig
 from patchmine.data.loader import plain_batches
 from patchmine.data.sampling import spread_indices
-from patchmine.data.sources.source import open_source
 from patchmine.data.views.normalise import normalise
 from patchmine.errors import UserError
 from patchmine.methods.amt import AMT, probe
@@ -36,12 +35,14 @@ from patchmine.runs.folder import RunFolder
 from patchmine.runs.preparing import item_of
 
 
-def some_images(run: RunFolder, data: Path, count: int) -> Tensor:
-    """Images spread over a folder, as the run sees them without augmentation, (N, C, H, W)."""
+def some_images(run: RunFolder, data: str, count: int) -> Tensor:
+    """Images (N, C, H, W) or clips (N, C, T, H, W) spread over ``data``, as the run sees them
+    without augmentation.
+    """
     config = run.whole_config
     assert isinstance(config, PretrainConfig)
-    source = open_source(data)
-    view = item_of(config).plain_view(config, None)
+    item = item_of(config)
+    source, view = item.open(data), item.plain_view(config, None)
     chosen = spread_indices(len(source), min(count, len(source)))
     batches = plain_batches(source, view, batch_size=64, indices=chosen)
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
@@ -122,7 +123,8 @@ def looks(method: HPM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         assert difficulty is not None
         yield ("whole image" if look == "full" else f"{count} masked"), difficulty
     method.config = settings
-    if settings.score == "predicted" and settings.decoder_attention == "self":
+    pictures = images.ndim == 4
+    if pictures and settings.score == "predicted" and settings.decoder_attention == "self":
         _, difficulty = half_size_look(method, images, True)
         assert difficulty is not None
         yield "half the size", difficulty
@@ -130,10 +132,10 @@ def looks(method: HPM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 @click.command(help=__doc__)
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
-@click.argument("data", type=click.Path(exists=True, path_type=Path))
+@click.argument("data")
 @click.option("--images", "count", default=256)
 @click.option("--masks", default=40, help="over which the true error is the mean")
-def main(run: Path, data: Path, count: int, masks: int) -> None:
+def main(run: Path, data: str, count: int, masks: int) -> None:
     """A table."""
     with ended_in_words():
         folder = RunFolder(run)

@@ -39,13 +39,15 @@ class Row(NamedTuple):
 
 MASKED = {"look": "masked"}
 HEAD = {"look": "masked", "predictor": "head"}
+HEAD_ALONE = {"predictor": "head", "alpha_end": 0.0}
 OBSERVED = {"look": "masked", "score": "observed", "predictor": "head"}
 ORACLE = {"look": "masked", "score": "observed", "num_looks": 8, "prediction": "none"}
 CROSS = {"decoder_attention": "cross", "predicted_share": 1 / 3}
 ROWS = {
     "mae": Row("mae"),
     "prediction-alone": Row("hpm", {"alpha_end": 0.0}),
-    "prediction-head": Row("hpm", {"alpha_end": 0.0, "predictor": "head"}),
+    "prediction-head": Row("hpm", HEAD_ALONE),
+    "prediction-head-tenth": Row("hpm", {**HEAD_ALONE, "prediction_weight": 0.1}),
     "hpm": Row("hpm"),
     "hpm-tenth": Row("hpm", {"prediction_weight": 0.1}),
     "masked": Row("hpm", MASKED),
@@ -87,6 +89,7 @@ CLAIMS = (
     ("masks that are easy are worth less", "mae", "easiest"),
     ("predicting losses helps by itself", "prediction-alone", "mae"),
     ("the same by a head, at MAE's price", "prediction-head", "mae"),
+    ("a tenth of its weight", "prediction-head-tenth", "mae"),
     ("HPM as published", "hpm", "mae"),
     ("a tenth of the weight for predicting", "hpm-tenth", "hpm"),
     ("HPM with that weight", "hpm-tenth", "mae"),

@@ -136,6 +136,16 @@ def test_its_table_has_a_row_for_each_map(
     assert [line.split("|")[1].strip() for line in said.output.splitlines()[2:]] == rows
 
 
+def test_clips_have_maps_too(tmp_path: Path, script: Callable[[str], ModuleType]) -> None:
+    tiny = {"model_args": VIT["model_args"], "patch_size": 16, "clip.frames": 4, "batch_size": 4}
+    given = {**SMALL, **DECODER, **tiny, "method": "hpm", "steps": 1, "epochs": None}
+    run = patchmine.pretrain(recipe="moving-photos", out=tmp_path / "run", **given)
+    words = [str(run.path), "embedded:moving-photos/test", "--images", "4", "--masks", "8"]
+    said = CliRunner().invoke(script("maps").main, words, catch_exceptions=False)
+    rows = [line.split("|")[1].strip() for line in said.output.splitlines()[2:]]
+    assert rows == ["the true error", "whole image", *(f"{n} masked" for n in (1, 4, 16))]
+
+
 def test_another_method_is_refused(
     images: Path, made: Callable[[str], patchmine.Run], script: Callable[[str], ModuleType]
 ) -> None:
