@@ -29,6 +29,7 @@ from patchmine.runs.folder import build_classifier
 from patchmine.strict import BatchSize, Count, Device, Strict
 from patchmine.train.engine import Engine
 from patchmine.train.step import Stepper
+from patchmine.training.place import product_of
 from patchmine.types import Batch, Progress
 
 CLASSES = 100
@@ -61,7 +62,9 @@ def config_of(race: RaceSettings) -> FinetuneConfig:
 
 def ours(config: FinetuneConfig, images: Tensor, labels: Tensor) -> Callable[[], object]:
     """A step of the training loop: rates, losses, gradients, update, counting."""
-    stepper = Stepper(build_classifier(config), Engine(device=images.device.type), config)
+    engine = Engine(device=images.device.type)
+    engine.product = product_of(config, engine, None)
+    stepper = Stepper(build_classifier(config), engine, config)
     rows = len(images)
     boxes = torch.zeros(rows, 4, dtype=torch.int64)
     boxes[: rows // 4] = torch.tensor([30, 40, 80, 70])  # a quarter, as erase_prob says

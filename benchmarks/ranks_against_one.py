@@ -39,6 +39,7 @@ from patchmine.data.loader import train_batches
 from patchmine.data.settings import ViewSettings
 from patchmine.data.sources.source import open_source
 from patchmine.data.views.images import TrainView
+from patchmine.models.onednn import measured_product
 from patchmine.strict import BatchSize, Count, Side, Strict
 from patchmine.system.disk import replacing
 from patchmine.train.engine import Engine
@@ -128,7 +129,10 @@ def ways_of(settings: RanksSettings, engine: Engine, data: Path) -> dict[str, Wa
     """All that takes turns."""
     size, both = settings.batch_size, settings.batch_size * PROCESSES
     idle = lambda: None  # noqa: E731 - what the other process does meanwhile
+    engine.product = engine.gather(measured_product())[0]
     alone = Engine(device="cpu") if engine.is_main else None
+    if alone is not None:
+        alone.product = engine.product
     ways: dict[str, Way] = {
         "read alone": (idle if alone is None else reader_of(settings, alone, data), False),
         "read": (reader_of(settings, engine, data), True),
