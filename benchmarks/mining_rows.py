@@ -46,6 +46,7 @@ CROSS = {"decoder_attention": "cross", "predicted_share": 1 / 3}
 ROWS = {
     "mae": Row("mae"),
     "prediction-alone": Row("hpm", {"alpha_end": 0.0}),
+    "clipped": Row("hpm", {"prediction": "none", "alpha_end": 0.0}),
     "prediction-head": Row("hpm", HEAD_ALONE),
     "prediction-head-tenth": Row("hpm", {**HEAD_ALONE, "prediction_weight": 0.1}),
     "hpm": Row("hpm"),
@@ -88,7 +89,8 @@ CLAIMS = (
     ("masks that are truly hard are worth more than random ones", "oracle", "mae"),
     ("masks that are easy are worth less", "mae", "easiest"),
     ("predicting losses helps by itself", "prediction-alone", "mae"),
-    ("the same by a head, at MAE's price", "prediction-head", "mae"),
+    ("HPM's clipping of gradients by itself", "clipped", "mae"),
+    ("predicting losses by a head, at MAE's price", "prediction-head", "mae"),
     ("a tenth of its weight", "prediction-head-tenth", "mae"),
     ("HPM as published", "hpm", "mae"),
     ("a tenth of the weight for predicting", "hpm-tenth", "hpm"),
