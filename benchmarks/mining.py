@@ -18,7 +18,8 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -273,6 +274,8 @@ def verdicts(done: Mapping[str, Mapping[int, Mapping[str, float]]]) -> list[str]
 def page(out: Path) -> str:
     """The table and the verdicts of what is there."""
     done = results(out)
+    if not done:
+        raise click.ClickException(f"{out} holds no finished run of a row: give a folder of train")
     raw = json.dumps(done, indent=1) + "\n"
     (out / "results.json").write_text(raw, encoding="utf-8")
     text = "\n".join([*table(done), "", *verdicts(done)]) + "\n"
@@ -293,8 +296,25 @@ def _rows(text: str) -> list[str]:
     return names
 
 
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise click.ClickException(f"--seeds {text}: give whole numbers, as in 0,1,2") from error
+
+
+@contextmanager
+def _failure_told(folder: Path) -> Iterator[None]:
+    """One sentence behind what a failed command has said."""
+    try:
+        yield
+    except subprocess.CalledProcessError as error:
+        said = f"{folder}: a command of it failed, see above; the same call takes it up again"
+        raise click.ClickException(said) from error
+
+
 @main.command("price", context_settings={"ignore_unknown_options": True})
-@click.option("--rows", default=",".join(LADDER))
+@click.option("--rows", default=",".join(LADDER), help="by commas")
 @click.argument("words", nargs=-1)
 def price_command(rows: str, words: tuple[str, ...]) -> None:
     """What a step of every rung costs."""
@@ -306,8 +326,8 @@ def price_command(rows: str, words: tuple[str, ...]) -> None:
 @click.argument("train", type=click.Path(exists=True, path_type=Path))
 @click.argument("test", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--rows", default=",".join(ROWS))
-@click.option("--seeds", default="0,1,2")
+@click.option("--rows", default=",".join(ROWS), help="by commas; all of them unless given")
+@click.option("--seeds", default="0,1,2", help="by commas")
 @click.option("--epochs", default=10.0, help="of MAE")
 @click.option("--equal", type=click.Choice(["samples", "time"]), default="samples")
 @click.option("--labelled", type=click.Path(exists=True, path_type=Path), help="else TRAIN")
@@ -326,18 +346,19 @@ def train_command(
     more: tuple[str, ...],
 ) -> None:
     """All runs, their evaluations, the page."""
-    names = _rows(rows)
+    names, numbers = _rows(rows), _seeds(seeds)
     with ended_in_words():
+        whole = epochs * steps_per_epoch(train, more)
         costs = prices(out, names, more) if equal == "time" else dict.fromkeys(names, 1.0)
-    whole = epochs * steps_per_epoch(train, more)
     out.mkdir(parents=True, exist_ok=True)
-    for seed in map(int, seeds.split(",")):
+    for seed in numbers:
         for name in names:
             told = results(out).get(name, {}).get(seed, {})
             if "linear" not in told or (finetune and "10%" not in told):
                 folder = out / f"{name}-seed{seed}"
-                make_row(name, folder, train, round(whole / costs[name]), seed, more)
-                evaluate(folder, labelled or train, test, finetune, seed)
+                with _failure_told(folder):
+                    make_row(name, folder, train, round(whole / costs[name]), seed, more)
+                    evaluate(folder, labelled or train, test, finetune, seed)
             print(page(out), flush=True)
 
 

@@ -6,9 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from click.testing import CliRunner
 
 from fixtures.drawn import draw_images
 
@@ -77,3 +80,39 @@ def test_a_claim_holds_where_its_interval_leaves_no_zero(
     command = [sys.executable, str(repository / "benchmarks" / "mining.py"), "page", str(tmp_path)]
     told = subprocess.run(command, check=True, text=True, capture_output=True).stdout
     assert f"({gain:+.2f} to {gain:+.2f}) | +0.00 (+0.00 to +0.00) | {said} |" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["page", "."], "holds no finished run of a row"),
+        (["train", ".", ".", "--out", "out", "--rows", "none"], "no row none; there are mae,"),
+        (["train", ".", ".", "--out", "out", "--seeds", "0,x"], "--seeds 0,x: give whole numbers"),
+        (["train", ".", ".", "--out", "out"], "data=.: no image"),
+    ],
+)
+def test_wrong_words_end_in_a_sentence_and_leave_nothing(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: Callable[[str], ModuleType],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(script("mining").main, words)
+    assert isinstance(ended.exception, SystemExit)
+    assert ended.exit_code != 0
+    assert said in ended.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_is_named(tmp_path: Path, repository: Path) -> None:
+    train = draw_images(tmp_path / "train", 16, ("a", "b"))
+    command = [sys.executable, str(repository / "benchmarks" / "mining.py"), "train"]
+    command += [str(train), str(train), "--out", str(tmp_path / "out"), "--rows", "mae"]
+    command += ["--seeds", "0", "--epochs", "1", *TINY, "init=nowhere.pth"]
+    ended = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert ended.returncode != 0
+    assert "nowhere.pth" in ended.stderr
+    assert "mae-seed0: a command of it failed, see above" in ended.stderr
+    assert "Traceback" not in ended.stderr
