@@ -256,6 +256,31 @@ def test_pictures_say_whether_errors_are_predicted_or_observed(score: str, image
     assert [panel.title for panel in panels][1] == f"{score} difficulty"
 
 
+@pytest.mark.parametrize(("end", "said"), [(0.5, True), (0.0, False)])
+def test_pictures_say_whether_what_is_hard_is_masked(
+    end: float, said: bool, images: Tensor
+) -> None:
+    panels = build(look="masked", predictor="head", alpha_end=end).panels(batch_of(images), LATE)
+    assert ("light is masked first" in panels[1].note) is said
+
+
+def test_where_nothing_is_mined_the_look_changes_no_step(images: Tensor) -> None:
+    def steps(look: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        method = build(look=look, predictor="head", alpha_end=0.0)
+        learning = torch.optim.SGD(method.parameters(), lr=0.1)
+        for step in range(3):
+            method.noise.begin(step)
+            learning.zero_grad()
+            method(batch_of(images), LATE)["loss"].backward()
+            learning.step()
+            method.after_step(LATE)
+        return [value for _, value in sorted(method.state_dict().items())]
+
+    same = zip(steps("full"), steps("masked"), strict=True)
+    assert all(torch.equal(one, other) for one, other in same)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -225,6 +225,9 @@ def test_what_is_said_of_pictures_follows_the_settings(make_run: MakeRun, tmp_pa
     words = report(tmp_path, of_method(make_run("e", samples=1), look="memory")).words
     assert "earlier visits of the same training image" in words
     assert "the EMA teacher" not in words
+    words = report(tmp_path, of_method(make_run("f", samples=1), alpha_end=0.0)).words
+    assert "Predicted difficulty is the error" in words
+    assert "masked first" not in words
 
 
 def test_skipped_steps_are_drawn_only_where_there_were_some(

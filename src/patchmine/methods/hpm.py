@@ -337,7 +337,8 @@ class HPM(Method):
         panels = [pictures.input_panel(images, batch.known)]
         if difficulty is not None:
             heat = pictures.patch_map(difficulty, grid)
-            note = f"{self._meaning()}; light is masked first"
+            hard = max(self.config.alpha_start, self.config.alpha_end) > 0
+            note = self._meaning() + ("; light is masked first" if hard else "")
             title = f"{self.config.score} difficulty"
             panels.append(Panel(title, heat, kind="heat", note=note))
         drawn, unit = list[Panel](), pictures.DIRECTION_UNIT
