@@ -96,6 +96,8 @@ CLAIMS = (
     ("a tenth of the weight for predicting", "hpm-tenth", "hpm"),
     ("HPM with that weight", "hpm-tenth", "mae"),
     ("mining adds to predicting", "hpm", "prediction-alone"),
+    ("the cheap rung's mining adds to a head's predicting", "masked-head", "prediction-head"),
+    ("remembered errors add to it", "memory-head", "prediction-head"),
     ("a masked look is worth the whole image's", "masked", "hpm"),
     ("a look at half the size is worth it", "half-size-look", "hpm"),
     ("hard patches in each quarter of the image", "stratified", "hpm"),
