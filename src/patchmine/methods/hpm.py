@@ -339,8 +339,7 @@ class HPM(Method):
             heat = pictures.patch_map(difficulty, grid)
             hard = max(self.config.alpha_start, self.config.alpha_end) > 0
             note = self._meaning() + ("; light is masked first" if hard else "")
-            title = f"{self.config.score} difficulty"
-            panels.append(Panel(title, heat, kind="heat", note=note))
+            panels.append(Panel(f"{self.config.score} difficulty", heat, kind="heat", note=note))
         drawn, unit = list[Panel](), pictures.DIRECTION_UNIT
         if features is None:
             norm = self.config.norm_pix_loss
