@@ -107,6 +107,13 @@ def maps_of(method: HPM | AMT | SemAIM, images: Tensor) -> Iterator[tuple[str, T
             yield "similarity that orders", similarity
 
 
+def halves(method: HPM) -> bool:
+    """Whether a teacher trained so can look at images of half the size."""
+    sides, settings = method.grid.size, method.config
+    even = len(sides) == 2 and not any(side % 2 for side in sides)
+    return even and method.encoder.pos_embed is not None and settings.decoder_attention == "self"
+
+
 @torch.no_grad()
 def looks(method: HPM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Maps of the same teacher by other ways to look, by name."""
@@ -123,8 +130,7 @@ def looks(method: HPM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         assert difficulty is not None
         yield ("whole image" if look == "full" else f"{count} masked"), difficulty
     method.config = settings
-    pictures = images.ndim == 4
-    if pictures and settings.score == "predicted" and settings.decoder_attention == "self":
+    if settings.score == "predicted" and halves(method):
         _, difficulty = half_size_look(method, images, True)
         assert difficulty is not None
         yield "half the size", difficulty

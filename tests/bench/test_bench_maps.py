@@ -136,6 +136,17 @@ def test_its_table_has_a_row_for_each_map(
     assert [line.split("|")[1].strip() for line in said.output.splitlines()[2:]] == rows
 
 
+def test_odd_grids_are_not_halved(
+    images: Path, tmp_path: Path, script: Callable[[str], ModuleType]
+) -> None:
+    given = {**VIT, **SMALL, **DECODER, "image_size": 12, "method": "hpm", "steps": 1}
+    run = patchmine.pretrain(data=images, out=tmp_path / "run", **given)
+    words = [str(run.path), str(images), "--masks", "12"]
+    said = CliRunner().invoke(script("maps").main, words, catch_exceptions=False)
+    assert said.exit_code == 0
+    assert "half the size" not in said.output
+
+
 def test_clips_have_maps_too(tmp_path: Path, script: Callable[[str], ModuleType]) -> None:
     tiny = {"model_args": VIT["model_args"], "patch_size": 16, "clip.frames": 4, "batch_size": 4}
     given = {**SMALL, **DECODER, **tiny, "method": "hpm", "steps": 1, "epochs": None}
