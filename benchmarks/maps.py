@@ -118,7 +118,7 @@ def halves(method: HPM) -> bool:
 def looks(method: HPM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Maps of the same teacher by other ways to look, by name."""
     settings = method.config
-    if method.teacher is None:
+    if method.teacher is None or not method.mines:
         return
     ways = [("masked", count) for count in (1, 4, 16)]
     if settings.score == "predicted":
@@ -131,9 +131,7 @@ def looks(method: HPM, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield ("whole image" if look == "full" else f"{count} masked"), difficulty
     method.config = settings
     if settings.score == "predicted" and halves(method):
-        _, difficulty = half_size_look(method, images, True)
-        assert difficulty is not None
-        yield "half the size", difficulty
+        yield "half the size", half_size_look(method, images)
 
 
 @click.command(help=__doc__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -159,36 +159,34 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def half_size_look(
-    method: HPM,
-    images: Tensor,
-    want_difficulty: bool,
-    looks: Sequence[Tensor] | None = None,  # noqa: ARG001
-    known: Tensor | None = None,  # noqa: ARG001
-) -> tuple[None, Tensor | None]:
-    """`HPM.ask_teachers` of pixels, by images of half the size: difficulty (B, L), in between the
-    few predictions by interpolation.
+@torch.no_grad()
+def half_size_look(method: HPM, images: Tensor) -> Tensor:
+    """Difficulty (B, L) by images of half the size, in between the few predictions by
+    interpolation.
     """
-    if not want_difficulty:
-        return None, None
     teacher, grid = cast(Teacher, method.teacher), method.grid.size
     encoder = cast(Encoder, teacher.encoder)
     decoder_input = cast(DecoderInput, teacher.decoder_input)
     half = tuple(side // 2 for side in grid)
-    with torch.no_grad():
-        latent = transform(encoder, embed_images(encoder, F.avg_pool2d(images, 2)))
-        tokens = decoder_input.embed(latent)
-        prefix, patches = tokens.tensor_split([decoder_input.num_prefix], dim=1)
-        patches = patches + resize_positions(decoder_input.pos_embed, grid, half)
-        found = method._expected(torch.cat([prefix, patches], dim=1), math.prod(half))
+    latent = transform(encoder, embed_images(encoder, F.avg_pool2d(images, 2)))
+    tokens = decoder_input.embed(latent)
+    prefix, patches = tokens.tensor_split([decoder_input.num_prefix], dim=1)
+    patches = patches + resize_positions(decoder_input.pos_embed, grid, half)
+    found = method._expected(torch.cat([prefix, patches], dim=1), math.prod(half))
     few = found.unflatten(1, (1, *half))  # (B, 1, rows, columns)
-    return None, F.interpolate(few, size=grid, mode="bilinear").flatten(1)
+    return F.interpolate(few, size=grid, mode="bilinear").flatten(1)
 
 
 def bend(how: str) -> None:
     """Let HPM order its units by something else than their difficulty, or look otherwise."""
     if how == "half size":
-        HPM.ask_teachers = half_size_look  # type: ignore[method-assign, assignment]
+
+        def ask(
+            method: HPM, images: Tensor, want_difficulty: bool, *_: Any, **__: Any
+        ) -> tuple[None, Tensor | None]:
+            return None, half_size_look(method, images) if want_difficulty else None
+
+        HPM.ask_teachers = ask  # type: ignore[method-assign, assignment]
     if how in SCORES:
         own = HPM._unit_scores
 
