@@ -25,7 +25,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import click
-from mining_rows import CLAIMS, ROWS, Row, bend
+from mining_rows import CLAIMS, ROWS, Row, bend, bend_look
 from scipy.stats import t
 
 from patchmine.bench.settings import BenchStepSettings
@@ -72,10 +72,12 @@ def race(
     """A step of every rung in mid-training against MAE, in turns; options of methods by row."""
 
     def rivals(_: Any, config: BenchStepSettings, engine: Engine) -> list[Contestant]:  # noqa: ARG001
-        return [
-            _middle(name, build_method(ROWS[name].method, options, own), own, engine)
-            for name, (own, options) in rungs.items()
-        ]
+        made = []
+        for name, (own, options) in rungs.items():
+            method = build_method(ROWS[name].method, options, own)
+            bend_look(ROWS[name], method)
+            made.append(_middle(name, method, own, engine))
+        return made
 
     return bench_step(say=print, rivals=rivals, **settings.model_dump(exclude_unset=True))
 

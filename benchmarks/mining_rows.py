@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,6 +18,7 @@ from patchmine.methods.hpm import HPM
 from patchmine.models.decoder import DecoderInput
 from patchmine.models.teacher import Teacher
 from patchmine.ops.mining import ranks
+from patchmine.task import Method
 
 
 class Row(NamedTuple):
@@ -37,6 +39,7 @@ class Row(NamedTuple):
     small_first: float = 0.0
 
 
+HALF_SIZE = "half size"
 MASKED = {"look": "masked"}
 HEAD = {"look": "masked", "predictor": "head"}
 HEAD_ALONE = {"predictor": "head", "alpha_end": 0.0}
@@ -75,7 +78,7 @@ ROWS = {
     "half-size-first": Row("mae", small_first=0.5),
     "centred": Row("hpm", {}, "centred"),
     "stratified": Row("hpm", {}, "stratified"),
-    "half-size-look": Row("hpm", {}, "half size"),
+    "half-size-look": Row("hpm", {}, HALF_SIZE),
     "amt": Row("amt"),
     "emae": Row("emae"),
     "semaim": Row("semaim"),
@@ -177,16 +180,17 @@ def half_size_look(method: HPM, images: Tensor) -> Tensor:
     return F.interpolate(few, size=grid, mode="bilinear").flatten(1)
 
 
+def ask_by_half(
+    method: HPM, images: Tensor, want_difficulty: bool, *_: Any, **__: Any
+) -> tuple[None, Tensor | None]:
+    """`half_size_look` in place of `HPM.ask_teachers`."""
+    return None, half_size_look(method, images) if want_difficulty else None
+
+
 def bend(how: str) -> None:
     """Let HPM order its units by something else than their difficulty, or look otherwise."""
-    if how == "half size":
-
-        def ask(
-            method: HPM, images: Tensor, want_difficulty: bool, *_: Any, **__: Any
-        ) -> tuple[None, Tensor | None]:
-            return None, half_size_look(method, images) if want_difficulty else None
-
-        HPM.ask_teachers = ask  # type: ignore[method-assign, assignment]
+    if how == HALF_SIZE:
+        HPM.ask_teachers = ask_by_half  # type: ignore[method-assign, assignment]
     if how in SCORES:
         own = HPM._unit_scores
 
@@ -194,3 +198,9 @@ def bend(how: str) -> None:
             return SCORES[how](own(method, difficulty))
 
         HPM._unit_scores = bent  # type: ignore[method-assign, assignment]
+
+
+def bend_look(row: Row, method: Method) -> None:
+    """As `bend`, in one method, where it changes the price; another order of units does not."""
+    if row.scores == HALF_SIZE:
+        method.ask_teachers = partial(ask_by_half, method)  # type: ignore[assignment]

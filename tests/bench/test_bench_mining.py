@@ -11,9 +11,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fixtures.drawn import draw_images
+from fixtures.small_runs import DECODER, VIT
+from patchmine.bench.settings import BenchStepSettings
+from patchmine.bench.step import build_method
+from patchmine.methods.hpm import HPM
 
 TINY = ("batch_size=16", "device=cpu", "workers=0", "warmup_epochs=0", "tensorboard=false")
 
@@ -116,3 +121,19 @@ def test_a_run_that_fails_is_named(tmp_path: Path, repository: Path) -> None:
     assert "nowhere.pth" in ended.stderr
     assert "mae-seed0: a command of it failed, see above" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("row", "halved"), [("half-size-look", True), ("hpm", False)])
+def test_a_row_is_priced_by_the_look_that_it_takes(
+    row: str, halved: bool, script: Callable[[str], ModuleType]
+) -> None:
+    rows = script("mining_rows")
+    options = {name.removeprefix("method."): value for name, value in DECODER.items()}
+    sizes = {name: VIT[name] for name in ("model", "model_args", "patch_size", "image_size")}
+    method = build_method("hpm", options, BenchStepSettings(**sizes))
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    rows.bend_look(rows.ROWS[row], method)
+    assert isinstance(method, HPM)
+    _, found = method.ask_teachers(images, True)
+    assert found is not None
+    assert torch.equal(found, rows.half_size_look(method, images)) is halved
